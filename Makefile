@@ -1,0 +1,34 @@
+# `make ablation` and `make test` are the two commands of the README; each sets up .venv first if it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: setup ablation test check demo clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is needed, {sys.version.split()[0]} found: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e ".[dev,track,corpus,hub]"
+	touch $@
+
+ablation: setup
+	$(BIN)/python -m ablations compare baseline no_op top_p null_experts random_k --seeds 3 $(ARGS)
+
+demo: setup
+	$(BIN)/python -m demos.terminal $(ARGS)
+
+# One thread per test process: two OpenMP teams on two cores spin at each other's barriers.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis
