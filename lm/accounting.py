@@ -1,0 +1,142 @@
+"""What a model costs, from its configuration: parameters, FLOPs, cache bytes, bytes read per decoded token.
+
+One multiply-add is 2 FLOPs. Only products count (norms, activations, softmax and routing scores' sorting do not): the backward of a product
+costs two products of the same size, so backward = 2 x forward wherever weights and inputs both need gradients.
+Parameters are counted on a model built on the meta device, so they cannot disagree with the real one.
+
+Legend: K key width, V value width, C chunk length.
+"""
+
+import dataclasses
+import functools
+
+import torch
+
+from attention.cache import cache_bytes
+from lm.config import ModelConfig
+from lm.model import LanguageModel
+from lm.serialize import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """One block: its parameters and forward FLOPs per token."""
+
+    letter: str
+    total_parameters: int
+    active_parameters: float
+    forward_flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCost:
+    """Costs of a model at one sequence length and mean number of experts.
+
+    Attributes:
+        embedding_parameters: the token table; a lookup, so no FLOPs, and only one row of it is active.
+        layers: per block.
+        head_parameters: the output projection and final norm.
+        head_flops: forward FLOPs per token of the head.
+    """
+
+    embedding_parameters: int
+    layers: tuple[LayerCost, ...]
+    head_parameters: int
+    head_flops: float
+
+    @property
+    def total_parameters(self) -> int:
+        return self.embedding_parameters + sum(layer.total_parameters for layer in self.layers) + self.head_parameters
+
+    @property
+    def active_parameters(self) -> float:
+        """Parameters that take part in a product for one token: experts used, shared weights and the head; not the embedding table."""
+        return sum(layer.active_parameters for layer in self.layers) + self.head_parameters
+
+    @property
+    def forward_flops(self) -> float:
+        """Per token."""
+        return self.flops()
+
+    @property
+    def training_flops(self) -> float:
+        """Forward and backward of the whole network, per token."""
+        return 3 * self.flops()
+
+    def flops(self, first: int = 0, last: int | None = None, head: bool = True) -> float:
+        """Forward FLOPs per token of blocks [first, last), with the head or without it."""
+        return sum(layer.forward_flops for layer in self.layers[first:last]) + (self.head_flops if head else 0.0)
+
+    def prefix_share(self, boundary: int) -> float:
+        """Share of all parameters that lie in the embedding and blocks [0, boundary)."""
+        return (self.embedding_parameters + sum(layer.total_parameters for layer in self.layers[:boundary])) / self.total_parameters
+
+
+def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[float, ...]) -> ModelCost:
+    """Costs of training or prefilling sequences of `length` tokens.
+
+    Args:
+        mean_experts: real experts per token, measured or intended; one number, or one per block.
+    """
+    model = meta_model(config)
+    means = (float(mean_experts),) * config.n_layers if isinstance(mean_experts, int | float) else mean_experts
+    if len(means) != config.n_layers:
+        raise ValueError(f"mean_experts: {len(means)} numbers for {config.n_layers} layers")
+    layers = []
+    for index, (block, letter, mean) in enumerate(zip(model.blocks, config.plan.letters, means)):
+        total = _count(block)
+        per_expert = _count(block.moe.experts) / config.moe.n_experts
+        active = total - _count(block.moe.experts) + mean * per_expert
+        # Weights of two or more dimensions are products; norms and per-head constants are not.
+        products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - _count(block.moe.experts) + mean * per_expert
+        layers.append(LayerCost(letter, total, active, 2 * products + mixing_flops(config, index, length)))
+    head = model.head_VD.numel()
+    return ModelCost(model.embedding_VD.numel(), tuple(layers), head + _count(model.norm), 2.0 * head)
+
+
+def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
+    """Forward FLOPs per token of mixing across tokens, without the projections, averaged over a causal sequence of `length` tokens.
+
+    Raises:
+        ValueError: for a layer letter without a formula.
+    """
+    attention, letter = config.attention, config.plan.letters[layer]
+    if letter in "FRSr":
+        window = length if letter in "FR" else min(attention.window, length)
+        # The first `window` tokens see 1, 2, ... keys, the others `window` of them.
+        mean_keys = (window * (window + 1) / 2 + (length - window) * window) / length
+        return attention.n_heads * mean_keys * 4 * attention.head_dim
+    heads, key, value, chunk = attention.linear_heads, attention.linear_key_dim, attention.linear_value_dim, min(attention.chunk_size, length)
+    state = 4 * key * value
+    if letter == "L":
+        return heads * (state + 2 * chunk * (key + value))
+    if letter == "G":
+        # Inside a chunk: k k^T, q k^T and W = T K (K wide), U = T V and P N (V wide), the triangular inverse; on the state: W S, Q S, K^T N.
+        return heads * (state + 2 * key * value + 2 * chunk * (3 * key + 2 * value) + 2 * chunk**2 / 3)
+    raise ValueError(f"layer {layer}: no FLOP formula for letter {letter!r}; {nearest(letter, 'FSRrLG')}")
+
+
+def kv_bytes(config: ModelConfig, length: int) -> int:
+    """Bytes of the whole cache of one sequence after `length` tokens: keys and values, ring buffers, linear states, convolution tails."""
+    return sum(cache_bytes(config.attention, config.plan, length, dtype=getattr(torch, config.dtype)))
+
+
+def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float:
+    """Bytes one decode step has to read for one sequence: active weights in `config.dtype`, the embedding row and the cache."""
+    element = getattr(torch, config.dtype).itemsize
+    cost = model_cost(config, length=max(length, 1), mean_experts=mean_experts)
+    shared_reads = sum(
+        cache_bytes(config.attention, config.plan, length, dtype=getattr(torch, config.dtype))[config.plan.source[layer]] for layer in range(config.n_layers)
+    )
+    return element * (cost.active_parameters + config.d_model) + shared_reads
+
+
+@functools.lru_cache(maxsize=64)
+def meta_model(config: ModelConfig) -> LanguageModel:
+    """The model without memory: shapes only."""
+    with torch.device("meta"):
+        return LanguageModel(config)
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

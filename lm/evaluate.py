@@ -1,0 +1,85 @@
+"""Evaluation in bits per UTF-8 byte: how well the model compresses text, comparable across tokenizers and with any compressor.
+
+bits per byte = (sum of token losses in nats) / (bytes x ln 2). Per-token losses depend on the tokenizer and are not reported.
+Legend: B batch, T tokens, D model width.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lm.model import IGNORED_TARGET, LanguageModel, token_losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Result of one pass over a text.
+
+    Attributes:
+        nats: summed loss.
+        tokens, n_bytes: what it covers.
+        mean_experts: per evaluated block, real experts per token.
+        experts_histogram: per evaluated block, how many tokens used 0, 1, 2, ... experts.
+    """
+
+    nats: float
+    tokens: int
+    n_bytes: int
+    mean_experts: tuple[float, ...]
+    experts_histogram: tuple[tuple[int, ...], ...]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / (self.n_bytes * math.log(2))
+
+
+@torch.no_grad()
+def evaluate(model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, n_bytes: int, boundary: int = 0) -> Evaluation:
+    """Runs the model over the batches, as in inference (policies use their evaluation behaviour).
+
+    Args:
+        batches: pairs of inputs and targets_BT. Inputs are tokens_BT, or, with a boundary, the x_BTD that enters block `boundary`.
+            Targets of `IGNORED_TARGET` are padding: neither their loss nor their experts count.
+        n_bytes: UTF-8 bytes of the text behind the targets.
+        boundary: first block to run.
+
+    Raises:
+        ValueError: when no target counts or `n_bytes` is not positive.
+    """
+    nats, tokens = 0.0, 0
+    histograms: list[Tensor] = [torch.zeros(model.config.moe.n_experts + 1, dtype=torch.int64) for _ in range(boundary, model.config.n_layers)]
+    with evaluating(model):
+        for inputs, targets_BT in batches:
+            output = model.suffix(inputs, boundary) if boundary else model(inputs)
+            # Summed in fp64, batch by batch: the total of millions of losses must not depend on their order to the digits we print.
+            nats += token_losses(output.logits_BTV, targets_BT).double().sum().item()
+            counted_T = (targets_BT != IGNORED_TARGET).flatten()
+            tokens += int(counted_T.sum())
+            for histogram, routing in zip(histograms, output.routings):
+                used_T = routing.assignments.experts_per_token_T[counted_T]
+                histogram += torch.bincount(used_T, minlength=len(histogram)).cpu()
+    if tokens == 0 or n_bytes <= 0:
+        raise ValueError(f"nothing to evaluate: {tokens} tokens, {n_bytes} bytes")
+    means = tuple(float((h * torch.arange(len(h))).sum() / h.sum()) for h in histograms)
+    return Evaluation(nats, tokens, n_bytes, means, tuple(tuple(_trimmed(h.tolist())) for h in histograms))
+
+
+@contextlib.contextmanager
+def evaluating(model: LanguageModel) -> Iterator[None]:
+    """Puts the model into evaluation mode, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _trimmed(counts: list[int]) -> list[int]:
+    while len(counts) > 1 and counts[-1] == 0:
+        counts.pop()
+    return counts

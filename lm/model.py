@@ -1,0 +1,169 @@
+"""The language model: a pre-norm decoder whose blocks mix attention of any kind with a mixture of experts.
+
+Legend: B batch, T tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attention import build_attention
+from attention.cache import HybridCache
+from attention.norm import RMSNorm
+from lm.config import ModelConfig
+from moe.layer import MoE
+from routing.router import Routing
+
+IGNORED_TARGET = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Logits and, per block that ran, how its tokens were routed."""
+
+    logits_BTV: Tensor
+    routings: tuple[Routing, ...]
+
+    @property
+    def routing_loss(self) -> Tensor:
+        """Sum of all blocks' auxiliary losses, already weighted by their coefficients; fp32 scalar."""
+        total = self.logits_BTV.new_zeros((), dtype=torch.float32)
+        for routing in self.routings:
+            for loss in routing.losses.values():
+                total = total + loss
+        return total
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer_index: int) -> None:
+        super().__init__()
+        letter = config.plan.letters[layer_index]
+        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = build_attention(letter, config.attention, d_model=config.d_model, layer_index=layer_index, n_layers=config.n_layers)
+        self.moe_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.moe = MoE(config.moe, d_model=config.d_model, layer_index=layer_index)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        nn.init.ones_(self.attention_norm.weight)
+        nn.init.ones_(self.moe_norm.weight)
+        self.attention.init_weights(generator)
+        self.moe.init_weights(generator)
+
+    def forward(self, x_BTD: Tensor, *, start: int, state, shared) -> tuple[Tensor, object, Routing]:
+        attended_BTD, kv = self.attention(self.attention_norm(x_BTD), start=start, state=state, shared=shared)
+        x_BTD = x_BTD + attended_BTD
+        mixed_TD, routing = self.moe(self.moe_norm(x_BTD).flatten(0, 1))
+        return x_BTD + mixed_TD.view_as(x_BTD), kv, routing
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm, head. Parameters are fp32; `config.dtype` is what they compute in.
+
+    The blocks can be cut at a boundary: `prefix` runs the embedding and the blocks below, `suffix` the rest, and
+    `suffix(prefix(tokens, b), b)` equals the whole. Staged training stores what crosses the boundary.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+
+    def init_weights(self, seed: int, layers: Iterable[int] | None = None) -> "LanguageModel":
+        """Fresh weights from `seed`, each block from a generator of its own: block i's weights do not depend on the other blocks.
+
+        Args:
+            layers: re-initialise only these blocks (embedding, norm and head keep their weights); all and everything by default.
+        """
+        for index in range(self.config.n_layers) if layers is None else layers:
+            self.blocks[index].init_weights(_generator(seed, index))
+        if layers is None:
+            nn.init.ones_(self.norm.weight)
+            nn.init.normal_(self.embedding_VD, std=1.0, generator=_generator(seed, self.config.n_layers))
+            # A zero head starts from the uniform distribution over tokens: no time is lost unlearning confident noise.
+            nn.init.zeros_(self.head_VD)
+        return self
+
+    def forward(self, tokens_BT: Tensor, cache: HybridCache | None = None) -> Output:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: int64 token ids. With a cache they follow the `cache.length` tokens it has seen.
+            cache: updated in place.
+
+        Raises:
+            ValueError: for a token id outside the vocabulary or tokens that are not [B, T].
+        """
+        return self._suffix(self._embed(tokens_BT), 0, cache)
+
+    def prefix(self, tokens_BT: Tensor, boundary: int) -> Tensor:
+        """The residual stream x_BTD that enters block `boundary`."""
+        x_BTD, _, _ = self._run_blocks(self._embed(tokens_BT), 0, boundary, None)
+        return x_BTD
+
+    def suffix(self, x_BTD: Tensor, boundary: int) -> Output:
+        """Blocks [boundary, n_layers), norm and head on what `prefix` returned."""
+        return self._suffix(x_BTD, boundary, None)
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Tells every router the training step and seed that its random draws depend on."""
+        for block in self.blocks:
+            block.moe.router.begin_step(step, seed)
+
+    def after_step(self, boundary: int = 0) -> None:
+        """Moves selection biases and budget controllers of the blocks that train, after the optimizer's step."""
+        for block in self.blocks[boundary:]:
+            block.moe.router.after_step()
+
+    def set_policy(self, policy, boundary: int = 0) -> None:
+        """Runs the same weights under another routing policy in blocks [boundary, n_layers)."""
+        for block in self.blocks[boundary:]:
+            block.moe.router.set_policy(policy)
+
+    def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
+        """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
+        return HybridCache(self.config.attention, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.dtype)
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        if tokens_BT.dim() != 2:
+            raise ValueError(f"tokens: shape {tuple(tokens_BT.shape)}, must be [batch, tokens]")
+        return functional.embedding(tokens_BT, self.embedding_VD).to(self._dtype)
+
+    def _suffix(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None) -> Output:
+        x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
+        return Output(functional.linear(self.norm(x_BTD), self.head_VD.to(x_BTD.dtype)), routings)
+
+    def _run_blocks(self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None) -> tuple[Tensor, dict[int, object], tuple[Routing, ...]]:
+        source = self.config.plan.source
+        start = cache.length if cache is not None else 0
+        kv: dict[int, object] = {}
+        routings = []
+        for index in range(first, last):
+            state = cache.layers[index] if cache is not None else None
+            # An R layer reads the K/V of the layer that owns them; every other layer is its own source and reads nothing.
+            x_BTD, kv[index], routing = self.blocks[index](x_BTD, start=start, state=state, shared=kv.get(source[index]))
+            routings.append(routing)
+        return x_BTD, kv, tuple(routings)
+
+
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy of every token in nats, fp32 [B, T]; 0 where the target is `IGNORED_TARGET`."""
+    losses = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
+    return losses.view_as(targets_BT)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    (state,) = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))

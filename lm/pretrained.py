@@ -1,0 +1,54 @@
+"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`. Nothing is ever unpickled."""
+
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from lm.config import ModelConfig
+from lm.model import LanguageModel
+from lm.serialize import load_json, save_json
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+
+
+def save_pretrained(folder: Path, model: LanguageModel) -> None:
+    """Writes config and weights into `folder`; the weights file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(folder / CONFIG_FILE, model.config)
+    partial = folder / (WEIGHTS_FILE + ".partial")
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
+    partial.rename(folder / WEIGHTS_FILE)
+
+
+def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> LanguageModel:
+    """The model stored in `folder`, in evaluation mode.
+
+    Raises:
+        ValueError: when a file is missing or unreadable, or weights and config disagree; names the tensors.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no trained model: {name} is missing")
+    model = LanguageModel(load_json(ModelConfig, folder / CONFIG_FILE))
+    try:
+        stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): the file is damaged, export the run again") from error
+    expected = model.state_dict()
+    wrong = [name for name in sorted(expected.keys() | stored.keys()) if name not in stored or name not in expected or stored[name].shape != expected[name].shape]
+    if wrong:
+        raise ValueError(f"{folder}: weights and config disagree on {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
+    model.load_state_dict(stored)
+    return model.to(device).eval()
+
+
+def find_model(run: Path) -> Path:
+    """The model folder meant by `run`: itself, its `model/`, or an error that lists the models below it."""
+    for folder in (run, run / "model"):
+        if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file():
+            return folder
+    below = sorted(path.parent for path in run.glob(f"**/model/{WEIGHTS_FILE}")) if run.is_dir() else []
+    hint = "; models below it: " + ", ".join(str(path) for path in below[:20]) if below else ""
+    raise ValueError(f"{run} holds no trained model{hint}")
