@@ -1,0 +1,95 @@
+"""Decayed linear attention: lightning and RetNet (a fixed decay per head), simple GLA (one that depends on the token), plain linear attention (none).
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+Letters: B batch, T tokens, H heads, K key width, V value width, S sequences (B of them, or those packed by `cu_seqlens`).
+"""
+
+import torch
+
+from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
+from triton_kernels.decayed_linear_attention_torch import decayed_linear_attention_torch
+
+OP = "decayed_linear_attention"
+
+
+def decayed_linear_attention(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    *,
+    scale: float = 1.0,
+    initial_state_BHKV: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunked linear attention with a scalar decay per head, current token included, no denominator.
+
+    q, k [B, T, H, K] and v [B, T, H, V] in one dtype. `log_decay` (nats per token, <= 0 and finite) is None for no decay, [H] for a fixed decay per
+    head, [B, T, H] for one per token. `cu_seqlens` (int64 [S+1], with B = 1) packs S sequences, empty ones allowed; the states are then
+    [S, H, K, V]. The state before the first token is zero unless given. Returns o [B, T, H, V] in v's dtype and the final state in fp32
+    (fp64 for fp64 inputs); gradients flow to every tensor, states included.
+
+    Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2401.04658 (lightning), 2307.08621 (RetNet), 2312.06635 (GLA).
+    """
+    check_shape(OP, "q_BTHK", q_BTHK, {"B": None, "T": None, "H": None, "K": None})
+    batch, tokens, heads, key_width = q_BTHK.shape
+    check_shape(OP, "k_BTHK", k_BTHK, {"B": batch, "T": tokens, "H": heads, "K": key_width})
+    check_shape(OP, "v_BTHV", v_BTHV, {"B": batch, "T": tokens, "H": heads, "V": None})
+    check_dtype(OP, {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV})
+    check_cu_seqlens(OP, cu_seqlens, batch, tokens)
+    if chunk_size < 1:
+        raise ValueError(f"{OP}: chunk_size={chunk_size}, must be at least 1")
+    n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    check_backend(backend, q_BTHK)
+    return decayed_linear_attention_torch(
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        token_log_decay(log_decay, q_BTHK),
+        initial_state(initial_state_BHKV, n_states, q_BTHK, v_BTHV),
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+    )
+
+
+def decayed_linear_attention_step(
+    q_BHK: torch.Tensor, k_BHK: torch.Tensor, v_BHV: torch.Tensor, log_decay: torch.Tensor | None, state_BHKV: torch.Tensor, *, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token of `decayed_linear_attention`: q, k [B, H, K], v [B, H, V], log_decay None, [H] or [B, H]. Returns o [B, H, V] in v's dtype and the
+    new state [B, H, K, V] in the state's dtype (fp32)."""
+    check_shape(OP, "q_BHK", q_BHK, {"B": None, "H": None, "K": None})
+    batch, heads, key_width = q_BHK.shape
+    check_shape(OP, "k_BHK", k_BHK, {"B": batch, "H": heads, "K": key_width})
+    check_shape(OP, "v_BHV", v_BHV, {"B": batch, "H": heads, "V": None})
+    check_shape(OP, "state_BHKV", state_BHKV, {"B": batch, "H": heads, "K": key_width, "V": v_BHV.shape[-1]})
+    check_dtype(OP, {"q_BHK": q_BHK, "k_BHK": k_BHK, "v_BHV": v_BHV})
+    state = state_BHKV
+    if log_decay is not None:
+        check_shape(OP, "log_decay", log_decay, {"H": heads} if log_decay.dim() == 1 else {"B": batch, "H": heads})
+        state = state * log_decay.to(state.dtype).exp()[..., None, None]
+    state = state + k_BHK.to(state.dtype)[..., :, None] * v_BHV.to(state.dtype)[..., None, :]
+    out_BHV = (q_BHK.to(state.dtype)[..., None, :] @ state).squeeze(-2) * scale
+    return out_BHV.to(v_BHV.dtype), state
+
+
+def token_log_decay(log_decay: torch.Tensor | None, q_BTHK: torch.Tensor) -> torch.Tensor:
+    """Any legal log_decay as [B, T, H]."""
+    batch, tokens, heads, _ = q_BTHK.shape
+    if log_decay is None:
+        return q_BTHK.new_zeros((), dtype=torch.float32).expand(batch, tokens, heads)
+    check_shape(OP, "log_decay", log_decay, {"H": heads} if log_decay.dim() == 1 else {"B": batch, "T": tokens, "H": heads})
+    return log_decay.expand(batch, tokens, heads)
+
+
+def initial_state(state_BHKV: torch.Tensor | None, n_states: int, q_BTHK: torch.Tensor, v_BTHV: torch.Tensor) -> torch.Tensor:
+    """The given initial state in the state's dtype, or zeros."""
+    heads, key_width, value_width = q_BTHK.shape[2], q_BTHK.shape[3], v_BTHV.shape[3]
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    if state_BHKV is None:
+        return q_BTHK.new_zeros(n_states, heads, key_width, value_width, dtype=dtype)
+    check_shape(OP, "initial_state_BHKV", state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": value_width})
+    return state_BHKV.to(dtype)

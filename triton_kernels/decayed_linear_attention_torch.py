@@ -1,0 +1,124 @@
+"""Decayed linear attention in torch: the chunked form used on a CPU and as the kernels' reference, and the recurrence that defines both.
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
+
+Lightning attention (arXiv 2401.04658) and RetNet (2307.08621) fix g per head, simple GLA (2312.06635, scalar gate) makes it depend on the token.
+With c the inclusive cumulative log-decay of a chunk, D_ij = e^{c_i - c_j} for i >= j (else 0) and S the state at the chunk's start,
+
+    O = (e^c . Q) S + (Q K^T . D) V          S' = e^{c_C} S + (e^{c_C - c} . K)^T V
+
+Letters: B batch, T tokens, H heads, K key width, V value width, N chunks, C chunk length, S sequences.
+"""
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from triton_kernels.chunk import ChunkLayout, chunk_layout, scan_states
+
+
+class ChunkedAttention(torch.autograd.Function):
+    """The chunked form with its backward written out: autograd would keep a [C, C] matrix per product and a graph node per chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g_BNHC: torch.Tensor, initial_SHKV: torch.Tensor, layout: ChunkLayout):
+        """q, k [B, N, H, C, K] (q scaled), v [B, N, H, C, V], log-decay g and the state in fp32 (fp64 for fp64 inputs)."""
+        decay = chunk_decays(g_BNHC)
+        scores = (q @ k.mT).mul_(decay.within.to(q.dtype))
+        update = ((k * decay.to_end.to(k.dtype)).mT @ v).to(initial_SHKV.dtype)
+        states, final = scan_states(decay.whole, update, initial_SHKV, layout)
+        out = (scores @ v).add_((q * decay.from_start.to(q.dtype)) @ states.to(q.dtype))
+        ctx.save_for_backward(q, k, v, g_BNHC, states)
+        ctx.layout = layout
+        return out, final
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor, dfinal: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, g_BNHC, states = ctx.saved_tensors
+        decay = chunk_decays(g_BNHC)
+        within, from_start, to_end = decay.within.to(q.dtype), decay.from_start.to(q.dtype), decay.to_end.to(q.dtype)
+        dupdate = ((q * from_start).mT @ dout).to(states.dtype)
+        dstates, dinitial = scan_states(decay.whole, dupdate, dfinal, ctx.layout, reverse=True)
+        dstates_low = dstates.to(q.dtype)
+        scores = (q @ k.mT).mul_(within)
+        dscores = (dout @ v.mT).mul_(within)
+        dv = (scores.mT @ dout).add_((k * to_end) @ dstates_low)
+        dq = (dscores @ k).add_((dout @ states.to(q.dtype).mT).mul_(from_start))
+        dk_state = (v @ dstates_low.mT).mul_(to_end)
+        dk = (dscores.mT @ q).add_(dk_state)
+        dg = None
+        if ctx.needs_input_grad[3]:
+            dc = row_dot(q, dq) - row_dot(k, dk)
+            whole_BNH = decay.whole.squeeze(-1)
+            dc[..., -1] += whole_BNH * (states * dstates).sum((-1, -2)) + row_dot(k, dk_state).sum(-1)
+            dg = dc.flip(-1).cumsum(-1).flip(-1).to(g_BNHC.dtype)
+        return dq, dk, dv, dg, dinitial, None
+
+
+class ChunkDecays(NamedTuple):
+    """The four decays of each chunk, all of them <= 1."""
+
+    within: torch.Tensor  # [B, N, H, C, C]
+    from_start: torch.Tensor  # [B, N, H, C, 1]
+    to_end: torch.Tensor  # [B, N, H, C, 1]
+    whole: torch.Tensor  # [B, N, H, 1]
+
+
+def chunk_decays(g_BNHC: torch.Tensor) -> ChunkDecays:
+    """Differences of cumulative sums, masked before the exponential so that nothing overflows."""
+    c_BNHC = g_BNHC.cumsum(-1)
+    future_CC = torch.ones(g_BNHC.shape[-1], g_BNHC.shape[-1], dtype=torch.bool, device=g_BNHC.device).triu(1)
+    difference = c_BNHC[..., :, None] - c_BNHC[..., None, :]
+    return ChunkDecays(
+        within=difference.masked_fill_(future_CC, -torch.inf).exp_(),
+        from_start=c_BNHC.exp()[..., None],
+        to_end=(c_BNHC[..., -1:] - c_BNHC).exp()[..., None],
+        whole=c_BNHC[..., -1:].exp(),
+    )
+
+
+def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner product over the last axis, accumulated in fp32 at least."""
+    return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(-1)
+
+
+def decayed_linear_attention_torch(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    log_decay_BTH: torch.Tensor,
+    initial_SHKV: torch.Tensor,
+    *,
+    scale: float,
+    cu_seqlens: torch.Tensor | None,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunked reference; the arguments are those of `decayed_linear_attention`, checked and filled in by it."""
+    layout = chunk_layout(q_BTHK.shape[1], chunk_size, cu_seqlens)
+    q, k, v = (layout.to_chunks(x) for x in (q_BTHK * scale, k_BTHK, v_BTHV))
+    g_BNHC = layout.to_chunks(log_decay_BTH[..., None]).squeeze(-1).to(initial_SHKV.dtype)
+    out, final_SHKV = ChunkedAttention.apply(q, k, v, g_BNHC, initial_SHKV, layout)  # pyright: ignore[reportGeneralTypeIssues]
+    return layout.from_chunks(out), final_SHKV
+
+
+def decayed_linear_attention_recurrence(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    log_decay_BTH: torch.Tensor,
+    initial_SHKV: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, token by token in the dtype given (fp64 in tests): what every other form is checked against."""
+    offsets = [0, q_BTHK.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, finals = [torch.zeros_like(v_BTHV[:, :0])], []
+    for sequence, (first, last) in enumerate(pairwise(offsets)):
+        state = initial_SHKV if cu_seqlens is None else initial_SHKV[sequence : sequence + 1]
+        for t in range(first, last):
+            state = log_decay_BTH[:, t, :, None, None].exp() * state + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
+            outputs.append((scale * q_BTHK[:, t, :, None, :] @ state).transpose(1, 2))
+        finals.append(state)
+    return torch.cat(outputs, 1), torch.cat(finals)
