@@ -123,12 +123,11 @@ def kv_bytes(config: ModelConfig, length: int) -> int:
 
 def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float:
     """Bytes one decode step has to read for one sequence: active weights in `config.dtype`, the embedding row and the cache."""
-    element = getattr(torch, config.dtype).itemsize
+    dtype = getattr(torch, config.dtype)
     cost = model_cost(config, length=max(length, 1), mean_experts=mean_experts)
-    shared_reads = sum(
-        cache_bytes(config.attention, config.plan, length, dtype=getattr(torch, config.dtype))[config.plan.source[layer]] for layer in range(config.n_layers)
-    )
-    return element * (cost.active_parameters + config.d_model) + shared_reads
+    per_layer = cache_bytes(config.attention, config.plan, length, dtype=dtype)
+    # A layer that shares another's keys and values owns no bytes but reads the owner's.
+    return dtype.itemsize * (cost.active_parameters + config.d_model) + sum(per_layer[owner] for owner in config.plan.source)
 
 
 @functools.lru_cache(maxsize=64)

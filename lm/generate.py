@@ -56,7 +56,9 @@ class GeneratedToken:
 
 
 @torch.no_grad()
-def generate(model: LanguageModel, prompt: Sequence[int], *, max_new_tokens: int, sampling: SamplingConfig, stop: int | None = None) -> Iterator[GeneratedToken]:
+def generate(
+    model: LanguageModel, prompt: Sequence[int], *, max_new_tokens: int, sampling: SamplingConfig, stop: int | None = None
+) -> Iterator[GeneratedToken]:
     """Streams tokens that follow `prompt`; ends before the token `stop` (the document boundary) or after `max_new_tokens`.
 
     Raises:

@@ -36,9 +36,10 @@ def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> Languag
         stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): the file is damaged, export the run again") from error
-    expected = model.state_dict()
-    wrong = [name for name in sorted(expected.keys() | stored.keys()) if name not in stored or name not in expected or stored[name].shape != expected[name].shape]
-    if wrong:
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if shapes != expected:
+        wrong = [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
         raise ValueError(f"{folder}: weights and config disagree on {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
     model.load_state_dict(stored)
     return model.to(device).eval()

@@ -45,5 +45,7 @@ def test_packages_resolve_in_the_checkout(package):
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_files_stay_readable(package):
-    too_long = [f"{path.relative_to(ROOT)}: {lines} lines" for path in sorted((ROOT / package).rglob("*.py")) if (lines := path.read_text().count("\n")) > 300]
+    too_long = [
+        f"{path.relative_to(ROOT)}: {lines} lines" for path in sorted((ROOT / package).rglob("*.py")) if (lines := path.read_text().count("\n")) > 300
+    ]
     assert not too_long, f"files hold one idea in at most 300 lines: {too_long}"

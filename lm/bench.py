@@ -1,0 +1,128 @@
+"""`python -m lm bench`: training, prefill and decode speed, as tokens per second and as a share of this machine's dense matmul speed.
+
+Legend: B batch, T tokens.
+"""
+
+import csv
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lm.accounting import decode_bytes, model_cost
+from lm.config import ModelConfig
+from lm.generate import SamplingConfig, generate
+from lm.model import LanguageModel, token_losses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to time.
+
+    Attributes:
+        model: the network; sizes by option, e.g. `--model.d-model 256`.
+        batch_size, length: sequences and tokens per training step and prefill.
+        decode_tokens: tokens decoded after a prompt of `length` tokens.
+        repeats: timed repetitions after 2 warm-ups; medians are printed.
+        threads: CPU threads; 0 keeps torch's choice.
+        csv: also write the rows there.
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    batch_size: int = 16
+    length: int = 256
+    decode_tokens: int = 64
+    repeats: int = 7
+    threads: int = 0
+    csv: Path | None = None
+
+
+def bench(config: BenchConfig) -> list[dict[str, str]]:
+    """Times the parts and prints the table; returns its rows."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ceiling = matmul_speed(config.model.dtype, device)
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {config.model.dtype}; dense matmul {ceiling / 1e9:.0f} GFLOP/s")
+
+    model = LanguageModel(config.model).init_weights(seed=0).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    tokens_BT = torch.randint(config.model.vocab_size, (config.batch_size, config.length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    experts: list[float] = []
+
+    def train_step() -> None:
+        model.begin_step(0, 0)
+        output = model(tokens_BT[:, :-1])
+        loss = token_losses(output.logits_BTV, tokens_BT[:, 1:]).mean() + output.routing_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.after_step()
+        experts[:] = [routing.assignments.token_N.shape[0] / tokens_BT[:, 1:].numel() for routing in output.routings]
+
+    @torch.no_grad()
+    def prefill() -> None:
+        model(tokens_BT[:, :-1])
+
+    n_tokens = config.batch_size * config.length
+    seconds = median_seconds(train_step, config.repeats, device)
+    cost = model_cost(config.model, length=config.length, mean_experts=tuple(experts))
+    rows = [_row("training", n_tokens / seconds, cost.training_flops, ceiling)]
+    model.eval()
+    rows.append(_row("prefill", n_tokens / median_seconds(prefill, config.repeats, device), cost.forward_flops, ceiling))
+    steps = list(generate(model, tokens_BT[0, : config.length].tolist(), max_new_tokens=config.decode_tokens, sampling=SamplingConfig()))
+    # The first step is the prefill of the prompt; the second still warms up.
+    seconds = statistics.median(step.seconds for step in steps[2:])
+    rows.append(_row("decode, 1 sequence", 1 / seconds, cost.forward_flops, ceiling))
+    mean_experts = sum(sum(step.experts) for step in steps) / (len(steps) * config.model.n_layers)
+    read = decode_bytes(config.model, config.length, mean_experts)
+    print(f"{'':20} {'tokens/s':>10} {'GFLOP/token':>12} {'GFLOP/s':>9} {'of dense':>9}")
+    for row in rows:
+        print(f"{row['part']:20} {row['tokens_per_second']:>10} {row['gflop_per_token']:>12} {row['gflop_per_second']:>9} {row['share_of_dense']:>9}")
+    print(
+        f"a decode step reads {read / 1e6:.2f} MB ({read / seconds / 1e9:.2f} GB/s); the experts against dense products of the same FLOPs: python -m moe bench"
+    )
+    if config.csv:
+        config.csv.parent.mkdir(parents=True, exist_ok=True)
+        with config.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return rows
+
+
+def matmul_speed(dtype: str, device: str) -> float:
+    """FLOP/s of a large dense product of this dtype: the ceiling that shares are taken of."""
+    m, k, n = (8192, 8192, 8192) if device == "cuda" else (2048, 1024, 2048)
+    a = torch.randn(m, k, dtype=getattr(torch, dtype), device=device)
+    b = torch.randn(k, n, dtype=getattr(torch, dtype), device=device)
+    return 2 * m * k * n / median_seconds(lambda: a @ b, 9, device)
+
+
+def median_seconds(run: Callable[[], object], repeats: int, device: str) -> float:
+    """Median wall-clock seconds of `run` after two warm-up calls."""
+    times = []
+    for index in range(repeats + 2):
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if index >= 2:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _row(part: str, tokens_per_second: float, flops_per_token: float, ceiling: float) -> dict[str, str]:
+    achieved = tokens_per_second * flops_per_token
+    return {
+        "part": part,
+        "tokens_per_second": f"{tokens_per_second:.0f}",
+        "gflop_per_token": f"{flops_per_token / 1e9:.4f}",
+        "gflop_per_second": f"{achieved / 1e9:.1f}",
+        "share_of_dense": f"{achieved / ceiling:.1%}",
+    }
