@@ -84,9 +84,8 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     print(f"{'':20} {'tokens/s':>10} {'GFLOP/token':>12} {'GFLOP/s':>9} {'of dense':>9}")
     for row in rows:
         print(f"{row['part']:20} {row['tokens_per_second']:>10} {row['gflop_per_token']:>12} {row['gflop_per_second']:>9} {row['share_of_dense']:>9}")
-    print(
-        f"a decode step reads {read / 1e6:.2f} MB ({read / seconds / 1e9:.2f} GB/s); the experts against dense products of the same FLOPs: python -m moe bench"
-    )
+    print(f"a decode step reads {read / 1e6:.2f} MB ({read / seconds / 1e9:.2f} GB/s)")
+    print("the experts alone, against dense products of the same FLOPs: python -m moe bench")
     if config.csv:
         config.csv.parent.mkdir(parents=True, exist_ok=True)
         with config.csv.open("w", newline="") as file:

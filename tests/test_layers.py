@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED: dict[str, set[str]] = {"triton_kernels": set(), "corpus": set()}
 ALLOWED["attention"] = ALLOWED["routing"] = {"triton_kernels"}
 ALLOWED["moe"] = {"triton_kernels", "routing"}
-ALLOWED["lm"] = {"triton_kernels", "attention", "routing", "moe"}
-ALLOWED["staged_training"] = ALLOWED["lm"] | {"lm", "corpus"}
+# `lm` reads `corpus` for one thing: text in and out of `python -m lm generate` goes through the tokenizer.
+ALLOWED["lm"] = {"triton_kernels", "attention", "routing", "moe", "corpus"}
+ALLOWED["staged_training"] = ALLOWED["lm"] | {"lm"}
 ALLOWED["ablations"] = ALLOWED["staged_training"] | {"staged_training"}
 ALLOWED["demos"] = ALLOWED["ablations"] | {"ablations"}
 
@@ -45,7 +46,6 @@ def test_packages_resolve_in_the_checkout(package):
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_files_stay_readable(package):
-    too_long = [
-        f"{path.relative_to(ROOT)}: {lines} lines" for path in sorted((ROOT / package).rglob("*.py")) if (lines := path.read_text().count("\n")) > 300
-    ]
+    lengths = {path.relative_to(ROOT): path.read_text().count("\n") for path in sorted((ROOT / package).rglob("*.py"))}
+    too_long = {str(path): lines for path, lines in lengths.items() if lines > 300}
     assert not too_long, f"files hold one idea in at most 300 lines: {too_long}"
