@@ -106,7 +106,8 @@ def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
         # The first `window` tokens see 1, 2, ... keys, the others `window` of them.
         mean_keys = (window * (window + 1) / 2 + (length - window) * window) / length
         return attention.n_heads * mean_keys * 4 * attention.head_dim
-    heads, key, value, chunk = attention.linear_heads, attention.linear_key_dim, attention.linear_value_dim, min(attention.chunk_size, length)
+    heads, key, value = attention.linear_shape
+    chunk = min(attention.chunk_size, length)
     state = 4 * key * value
     if letter == "L":
         return heads * (state + 2 * chunk * (key + value))
