@@ -119,16 +119,16 @@ def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
 
 def kv_bytes(config: ModelConfig, length: int) -> int:
     """Bytes of the whole cache of one sequence after `length` tokens: keys and values, ring buffers, linear states, convolution tails."""
-    return sum(cache_bytes(config.attention, config.plan, length, dtype=getattr(torch, config.dtype)))
+    return sum(cache_bytes(config.attention, config.plan, length, element_size=getattr(torch, config.dtype).itemsize))
 
 
 def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float:
     """Bytes one decode step has to read for one sequence: active weights in `config.dtype`, the embedding row and the cache."""
-    dtype = getattr(torch, config.dtype)
-    cost = model_cost(config, length=max(length, 1), mean_experts=mean_experts)
-    per_layer = cache_bytes(config.attention, config.plan, length, dtype=dtype)
+    element_size = getattr(torch, config.dtype).itemsize
+    cost = model_cost(config, length=length, mean_experts=mean_experts)
+    per_layer = cache_bytes(config.attention, config.plan, length, element_size=element_size)
     # A layer that shares another's keys and values owns no bytes but reads the owner's.
-    return dtype.itemsize * (cost.active_parameters + config.d_model) + sum(per_layer[owner] for owner in config.plan.source)
+    return element_size * (cost.active_parameters + config.d_model) + sum(per_layer[owner] for owner in config.plan.source)
 
 
 @functools.lru_cache(maxsize=64)

@@ -46,7 +46,7 @@ class GeneratedToken:
         token: id.
         experts: per block, experts used by the position that predicted this token: the work that went into choosing it.
         seconds: of the forward pass behind it; the first one is the prefill of the whole prompt.
-        cache_bytes: of the cache after that pass.
+        cache_bytes: of the cache, which is allocated once for the whole generation.
     """
 
     token: int
@@ -71,7 +71,8 @@ def generate(
         raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary [0, {vocab})")
     device = model.embedding_VD.device
     generator = torch.Generator().manual_seed(sampling.seed)
-    cache = model.new_cache(1, len(prompt) + max_new_tokens)
+    # The last token drawn is never fed back.
+    cache = model.new_cache(1, max(len(prompt) + max_new_tokens - 1, 1))
     inputs_BT = torch.tensor([list(prompt)], device=device)
     with evaluating(model):
         for _ in range(max_new_tokens):

@@ -1,0 +1,125 @@
+"""The model: cut anywhere it computes the same, it decodes as it trains, and its initial weights depend on the seed and the layer alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention.config import AttentionConfig
+from lm.config import ModelConfig
+from lm.model import IGNORED_TARGET, LanguageModel, token_losses
+from moe.config import MoEConfig
+
+TINY = ModelConfig(
+    vocab_size=61,
+    d_model=32,
+    n_layers=4,
+    attention=AttentionConfig(n_heads=2, n_kv_heads=1, head_dim=16, window=5, chunk_size=4),
+    moe=MoEConfig(n_experts=16, d_expert=16),
+)
+PLANS = ["F", "S", "L", "G", "FR", "Sr", "SSSFSSSR", "LLLF", "GGGF", "SLGF"]
+
+
+def tiny(plan: str = "F", **changes) -> ModelConfig:
+    return dataclasses.replace(TINY, layer_plan=plan, n_layers=max(4, len(plan)), **changes)
+
+
+def awake(config: ModelConfig, seed: int = 0) -> LanguageModel:
+    """A model whose zero-initialised head has been replaced, so that logits depend on everything below."""
+    model = LanguageModel(config).init_weights(seed)
+    torch.nn.init.normal_(model.head_VD, std=0.3, generator=torch.Generator().manual_seed(1))
+    return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(TINY.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_decoding_one_token_at_a_time_equals_the_full_forward(plan):
+    model = awake(tiny(plan))
+    tokens_BT = tokens(2, 19)
+    full_BTV = model(tokens_BT).logits_BTV
+    cache = model.new_cache(2, 19)
+    parts = [model(tokens_BT[:, :7], cache).logits_BTV, model(tokens_BT[:, 7:10], cache).logits_BTV]
+    parts += [model(tokens_BT[:, t : t + 1], cache).logits_BTV for t in range(10, 19)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full_BTV, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("boundary", [1, 2, 4])
+@torch.no_grad()
+def test_suffix_of_prefix_is_the_model(boundary):
+    model = awake(tiny("SLGF"))
+    tokens_BT = tokens(2, 11)
+    output = model.suffix(model.prefix(tokens_BT, boundary), boundary)
+    assert torch.equal(output.logits_BTV, model(tokens_BT).logits_BTV)
+    assert len(output.routings) == 4 - boundary
+
+
+@pytest.mark.parametrize("plan", ["F", "SLGF"])
+@torch.no_grad()
+def test_the_future_does_not_leak(plan):
+    model = awake(tiny(plan))
+    tokens_BT = tokens(1, 24)
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, 13:] = (changed_BT[:, 13:] + 1) % TINY.vocab_size
+    before, after = model(tokens_BT).logits_BTV, model(changed_BT).logits_BTV
+    # Other tokens share the experts' matrix products, whose blocking may change the last bit; nothing beyond that may differ.
+    torch.testing.assert_close(before[:, :13], after[:, :13], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(before[:, 13:], after[:, 13:], atol=1e-2)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), layer=st.integers(0, 3))
+def test_a_layers_initial_weights_depend_on_seed_and_layer_only(seed, layer):
+    one = LanguageModel(tiny("F")).init_weights(seed)
+    other = LanguageModel(tiny("SSSF")).init_weights(seed + 1)
+    other.init_weights(seed, layers=[layer])
+    for index in range(4):
+        same = torch.equal(one.blocks[index].moe.experts.w_down_EFD, other.blocks[index].moe.experts.w_down_EFD)
+        assert same == (index == layer)
+    assert not torch.equal(one.embedding_VD, other.embedding_VD)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_parameter_learns(plan):
+    model = awake(tiny(plan)).train()
+    model.begin_step(0, 0)
+    tokens_BT = tokens(4, 33)
+    output = model(tokens_BT[:, :-1])
+    (token_losses(output.logits_BTV, tokens_BT[:, 1:]).mean() + output.routing_loss).backward()
+    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    assert not silent
+
+
+def test_bf16_stays_close_to_fp32():
+    exact, rounded = awake(tiny("SLGF")), awake(tiny("SLGF", dtype="bfloat16"))
+    tokens_BT = tokens(2, 20)
+    with torch.no_grad():
+        losses = [token_losses(model(tokens_BT[:, :-1]).logits_BTV, tokens_BT[:, 1:]).mean() for model in (exact, rounded)]
+    assert rounded(tokens_BT).logits_BTV.dtype == torch.bfloat16
+    assert abs(losses[0] - losses[1]) < 0.05 * losses[0]
+
+
+def test_ignored_targets_cost_nothing():
+    logits_BTV = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(0))
+    losses_BT = token_losses(logits_BTV, torch.tensor([[2, IGNORED_TARGET, 4]]))
+    assert losses_BT[0, 1] == 0
+    torch.testing.assert_close(losses_BT[0, 0], -logits_BTV[0, 0].log_softmax(-1)[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"dtype": "float16"}, "dtype: 'float16'"), ({"n_layers": 0}, "n_layers: 0"), ({"layer_plan": "SXF"}, "'X'"), ({"layer_plan": "RF"}, "'R'")],
+)
+def test_bad_configs_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_tokens_must_be_a_batch():
+    with pytest.raises(ValueError, match=r"must be \[batch, tokens\]"):
+        LanguageModel(TINY)(torch.zeros(3, dtype=torch.int64))
