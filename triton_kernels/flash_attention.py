@@ -1,0 +1,76 @@
+"""Softmax attention with grouped K/V heads, causal or not, optionally in a sliding window, with sink logits and packed sequences.
+
+    s_ij = scale * <q_i, k_j>;  o_i = sum_j e^{s_ij} v_j / (sum_j e^{s_ij} + e^{sink_h})
+
+Sources: FlashAttention-2 (arXiv 2307.08691) for the tiling, the sink logit as in gpt-oss (arXiv 2508.10925): one more logit per head in the
+denominator, with no value, so that a head may attend to nothing.
+
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, N1 sequences + 1.
+"""
+
+from torch import Tensor
+
+from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
+from triton_kernels.flash_attention_torch import flash_attention_torch
+
+OP = "flash_attention"
+
+
+def flash_attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every query over the keys it may see.
+
+    Args:
+        q_BTHK: queries. The last query is aligned with the last key, so query t stands at position S - T + t.
+        k_BSGK, v_BSGV: keys and values; query head h reads head h // (H // G).
+        causal: a query sees the keys up to its own position; then S >= T.
+        window: how many keys a query sees, itself included (causal only); None for all.
+        scale: of the logits; K^-0.5 by default.
+        sinks_H: one logit per query head that joins the softmax's denominator.
+        cu_seqlens: int64 [N + 1] from 0 to T: B = 1 holds N sequences end to end (empty ones included) that do not see each other; T == S.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        o_BTHV in the dtype of q. Raises ValueError for shapes, dtypes and options that do not fit.
+    """
+    check_attention_arguments(q_BTHK, k_BSGK, v_BSGV, causal, window, sinks_H, cu_seqlens)
+    scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    if check_backend(backend, q_BTHK) == "torch":
+        return flash_attention_torch(q_BTHK, k_BSGK, v_BSGV, causal, window, scale, sinks_H, cu_seqlens)
+    # Imported here because machines without Triton (macOS) still have the torch backend.
+    from triton_kernels.flash_attention_triton import flash_attention_triton
+
+    return flash_attention_triton(q_BTHK, k_BSGK, v_BSGV, causal, window, scale, sinks_H, cu_seqlens)
+
+
+def check_attention_arguments(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, causal: bool, window: int | None, sinks_H: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Raises ValueError, naming the argument, its value and what is legal."""
+    check_shape(OP, "q_BTHK", q_BTHK, {"B": None, "T": None, "H": None, "K": None})
+    B, T, H, K = q_BTHK.shape
+    check_shape(OP, "k_BSGK", k_BSGK, {"B": B, "S": None, "G": None, "K": K})
+    S, G = k_BSGK.shape[1:3]
+    check_shape(OP, "v_BSGV", v_BSGV, {"B": B, "S": S, "G": G, "V": None})
+    check_dtype(OP, {"q_BTHK": q_BTHK, "k_BSGK": k_BSGK, "v_BSGV": v_BSGV})
+    if G == 0 or H % G != 0:
+        raise ValueError(f"{OP}: q_BTHK has H={H} heads and k_BSGK G={G}; H must be a multiple of G")
+    if causal and T > S:
+        raise ValueError(f"{OP}: causal with T={T} queries and S={S} keys; there must be at least as many keys as queries")
+    if window is not None and not (causal and window >= 1):
+        raise ValueError(f"{OP}: window={window} with causal={causal}; legal are None, or at least 1 (the query itself) in causal attention")
+    if sinks_H is not None:
+        check_shape(OP, "sinks_H", sinks_H, {"H": H})
+    check_cu_seqlens(OP, cu_seqlens, B, T)
+    if cu_seqlens is not None and T != S:
+        raise ValueError(f"{OP}: cu_seqlens with T={T} queries and S={S} keys; they must be as many, every sequence attends to itself")

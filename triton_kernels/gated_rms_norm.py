@@ -1,0 +1,39 @@
+"""RMS norm of the output of a linear-attention head, times an activated gate.
+
+    y = x * rsqrt(mean(x^2) + eps) * weight * act(gate),   act = silu (gated DeltaNet, arXiv 2412.06464) or sigmoid (lightning, arXiv 2401.04658)
+
+Legend: N rows (all dimensions but the last), D width of the norm.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_kernels.checks import check_backend, check_dtype, check_shape
+
+OP = "gated_rms_norm"
+ACTIVATIONS = ("silu", "sigmoid")
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str = "silu", backend: str = "auto") -> Tensor:
+    """RMSNorm over the last dimension of x, scaled by weight and by the activated gate.
+
+    x and gate have one shape [..., D] and one dtype, which is y's; weight [D] has any floating dtype. The statistics and products are fp32
+    (fp64 for fp64). Raises ValueError for shapes, dtypes and options that do not fit.
+    """
+    if x.dim() == 0:
+        raise ValueError(f"{OP}: x is a scalar, expected [..., D]")
+    check_shape(OP, "gate", gate, {f"axis {i}": size for i, size in enumerate(x.shape)})
+    check_shape(OP, "weight", weight, {"D": x.shape[-1]})
+    check_dtype(OP, {"x": x, "gate": gate})
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{OP}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
+    check_backend(backend, x)
+    return gated_rms_norm_torch(x, gate, weight, eps, activation)
+
+
+def gated_rms_norm_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    normed = F.rms_norm(x.to(accumulator), (x.shape[-1],), weight.to(accumulator), eps)
+    activated = F.silu(gate.to(accumulator)) if activation == "silu" else torch.sigmoid(gate.to(accumulator))
+    return (normed * activated).to(x.dtype)
