@@ -1,0 +1,86 @@
+"""The configuration shared by all attention layers of a model."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Heads, widths and options of the softmax layers (F, S, R, r) and the linear layers (L, G).
+
+    Attributes:
+        n_heads: query heads of a softmax layer.
+        n_kv_heads: key/value heads of a softmax layer; each serves n_heads / n_kv_heads query heads.
+        head_dim: width of a softmax layer's head.
+        window: how many tokens an S or r layer sees, the current one included.
+        rope_base: base of the rotary embedding's wavelengths.
+        rotary_fraction: share of head_dim that is rotated, from the front; 0 leaves positions out (NoPE).
+        qk_norm: RMSNorm of every query and key head before the rotary embedding.
+        output_gate: softmax layers multiply their output by sigmoid(x W_g) before the output projection.
+        sink_logits: one learnt logit per query head in the softmax's denominator, so that a head may attend to nothing.
+        linear_heads: heads of a linear layer; n_heads by default.
+        linear_key_dim: key width of a linear layer's head; head_dim by default.
+        linear_value_dim: value width of a linear layer's head; head_dim by default.
+        conv_width: taps of the short convolution before a G layer's delta rule, 2 to 4.
+        chunk_size: tokens per chunk of the linear layers' chunked form, a power of two; changes speed, not results.
+        norm_eps: added to the mean square in every RMSNorm.
+
+    Raises:
+        ValueError: for values that do not fit together, naming the field, its value and what is legal.
+    """
+
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 32
+    window: int = 128
+    rope_base: float = 10_000.0
+    rotary_fraction: float = 1.0
+    qk_norm: bool = True
+    output_gate: bool = False
+    sink_logits: bool = False
+    linear_heads: int | None = None
+    linear_key_dim: int | None = None
+    linear_value_dim: int | None = None
+    conv_width: int = 4
+    chunk_size: int = 64
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        at_least_one = ["n_heads", "n_kv_heads", "head_dim", "window", "chunk_size"]
+        at_least_one += [name for name in ("linear_heads", "linear_key_dim", "linear_value_dim") if getattr(self, name) is not None]
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: at least 1")
+        if not 2 <= self.conv_width <= 4:
+            raise ValueError(f"AttentionConfig.conv_width: {self.conv_width}; legal: 2, 3 or 4")
+        if self.chunk_size & (self.chunk_size - 1) != 0:
+            raise ValueError(f"AttentionConfig.chunk_size: {self.chunk_size}; legal: a power of two")
+        if self.n_heads % self.n_kv_heads != 0:
+            raise ValueError(f"AttentionConfig.n_kv_heads: {self.n_kv_heads}; legal: a divisor of n_heads={self.n_heads}")
+        if not 0 <= self.rotary_fraction <= 1:
+            raise ValueError(f"AttentionConfig.rotary_fraction: {self.rotary_fraction}; legal: from 0 (no positions) to 1 (the whole head)")
+        if self.head_dim % 2 != 0:
+            raise ValueError(f"AttentionConfig.head_dim: {self.head_dim}; legal: even, because the rotary embedding turns pairs")
+        rotated = self.rotary_fraction * self.head_dim
+        if rotated % 2 != 0:
+            raise ValueError(
+                f"AttentionConfig.rotary_fraction: {self.rotary_fraction} of head_dim={self.head_dim} is {rotated:g} channels; legal: an even number of them"
+            )
+        for name in ("rope_base", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that the rotary embedding turns."""
+        return int(self.rotary_fraction * self.head_dim)
+
+    @property
+    def linear_shape(self) -> tuple[int, int, int]:
+        """Heads, key width and value width of a linear layer."""
+        return self.linear_heads or self.n_heads, self.linear_key_dim or self.head_dim, self.linear_value_dim or self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of a G layer's short convolution: queries, keys and values of all heads side by side."""
+        H, K, V = self.linear_shape
+        return H * (2 * K + V)

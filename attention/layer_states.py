@@ -1,0 +1,210 @@
+"""What one layer remembers of the tokens it has seen: the entries of a `HybridCache`.
+
+Every state is allocated once, at its full size, so that its bytes are known before the first token and do not move afterwards. States hold no
+gradients: what is stored is detached, because a cache is for inference.
+
+Legend: B batch, T tokens, S keys, G key/value heads, H linear heads, K key width, V value width, C capacity in tokens, X convolution channels,
+W convolution width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class KV(NamedTuple):
+    """Keys and values in order of position, the newest last; what an F or S layer hands to the layers that reuse them."""
+
+    k_BSGK: Tensor
+    v_BSGV: Tensor
+
+
+class LayerState:
+    """Common part: counts tokens, reorders sequences, counts bytes. Subclasses keep their tensors in `tensors`.
+
+    Attributes:
+        length: tokens seen so far.
+        max_length: tokens the cache was made for.
+        tensors: everything held, batch first.
+    """
+
+    def __init__(self, max_length: int, **tensors: Tensor) -> None:
+        self.length = 0
+        self.max_length = max_length
+        self.tensors = tensors
+
+    @property
+    def batch_size(self) -> int:
+        return next(iter(self.tensors.values())).shape[0]
+
+    def nbytes(self) -> int:
+        """Bytes of memory held, used or not yet."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+
+    def reorder(self, index_B: Tensor) -> None:
+        """Sequence i becomes what sequence index_B[i] was; the batch takes the length of the index."""
+        self.tensors = {name: tensor.index_select(0, index_B) for name, tensor in self.tensors.items()}
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        """Why the tokens from `length` on cannot be forgotten, or None where they can."""
+        raise NotImplementedError
+
+    def crop(self, length: int) -> None:
+        """Forgets the tokens from `length` on.
+
+        Raises:
+            ValueError: where `length` is not between 0 and the tokens seen, or the state no longer holds what it needs for that.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"crop to {length} tokens of {self.length} seen; legal: from 0 to {self.length}")
+        if reason := self.refusal_to_crop(length):
+            raise ValueError(f"crop to {length} tokens of {self.length} seen: {reason}")
+        self.length = length
+
+    def _check(self, name: str, new: Tensor) -> None:
+        held = self.tensors[name]
+        if new.dtype != held.dtype or new.device != held.device:
+            raise ValueError(f"cache holds {name} as {held.dtype} on {held.device}, got {new.dtype} on {new.device}; legal: the same")
+
+
+class GrowingKV(LayerState):
+    """Keys and values of every token seen (F)."""
+
+    def __init__(self, batch_size: int, max_length: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        shape = (batch_size, max_length, *heads)
+        super().__init__(max_length, k=torch.empty(shape, dtype=dtype, device=device), v=torch.empty(shape, dtype=dtype, device=device))
+
+    def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
+        """Appends T tokens; returns the keys and values of all tokens so far, as views."""
+        end = self.length + k_BTGK.shape[1]
+        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
+            self._check(name, new)
+            self.tensors[name][:, self.length : end] = new.detach()
+        self.length = end
+        return KV(self.tensors["k"][:, :end], self.tensors["v"][:, :end])
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        return None
+
+
+class RingKV(LayerState):
+    """Keys and values of the last `window` tokens (S): the token at position p lies in slot p modulo the capacity."""
+
+    def __init__(
+        self, batch_size: int, max_length: int, window: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = min(window, max_length)
+        shape = (batch_size, self.capacity, n_kv_heads, head_dim)
+        super().__init__(max_length, k=torch.empty(shape, dtype=dtype, device=device), v=torch.empty(shape, dtype=dtype, device=device))
+
+    def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
+        """Adds T tokens; returns all keys and values that any of the T may see.
+
+        For a single token that is the ring itself, as a view. Its slots are rotated then, which attention of one query over keys that it sees
+        all of does not notice. Several tokens need their predecessors in order, and before they are overwritten: a copy.
+        """
+        T = k_BTGK.shape[1]
+        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
+            self._check(name, new)
+        held = min(self.length, self.capacity)
+        if T == 1:
+            self._write(k_BTGK, v_BTGV)
+            held = min(self.length, self.capacity)
+            return KV(self.tensors["k"][:, :held], self.tensors["v"][:, :held])
+        oldest = self.length % self.capacity if self.length > self.capacity else 0
+        seen = KV(
+            *(
+                torch.cat([ring[:, oldest:held], ring[:, :oldest], new], dim=1) if held else new
+                for ring, new in ((self.tensors["k"], k_BTGK), (self.tensors["v"], v_BTGV))
+            )
+        )
+        self._write(k_BTGK, v_BTGV)
+        return seen
+
+    def _write(self, k_BTGK: Tensor, v_BTGV: Tensor) -> None:
+        end = self.length + k_BTGK.shape[1]
+        kept = min(k_BTGK.shape[1], self.capacity)
+        slot = (end - kept) % self.capacity
+        before_wrap = min(kept, self.capacity - slot)
+        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
+            newest = new[:, new.shape[1] - kept :].detach()
+            self.tensors[name][:, slot : slot + before_wrap] = newest[:, :before_wrap]
+            self.tensors[name][:, : kept - before_wrap] = newest[:, before_wrap:]
+        self.length = end
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        if length in (0, self.length) or self.length <= self.capacity:
+            return None
+        return f"the ring buffer of {self.capacity} tokens has overwritten tokens that the window before token {length} needs"
+
+
+class RecurrentState(LayerState):
+    """The fp32 matrix per head of a linear layer (L, G), and the last W - 1 inputs of its short convolution where it has one (G)."""
+
+    def __init__(
+        self, batch_size: int, max_length: int, shape: tuple[int, int, int], conv: tuple[int, int] | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        tensors = {"state": torch.zeros((batch_size, *shape), dtype=torch.float32, device=device)}
+        if conv is not None:
+            channels, width = conv
+            tensors["tail"] = torch.zeros((batch_size, channels, width - 1), dtype=dtype, device=device)
+        super().__init__(max_length, **tensors)
+
+    @property
+    def state_BHKV(self) -> Tensor:
+        return self.tensors["state"]
+
+    @property
+    def tail_BXW(self) -> Tensor:
+        return self.tensors["tail"]
+
+    def update(self, n_tokens: int, state_BHKV: Tensor, tail_BXW: Tensor | None = None) -> None:
+        """Replaces the state by the one after `n_tokens` more tokens."""
+        self.tensors["state"].copy_(state_BHKV.detach())
+        if tail_BXW is not None:
+            self._check("tail", tail_BXW)
+            self.tensors["tail"].copy_(tail_BXW.detach())
+        self.length += n_tokens
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        if length == 0:
+            for tensor in self.tensors.values():
+                tensor.zero_()
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        if length in (0, self.length):
+            return None
+        return "a linear-attention state is a sum over all tokens seen and cannot forget some of them; start again from 0, or keep a copy"
+
+
+class Alias:
+    """The entry of a layer that reuses another's keys and values (R, r): holds nothing and follows its owner, which `reorder` and `crop` act on."""
+
+    def __init__(self, owner: GrowingKV | RingKV) -> None:
+        self.owner = owner
+
+    @property
+    def length(self) -> int:
+        return self.owner.length
+
+    @property
+    def max_length(self) -> int:
+        return self.owner.max_length
+
+    @property
+    def batch_size(self) -> int:
+        return self.owner.batch_size
+
+    def nbytes(self) -> int:
+        return 0
+
+    def reorder(self, index_B: Tensor) -> None:
+        pass
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        return None
+
+    def crop(self, length: int) -> None:
+        pass

@@ -1,0 +1,68 @@
+"""Lightning attention: linear attention with a fixed decay per head and layer (arXiv 2401.04658, as in MiniMax-01, arXiv 2501.08313).
+
+    S_t = e^{-s_h} S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t,  q, k, v = SiLU(x W),  y = W_o(sigmoid(x W_g) * RMSNorm(o))
+    s_h = (2^{-8/H})^{h+1} (1 - l / (L - 1 + 1e-5) + 1e-5)
+
+There is no denominator: the norm, over all heads together, takes the scale out. The current token is included.
+
+Legend: B batch, T tokens, D model width, H heads, K key width, V value width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from attention.config import AttentionConfig
+from attention.layer import AttentionLayer
+from attention.layer_states import KV, RecurrentState
+from attention.norm import RMSNorm
+from attention.projection import Projection
+from triton_kernels.decayed_linear_attention import decayed_linear_attention, decayed_linear_attention_step
+from triton_kernels.gated_rms_norm import gated_rms_norm
+
+
+def lightning_slopes(n_heads: int, layer_index: int, n_layers: int) -> Tensor:
+    """s_h of the formula above, fp32 [H]: head 0 forgets fastest, and layers forget more slowly the higher they are."""
+    head_H = torch.arange(1, n_heads + 1, dtype=torch.float64)
+    depth = 1 - layer_index / (n_layers - 1 + 1e-5) + 1e-5
+    return (2.0 ** (-8 / n_heads * head_H) * depth).float()
+
+
+class LightningAttention(AttentionLayer):
+    """L. Its memory is one K x V matrix per head, whatever the length."""
+
+    state_type = RecurrentState
+    log_decay_H: Tensor
+
+    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
+        super().__init__(letter, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
+        self.config = config
+        H, K, V = config.linear_shape
+        self.to_inner = Projection(d_model, 2 * H * (K + V))
+        self.to_out = Projection(H * V, d_model, gain=self.output_gain)
+        self.norm = RMSNorm(H * V, eps=config.norm_eps)
+        self.register_buffer("log_decay_H", -lightning_slopes(H, layer_index, n_layers), persistent=False)
+
+    def forward(self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+        self.check_call(x_BTD, start, state)
+        B, T, _ = x_BTD.shape
+        H, K, V = self.config.linear_shape
+        qkv, gate = self.to_inner(x_BTD).split([H * (2 * K + V), H * V], dim=-1)
+        q, k, v = functional.silu(qkv).split([H * K, H * K, H * V], dim=-1)
+        q_BTHK, k_BTHK, v_BTHV = q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, H, V)
+        if state is not None and T == 1:
+            o_BHV, last_BHKV = decayed_linear_attention_step(q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], self.log_decay_H, state.state_BHKV)
+            o_BTHV = o_BHV[:, None]
+        else:
+            o_BTHV, last_BHKV = decayed_linear_attention(
+                q_BTHK,
+                k_BTHK,
+                v_BTHV,
+                self.log_decay_H,
+                initial_state_BHKV=None if state is None else state.state_BHKV,
+                chunk_size=self.config.chunk_size,
+            )
+        if state is not None:
+            state.update(T, last_BHKV)
+        o_BTX = gated_rms_norm(o_BTHV.flatten(2), gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
+        return self.to_out(o_BTX), None

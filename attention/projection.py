@@ -1,0 +1,25 @@
+"""A linear map without bias whose fp32 weight is cast to the dtype of its input."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Projection(nn.Linear):
+    """y = x W^T in the dtype of x.
+
+    Args:
+        d_in, d_out: widths of input and output.
+        gain: the weights are normal with standard deviation gain / sqrt(d_in), so that a unit-variance input gives variance gain^2.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, gain: float = 1.0) -> None:
+        super().__init__(d_in, d_out, bias=False)
+        self.gain = gain
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Fresh weights from the generator."""
+        nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5, generator=generator)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight.to(input.dtype))
