@@ -55,9 +55,8 @@ class _Convolution(torch.autograd.Function):
         return y_BTD
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor):
-        (dy_BTD,) = gradients
+    def backward(ctx, *grad_outputs: Tensor):
+        (dy_BTD,) = grad_outputs
         x_BLD, weight_DW, bias_D = ctx.saved_tensors
         W = weight_DW.shape[1]
         weight_WD = _accumulated(weight_DW).T.contiguous()
