@@ -63,7 +63,7 @@ class AttentionConfig:
         rotated = self.rotary_fraction * self.head_dim
         if rotated % 2 != 0:
             raise ValueError(
-                f"AttentionConfig.rotary_fraction: {self.rotary_fraction} of head_dim={self.head_dim} is {rotated:g} channels; legal: an even number of them"
+                f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels of a head; legal: an even number of them"
             )
         for name in ("rope_base", "norm_eps"):
             if not getattr(self, name) > 0:

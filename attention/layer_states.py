@@ -91,11 +91,9 @@ class GrowingKV(LayerState):
 class RingKV(LayerState):
     """Keys and values of the last `window` tokens (S): the token at position p lies in slot p modulo the capacity."""
 
-    def __init__(
-        self, batch_size: int, max_length: int, window: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, batch_size: int, max_length: int, window: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
         self.capacity = min(window, max_length)
-        shape = (batch_size, self.capacity, n_kv_heads, head_dim)
+        shape = (batch_size, self.capacity, *heads)
         super().__init__(max_length, k=torch.empty(shape, dtype=dtype, device=device), v=torch.empty(shape, dtype=dtype, device=device))
 
     def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
@@ -107,20 +105,22 @@ class RingKV(LayerState):
         T = k_BTGK.shape[1]
         for name, new in (("k", k_BTGK), ("v", v_BTGV)):
             self._check(name, new)
-        held = min(self.length, self.capacity)
         if T == 1:
             self._write(k_BTGK, v_BTGV)
             held = min(self.length, self.capacity)
             return KV(self.tensors["k"][:, :held], self.tensors["v"][:, :held])
-        oldest = self.length % self.capacity if self.length > self.capacity else 0
-        seen = KV(
-            *(
-                torch.cat([ring[:, oldest:held], ring[:, :oldest], new], dim=1) if held else new
-                for ring, new in ((self.tensors["k"], k_BTGK), (self.tensors["v"], v_BTGV))
-            )
-        )
+        seen = KV(self._with_predecessors("k", k_BTGK), self._with_predecessors("v", v_BTGV))
         self._write(k_BTGK, v_BTGV)
         return seen
+
+    def _with_predecessors(self, name: str, new: Tensor) -> Tensor:
+        if self.length == 0:
+            return new
+        ring = self.tensors[name]
+        if self.length <= self.capacity:
+            return torch.cat([ring[:, : self.length], new], dim=1)
+        oldest = self.length % self.capacity
+        return torch.cat([ring[:, oldest:], ring[:, :oldest], new], dim=1)
 
     def _write(self, k_BTGK: Tensor, v_BTGV: Tensor) -> None:
         end = self.length + k_BTGK.shape[1]
