@@ -1,0 +1,69 @@
+"""`python -m corpus prepare` makes a tokenizer and packed tokens; `python -m corpus show` describes a prepared folder."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from corpus.compressors import xz_bits_per_byte
+from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
+
+
+def summary(prepared: PreparedCorpus) -> str:
+    """One grep-able line per fact, then one line per thing left out."""
+    manifest = prepared.manifest
+    source = ", ".join(manifest.config.data) or "Python standard library"
+    lines = [
+        f"folder            {prepared.folder}",
+        f"source            {source}",
+        f"content hash      {manifest.content_hash}",
+        f"tokenizer hash    {manifest.tokenizer_hash}",
+        f"vocabulary        {manifest.vocab_size}",
+    ]
+    for name, counts in (("train", manifest.train), ("valid", manifest.valid)):
+        lines.append(
+            f"{name:<17} {counts.documents:,} documents, {counts.bytes:,} bytes, {counts.tokens:,} tokens, "
+            f"{counts.bytes / counts.tokens:.3f} bytes per token"
+        )
+    lines += [
+        f"valid under xz -9 {xz_bits_per_byte(prepared.valid_text()):.4f} bits per byte",
+        f"duplicates        {manifest.duplicates_removed:,} removed",
+        f"skipped           {len(manifest.skipped):,}",
+    ]
+    return "\n".join([*lines, *(f"  {item.place}: {item.reason}" for item in manifest.skipped)])
+
+
+def prepare_command(config: tyro.conf.OmitArgPrefixes[CorpusConfig], root: str = "runs/corpus") -> None:
+    """Prepare a corpus, or find it prepared.
+
+    Args:
+        config: What to read and how.
+        root: Folder of prepared corpora; each gets a folder of its own in it, named by the hash of config and content.
+    """
+    print(summary(prepare(config, root)))
+
+
+def show_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
+    """Describe a prepared corpus.
+
+    Args:
+        folder: The folder that `prepare` printed.
+    """
+    print(summary(open_prepared(folder)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 for input that cannot be used, after one line that says why."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"prepare": prepare_command, "show": show_command}, prog="python -m corpus", description=__doc__, args=arguments
+        )
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

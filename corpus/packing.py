@@ -1,0 +1,152 @@
+"""Token streams on disk: plain little-endian binary shards and one JSON index, read by memory map.
+
+All documents of a split form one stream, each after its boundary token; a position in it is one integer, whatever the shards.
+
+    index.json                  format, dtype, counts, and size and SHA-256 of each file below
+    tokens_00000.bin ...        uint16, or uint32 where the vocabulary needs it
+    document_offsets.bin        int64, where each document's boundary token stands, and the length of the stream at the end
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+FORMAT = 1
+INDEX = "index.json"
+OFFSETS = "document_offsets.bin"
+OFFSETS_DTYPE = "<i8"
+
+
+def pack(folder: Path, documents: Iterable[tuple[Sequence[int], int]], *, vocab_size: int, boundary_id: int, shard_tokens: int) -> "PackedTokens":
+    """Write a stream of (ids without boundary, UTF-8 bytes of the text) into `folder`, which must not exist; a shard holds `shard_tokens` tokens.
+
+    The index is written last. For a folder that appears at once, complete and synced, see `corpus.atomic`.
+    """
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
+    folder.mkdir()
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    offsets, n_bytes = [0], 0
+    shards: list[dict[str, object]] = []
+    pending: list[np.ndarray] = []
+    n_pending = 0
+
+    def write_shards(*, final: bool) -> None:
+        nonlocal pending, n_pending
+        tokens = np.concatenate(pending)
+        while len(tokens) >= shard_tokens or (final and len(tokens)):
+            shards.append(_write(folder / f"tokens_{len(shards):05d}.bin", tokens[:shard_tokens]))
+            tokens = tokens[shard_tokens:]
+        pending, n_pending = [tokens], len(tokens)
+
+    for ids, n_document_bytes in documents:
+        array = np.array([boundary_id, *ids], dtype=np.int64)
+        assert 0 <= array.min() <= array.max() < vocab_size
+        pending.append(array.astype(dtype))
+        n_pending += len(array)
+        offsets.append(offsets[-1] + len(array))
+        n_bytes += n_document_bytes
+        if n_pending >= shard_tokens:
+            write_shards(final=False)
+    if len(offsets) == 1:
+        raise ValueError("no documents to pack")
+    write_shards(final=True)
+    index = {
+        "format": FORMAT,
+        "dtype": dtype,
+        "n_tokens": offsets[-1],
+        "n_documents": len(offsets) - 1,
+        "n_bytes": n_bytes,
+        "shards": shards,
+        "document_offsets": _write(folder / OFFSETS, np.array(offsets, dtype=OFFSETS_DTYPE)),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    return PackedTokens(folder)
+
+
+def _write(path: Path, array: np.ndarray) -> dict[str, object]:
+    data = array.tobytes()
+    path.write_bytes(data)
+    return {"file": path.name, "count": len(array), "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class ShardedTokens:
+    """The shards as one sequence: `len`, an index or a slice (step 1). A slice within one shard is a view of the memory map."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])
+        self.dtype = shards[0].dtype
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | int:
+        if not isinstance(index, slice):
+            position = range(len(self))[index]
+            return int(self._slice(position, position + 1)[0])
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a slice of packed tokens has step 1, got {step}")
+        return self._slice(start, max(start, stop))
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        first = max(int(np.searchsorted(self._starts, start, side="right")) - 1, 0)
+        parts: list[np.ndarray] = []
+        for shard, shard_start in zip(self._shards[first:], self._starts[first:]):
+            if shard_start >= stop:
+                break
+            parts.append(shard[start - shard_start if start > shard_start else 0 : stop - shard_start])
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+
+
+class PackedTokens:
+    """A packed stream, opened for reading.
+
+    `.tokens`: see `ShardedTokens`. `.document_offsets`: int64 [documents + 1], document d being tokens[offsets[d] : offsets[d + 1]], boundary first.
+    `.n_bytes`: UTF-8 bytes of all texts. Raises ValueError, naming the file, if one is missing or does not have its size.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index_path = self.folder / INDEX
+        try:
+            index = json.loads(index_path.read_text())
+            found = index["format"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{index_path}: no readable index of packed tokens here ({error})") from error
+        if found != FORMAT:
+            raise ValueError(f"{index_path}: format {found}, this version reads format {FORMAT}")
+        self._files = [*index["shards"], index["document_offsets"]]
+        for entry in self._files:
+            path = self.folder / entry["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != entry["size"]:
+                raise ValueError(f"{path}: {'missing' if size is None else f'{size} bytes'}, the index says {entry['size']} bytes")
+        self.tokens = ShardedTokens([np.memmap(self.folder / shard["file"], dtype=index["dtype"], mode="r") for shard in index["shards"]])
+        self.document_offsets: np.ndarray = np.memmap(self.folder / OFFSETS, dtype=OFFSETS_DTYPE, mode="r")
+        self.n_bytes: int = index["n_bytes"]
+        self.n_documents: int = index["n_documents"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) as a fresh int64 array. ValueError if they are not all there."""
+        if start < 0 or length < 1 or start + length > len(self):
+            raise ValueError(f"no window of {length} tokens at position {start}: the stream has {len(self)} tokens")
+        return np.array(self.tokens[start : start + length], dtype=np.int64)
+
+    def verify(self) -> None:
+        """Read every file and compare its SHA-256 with the index. ValueError naming the first that differs."""
+        for entry in self._files:
+            path = self.folder / entry["file"]
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry["sha256"]:
+                raise ValueError(f"{path}: content differs from its checksum; delete {self.folder} and prepare the corpus again")

@@ -1,0 +1,67 @@
+"""Where documents come from: the Python standard library of the running interpreter, or the user's own files and folders."""
+
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from corpus.readers import Document, Skipped, place_of, read_file, suffix_of
+
+# Installed packages are not the standard library; tests are mostly literals and near-copies of each other.
+EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+# The generated character tables in encodings/ all define one of these two names, and nothing written by hand there does.
+ENCODING_TABLE_NAMES = (b"decoding_table", b"decoding_map")
+
+
+def read_standard_library(root: Path | None = None) -> Iterator[Document | Skipped]:
+    """One document per .py file (docstrings included), sorted by path.
+
+    Left out: `EXCLUDED_FOLDERS`, the generated tables in encodings/, empty files. `root` defaults to the running interpreter's library.
+    """
+    root = root or Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in _walk(root, excluded_folders=EXCLUDED_FOLDERS) if path.suffix == ".py"]
+    if not paths:
+        raise ValueError(f"no .py file in {root}: this Python keeps its standard library elsewhere; give your own text with --data")
+    for path in paths:
+        if path.stat().st_size == 0 or _is_encoding_table(path):
+            continue
+        yield from read_file(path, text_field="", suffix=".txt")
+
+
+def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | Skipped]:
+    """Documents of files and folders, in the order given; a folder is walked in sorted order and gives its files of a known type.
+
+    Hidden files and folders are left out. `text_field`: the column or key that holds the text in .jsonl and .parquet.
+    Raises ValueError for a path that does not exist, a file of unknown type, or a folder with nothing to read, before anything is read.
+    """
+    paths: list[Path] = []
+    for name in data:
+        path = Path(name)
+        if path.is_dir():
+            found = [file for file in _walk(path) if suffix_of(file) is not None]
+            if not found:
+                raise ValueError(f"{place_of(path)}: no file of a known type in this folder")
+            paths += found
+        elif not path.exists():
+            raise ValueError(f"{place_of(path)}: no such file or folder")
+        else:
+            paths.append(path)
+    for path in paths:
+        yield from read_file(path, text_field=text_field)
+
+
+def _walk(root: Path, excluded_folders: frozenset[str] = frozenset()) -> list[Path]:
+    """Regular files below `root`, sorted by relative path; links to folders are not followed."""
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in excluded_folders and not name.startswith(".")]
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    # Opening a named pipe would block for ever.
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).parts)
+
+
+def _is_encoding_table(path: Path) -> bool:
+    if path.parent.name != "encodings":
+        return False
+    source = path.read_bytes()
+    return any(name in source for name in ENCODING_TABLE_NAMES)
