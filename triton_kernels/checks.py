@@ -11,7 +11,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def check_backend(backend: str, x: torch.Tensor) -> str:
-    """Resolve "auto": the Triton kernels on CUDA tensors, the torch reference everywhere else."""
+    """Resolve "auto": the Triton kernels on CUDA tensors, the torch reference everywhere else.
+
+    "triton" on CPU tensors is for Triton's interpreter and for the offline compiler; elsewhere Triton itself reports that it has no driver."""
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend={backend!r}: legal are 'auto', 'torch' and 'triton'")
     if backend == "auto":
