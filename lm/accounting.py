@@ -85,7 +85,7 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
     layers = []
     for index, (block, letter, mean) in enumerate(zip(model.blocks, config.plan.letters, means)):
         total = _count(block)
-        per_expert = _count(block.moe.experts) / config.moe.n_experts
+        per_expert = _count(block.moe.experts) / config.moe_of(index).n_experts
         active = total - _count(block.moe.experts) + mean * per_expert
         # Weights of two or more dimensions are products; norms and per-head constants are not.
         products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - _count(block.moe.experts) + mean * per_expert

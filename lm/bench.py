@@ -63,7 +63,7 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
         optimizer.step()
         optimizer.zero_grad()
         model.after_step()
-        experts[:] = [routing.assignments.token_N.shape[0] / tokens_BT[:, 1:].numel() for routing in output.routings]
+        experts[:] = [float(routing.statistics.mean_experts) for routing in output.routings]
 
     @torch.no_grad()
     def prefill() -> None:

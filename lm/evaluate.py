@@ -51,7 +51,8 @@ def evaluate(model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, 
         ValueError: when no target counts or `n_bytes` is not positive.
     """
     nats, tokens = 0.0, 0
-    histograms: list[Tensor] = [torch.zeros(model.config.moe.n_experts + 1, dtype=torch.int64) for _ in range(boundary, model.config.n_layers)]
+    layers = range(boundary, model.config.n_layers)
+    histograms = [torch.zeros(model.config.moe_of(layer).n_experts + 1, dtype=torch.int64) for layer in layers]
     with evaluating(model):
         for inputs, targets_BT in batches:
             output = model.suffix(inputs, boundary) if boundary else model(inputs)
@@ -60,7 +61,7 @@ def evaluate(model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, 
             counted_T = (targets_BT != IGNORED_TARGET).flatten()
             tokens += int(counted_T.sum())
             for histogram, routing in zip(histograms, output.routings):
-                used_T = routing.assignments.experts_per_token_T[counted_T]
+                used_T = routing.assignments.experts_per_token_T()[counted_T]
                 histogram += torch.bincount(used_T, minlength=len(histogram)).cpu()
     if tokens == 0 or n_bytes <= 0:
         raise ValueError(f"nothing to evaluate: {tokens} tokens, {n_bytes} bytes")

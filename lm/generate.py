@@ -83,7 +83,7 @@ def generate(
             token = sample(logits_V, sampling, generator)
             if token == stop:
                 return
-            experts = tuple(int(routing.assignments.experts_per_token_T[-1]) for routing in output.routings)
+            experts = tuple(int(routing.assignments.experts_per_token_T()[-1]) for routing in output.routings)
             yield GeneratedToken(token, experts, seconds, cache.nbytes())
             inputs_BT = torch.tensor([[token]], device=device)
 

@@ -44,16 +44,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
         letter = config.plan.letters[layer_index]
+        self.n_layers = config.n_layers
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = build_attention(letter, config.attention, d_model=config.d_model, layer_index=layer_index, n_layers=config.n_layers)
         self.moe_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.moe = MoE(config.moe, d_model=config.d_model, layer_index=layer_index)
+        self.moe = MoE(config.moe_of(layer_index), d_model=config.d_model, layer_index=layer_index)
 
     def init_weights(self, generator: torch.Generator) -> None:
         nn.init.ones_(self.attention_norm.weight)
         nn.init.ones_(self.moe_norm.weight)
         self.attention.init_weights(generator)
-        self.moe.init_weights(generator)
+        self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
 
     def forward(self, x_BTD: Tensor, *, start: int, state, shared) -> tuple[Tensor, object, Routing]:
         attended_BTD, kv = self.attention(self.attention_norm(x_BTD), start=start, state=state, shared=shared)

@@ -1,22 +1,29 @@
-"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`. Nothing is ever unpickled."""
+"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`, `calibration.safetensors`. Nothing is ever unpickled.
+
+The calibration file holds a few thousand tokens of training text, so that a budget can be set exactly wherever the model goes.
+Legend: B batch, T tokens.
+"""
 
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from lm.config import ModelConfig
 from lm.model import LanguageModel
 from lm.serialize import load_json, save_json
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE = "config.json", "weights.safetensors", "calibration.safetensors"
 
 
-def save_pretrained(folder: Path, model: LanguageModel) -> None:
-    """Writes config and weights into `folder`; the weights file appears whole or not at all."""
+def save_pretrained(folder: Path, model: LanguageModel, calibration_BT: Tensor | None = None) -> None:
+    """Writes config, weights and calibration tokens (int64 [B, T]) into `folder`; the weights file comes last and appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / CONFIG_FILE, model.config)
+    if calibration_BT is not None:
+        safetensors.torch.save_file({"tokens_BT": calibration_BT.contiguous()}, folder / CALIBRATION_FILE)
     partial = folder / (WEIGHTS_FILE + ".partial")
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
     partial.rename(folder / WEIGHTS_FILE)
@@ -43,6 +50,17 @@ def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> Languag
         raise ValueError(f"{folder}: weights and config disagree on {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
     model.load_state_dict(stored)
     return model.to(device).eval()
+
+
+def load_calibration_tokens(folder: Path) -> Tensor:
+    """The calibration tokens stored with a model, int64 [B, T].
+
+    Raises:
+        ValueError: when the model was saved without them.
+    """
+    if not (folder / CALIBRATION_FILE).is_file():
+        raise ValueError(f"{folder} has no {CALIBRATION_FILE}: it was saved without calibration tokens")
+    return safetensors.torch.load_file(folder / CALIBRATION_FILE)["tokens_BT"]
 
 
 def find_model(run: Path) -> Path:

@@ -46,7 +46,7 @@ def test_flops_are_those_that_torch_counts(backward):
         output = model(tokens_BT[:, :-1])
         if backward:
             token_losses(output.logits_BTV, tokens_BT[:, 1:]).mean().backward()
-    cost = model_cost(CONFIG, length=length, mean_experts=tuple(r.assignments.token_N.shape[0] / (batch * length) for r in output.routings))
+    cost = model_cost(CONFIG, length=length, mean_experts=tuple(float(routing.statistics.mean_experts) for routing in output.routings))
     products = cost.forward_flops - sum(mixing_flops(CONFIG, layer, length) for layer in range(2))
     counted = counter.get_total_flops() / (batch * length)
     # torch counts softmax attention separately and without the causal half: take its own numbers out.

@@ -1,0 +1,132 @@
+"""`python -m demos.terminal`: watch a model spend experts. Generated text, every token coloured by the number of experts behind it.
+
+The number is that of the forward pass which predicted the token: the work that went into choosing it, averaged over the layers whose number varies.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from corpus.tokenizer import Tokenizer
+from demos.terminal_view import Palette, Summary
+from lm.accounting import kv_bytes
+from lm.budget import experts_per_token, set_budget, variable_layers
+from lm.generate import SamplingConfig, generate
+from lm.pretrained import find_model, load_calibration_tokens, load_pretrained
+
+TRACE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Generate text and show the experts each token used.
+
+    Attributes:
+        run: folder of a trained model or of the run that trained it; the newest top-p model under runs/ by default.
+        prompt: text to continue.
+        max_new_tokens: how many at the most.
+        budget: mean experts per token in every layer; as trained by default.
+        colours: "auto" colours a terminal unless NO_COLOR is set; without colours the number stands behind each token.
+        trace: also write everything shown to this file.
+        replay: show a trace again, without a model.
+        sampling: temperature, top-p, seed.
+    """
+
+    run: Path | None = None
+    prompt: str = "def main(argv):\n"
+    max_new_tokens: int = 160
+    budget: float | None = None
+    colours: Literal["auto", "always", "never"] = "auto"
+    trace: Path | None = None
+    replay: Path | None = None
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
+
+
+def main(config: DemoConfig) -> None:
+    colours = config.colours == "always" or (config.colours == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    recorded = replay(config.replay) if config.replay else record(config)
+    head = next(recorded)
+    palette = Palette(head["low"], head["high"], colours)
+    print(palette.legend())
+    print(head["prompt"], end="")
+    shown = [head]
+    for event in recorded:
+        shown.append(event)
+        if "text" in event:
+            print(palette.paint(event["text"], event["experts"]), end="", flush=True)
+    print(f"\n\n{Summary(**shown[-1]['summary'])}")
+    if config.trace:
+        config.trace.write_text(json.dumps({"version": TRACE_VERSION, "events": shown}, indent=1) + "\n")
+
+
+def record(config: DemoConfig) -> Iterator[dict]:
+    """Runs the model: first the head (prompt and colour scale), then one event per token, last the summary."""
+    folder = find_model(config.run or newest_model(Path("runs")))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_pretrained(folder, device), Tokenizer.load(folder / "tokenizer.model")
+    calibration_BT = load_calibration_tokens(folder).to(device)
+    if config.budget is not None:
+        set_budget(model, config.budget, calibration_BT)
+    layers = variable_layers(model)
+    usual_N = experts_per_token(model, calibration_BT, layers)
+    low, high = (usual_N.quantile(share).item() for share in (0.05, 0.95))
+    yield {"prompt": config.prompt, "run": str(folder), "low": low, "high": high}
+
+    decoder = tokenizer.stream_decoder()
+    prompt = [tokenizer.boundary_id, *tokenizer.encode(config.prompt)]
+    steps = []
+    for step in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id):
+        steps.append(step)
+        experts = statistics.fmean(step.experts[layer] for layer in layers)
+        yield {"text": decoder.push(step.token), "token": step.token, "experts": experts, "experts_per_layer": step.experts, "seconds": step.seconds}
+    if not steps:
+        raise ValueError("the model ended the document at once; try another prompt or seed")
+    summary = Summary(
+        mean_experts=statistics.fmean(step.experts[layer] for step in steps for layer in layers),
+        budget=config.budget,
+        # The first step is the prefill of the prompt.
+        milliseconds=1000 * statistics.median(step.seconds for step in (steps[1:] or steps)),
+        cache_bytes=steps[-1].cache_bytes,
+        full_attention_bytes=kv_bytes(dataclasses.replace(model.config, layer_plan="F"), max(len(prompt) + config.max_new_tokens - 1, 1)),
+    )
+    yield {"summary": dataclasses.asdict(summary)}
+
+
+def replay(path: Path) -> Iterator[dict]:
+    """The events of a trace file.
+
+    Raises:
+        ValueError: when the file is no trace of this version.
+    """
+    try:
+        stored = json.loads(path.read_text())
+        version, events = stored["version"], stored["events"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a trace of this demo: {error}") from error
+    if version != TRACE_VERSION:
+        raise ValueError(f"{path}: trace version {version!r}, this demo reads {TRACE_VERSION}")
+    yield from events
+
+
+def newest_model(root: Path) -> Path:
+    """The most recently finished model below `root`; one trained with top-p where there is any, because its numbers differ by token."""
+    found = sorted(root.glob("**/model/weights.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no trained model under {root}/: run `make ablation` first, or give --run")
+    variable = [path for path in found if '"TopP"' in (path.parent / "config.json").read_text()]
+    return (variable or found)[-1].parent
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(DemoConfig, prog="python -m demos.terminal", description=__doc__))
+    except ValueError as problem:
+        sys.exit(f"error: {problem}")
