@@ -1,0 +1,62 @@
+"""The experts: E SwiGLU networks in two packed parameters, and the shared expert as one more of its own width.
+
+Legend: T tokens, D model width, E experts, F expert width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routing.assignments import Assignments
+from triton_kernels.grouped_mlp import grouped_mlp
+
+
+class Experts(nn.Module):
+    """y_t = sum over the rows of token t of weight * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)).
+
+    w_gate_up_EDF2  fp32 [E, D, 2F], the gate's columns first
+    w_down_EFD      fp32 [E, F, D]
+    """
+
+    def __init__(self, *, n_experts: int, d_model: int, d_expert: int, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+        self.w_gate_up_EDF2 = nn.Parameter(torch.empty(n_experts, d_model, 2 * d_expert))
+        self.w_down_EFD = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
+
+    def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
+        """Normal with standard deviation fan_in^-1/2; `down_scale` multiplies it for the projection back into the residual stream."""
+        for weight, scale in ((self.w_gate_up_EDF2, 1.0), (self.w_down_EFD, down_scale)):
+            # Drawn on the generator's device, so that the CPU's stream gives the same weights on every device.
+            draw = torch.randn(weight.shape, generator=generator, device=generator.device)
+            weight.data.copy_(draw * (scale * weight.shape[1] ** -0.5))
+
+    def forward(self, x_TD: Tensor, assignments: Assignments) -> Tensor:
+        return grouped_mlp(
+            x_TD,
+            self.w_gate_up_EDF2,
+            self.w_down_EFD,
+            assignments.token_N,
+            assignments.weight_N,
+            assignments.expert_offsets,
+            assignments.token_offsets,
+            assignments.row_of_slot_N,
+            backend=self.backend,
+        )
+
+
+class SharedExpert(nn.Module):
+    """One SwiGLU network for every token, packed like the others: w_gate_up_DF2 [D, 2F], w_down_FD [F, D]."""
+
+    def __init__(self, *, d_model: int, d_shared: int):
+        super().__init__()
+        self.w_gate_up_DF2 = nn.Parameter(torch.empty(d_model, 2 * d_shared))
+        self.w_down_FD = nn.Parameter(torch.empty(d_shared, d_model))
+
+    def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
+        for weight, scale in ((self.w_gate_up_DF2, 1.0), (self.w_down_FD, down_scale)):
+            weight.data.copy_(torch.randn(weight.shape, generator=generator, device=generator.device) * (scale * weight.shape[0] ** -0.5))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_TF, up_TF = (x_TD @ self.w_gate_up_DF2.to(x_TD.dtype)).chunk(2, dim=-1)
+        return (F.silu(gate_TF) * up_TF) @ self.w_down_FD.to(x_TD.dtype)

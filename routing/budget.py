@@ -1,0 +1,82 @@
+"""Budgets: hold the mean number of experts per token at a target.
+
+Every policy with a variable number of experts is written as one inequality: slot j of token t is used if `level_TK[t, j] <= threshold`. For
+top-p the level is the probability mass ahead of the slot, for null experts the lead of the null column it competes with. The budget then is a
+quantile: the threshold under which the wanted share of all levels lies. Slots that must be used (the floor) have level -inf.
+
+Legend: T tokens, K slots per token (the cap).
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def exact_threshold(level_TK: Tensor, target_mean: float) -> Tensor:
+    """The smallest threshold for which round(target_mean * T) of the levels lie at or below it (more only if levels tie at the threshold).
+
+    Returns a scalar of the levels' dtype; -inf if the target is met by the forced slots alone or is 0. Raises ValueError if the target is out
+    of reach: below the forced slots or above K.
+    """
+    n_tokens, n_slots = level_TK.shape
+    if n_tokens == 0:
+        raise ValueError("a threshold cannot be calibrated on 0 tokens")
+    if not 0.0 <= target_mean <= n_slots:
+        raise ValueError(f"target_mean = {target_mean} experts per token is out of reach: the policy fills at most {n_slots} slots")
+    wanted = round(target_mean * n_tokens)
+    if wanted == 0:
+        return level_TK.new_full((), -torch.inf)
+    return level_TK.detach().reshape(-1).kthvalue(wanted)[0]
+
+
+class BudgetController(nn.Module):
+    """The threshold, how training moves it, and how calibration sets it.
+
+    Training: each step compares the threshold with the exact one of the step's own levels and takes `rate` of the difference. The difference
+    is the budget's error in units of the threshold, so this is integral control whose gain needs no tuning to the scale of the scores; a
+    drift of v per step leaves a lag of v / rate. With several forwards per step (gradient accumulation) their exact thresholds are averaged.
+
+    threshold  buffer, fp32 scalar: saved with the checkpoint, changed at run time without reloading
+    """
+
+    threshold: Tensor
+    exact_sum: Tensor
+    n_observed: Tensor
+
+    def __init__(self, *, target_mean: float | None, initial: float, lowest: float, highest: float, rate: float):
+        super().__init__()
+        if not 0.0 < rate <= 1.0:
+            raise ValueError(f"rate = {rate} is outside (0, 1]")
+        self.target_mean, self.lowest, self.highest, self.rate = target_mean, lowest, highest, rate
+        self.register_buffer("threshold", torch.tensor(initial, dtype=torch.float32))
+        self.register_buffer("exact_sum", torch.zeros(()), persistent=False)
+        self.register_buffer("n_observed", torch.zeros(()), persistent=False)
+        self._calibrate_to: float | None = None
+
+    def keep(self, level_TK: Tensor) -> Tensor:
+        """Which slots are used, bool. In training the levels are remembered for `after_step`; after `calibrate` they set the threshold."""
+        level_TK = level_TK.detach()
+        if self._calibrate_to is not None:
+            self.threshold.copy_(exact_threshold(level_TK, self._calibrate_to))
+            self._calibrate_to = None
+        elif self.training and self.target_mean is not None and level_TK.shape[0] > 0:
+            # The clamp keeps the integral finite where the target lies at the floor, whose levels are -inf.
+            self.exact_sum += exact_threshold(level_TK, self.target_mean).clamp(self.lowest, self.highest)
+            self.n_observed += 1
+        return level_TK <= self.threshold
+
+    def calibrate(self, target_mean: float) -> None:
+        """The next forward first sets the threshold so that the mean number of experts on its own tokens is exact, then routes with it.
+
+        One forward of a whole model over held-out text therefore calibrates all layers, each on the inputs that calibrated layers below give.
+        """
+        self._calibrate_to = target_mean
+
+    def begin_step(self) -> None:
+        self.exact_sum.zero_()
+        self.n_observed.zero_()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        moved = self.threshold + self.rate * (self.exact_sum / self.n_observed.clamp_min(1) - self.threshold)
+        self.threshold.copy_(torch.where(self.n_observed > 0, moved, self.threshold))
+        self.begin_step()

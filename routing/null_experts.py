@@ -1,0 +1,65 @@
+"""Null experts: top-k over E real and Z null columns; a null column computes nothing (AdaMoE, arXiv 2406.13233; LongCat-Flash, arXiv 2509.01322).
+
+The null columns have router weights of their own and all compete for the same k slots, so a token that ranks some of them high uses fewer real
+experts. Null rows are dropped before dispatch. The mean number of real experts is held by one selection bias common to the null columns (it
+selects and never weighs). Real expert j, in order of score, is used if fewer than k columns stand before it, that is if it beats null column
+k-j+1: the level of slot j is that null column's score minus its own, and the threshold is minus the bias.
+
+Legend: T tokens, Z null columns, K slots per token.
+"""
+
+import dataclasses
+
+import torch
+
+from routing.budget import BudgetController
+from routing.policy import Policy, Scores, Slots, best, check_bounds, check_k
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NullExperts:
+    """k: slots that real and null columns compete for. target_mean: real experts per token, or None to leave the bias at zero. floor: real
+    experts every token gets. null_weighs: chosen null columns take their share of renormalised weights, so that they learn from the model's
+    loss and the real ones sum to less than one (True), or the real ones sum to one (False, AdaMoE). rate: of the controller, per step."""
+
+    k: int = 20
+    n_null: int = 40
+    target_mean: float | None = 12.0
+    floor: int = 1
+    null_weighs: bool = True
+    rate: float = 0.2
+
+
+class NullExpertsPolicy(Policy):
+    def __init__(self, config: NullExperts, *, n_experts: int, layer_index: int):
+        super().__init__()
+        check_k("NullExperts.k", config.k, n_experts)
+        if config.n_null < 1:
+            raise ValueError(f"NullExperts.n_null = {config.n_null} must be at least 1")
+        check_bounds(floor=config.floor, cap=config.k, n_experts=n_experts, target_mean=config.target_mean)
+        if config.target_mean is not None and config.target_mean < config.k - config.n_null:
+            raise ValueError(
+                f"NullExperts.target_mean = {config.target_mean} is out of reach: with n_null = {config.n_null} null columns "
+                f"at least {config.k - config.n_null} of k = {config.k} slots go to real experts"
+            )
+        self.config = config
+        self.budget = BudgetController(target_mean=config.target_mean, initial=0.0, lowest=-2.0, highest=2.0, rate=config.rate)
+
+    def select(self, scores: Scores) -> Slots:
+        config = self.config
+        assert scores.null_TZ is not None
+        expert_TK, score_TK = best(scores, config.k)
+        n_rivals = min(config.k, config.n_null)
+        null_TK = scores.null_TZ.topk(n_rivals, dim=-1)[0]
+        # Slot j meets null column k-j+1; slots whose rival does not exist are always real.
+        level_TK = torch.full_like(score_TK, -torch.inf)
+        level_TK[:, config.k - n_rivals :] = null_TK.detach().flip(-1)
+        level_TK -= scores.selection_TE.gather(-1, expert_TK)
+        level_TK[:, : config.floor] = -torch.inf
+        keep_TK = self.within_budget(level_TK)
+        if not config.null_weighs:
+            return Slots(expert_TK, score_TK, keep_TK)
+        # With c real experts, the k - c best null columns fill the remaining slots.
+        n_null_T = config.k - keep_TK.sum(dim=-1, keepdim=True)
+        chosen_TK = torch.arange(n_rivals, device=keep_TK.device) < n_null_T
+        return Slots(expert_TK, score_TK, keep_TK, (null_TK * chosen_TK).sum(dim=-1))

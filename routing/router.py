@@ -1,0 +1,175 @@
+"""The router: scores in fp32, one exchangeable policy, and losses, statistics and budgets read from the assignments it dispatches.
+
+Legend: T tokens, D model width, E experts, Z null columns, K slots per token.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from routing.assignments import Assignments
+from routing.diagnostics import RoutingStatistics, routing_statistics
+from routing.losses import switch_balance_loss, z_loss
+from routing.null_experts import NullExperts, NullExpertsPolicy
+from routing.policy import Policy, Scores, Slots
+from routing.random_k import RandomK, RandomKPolicy
+from routing.selection_bias import updated_selection_bias
+from routing.top_k import TopK, TopKPolicy
+from routing.top_p import TopP, TopPPolicy
+
+PolicyConfig = TopK | TopP | NullExperts | RandomK
+POLICIES: dict[type, Callable[..., Policy]] = {TopK: TopKPolicy, TopP: TopPPolicy, NullExperts: NullExpertsPolicy, RandomK: RandomKPolicy}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """score: softmax over experts or sigmoid of each. renormalise: a token's weights sum to one, however many experts it has.
+    balance_coefficient, z_coefficient: of the Switch and z losses. selection_bias_step: step of balancing by bias, 0 for none."""
+
+    policy: PolicyConfig = dataclasses.field(default_factory=TopK)
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = True
+    balance_coefficient: float = 1e-2
+    z_coefficient: float = 1e-3
+    selection_bias_step: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """What the router decided. losses are scalars, already weighted; probs_TE is the softmax over real experts, fp32, differentiable."""
+
+    assignments: Assignments
+    probs_TE: Tensor
+    losses: dict[str, Tensor]
+
+    @cached_property
+    def statistics(self) -> RoutingStatistics:
+        return routing_statistics(self.assignments, self.probs_TE)
+
+
+class Router(nn.Module):
+    """Scores the experts for each token and lets its policy choose.
+
+    Null columns exist only if the config's own policy is NullExperts; other policies ignore them.
+    """
+
+    load_E: Tensor
+    step_rows_E: Tensor
+    selection_bias_E: Tensor
+
+    def __init__(self, config: RouterConfig, *, d_model: int, n_experts: int, layer_index: int):
+        super().__init__()
+        if config.score not in ("softmax", "sigmoid"):
+            raise ValueError(f"RouterConfig.score = {config.score!r} is not one of 'softmax', 'sigmoid'")
+        self.config, self.d_model, self.n_experts, self.layer_index = config, d_model, n_experts, layer_index
+        self.weight_ED = nn.Parameter(torch.empty(n_experts, d_model))
+        self.null_weight_ZD: nn.Parameter | None = None
+        if isinstance(config.policy, NullExperts):
+            self.null_weight_ZD = nn.Parameter(torch.empty(config.policy.n_null, d_model))
+        # Rows per expert of the last step (in the checkpoint) and of the step under way (between checkpoints).
+        self.register_buffer("load_E", torch.zeros(n_experts))
+        self.register_buffer("step_rows_E", torch.zeros(n_experts), persistent=False)
+        self.register_buffer("selection_bias_E", torch.zeros(n_experts))
+        self.set_policy(config.policy)
+        self.init_weights(torch.Generator().manual_seed(layer_index))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Logits of standard deviation 1 on inputs of root mean square 1, at any width."""
+        for weight in (self.weight_ED, self.null_weight_ZD):
+            if weight is not None:
+                draw = torch.randn(weight.shape, generator=generator, device=generator.device) * self.d_model**-0.5
+                weight.data.copy_(draw)
+        self.load_E.zero_()
+        self.selection_bias_E.zero_()
+
+    def set_policy(self, policy: PolicyConfig) -> None:
+        """Run the same weights under another policy. Its budget starts anew: calibrate or train it."""
+        if type(policy) not in POLICIES:
+            raise ValueError(f"{policy!r} is not a routing policy; known: {', '.join(kind.__name__ for kind in POLICIES)}")
+        if isinstance(policy, NullExperts):
+            existing = 0 if self.null_weight_ZD is None else self.null_weight_ZD.shape[0]
+            if policy.n_null != existing:
+                raise ValueError(f"NullExperts.n_null = {policy.n_null}, but this router was built with {existing} null columns")
+        module = POLICIES[type(policy)](policy, n_experts=self.n_experts, layer_index=self.layer_index)
+        self.policy = module.to(self.weight_ED.device).train(self.training)
+
+    def calibrate(self, target_mean: float) -> None:
+        """The next forward sets the policy's threshold so that its own tokens use exactly `target_mean` experts on average (ties aside)."""
+        if self.policy.budget is None:
+            raise ValueError(f"{type(self.policy).__name__} of layer {self.layer_index} has a fixed number of experts: nothing to calibrate")
+        self.policy.budget.calibrate(target_mean)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        scores = self.scores(x_TD)
+        slots = self.policy.select(scores)
+        assignments = Assignments.from_slots(slots.expert_TK, self.weights(slots), slots.keep_TK, n_experts=self.n_experts)
+        if self.training:
+            self.step_rows_E += assignments.rows_per_expert_E()
+        losses = {
+            "balance": self.config.balance_coefficient * switch_balance_loss(self.load_E, scores.probs_TE),
+            "z": self.config.z_coefficient * z_loss(scores.logits_TE),
+            **self.policy.losses(scores),
+        }
+        return Routing(assignments, scores.probs_TE, losses)
+
+    def scores(self, x_TD: Tensor) -> Scores:
+        """Logits and scores in fp32 (fp64 for fp64 inputs). Raises ValueError if any is NaN or infinite."""
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        use_null = self.null_weight_ZD is not None and isinstance(self.policy, NullExpertsPolicy)
+        weight = torch.cat([self.weight_ED, self.null_weight_ZD]) if use_null and self.null_weight_ZD is not None else self.weight_ED
+        logits = F.linear(x_TD, weight.to(x_TD.dtype))
+        self._refuse_non_finite(logits)
+        logits_TE = logits[:, : self.n_experts]
+        probs_TE = logits_TE.softmax(dim=-1)
+        if self.config.score == "sigmoid":
+            scores = logits.sigmoid()
+        else:
+            scores = logits.softmax(dim=-1) if use_null else probs_TE
+        scores_TE = scores[:, : self.n_experts]
+        return Scores(
+            logits_TE=logits_TE,
+            probs_TE=probs_TE,
+            scores_TE=scores_TE,
+            selection_TE=scores_TE.detach() + self.selection_bias_E.to(scores.dtype),
+            null_TZ=scores[:, self.n_experts :] if use_null else None,
+        )
+
+    def weights(self, slots: Slots) -> Tensor:
+        """weight_TK: the scores of the chosen, renormalised over them (null columns included, if the policy says so)."""
+        score_TK = slots.score_TK if slots.keep_TK is None else slots.score_TK * slots.keep_TK
+        if not self.config.renormalise:
+            return score_TK
+        total_T1 = score_TK.sum(dim=-1, keepdim=True)
+        if slots.rest_T is not None:
+            total_T1 = total_T1 + slots.rest_T[:, None]
+        return score_TK / total_T1.clamp_min(torch.finfo(score_TK.dtype).tiny)
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Before a training step of one or more forwards."""
+        self.step_rows_E.zero_()
+        if self.policy.budget is not None:
+            self.policy.budget.begin_step()
+        self.policy.begin_step(step, seed)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After the optimizer: load, selection bias and budget move by what the step's forwards dispatched. Without forwards nothing moves."""
+        if self.config.selection_bias_step > 0:
+            self.selection_bias_E.copy_(updated_selection_bias(self.selection_bias_E, self.step_rows_E, step=self.config.selection_bias_step))
+        self.load_E.copy_(torch.where(self.step_rows_E.sum() > 0, self.step_rows_E, self.load_E))
+        self.step_rows_E.zero_()
+        if self.policy.budget is not None:
+            self.policy.budget.after_step()
+
+    def _refuse_non_finite(self, logits: Tensor) -> None:
+        finite = torch.isfinite(logits).all()
+        if logits.device.type == "cuda":
+            # The host must not wait here: the device itself stops the run.
+            torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
+        elif not finite:
+            raise ValueError(f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its weights)")

@@ -1,0 +1,166 @@
+"""Grouped gated MLP for the CPU: dense products per expert on buffers that stay in cache, with backward written by hand.
+
+What it is built around, in the order it matters on a CPU:
+- Fresh memory is slow: the kernel clears every new page. Apart from what backward needs (the pre-activations) and what a caller receives,
+  everything lives in scratch buffers of one group of experts, sized to stay in cache, so that gather, SwiGLU and casts run on warm data.
+- Calls are slow: per expert only the products remain. Experts are grouped so that all other operations run once per group, all slices come
+  from one `split`, and autograd sees one node.
+- Weights of another dtype than the activations (fp32 masters under bf16 activations) are cast per group, never as a whole.
+- Each token's rows are added by `embedding_bag`, a segment sum in a fixed order that accumulates in fp32.
+
+Backward: with A the activation and dA' = W_down dy (not yet weighted), the gradient of a row's weight is <dA', A>; expert outputs are never kept.
+
+Legend: T tokens, D model width, E experts, F expert width, N assigned rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Scratch of one group of experts: large enough to amortise the calls, small enough for a core's share of the cache.
+GROUP_BYTES = 2**20
+
+
+def expert_groups(bounds: list[int], row_bytes: int) -> list[tuple[int, int]]:
+    """Consecutive experts [first, last) whose rows together fill about GROUP_BYTES; always at least one expert."""
+    groups, first = [], 0
+    for last in range(1, len(bounds)):
+        if last == len(bounds) - 1 or (bounds[last + 1] - bounds[first]) * row_bytes > GROUP_BYTES:
+            groups.append((first, last))
+            first = last
+    return groups
+
+
+class Weights:
+    """The packed weights of a group of experts in the dtype of the activations, as one matrix per expert."""
+
+    def __init__(self, packed_EIO: Tensor, dtype: torch.dtype, n_scratch: int):
+        self.packed_EIO = packed_EIO
+        self.scratch = None if packed_EIO.dtype == dtype else packed_EIO.new_empty(n_scratch, *packed_EIO.shape[1:], dtype=dtype)
+
+    def __getitem__(self, experts: slice) -> tuple[Tensor, ...]:
+        group = self.packed_EIO[experts]
+        if self.scratch is not None:
+            group = self.scratch[: group.shape[0]].copy_(group)
+        return group.unbind()
+
+
+class WeightGradient:
+    """The packed gradient, in the weights' dtype; products are written in the activations' dtype and cast per group."""
+
+    def __init__(self, packed_EIO: Tensor, dtype: torch.dtype, n_scratch: int):
+        self.packed_EIO = torch.empty_like(packed_EIO)
+        self.scratch = None if packed_EIO.dtype == dtype else packed_EIO.new_empty(n_scratch, *packed_EIO.shape[1:], dtype=dtype)
+
+    def write(self, experts: slice, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
+        """gradient_e = left_e^T @ right_e for the experts of the group; zero for those without rows."""
+        group = self.packed_EIO[experts]
+        target = group if self.scratch is None else self.scratch[: group.shape[0]]
+        for out_IO, left_NI, right_NO in zip(target.unbind(), left, right):
+            if left_NI.shape[0]:
+                torch.mm(left_NI.t(), right_NO, out=out_IO)
+            else:
+                out_IO.zero_()
+        if self.scratch is not None:
+            group.copy_(target)
+
+
+def segment_sum(rows_ND: Tensor, row_of_slot_N: Tensor, token_offsets: Tensor, weight_N: Tensor) -> Tensor:
+    """y_t = sum over the slots of token t of weight * row, in slot order."""
+    if rows_ND.shape[0] == 0:
+        return rows_ND.new_zeros(token_offsets.shape[0] - 1, rows_ND.shape[1])
+    return F.embedding_bag(row_of_slot_N, rows_ND, token_offsets, mode="sum", include_last_offset=True, per_sample_weights=weight_N)
+
+
+class GroupedMlpCpu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        w_gate_up_EDF2: Tensor,
+        w_down_EFD: Tensor,
+        token_N: Tensor,
+        weight_N: Tensor,
+        expert_offsets: Tensor,
+        token_offsets: Tensor,
+        row_of_slot_N: Tensor,
+    ) -> Tensor:
+        x_TD = x_TD.contiguous()
+        bounds, dtype = expert_offsets.tolist(), x_TD.dtype
+        n_rows, (d_expert, d_model) = bounds[-1], w_down_EFD.shape[1:]
+        groups = expert_groups(bounds, (d_model + 3 * d_expert) * x_TD.element_size())
+        n_experts = max(last - first for first, last in groups)
+        most_rows = max(bounds[last] - bounds[first] for first, last in groups)
+        gate_up = Weights(w_gate_up_EDF2, dtype, n_experts)
+        down = Weights(w_down_EFD, dtype, n_experts)
+        x_buffer, a_buffer = x_TD.new_empty(most_rows, d_model), x_TD.new_empty(most_rows, d_expert)
+        h_NF2, out_ND = x_TD.new_empty(n_rows, 2 * d_expert), x_TD.new_empty(n_rows, d_model)
+        for first, last in groups:
+            start, stop = bounds[first], bounds[last]
+            if start == stop:
+                continue
+            sizes = [bounds[e + 1] - bounds[e] for e in range(first, last)]
+            experts, rows = slice(first, last), slice(start, stop)
+            x_ND, a_NF, h_group = x_buffer[: stop - start], a_buffer[: stop - start], h_NF2[rows]
+            torch.index_select(x_TD, 0, token_N[rows], out=x_ND)
+            for x_e, w_e, h_e in zip(x_ND.split(sizes), gate_up[experts], h_group.split(sizes)):
+                torch.mm(x_e, w_e, out=h_e)
+            torch.ops.aten.silu.out(h_group[:, :d_expert], out=a_NF)
+            a_NF.mul_(h_group[:, d_expert:])
+            for a_e, w_e, out_e in zip(a_NF.split(sizes), down[experts], out_ND[rows].split(sizes)):
+                torch.mm(a_e, w_e, out=out_e)
+        row_of_slot_N = row_of_slot_N[:n_rows]
+        ctx.save_for_backward(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, token_offsets, row_of_slot_N, h_NF2)
+        ctx.bounds = bounds
+        return segment_sum(out_ND, row_of_slot_N, token_offsets, weight_N.to(dtype)[row_of_slot_N])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TD,) = grad_outputs
+        x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, token_offsets, row_of_slot_N, h_NF2 = ctx.saved_tensors
+        dy_TD = dy_TD.contiguous()
+        bounds, dtype = ctx.bounds, x_TD.dtype
+        n_rows, (d_expert, d_model) = bounds[-1], w_down_EFD.shape[1:]
+        groups = expert_groups(bounds, 2 * (d_model + 3 * d_expert) * x_TD.element_size())
+        n_experts = max(last - first for first, last in groups)
+        most_rows = max(bounds[last] - bounds[first] for first, last in groups)
+        gate_up, d_gate_up = Weights(w_gate_up_EDF2, dtype, n_experts), WeightGradient(w_gate_up_EDF2, dtype, n_experts)
+        down, d_down = Weights(w_down_EFD, dtype, n_experts), WeightGradient(w_down_EFD, dtype, n_experts)
+        wide = x_TD.new_empty(2, most_rows, d_model)
+        narrow = x_TD.new_empty(5, most_rows, d_expert)
+        dx_ND = x_TD.new_empty(n_rows, d_model)
+        # Padding rows behind the last expert keep a gradient of zero.
+        d_weight_N = torch.zeros_like(weight_N, dtype=dtype)
+        row_weight_N1 = weight_N.to(dtype)[:, None]
+        for first, last in groups:
+            start, stop = bounds[first], bounds[last]
+            experts, rows, n = slice(first, last), slice(start, stop), stop - start
+            sizes = [bounds[e + 1] - bounds[e] for e in range(first, last)]
+            x_ND, dy_ND = wide[0, :n], wide[1, :n]
+            da_NF, silu_NF, a_NF = narrow[0, :n], narrow[1, :n], narrow[2, :n]
+            dh_NF2 = narrow[3:].view(-1)[: n * 2 * d_expert].view(n, 2 * d_expert)
+            gate_NF, up_NF = h_NF2[rows, :d_expert], h_NF2[rows, d_expert:]
+            if n:
+                torch.index_select(dy_TD, 0, token_N[rows], out=dy_ND)
+                torch.index_select(x_TD, 0, token_N[rows], out=x_ND)
+                for dy_e, w_e, da_e in zip(dy_ND.split(sizes), down[experts], da_NF.split(sizes)):
+                    torch.mm(dy_e, w_e.t(), out=da_e)
+                torch.ops.aten.silu.out(gate_NF, out=silu_NF)
+                torch.mul(silu_NF, up_NF, out=a_NF)
+                torch.linalg.vecdot(da_NF, a_NF, out=d_weight_N[rows])
+                a_NF.mul_(row_weight_N1[rows])
+                da_NF.mul_(row_weight_N1[rows])
+                torch.mul(da_NF, silu_NF, out=dh_NF2[:, d_expert:])
+                da_NF.mul_(up_NF)
+                torch.ops.aten.silu_backward.grad_input(da_NF, gate_NF, grad_input=dh_NF2[:, :d_expert])
+                for dh_e, w_e, dx_e in zip(dh_NF2.split(sizes), gate_up[experts], dx_ND[rows].split(sizes)):
+                    torch.mm(dh_e, w_e.t(), out=dx_e)
+            d_down.write(experts, a_NF.split(sizes), dy_ND.split(sizes))
+            d_gate_up.write(experts, x_ND.split(sizes), dh_NF2.split(sizes))
+        # Weights of one: without them torch 2.13's fp32 embedding_bag takes a path an order of magnitude slower.
+        dx_TD = segment_sum(dx_ND, row_of_slot_N, token_offsets, dx_ND.new_ones(n_rows))
+        return dx_TD, d_gate_up.packed_EIO, d_down.packed_EIO, None, d_weight_N.to(weight_N.dtype), None, None, None
