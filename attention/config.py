@@ -61,10 +61,8 @@ class AttentionConfig:
         if self.head_dim % 2 != 0:
             raise ValueError(f"AttentionConfig.head_dim: {self.head_dim}; legal: even, because the rotary embedding turns pairs")
         rotated = self.rotary_fraction * self.head_dim
-        if rotated % 2 != 0:
-            raise ValueError(
-                f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels of a head; legal: an even number of them"
-            )
+        if abs(rotated - self.rotary_dim) > 1e-6 or self.rotary_dim % 2 != 0:
+            raise ValueError(f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels per head; legal: an even number")
         for name in ("rope_base", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")
@@ -72,7 +70,7 @@ class AttentionConfig:
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that the rotary embedding turns."""
-        return int(self.rotary_fraction * self.head_dim)
+        return round(self.rotary_fraction * self.head_dim)
 
     @property
     def linear_shape(self) -> tuple[int, int, int]:

@@ -69,9 +69,12 @@ class AttentionLayer(nn.Module):
         B, T, _ = x_BTD.shape
         if state.batch_size != B:
             raise self.refuse(f"input has batch size {B}, the cache {state.batch_size}; legal: the same")
-        # The owner of an alias has already taken in the tokens of this call.
-        expected = state.length - T if isinstance(state, Alias) else state.length
-        if start != expected:
-            raise self.refuse(f"start={start}, but the cache has seen {expected} tokens; legal: start={expected}")
+        if isinstance(state, Alias):
+            if start + T != state.length:
+                raise self.refuse(
+                    f"tokens {start} to {start + T - 1} after the owner of the keys took {state.length}; legal: first the owner, then this layer"
+                )
+        elif start != state.length:
+            raise self.refuse(f"start={start}, but the cache has seen {state.length} tokens; legal: start={state.length}")
         if start + T > state.max_length:
             raise self.refuse(f"tokens {start} to {start + T - 1} do not fit a cache made for {state.max_length}; legal: a longer max_length")
