@@ -104,29 +104,29 @@ class HybridCache:
             layer.crop(length)
 
 
-def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[int]:
+def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_size: int = 1, element_size: int = 2) -> list[int]:
     """Bytes that each layer's state takes for `length` tokens, from the configuration alone.
 
     Per sequence, with G key/value heads of width K and s bytes per element: 2 G K s length for F, 2 G K s min(length, window) for S, 0 for R and r
     (the owner pays), and whatever the length 4 H K V for L, the same and X (W - 1) s for the convolution tail for G.
 
     Args:
-        dtype: of keys, values and convolution tails; its bytes per element are the s above.
+        element_size: the s above, bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
 
     Raises:
-        ValueError: for a length below 0 or a batch size below 1.
+        ValueError: for a length below 0, a batch size or an element size below 1.
     """
-    for name, value, least in (("length", length, 0), ("batch_size", batch_size, 1)):
+    for name, value, least in (("length", length, 0), ("batch_size", batch_size, 1), ("element_size", element_size, 1)):
         if value < least:
             raise ValueError(f"cache_bytes: {name}={value}; legal: at least {least}")
     H, K, V = config.linear_shape
-    kv_per_token = 2 * config.n_kv_heads * config.head_dim * dtype.itemsize
+    kv_per_token = 2 * config.n_kv_heads * config.head_dim * element_size
     per_sequence = {
         "F": kv_per_token * length,
         "S": kv_per_token * min(length, config.window),
         "R": 0,
         "r": 0,
         "L": STATE_ELEMENT_SIZE * H * K * V,
-        "G": STATE_ELEMENT_SIZE * H * K * V + config.conv_channels * (config.conv_width - 1) * dtype.itemsize,
+        "G": STATE_ELEMENT_SIZE * H * K * V + config.conv_channels * (config.conv_width - 1) * element_size,
     }
     return [batch_size * per_sequence[letter] for letter in plan.letters]

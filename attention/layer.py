@@ -63,17 +63,13 @@ class AttentionLayer(nn.Module):
         if state is None:
             return
         if not isinstance(state, self.state_type):
-            raise self.refuse(
-                f"state is a {type(state).__name__}; legal: {self.state_type.__name__}, this layer's entry of a HybridCache of the same plan"
-            )
+            raise self.refuse(f"state is a {type(state).__name__}; legal: a {self.state_type.__name__}, from a HybridCache of the same plan")
         B, T, _ = x_BTD.shape
         if state.batch_size != B:
             raise self.refuse(f"input has batch size {B}, the cache {state.batch_size}; legal: the same")
         if isinstance(state, Alias):
             if start + T != state.length:
-                raise self.refuse(
-                    f"tokens {start} to {start + T - 1} after the owner of the keys took {state.length}; legal: first the owner, then this layer"
-                )
+                raise self.refuse(f"tokens {start} to {start + T - 1} after the owner of the keys took {state.length}; legal: first the owner")
         elif start != state.length:
             raise self.refuse(f"start={start}, but the cache has seen {state.length} tokens; legal: start={state.length}")
         if start + T > state.max_length:

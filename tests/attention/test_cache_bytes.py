@@ -20,7 +20,7 @@ def test_jamba_52b_keeps_4_gib_at_256k():
     # 4 attention layers of 32; the others are Mamba layers, whose states are not keys and values. L stands in for them here.
     config = AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128)
     plan = LayerPlan.parse("LLLFLLLL", 32)
-    per_layer = cache_bytes(config, plan, 256 * 1024, dtype=torch.bfloat16)
+    per_layer = cache_bytes(config, plan, 256 * 1024)
     assert sum(size for size, letter in zip(per_layer, plan.letters) if letter == "F") == 4 * 2**30
 
 
@@ -31,7 +31,7 @@ def test_each_letter_by_hand():
     assert cache_bytes(config, plan, 7) == [2 * 2 * 16 * 2 * 7, 2 * 2 * 16 * 2 * 7, 0, 0, state, state + tail]
     assert cache_bytes(config, plan, 100, batch_size=3) == [3 * 12_800, 3 * 1_280, 0, 0, 3 * state, 3 * (state + tail)]
     assert cache_bytes(config, plan, 0) == [0, 0, 0, 0, state, state + tail]
-    assert cache_bytes(config, plan, 7, dtype=torch.float32)[5] == state + 2 * tail
+    assert cache_bytes(config, plan, 7, element_size=4)[5] == state + 2 * tail
 
 
 @given(
@@ -45,7 +45,7 @@ def test_real_bytes_equal_the_formula_for_any_plan_and_length(pattern, max_lengt
     config = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=window, linear_heads=3, linear_value_dim=10)
     plan = LayerPlan.parse("FS" + pattern, 2 + len(pattern))
     cache = HybridCache(config, plan, batch_size, max_length, dtype)
-    expected = cache_bytes(config, plan, max_length, batch_size, dtype)
+    expected = cache_bytes(config, plan, max_length, batch_size, dtype.itemsize)
     assert [layer.nbytes() for layer in cache.layers] == expected
     assert cache.nbytes() == sum(expected)
     cache.reorder(torch.zeros(batch_size, dtype=torch.int64))
@@ -57,14 +57,16 @@ def test_bytes_do_not_move_while_decoding(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     cache = stack.cache(2, 12)
     x_BTD = stack.input(2, 12)
-    expected = sum(cache_bytes(tiny, stack.plan, 12, 2, torch.float32))
+    expected = sum(cache_bytes(tiny, stack.plan, 12, 2, element_size=4))
     with torch.no_grad():
         for begin, end in ((0, 7), (7, 8), (8, 12)):
             stack(x_BTD[:, begin:end], cache)
             assert cache.nbytes() == expected
 
 
-@pytest.mark.parametrize(("change", "message"), [({"length": -1}, "length=-1"), ({"batch_size": 0}, "batch_size=0")])
+@pytest.mark.parametrize(
+    ("change", "message"), [({"length": -1}, "length=-1"), ({"batch_size": 0}, "batch_size=0"), ({"element_size": 0}, "element_size=0")]
+)
 def test_refusals(tiny, change, message):
     with pytest.raises(ValueError, match=message):
         cache_bytes(tiny, LayerPlan.parse("F", 1), **({"length": 1} | change))
