@@ -1,0 +1,197 @@
+"""The trunk's activations at the boundary: computed once, stored memory-mapped, shared by every branch.
+
+Legend: B batch, T tokens, D model width.
+
+A cache is a folder with one data file and a sealed manifest that says whose activations these are and holds a checksum per batch. It is filled
+under another name, batch by batch, and a fill that was interrupted goes on where it stopped; the final name appears when all of it is there.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from staged_training.data import TokenBatches
+from staged_training.durable import CorruptFileError, fsync_path, read_sealed, require_space, write_sealed
+
+DATA, MANIFEST, PROGRESS = "activations.bin", "manifest.json", "progress.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheIdentity:
+    """What the stored numbers depend on.
+
+    Attributes:
+        trunk: hash of the trunk's config and data.
+        weights: SHA-256 of the weights below the boundary.
+        tokens: hash of the packed tokens and the name of their split.
+        batches: batch numbers, ascending, in the order they are stored.
+        shape: [B, T, D] of every batch.
+        dtype: "float32" or "bfloat16".
+    """
+
+    trunk: str
+    weights: str
+    boundary: int
+    tokens: str
+    batches: tuple[int, ...]
+    shape: tuple[int, int, int]
+    dtype: str
+
+    @property
+    def batch_bytes(self) -> int:
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+
+    @property
+    def n_bytes(self) -> int:
+        return self.batch_bytes * len(self.batches)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Through JSON, so that tuples compare equal to the lists they come back as.
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+class ActivationBatches:
+    """Stored x_BTD with the targets of their tokens, read from a verified cache."""
+
+    def __init__(self, folder: Path, identity: CacheIdentity, batches: TokenBatches) -> None:
+        self.batches, self.identity = batches, identity
+        self._place = {batch: place for place, batch in enumerate(identity.batches)}
+        self._data = np.memmap(folder / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index not in self._place:
+            raise IndexError(f"batch {index} is not among the {len(self._place)} whose activations are stored")
+        _, targets_BT = self.batches[index]
+        # A copy: the mapping is read-only and a tensor over it would invite writes that crash.
+        raw = torch.from_numpy(self._data[self._place[index]].copy())
+        x_BTD = raw.view(getattr(torch, self.identity.dtype)).view(self.identity.shape)
+        return x_BTD.to(self.batches.device), targets_BT
+
+
+def cached_activations(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute: Callable[[Tensor], Tensor]) -> ActivationBatches:
+    """Opens the cache, after filling it where it is missing, incomplete, someone else's or damaged.
+
+    Args:
+        compute: from tokens_BT to the x_BTD at the boundary.
+
+    Raises:
+        DiskFullError: before anything is computed, naming what is needed and what is free.
+    """
+    if folder.exists():
+        try:
+            verify(folder, identity)
+        except CorruptFileError as error:
+            log.warning("activation cache refused and rebuilt: %s", error)
+            shutil.rmtree(folder)
+    if not folder.exists():
+        _fill(folder, identity, batches, compute)
+    return ActivationBatches(folder, identity, batches)
+
+
+def verify(folder: Path, identity: CacheIdentity) -> None:
+    """Compares manifest and every batch with what is asked.
+
+    Raises:
+        CorruptFileError: naming the cache and what is wrong with it.
+    """
+    try:
+        manifest = read_sealed(folder / MANIFEST)
+        asked = identity.to_dict()
+        if differing := [key for key in asked if manifest["identity"].get(key) != asked[key]]:
+            shown = ", ".join(f"{key} is {_short(manifest['identity'].get(key))} instead of {_short(asked[key])}" for key in differing)
+            raise CorruptFileError(f"it belongs to another run: {shown}")
+        size = (folder / DATA).stat().st_size if (folder / DATA).is_file() else 0
+        if size != identity.n_bytes:
+            raise CorruptFileError(f"{DATA} has {size} bytes instead of {identity.n_bytes}")
+        data = np.memmap(folder / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes))
+        for batch, row, expected in zip(identity.batches, data, manifest["checksums"]):
+            if _checksum(row) != expected:
+                raise CorruptFileError(f"batch {batch} in {DATA} does not match its checksum")
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{folder}: {error}") from None
+
+
+def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute: Callable[[Tensor], Tensor]) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    done = _resumable(partial, identity)
+    if not done:
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        require_space(folder.parent, identity.n_bytes, f"activation cache {folder.name}")
+        partial.mkdir()
+        (partial / PROGRESS).write_text(json.dumps(identity.to_dict()) + "\n")
+        with open(partial / DATA, "wb") as file:
+            file.truncate(identity.n_bytes)
+    data = np.memmap(partial / DATA, dtype=np.uint8, mode="r+", shape=(len(identity.batches), identity.batch_bytes))
+    with open(partial / PROGRESS, "a", encoding="utf-8") as progress:
+        for place, batch in enumerate(identity.batches):
+            if place in done:
+                continue
+            x_BTD = compute(batches[batch][0])
+            assert (tuple(x_BTD.shape), x_BTD.dtype) == (identity.shape, getattr(torch, identity.dtype)), (x_BTD.shape, x_BTD.dtype)
+            data[place] = x_BTD.contiguous().view(-1).view(torch.uint8).cpu().numpy()
+            done[place] = _checksum(data[place])
+            progress.write(json.dumps([place, done[place]]) + "\n")
+            progress.flush()
+    data.flush()
+    fsync_path(partial / DATA)
+    (partial / PROGRESS).unlink()
+    write_sealed(partial / MANIFEST, {"identity": identity.to_dict(), "checksums": [done[place] for place in range(len(identity.batches))]})
+    fsync_path(partial)
+    partial.rename(folder)
+    fsync_path(folder.parent)
+
+
+def _resumable(partial: Path, identity: CacheIdentity) -> dict[int, str]:
+    """Places and checksums of the batches that an interrupted fill has really left on the disk."""
+    try:
+        first, *lines = (partial / PROGRESS).read_text().splitlines()
+        if json.loads(first) != identity.to_dict() or (partial / DATA).stat().st_size != identity.n_bytes:
+            return {}
+        data = np.memmap(partial / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes))
+    except (OSError, ValueError):
+        return {}
+    done = {}
+    for line in lines:
+        try:
+            place, checksum = json.loads(line)
+        except ValueError:
+            # The line that was being written when the fill stopped.
+            break
+        if _checksum(data[place]) == checksum:
+            done[place] = checksum
+    return done
+
+
+def weights_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _checksum(row: np.ndarray) -> str:
+    return hashlib.sha256(row.data).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

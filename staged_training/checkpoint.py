@@ -1,0 +1,200 @@
+"""Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums. Nothing is ever unpickled.
+
+A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its previous checkpoint or
+the new one. safetensors and torch load a file with a flipped byte without complaint, hence a SHA-256 of every file; the manifest carries its own.
+"""
+
+import dataclasses
+import json
+import logging
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from staged_training.durable import CorruptFileError, DiskFullError, fsync_path, read_sealed, require_space, sha256_file, write_json, write_sealed
+from staged_training.record import differences
+
+KEPT = 2
+MANIFEST, STATE, WEIGHTS, OPTIMIZER, RANDOM = "manifest.json", "state.json", "weights.safetensors", "optimizer.safetensors", "random.safetensors"
+FILES = (STATE, WEIGHTS, OPTIMIZER, RANDOM)
+_NAME = re.compile(r"step_(\d{8,})")
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint belongs to another model or another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        step: updates done when it was written.
+        weights, optimizer, random: tensors by name.
+        state: the JSON given to `save`.
+        skipped: newer checkpoints that were passed over, each with the reason.
+    """
+
+    path: Path
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    state: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+
+def save(folder: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes `folder/step_XXXXXXXX` atomically, with the random states of this process, and drops all but the newest two.
+
+    Raises:
+        DiskFullError: before or while writing; earlier checkpoints are untouched and nothing half-written is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+    tensors = {WEIGHTS: weights, OPTIMIZER: optimizer, RANDOM: random_states()}
+    require_space(folder, sum(tensor.nbytes for group in tensors.values() for tensor in group.values()), f"checkpoint {target.name}")
+    try:
+        temporary.mkdir()
+        write_json(temporary / STATE, {"step": step, "python_random": _python_random(), **state})
+        for name, group in tensors.items():
+            save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, temporary / name)
+            fsync_path(temporary / name)
+        sizes = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)} for name in FILES}
+        write_sealed(temporary / MANIFEST, {"step": step, "files": sizes})
+        fsync_path(temporary)
+        if target.exists():
+            # Only a checkpoint that failed verification is ever written again.
+            shutil.rmtree(target)
+        temporary.rename(target)
+        fsync_path(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DiskFullError(f"checkpoint {target.name} could not be written to {folder}: {error}; earlier checkpoints are untouched") from error
+    newest_first = _steps(folder)
+    # A later step than the one just written was passed over as corrupt when the run was resumed.
+    for _, old in [item for item in newest_first if item[0] > step] + [item for item in newest_first if item[0] <= step][KEPT:]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written, or None where there is none.
+
+    A corrupt one is named in a warning and in `skipped`, and the one before it is used.
+
+    Raises:
+        CorruptFileError: when there are checkpoints and all are corrupt: starting over silently would lose the run.
+    """
+    skipped = []
+    for step, path in _steps(folder):
+        try:
+            verify(path)
+        except CorruptFileError as error:
+            skipped.append(str(error))
+            log.warning("checkpoint skipped: %s", error)
+            continue
+        state = read_state(path)
+        return Checkpoint(path, step, load_file(path / WEIGHTS), load_file(path / OPTIMIZER), load_file(path / RANDOM), state, tuple(skipped))
+    if skipped:
+        raise CorruptFileError(f"no usable checkpoint in {folder}: {'; '.join(skipped)}")
+    return None
+
+
+def verify(path: Path) -> None:
+    """Compares every file of a checkpoint with the manifest.
+
+    Raises:
+        CorruptFileError: naming the checkpoint, the file and what is wrong with it.
+    """
+    try:
+        manifest = read_sealed(path / MANIFEST)
+        if path.name != f"step_{manifest['step']:08d}":
+            raise CorruptFileError(f"{MANIFEST} is that of step {manifest['step']}")
+        for name, expected in manifest["files"].items():
+            if not (path / name).is_file():
+                raise CorruptFileError(f"{name} is missing")
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                raise CorruptFileError(f"{name} has {size} bytes instead of {expected['bytes']}")
+            if sha256_file(path / name) != expected["sha256"]:
+                raise CorruptFileError(f"{name} does not match its checksum")
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{path}: {error}") from None
+
+
+def refuse_other_identity(saved: Checkpoint, identity: dict[str, Any]) -> None:
+    """Raises CheckpointMismatchError, naming each key, when a checkpoint was written by a run that is not `identity`.
+
+    Schedules are part of it: a fork that carries a step count into another schedule trains at a wrong learning rate and says nothing.
+    """
+    if problems := differences(saved.state["identity"], json.loads(json.dumps(identity))):
+        raise CheckpointMismatchError(f"{saved.path} belongs to another run: {'; '.join(problems[:8])}")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON state of a verified checkpoint."""
+    return json.loads((path / STATE).read_text())
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, detached."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def restore_model(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copies `weights` into the model, all of them or none.
+
+    Raises:
+        CheckpointMismatchError: naming what is missing, unknown or of another shape or dtype.
+    """
+    own = model_tensors(model)
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [f"{name} is unknown to this model" for name in weights if name not in own]
+    for name, tensor in own.items():
+        stored = weights.get(name, tensor)
+        if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
+            problems.append(f"{name} is {list(stored.shape)} {stored.dtype} instead of {list(tensor.shape)} {tensor.dtype}")
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointMismatchError(f"{source} does not fit this model: {shown}")
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def random_states() -> dict[str, Tensor]:
+    """States of torch's generators. NumPy's global generator is never used here; Python's goes into the JSON."""
+    devices = {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **devices}
+
+
+def restore_random_states(checkpoint: Checkpoint) -> None:
+    torch.set_rng_state(checkpoint.random["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if (state := checkpoint.random.get(f"cuda:{index}")) is not None:
+            torch.cuda.set_rng_state(state, index)
+    version, internal, gauss = checkpoint.state["python_random"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _python_random() -> list:
+    version, internal, gauss = random.getstate()
+    return [version, list(internal), gauss]
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders, newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    return sorted(found, reverse=True)

@@ -1,0 +1,92 @@
+"""A plan in words: what is trained, frozen, fresh and re-used, on which tokens, and what a branch takes from the trunk."""
+
+from lm.accounting import ModelCost, model_cost
+from lm.config import ModelConfig
+from routing.null_experts import NullExperts
+from routing.random_k import RandomK
+from routing.top_k import TopK
+from staged_training.boundary import added_weights, frozen_share
+from staged_training.plan import Plan, Stage
+
+
+def describe(plan: Plan) -> str:
+    """What will run, for people, before it runs."""
+    model, cost = plan.model, _cost(plan.model, plan.seq_len)
+    trunk_tokens = plan.trunk.n_batches * plan.tokens_per_batch
+    lines = [
+        f"trunk {plan.trunk_hash} (seed {plan.trunk_seed})",
+        f"  model      {model.n_layers} layers {''.join(model.plan.letters)}, width {model.d_model}, {model.moe.n_experts} experts; "
+        f"{cost.total_parameters:,} parameters, {cost.active_parameters:,.0f} active per token; {model.dtype}",
+        f"  trains     everything, on {_tokens(trunk_tokens)} ({plan.trunk.n_batches} batches of {plan.batch_size} x {plan.seq_len}, "
+        f"{plan.trunk.n_batches / plan.n_train_batches:.2f} passes over the text)",
+        f"  rate       {_schedule(plan.trunk)}",
+    ]
+    if not plan.branches:
+        return "\n".join([*lines, "no branches"])
+    first = plan.branches[0]
+    boundary, stage = first.boundary, first.stage
+    branch_tokens = stage.n_batches * plan.tokens_per_batch
+    share = frozen_share(model, boundary)
+    methods = list(dict.fromkeys(branch.method for branch in plan.branches))
+    seeds = sorted({branch.seed for branch in plan.branches})
+    lines += [
+        f"{len(plan.branches)} branches: {', '.join(methods)}; seeds {', '.join(map(str, seeds))}",
+        *(f"  decided    {decision}" for decision in plan.decisions),
+        f"  frozen     {_frozen(boundary)}, {share:.1%} of the parameters",
+        f"  trains     {_trained(boundary, model.n_layers)}, {1 - share:.1%} of the parameters",
+        f"  tokens     {_tokens(branch_tokens)} each ({branch_tokens / (trunk_tokens + branch_tokens):.1%} of trunk plus branch); batches "
+        f"{plan.trunk.n_batches} to {plan.trunk.n_batches + stage.n_batches} of the trunk's sequence, the same set for every branch, "
+        "in the order of the branch's seed",
+        f"  rate       {_schedule(stage)}",
+        f"  re-used    {_reused(first.fresh, boundary)}",
+        "  not taken  optimizer moments (each branch warms up its own), the trunk's schedule, the state of a routing policy",
+    ]
+    for branch in {branch.method: branch for branch in plan.branches}.values():
+        added = added_weights(model, branch.model)
+        new = f"; {len(added)} new router weights, initialised from the branch's seed" if added and not branch.fresh else ""
+        lines.append(f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}{new}")
+    return "\n".join(lines)
+
+
+def intended_experts(config: ModelConfig) -> float:
+    """Real experts per token a policy aims at, where it aims at a number; what estimates before the first step assume."""
+    policy = config.moe.router.policy
+    match policy:
+        case TopK():
+            return policy.k
+        case RandomK():
+            return (policy.k_min + policy.k_max) / 2
+        case NullExperts():
+            return policy.target_mean if policy.target_mean is not None else policy.k / 2
+        case _:
+            return policy.target_mean if policy.target_mean is not None else policy.cap / 2
+
+
+def _cost(config: ModelConfig, seq_len: int) -> ModelCost:
+    return model_cost(config, length=seq_len, mean_experts=intended_experts(config))
+
+
+def _frozen(boundary: int) -> str:
+    return f"embedding and blocks 0-{boundary - 1}" if boundary else "nothing"
+
+
+def _trained(boundary: int, n_layers: int) -> str:
+    return f"blocks {boundary}-{n_layers - 1}, norm and head" if boundary else "everything"
+
+
+def _reused(fresh: bool, boundary: int) -> str:
+    if not fresh:
+        return "the trunk's weights everywhere, and the load and bias of its routers"
+    below = f"the frozen blocks 0-{boundary - 1}, " if boundary else ""
+    return f"{below}embedding, norm and head; blocks from {boundary} on are FRESH in every branch, from the branch's seed"
+
+
+def _schedule(stage: Stage) -> str:
+    schedule = stage.schedule
+    stable = stage.n_batches - schedule.warmup_steps - schedule.decay_steps
+    decay = f"{schedule.decay_steps} {schedule.decay_shape} decay to 0" if schedule.decay_steps else "no decay"
+    return f"peak {schedule.peak:g}: {schedule.warmup_steps} steps warm-up, {stable} stable, {decay}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:.2f}M tokens" if count >= 100_000 else f"{count:,} tokens"

@@ -1,0 +1,299 @@
+"""Runs a plan: trunk, activations at the boundary, branches, evaluation. What is finished is recognised and not run again."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corpus.prepare import PreparedCorpus
+from lm.accounting import model_cost
+from lm.evaluate import Evaluation, evaluate
+from lm.model import LanguageModel
+from lm.pretrained import save_pretrained
+from staged_training import checkpoint
+from staged_training.activation_cache import CacheIdentity, cached_activations, weights_hash
+from staged_training.data import Batches, PrefixBatches, TokenBatches, prefix_activations
+from staged_training.durable import fingerprint
+from staged_training.fork import fork
+from staged_training.loop import StageResult, train_stage
+from staged_training.optimizer import is_frozen
+from staged_training.plan import Branch, Plan
+from staged_training.progress import Progress, Tracker
+from staged_training.record import Ledger, RunRecord, finish_run, open_run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """How a plan is run; nothing here changes its results.
+
+    Attributes:
+        cache: store the trunk's activations at the boundary; otherwise every branch recomputes them.
+        save_every: steps between checkpoints.
+        log_every: steps between lines of progress.
+        track: "none" or "wandb".
+    """
+
+    cache: bool = True
+    save_every: int = 200
+    log_every: int = 20
+    track: str = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A trunk or a branch when its training is over and saved.
+
+    Attributes:
+        branch: None for the trunk.
+        model: trained; its frozen blocks are the trunk's.
+        valid: batches of the whole validation text, for `boundary`.
+        mean_experts: per block, over training; below the boundary the trunk's.
+    """
+
+    plan: Plan
+    branch: Branch | None
+    folder: Path
+    model: LanguageModel
+    valid: Batches
+    evaluation: Evaluation
+    training: StageResult
+    mean_experts: tuple[float, ...]
+
+    @property
+    def boundary(self) -> int:
+        return self.branch.boundary if self.branch is not None else 0
+
+
+Summarise = Callable[[TrainedRun], dict[str, Any]]
+
+
+def summarise(run: TrainedRun) -> dict[str, Any]:
+    """The `result.json` of a run, unless the caller of `run_plan` has something else to say."""
+    cost = model_cost(run.model.config, length=run.plan.seq_len, mean_experts=run.mean_experts)
+    return {
+        "method": run.branch.method if run.branch is not None else "trunk",
+        "trunk_seed": run.plan.trunk_seed,
+        "branch_seed": run.branch.seed if run.branch is not None else None,
+        "bits_per_byte": run.evaluation.bits_per_byte,
+        "valid_tokens": run.evaluation.tokens,
+        "valid_bytes": run.evaluation.n_bytes,
+        "mean_experts": run.evaluation.mean_experts,
+        "total_parameters": cost.total_parameters,
+        "active_parameters": cost.active_parameters,
+        "steps": run.training.steps,
+        "skipped_checkpoints": run.training.skipped,
+    }
+
+
+class Execution:
+    """One plan on one corpus under one folder: `trunk()` first, then `branch(b)` for each branch, or `run_plan` for all.
+
+    Args:
+        root: holds `trunks/<hash>` and `branches/`.
+        trunk_folder: where the trunk lies or will lie; give the same to several comparisons to share it.
+    """
+
+    def __init__(
+        self, plan: Plan, corpus: PreparedCorpus, root: Path, config: ExecutionConfig, *, trunk_folder: Path | None = None, device: str | None = None
+    ) -> None:
+        self.plan, self.corpus, self.config, self.root = plan, corpus, config, root
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.trunk_folder = trunk_folder or root / "trunks" / plan.trunk_hash
+        size = {"batch_size": plan.batch_size, "seq_len": plan.seq_len, "device": self.device}
+        self.train_tokens = TokenBatches(corpus.train.tokens, **size)
+        self.valid_tokens = TokenBatches(corpus.valid.tokens, pad=True, **size)
+        self._trunk: tuple[LanguageModel, RunRecord] | None = None
+        self._activations: tuple[Batches, Batches] | None = None
+
+    def trunk(self, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord]:
+        """The trained trunk, trained now or before."""
+        if self._trunk is None:
+            plan, folder = self.plan, self.trunk_folder
+            record = open_run(folder, plan.trunk_identity, plan.corpus.content_hash)
+            model = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(self.device)
+            if record is None:
+                order, identity = plan.trunk_batches(), plan.trunk_identity
+                training = self._train(model, self.train_tokens, order, plan.trunk, plan.trunk_seed, 0, folder, identity, "trunk")
+                ledger = Ledger()
+                cost = model_cost(plan.model, length=plan.seq_len, mean_experts=training.mean_experts)
+                ledger.add("trunk", flops=cost.training_flops * len(order) * plan.tokens_per_batch, seconds=training.seconds)
+                record = self._evaluate_and_finish(None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary)
+            else:
+                print(f"trunk {plan.trunk_hash}: finished before, taken from {folder}", flush=True)
+                self._restore_trunk(model)
+            model.requires_grad_(False)
+            self._trunk = model, record
+        return self._trunk
+
+    def branch(self, branch: Branch, folder: Path | None = None, summary: Summarise = summarise) -> RunRecord:
+        """Trains and evaluates one branch, or returns what it was found to be before."""
+        plan = self.plan
+        folder = folder or self.root / "branches" / f"{branch.method}_trunk_{plan.trunk_seed}_seed_{branch.seed}"
+        identity = plan.branch_identity(branch)
+        if (record := open_run(folder, identity, plan.corpus.content_hash)) is not None:
+            print(f"{branch.name}: finished before, taken from {folder}", flush=True)
+            return record
+        trunk, trunk_record = self.trunk()
+        train, valid = self.activations()
+        model = fork(trunk, branch)
+        training = self._train(model, train, plan.order_of(branch), branch.stage, branch.seed, branch.boundary, folder, identity, branch.name)
+        means = tuple(trunk_record.result["trained_mean_experts"][: branch.boundary]) + training.mean_experts
+        ledger, tokens = Ledger(), branch.stage.n_batches * plan.tokens_per_batch
+        cost = model_cost(branch.model, length=plan.seq_len, mean_experts=means)
+        flops = 3 * cost.flops(first=branch.boundary)
+        if not self.config.cache:
+            flops += cost.flops(last=branch.boundary, head=False)
+        ledger.add("branches", flops=flops * tokens, seconds=training.seconds)
+        return self._evaluate_and_finish(branch, folder, model, valid, training, means, ledger, summary)
+
+    def activations(self) -> tuple[Batches, Batches]:
+        """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run each time."""
+        if self._activations is None:
+            trunk, _ = self.trunk()
+            boundary = self.plan.branches[0].boundary if self.plan.branches else 0
+            if not boundary:
+                self._activations = self.train_tokens, self.valid_tokens
+            elif not self.config.cache:
+                self._activations = PrefixBatches(self.train_tokens, trunk, boundary), PrefixBatches(self.valid_tokens, trunk, boundary)
+            else:
+                used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
+                every = tuple(range(len(self.valid_tokens)))
+                self._activations = self._cache("train", self.train_tokens, used, boundary), self._cache("valid", self.valid_tokens, every, boundary)
+        return self._activations
+
+    def _cache(self, split: str, batches: TokenBatches, numbers: tuple[int, ...], boundary: int) -> Batches:
+        trunk, record = self.trunk()
+        plan, model = self.plan, self.plan.model
+        identity = CacheIdentity(
+            trunk=plan.trunk_hash,
+            weights=weights_hash({name: tensor for name, tensor in trunk.state_dict().items() if is_frozen(name, boundary)}),
+            boundary=boundary,
+            tokens=f"{split} {plan.corpus.content_hash}",
+            batches=numbers,
+            shape=(plan.batch_size, plan.seq_len, model.d_model),
+            dtype=model.dtype,
+        )
+        # The name says which activations, the manifest whose: a trunk trained anew finds its old cache stale.
+        folder = self.trunk_folder / "activations" / f"{split}_boundary_{boundary}_{fingerprint(numbers)[:8]}"
+        computed = False
+
+        def compute(tokens_BT: Tensor) -> Tensor:
+            nonlocal computed
+            computed = True
+            return prefix_activations(trunk, tokens_BT, boundary)
+
+        began = time.perf_counter()
+        cached = cached_activations(folder, identity, batches, compute)
+        if computed:
+            cost = model_cost(model, length=plan.seq_len, mean_experts=tuple(record.result["trained_mean_experts"]))
+            flops = cost.flops(last=boundary, head=False) * len(numbers) * plan.tokens_per_batch
+            record.ledger.add("caching", flops=flops, seconds=time.perf_counter() - began)
+            record.ledger.save(self.trunk_folder)
+            print(f"activations {split}: {len(numbers)} batches, {identity.n_bytes / 2**20:.1f} MiB in {folder}", flush=True)
+        return cached
+
+    def _train(
+        self,
+        model: LanguageModel,
+        batches: Batches,
+        order: Any,
+        stage: Any,
+        seed: int,
+        boundary: int,
+        folder: Path,
+        identity: dict[str, Any],
+        label: str,
+    ) -> StageResult:
+        plan, config = self.plan, self.config
+        tracker = Tracker(config.track, folder, label, identity) if config.track != "none" else None
+        progress = Progress(
+            label,
+            n_steps=stage.n_batches,
+            every=config.log_every,
+            tokens_per_step=plan.tokens_per_batch,
+            bytes_per_token=plan.corpus.train_bytes / plan.corpus.train_tokens,
+            tracker=tracker,
+        )
+        try:
+            return train_stage(
+                model,
+                batches,
+                order,
+                stage=stage,
+                optimizer_config=plan.optimizer,
+                seed=seed,
+                boundary=boundary,
+                folder=folder,
+                identity=identity,
+                save_every=config.save_every,
+                progress=progress,
+            )
+        finally:
+            if tracker is not None:
+                tracker.close()
+
+    def _evaluate_and_finish(
+        self,
+        branch: Branch | None,
+        folder: Path,
+        model: LanguageModel,
+        valid: Batches,
+        training: StageResult,
+        means: tuple[float, ...],
+        ledger: Ledger,
+        summary: Summarise,
+    ) -> RunRecord:
+        plan, boundary = self.plan, branch.boundary if branch is not None else 0
+        self._export(folder, model, branch)
+        began = time.perf_counter()
+        evaluation = evaluate(model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary)
+        trained = TrainedRun(
+            plan=plan, branch=branch, folder=folder, model=model, valid=valid, evaluation=evaluation, training=training, mean_experts=means
+        )
+        result = {**summary(trained), "trained_mean_experts": means} if branch is None else summary(trained)
+        evaluated_means = means[:boundary] + evaluation.mean_experts
+        cost = model_cost(model.config, length=plan.seq_len, mean_experts=evaluated_means)
+        first = boundary if self.config.cache else 0
+        ledger.add("evaluation", flops=cost.flops(first=first) * len(valid) * plan.tokens_per_batch, seconds=time.perf_counter() - began)
+        label = branch.name if branch is not None else "trunk"
+        print(f"{label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
+        return finish_run(folder, result, ledger)
+
+    def _export(self, folder: Path, model: LanguageModel, branch: Branch | None) -> None:
+        """The trained model for `python -m lm generate`, with the first training batch to calibrate budgets on."""
+        if branch is not None and branch.boundary and branch.model.moe != self.plan.model.moe:
+            print(f"{branch.name}: not exported, its frozen blocks route otherwise than its own", flush=True)
+            return
+        save_pretrained(folder / "model", model, self.train_tokens[0][0].cpu())
+        self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
+
+    def _restore_trunk(self, model: LanguageModel) -> None:
+        saved = checkpoint.load_latest(self.trunk_folder / "checkpoints")
+        if saved is None or saved.step != self.plan.trunk.n_batches:
+            at = "none" if saved is None else f"step {saved.step}"
+            raise checkpoint.CheckpointMismatchError(
+                f"{self.trunk_folder}: branches start from step {self.plan.trunk.n_batches} of the trunk, its newest usable checkpoint is {at}"
+            )
+        checkpoint.refuse_other_identity(saved, self.plan.trunk_identity)
+        checkpoint.restore_model(model, saved.weights, str(saved.path))
+
+
+def in_order(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    for index in range(len(batches)):
+        yield batches[index]
+
+
+def run_plan(plan: Plan, corpus: PreparedCorpus, root: Path, config: ExecutionConfig, *, trunk_folder: Path | None = None) -> list[RunRecord]:
+    """Runs whatever of the plan is not finished: the trunk's record, then one per branch.
+
+    Raises:
+        loop.NonFiniteLossError, stopping.Interrupted: everything saved; the same call continues.
+        record.RunMismatchError: when a folder holds another run.
+    """
+    execution = Execution(plan, corpus, root, config, trunk_folder=trunk_folder)
+    _, trunk_record = execution.trunk()
+    return [trunk_record, *(execution.branch(branch) for branch in plan.branches)]

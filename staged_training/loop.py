@@ -1,0 +1,158 @@
+"""The training loop: one function, from a model and an order of batches to a trained model, that can be killed at any moment.
+
+Legend: B batch, T tokens, D model width, V vocabulary.
+
+Everything a step depends on is the state of the last checkpoint, the configuration and the step's number, so a run that was killed and started
+again by the same command goes through the same numbers, bit for bit.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm.model import LanguageModel, Output, token_losses
+from staged_training import checkpoint
+from staged_training.data import Batches
+from staged_training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, optimizer_tensors, restore_optimizer, update
+from staged_training.plan import Stage
+from staged_training.progress import MetricsFile, Progress
+from staged_training.stopping import Interrupted, StopSignals
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; names the step, the data position and the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """Attributes:
+    steps: updates done in all, those before an interruption included.
+    seconds: spent in steps that are part of the result.
+    mean_experts: per trained block, real experts per token over the whole stage.
+    checkpoint: where the result lies.
+    skipped: corrupt checkpoints that were passed over when the stage was resumed.
+    """
+
+    steps: int
+    seconds: float
+    mean_experts: tuple[float, ...]
+    checkpoint: Path
+    skipped: tuple[str, ...]
+
+
+def train_stage(
+    model: LanguageModel,
+    batches: Batches,
+    order: np.ndarray,
+    *,
+    stage: Stage,
+    optimizer_config: OptimizerConfig,
+    seed: int,
+    boundary: int,
+    folder: Path,
+    identity: dict[str, Any],
+    save_every: int,
+    progress: Progress,
+    on_step: Callable[[int, float], None] | None = None,
+) -> StageResult:
+    """Trains blocks [boundary, L), norm and head (everything when `boundary` is 0) for one stage, or the rest of it.
+
+    Args:
+        model: with the weights the stage starts from; overwritten by a checkpoint where there is one.
+        batches: inputs and targets_BT by batch number.
+        order: the batch number of every step.
+        seed: of the routers' draws.
+        folder: run folder; checkpoints go to `folder/checkpoints`, metrics beside them.
+        identity: what this stage is; a checkpoint of anything else is refused.
+        save_every: steps between checkpoints; there is always one at the end.
+        on_step: told the step just done and its seconds.
+
+    Raises:
+        NonFiniteLossError: the weights on the disk are from before it.
+        Interrupted: after SIGTERM or SIGINT, with everything saved.
+        checkpoint.CheckpointMismatchError: when the checkpoints are of another stage or another model.
+    """
+    assert len(order) == stage.n_batches
+    checkpoints = folder / "checkpoints"
+    optimizer = build_optimizer(model, optimizer_config, boundary)
+    step, seconds, experts_sum, skipped = 0, 0.0, np.zeros(model.config.n_layers - boundary), ()
+    if (saved := checkpoint.load_latest(checkpoints)) is not None:
+        checkpoint.refuse_other_identity(saved, identity)
+        checkpoint.restore_model(model, saved.weights, str(saved.path))
+        restore_optimizer(model, optimizer, boundary, saved.optimizer)
+        checkpoint.restore_random_states(saved)
+        step, seconds, skipped = saved.step, saved.state["seconds"], saved.skipped
+        experts_sum = np.array(saved.state["experts_sum"])
+        print(f"{progress.label} continues at step {step} of {stage.n_batches} from {saved.path}", flush=True)
+    last_saved = saved.path if saved is not None else None
+
+    def save() -> Path:
+        metrics.flush()
+        state = {"identity": identity, "position": step, "seconds": seconds, "experts_sum": experts_sum.tolist()}
+        return checkpoint.save(
+            checkpoints, step, weights=checkpoint.model_tensors(model), optimizer=optimizer_tensors(model, optimizer, boundary), state=state
+        )
+
+    metrics = MetricsFile(folder, step)
+    model.train()
+    with StopSignals() as stop:
+        while step < stage.n_batches:
+            began = time.perf_counter()
+            learning_rate = stage.schedule.value(step, stage.n_batches)
+            where = f"step {step}, data position {step}, batch {order[step]}; last good checkpoint: {last_saved}"
+            model.begin_step(step, seed)
+            output, loss = _forward(model, batches, int(order[step]), boundary, where)
+            (loss + output.routing_loss).backward()
+            grad_norm = clip_gradients(optimizer, optimizer_config.clip)
+            experts = _mean_experts(output)
+            # The only wait for the device in a step: all numbers of the step in one transfer, before the weights change.
+            loss_value, routing_value, norm_value, *expert_values = torch.stack([loss, output.routing_loss, grad_norm, *experts]).tolist()
+            if not all(map(math.isfinite, (loss_value, routing_value, norm_value))):
+                metrics.close()
+                raise NonFiniteLossError(f"loss {loss_value}, routing loss {routing_value}, gradient norm {norm_value} at {where}")
+            update(optimizer, learning_rate)
+            model.after_step(boundary)
+            step += 1
+            experts_sum += expert_values
+            taken = time.perf_counter() - began
+            seconds += taken
+            record = {"step": step, "loss": loss_value, "routing_loss": routing_value, "grad_norm": norm_value, "lr": learning_rate}
+            record["mean_experts"] = sum(expert_values) / len(expert_values)
+            metrics.write(record, {"step": step, "seconds": taken})
+            progress.step(record)
+            if on_step is not None:
+                on_step(step, taken)
+            if step % save_every == 0 or step == stage.n_batches or stop.signal is not None:
+                last_saved = save()
+            if stop.signal is not None:
+                metrics.close()
+                message = f"{progress.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
+                raise Interrupted(stop.signal, message)
+    metrics.close()
+    assert last_saved is not None
+    means = tuple((experts_sum / max(step, 1)).tolist())
+    return StageResult(steps=step, seconds=seconds, mean_experts=means, checkpoint=last_saved, skipped=skipped)
+
+
+def _forward(model: LanguageModel, batches: Batches, batch: int, boundary: int, where: str) -> tuple[Output, Tensor]:
+    inputs, targets_BT = batches[batch]
+    try:
+        output = model.suffix(inputs, boundary) if boundary else model(inputs)
+    except ValueError as error:
+        # On the CPU a router refuses such scores before they become a loss.
+        if "not finite" in str(error):
+            raise NonFiniteLossError(f"{error}, at {where}") from error
+        raise
+    return output, token_losses(output.logits_BTV, targets_BT).mean()
+
+
+def _mean_experts(output: Output) -> list[Tensor]:
+    """Per block, real experts per token, as fp32 scalars on the device."""
+    return [routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings]

@@ -1,0 +1,93 @@
+"""AdamW over what a stage trains, and gradient clipping."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101).
+
+    Attributes:
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: for matrices. Vectors (norms, biases, per-head constants) have none, and neither has the embedding: a row that does not
+            occur in a batch gets no gradient, and decay would shrink rare tokens towards zero.
+        clip: largest norm of the whole gradient.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"OptimizerConfig.betas: {self.betas}, must be two numbers in [0, 1)")
+        for name, legal in (("eps", self.eps > 0), ("weight_decay", self.weight_decay >= 0), ("clip", self.clip > 0)):
+            if not legal:
+                raise ValueError(f"OptimizerConfig.{name}: {getattr(self, name)} is too small")
+
+
+def trained_parameters(model: nn.Module, boundary: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters above the boundary: blocks [boundary, L), norm and head; with boundary 0 the embedding too."""
+    for name, parameter in model.named_parameters():
+        if not is_frozen(name, boundary):
+            yield name, parameter
+
+
+def is_frozen(name: str, boundary: int) -> bool:
+    """Whether a parameter or buffer of this name lies in the frozen prefix: the embedding and blocks [0, boundary)."""
+    if boundary == 0:
+        return False
+    parts = name.split(".")
+    return parts[0].startswith("embedding") or (parts[0] == "blocks" and int(parts[1]) < boundary)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, boundary: int) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; the others stop requiring gradients. The learning rate is set before every step."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not is_frozen(name, boundary))
+    decayed, plain = [], []
+    for name, parameter in trained_parameters(model, boundary):
+        (decayed if parameter.dim() >= 2 and not name.startswith("embedding") else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in decayed + plain)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
+    """One step at `learning_rate`, then forgets the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def clip_gradients(optimizer: torch.optim.AdamW, limit: float) -> Tensor:
+    """Scales the gradient to a norm of at most `limit`; returns the norm it had, fp32 scalar."""
+    return nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], limit)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW, boundary: int) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name (`exp_avg:blocks.0...`), as a checkpoint stores it."""
+    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in trained_parameters(model, boundary))
+    return {f"{key}:{name}": value for name, state in states for key, value in state.items()}
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.AdamW, boundary: int, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` returned.
+
+    Raises:
+        ValueError: naming the states that belong to no trained parameter or have another shape.
+    """
+    parameters = dict(trained_parameters(model, boundary))
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition(":")
+        parameter = parameters.get(name)
+        if parameter is None or (key != "step" and tensor.shape != parameter.shape):
+            raise ValueError(f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} fits no trained parameter of this model")
+        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()

@@ -1,0 +1,153 @@
+"""What staged training will do, as data: a trunk trained once, and branches that start from it.
+
+Nothing here runs anything: a plan can be printed, stored, hashed and compared before a minute is spent.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from lm.config import ModelConfig
+from lm.serialize import to_dict
+from staged_training.boundary import different_blocks, refuse_other_trunk
+from staged_training.data import branch_order, trunk_order
+from staged_training.durable import fingerprint
+from staged_training.optimizer import OptimizerConfig
+from staged_training.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusFacts:
+    """What a plan needs to know of the text.
+
+    Attributes:
+        content_hash: of the documents and the tokenizer: equal hash, equal tokens.
+        train_tokens, valid_tokens: lengths of the packed streams.
+        train_bytes, valid_bytes: UTF-8 bytes of the text in them.
+    """
+
+    content_hash: str
+    train_tokens: int
+    train_bytes: int
+    valid_tokens: int
+    valid_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of training: so many batches, one update each, under one schedule."""
+
+    n_batches: int
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if self.n_batches < 1:
+            raise ValueError(f"Stage.n_batches: {self.n_batches}, must be at least 1")
+        ramps = self.schedule.warmup_steps + self.schedule.decay_steps
+        if ramps > self.n_batches:
+            raise ValueError(f"Stage: warm-up and decay take {ramps} steps, the stage has {self.n_batches}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One method, one seed.
+
+    Attributes:
+        seed: order of the branch's batches, random draws of the routers, and the weights of fresh blocks.
+        model: complete; below the boundary its layer plan is the trunk's.
+        boundary: first block that trains; 0 trains everything, the embedding included.
+        fresh: blocks from the boundary on are initialised from `seed` instead of taken from the trunk.
+    """
+
+    method: str
+    seed: int
+    model: ModelConfig
+    stage: Stage
+    boundary: int
+    fresh: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A trunk and its branches.
+
+    Attributes:
+        model: the trunk's.
+        trunk_seed: the trunk's weights, data order and draws.
+        decisions: why the boundary is where it is, for people; not part of any identity.
+
+    Raises:
+        ValueError: for branches that do not fit the trunk or each other, naming branch and field.
+    """
+
+    corpus: CorpusFacts
+    model: ModelConfig
+    batch_size: int
+    seq_len: int
+    trunk: Stage
+    trunk_seed: int
+    optimizer: OptimizerConfig
+    branches: tuple[Branch, ...] = ()
+    decisions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [branch.name for branch in self.branches]
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"Plan.branches: {', '.join(duplicates)} more than once")
+        for branch in self.branches:
+            self._check(branch, self.branches[0])
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def n_train_batches(self) -> int:
+        """Batches in one epoch of the training text."""
+        return (self.corpus.train_tokens - 1) // self.tokens_per_batch
+
+    @property
+    def trunk_identity(self) -> dict:
+        """Everything the trunk's weights depend on. The branches are not part of it: comparisons share a trunk."""
+        fields = ("corpus", "model", "batch_size", "seq_len", "trunk", "trunk_seed", "optimizer")
+        return {name: to_dict(getattr(self, name)) for name in fields}
+
+    @property
+    def trunk_hash(self) -> str:
+        return fingerprint(self.trunk_identity)[:12]
+
+    def branch_identity(self, branch: Branch) -> dict:
+        """Everything the branch's weights depend on."""
+        return {"trunk": self.trunk_identity, "branch": to_dict(branch)}
+
+    def trunk_batches(self) -> np.ndarray:
+        """Batch numbers in the order the trunk visits them, int64."""
+        return trunk_order(self.n_train_batches, self.trunk_seed, 0, self.trunk.n_batches)
+
+    def branch_batches(self) -> np.ndarray:
+        """The batches behind the trunk's last position, in the trunk's order: the data of every branch."""
+        count = max((branch.stage.n_batches for branch in self.branches), default=0)
+        return trunk_order(self.n_train_batches, self.trunk_seed, self.trunk.n_batches, count)
+
+    def order_of(self, branch: Branch) -> np.ndarray:
+        """Batch numbers in the order this branch visits them: its method plays no part, its seed does."""
+        return branch_order(self.branch_batches(), branch.seed)
+
+    def _check(self, branch: Branch, first: Branch) -> None:
+        refuse_other_trunk(self.model, branch.model, branch.name)
+        for field in ("stage", "boundary", "fresh"):
+            if getattr(branch, field) != getattr(first, field):
+                raise ValueError(f"{branch.name} and {first.name} differ in {field}: branches of a plan can only be compared when they agree")
+        below = slice(0, branch.boundary)
+        if branch.model.plan.letters[below] != self.model.plan.letters[below]:
+            raise ValueError(
+                f"{branch.name}: layers below its boundary {branch.boundary} are {''.join(branch.model.plan.letters[below])}, "
+                f"the frozen trunk's are {''.join(self.model.plan.letters[below])}"
+            )
+        different = [layer for layer in different_blocks(self.model, branch.model) if layer >= branch.boundary]
+        if different and not branch.fresh:
+            raise ValueError(f"{branch.name} changes the letter or weights of blocks {different} and cannot take the trunk's there; set fresh=True")

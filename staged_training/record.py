@@ -1,0 +1,141 @@
+"""The run folder: what was asked, where it ran, what it cost, what came out. Everything that is shown later is computed from it.
+
+`config.json` (resolved), `environment.json`, `metrics.jsonl`, `checkpoints/`, `ledger.json`, `result.json`; `result.json` is written last and
+says that the run is finished.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from staged_training.durable import write_json
+
+CONFIG, ENVIRONMENT, LEDGER, RESULT = "config.json", "environment.json", "ledger.json", "result.json"
+PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
+
+
+class RunMismatchError(ValueError):
+    """A run folder holds a run of another configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """Cost by kind of work ("trunk", "caching", "branches", "evaluation"): FLOPs counted from the configuration, and measured seconds."""
+
+    costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+    def add(self, kind: str, *, flops: float, seconds: float) -> None:
+        cost = self.costs.setdefault(kind, {"flops": 0.0, "seconds": 0.0})
+        cost["flops"] += flops
+        cost["seconds"] += seconds
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / LEDGER, self.costs)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Ledger":
+        return cls(json.loads((folder / LEDGER).read_text()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A finished run: the trunk or a branch."""
+
+    folder: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+    ledger: Ledger
+
+
+def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord | None:
+    """Makes the folder of a run, or finds the run in it.
+
+    Returns:
+        the record if this very run is finished; None if it is to be run or continued.
+
+    Raises:
+        RunMismatchError: when the folder holds a run of another configuration, naming each key that differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(json.dumps(config))
+    path = folder / CONFIG
+    if path.exists():
+        differing = differences(json.loads(path.read_text()), config)
+        if differing:
+            raise RunMismatchError(f"{folder} holds another run: {'; '.join(differing[:8])}. Choose another folder, or remove this one")
+    else:
+        write_json(path, config)
+    write_json(folder / ENVIRONMENT, environment(data_hash))
+    return read_run(folder) if (folder / RESULT).exists() else None
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of a finished run.
+
+    Raises:
+        ValueError: when the folder holds no finished run.
+    """
+    if not (folder / RESULT).exists():
+        raise ValueError(f"{folder} holds no finished run: {RESULT} is missing")
+    config, result = (json.loads((folder / name).read_text()) for name in (CONFIG, RESULT))
+    return RunRecord(folder=folder, config=config, result=result, ledger=Ledger.load(folder))
+
+
+def finish_run(folder: Path, result: dict[str, Any], ledger: Ledger) -> RunRecord:
+    """Stores ledger and result; the result last, because it marks the run as finished."""
+    ledger.save(folder)
+    write_json(folder / RESULT, result)
+    return read_run(folder)
+
+
+def differences(stored: Any, asked: Any, place: str = "") -> list[str]:
+    """Where two JSON values differ, as "place: stored 12, asked 8"."""
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        return [line for key in sorted(stored | asked) for line in differences(stored.get(key), asked.get(key), f"{place}.{key}" if place else key)]
+    return [] if stored == asked else [f"{place}: stored {json.dumps(stored)}, asked {json.dumps(asked)}"]
+
+
+def environment(data_hash: str) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "data_hash": data_hash,
+    }
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        models = []
+    return f"{models[0] if models else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in this checkout, or None outside a repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

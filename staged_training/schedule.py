@@ -1,0 +1,48 @@
+"""Learning rate: warm-up, stable, decay to zero, as a pure function of the step.
+
+Warm-up / stable / decay is from MiniCPM (arXiv 2404.06395): the stable part can be left at any step by a short decay, which is what makes a trunk
+with many branches possible. The 1-sqrt decay is from arXiv 2405.18392. There is no scheduler object: nothing to save, nothing to restore wrongly.
+"""
+
+import dataclasses
+import math
+
+from lm.serialize import nearest
+
+DECAY_SHAPES = ("linear", "1-sqrt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Attributes:
+        peak: learning rate of the stable part.
+        warmup_steps: steps of linear rise; the last of them runs at the peak.
+        decay_steps: last steps of the stage, falling from the peak; 0 keeps the peak to the end.
+        decay_shape: "linear" (1 - t) or "1-sqrt" (1 - sqrt(t)), t from 0 to 1 over the decay.
+
+    Raises:
+        ValueError: for an unknown shape, a peak that is not positive or a negative number of steps.
+    """
+
+    peak: float = 3e-3
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    decay_shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.decay_shape not in DECAY_SHAPES:
+            raise ValueError(f"Schedule.decay_shape: {self.decay_shape!r} is not known; {nearest(self.decay_shape, DECAY_SHAPES)}")
+        if not self.peak > 0 or not math.isfinite(self.peak):
+            raise ValueError(f"Schedule.peak: {self.peak}, must be positive")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Schedule.{name}: {getattr(self, name)}, must not be negative")
+
+    def value(self, step: int, n_steps: int) -> float:
+        """Learning rate of update `step` (from 0) of a stage of `n_steps`; 0 at `n_steps` when the schedule decays."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if not self.decay_steps:
+            return self.peak
+        t = min(1.0, max(0.0, (step - (n_steps - self.decay_steps)) / self.decay_steps))
+        return self.peak * (1 - t if self.decay_shape == "linear" else 1 - math.sqrt(t))

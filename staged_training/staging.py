@@ -1,0 +1,112 @@
+"""From a token budget and a list of methods to a plan."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from corpus.prepare import PreparedCorpus
+from lm.config import ModelConfig
+from staged_training.boundary import choose_cut, compose
+from staged_training.durable import fingerprint, sha256_file
+from staged_training.optimizer import OptimizerConfig
+from staged_training.plan import Branch, CorpusFacts, Plan, Stage
+from staged_training.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagingConfig:
+    """How a token budget is spent.
+
+    Attributes:
+        tokens: budget of one method: trunk plus one branch.
+        trunk_share: share of it that is trained once, in the trunk.
+        freeze: share of the parameters below the boundary, frozen in the branches; 0 branches the whole network.
+        batch_size, seq_len: rows and tokens per row of a batch.
+        learning_rate: peak, of the trunk and of each branch.
+        warmup_share: share of the trunk's steps that warm up; it then stays at the peak.
+        branch_warmup_share: the same for a branch, whose optimizer starts anew; the rest of the branch decays to zero.
+        decay_shape: "linear" or "1-sqrt".
+
+    Raises:
+        ValueError: for a share outside its range or a size below 1.
+    """
+
+    tokens: int = 2_000_000
+    trunk_share: float = 0.85
+    freeze: float = 0.85
+    batch_size: int = 8
+    seq_len: int = 256
+    learning_rate: float = 3e-3
+    warmup_share: float = 0.05
+    branch_warmup_share: float = 0.1
+    decay_shape: str = "linear"
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.trunk_share < 1:
+            raise ValueError(f"StagingConfig.trunk_share: {self.trunk_share}, must be above 0 and below 1")
+        for name in ("freeze", "warmup_share", "branch_warmup_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be 0 or more and below 1")
+        for name in ("tokens", "batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be at least 1")
+
+
+def corpus_facts(corpus: PreparedCorpus) -> CorpusFacts:
+    """What a plan needs to know of a prepared corpus; the hash covers documents, split and tokenizer."""
+    hashes = [corpus.manifest.tokenizer_hash, *(sha256_file(split.folder / "index.json") for split in (corpus.train, corpus.valid))]
+    return CorpusFacts(
+        content_hash=fingerprint(hashes),
+        train_tokens=len(corpus.train),
+        train_bytes=corpus.train.n_bytes,
+        valid_tokens=len(corpus.valid),
+        valid_bytes=corpus.valid.n_bytes,
+    )
+
+
+def make_plan(
+    config: StagingConfig, corpus: CorpusFacts, model: ModelConfig, branches: Sequence[tuple[str, ModelConfig, int]], *, trunk_seed: int = 0
+) -> Plan:
+    """A trunk and its branches.
+
+    Args:
+        model: the trunk's.
+        branches: name of the method, its model as if nothing were frozen, and the seed.
+
+    Raises:
+        ValueError: when the budget is too small for one batch per stage, or a method does not fit the trunk.
+    """
+    total = config.tokens // (config.batch_size * config.seq_len)
+    trunk_batches = round(total * config.trunk_share)
+    branch_batches = total - trunk_batches
+    if trunk_batches < 1 or branch_batches < 1:
+        raise ValueError(
+            f"StagingConfig.tokens: {config.tokens} is {total} batches of {config.batch_size} x {config.seq_len}, "
+            f"too few for a trunk ({config.trunk_share:.0%}) and a branch of at least one batch each"
+        )
+    trunk = Stage(n_batches=trunk_batches, schedule=Schedule(peak=config.learning_rate, warmup_steps=round(trunk_batches * config.warmup_share)))
+    warmup = round(branch_batches * config.branch_warmup_share)
+    decay = Schedule(peak=config.learning_rate, warmup_steps=warmup, decay_steps=branch_batches - warmup, decay_shape=config.decay_shape)
+    cut = choose_cut(model, {name: method for name, method, _ in branches}, config.freeze) if branches else None
+    return Plan(
+        corpus=corpus,
+        model=model,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        trunk=trunk,
+        trunk_seed=trunk_seed,
+        optimizer=config.optimizer,
+        branches=tuple(
+            Branch(
+                method=name,
+                seed=seed,
+                model=compose(model, method, cut.boundary),
+                stage=Stage(n_batches=branch_batches, schedule=decay),
+                boundary=cut.boundary,
+                fresh=cut.fresh,
+            )
+            for name, method, seed in branches
+            if cut is not None
+        ),
+        decisions=cut.reasons if cut is not None else (),
+    )
