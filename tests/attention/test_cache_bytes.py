@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import AttentionConfig, HybridCache, LayerPlan, cache_bytes
@@ -34,6 +34,7 @@ def test_each_letter_by_hand():
     assert cache_bytes(config, plan, 7, element_size=4)[5] == state + 2 * tail
 
 
+@settings(deadline=None)
 @given(
     pattern=st.text(alphabet="".join(LETTERS), max_size=6),
     max_length=st.integers(1, 40),

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.build import LAYERS
@@ -20,6 +20,7 @@ def test_window_layers_are_reused_by_r_and_full_ones_by_R():
     assert LayerPlan.parse("FSrRSr", 6).source == (0, 1, 1, 0, 4, 4)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="".join(LETTERS), min_size=1, max_size=8), st.integers(1, 20))
 def test_source_is_the_nearest_owner_below(pattern, n_layers):
     letters = [pattern[index % len(pattern)] for index in range(n_layers)]

@@ -69,6 +69,7 @@ def test_a_window_as_long_as_the_text_is_full_attention(make_stack, tiny):
     torch.testing.assert_close(full(x_BTD), sliding(x_BTD), rtol=0, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 50), st.integers(0, 50))
 def test_rotated_products_depend_on_the_distance_only(start, first, second):
     generator = torch.Generator().manual_seed(0)
