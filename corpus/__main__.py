@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tyro.extras.subcommand_cli_from_dict(
             {"prepare": prepare_command, "show": show_command}, prog="python -m corpus", description=__doc__, args=arguments
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -9,7 +9,7 @@ All documents of a split form one stream, each after its boundary token; a posit
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,30 +30,19 @@ def pack(folder: Path, documents: Iterable[tuple[Sequence[int], int]], *, vocab_
     folder.mkdir()
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
     offsets, n_bytes = [0], 0
-    shards: list[dict[str, object]] = []
-    pending: list[np.ndarray] = []
-    n_pending = 0
 
-    def write_shards(*, final: bool) -> None:
-        nonlocal pending, n_pending
-        tokens = np.concatenate(pending)
-        while len(tokens) >= shard_tokens or (final and len(tokens)):
-            shards.append(_write(folder / f"tokens_{len(shards):05d}.bin", tokens[:shard_tokens]))
-            tokens = tokens[shard_tokens:]
-        pending, n_pending = [tokens], len(tokens)
+    def with_boundaries() -> Iterator[np.ndarray]:
+        nonlocal n_bytes
+        for ids, n_document_bytes in documents:
+            tokens = np.array([boundary_id, *ids], dtype=np.int64)
+            assert 0 <= tokens.min() <= tokens.max() < vocab_size
+            offsets.append(offsets[-1] + len(tokens))
+            n_bytes += n_document_bytes
+            yield tokens.astype(dtype)
 
-    for ids, n_document_bytes in documents:
-        array = np.array([boundary_id, *ids], dtype=np.int64)
-        assert 0 <= array.min() <= array.max() < vocab_size
-        pending.append(array.astype(dtype))
-        n_pending += len(array)
-        offsets.append(offsets[-1] + len(array))
-        n_bytes += n_document_bytes
-        if n_pending >= shard_tokens:
-            write_shards(final=False)
-    if len(offsets) == 1:
+    shards = [_write(folder / f"tokens_{number:05d}.bin", tokens) for number, tokens in enumerate(_rechunk(with_boundaries(), shard_tokens))]
+    if not shards:
         raise ValueError("no documents to pack")
-    write_shards(final=True)
     index = {
         "format": FORMAT,
         "dtype": dtype,
@@ -67,10 +56,26 @@ def pack(folder: Path, documents: Iterable[tuple[Sequence[int], int]], *, vocab_
     return PackedTokens(folder)
 
 
+def _rechunk(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """The concatenation of `arrays` in arrays of `length`; the last one may be shorter."""
+    pending: list[np.ndarray] = []
+    n_pending = 0
+    for array in arrays:
+        pending.append(array)
+        n_pending += len(array)
+        if n_pending >= length:
+            joined = np.concatenate(pending)
+            whole = n_pending - n_pending % length
+            yield from np.split(joined[:whole], whole // length)
+            pending, n_pending = [joined[whole:]], n_pending - whole
+    if n_pending:
+        yield np.concatenate(pending)
+
+
 def _write(path: Path, array: np.ndarray) -> dict[str, object]:
     data = array.tobytes()
     path.write_bytes(data)
-    return {"file": path.name, "count": len(array), "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"file": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 class ShardedTokens:
@@ -117,21 +122,25 @@ class PackedTokens:
         index_path = self.folder / INDEX
         try:
             index = json.loads(index_path.read_text())
-            found = index["format"]
+            if index["format"] != FORMAT:
+                raise ValueError(f"format {index['format']}, this version reads format {FORMAT}")
+            self.n_bytes: int = index["n_bytes"]
+            self.n_documents: int = index["n_documents"]
+            n_tokens: int = index["n_tokens"]
+            dtype: str = index["dtype"]
+            offsets, shards = index["document_offsets"], index["shards"]
+            self._files = [(self.folder / entry["file"], int(entry["size"]), str(entry["sha256"])) for entry in (offsets, *shards)]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{index_path}: no readable index of packed tokens here ({error})") from error
-        if found != FORMAT:
-            raise ValueError(f"{index_path}: format {found}, this version reads format {FORMAT}")
-        self._files = [*index["shards"], index["document_offsets"]]
-        for entry in self._files:
-            path = self.folder / entry["file"]
+        for path, expected, _ in self._files:
             size = path.stat().st_size if path.is_file() else None
-            if size != entry["size"]:
-                raise ValueError(f"{path}: {'missing' if size is None else f'{size} bytes'}, the index says {entry['size']} bytes")
-        self.tokens = ShardedTokens([np.memmap(self.folder / shard["file"], dtype=index["dtype"], mode="r") for shard in index["shards"]])
-        self.document_offsets: np.ndarray = np.memmap(self.folder / OFFSETS, dtype=OFFSETS_DTYPE, mode="r")
-        self.n_bytes: int = index["n_bytes"]
-        self.n_documents: int = index["n_documents"]
+            if size != expected:
+                raise ValueError(f"{path}: {'missing' if size is None else f'{size} bytes'}, the index says {expected} bytes")
+        offsets_file, *shard_files = [path for path, _, _ in self._files]
+        self.document_offsets: np.ndarray = np.memmap(offsets_file, dtype=OFFSETS_DTYPE, mode="r")
+        self.tokens = ShardedTokens([np.memmap(path, dtype=dtype, mode="r") for path in shard_files])
+        if not len(self.tokens) == self.document_offsets[-1] == n_tokens or len(self.document_offsets) != self.n_documents + 1:
+            raise ValueError(f"{index_path}: the counts do not agree with the files")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -144,9 +153,8 @@ class PackedTokens:
 
     def verify(self) -> None:
         """Read every file and compare its SHA-256 with the index. ValueError naming the first that differs."""
-        for entry in self._files:
-            path = self.folder / entry["file"]
+        for path, _, expected in self._files:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry["sha256"]:
+            if found != expected:
                 raise ValueError(f"{path}: content differs from its checksum; delete {self.folder} and prepare the corpus again")

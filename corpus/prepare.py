@@ -92,6 +92,8 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
             if not folder.exists():
                 raise
     prepared = open_prepared(folder)
+    if prepared.manifest.content_hash != documents.content_hash:
+        raise ValueError(f"{folder}: the manifest speaks of other documents; delete the folder and prepare the corpus again")
     prepared.train.verify()
     prepared.valid.verify()
     return prepared
@@ -108,9 +110,11 @@ def open_prepared(folder: str | Path) -> PreparedCorpus:
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if tokenizer.hash() != manifest.tokenizer_hash:
         raise ValueError(f"{folder / 'tokenizer.model'}: not the tokenizer of the manifest; delete {folder} and prepare the corpus again")
-    return PreparedCorpus(
-        folder=folder, tokenizer=tokenizer, train=PackedTokens(folder / "train"), valid=PackedTokens(folder / "valid"), manifest=manifest
-    )
+    train, valid = PackedTokens(folder / "train"), PackedTokens(folder / "valid")
+    for packed, counts in ((train, manifest.train), (valid, manifest.valid)):
+        if _counts(packed) != counts:
+            raise ValueError(f"{packed.folder}: not the counts of the manifest; delete {folder} and prepare the corpus again")
+    return PreparedCorpus(folder=folder, tokenizer=tokenizer, train=train, valid=valid, manifest=manifest)
 
 
 def _cache_key(config: CorpusConfig, documents: Documents, tokenizer: Tokenizer | None) -> str:
@@ -128,7 +132,7 @@ def _cache_key(config: CorpusConfig, documents: Documents, tokenizer: Tokenizer 
 
 def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
-        tokenizer = Tokenizer.train(documents.train, config.vocab_size or DEFAULT_VOCAB_SIZE)
+        tokenizer = Tokenizer.train(documents.train, DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size)
     tokenizer.save(folder / "tokenizer.model")
     counts: dict[str, SplitCounts] = {}
     for split, texts in (("train", documents.train), ("valid", documents.valid)):
@@ -139,7 +143,7 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
             boundary_id=tokenizer.boundary_id,
             shard_tokens=config.shard_tokens,
         )
-        counts[split] = SplitCounts(documents=packed.n_documents, bytes=packed.n_bytes, tokens=len(packed))
+        counts[split] = _counts(packed)
     manifest = CorpusManifest(
         config=config,
         content_hash=documents.content_hash,
@@ -151,6 +155,10 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         skipped=documents.skipped,
     )
     (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
+
+
+def _counts(packed: PackedTokens) -> SplitCounts:
+    return SplitCounts(documents=packed.n_documents, bytes=packed.n_bytes, tokens=len(packed))
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:

@@ -35,19 +35,20 @@ def place_of(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def read_file(path: Path, *, text_field: str, suffix: str | None = None) -> Iterator[Document | Skipped]:
-    """Documents of one file, by its suffix unless told. ValueError for an unknown suffix; ImportError if its optional package is missing."""
-    suffix = suffix or suffix_of(path)
+def read_file(path: Path, *, text_field: str) -> Iterator[Document | Skipped]:
+    """Documents of one file, by its suffix. ValueError for an unknown suffix; ImportError if its optional package is missing."""
+    suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"{place_of(path)}: unknown file type; legal are {', '.join(SUFFIXES)}")
     if suffix in (".txt", ".md"):
-        return _read_text(path)
+        return read_text(path)
     if suffix == ".parquet":
         return _read_parquet(path, text_field)
     return _read_jsonl(path, text_field, CHUNKS_OF_SUFFIX[suffix])
 
 
-def _read_text(path: Path) -> Iterator[Document | Skipped]:
+def read_text(path: Path) -> Iterator[Document | Skipped]:
+    """The whole file as one document, if it is UTF-8; line ends and byte order mark stay as they are."""
     try:
         yield _checked(path.read_bytes().decode(), place_of(path))
     except (OSError, UnicodeDecodeError) as error:

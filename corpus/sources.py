@@ -5,7 +5,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from corpus.readers import Document, Skipped, place_of, read_file, suffix_of
+from corpus.readers import Document, Skipped, place_of, read_file, read_text, suffix_of
 
 # Installed packages are not the standard library; tests are mostly literals and near-copies of each other.
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -25,7 +25,7 @@ def read_standard_library(root: Path | None = None) -> Iterator[Document | Skipp
     for path in paths:
         if path.stat().st_size == 0 or _is_encoding_table(path):
             continue
-        yield from read_file(path, text_field="", suffix=".txt")
+        yield from read_text(path)
 
 
 def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | Skipped]:
@@ -36,6 +36,8 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
     """
     paths: list[Path] = []
     for name in data:
+        if not name:
+            raise ValueError("an empty path among the data paths")
         path = Path(name)
         if path.is_dir():
             found = [file for file in _walk(path) if suffix_of(file) is not None]
@@ -52,8 +54,12 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
 
 def _walk(root: Path, excluded_folders: frozenset[str] = frozenset()) -> list[Path]:
     """Regular files below `root`, sorted by relative path; links to folders are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{place_of(Path(error.filename))}: the folder cannot be listed: {error.strerror}") from error
+
     found: list[Path] = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in excluded_folders and not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     # Opening a named pipe would block for ever.

@@ -28,8 +28,8 @@ TRAINING_BYTES = 1 << 25
 # SentencePiece drops longer sentences without a word, so it gets pieces of documents of at most this many characters.
 PIECE_CHARACTERS = 4096
 CHARACTER_COVERAGE = 0.9999
-# The unknown token, the document boundary and the 256 bytes.
-N_RESERVED = 258
+# The 256 bytes, and as symbols of their own the unknown token, the document boundary, the space and the barrier below.
+N_RESERVED = 260
 # SentencePiece drops a training sentence that holds U+2585 (its own mark), and takes a tab as a place where no merge may cross.
 _LEARNING_BARRIER = "\t"
 _NEVER_LEARNT = (SPACE_MARK, "\u2585")
@@ -70,43 +70,22 @@ class Tokenizer:
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
         """Learn merges from the first `TRAINING_BYTES` of `texts`. The same texts give the same tokenizer, on any machine.
 
-        Single characters get at most half of the free vocabulary (matters for Chinese); the rarer ones are spelt in bytes.
-        Raises ValueError if the vocabulary is too small to hold the bytes, or larger than the text has merges for.
+        Single characters get at most half of the free vocabulary as long as merges can fill the other half (matters for Chinese); rarer characters
+        are spelt in bytes. Raises ValueError if the vocabulary is too small to hold the bytes, or larger than the text can fill.
         """
-        if vocab_size < N_RESERVED + 2:
-            raise ValueError(f"vocab_size must be at least {N_RESERVED + 2} (256 bytes, 2 symbols, 2 characters), got {vocab_size}")
+        if vocab_size <= N_RESERVED:
+            raise ValueError(f"vocab_size must be at least {N_RESERVED + 1} (256 bytes and {N_RESERVED - 256} symbols come first), got {vocab_size}")
         pieces = list(_training_pieces(texts))
-        model = io.BytesIO()
+        n_free = vocab_size - N_RESERVED
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_hide_characters(pieces, alphabet_limit=(vocab_size - N_RESERVED) // 2),
-                model_writer=model,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                character_coverage=CHARACTER_COVERAGE,
-                normalization_rule_name="identity",
-                byte_fallback=True,
-                split_digits=True,
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                max_sentence_length=4 * PIECE_CHARACTERS,
-                # With all sentences used, in order, by one thread, nothing is left for a random seed to decide.
-                input_sentence_size=0,
-                shuffle_input_sentence=False,
-                num_threads=1,
-                unk_id=0,
-                bos_id=1,
-                bos_piece="<document>",
-                eos_id=-1,
-                pad_id=-1,
-                minloglevel=2,
-            )
+            try:
+                return cls(_learn(_hide_characters(pieces, alphabet_limit=n_free // 2), vocab_size))
+            except RuntimeError:
+                return cls(_learn(_hide_characters(pieces, alphabet_limit=n_free), vocab_size))
         except RuntimeError as error:
             if limit := re.search(r"too high.*<= (\d+)", str(error)):
                 raise ValueError(f"vocab_size {vocab_size} is too large for this text: at most {limit[1]}") from error
             raise ValueError(f"no tokenizer of {vocab_size} tokens can be learnt from this text: {error}") from error
-        return cls(model.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -191,6 +170,37 @@ def _refuse_surrogates(text: str) -> None:
         raise ValueError(f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: it is not Unicode") from error
 
 
+def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=CHARACTER_COVERAGE,
+        # Text without a single space must not leave the space to byte fallback: its bytes would be those of U+2581.
+        required_chars=SPACE_MARK,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        max_sentence_length=4 * PIECE_CHARACTERS,
+        # With all sentences used, in order, by one thread, nothing is left for a random seed to decide.
+        input_sentence_size=0,
+        shuffle_input_sentence=False,
+        num_threads=1,
+        unk_id=0,
+        bos_id=1,
+        bos_piece="<document>",
+        eos_id=-1,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
 def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
     """Cut before a line break where there is one: SentencePiece strips line breaks from the end of a sentence, but not from its start."""
     left = TRAINING_BYTES
@@ -215,7 +225,7 @@ def _hide_characters(pieces: Sequence[str], *, alphabet_limit: int) -> Iterator[
     for piece in pieces:
         counts.update(piece)
     # Ties are broken by code point, not by which came first.
-    by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
+    by_frequency = sorted(counts.keys() - {" "}, key=lambda character: (-counts[character], character))
     hidden = str.maketrans(dict.fromkeys([*by_frequency[alphabet_limit:], *_NEVER_LEARNT], _LEARNING_BARRIER))
     for piece in pieces:
         yield piece.translate(hidden)

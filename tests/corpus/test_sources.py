@@ -1,0 +1,282 @@
+import gzip
+import json
+import os
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corpus import readers
+from corpus.documents import load_documents
+from corpus.readers import Document, Skipped
+from corpus.sources import read_paths, read_standard_library
+
+
+def read(*paths, text_field="text") -> tuple[list[str], list[Skipped]]:
+    items = list(read_paths([str(path) for path in paths], text_field=text_field))
+    return [item.text for item in items if isinstance(item, Document)], [item for item in items if isinstance(item, Skipped)]
+
+
+def jsonl(*texts: str) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def write(path, data: bytes):
+    path.write_bytes(data)
+    return path
+
+
+TEXTS = ["one\r\ntwo", "\u4f60\u597d \u2581", "three\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [
+        ("a.jsonl", bytes),
+        ("a.jsonl.gz", gzip.compress),
+        ("A.JSONL.GZ", gzip.compress),
+        ("a.jsonl.zst", zstandard.compress),
+        # Parallel compressors write several frames one after the other.
+        ("b.jsonl.zst", lambda data: zstandard.compress(data[:20]) + zstandard.compress(data[20:])),
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 1 << 20])
+def test_jsonl(tmp_path, monkeypatch, name, compress, chunk_bytes):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk_bytes)
+    path = write(tmp_path / name, compress(b"\xef\xbb\xbf" + jsonl(*TEXTS) + b"\n \r\n" + jsonl("last").rstrip()))
+    assert read(path) == ([*TEXTS, "last"], [])
+
+
+def test_text_files_are_taken_as_they_are(tmp_path):
+    for number, text in enumerate(TEXTS):
+        write(tmp_path / f"{number}.{'md' if number else 'txt'}", text.encode())
+    assert read(tmp_path) == (TEXTS, [])
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"body": pa.array([*TEXTS, None, ""]), "n": [1, 2, 3, 4, 5]}), path, row_group_size=2)
+    texts, skipped = read(path, text_field="body")
+    assert texts == TEXTS
+    assert skipped == [Skipped(f"{path}:4", "the text is not a string but NoneType"), Skipped(f"{path}:5", "empty text")]
+
+
+def test_parquet_of_several_batches_counts_rows_through(tmp_path):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": [f"row {n}" if n != 1500 else None for n in range(1, 3001)]}), path)
+    texts, skipped = read(path)
+    assert len(texts) == 2999
+    assert [item.place for item in skipped] == [f"{path}:1500"]
+
+
+def test_parquet_string_that_is_not_utf8(tmp_path):
+    path = tmp_path / "a.parquet"
+    offsets = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0")
+    pa.parquet.write_table(pa.table({"text": pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffb"))}), path)
+    texts, skipped = read(path)
+    assert texts == ["a", "b"]
+    assert [item.place for item in skipped] == [f"{path}:2"]
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"), [({"other": ["x"], "more": ["y"]}, "no column 'text'; it has 'other', 'more'"), ({"text": [1]}, "not a string but int")]
+)
+def test_parquet_without_text(tmp_path, column, reason):
+    pa.parquet.write_table(pa.table(column), tmp_path / "a.parquet")
+    texts, skipped = read(tmp_path)
+    assert texts == []
+    assert len(skipped) == 1
+    assert reason in skipped[0].reason
+
+
+BAD_LINES = {
+    b"{": "not JSON",
+    b'{"text": "a"} x': "not JSON",
+    b'{"text": "caf\xe9"}': "not JSON in UTF-8",
+    b"[" * 100_000: "nested too deeply",
+    b'["text"]': "not a JSON object but list",
+    b'"text"': "not a JSON object but str",
+    b'{"txt": "a"}': "no field 'text'",
+    b'{"text": 3}': "not a string but int",
+    b'{"text": null}': "not a string but NoneType",
+    b'{"text": ["a"]}': "not a string but list",
+    b'{"text": ""}': "empty text",
+    b'{"text": "ab\\ud800"}': "lone surrogate U+D800 at character 2",
+    b"\0\0\0": "not JSON",
+}
+
+
+def test_bad_lines_are_listed_with_their_places(tmp_path):
+    lines = [line for bad in BAD_LINES for line in (bad, b'{"text": "good"}')]
+    path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    texts, skipped = read(path)
+    assert texts == ["good"] * len(BAD_LINES)
+    assert [item.place for item in skipped] == [f"{path}:{line}" for line in range(1, 2 * len(BAD_LINES), 2)]
+    for item, reason in zip(skipped, BAD_LINES.values()):
+        assert reason in item.reason
+
+
+@given(data=st.binary(max_size=200), suffix=st.sampled_from([".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"]))
+def test_garbage_never_raises(tmp_path_factory, data, suffix):
+    path = write(tmp_path_factory.mktemp("garbage") / f"a{suffix}", data)
+    texts, skipped = read(path)
+    for item in skipped:
+        assert item.place.startswith(str(path))
+    if suffix in (".jsonl.gz", ".jsonl.zst") and data:
+        assert texts == []
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress], ids=["gz", "zst"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_compressed_file_keeps_what_came_before(tmp_path, monkeypatch, compress, damage):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 10)
+    everything = [f"document {number} {number**7}" for number in range(2000)]
+    data = compress(jsonl(*everything))
+    half = len(data) // 2
+    data = data[:half] if damage == "truncated" else data[:half] + bytes([data[half] ^ 255]) + data[half + 1 :]
+    path = write(tmp_path / ("a.jsonl.gz" if compress is gzip.compress else "a.jsonl.zst"), data)
+    texts, skipped = read(path)
+    assert len(texts) < 2000
+    if damage == "truncated":
+        assert texts == everything[: len(texts)]
+    assert any("unreadable from here on" in item.reason and item.place == f"{path}:{len(texts) + len(skipped)}" for item in skipped)
+
+
+def test_truncated_parquet_is_listed(tmp_path):
+    pa.parquet.write_table(pa.table({"text": ["a"] * 100}), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    write(tmp_path / "a.parquet", data[: len(data) // 2])
+    texts, skipped = read(tmp_path)
+    assert texts == []
+    assert len(skipped) == 1
+
+
+def test_text_file_that_is_not_utf8_is_listed(tmp_path):
+    bad = write(tmp_path / "bad.txt", b"caf\xe9")
+    empty = write(tmp_path / "empty.md", b"")
+    write(tmp_path / "good.txt", b"good")
+    texts, skipped = read(tmp_path)
+    assert texts == ["good"]
+    assert [item.place for item in skipped] == [str(bad), str(empty)]
+
+
+def test_folder_walk(tmp_path):
+    for name in ("b/2.txt", "a/1.md", "a.txt", ".hidden/x.txt", "a/.x.txt", "a/photo.png", "c/deep/er/3.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jsonl(name) if name.endswith("jsonl") else name.encode())
+    # A named pipe would block for ever, a link to the folder above would never end, and a link to nothing cannot be read.
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder.txt").mkdir()
+    assert read(tmp_path) == (["a/1.md", "a.txt", "b/2.txt", "c/deep/er/3.jsonl"], [])
+
+
+def test_file_name_that_is_not_utf8(tmp_path):
+    write(tmp_path / "bad\udcff.txt", b"\xff")
+    _, skipped = read(tmp_path)
+    assert skipped[0].place.encode().endswith(rb"bad\udcff.txt")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "missing", "missing: no such file or folder"),
+        (lambda folder: folder, "no file of a known type"),
+        (lambda folder: write(folder / "a.png", b"x"), "a.png: unknown file type; legal are .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"),
+        (lambda folder: "", "empty path"),
+    ],
+)
+def test_unusable_path_is_a_clear_error(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        read(make(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_missing_optional_package_names_the_extra(tmp_path, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf'{module}: pip install -e "\.\[corpus\]"'):
+        read(write(tmp_path / name, b"x"))
+
+
+def test_only_bad_input_is_a_clear_error(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"{\n[]\n")
+    with pytest.raises(ValueError, match=r"2 skipped, first ones: .*a\.jsonl:1: not JSON.*a\.jsonl:2: not a JSON object"):
+        load_documents([str(path)], text_field="text", valid_share=0.5)
+
+
+@pytest.mark.parametrize("valid_share", [0.0, 1.0, -1.0, 2.0, float("nan")])
+def test_valid_share_must_be_a_share(tmp_path, valid_share):
+    path = write(tmp_path / "a.jsonl", jsonl("a", "b"))
+    with pytest.raises(ValueError, match="valid_share must lie between 0 and 1"):
+        load_documents([str(path)], text_field="text", valid_share=valid_share)
+
+
+def test_empty_split_is_a_clear_error(tmp_path):
+    path = write(tmp_path / "a.txt", b"one document")
+    with pytest.raises(ValueError, match=r"split is empty: valid_share=0\.1 of 1 distinct"):
+        load_documents([str(path)], text_field="text", valid_share=0.1)
+
+
+@given(texts=st.lists(st.text(min_size=1), min_size=8, max_size=40), seed=st.randoms())
+def test_split_does_not_depend_on_order_or_repetition(tmp_path_factory, texts, seed):
+    folder = tmp_path_factory.mktemp("order")
+    shuffled = [*texts, *texts[:3]]
+    seed.shuffle(shuffled)
+    results = []
+    for name, lines in (("a.jsonl", texts), ("b.jsonl", shuffled)):
+        try:
+            results.append(load_documents([str(write(folder / name, jsonl(*lines)))], text_field="text", valid_share=0.5))
+        except ValueError:
+            results.append(None)
+    first, second = results
+    if first is None or second is None:
+        assert first is second
+        return
+    assert (first.train, first.valid, first.content_hash) == (second.train, second.valid, second.content_hash)
+    assert sorted(first.train + first.valid) == sorted(set(texts))
+    assert first.duplicates_removed == len(texts) - len(set(texts))
+    assert second.duplicates_removed == len(shuffled) - len(set(texts))
+
+
+def test_documents_keep_their_split_when_others_are_added(tmp_path):
+    few = write(tmp_path / "few.jsonl", jsonl(*map(str, range(200))))
+    many = write(tmp_path / "many.jsonl", jsonl(*map(str, range(2000))))
+    small, large = (load_documents([str(path)], text_field="text", valid_share=0.1) for path in (few, many))
+    assert set(small.valid) < set(large.valid)
+    assert set(small.train) < set(large.train)
+    assert small.content_hash != large.content_hash
+    # Expected 200, standard deviation 13.4.
+    assert 140 < len(large.valid) < 260
+    assert large.train != sorted(large.train, key=int)
+
+
+def test_standard_library_rule(tmp_path):
+    files = {
+        "a.py": b"'''doc'''",
+        "email/b.py": b"b",
+        "encodings/__init__.py": b"search",
+        "encodings/cp1.py": b"decoding_table = ()",
+        "encodings/cp2.py": b"decoding_map = {}",
+        "other/table.py": b"decoding_table = ()",
+        "empty.py": b"",
+        "data.txt": b"no",
+        **{f"{folder}/x.py": b"no" for folder in ("site-packages", "dist-packages", "test", "a/tests", "idlelib/idle_test", "__pycache__")},
+    }
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    write(tmp_path / "latin.py", b"# caf\xe9")
+    items = list(read_standard_library(tmp_path))
+    assert [item.text for item in items if isinstance(item, Document)] == ["'''doc'''", "b", "search", "decoding_table = ()"]
+    assert [item.place for item in items if isinstance(item, Skipped)] == [str(tmp_path / "latin.py")]
+
+
+def test_missing_standard_library_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="give your own text with --data"):
+        list(read_standard_library(tmp_path))
