@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
-from triton_kernels.gated_delta_rule_torch import gated_delta_rule_torch, unit_rows
+from triton_kernels.delta_blocks import inverse_length
+from triton_kernels.gated_delta_rule_torch import gated_delta_rule_torch
 
 OP = "gated_delta_rule"
 
@@ -102,7 +103,7 @@ def delta_step(
     dtype = state.dtype
     q, k = q_BGK.to(dtype), k_BGK.to(dtype)
     if normalize_qk:
-        q, k = unit_rows(q), unit_rows(k)
+        q, k = q * inverse_length(q), k * inverse_length(k)
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     group = v_BHV.shape[1] // q.shape[1]
     q, k = (x.repeat_interleave(group, 1) for x in (q, k))

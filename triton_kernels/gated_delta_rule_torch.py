@@ -1,121 +1,44 @@
-"""The gated delta rule in torch: chunks by the WY transform with a hand-written backward, used on a CPU and as the kernels' reference.
+"""The gated delta rule in torch: the chunked form used on a CPU and as the kernels' reference, and the recurrence that defines both.
 
     S_t = e^{g_t} (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T        o_t = S_t^T q_t
 
-With c the inclusive cumulative log-decay of a chunk, S the state at its start and E the prediction errors of its tokens (the write to the state is
-b E), queries and keys read the same things: q reads the output, k what is already predicted. Stack them as L = [q; k] and let
-D_ij = e^{c_i - c_j} (j <= i for queries, j < i for keys), F = L K^T . D . b_j, w_j = b_j e^{c_C - c_j} k_j; then
-
-    [O; V - E] = e^c L S + F E        S' = e^{c_C} S + w^T E
-
-so that E = (I + G)^-1 (V - e^c K S), G the key half of F. Backward, with dV = (I + G)^-T dE, dE = F_q^T dO + w dS' and Y = [dO; -dV]:
-
-    dL = e^c Y S^T + (Y E^T . D) b K      U = (Y E^T . D)^T L + e^{c_C - c} E dS'^T      dK = dL_k + b U      db = <K, U>
-    dc = <Q, dL_q> + <K, dL_k> - b db,  dc_C += <dS', S'>                                  dS = e^{c_C} dS' + (e^c L)^T Y
-
-Derived in notes/kernels/gated_delta_rule.md. WY form: arXiv 2406.06484; gate: arXiv 2412.06464.
-Letters: B batch, T tokens, H value heads, N chunks, M = B * H, C chunk length, R = 2C rows of L, K key width, V value width, S sequences.
+Letters: B batch, T tokens, G query/key heads, H value heads, n chunks of a block, M = B * H, C chunk length, R = 2C (queries stacked on keys),
+K key width, V value width, S sequences.
 """
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_kernels.chunk import ChunkLayout, chunk_layout
-from triton_kernels.delta_inverse import invert_unit_lower
+from triton_kernels.chunk import chunk_layout
+from triton_kernels.delta_blocks import product
+from triton_kernels.delta_chunked import ChunkedDeltaRule
 
 
-class ChunkedDeltaRule(torch.autograd.Function):
-    """Autograd would keep a matrix [C, C] per product and several graph nodes per chunk; written out, the backward is fourteen products."""
+class ScalarDecay:
+    """One decay per token and head, or none: D_ij = e^{c_i - c_j} multiplies the scores from outside."""
 
-    @staticmethod
-    def forward(ctx: Any, qk: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial: Tensor, layout: ChunkLayout, grouped: int):
-        """qk [N, M / grouped, R, K] (q scaled), v [N, M, C, V], g and beta [N, M, C], initial [S, M * spans / S, K, V], all in one dtype."""
-        qk = qk.repeat_interleave(grouped, 1) if grouped > 1 else qk
-        N, M, R, K = qk.shape
-        C, V = R // 2, v.shape[-1]
-        k = qk[:, :, C:]
-        decay, from_start, to_end = chunk_decays(g, qk)
-        scores = product(qk, k.mT).mul_(decay).mul_(beta[:, :, None])
-        inverse = invert_unit_lower(scores[:, :, C:].reshape(-1, C, C)).view(N, M, C, C)
-        read, write, keep = qk * from_start, k * (beta[..., None] * to_end), from_start[:, :, -1:]
+    def __init__(self, g: Tensor | None, qk: Tensor):
+        n, M, R, _ = qk.shape
+        visible = torch.ones(R // 2, R // 2, dtype=qk.dtype, device=qk.device).tril()
+        visible_2CC = torch.stack([visible, visible.tril(-1)])
+        if g is None:
+            self.from_start = self.to_end = self.whole = qk.new_ones(n, M, 1, 1)
+            self.within = visible_2CC.flatten(0, 1)
+            return
+        c = g.cumsum(-1)
+        self.from_start, self.to_end, self.whole = c.exp()[..., None], (c[..., -1:] - c).exp_()[..., None], c[..., -1:].exp()[..., None]
+        # Masked before the exponential as well: above the diagonal it would overflow, and inf * 0 is NaN.
+        within = (c[..., :, None] - c[..., None, :]).tril_().exp_()
+        self.within = (within[:, :, None] * visible_2CC).flatten(2, 3)
 
-        states, errors, finals = qk.new_empty(N, M, K, V), torch.empty_like(v), torch.empty_like(initial)
-        for first, last, rows in layout.spans:
-            state = initial[rows].flatten(0, 1)
-            for n in range(first, last):
-                states[n] = state
-                residual = torch.baddbmm(v[n], read[n, :, C:], state, alpha=-1)
-                torch.bmm(inverse[n], residual, out=errors[n])
-                state = torch.baddbmm(keep[n] * state, write[n].mT, errors[n])
-            finals[rows] = state.view(finals[rows].shape)
-        out = product(read[:, :, :C], states, product(scores[:, :, :C], errors))
-        ctx.save_for_backward(qk, beta, decay, from_start, to_end, scores, inverse, states, errors, finals)
-        ctx.layout, ctx.grouped, ctx.gated = layout, grouped, g is not None
-        return out, finals
+    def scores(self, qk: Tensor, k: Tensor) -> Tensor:
+        return product(qk, k.mT).mul_(self.within)
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dfinals: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        qk, beta, decay, from_start, to_end, scores, inverse, states, errors, finals = ctx.saved_tensors
-        C = beta.shape[-1]
-        k = qk[:, :, C:]
-        read, write, keep = qk * from_start, k * (beta[..., None] * to_end), from_start[:, :, -1:]
-
-        derrors = product(scores[:, :, :C].mT, dout)
-        dstates = product(read[:, :, :C].mT, dout)
-        dv, dnext, dfinals = torch.empty_like(dout), torch.empty_like(states), dfinals.clone()
-        dwhole = torch.empty_like(beta[..., 0])
-        for first, last, rows in ctx.layout.spans:
-            dstate, after = dfinals[rows].flatten(0, 1), finals[rows].flatten(0, 1)
-            for n in reversed(range(first, last)):
-                dnext[n] = dstate
-                dwhole[n] = (dstate * after).sum((-1, -2))
-                torch.bmm(inverse[n].mT, torch.baddbmm(derrors[n], write[n], dstate), out=dv[n])
-                dstate = torch.addcmul(dstates[n], keep[n], dstate).baddbmm_(read[n, :, C:].mT, dv[n], alpha=-1)
-                after = states[n]
-            dfinals[rows] = dstate.view(dfinals[rows].shape)
-
-        dread = torch.cat([dout, -dv], 2)
-        dscores = product(dread, errors.mT).mul_(decay)
-        dqk = product(dscores, k * beta[..., None], product(dread, states.mT).mul_(from_start))
-        dwrite = product(dscores.mT, qk, product(errors, dnext.mT).mul_(to_end))
-        dbeta = torch.linalg.vecdot(k, dwrite)
-        dg = None
-        if ctx.gated:
-            dc = torch.linalg.vecdot(qk, dqk).unflatten(-1, (2, C)).sum(-2).addcmul_(beta, dbeta, value=-1)
-            dc[..., -1] += dwhole
-            dg = dc.flip(-1).cumsum(-1).flip(-1)
-        dqk[:, :, C:].addcmul_(beta[..., None], dwrite)
-        dqk = dqk.unflatten(1, (-1, ctx.grouped)).sum(2) if ctx.grouped > 1 else dqk
-        return dqk, dv, dg, dbeta, dfinals, None, None
-
-
-def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """base + a @ b of [N, M, ., .] stacks, as one batch that is read in place (torch.matmul would copy transposed operands)."""
-    if base is None:
-        return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(*a.shape[:3], b.shape[3])
-    return torch.baddbmm(base.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1)).view(base.shape)
-
-
-def chunk_decays(g: Tensor | None, qk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """D [N, M, R, C], e^c twice [N, M, R, 1] and e^{c_C - c} [N, M, C, 1], each at most 1."""
-    N, M, R, _ = qk.shape
-    row = torch.arange(R // 2, device=qk.device)
-    hidden = torch.cat([row[:, None] < row, row[:, None] <= row])
-    if g is None:
-        ones = qk.new_ones(()).expand(N, M, R, 1)
-        return torch.where(hidden, 0, ones), ones, ones[:, :, : R // 2]
-    c = g.cumsum(-1)
-    # The mask comes before the exponential: above the diagonal it would overflow, and inf * 0 is NaN.
-    decay = (torch.cat([c, c], -1)[..., :, None] - c[..., None, :]).masked_fill_(hidden, -torch.inf).exp_()
-    return decay, c.exp().repeat(1, 1, 2)[..., None], (c[..., -1:] - c).exp()[..., None]
-
-
-def unit_rows(x: Tensor) -> Tensor:
-    """Rows of length 1 over the last axis; rows of zeros stay zero."""
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    def scores_backward(self, dscores: Tensor, qk: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        dscores = dscores.mul_(self.within)
+        return product(dscores, k), product(dscores.mT, qk)
 
 
 def gated_delta_rule_torch(
@@ -132,20 +55,9 @@ def gated_delta_rule_torch(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Chunked reference in fp32 (fp64 for fp64 inputs); the arguments are those of `gated_delta_rule`, checked and filled in by it."""
-    batch, tokens, heads, _ = v_BTHV.shape
-    layout = chunk_layout(tokens, chunk_size, cu_seqlens)
-
-    def chunks(x: Tensor) -> Tensor:
-        return layout.to_chunks(x.to(initial_SHKV.dtype)).transpose(0, 1).flatten(1, 2)
-
-    q, k = chunks(q_BTGK), chunks(k_BTGK)
-    if normalize_qk:
-        q, k = unit_rows(q), unit_rows(k)
-    g = None if log_decay_BTH is None else chunks(log_decay_BTH[..., None]).squeeze(-1)
-    out, final = ChunkedDeltaRule.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        torch.cat([q * scale, k], 2), chunks(v_BTHV), g, chunks(beta_BTH[..., None]).squeeze(-1), initial_SHKV, layout, heads // q_BTGK.shape[2]
-    )
-    return layout.from_chunks(out.unflatten(1, (batch, heads)).transpose(0, 1)).to(v_BTHV.dtype), final
+    layout = chunk_layout(v_BTHV.shape[1], chunk_size, cu_seqlens)
+    options = (ScalarDecay, scale, normalize_qk)
+    return ChunkedDeltaRule.apply(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial_SHKV, layout, options)  # pyright: ignore
 
 
 def gated_delta_rule_recurrence(
