@@ -40,27 +40,18 @@ def gated_delta_rule(
 
     Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2412.06464 (gate), 2406.06484 (WY form), 2411.12537 (beta to 2).
     """
-    check_shape(OP, "q_BTGK", q_BTGK, {"B": None, "T": None, "G": None, "K": None})
-    batch, tokens, groups, key_width = q_BTGK.shape
-    check_shape(OP, "k_BTGK", k_BTGK, {"B": batch, "T": tokens, "G": groups, "K": key_width})
-    check_shape(OP, "v_BTHV", v_BTHV, {"B": batch, "T": tokens, "H": None, "V": None})
-    heads = v_BTHV.shape[2]
-    check_grouping(OP, heads, groups)
-    check_shape(OP, "beta_BTH", beta_BTH, {"B": batch, "T": tokens, "H": heads})
+    check_delta_inputs(OP, q_BTGK, k_BTGK, v_BTHV, beta_BTH, cu_seqlens, chunk_size, backend)
+    batch, tokens, heads, _ = v_BTHV.shape
+    key_width = q_BTGK.shape[3]
     if log_decay_BTH is not None:
         check_shape(OP, "log_decay_BTH", log_decay_BTH, {"B": batch, "T": tokens, "H": heads})
-    check_dtype(OP, {"q_BTGK": q_BTGK, "k_BTGK": k_BTGK, "v_BTHV": v_BTHV})
-    check_cu_seqlens(OP, cu_seqlens, batch, tokens)
-    check_chunk_size(OP, chunk_size)
-    check_backend(backend, q_BTGK)
-    n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     return gated_delta_rule_torch(
         q_BTGK,
         k_BTGK,
         v_BTHV,
         log_decay_BTH,
         beta_BTH,
-        initial_state(OP, initial_state_BHKV, n_states, key_width, v_BTHV),
+        initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV),
         scale=key_width**-0.5 if scale is None else scale,
         normalize_qk=normalize_qk,
         cu_seqlens=cu_seqlens,
@@ -80,18 +71,10 @@ def gated_delta_rule_step(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of `gated_delta_rule`. Returns o [B, H, V] in v's dtype and the new state [B, H, K, V] in the state's dtype (fp32)."""
-    check_shape(OP, "q_BGK", q_BGK, {"B": None, "G": None, "K": None})
-    batch, groups, key_width = q_BGK.shape
-    check_shape(OP, "k_BGK", k_BGK, {"B": batch, "G": groups, "K": key_width})
-    check_shape(OP, "v_BHV", v_BHV, {"B": batch, "H": None, "V": None})
-    heads = v_BHV.shape[1]
-    check_grouping(OP, heads, groups)
-    check_shape(OP, "beta_BH", beta_BH, {"B": batch, "H": heads})
-    check_shape(OP, "state_BHKV", state_BHKV, {"B": batch, "H": heads, "K": key_width, "V": v_BHV.shape[-1]})
-    check_dtype(OP, {"q_BGK": q_BGK, "k_BGK": k_BGK, "v_BHV": v_BHV})
+    check_delta_step(OP, q_BGK, k_BGK, v_BHV, beta_BH, state_BHKV)
     decay = None
     if log_decay_BH is not None:
-        check_shape(OP, "log_decay_BH", log_decay_BH, {"B": batch, "H": heads})
+        check_shape(OP, "log_decay_BH", log_decay_BH, {"B": v_BHV.shape[0], "H": v_BHV.shape[1]})
         decay = log_decay_BH[..., None]
     return delta_step(q_BGK, k_BGK, v_BHV, decay, beta_BH, state_BHKV, scale=scale, normalize_qk=normalize_qk)
 
@@ -114,19 +97,45 @@ def delta_step(
     return (q[..., None, :] @ state).squeeze(-2).to(v_BHV.dtype), state
 
 
+def check_delta_inputs(
+    op: str, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, beta_BTH: Tensor, cu_seqlens: Tensor | None, chunk_size: int, backend: str
+) -> None:
+    """What both delta rules refuse."""
+    check_shape(op, "q_BTGK", q_BTGK, {"B": None, "T": None, "G": None, "K": None})
+    batch, tokens, groups, key_width = q_BTGK.shape
+    check_shape(op, "k_BTGK", k_BTGK, {"B": batch, "T": tokens, "G": groups, "K": key_width})
+    check_shape(op, "v_BTHV", v_BTHV, {"B": batch, "T": tokens, "H": None, "V": None})
+    heads = v_BTHV.shape[2]
+    check_grouping(op, heads, groups)
+    check_shape(op, "beta_BTH", beta_BTH, {"B": batch, "T": tokens, "H": heads})
+    check_dtype(op, {"q": q_BTGK, "k": k_BTGK, "v": v_BTHV})
+    check_cu_seqlens(op, cu_seqlens, batch, tokens)
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
+    check_backend(backend, q_BTGK)
+
+
+def check_delta_step(op: str, q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, beta_BH: Tensor, state_BHKV: Tensor) -> None:
+    check_shape(op, "q_BGK", q_BGK, {"B": None, "G": None, "K": None})
+    batch, groups, key_width = q_BGK.shape
+    check_shape(op, "k_BGK", k_BGK, {"B": batch, "G": groups, "K": key_width})
+    check_shape(op, "v_BHV", v_BHV, {"B": batch, "H": None, "V": None})
+    heads = v_BHV.shape[1]
+    check_grouping(op, heads, groups)
+    check_shape(op, "beta_BH", beta_BH, {"B": batch, "H": heads})
+    check_shape(op, "state_BHKV", state_BHKV, {"B": batch, "H": heads, "K": key_width, "V": v_BHV.shape[2]})
+    check_dtype(op, {"q": q_BGK, "k": k_BGK, "v": v_BHV})
+
+
 def check_grouping(op: str, heads: int, groups: int) -> None:
     if groups == 0 or heads % groups:
         raise ValueError(f"{op}: {heads} value heads are not a multiple of {groups} query/key heads")
 
 
-def check_chunk_size(op: str, chunk_size: int) -> None:
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
-
-
-def initial_state(op: str, state_BHKV: Tensor | None, n_states: int, key_width: int, v_BTHV: Tensor) -> Tensor:
+def initial_state(op: str, state_BHKV: Tensor | None, cu_seqlens: Tensor | None, key_width: int, v_BTHV: Tensor) -> Tensor:
     """The given initial state in the state's dtype, or zeros."""
-    heads, value_width = v_BTHV.shape[2:]
+    batch, _, heads, value_width = v_BTHV.shape
+    n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
     if state_BHKV is None:
         return v_BTHV.new_zeros(n_states, heads, key_width, value_width, dtype=dtype)
