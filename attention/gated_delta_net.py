@@ -8,6 +8,7 @@ Legend: B batch, T tokens, D model width, H heads, K key width, V value width, X
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,11 @@ class GatedDeltaNet(AttentionLayer):
     def init_weights(self, generator: torch.Generator) -> None:
         super().init_weights(generator)
         bound = self.config.conv_width**-0.5
-        nn.init.uniform_(self.conv_XW, -bound, bound, generator=generator)
+        H = len(self.A_log_H)
         with torch.no_grad():
-            self.A_log_H.uniform_(*DECAY_RATE, generator=generator).log_()
-            time_step_H = self.dt_bias_H.uniform_(*map(math.log, TIME_STEP), generator=generator).exp()
+            self.conv_XW.copy_(_uniform(self.conv_XW.shape, -bound, bound, generator))
+            self.A_log_H.copy_(_uniform((H,), *DECAY_RATE, generator).log())
+            time_step_H = _uniform((H,), *map(math.log, TIME_STEP), generator).exp()
             # The inverse of softplus.
             self.dt_bias_H.copy_(time_step_H + torch.log(-torch.expm1(-time_step_H)))
 
@@ -83,3 +85,7 @@ class GatedDeltaNet(AttentionLayer):
             state.update(T, last_BHKV, tail)
         o_BTHV = gated_rms_norm(o_BTHV, gate.view(B, T, H, V), self.norm.weight, eps=self.norm.eps, activation="silu")
         return self.to_out(o_BTHV.flatten(2)), None
+
+
+def _uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, device=generator.device).uniform_(low, high, generator=generator)

@@ -18,8 +18,10 @@ class Projection(nn.Linear):
         self.gain = gain
 
     def draw(self, generator: torch.Generator) -> None:
-        """Fresh weights from the generator."""
-        nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5, generator=generator)
+        """Fresh weights from the generator, drawn on its device: a model on a GPU starts from the same numbers as one on the CPU."""
+        with torch.no_grad():
+            fresh = torch.randn(self.weight.shape, generator=generator, device=generator.device)
+            self.weight.copy_(fresh * (self.gain * self.in_features**-0.5))
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight.to(input.dtype))
