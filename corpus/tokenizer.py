@@ -42,7 +42,9 @@ class Tokenizer:
     def __init__(self, model: bytes, *, name: str = "tokenizer"):
         """`model`: the bytes of a SentencePiece file. Raises ValueError, naming `name`, if it cannot give every string back."""
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            # Given nothing at all in the constructor, SentencePiece would stay uninitialised without a word.
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
             raise ValueError(f"{name}: not a SentencePiece model") from error
         processor = self._processor
@@ -68,7 +70,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
-        """Learn merges from the first `TRAINING_BYTES` of `texts`. The same texts give the same tokenizer, on any machine.
+        """Learn merges from the first `TRAINING_BYTES` of `texts`. The same texts give the same tokenizer, whatever the number of cores.
 
         Single characters get at most half of the free vocabulary as long as merges can fill the other half (matters for Chinese); rarer characters
         are spelt in bytes. Raises ValueError if the vocabulary is too small to hold the bytes, or larger than the text can fill.

@@ -240,9 +240,13 @@ def test_users_tokenizer_that_loses_text_is_refused(tmp_path, overrides, message
     assert str(path) in str(caught.value)
 
 
-def test_file_that_is_no_tokenizer_is_refused(tmp_path):
-    (tmp_path / "x.model").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
+@pytest.mark.parametrize("content", [b"", b"hello", train_with()[:1000], train_with()[:-100]])
+def test_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    (tmp_path / "x.model").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.model: not a SentencePiece model"):
         Tokenizer.load(tmp_path / "x.model")
+
+
+def test_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
         Tokenizer.load(tmp_path / "y.model")
