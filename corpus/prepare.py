@@ -49,11 +49,12 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
-    """What was prepared. Hashes are SHA-256: of the documents (order and file names play no part), and of the tokenizer's pieces and scores."""
+    """What was prepared. Hashes are SHA-256: of the documents (order and file names play no part), of the tokenizer's pieces and scores, and of its file."""
 
     config: CorpusConfig
     content_hash: str
     tokenizer_hash: str
+    tokenizer_file_hash: str
     vocab_size: int
     train: SplitCounts
     valid: SplitCounts
@@ -107,9 +108,10 @@ def open_prepared(folder: str | Path) -> PreparedCorpus:
         manifest = _manifest_from_json(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no readable corpus manifest here ({error})") from error
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    if tokenizer.hash() != manifest.tokenizer_hash:
-        raise ValueError(f"{folder / 'tokenizer.model'}: not the tokenizer of the manifest; delete {folder} and prepare the corpus again")
+    model = folder / "tokenizer.model"
+    if not model.is_file() or _file_hash(model) != manifest.tokenizer_file_hash:
+        raise ValueError(f"{model}: missing, or not the tokenizer of the manifest; delete {folder} and prepare the corpus again")
+    tokenizer = Tokenizer.load(model)
     train, valid = PackedTokens(folder / "train"), PackedTokens(folder / "valid")
     for packed, counts in ((train, manifest.train), (valid, manifest.valid)):
         if _counts(packed) != counts:
@@ -148,6 +150,7 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         config=config,
         content_hash=documents.content_hash,
         tokenizer_hash=tokenizer.hash(),
+        tokenizer_file_hash=_file_hash(folder / "tokenizer.model"),
         vocab_size=tokenizer.vocab_size,
         train=counts["train"],
         valid=counts["valid"],
@@ -155,6 +158,10 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         skipped=documents.skipped,
     )
     (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _counts(packed: PackedTokens) -> SplitCounts:
