@@ -2,6 +2,7 @@
 
 from attention.config import AttentionConfig
 from attention.gated_delta_net import GatedDeltaNet
+from attention.kimi_delta import KimiDeltaAttention
 from attention.layer import AttentionLayer
 from attention.lightning import LightningAttention
 from attention.plan import LETTERS
@@ -14,6 +15,7 @@ LAYERS = {
     "r": SoftmaxAttention,
     "L": LightningAttention,
     "G": GatedDeltaNet,
+    "K": KimiDeltaAttention,
 }
 
 

@@ -15,7 +15,7 @@ STATE_ELEMENT_SIZE = 4
 
 
 class HybridCache:
-    """One state per layer: growing K/V (F), ring buffer (S), alias (R, r), fixed state (L), fixed state and convolution tail (G).
+    """One state per layer: growing K/V (F), ring buffer (S), alias (R, r), fixed state (L), fixed state and convolution tail (G, K).
 
     Everything is allocated at once for `max_length` tokens, so `nbytes()` is what `cache_bytes` says for that length and does not change while
     decoding. A forward with a cache is for inference: what the cache holds carries no gradients.
@@ -60,7 +60,7 @@ class HybridCache:
             elif letter == "S":
                 self.layers.append(RingKV(batch_size, max_length, config.window, heads, dtype, device))
             else:
-                conv = (config.conv_channels, config.conv_width) if letter == "G" else None
+                conv = (config.conv_channels, config.conv_width) if letter in "GK" else None
                 self.layers.append(RecurrentState(batch_size, max_length, config.linear_shape, conv, dtype, device))
 
     @property
@@ -108,7 +108,7 @@ def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_siz
     """Bytes that each layer's state takes for `length` tokens, from the configuration alone.
 
     Per sequence, with G key/value heads of width K and s bytes per element: 2 G K s length for F, 2 G K s min(length, window) for S, 0 for R and r
-    (the owner pays), and whatever the length 4 H K V for L, the same and X (W - 1) s for the convolution tail for G.
+    (the owner pays), and whatever the length 4 H K V for L, the same and X (W - 1) s for the convolution tail for G and K.
 
     Args:
         element_size: the s above, bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
@@ -121,12 +121,15 @@ def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_siz
             raise ValueError(f"cache_bytes: {name}={value}; legal: at least {least}")
     H, K, V = config.linear_shape
     kv_per_token = 2 * config.n_kv_heads * config.head_dim * element_size
+    recurrent = STATE_ELEMENT_SIZE * H * K * V
+    conv_tail = config.conv_channels * (config.conv_width - 1) * element_size
     per_sequence = {
         "F": kv_per_token * length,
         "S": kv_per_token * min(length, config.window),
         "R": 0,
         "r": 0,
-        "L": STATE_ELEMENT_SIZE * H * K * V,
-        "G": STATE_ELEMENT_SIZE * H * K * V + config.conv_channels * (config.conv_width - 1) * element_size,
+        "L": recurrent,
+        "G": recurrent + conv_tail,
+        "K": recurrent + conv_tail,
     }
     return [batch_size * per_sequence[letter] for letter in plan.letters]

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Heads, widths and options of the softmax layers (F, S, R, r) and the linear layers (L, G).
+    """Heads, widths and options of the softmax layers (F, S, R, r) and the linear layers (L, G, K).
 
     Attributes:
         n_heads: query heads of a softmax layer.
@@ -20,7 +20,7 @@ class AttentionConfig:
         linear_heads: heads of a linear layer; n_heads by default.
         linear_key_dim: key width of a linear layer's head; head_dim by default.
         linear_value_dim: value width of a linear layer's head; head_dim by default.
-        conv_width: taps of the short convolution before a G layer's delta rule, 2 to 4.
+        conv_width: taps of the short convolution before a G or K layer's delta rule, 2 to 4.
         chunk_size: tokens per chunk of the linear layers' chunked form, a power of two; changes speed, not results.
         norm_eps: added to the mean square in every RMSNorm.
 
@@ -79,6 +79,6 @@ class AttentionConfig:
 
     @property
     def conv_channels(self) -> int:
-        """Channels of a G layer's short convolution: queries, keys and values of all heads side by side."""
+        """Channels of a G or K layer's short convolution: queries, keys and values of all heads side by side."""
         H, K, V = self.linear_shape
         return H * (2 * K + V)

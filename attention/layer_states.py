@@ -140,7 +140,7 @@ class RingKV(LayerState):
 
 
 class RecurrentState(LayerState):
-    """The fp32 matrix per head of a linear layer (L, G), and the last W - 1 inputs of its short convolution where it has one (G)."""
+    """The fp32 matrix per head of a linear layer (L, G, K), and the last W - 1 inputs of its short convolution where it has one (G, K)."""
 
     def __init__(
         self, batch_size: int, max_length: int, shape: tuple[int, int, int], conv: tuple[int, int] | None, dtype: torch.dtype, device: torch.device

@@ -9,7 +9,8 @@ LETTERS = {
     "R": "full attention that reuses the keys and values of the nearest F below",
     "r": "sliding-window attention that reuses the keys and values of the nearest S below",
     "L": "lightning attention (linear, fixed decay)",
-    "G": "gated DeltaNet (linear, delta rule)",
+    "G": "gated DeltaNet (linear, delta rule, decay per head)",
+    "K": "Kimi delta attention (linear, delta rule, decay per key channel)",
 }
 # Letters that own no keys and values, and whose they read.
 OWNER = {"R": "F", "r": "S"}

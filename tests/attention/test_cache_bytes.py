@@ -26,11 +26,11 @@ def test_jamba_52b_keeps_4_gib_at_256k():
 
 def test_each_letter_by_hand():
     config = AttentionConfig(n_heads=8, n_kv_heads=2, head_dim=16, window=10, linear_heads=3, linear_key_dim=4, linear_value_dim=5, conv_width=4)
-    plan = LayerPlan.parse("FSRrLG", 6)
+    plan = LayerPlan.parse("FSRrLGK", 7)
     state, tail = 3 * 4 * 5 * 4, 3 * (4 + 4 + 5) * 3 * 2
-    assert cache_bytes(config, plan, 7) == [2 * 2 * 16 * 2 * 7, 2 * 2 * 16 * 2 * 7, 0, 0, state, state + tail]
-    assert cache_bytes(config, plan, 100, batch_size=3) == [3 * 12_800, 3 * 1_280, 0, 0, 3 * state, 3 * (state + tail)]
-    assert cache_bytes(config, plan, 0) == [0, 0, 0, 0, state, state + tail]
+    assert cache_bytes(config, plan, 7) == [2 * 2 * 16 * 2 * 7, 2 * 2 * 16 * 2 * 7, 0, 0, state, state + tail, state + tail]
+    assert cache_bytes(config, plan, 100, batch_size=3) == [3 * 12_800, 3 * 1_280, 0, 0, 3 * state, 3 * (state + tail), 3 * (state + tail)]
+    assert cache_bytes(config, plan, 0) == [0, 0, 0, 0, state, state + tail, state + tail]
     assert cache_bytes(config, plan, 7, element_size=4)[5] == state + 2 * tail
 
 
@@ -53,7 +53,7 @@ def test_real_bytes_equal_the_formula_for_any_plan_and_length(pattern, max_lengt
     assert cache.nbytes() == sum(expected)
 
 
-@pytest.mark.parametrize("pattern", ["F", "S", "L", "G", "SSSFSSSR", "SrGLFR"])
+@pytest.mark.parametrize("pattern", ["F", "S", "L", "G", "K", "SSSFSSSR", "SrGLKFR"])
 def test_bytes_do_not_move_while_decoding(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     cache = stack.cache(2, 12)

@@ -118,5 +118,5 @@ def test_caches_that_do_not_fit_are_refused_by_the_layers_name(make_stack, tiny,
 
 
 def test_an_unknown_letter_is_refused(tiny):
-    with pytest.raises(ValueError, match="attention layer 3: unknown letter 'X'; legal: F, S, R, r, L, G"):
+    with pytest.raises(ValueError, match="attention layer 3: unknown letter 'X'; legal: F, S, R, r, L, G, K"):
         build_attention("X", tiny, d_model=8, layer_index=3, n_layers=4)

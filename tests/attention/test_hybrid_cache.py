@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MIXED = "SrGLFR"
+MIXED = "SrGLKFR"
 
 
 def prefilled(stack, batch_size, n_tokens, max_length):
@@ -50,7 +50,7 @@ def test_crop_is_as_if_the_tokens_had_not_been_seen(make_stack, tiny, pattern, n
     torch.testing.assert_close(actual_BTD, expected_BTD, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["L", "G", "FFL"])
+@pytest.mark.parametrize("pattern", ["L", "G", "K", "FFL"])
 def test_a_linear_state_says_that_it_cannot_forget_and_nothing_is_cropped(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     _, cache = prefilled(stack, 2, 6, 10)
@@ -60,7 +60,7 @@ def test_a_linear_state_says_that_it_cannot_forget_and_nothing_is_cropped(make_s
     cache.crop(6)
 
 
-@pytest.mark.parametrize("pattern", ["L", "G", MIXED])
+@pytest.mark.parametrize("pattern", ["L", "G", "K", MIXED])
 def test_crop_to_nothing_starts_afresh(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     x_BTD, cache = prefilled(stack, 2, 9, 10)

@@ -1,0 +1,41 @@
+"""Kimi delta attention (KDA, arXiv 2510.26692): gated DeltaNet whose every key channel forgets at a pace of its own.
+
+    S_t = (I - beta_t k_t k_t^T) Diag(e^{g_t}) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)
+    q, k, v = SiLU(conv(x W)), q and k of unit length;  g = -exp(A_log) softplus(x W_down W_up + dt_bias),  beta = sigmoid(x W_b)
+    y = W_o(RMSNorm(o) * sigmoid(x W_down' W_up')), the norm per head
+
+Decay and output gate pass through a bottleneck as wide as one head: K for the decay, V for the gate.
+
+Legend: B batch, T tokens, D model width, H heads, K key width, V value width, X convolution channels.
+"""
+
+from torch import Tensor
+
+from attention.config import AttentionConfig
+from attention.delta_layer import DeltaLayer
+from attention.layer_states import KV, RecurrentState
+from attention.projection import Projection
+from triton_kernels.gated_rms_norm import gated_rms_norm
+from triton_kernels.kimi_delta_attention import kimi_delta_attention, kimi_delta_attention_step
+
+
+class KimiDeltaAttention(DeltaLayer):
+    """K."""
+
+    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
+        H, K, V = config.linear_shape
+        rule = {"rule": kimi_delta_attention, "rule_step": kimi_delta_attention_step, "decay_channels": K}
+        super().__init__(letter, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, **rule)
+        self.widths = [config.conv_channels, V, K, H]
+        self.to_inner = Projection(d_model, sum(self.widths))
+        self.to_gate = Projection(V, H * V)
+        self.to_decay = Projection(K, H * K)
+
+    def forward(self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+        self.check_call(x_BTD, start, state)
+        qkv_BTX, gate_BTV, decay_BTK, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
+        log_decay_BTHK = self.decay_gate(self.to_decay(decay_BTK))
+        o_BTHV = self.mix(qkv_BTX, log_decay_BTHK, b_BTH.to(log_decay_BTHK.dtype).sigmoid(), state)
+        gate_BTHV = self.to_gate(gate_BTV).view(o_BTHV.shape)
+        y_BTHV = gated_rms_norm(o_BTHV, gate_BTHV, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
+        return self.to_out(y_BTHV.flatten(2)), None
