@@ -15,8 +15,8 @@ from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
-# Part of the cache key: raise it when the same input would give other tokens.
-PIPELINE_VERSION = 1
+# Part of the cache key: raise it when the same input would give other tokens or another manifest.
+PIPELINE_VERSION = 2
 BATCH_CHARACTERS = 1 << 22
 
 
@@ -49,7 +49,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
-    """What was prepared. Hashes are SHA-256: of the documents (order and file names play no part), of the tokenizer's pieces and scores, and of its file."""
+    """What was prepared. Hashes are SHA-256: of the documents (order and file names play no part), of the tokenizer's pieces and scores, of its file."""
 
     config: CorpusConfig
     content_hash: str
