@@ -49,7 +49,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
-    """What was prepared. Hashes are SHA-256: of the documents (order and file names play no part), of the tokenizer's pieces and scores, of its file."""
+    """What was prepared. Hashes are SHA-256: of the documents (in any order, under any name), of the tokenizer's pieces and scores, of its file."""
 
     config: CorpusConfig
     content_hash: str
