@@ -65,9 +65,10 @@ def frozen_share(config: ModelConfig, boundary: int) -> float:
 
 
 def compose(trunk: ModelConfig, method: ModelConfig, boundary: int) -> ModelConfig:
-    """The method's config with the trunk's layers below the boundary."""
-    letters = trunk.plan.letters[:boundary] + method.plan.letters[boundary:]
-    return dataclasses.replace(method, layer_plan="".join(letters))
+    """The method's config with the trunk's layers, experts and routers below the boundary."""
+    letters = "".join(trunk.plan.letters[:boundary] + method.plan.letters[boundary:])
+    lower = {"lower_moe": trunk.moe, "n_lower": boundary} if boundary and method.moe != trunk.moe else {"lower_moe": None, "n_lower": 0}
+    return dataclasses.replace(method, layer_plan=letters, **lower)
 
 
 def different_blocks(trunk: ModelConfig, method: ModelConfig) -> list[int]:
@@ -98,10 +99,12 @@ def refuse_other_trunk(trunk: ModelConfig, method: ModelConfig, name: str) -> No
     Raises:
         ValueError: naming the method and each field that differs.
     """
+    if trunk.n_lower:
+        raise ValueError(f"ModelConfig.n_lower: {trunk.n_lower} in a trunk, must be 0: lower blocks of another kind are what a branch has")
     wrong = [
         f"{field.name} is {getattr(method, field.name)!r} instead of {getattr(trunk, field.name)!r}"
         for field in dataclasses.fields(trunk)
-        if field.name not in ("layer_plan", "moe") and getattr(method, field.name) != getattr(trunk, field.name)
+        if field.name not in ("layer_plan", "moe", "lower_moe", "n_lower") and getattr(method, field.name) != getattr(trunk, field.name)
     ]
     if wrong:
         raise ValueError(f"method {name!r} cannot branch from this trunk: {'; '.join(wrong)}; a branch may change layer_plan and moe only")

@@ -132,7 +132,7 @@ class Execution:
     def branch(self, branch: Branch, folder: Path | None = None, summary: Summarise = summarise) -> RunRecord:
         """Trains and evaluates one branch, or returns what it was found to be before."""
         plan = self.plan
-        folder = folder or self.root / "branches" / f"{branch.method}_trunk_{plan.trunk_seed}_seed_{branch.seed}"
+        folder = folder or self.folder_of(branch)
         identity = plan.branch_identity(branch)
         if (record := open_run(folder, identity, plan.corpus.content_hash)) is not None:
             print(f"{branch.name}: finished before, taken from {folder}", flush=True)
@@ -149,6 +149,9 @@ class Execution:
             flops += cost.flops(last=branch.boundary, head=False)
         ledger.add("branches", flops=flops * tokens, seconds=training.seconds)
         return self._evaluate_and_finish(branch, folder, model, valid, training, means, ledger, summary)
+
+    def folder_of(self, branch: Branch) -> Path:
+        return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}"
 
     def activations(self) -> tuple[Batches, Batches]:
         """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run each time."""
@@ -248,7 +251,7 @@ class Execution:
         summary: Summarise,
     ) -> RunRecord:
         plan, boundary = self.plan, branch.boundary if branch is not None else 0
-        self._export(folder, model, branch)
+        self._export(folder, model)
         began = time.perf_counter()
         evaluation = evaluate(model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary)
         trained = TrainedRun(
@@ -263,11 +266,8 @@ class Execution:
         print(f"{label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
         return finish_run(folder, result, ledger)
 
-    def _export(self, folder: Path, model: LanguageModel, branch: Branch | None) -> None:
+    def _export(self, folder: Path, model: LanguageModel) -> None:
         """The trained model for `python -m lm generate`, with the first training batch to calibrate budgets on."""
-        if branch is not None and branch.boundary and branch.model.moe != self.plan.model.moe:
-            print(f"{branch.name}: not exported, its frozen blocks route otherwise than its own", flush=True)
-            return
         save_pretrained(folder / "model", model, self.train_tokens[0][0].cpu())
         self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
 

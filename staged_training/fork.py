@@ -1,6 +1,6 @@
 """From the trunk to a branch: which states are taken over, and what makes a fork impossible.
 
-Taken from the trunk: the weights below the boundary (the very modules, frozen), and above it the weights and the routers' load and bias, unless
+Taken from the trunk: the blocks below the boundary, whole (frozen), and above it the weights and the routers' load and bias, unless
 the blocks there are fresh; the embedding, last norm and head always. Not taken: optimizer moments (a branch warms up its own: not every method has
 the trunk's parameters, and all methods start alike), the schedule (its own, from its own step 0) and the state of a routing policy (its budget
 starts anew). The data continue where the trunk stopped.
@@ -16,21 +16,18 @@ from staged_training.plan import Branch
 
 @torch.no_grad()
 def fork(trunk: LanguageModel, branch: Branch) -> LanguageModel:
-    """The model a branch starts from; it shares the frozen blocks with `trunk`.
+    """The model a branch starts from.
 
     Raises:
         checkpoint.CheckpointMismatchError: when a weight that should come from the trunk is not there or has another shape, naming each.
     """
     model = LanguageModel(branch.model).init_weights(branch.seed).to(trunk.embedding_VD.device)
-    for index in range(branch.boundary):
-        # Not only its weights: the frozen part also keeps the trunk's routing policy.
-        model.blocks[index] = trunk.blocks[index]
     own, theirs = model_tensors(model), model_tensors(trunk)
-    new = set(added_weights(trunk.config, branch.model))
+    added = set(added_weights(trunk.config, branch.model))
     problems = []
     for name, tensor in own.items():
         above = name.startswith("blocks.") and int(name.split(".")[1]) >= branch.boundary
-        if (above and branch.fresh) or name in new or ".policy." in name:
+        if above and (branch.fresh or name in added or ".policy." in name):
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
             problems.append(f"{name} {list(tensor.shape)} (the trunk has {list(theirs[name].shape) if name in theirs else 'none'})")

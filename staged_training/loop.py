@@ -1,28 +1,25 @@
 """The training loop: one function, from a model and an order of batches to a trained model, that can be killed at any moment.
 
-Legend: B batch, T tokens, D model width, V vocabulary.
+Legend: B batch, T tokens, D model width.
 
 Everything a step depends on is the state of the last checkpoint, the configuration and the step's number, so a run that was killed and started
 again by the same command goes through the same numbers, bit for bit.
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lm.model import LanguageModel, Output, token_losses
+from lm.model import LanguageModel
 from staged_training import checkpoint
 from staged_training.data import Batches
-from staged_training.optimizer import OptimizerConfig, build_optimizer, clip_gradients, optimizer_tensors, restore_optimizer, update
+from staged_training.optimizer import OptimizerConfig, build_optimizer, optimizer_tensors, restore_optimizer, update
 from staged_training.plan import Stage
 from staged_training.progress import MetricsFile, Progress
+from staged_training.step import clipped_gradients
 from staged_training.stopping import Interrupted, StopSignals
 
 
@@ -60,7 +57,6 @@ def train_stage(
     identity: dict[str, Any],
     save_every: int,
     progress: Progress,
-    on_step: Callable[[int, float], None] | None = None,
 ) -> StageResult:
     """Trains blocks [boundary, L), norm and head (everything when `boundary` is 0) for one stage, or the rest of it.
 
@@ -72,7 +68,6 @@ def train_stage(
         folder: run folder; checkpoints go to `folder/checkpoints`, metrics beside them.
         identity: what this stage is; a checkpoint of anything else is refused.
         save_every: steps between checkpoints; there is always one at the end.
-        on_step: told the step just done and its seconds.
 
     Raises:
         NonFiniteLossError: the weights on the disk are from before it.
@@ -108,27 +103,28 @@ def train_stage(
             learning_rate = stage.schedule.value(step, stage.n_batches)
             where = f"step {step}, data position {step}, batch {order[step]}; last good checkpoint: {last_saved}"
             model.begin_step(step, seed)
-            output, loss = _forward(model, batches, int(order[step]), boundary, where)
-            (loss + output.routing_loss).backward()
-            grad_norm = clip_gradients(optimizer, optimizer_config.clip)
-            experts = _mean_experts(output)
-            # The only wait for the device in a step: all numbers of the step in one transfer, before the weights change.
-            loss_value, routing_value, norm_value, *expert_values = torch.stack([loss, output.routing_loss, grad_norm, *experts]).tolist()
-            if not all(map(math.isfinite, (loss_value, routing_value, norm_value))):
+            inputs, targets_BT = batches[int(order[step])]
+            try:
+                numbers = clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=optimizer_config.clip)
+            except ValueError as error:
+                # On the CPU a router refuses such scores before they become a loss.
+                if "not finite" not in str(error):
+                    raise
                 metrics.close()
-                raise NonFiniteLossError(f"loss {loss_value}, routing loss {routing_value}, gradient norm {norm_value} at {where}")
+                raise NonFiniteLossError(f"{error}, at {where}") from error
+            if not numbers.finite:
+                metrics.close()
+                raise NonFiniteLossError(f"loss {numbers.loss}, routing loss {numbers.routing_loss}, gradient norm {numbers.grad_norm} at {where}")
             update(optimizer, learning_rate)
             model.after_step(boundary)
             step += 1
-            experts_sum += expert_values
+            experts_sum += numbers.mean_experts
             taken = time.perf_counter() - began
             seconds += taken
-            record = {"step": step, "loss": loss_value, "routing_loss": routing_value, "grad_norm": norm_value, "lr": learning_rate}
-            record["mean_experts"] = sum(expert_values) / len(expert_values)
+            record = {"step": step, "loss": numbers.loss, "routing_loss": numbers.routing_loss, "grad_norm": numbers.grad_norm, "lr": learning_rate}
+            record["mean_experts"] = sum(numbers.mean_experts) / len(numbers.mean_experts)
             metrics.write(record, {"step": step, "seconds": taken})
             progress.step(record)
-            if on_step is not None:
-                on_step(step, taken)
             if step % save_every == 0 or step == stage.n_batches or stop.signal is not None:
                 last_saved = save()
             if stop.signal is not None:
@@ -139,20 +135,3 @@ def train_stage(
     assert last_saved is not None
     means = tuple((experts_sum / max(step, 1)).tolist())
     return StageResult(steps=step, seconds=seconds, mean_experts=means, checkpoint=last_saved, skipped=skipped)
-
-
-def _forward(model: LanguageModel, batches: Batches, batch: int, boundary: int, where: str) -> tuple[Output, Tensor]:
-    inputs, targets_BT = batches[batch]
-    try:
-        output = model.suffix(inputs, boundary) if boundary else model(inputs)
-    except ValueError as error:
-        # On the CPU a router refuses such scores before they become a loss.
-        if "not finite" in str(error):
-            raise NonFiniteLossError(f"{error}, at {where}") from error
-        raise
-    return output, token_losses(output.logits_BTV, targets_BT).mean()
-
-
-def _mean_experts(output: Output) -> list[Tensor]:
-    """Per block, real experts per token, as fp32 scalars on the device."""
-    return [routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings]

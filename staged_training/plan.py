@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.config import ModelConfig
 from lm.serialize import to_dict
-from staged_training.boundary import different_blocks, refuse_other_trunk
+from staged_training.boundary import compose, different_blocks, refuse_other_trunk
 from staged_training.data import branch_order, trunk_order
 from staged_training.durable import fingerprint
 from staged_training.optimizer import OptimizerConfig
@@ -142,12 +142,8 @@ class Plan:
         for field in ("stage", "boundary", "fresh"):
             if getattr(branch, field) != getattr(first, field):
                 raise ValueError(f"{branch.name} and {first.name} differ in {field}: branches of a plan can only be compared when they agree")
-        below = slice(0, branch.boundary)
-        if branch.model.plan.letters[below] != self.model.plan.letters[below]:
-            raise ValueError(
-                f"{branch.name}: layers below its boundary {branch.boundary} are {''.join(branch.model.plan.letters[below])}, "
-                f"the frozen trunk's are {''.join(self.model.plan.letters[below])}"
-            )
-        different = [layer for layer in different_blocks(self.model, branch.model) if layer >= branch.boundary]
+        if branch.model != compose(self.model, branch.model, branch.boundary):
+            raise ValueError(f"{branch.name}: the layers, experts and routers below its boundary {branch.boundary} are not the frozen trunk's")
+        different = different_blocks(self.model, branch.model)
         if different and not branch.fresh:
             raise ValueError(f"{branch.name} changes the letter or weights of blocks {different} and cannot take the trunk's there; set fresh=True")

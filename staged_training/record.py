@@ -7,6 +7,7 @@ says that the run is finished.
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -19,6 +20,9 @@ from staged_training.durable import write_json
 
 CONFIG, ENVIRONMENT, LEDGER, RESULT = "config.json", "environment.json", "ledger.json", "result.json"
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
+
+
+log = logging.getLogger(__name__)
 
 
 class RunMismatchError(ValueError):
@@ -72,8 +76,13 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
             raise RunMismatchError(f"{folder} holds another run: {'; '.join(differing[:8])}. Choose another folder, or remove this one")
     else:
         write_json(path, config)
-    write_json(folder / ENVIRONMENT, environment(data_hash))
-    return read_run(folder) if (folder / RESULT).exists() else None
+    if (folder / RESULT).exists():
+        return read_run(folder)
+    here = environment(data_hash)
+    if (folder / ENVIRONMENT).exists() and (changed := differences(json.loads((folder / ENVIRONMENT).read_text()), here)):
+        log.warning("%s continues in another environment, so its last bits may differ: %s", folder, "; ".join(changed))
+    write_json(folder / ENVIRONMENT, here)
+    return None
 
 
 def read_run(folder: Path) -> RunRecord:

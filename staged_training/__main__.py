@@ -1,0 +1,87 @@
+"""`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it.
+
+Started again by the same command it continues where it was, or says that it is finished. It leaves with exit code 143 after SIGTERM and 130 after
+Ctrl-C, both times with everything saved, and 1 with a message when the data, the options or the disk are at fault or the loss is not finite.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+import tyro
+
+from corpus.prepare import CorpusConfig, prepare
+from lm.config import ModelConfig
+from lm.serialize import to_dict
+from staged_training.describe import describe
+from staged_training.durable import DiskFullError
+from staged_training.estimate import estimate
+from staged_training.execute import Execution, ExecutionConfig
+from staged_training.loop import NonFiniteLossError
+from staged_training.record import environment
+from staged_training.staging import StagingConfig, corpus_facts, make_plan
+from staged_training.stopping import Interrupted
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Trains one model in two stages.
+
+    Attributes:
+        out: folder of the run; the prepared text is kept in `corpus/` below it.
+        corpus: the text; this machine's Python standard library by default.
+        model: the network; its vocabulary is the tokenizer's.
+        staging: the token budget and how it is spent.
+        execution: saving, printing, tracking.
+        trunk_seed, branch_seed: weights, data order, routers' draws.
+        branch: also train the baseline branch.
+        dry_run: print the resolved configuration, the environment and the plan, and leave.
+    """
+
+    out: Path = Path("runs/staged")
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    staging: StagingConfig = dataclasses.field(default_factory=StagingConfig)
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    trunk_seed: int = 0
+    branch_seed: int = 0
+    branch: bool = True
+    dry_run: bool = False
+
+
+def run(config: RunConfig) -> None:
+    corpus = prepare(config.corpus, config.out / "corpus")
+    model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model)
+    facts = corpus_facts(corpus)
+    branches = [("baseline", model, config.branch_seed)] if config.branch else []
+    plan = make_plan(config.staging, facts, model, branches, trunk_seed=config.trunk_seed)
+    print(describe(plan), flush=True)
+    if config.dry_run:
+        print(json.dumps({"config": to_dict(config), "environment": environment(facts.content_hash)}, indent=2))
+        return
+    execution = Execution(plan, corpus, config.out, config.execution)
+    print(estimate(execution), flush=True)
+    execution.trunk()
+    for branch in plan.branches:
+        execution.branch(branch)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    config = tyro.extras.subcommand_cli_from_dict(
+        {"run": RunConfig}, prog="python -m staged_training", description=__doc__, args=arguments, config=(tyro.conf.AvoidSubcommands,)
+    )
+    try:
+        run(config)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except (ValueError, DiskFullError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What a plan will take in time and memory, measured on a few of its own steps before it starts."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lm.model import LanguageModel
+from staged_training.data import prefix_activations
+from staged_training.execute import Execution
+from staged_training.fork import fork
+from staged_training.optimizer import build_optimizer, update
+from staged_training.record import RESULT
+from staged_training.step import clipped_gradients
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds of what is left to run, by kind of work, and the peak memory of the process (of the GPU, where there is one) in bytes."""
+
+    trunk: float
+    caching: float
+    branches: float
+    evaluation: float
+    peak_bytes: int
+
+    @property
+    def total(self) -> float:
+        return self.trunk + self.caching + self.branches + self.evaluation
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {getattr(self, name):.0f} s" for name in ("trunk", "caching", "branches", "evaluation"))
+        return f"estimated time {self.total:.0f} s ({parts}), peak memory {self.peak_bytes / 2**30:.2f} GiB, measured on the first steps"
+
+
+def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
+    """Times `steps` steps of the trunk, of each method and of the frozen prefix on untrained weights, after one step to warm up.
+
+    What is finished already counts nothing. Nothing is written, and no state of the run is touched.
+    """
+    plan = execution.plan
+    tokens_BT, targets_BT = execution.train_tokens[0]
+    trunk_done = (execution.trunk_folder / RESULT).exists()
+    pending = [branch for branch in plan.branches if not (execution.folder_of(branch) / RESULT).exists()]
+    boundary = plan.branches[0].boundary if plan.branches else 0
+    n_valid = len(execution.valid_tokens)
+
+    trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
+    step_seconds = _training(trunk, execution, tokens_BT, targets_BT, 0, steps)
+    # A forward pass is a third of a step's products.
+    trunk_evaluation = n_valid * step_seconds / 3
+    trunk.requires_grad_(False).eval()
+    prefix_seconds = _median(lambda: prefix_activations(trunk, tokens_BT, boundary), steps) if boundary and pending else 0.0
+    x_BTD = prefix_activations(trunk, tokens_BT, boundary) if boundary else tokens_BT
+    method_seconds = {}
+    for branch in {branch.method: branch for branch in pending}.values():
+        method_seconds[branch.method] = _training(fork(trunk, branch), execution, x_BTD, targets_BT, boundary, steps)
+
+    cached = execution.config.cache and boundary > 0
+    per_step = {method: seconds + (0.0 if cached else prefix_seconds) for method, seconds in method_seconds.items()}
+    branch_evaluation = {method: n_valid * (seconds / 3 + (0.0 if cached else prefix_seconds)) for method, seconds in method_seconds.items()}
+    n_cached = n_valid + max((branch.stage.n_batches for branch in pending), default=0)
+    return Estimate(
+        trunk=0.0 if trunk_done else step_seconds * plan.trunk.n_batches,
+        caching=prefix_seconds * n_cached if cached else 0.0,
+        branches=sum(per_step[branch.method] * branch.stage.n_batches for branch in pending),
+        evaluation=(0.0 if trunk_done else trunk_evaluation) + sum(branch_evaluation[branch.method] for branch in pending),
+        peak_bytes=peak_memory(execution.device),
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most this process has held so far, or the most tensors have held on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _training(model: LanguageModel, execution: Execution, inputs: Any, targets_BT: Any, boundary: int, steps: int) -> float:
+    optimizer = build_optimizer(model, execution.plan.optimizer, boundary)
+    model.train()
+
+    def step() -> None:
+        model.begin_step(0, 0)
+        clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=execution.plan.optimizer.clip)
+        update(optimizer, 1e-5)
+        model.after_step(boundary)
+
+    return _median(step, steps)
+
+
+def _median(work: Callable[[], Any], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    # The first one also allocates and compiles.
+    return sorted(seconds[1:])[repeats // 2]

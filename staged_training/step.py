@@ -1,0 +1,50 @@
+"""One training step: forward through what trains, backward, clipping. What the loop repeats and the estimate times.
+
+Legend: B batch, T tokens.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from lm.model import LanguageModel, token_losses
+from staged_training.optimizer import clip_gradients
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepNumbers:
+    """Attributes:
+    loss: mean over the tokens, in nats.
+    routing_loss: sum of the routers' weighted losses.
+    grad_norm: before clipping.
+    mean_experts: per trained block, real experts per token.
+    """
+
+    loss: float
+    routing_loss: float
+    grad_norm: float
+    mean_experts: tuple[float, ...]
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.loss, self.routing_loss, self.grad_norm)))
+
+
+def clipped_gradients(
+    model: LanguageModel, optimizer: torch.optim.AdamW, inputs: Tensor, targets_BT: Tensor, *, boundary: int, clip: float
+) -> StepNumbers:
+    """Leaves the clipped gradient of token loss plus routing losses in the trained parameters.
+
+    Args:
+        inputs: tokens_BT, or with a boundary the x_BTD that crosses it.
+    """
+    output = model.suffix(inputs, boundary) if boundary else model(inputs)
+    loss, routing_loss = token_losses(output.logits_BTV, targets_BT).mean(), output.routing_loss
+    (loss + routing_loss).backward()
+    grad_norm = clip_gradients(optimizer, clip)
+    experts = [routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings]
+    # The only wait for the device in a step: all its numbers in one transfer, before the weights change.
+    loss_value, routing_value, norm_value, *expert_values = torch.stack([loss, routing_loss, grad_norm, *experts]).tolist()
+    return StepNumbers(loss=loss_value, routing_loss=routing_value, grad_norm=norm_value, mean_experts=tuple(expert_values))
