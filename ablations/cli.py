@@ -1,0 +1,69 @@
+"""The commands: `python -m ablations list | compare | report`, and `python -m ablations.<method>`."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ablations.compare import compare, show
+from ablations.defaults import Options
+from ablations.method import Method
+from ablations.registry import all_methods, find_methods
+from staged_training.durable import DiskFullError
+from staged_training.loop import NonFiniteLossError
+from staged_training.stopping import Interrupted
+
+Names = tyro.conf.Positional[tuple[str, ...]]
+FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
+
+
+def main() -> None:
+    """`python -m ablations`."""
+    commands = {"list": list_command, "compare": compare_command, "report": report_command}
+    guarded(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m ablations", description=__doc__))
+
+
+def list_command() -> None:
+    """List the methods and the question each answers."""
+    for name, method in all_methods().items():
+        print(f"{name:<24} {method.question}")
+
+
+def compare_command(methods: Names, options: FlatOptions) -> None:
+    """Compare methods with the baseline on shared trunks; print the table and write the report. What is finished is not run again.
+
+    Args:
+        methods: names as `list` shows them; the baseline is always one of them.
+    """
+    if not methods:
+        raise ValueError(f"name the methods to compare; known: {', '.join(all_methods())}")
+    compare(find_methods(list(methods)), options)
+
+
+def report_command(folder: tyro.conf.Positional[Path]) -> None:
+    """Print the table and write the report of a comparison again, from its run folders.
+
+    Args:
+        folder: of the comparison, `runs/comparisons/<hash>`.
+    """
+    show(folder)
+
+
+def run_alone(method: Method) -> None:
+    """`python -m ablations.<method>`: this method against the baseline."""
+    guarded(lambda: compare(find_methods([method.name]), tyro.cli(Options, prog=f"python -m ablations.{method.name}", description=method.question)))
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Runs a command; a user's mistake, a full disk or a loss that is not finite ends it with one line, a stop signal with its exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        command()
+    except (ValueError, DiskFullError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)

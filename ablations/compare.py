@@ -1,0 +1,199 @@
+"""Compares methods on shared trunks: plan, run what is not finished, measure, and write table and report.
+
+    <out>/corpus/                 the prepared text
+    <out>/trunks/<hash>/          one per trunk seed, shared by every comparison that agrees on model, text and budget
+    <out>/branches/<name>_<hash>/ one per method, trunk seed and branch seed, shared likewise
+    <out>/comparisons/<hash>/     comparison.json, table.csv, report.html, figures/
+
+All names are functions of what was asked, so the same command finds what it has finished, and another command what both share.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ablations.defaults import Options
+from ablations.measure import Measurement, budgets_of, measure
+from ablations.method import Method
+from ablations.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference, read_records
+from ablations.report import write_report
+from ablations.table import table_text
+from corpus.compressors import xz_bits_per_byte
+from corpus.prepare import PreparedCorpus, prepare
+from lm.config import ModelConfig
+from lm.serialize import save_json, to_dict
+from staged_training.describe import describe
+from staged_training.durable import fingerprint
+from staged_training.estimate import Estimate, estimate
+from staged_training.execute import Execution, TrainedRun
+from staged_training.plan import Branch, Plan
+from staged_training.record import RESULT, environment
+from staged_training.staging import corpus_facts, make_plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that will run: one plan per trunk seed; its branches in the order seed by seed, method by method."""
+
+    methods: list[Method]
+    options: Options
+    corpus: PreparedCorpus
+    baseline: ModelConfig
+    plans: list[Plan]
+
+    @property
+    def folder(self) -> Path:
+        """Of this comparison, named by what its results depend on."""
+        identity = {
+            "plans": [[plan.trunk_identity, *(to_dict(branch) for branch in plan.branches)] for plan in self.plans],
+            "budget_batches": self.options.budget_batches,
+        }
+        return self.options.out / "comparisons" / fingerprint(identity)[:12]
+
+    def method_of(self, branch: Branch) -> Method:
+        return next(method for method in self.methods if method.name == branch.method)
+
+    def pairing_seed(self, branch: Branch) -> int:
+        return branch.seed - self.method_of(branch).seed_shift
+
+
+class SharedExecution(Execution):
+    """Runs one plan in folders that comparisons share: a branch's is named by what its result depends on."""
+
+    def __init__(self, job: Job, plan: Plan) -> None:
+        super().__init__(plan, job.corpus, job.options.out, job.options.execution)
+        self.budget_batches = job.options.budget_batches
+
+    def folder_of(self, branch: Branch) -> Path:
+        # The budgets a branch is evaluated at are part of its result, though not of its weights.
+        identity = [self.plan.branch_identity(branch), self.budget_batches]
+        return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}_{fingerprint(identity)[:8]}"
+
+    @property
+    def finished(self) -> bool:
+        return all((self.folder_of(branch) / RESULT).exists() for branch in self.plan.branches)
+
+
+def prepare_job(methods: list[Method], options: Options) -> Job:
+    """Prepares the text and makes the plans; trains nothing.
+
+    Raises:
+        ValueError: for text, model or methods that do not fit.
+    """
+    corpus = prepare(options.corpus, options.out / "corpus")
+    baseline = options.model.config(corpus.tokenizer.vocab_size)
+    facts = corpus_facts(corpus)
+    branches = [(method.name, method.change(baseline), seed + method.seed_shift) for seed in range(options.seeds) for method in methods]
+    plans = [make_plan(options.staging, facts, baseline, branches, trunk_seed=trunk) for trunk in range(options.trunk_seeds)]
+    return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
+
+
+def compare(methods: list[Method], options: Options) -> Path | None:
+    """Runs the comparison, prints its table and returns the path of its report; None after a dry run.
+
+    Raises:
+        ValueError: for what cannot be compared.
+        staged_training.stopping.Interrupted: after a stop signal, with everything saved; the same call continues.
+    """
+    job = prepare_job(methods, options)
+    executions = [SharedExecution(job, plan) for plan in job.plans]
+    plan = plan_text(job)
+    print(plan, flush=True)
+    for execution in executions:
+        if not execution.finished:
+            print(f"trunk {execution.plan.trunk_seed}: {with_budgets(estimate(execution), execution, job)}", flush=True)
+    if options.dry_run:
+        print(json.dumps({"options": to_dict(options), "environment": environment(job.plans[0].corpus.content_hash)}, indent=2))
+        return None
+    job.folder.mkdir(parents=True, exist_ok=True)
+    save_json(job.folder / COMPARISON_FILE, describe_comparison(job, executions, plan))
+    for execution in executions:
+        run_branches(job, execution)
+    return show(job.folder)
+
+
+def run_branches(job: Job, execution: SharedExecution) -> None:
+    """Trains and measures the branches of one trunk that are not finished."""
+    for branch in execution.plan.branches:
+
+        def summary(run: TrainedRun, branch: Branch = branch) -> dict:
+            train, _ = execution.activations()
+            calibration, _ = train[int(execution.plan.branch_batches()[0])]
+            setting = Measurement(
+                baseline=job.baseline,
+                method=job.method_of(branch).change(job.baseline),
+                pairing_seed=job.pairing_seed(branch),
+                corpus=job.corpus,
+                calibration=calibration,
+                budget_batches=job.options.budget_batches,
+            )
+            return to_dict(measure(run, setting))
+
+        execution.branch(branch, summary=summary)
+
+
+def with_budgets(estimated: Estimate, execution: Execution, job: Job) -> Estimate:
+    """The estimate with the evaluations at other budgets added."""
+    extra = len(budgets_of(job.baseline)) * job.options.budget_batches / len(execution.valid_tokens)
+    return dataclasses.replace(estimated, evaluation=estimated.evaluation * (1 + extra))
+
+
+def show(folder: Path) -> Path:
+    """Prints the table of a comparison and writes its report, from the run folders alone."""
+    records = read_records(folder)
+    print(f"\n{table_text(records)}\n")
+    report = write_report(records)
+    print(f"report: {report}", flush=True)
+    return report
+
+
+def plan_text(job: Job) -> str:
+    """What will run, for people."""
+    n_branches = sum(len(plan.branches) for plan in job.plans)
+    lines = [f"methods {len(job.methods)}, branch seeds {job.options.seeds}, trunks {len(job.plans)}: {n_branches} branches"]
+    lines += [f"  {method.name:<22} {method.question}" for method in job.methods]
+    # Trunks differ in their seed only.
+    return "\n".join([*lines, describe(job.plans[0])])
+
+
+def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: str) -> Comparison:
+    """The record that the report is made from."""
+    plan = job.plans[0]
+    first, tokens = plan.branches[0], plan.tokens_per_batch
+
+    def relative(folder: Path) -> str:
+        return os.path.relpath(folder, job.folder)
+
+    return Comparison(
+        methods=tuple(MethodSummary(name=m.name, question=m.question, kind=m.kind(job.baseline)) for m in job.methods),
+        trunk_seeds=tuple(plan.trunk_seed for plan in job.plans),
+        branch_seeds=tuple(range(job.options.seeds)),
+        n_layers=job.baseline.n_layers,
+        boundary=first.boundary,
+        fresh=first.fresh,
+        trunk_tokens=plan.trunk.n_batches * tokens,
+        branch_tokens=first.stage.n_batches * tokens,
+        tokens_per_step=tokens,
+        bytes_per_token=plan.corpus.train_bytes / plan.corpus.train_tokens,
+        valid_bytes=plan.corpus.valid_bytes,
+        xz_bits_per_byte=xz_bits_per_byte(job.corpus.valid_text()),
+        plan=plan_text,
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
+        trunks=tuple(
+            RunReference(method="trunk", trunk_seed=execution.plan.trunk_seed, branch_seed=0, folder=relative(execution.trunk_folder))
+            for execution in executions
+        ),
+        branches=tuple(
+            RunReference(
+                method=branch.method,
+                trunk_seed=execution.plan.trunk_seed,
+                branch_seed=job.pairing_seed(branch),
+                folder=relative(execution.folder_of(branch)),
+            )
+            for execution in executions
+            for branch in execution.plan.branches
+        ),
+    )

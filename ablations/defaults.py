@@ -1,0 +1,99 @@
+"""What a comparison can be told, and its defaults: the quick run that `make ablation` makes on two CPU cores.
+
+`--tokens` is the dial: the token budget of one method, trunk plus one branch. Everything else can stay.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from attention.config import AttentionConfig
+from corpus.prepare import CorpusConfig
+from lm.config import ModelConfig
+from moe.config import MoEConfig
+from routing.router import RouterConfig
+from routing.top_k import TopK
+from staged_training.execute import ExecutionConfig
+from staged_training.staging import StagingConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The baseline's model, which is also the trunk's.
+
+    Attributes:
+        n_layers: blocks.
+        d_model: width of the residual stream.
+        layer_plan: one letter per layer, repeated to the depth: F full, S sliding window, R full with the keys and values of the F below,
+            L lightning, G gated DeltaNet.
+        n_heads, n_kv_heads, head_dim: query heads, key/value heads and their width.
+        window: tokens that a sliding-window layer sees.
+        n_experts: experts per layer.
+        d_expert: hidden width of an expert.
+        d_shared: hidden width of the expert that every token passes; 0 for none.
+        k: experts per token of the baseline, and in the mean of every routing method.
+        dtype: of activations.
+    """
+
+    n_layers: int = 8
+    d_model: int = 128
+    layer_plan: str = "F"
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 32
+    window: int = 128
+    n_experts: int = 80
+    d_expert: int = 32
+    d_shared: int = 0
+    k: int = 12
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def config(self, vocab_size: int) -> ModelConfig:
+        """The model with the vocabulary of the text's tokenizer."""
+        return ModelConfig(
+            vocab_size=vocab_size,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            layer_plan=self.layer_plan,
+            attention=AttentionConfig(n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim, window=self.window),
+            moe=MoEConfig(
+                n_experts=self.n_experts,
+                d_expert=self.d_expert,
+                d_shared=self.d_shared,
+                router=RouterConfig(policy=TopK(k=self.k)),
+            ),
+            dtype=self.dtype,
+        )
+
+
+STAGING = StagingConfig(tokens=2_400_000, trunk_share=0.85, freeze=0.85, batch_size=16, seq_len=256)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to compare.
+
+    Attributes:
+        seeds: branches per method and trunk, paired by seed with the baseline's.
+        trunk_seeds: trunks; more than one puts trunk noise into the intervals, at the price of that many trunks.
+        out: folder of all runs. Comparisons under the same folder share their corpus, trunks and branches.
+        dry_run: print the plan, the resolved options and the environment, and run nothing.
+        budget_batches: validation batches on which the trained weights are evaluated at other mean numbers of experts.
+    """
+
+    seeds: int = 3
+    trunk_seeds: int = 1
+    out: Path = Path("runs")
+    dry_run: bool = False
+    budget_batches: int = 2
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
+    staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: STAGING)
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CorpusConfig)
+    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ExecutionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "trunk_seeds", "budget_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")

@@ -1,0 +1,180 @@
+"""The figures of a report as data: each is a small table, drawn from that table only, so the csv beside a figure is what was plotted.
+
+Bands over seeds show the range from the lowest to the highest run, not a confidence interval: with three seeds that is what is known of them.
+"""
+
+import csv
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure as Drawing
+
+from ablations import drawing
+from ablations.ledger import read_ledger
+from ablations.records import Comparison, Records, Run
+from ablations.statistics import paired_difference
+
+Rows = list[tuple]
+# Points per curve: enough for its shape, few enough that the noise of single batches is averaged away.
+BINS = 48
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure: `rows` under `columns` are its csv, `draw(rows)` its picture."""
+
+    name: str
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: Rows
+    draw: Callable[[Rows], Drawing]
+
+
+def all_figures(records: Records) -> list[Figure]:
+    """Every figure that the finished runs can fill, in the order of the report."""
+    kinds = (differences, loss_curves, branch_differences, loss_against_experts, histogram, costs)
+    return [figure for kind in kinds if (figure := kind(records)).rows]
+
+
+def write_csv(figure: Figure, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(figure.columns)
+        writer.writerows(figure.rows)
+
+
+def differences(records: Records) -> Figure:
+    """The result: every method's paired difference from the baseline, its interval and its single runs."""
+    baseline = {key: result.bits_per_byte for key, result in records.results[records.comparison.baseline].items()}
+    rows: Rows = []
+    for method in records.methods[1:]:
+        losses = {key: result.bits_per_byte for key, result in records.results[method].items() if key in baseline}
+        if not losses:
+            continue
+        interval = paired_difference(losses, baseline)
+        rows.append((method, "mean", interval.mean, interval.low, interval.high))
+        rows += [(method, f"trunk {t} seed {s}", losses[t, s] - baseline[t, s], None, None) for t, s in sorted(losses)]
+    return Figure(
+        name="differences",
+        title="Difference from the baseline",
+        caption="Validation bits per byte, method minus baseline, paired by seed; left of zero is better. "
+        "Bar: 95 % interval of the mean. Small dots: single runs.",
+        columns=("method", "what", "difference", "low", "high"),
+        rows=rows,
+        draw=drawing.differences,
+    )
+
+
+def loss_curves(records: Records) -> Figure:
+    """Training loss over the whole token budget: the trunk, then every method's branches."""
+    comparison = records.comparison
+    rows: Rows = [("trunk", *point) for point in band([curve(run, comparison) for run in records.trunks.values()])]
+    for method in records.methods:
+        runs = records.branches[method].values()
+        rows += [(method, *point) for point in band([curve(run, comparison, comparison.trunk_tokens) for run in runs])]
+    return Figure(
+        name="loss_curves",
+        title="Training loss",
+        caption="Bits per byte of the training batches against tokens seen. Line: mean over seeds; band: range over seeds.",
+        columns=("series", "tokens", "mean", "low", "high"),
+        rows=rows,
+        draw=drawing.loss_curves,
+    )
+
+
+def branch_differences(records: Records) -> Figure:
+    """Training loss of a branch minus that of the baseline's branch with the same seed, which sees the same batches in the same order."""
+    baseline = records.branches[records.comparison.baseline]
+    rows: Rows = []
+    for method in records.methods[1:]:
+        pairs = [(run, baseline[key]) for key, run in records.branches[method].items() if key in baseline]
+        rows += [(method, *point) for point in band([curve_difference(*pair, records.comparison) for pair in pairs])]
+    return Figure(
+        name="branch_differences",
+        title="Branches against the baseline, batch by batch",
+        caption="Training bits per byte of each branch minus those of the baseline's branch with the same seed, which sees the same batches "
+        "(no_op does not: its order differs). Below zero is better. Line: mean over seeds; band: range over seeds.",
+        columns=("method", "tokens", "mean", "low", "high"),
+        rows=rows,
+        draw=drawing.branch_differences,
+    )
+
+
+def loss_against_experts(records: Records) -> Figure:
+    """The same weights under other budgets: what each method loses with fewer experts."""
+    rows: Rows = []
+    for method in records.methods:
+        results = list(records.results[method].values())
+        for points in zip(*(result.budgets for result in results)):
+            losses = [point.bits_per_byte for point in points]
+            experts = statistics.fmean(point.mean_experts for point in points)
+            rows.append((method, experts, statistics.fmean(losses), min(losses), max(losses)))
+    return Figure(
+        name="loss_against_experts",
+        title="Loss against experts used",
+        caption="Validation bits per byte of the trained weights, run with other mean numbers of experts per token"
+        f" in {records.comparison.trained_blocks}. Line: mean over seeds; band: range over seeds.",
+        columns=("method", "mean_experts", "mean", "low", "high"),
+        rows=rows,
+        draw=drawing.loss_against_experts,
+    )
+
+
+def histogram(records: Records) -> Figure:
+    """How many experts the tokens of the validation text used."""
+    rows: Rows = []
+    for method in records.methods:
+        counts = [result.experts_histogram for result in records.results[method].values()]
+        everything = sum(sum(count) for count in counts)
+        for experts in range(max(len(count) for count in counts)):
+            used = sum(count[experts] for count in counts if experts < len(count))
+            rows.append((method, experts, used / everything))
+    return Figure(
+        name="experts_per_token",
+        title="Experts per token",
+        caption="Share of the validation text's (token, layer) pairs that used each number of experts, all seeds together; the tick marks the mean.",
+        columns=("method", "experts", "share"),
+        rows=rows,
+        draw=drawing.histogram,
+    )
+
+
+def costs(records: Records) -> Figure:
+    """The ledger: staged phases against one full training per method."""
+    ledger = read_ledger(records)
+    rows: Rows = [("staged", phase, cost.flops, cost.seconds) for phase, cost in ledger.phases.items()]
+    rows += [("from scratch", method, cost.flops, cost.seconds) for method, cost in ledger.per_method.items()]
+    return Figure(
+        name="costs",
+        title="What it cost",
+        caption=f"FLOPs of this comparison (branches per method: {ledger.seeds}) and of training each method once from scratch.",
+        columns=("way", "part", "flops", "seconds"),
+        rows=rows,
+        draw=drawing.costs,
+    )
+
+
+def curve(run: Run, comparison: Comparison, offset: int = 0) -> list[tuple[int, float]]:
+    """(tokens seen, training bits per byte) of every step; `offset` tokens were seen before the first."""
+    to_bits_per_byte = 1 / (math.log(2) * comparison.bytes_per_token)
+    return [(offset + step * comparison.tokens_per_step, loss * to_bits_per_byte) for step, loss in enumerate(run.losses, 1)]
+
+
+def curve_difference(run: Run, baseline: Run, comparison: Comparison) -> list[tuple[int, float]]:
+    return [(tokens, y - reference) for (tokens, y), (_, reference) in zip(curve(run, comparison), curve(baseline, comparison))]
+
+
+def band(curves: list[list[tuple[int, float]]]) -> Rows:
+    """(tokens, mean, low, high) over curves of the same steps, each first averaged within up to `BINS` equal pieces."""
+    n_steps = min((len(points) for points in curves), default=0)
+    size = -(-n_steps // BINS)
+    rows: Rows = []
+    for start in range(0, n_steps, size or 1):
+        piece = slice(start, min(start + size, n_steps))
+        means = [statistics.fmean(y for _, y in points[piece]) for points in curves]
+        rows.append((curves[0][piece.stop - 1][0], statistics.fmean(means), min(means), max(means)))
+    return rows

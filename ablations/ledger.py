@@ -1,0 +1,91 @@
+"""The cost ledger: what the staged comparison cost, and what training every method from scratch would have cost.
+
+Staged: trunks, caching, branches and evaluation as recorded by the runs (a re-run that skips finished work adds nothing).
+From scratch: for each method, the FLOPs per token of training its whole network (its own measured mean of experts) times the tokens of trunk plus
+branch. Its seconds are an estimate, FLOPs divided by the speed at which the trunk was measured to train; evaluation is left out of it, so the
+comparison leans against the staged side.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from ablations.records import Cost, Records
+
+ZERO = Cost(flops=0.0, seconds=0.0)
+PHASES = ("trunk", "caching", "branches", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Costs in FLOPs and seconds. `phases` add up to `staged`; `per_method` are single full trainings, `seeds` how often each would be repeated."""
+
+    phases: dict[str, Cost]
+    per_method: dict[str, Cost]
+    seeds: int
+
+    @property
+    def staged(self) -> Cost:
+        return total(self.phases.values())
+
+    @property
+    def scratch_once(self) -> Cost:
+        """Every method trained from scratch with one seed."""
+        return total(self.per_method.values())
+
+    @property
+    def scratch_all_seeds(self) -> Cost:
+        """Every method trained from scratch as often as the staged comparison branched."""
+        return Cost(flops=self.scratch_once.flops * self.seeds, seconds=self.scratch_once.seconds * self.seeds)
+
+    @property
+    def share_of_once(self) -> float:
+        """Staged FLOPs as a share of one full training per method; below 1 is a saving."""
+        return self.staged.flops / self.scratch_once.flops
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    return sum(costs, ZERO)
+
+
+def read_ledger(records: Records) -> Ledger:
+    """The ledger of all finished runs."""
+    branches = [run for runs in records.branches.values() for run in runs.values()]
+    runs = [*records.trunks.values(), *branches]
+    phases = {phase: total(run.costs.get(phase, ZERO) for run in runs) for phase in PHASES}
+    tokens = records.comparison.trunk_tokens + records.comparison.branch_tokens
+    speed = phases["trunk"].flops / phases["trunk"].seconds
+    per_method = {}
+    for method in records.methods:
+        results = records.results[method].values()
+        flops = tokens * sum(result.scratch_flops for result in results) / len(results)
+        per_method[method] = Cost(flops=flops, seconds=flops / speed)
+    return Ledger(phases=phases, per_method=per_method, seeds=len(records.comparison.trunk_seeds) * len(records.comparison.branch_seeds))
+
+
+def ledger_rows(ledger: Ledger) -> list[tuple[str, float, float]]:
+    """(what, FLOPs, seconds), in the order they are printed."""
+    n = len(ledger.per_method)
+    costs = [*ledger.phases.items(), ("staged, total", ledger.staged), (f"from scratch, {n} methods once (estimate)", ledger.scratch_once)]
+    if ledger.seeds > 1:
+        costs.append((f"from scratch, {n} methods x {ledger.seeds} seeds (estimate)", ledger.scratch_all_seeds))
+    return [(what, cost.flops, cost.seconds) for what, cost in costs]
+
+
+def ledger_text(ledger: Ledger) -> str:
+    """The ledger as aligned text, with the ratio that matters as the last line."""
+    lines = [f"{'cost ledger':<46} {'FLOPs':>10} {'time':>9} {'of staged':>10}"]
+    for what, flops, seconds in ledger_rows(ledger):
+        lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / ledger.staged.flops:>9.0f}%")
+    n, repeats = len(ledger.per_method), f" ({ledger.seeds} seeds each)" if ledger.seeds > 1 else ""
+    lines.append(f"{n} methods{repeats} cost {100 * ledger.share_of_once:.0f} % of the FLOPs of training {n} methods from scratch once each.")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `42 s`, `3 min 20 s`, `5 h 07 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,57 @@
+"""What a method is: a name, a question, and one change to the configuration of the baseline's model."""
+
+import dataclasses
+from collections.abc import Callable
+
+from lm.config import ModelConfig
+from routing.router import PolicyConfig
+from routing.top_k import TopK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One thing to compare with the baseline.
+
+    Attributes:
+        name: of the file it lives in, without `.py`.
+        question: what the comparison will answer, in one sentence that ends with a question mark.
+        change: from the baseline's model to the method's; below a frozen boundary the trunk's layers stay, whatever it returns.
+        seed_shift: added to every branch seed; not zero only where the point is to see other seeds.
+    """
+
+    name: str
+    question: str
+    change: Callable[[ModelConfig], ModelConfig]
+    seed_shift: int = 0
+
+    def kind(self, baseline: ModelConfig) -> str:
+        """What the method changes: "architecture" (the layer plan), "routing" (the router), "seed" or "nothing"."""
+        changed = self.change(baseline)
+        if changed.plan.letters != baseline.plan.letters:
+            return "architecture"
+        if changed != baseline:
+            return "routing"
+        return "seed" if self.seed_shift else "nothing"
+
+
+def with_policy(config: ModelConfig, policy: PolicyConfig) -> ModelConfig:
+    """The model with another routing policy in every layer."""
+    router = dataclasses.replace(config.moe.router, policy=policy)
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
+
+
+def with_plan(config: ModelConfig, layer_plan: str) -> ModelConfig:
+    """The model with another layer plan."""
+    return dataclasses.replace(config, layer_plan=layer_plan)
+
+
+def experts_of(config: ModelConfig) -> int:
+    """The baseline's experts per token, which every routing method holds in the mean.
+
+    Raises:
+        ValueError: where the baseline's policy is not a plain top-k.
+    """
+    policy = config.moe.router.policy
+    if not isinstance(policy, TopK):
+        raise ValueError(f"methods change a baseline of plain top-k routing, this one's policy is {policy!r}")
+    return policy.k

@@ -1,0 +1,16 @@
+"""The baseline once more under other branch seeds: what a comparison shows where there is nothing to show."""
+
+from ablations.cli import run_alone
+from ablations.method import Method
+
+METHOD = Method(
+    name="no_op",
+    question="How large a difference does chance alone make?",
+    change=lambda model: model,
+    # Far from any seed a user counts up from, so the data order and all draws differ from the baseline's.
+    seed_shift=1_000_000,
+)
+
+
+if __name__ == "__main__":
+    run_alone(METHOD)

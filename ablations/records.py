@@ -1,0 +1,204 @@
+"""What a comparison leaves on disk, read back: table, figures and report are computed from this and from nothing else.
+
+The folder of a comparison holds `comparison.json`: what was compared, and where the run folders lie (relative to it; see `staged_training.record`).
+Comparisons share trunks and branches, so the runs lie beside it and not in it. A branch without `result.json` is unfinished.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ablations.statistics import RunKey
+from lm.serialize import load_json
+from staged_training.progress import TIMING, read_metrics
+from staged_training.record import ENVIRONMENT, RESULT, Ledger
+
+COMPARISON_FILE = "comparison.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSummary:
+    """A method as the report names it; `kind` is "reference", "routing" or "architecture"."""
+
+    name: str
+    question: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunReference:
+    """Where a run lies. `method` is "trunk" for a trunk; `branch_seed` is the seed it is paired by, which a method may shift for its draws."""
+
+    method: str
+    trunk_seed: int
+    branch_seed: int
+    folder: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What was compared, written before the first step.
+
+    Attributes:
+        methods: in the order of the table; the first is the baseline.
+        boundary: blocks [0, boundary) and the embedding were frozen in every branch.
+        fresh: whether the blocks above the boundary started from fresh weights in every branch.
+        trunk_tokens, branch_tokens: of one trunk and of one branch.
+        tokens_per_step: of trunk and branches.
+        bytes_per_token: UTF-8 bytes of the training text by its tokens; turns training losses into bits per byte.
+        valid_bytes: UTF-8 bytes of the validation text.
+        xz_bits_per_byte: of `xz -9` on that text.
+        plan: the plan as it was printed.
+        command: that repeats this comparison.
+        trunks, branches: all planned runs, finished or not.
+    """
+
+    methods: tuple[MethodSummary, ...]
+    trunk_seeds: tuple[int, ...]
+    branch_seeds: tuple[int, ...]
+    n_layers: int
+    boundary: int
+    fresh: bool
+    trunk_tokens: int
+    branch_tokens: int
+    tokens_per_step: int
+    bytes_per_token: float
+    valid_bytes: int
+    xz_bits_per_byte: float
+    plan: str
+    command: str
+    trunks: tuple[RunReference, ...]
+    branches: tuple[RunReference, ...]
+
+    @property
+    def baseline(self) -> str:
+        return self.methods[0].name
+
+    @property
+    def trained_blocks(self) -> str:
+        """The blocks that a method controls, as a reader would say it."""
+        last = self.n_layers - 1
+        if not self.boundary:
+            return "all blocks"
+        return f"block {last}" if self.boundary == last else f"blocks {self.boundary}-{last}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetPoint:
+    """The same weights evaluated at another mean number of experts per token (in the layers above the boundary)."""
+
+    mean_experts: float
+    bits_per_byte: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """`result.json` of a branch.
+
+    Attributes:
+        mean_experts: real experts per token and layer, over the layers above the boundary.
+        experts_histogram: how many (token, layer) pairs above the boundary used 0, 1, 2, ... experts.
+        budgets: the same weights at other budgets, ascending in experts.
+        active_parameters, forward_flops: per token, of the whole network with the measured experts.
+        scratch_flops: per token, forward and backward of the whole network: what this method costs when nothing is frozen.
+        cache_bytes_4k, cache_bytes_64k: cache of one sequence of 4,096 and of 65,536 tokens, divided by its tokens.
+        budget_tokens, budget_flops: how much of the validation text each budget was evaluated on, and what all of them cost.
+    """
+
+    method: str
+    trunk_seed: int
+    branch_seed: int
+    bits_per_byte: float
+    mean_experts: float
+    experts_histogram: tuple[int, ...]
+    budgets: tuple[BudgetPoint, ...]
+    total_parameters: int
+    active_parameters: float
+    forward_flops: float
+    scratch_flops: float
+    cache_bytes_4k: float
+    cache_bytes_64k: float
+    budget_tokens: int
+    budget_flops: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """FLOPs and wall-clock seconds of one phase of one run."""
+
+    flops: float
+    seconds: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(flops=self.flops + other.flops, seconds=self.seconds + other.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        losses: of every step, in nats per token.
+        seconds: of every step.
+        costs: by kind of work, see `staged_training.record.Ledger`.
+    """
+
+    folder: Path
+    losses: list[float]
+    seconds: list[float]
+    costs: dict[str, Cost]
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """A comparison with all of its runs that have finished."""
+
+    folder: Path
+    comparison: Comparison
+    environment: dict[str, Any]
+    trunks: dict[int, Run]
+    branches: dict[str, dict[RunKey, Run]]
+    results: dict[str, dict[RunKey, Measurements]]
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods with at least one finished branch, in the order of the table."""
+        return [method.name for method in self.comparison.methods if self.results.get(method.name)]
+
+
+def read_records(folder: Path) -> Records:
+    """Reads a comparison folder; branches without a result (not finished) are left out.
+
+    Raises:
+        ValueError: where `folder` holds no comparison, or no finished branch of its baseline.
+    """
+    if not (folder / COMPARISON_FILE).is_file():
+        raise ValueError(f"{folder} holds no {COMPARISON_FILE}: not the folder of a comparison")
+    comparison = load_json(Comparison, folder / COMPARISON_FILE)
+    branches: dict[str, dict[RunKey, Run]] = {}
+    results: dict[str, dict[RunKey, Measurements]] = {}
+    for reference in comparison.branches:
+        run_folder, key = folder / reference.folder, (reference.trunk_seed, reference.branch_seed)
+        if (run_folder / RESULT).is_file():
+            measured = load_json(Measurements, run_folder / RESULT)
+            run = read_run(run_folder)
+            # The ledger of a run counts its own evaluation; the other budgets are this layer's.
+            run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
+            branches.setdefault(reference.method, {})[key] = run
+            results.setdefault(reference.method, {})[key] = measured
+    if comparison.baseline not in results:
+        raise ValueError(f"{folder}: no finished branch of {comparison.baseline!r} yet, nothing to compare with")
+    finished = [reference for reference in comparison.trunks if (folder / reference.folder / RESULT).is_file()]
+    trunks = {reference.trunk_seed: read_run(folder / reference.folder) for reference in finished}
+    environment = json.loads((next(iter(trunks.values())).folder / ENVIRONMENT).read_text())
+    return Records(folder, comparison, environment, trunks, branches, results)
+
+
+def read_run(folder: Path) -> Run:
+    return Run(
+        folder=folder,
+        losses=[line["loss"] for line in read_metrics(folder)],
+        seconds=[json.loads(line)["seconds"] for line in (folder / TIMING).read_text().splitlines()],
+        costs={kind: Cost(**cost) for kind, cost in Ledger.load(folder).costs.items()},
+    )

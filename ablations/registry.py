@@ -1,0 +1,43 @@
+"""Finds the methods: every file of this folder that defines `METHOD` is one, under the name of the file."""
+
+import functools
+import importlib
+import re
+from pathlib import Path
+
+from ablations.method import Method
+from lm.serialize import nearest
+
+FOLDER = Path(__file__).parent
+BASELINE = "baseline"
+
+
+@functools.cache
+def all_methods() -> dict[str, Method]:
+    """Methods by name, the baseline and the no-op first, then by name.
+
+    Raises:
+        ValueError: for a method that does not bear the name of its file.
+    """
+    methods = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        # Reading before importing: only files that define a method are imported.
+        if not re.search(r"^METHOD\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            continue
+        method = importlib.import_module(f"ablations.{path.stem}").METHOD
+        if method.name != path.stem:
+            raise ValueError(f"ablations/{path.name} defines a method named {method.name!r}; a method bears the name of its file")
+        methods[method.name] = method
+    return dict(sorted(methods.items(), key=lambda item: (item[0] != BASELINE, item[0] != "no_op", item[0])))
+
+
+def find_methods(names: list[str]) -> list[Method]:
+    """The named methods with the baseline put first, added where it is missing; duplicates count once.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest legal one.
+    """
+    known = all_methods()
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no method {unknown[0]!r}; {nearest(unknown[0], known)}")
+    return [known[name] for name in dict.fromkeys([BASELINE, *names])]

@@ -1,0 +1,143 @@
+"""One self-contained HTML file for a comparison: no network, readable on a phone, light and dark, with a csv beside every figure.
+
+Everything comes from the run folders through `records.read_records`. The csv files lie in `figures/` beside the report and, so that the file can be
+sent alone, inside it as data links too.
+"""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+from ablations.figures import Figure, all_figures, write_csv
+from ablations.ledger import Ledger, duration, ledger_rows, read_ledger
+from ablations.records import Records
+from ablations.statistics import BETTER, NOT_SEPARABLE, WORSE
+from ablations.style import DARK, VARIABLES, svg
+from ablations.table import HEADINGS, Row, cells, footnotes, table_rows, with_unit
+from ablations.table import write_csv as write_table_csv
+
+REPORT_FILE = "report.html"
+TABLE_FILE = "table.csv"
+CSS_FILE = Path(__file__).with_name("report.css")
+
+
+def write_report(records: Records) -> Path:
+    """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder; returns the path of the report."""
+    figures = all_figures(records)
+    (records.folder / "figures").mkdir(exist_ok=True)
+    write_table_csv(records, records.folder / TABLE_FILE)
+    for figure in figures:
+        write_csv(figure, records.folder / "figures" / f"{figure.name}.csv")
+    path = records.folder / REPORT_FILE
+    path.write_text(page(records, figures), encoding="utf-8")
+    return path
+
+
+def page(records: Records, figures: list[Figure]) -> str:
+    """The report as HTML; the csv files must have been written."""
+    rows, ledger = table_rows(records), read_ledger(records)
+    title = headline(records, rows)
+    body = [
+        '<p class="kicker">Comparison of methods on one staged trunk</p>',
+        f"<h1>{html.escape(title)}</h1>",
+        facts(records, rows, ledger),
+        "<h2>Result</h2>",
+        table(rows, records.comparison.xz_bits_per_byte),
+        "".join(["<ul class=notes>", *(f"<li>{html.escape(note)}</li>" for note in footnotes(records)), "</ul>"]),
+        f"<p>{csv_link(records.folder / TABLE_FILE)}</p>",
+        '<h2>Figures</h2><div class="figures">',
+        *(figure_block(records, figure) for figure in figures),
+        "</div>",
+        "<h2>Cost</h2>",
+        cost_table(ledger),
+        "<h2>Methods</h2>",
+        methods(records),
+        "<h2>Plan and environment</h2>",
+        f"<pre>{html.escape(records.comparison.plan)}</pre>",
+        f"<p>Repeated by</p><pre>{html.escape(records.comparison.command)}</pre>",
+        f"<details><summary>environment</summary><pre>{html.escape(json.dumps(records.environment, indent=2))}</pre></details>",
+    ]
+    style = theme() + CSS_FILE.read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>\n<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
+    )
+
+
+def headline(records: Records, rows: list[Row]) -> str:
+    """The finding in one sentence, without claiming more than the verdicts do."""
+    named = {kind: [row.method for row in rows if row.verdict == kind] for kind in (BETTER, WORSE, NOT_SEPARABLE)}
+    found = [f"{enumeration(methods)} {'is' if len(methods) == 1 else 'are'} {kind}" for kind, methods in named.items() if methods]
+    return f"Against {records.comparison.baseline}, {'; '.join(found) or 'nothing can be said yet: no method has two paired runs'}."
+
+
+def enumeration(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def facts(records: Records, rows: list[Row], ledger: Ledger) -> str:
+    """The handful of numbers a reader wants first."""
+    comparison = records.comparison
+    shown = {
+        "baseline, bits/byte": f"{rows[0].bits_per_byte.mean:.4f}",
+        "xz -9, bits/byte": f"{comparison.xz_bits_per_byte:.4f}",
+        "tokens, trunk + branch": f"{with_unit(comparison.trunk_tokens)} + {with_unit(comparison.branch_tokens)}",
+        "runs": str(sum(row.runs for row in rows)),
+        "frozen": f"{comparison.boundary} of {comparison.n_layers} blocks" if comparison.boundary else "nothing",
+        "cost of the staged runs": duration(ledger.staged.seconds),
+        "FLOPs, of one full run per method": f"{100 * ledger.share_of_once:.0f} %",
+    }
+    entries = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in shown.items())
+    return f'<dl class="facts">{"".join(entries)}</dl>'
+
+
+def table(rows: list[Row], xz_bits_per_byte: float) -> str:
+    """The result table; each cell carries its heading, so that on a narrow screen a row can become a card."""
+    classes = {BETTER: "verdict better", WORSE: "verdict worse"}
+    head = "".join(f"<th{' class=verdict' if name == 'verdict' else ''}>{html.escape(name)}</th>" for name in HEADINGS)
+    lines = []
+    for row in rows:
+        line = []
+        for name, cell in zip(HEADINGS, cells(row)):
+            cell_class = f' class="{classes.get(row.verdict, "verdict muted")}"' if name == "verdict" else ""
+            line.append(f'<td{cell_class} data-label="{html.escape(name)}">{html.escape(cell)}</td>')
+        lines.append("".join(line))
+    lines.append(f'<td>xz -9, same text</td><td data-label="{HEADINGS[1]}">{xz_bits_per_byte:.4f}</td>')
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table class="result"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def figure_block(records: Records, figure: Figure) -> str:
+    drawn = svg(lambda: figure.draw(figure.rows), figure.title)
+    link = csv_link(records.folder / "figures" / f"{figure.name}.csv")
+    caption = f"<figcaption>{html.escape(figure.caption)} {link}</figcaption>"
+    return f'<figure id="{figure.name}"><h3>{html.escape(figure.title)}</h3>{drawn}{caption}</figure>'
+
+
+def csv_link(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<a download="{path.name}" href="data:text/csv;base64,{data}">{path.name}</a>'
+
+
+def cost_table(ledger: Ledger) -> str:
+    lines = []
+    for what, flops, seconds in ledger_rows(ledger):
+        row_class = ' class="sum"' if what.startswith("staged") else ""
+        share = f"{100 * flops / ledger.staged.flops:.0f} %"
+        lines.append(f"<tr{row_class}><td>{html.escape(what)}</td><td>{flops:.3g}</td><td>{duration(seconds)}</td><td>{share}</td></tr>")
+    head = "<tr><th></th><th>FLOPs</th><th>time</th><th>of staged</th></tr>"
+    note = "From scratch: every method's whole network for the same tokens, evaluation left out; time is FLOPs divided by the trunk's measured speed."
+    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div><ul class=notes><li>{note}</li></ul>'
+
+
+def methods(records: Records) -> str:
+    entries = (f"<dt>{html.escape(m.name)}</dt><dd>{html.escape(m.question)} ({m.kind})</dd>" for m in records.comparison.methods)
+    return f'<dl class="methods">{"".join(entries)}</dl>'
+
+
+def theme() -> str:
+    """The figure colours as CSS variables, light and dark."""
+    light = "".join(f"{variable}:{colour};" for colour, variable in VARIABLES.items())
+    dark = "".join(f"{variable}:{colour};" for variable, colour in DARK.items())
+    return f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"

@@ -1,0 +1,133 @@
+"""Figures: what is drawn is what the csv says, labels do not overlap, curves are averaged as described."""
+
+import csv
+import math
+from itertools import groupby, pairwise
+
+import matplotlib.colors
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ablations.figures import all_figures, band, curve, write_csv
+from ablations.records import read_records
+from ablations.style import DARK, SERIES, VARIABLES, colours, spread, svg
+
+
+@pytest.fixture(scope="module")
+def figures(comparison_folder):
+    return {figure.name: figure for figure in all_figures(read_records(comparison_folder))}
+
+
+def read_back(figure, path):
+    """The rows of the figure's csv, numbers as numbers."""
+    write_csv(figure, path)
+    with path.open() as file:
+        header, *rows = csv.reader(file)
+    assert tuple(header) == figure.columns
+
+    def value(text):
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+
+    return [tuple(value(cell) for cell in row) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["loss_curves", "branch_differences", "loss_against_experts"])
+def test_lines_and_bands_are_the_csv(figures, name, tmp_path):
+    rows = read_back(figures[name], tmp_path / "data.csv")
+    (axes,) = figures[name].draw(rows).axes
+    lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    groups = {key: list(group) for key, group in groupby(rows, key=lambda row: row[0])}
+    assert len(lines) == len(axes.collections) == len(groups) >= 4
+    for line, filled, group in zip(lines, axes.collections, groups.values()):
+        assert list(line.get_xdata()) == [row[1] for row in group]
+        assert list(line.get_ydata()) == [row[2] for row in group]
+        outline = filled.get_paths()[0].vertices
+        assert {(row[1], row[3]) for row in group} | {(row[1], row[4]) for row in group} <= {tuple(vertex) for vertex in outline}
+
+
+def test_difference_marks_are_the_csv(figures, tmp_path):
+    rows = read_back(figures["differences"], tmp_path / "data.csv")
+    (axes,) = figures["differences"].draw(rows).axes
+    means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert means == [row[2] for row in rows if row[1] == "mean"]
+    bars = [tuple(line.get_xdata()) for line in axes.lines if line.get_marker() != "o"]
+    assert bars[1:] == [(row[3], row[4]) for row in rows if row[1] == "mean"]
+    single = [point[0] for dots in axes.collections for point in dots.get_offsets()]
+    assert single == [row[2] for row in rows if row[1] != "mean"]
+    assert len(single) == 4 * 3
+
+
+def test_histogram_bars_are_the_csv_and_sum_to_one(figures, tmp_path):
+    rows = read_back(figures["experts_per_token"], tmp_path / "data.csv")
+    panels = figures["experts_per_token"].draw(rows).axes
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
+    for axes, group in zip(panels, groups, strict=True):
+        assert [patch.get_height() for patch in axes.patches] == [share for _, _, share in group]
+        assert sum(share for _, _, share in group) == pytest.approx(1)
+
+
+def test_cost_bars_are_the_csv(figures, tmp_path):
+    rows = read_back(figures["costs"], tmp_path / "data.csv")
+    (axes,) = figures["costs"].draw(rows).axes
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx([row[2] for row in rows])
+
+
+def test_curves_are_in_bits_per_byte_of_the_tokens_seen(comparison_folder):
+    records = read_records(comparison_folder)
+    run = records.trunks[0]
+    points = curve(run, records.comparison, offset=5)
+    assert points[0] == (10_005, pytest.approx(run.losses[0] / math.log(2) / 3.6))
+    assert len(points) == len(run.losses) == 800
+
+
+def test_band_averages_pieces_of_the_steps_all_have():
+    curves = [[(step, float(step)) for step in range(1, 101)], [(step, step + 2.0) for step in range(1, 99)]]
+    rows = band(curves)
+    # 98 common steps in pieces of 3: the first holds steps 1-3, the last 97-98.
+    assert rows[0] == (3, 3.0, 2.0, 4.0)
+    assert rows[-1] == (98, 98.5, 97.5, 99.5)
+    assert band([]) == []
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=9))
+def test_spread_labels_keep_order_and_distance(values):
+    places = spread(values, 0.5)
+    ordered = [place for _, place in sorted(zip(values, places))]
+    assert all(b - a >= 0.5 - 1e-9 for a, b in pairwise(ordered))
+    assert sum(places) == pytest.approx(sum(values), abs=1e-6)
+
+
+def test_labels_that_do_not_touch_stay_where_they_are():
+    assert spread([3.0, 1.0, 2.0], 0.5) == [3.0, 1.0, 2.0]
+
+
+def test_every_colour_has_a_dark_partner_and_series_differ_in_lightness_of_their_background():
+    assert set(VARIABLES.values()) == set(DARK)
+
+    def luminance(colour):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in matplotlib.colors.to_rgb(colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    # WCAG's ratio for graphics, 3:1, on white and on the dark page.
+    assert all(1.05 / (luminance(colour) + 0.05) >= 3 for colour in SERIES)
+    assert all((luminance(DARK[VARIABLES[colour]]) + 0.05) / (luminance("#14171b") + 0.05) >= 3 for colour in SERIES)
+
+
+def test_methods_keep_their_colour():
+    named = colours(["baseline", "no_op", "a", "b"])
+    assert len(set(named.values())) == 4
+    assert named["a"] == colours(["", "a", "b"])["a"]
+
+
+def test_svg_follows_the_theme_and_refers_to_nothing_outside(figures):
+    for figure in figures.values():
+        text = svg(lambda figure=figure: figure.draw(figure.rows), figure.title)
+        assert text.startswith("<svg viewBox=")
+        assert "var(--ink)" in text or "var(--muted)" in text
+        assert "http" not in text
+        assert "font-family" not in text
+        assert not any(colour in text for colour in VARIABLES)

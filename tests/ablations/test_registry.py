@@ -1,0 +1,86 @@
+"""The registry: every method file is found, bears its name, asks its question, and changes what it says it changes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ablations.defaults import ModelOptions
+from ablations.registry import all_methods, find_methods
+from routing.null_experts import NullExperts
+from routing.random_k import RandomK
+from routing.top_k import TopK
+from routing.top_p import TopP
+
+ROOT = Path(__file__).resolve().parents[2]
+ASKED_FOR = {
+    "baseline",
+    "no_op",
+    "top_p",
+    "null_experts",
+    "random_k",
+    "sliding_window_hybrid",
+    "shared_kv_hybrid",
+    "lightning_hybrid",
+    "gated_delta_hybrid",
+}
+
+
+def test_every_file_with_a_method_is_found_and_listed():
+    files = {path.stem for path in (ROOT / "ablations").glob("*.py") if "\nMETHOD = " in path.read_text()}
+    assert set(all_methods()) == files >= ASKED_FOR
+    listed = subprocess.run([sys.executable, "-m", "ablations", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in listed.splitlines()] == list(all_methods())
+    assert all(method.question in listed for method in all_methods().values())
+
+
+@pytest.mark.parametrize("name", sorted(ASKED_FOR))
+def test_every_method_runs_alone_asks_a_question_and_says_what_it_changes(name):
+    method = all_methods()[name]
+    source = (ROOT / "ablations" / f"{name}.py").read_text()
+    assert source.endswith('\nif __name__ == "__main__":\n    run_alone(METHOD)\n')
+    assert method.question.endswith("?")
+    kinds = {"baseline": "nothing", "no_op": "seed"} | dict.fromkeys(("top_p", "null_experts", "random_k"), "routing")
+    assert method.kind(ModelOptions().config(4096)) == kinds.get(name, "architecture")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 12])
+def test_routing_methods_hold_the_baselines_mean(k):
+    base = ModelOptions(k=k, n_experts=16).config(4096)
+    policies = {name: all_methods()[name].change(base).moe.router.policy for name in ("baseline", "no_op", "top_p", "null_experts", "random_k")}
+    for policy in policies.values():
+        match policy:
+            case TopK():
+                assert policy.k == k
+            case TopP() | NullExperts():
+                assert policy.target_mean == k
+            case RandomK():
+                assert policy.k_eval == (policy.k_min + policy.k_max) / 2 == k
+
+
+def test_plans_are_the_ones_named():
+    base = ModelOptions().config(4096)
+    plans = {name: "".join(all_methods()[name].change(base).plan.letters) for name in ASKED_FOR if "hybrid" in name}
+    assert plans == {
+        "sliding_window_hybrid": "SSSFSSSF",
+        "shared_kv_hybrid": "SSSFSSSR",
+        "lightning_hybrid": "LLLFLLLF",
+        "gated_delta_hybrid": "GGGFGGGF",
+    }
+
+
+def test_the_baseline_comes_first_and_once():
+    assert [method.name for method in find_methods(["top_p", "baseline", "no_op", "top_p"])] == ["baseline", "top_p", "no_op"]
+    assert [method.name for method in find_methods(["random_k"])] == ["baseline", "random_k"]
+
+
+def test_a_misspelt_method_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no method 'topp'; did you mean 'top_p'\?.*sliding_window_hybrid"):
+        find_methods(["topp"])
+
+
+def test_a_method_needs_a_baseline_of_plain_top_k():
+    base = all_methods()["top_p"].change(ModelOptions().config(4096))
+    with pytest.raises(ValueError, match="plain top-k"):
+        all_methods()["random_k"].change(base)
