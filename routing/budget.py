@@ -31,14 +31,17 @@ def exact_threshold(level_TK: Tensor, target_mean: float) -> Tensor:
 class BudgetController(nn.Module):
     """The threshold, how training moves it, and how calibration sets it.
 
-    Training: each step compares the threshold with the exact one of the step's own levels and takes `rate` of the difference. The difference
-    is the budget's error in units of the threshold, so this is integral control whose gain needs no tuning to the scale of the scores; a
-    drift of v per step leaves a lag of v / rate. With several forwards per step (gradient accumulation) their exact thresholds are averaged.
+    Training: each step compares the threshold with the exact one of the step's own levels, takes `rate` of the difference, and remembers a
+    part of it as drift. The difference is the budget's error in units of the threshold, so this is proportional-integral control whose gain
+    needs no tuning to the scale of the scores; the drift term leaves no lag behind scores that sharpen steadily, and its share is the one of
+    critical damping. With several forwards per step (gradient accumulation) their exact thresholds are averaged.
 
     threshold  buffer, fp32 scalar: saved with the checkpoint, changed at run time without reloading
+    drift      buffer, fp32 scalar: its expected change per step
     """
 
     threshold: Tensor
+    drift: Tensor
     exact_sum: Tensor
     n_observed: Tensor
 
@@ -48,6 +51,7 @@ class BudgetController(nn.Module):
             raise ValueError(f"rate = {rate} is outside (0, 1]")
         self.target_mean, self.lowest, self.highest, self.rate = target_mean, lowest, highest, rate
         self.register_buffer("threshold", torch.tensor(initial, dtype=torch.float32))
+        self.register_buffer("drift", torch.zeros(()))
         self.register_buffer("exact_sum", torch.zeros(()), persistent=False)
         self.register_buffer("n_observed", torch.zeros(()), persistent=False)
         self._calibrate_to: float | None = None
@@ -56,7 +60,8 @@ class BudgetController(nn.Module):
         """Which slots are used, bool. In training the levels are remembered for `after_step`; after `calibrate` they set the threshold."""
         level_TK = level_TK.detach()
         if self._calibrate_to is not None:
-            self.threshold.copy_(exact_threshold(level_TK, self._calibrate_to))
+            self.threshold.copy_(exact_threshold(level_TK, self._calibrate_to).clamp(self.lowest, self.highest))
+            self.drift.zero_()
             self._calibrate_to = None
         elif self.training and self.target_mean is not None and level_TK.shape[0] > 0:
             # The clamp keeps the integral finite where the target lies at the floor, whose levels are -inf.
@@ -77,6 +82,9 @@ class BudgetController(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        moved = self.threshold + self.rate * (self.exact_sum / self.n_observed.clamp_min(1) - self.threshold)
-        self.threshold.copy_(torch.where(self.n_observed > 0, moved, self.threshold))
+        observed = self.n_observed > 0
+        error = torch.where(observed, self.exact_sum / self.n_observed.clamp_min(1) - self.threshold, 0.0)
+        self.drift += (2 - self.rate - 2 * (1 - self.rate) ** 0.5) * error
+        moved = (self.threshold + self.rate * error + self.drift).clamp(self.lowest, self.highest)
+        self.threshold.copy_(torch.where(observed, moved, self.threshold))
         self.begin_step()

@@ -27,7 +27,7 @@ class NullExperts:
     target_mean: float | None = 12.0
     floor: int = 1
     null_weighs: bool = True
-    rate: float = 0.2
+    rate: float = 0.5
 
 
 class NullExpertsPolicy(Policy):

@@ -25,7 +25,7 @@ class TopP:
     floor: int = 1
     cap: int = 24
     entropy_coefficient: float = 0.0
-    rate: float = 0.2
+    rate: float = 0.5
 
 
 class TopPPolicy(Policy):

@@ -119,8 +119,7 @@ class GroupedMlpCpu(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (dy_TD,) = grad_outputs
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, token_offsets, row_of_slot_N, h_NF2 = ctx.saved_tensors
         dy_TD = dy_TD.contiguous()
         bounds, dtype = ctx.bounds, x_TD.dtype

@@ -1,0 +1,132 @@
+"""Forward and backward of the expert layer against dense products of the same FLOPs, side by side in one run.
+
+Legend: T tokens, D model width, E experts, F expert width, K experts per token, N = T * K assigned rows.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from routing.assignments import Assignments
+from triton_kernels.grouped_mlp import grouped_mlp
+
+Step = Callable[[], list[Tensor]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    tokens: int = 4096
+    d_model: int = 512
+    n_experts: int = 80
+    d_expert: int = 256
+    k: int = 12
+
+    def flops(self) -> int:
+        """Of forward and backward: three products of 2 N (D 2F + F D) each."""
+        return 3 * 6 * self.tokens * self.k * self.d_model * self.d_expert
+
+
+class Problem:
+    """One layer's inputs and the ways to compute it. Every way returns y and the gradients of x, both weights and the rows' weights."""
+
+    def __init__(self, shape: Shape, *, dtype: torch.dtype, weight_dtype: torch.dtype, skew: float):
+        generator = torch.Generator().manual_seed(0)
+        tokens, d_model, n_experts, d_expert = shape.tokens, shape.d_model, shape.n_experts, shape.d_expert
+        self.shape, self.dtype = shape, dtype
+        self.x_TD = torch.randn(tokens, d_model, generator=generator).to(dtype).requires_grad_()
+        self.w_gate_up_EDF2 = (torch.randn(n_experts, d_model, 2 * d_expert, generator=generator) * d_model**-0.5).to(weight_dtype).requires_grad_()
+        self.w_down_EFD = (torch.randn(n_experts, d_expert, d_model, generator=generator) * d_expert**-0.5).to(weight_dtype).requires_grad_()
+        score_TE = torch.rand(tokens, n_experts, generator=generator)
+        if skew > 1.0:
+            # Expert 0 is chosen by exactly so many tokens that its load is `skew` times the mean.
+            n_chosen = min(tokens, round(skew * tokens * shape.k / n_experts))
+            score_TE[:, 0] = -1.0
+            score_TE[:n_chosen, 0] = 2.0
+        weight_TK, expert_TK = score_TE.topk(shape.k, dim=-1)
+        self.assignments = Assignments.from_slots(expert_TK, weight_TK / weight_TK.sum(dim=-1, keepdim=True), n_experts=n_experts)
+        self.weight_N = self.assignments.weight_N.requires_grad_()
+        self.dy_TD = torch.randn(tokens, d_model, generator=generator).to(dtype)
+
+    def finish(self, y_TD: Tensor) -> list[Tensor]:
+        return [y_TD, *torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_N), self.dy_TD)]
+
+    def grouped(self, backend: str) -> list[Tensor]:
+        rows = self.assignments
+        index = (rows.token_N, self.weight_N, rows.expert_offsets, rows.token_offsets, rows.row_of_slot_N)
+        return self.finish(grouped_mlp(self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, *index, backend=backend))
+
+    def indexed_loop(self) -> list[Tensor]:
+        """The plain loop of many model files: it indexes the packed weight, so each backward step writes a gradient of full size."""
+        rows = self.assignments
+        y_TD = torch.zeros_like(self.x_TD)
+        for e, (start, stop) in enumerate(zip(rows.expert_offsets.tolist(), rows.expert_offsets.tolist()[1:])):
+            token_n = rows.token_N[start:stop]
+            gate, up = (self.x_TD[token_n] @ self.w_gate_up_EDF2[e].to(self.dtype)).chunk(2, dim=-1)
+            out = (F.silu(gate) * up) @ self.w_down_EFD[e].to(self.dtype)
+            y_TD = y_TD.index_add(0, token_n, out * self.weight_N[start:stop, None].to(self.dtype))
+        return self.finish(y_TD)
+
+    def dense(self) -> Step:
+        """The six products of the same FLOPs on one set of weights, into memory that exists already."""
+        n_rows, d_model, d_expert = self.shape.tokens * self.shape.k, self.shape.d_model, self.shape.d_expert
+        x_ND, a_NF = torch.randn(n_rows, d_model).to(self.dtype), torch.randn(n_rows, d_expert).to(self.dtype)
+        w_DF2, w_FD = torch.randn(d_model, 2 * d_expert).to(self.dtype), torch.randn(d_expert, d_model).to(self.dtype)
+        h_NF2, y_ND, da_NF, dx_ND = x_ND.new_empty(n_rows, 2 * d_expert), torch.empty_like(x_ND), torch.empty_like(a_NF), torch.empty_like(x_ND)
+        dw_DF2, dw_FD = torch.empty_like(w_DF2), torch.empty_like(w_FD)
+
+        def step() -> list[Tensor]:
+            torch.mm(x_ND, w_DF2, out=h_NF2)
+            torch.mm(a_NF, w_FD, out=y_ND)
+            torch.mm(y_ND, w_FD.t(), out=da_NF)
+            torch.mm(a_NF.t(), y_ND, out=dw_FD)
+            torch.mm(h_NF2, w_DF2.t(), out=dx_ND)
+            torch.mm(x_ND.t(), h_NF2, out=dw_DF2)
+            return []
+
+        return step
+
+
+def largest_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative error in norm over output and gradients."""
+    return max(float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)) for a, b in zip(got, expected))
+
+
+def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, taken in turns so that a disturbance hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            # The first turn warms caches, the allocator and the libraries' own choice of kernels.
+            if turn:
+                times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench(shape: Shape, *, dtype: str, weight_dtype: str, skew: float, backends: list[str], repeats: int) -> str:
+    """A table of milliseconds and the ratio to dense; a row whose numbers are wrong gets its error instead of a ratio."""
+    problem = Problem(shape, dtype=getattr(torch, dtype), weight_dtype=getattr(torch, weight_dtype), skew=skew)
+    tolerance = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
+    expected = Problem(shape, dtype=torch.float32, weight_dtype=torch.float32, skew=skew).grouped("reference")
+    candidates: dict[str, Step] = {name: partial(problem.grouped, name) for name in backends if name != "indexed loop"}
+    if "indexed loop" in backends:
+        candidates["indexed loop"] = problem.indexed_loop
+    errors = {name: largest_error(step(), expected) for name, step in candidates.items()}
+    right = {name: step for name, step in candidates.items() if errors[name] <= tolerance}
+    times = measure({"dense": problem.dense(), **right}, repeats)
+    lines = [f"{shape} {dtype}, weights {weight_dtype}, busiest expert {skew:g}x the mean, {torch.get_num_threads()} threads, medians of {repeats}"]
+    lines.append(f"{'forward + backward':20} {'ms':>9} {'of dense':>9} {'GFLOP/s':>9} {'error':>9}")
+    for name in ("dense", *candidates):
+        if name in times:
+            row = f"{times[name]:9.1f} {times[name] / times['dense']:8.2f}x {shape.flops() / times[name] / 1e6:9.0f}"
+            lines.append(f"{name:20} {row} {errors.get(name, 0.0):9.1e}")
+        else:
+            lines.append(f"{name:20} {'WRONG: no time is given for a result that does not agree with the reference':>40} {errors[name]:9.1e}")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""The MoE layer: equals its own definition, trains under every policy, and refuses configurations that make no sense."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe.config import MoEConfig
+from moe.layer import MoE
+from routing.null_experts import NullExperts
+from routing.random_k import RandomK
+from routing.router import RouterConfig
+from routing.top_k import TopK
+from routing.top_p import TopP
+
+D, E = 32, 10
+POLICIES = [TopK(k=3), TopP(target_mean=3.0, cap=6), NullExperts(k=6, n_null=6, target_mean=3.0, floor=0), RandomK(k_min=1, k_max=6, k_eval=3)]
+
+
+def layer(policy, **config) -> MoE:
+    settings = {"n_experts": E, "d_expert": 12, "d_shared": 8, "router": RouterConfig(policy=policy)} | config
+    return MoE(MoEConfig(**settings), d_model=D, layer_index=1)
+
+
+def tokens(n=70, dtype=torch.float32):
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_output_is_the_weighted_sum_over_the_dispatched_rows(policy):
+    moe = layer(policy)
+    x_TD = tokens()
+    y_TD, routing = moe(x_TD)
+    assert moe.shared_expert is not None
+    expected_TD = moe.shared_expert(x_TD)
+    rows = routing.assignments
+    for t, e, weight in zip(rows.token_N.tolist(), rows.expert_N.tolist(), rows.weight_N):
+        gate_F, up_F = (x_TD[t] @ moe.experts.w_gate_up_EDF2[e]).chunk(2)
+        expected_TD[t] = expected_TD[t] + weight * ((F.silu(gate_F) * up_F) @ moe.experts.w_down_EFD[e])
+    torch.testing.assert_close(y_TD, expected_TD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_a_few_steps_lower_the_loss_and_touch_every_parameter(policy, dtype):
+    moe = layer(policy, d_shared=0).train()
+    x_TD, target_TD = tokens(256, dtype), torch.randn(256, D, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2)
+    before = {name: value.detach().clone() for name, value in moe.named_parameters()}
+    losses = []
+    for step in range(30):
+        moe.router.begin_step(step, seed=0)
+        y_TD, routing = moe(x_TD)
+        assert y_TD.dtype == dtype
+        loss = F.mse_loss(y_TD.float(), target_TD)
+        (loss + sum(routing.losses.values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moe.router.after_step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for name, value in moe.named_parameters():
+        assert not torch.equal(value, before[name]), name
+
+
+def test_same_generator_same_weights():
+    first, second = layer(TopK(k=3)), layer(TopK(k=3))
+    for moe in (first, second):
+        moe.init_weights(torch.Generator().manual_seed(5))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    second.init_weights(torch.Generator().manual_seed(5), down_scale=0.5)
+    torch.testing.assert_close(second.experts.w_down_EFD, 0.5 * first.experts.w_down_EFD)
+    torch.testing.assert_close(second.experts.w_gate_up_EDF2, first.experts.w_gate_up_EDF2)
+
+
+def test_checkpoint_holds_the_controllers():
+    policy = TopP(target_mean=3.0, cap=6)
+    moe = layer(policy, router=RouterConfig(policy=policy, selection_bias_step=0.01)).train()
+    for step in range(5):
+        moe.router.begin_step(step, seed=0)
+        moe(tokens())
+        moe.router.after_step()
+    resumed = layer(policy, router=RouterConfig(policy=policy, selection_bias_step=0.01)).train()
+    resumed.load_state_dict(moe.state_dict())
+    for step in range(5, 8):
+        outputs = []
+        for each in (moe, resumed):
+            each.router.begin_step(step, seed=0)
+            y_TD, routing = each(tokens())
+            outputs.append((y_TD, routing.losses["balance"]))
+            each.router.after_step()
+        assert all(torch.equal(a, b) for a, b in zip(*outputs))
+    assert all(torch.equal(a, b) for a, b in zip(moe.state_dict().values(), resumed.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"n_experts": 0}, "n_experts = 0"), ({"d_expert": 0}, "d_expert = 0"), ({"d_shared": -1}, "d_shared = -1"), ({"n_experts": 2}, "TopK.k = 3")],
+    ids=repr,
+)
+def test_configurations_that_make_no_sense_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        layer(TopK(k=3), **config)

@@ -1,0 +1,221 @@
+"""Grouped gated MLP: the reference against its formula and finite differences, every other backend against the reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triton_kernels.grouped_mlp import choose_backend, grouped_mlp
+from triton_kernels.grouped_mlp_cpu import expert_groups
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+NAMES = ("y", "dx", "dw_gate_up", "dw_down", "dweight")
+
+
+def layout(mask_TE: torch.Tensor, n_padding: int = 0) -> dict[str, torch.Tensor]:
+    """The index tensors of `grouped_mlp` for a dense map of which token goes to which expert, written without the routing package."""
+    _, token_N = mask_TE.t().nonzero(as_tuple=True)
+    row_of_slot_N = torch.sort(token_N, stable=True)[1]
+    return {
+        # Padding points at a real token: a backend that computed it would be found out.
+        "token_N": torch.cat([token_N, torch.zeros(n_padding, dtype=torch.int64)]),
+        "expert_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), mask_TE.sum(0).cumsum(0)]),
+        "token_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), mask_TE.sum(1).cumsum(0)]),
+        "row_of_slot_N": torch.cat([row_of_slot_N, torch.arange(n_padding)]),
+    }
+
+
+def random_mask(n_tokens: int, n_experts: int, share: float, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n_tokens, n_experts, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def run(mask_TE, *, d_model, d_expert, backend, dtype, weight_dtype=None, n_padding=0, seed=0) -> dict[str, torch.Tensor]:
+    """Output and all gradients, from inputs that are the same numbers in every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    n_tokens, n_experts = mask_TE.shape
+    index = layout(mask_TE, n_padding)
+
+    def draw(*shape, dtype, scale=1.0):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+    weight_dtype = weight_dtype or dtype
+    x = draw(n_tokens, d_model, dtype=dtype).requires_grad_()
+    gate_up = draw(n_experts, d_model, 2 * d_expert, dtype=weight_dtype, scale=d_model**-0.5).requires_grad_()
+    down = draw(n_experts, d_expert, d_model, dtype=weight_dtype, scale=d_expert**-0.5).requires_grad_()
+    weight = draw(index["token_N"].shape[0], dtype=torch.promote_types(dtype, torch.float32)).requires_grad_()
+    y = grouped_mlp(x, gate_up, down, weight_N=weight, backend=backend, **index)
+    gradients = torch.autograd.grad(y, (x, gate_up, down, weight), draw(n_tokens, d_model, dtype=dtype))
+    return dict(zip(NAMES, (y, *gradients)))
+
+
+def assert_close_to_reference(mask_TE, *, d_model, d_expert, dtype, backend="cpu", **options) -> None:
+    reference = run(
+        mask_TE,
+        d_model=d_model,
+        d_expert=d_expert,
+        backend="reference",
+        dtype=torch.float64,
+        **{k: v for k, v in options.items() if k != "weight_dtype"},
+    )
+    got = run(mask_TE, d_model=d_model, d_expert=d_expert, backend=backend, dtype=dtype, **options)
+    for name in NAMES:
+        expected = reference[name]
+        assert got[name].shape == expected.shape
+        assert got[name].isfinite().all(), name
+        # Relative to the whole tensor's size: single elements may cancel to almost nothing.
+        error = (got[name].double() - expected).norm() / expected.norm().clamp_min(1e-30)
+        assert error < TOLERANCE[dtype], f"{name}: relative error {float(error):.2e}"
+
+
+@pytest.fixture(autouse=True)
+def _nan_in_fresh_memory():
+    """torch.empty returns NaN instead of leftovers, so that a read before a write cannot pass unseen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_reference_is_the_formula():
+    mask_TE = torch.tensor([[True, True], [False, True], [False, False]])
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (2, 4, 6), (2, 3, 4)))
+    weight_N = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64)
+    y = grouped_mlp(x, gate_up, down, weight_N=weight_N, backend="reference", **layout(mask_TE))
+
+    def expert(e, x_D):
+        gate, up = x_D @ gate_up[e, :, :3], x_D @ gate_up[e, :, 3:]
+        return (gate / (1 + (-gate).exp()) * up) @ down[e]
+
+    # Rows sorted by expert, then token: (0, t0), (1, t0), (1, t1).
+    torch.testing.assert_close(y[0], 0.5 * expert(0, x[0]) + 0.25 * expert(1, x[0]))
+    torch.testing.assert_close(y[1], 2.0 * expert(1, x[1]))
+    assert not y[2].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradcheck(backend):
+    mask_TE = random_mask(5, 4, 0.5)
+    index = layout(mask_TE, n_padding=2)
+
+    def op(x, gate_up, down, weight):
+        return grouped_mlp(x, gate_up, down, weight_N=weight, backend=backend, **index)
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 3), (4, 3, 4), (4, 2, 3), (index["token_N"].shape[0],))
+    inputs = [torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert torch.autograd.gradcheck(op, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_tokens", "d_model", "d_expert", "n_experts"), [(1, 16, 16, 1), (63, 24, 10, 5), (100, 33, 17, 13), (257, 64, 48, 40)])
+def test_cpu_at_odd_sizes(n_tokens, d_model, d_expert, n_experts, dtype):
+    assert_close_to_reference(random_mask(n_tokens, n_experts, 0.4), d_model=d_model, d_expert=d_expert, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "case", ["one expert takes all", "empty first and last", "tokens without rows", "no rows at all", "every token everywhere", "no tokens"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_on_uneven_loads(case, dtype):
+    mask_TE = random_mask(50, 6, 0.5)
+    if case == "one expert takes all":
+        mask_TE = torch.zeros_like(mask_TE)
+        mask_TE[:, 3] = True
+    elif case == "empty first and last":
+        mask_TE[:, [0, 2, 5]] = False
+    elif case == "tokens without rows":
+        mask_TE[[0, 7, 8, 49]] = False
+    elif case == "no rows at all":
+        mask_TE = torch.zeros_like(mask_TE)
+    elif case == "every token everywhere":
+        mask_TE = torch.ones_like(mask_TE)
+    elif case == "no tokens":
+        mask_TE = mask_TE[:0]
+    assert_close_to_reference(mask_TE, d_model=24, d_expert=20, dtype=dtype)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.integers(0, 10**6), st.integers(0, 5))
+def test_cpu_on_ragged_assignments(n_tokens, n_experts, d_model, d_expert, share, seed, n_padding):
+    mask_TE = random_mask(n_tokens, n_experts, share, seed)
+    assert_close_to_reference(mask_TE, d_model=d_model, d_expert=d_expert, dtype=torch.float32, n_padding=n_padding, seed=seed)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 2**12, 2**30])
+def test_cpu_is_the_same_however_experts_are_grouped(monkeypatch, group_bytes):
+    monkeypatch.setattr("triton_kernels.grouped_mlp_cpu.GROUP_BYTES", group_bytes)
+    assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.float32)
+    assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.bfloat16, weight_dtype=torch.float32)
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=30), st.integers(1, 4096))
+def test_expert_groups_cover_every_expert_once(sizes, row_bytes):
+    bounds = [sum(sizes[:e]) for e in range(len(sizes) + 1)]
+    groups = expert_groups(bounds, row_bytes)
+    assert [e for first, last in groups for e in range(first, last)] == list(range(len(sizes)))
+    assert all(last - first == 1 or (bounds[last] - bounds[first]) * row_bytes <= 2**20 for first, last in groups)
+
+
+def test_fp32_master_weights_get_fp32_gradients():
+    got = run(random_mask(40, 5, 0.5), d_model=24, d_expert=16, backend="cpu", dtype=torch.bfloat16, weight_dtype=torch.float32)
+    assert [got[name].dtype for name in NAMES] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    assert_close_to_reference(random_mask(40, 5, 0.5), d_model=24, d_expert=16, dtype=torch.bfloat16, weight_dtype=torch.float32)
+
+
+def test_two_runs_give_the_same_bits():
+    first, second = (run(random_mask(200, 20, 0.3), d_model=32, d_expert=16, backend="cpu", dtype=torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+def test_only_asked_gradients_and_saved_tensors():
+    """The expert outputs [N, D] are not kept for backward: nothing saved is as large as they are, apart from inputs."""
+    mask_TE = random_mask(60, 5, 0.6)
+    index = layout(mask_TE)
+    n_rows, d_model, d_expert = index["token_N"].shape[0], 64, 8
+    x, gate_up, down = torch.randn(60, d_model), torch.randn(5, d_model, 2 * d_expert, requires_grad=True), torch.randn(5, d_expert, d_model)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        y = grouped_mlp(x, gate_up, down, weight_N=torch.ones(n_rows), backend="cpu", **index)
+    assert (n_rows, 2 * d_expert) in saved
+    assert (n_rows, d_model) not in saved
+    y.sum().backward()
+    assert gate_up.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expert_offsets": torch.tensor([0, 3, 2, 4])}, "must start at 0 and never fall"),
+        ({"expert_offsets": torch.tensor([0, 1, 2, 9])}, "expert_offsets end at 9 and token_offsets at 4"),
+        ({"expert_offsets": torch.tensor([0, 1, 4])}, r"expert_offsets has shape \(3,\), expected \(4,\)"),
+        ({"token_offsets": torch.tensor([0, 4])}, r"token_offsets has shape \(2,\), expected \(3,\)"),
+        ({"weight_N": torch.ones(3)}, r"weight has shape \(3,\), expected \(4,\)"),
+        ({"w_down_EFD": torch.zeros(3, 5, 6)}, "w_gate_up has shape"),
+        ({"x_TD": torch.zeros(2, 1, 6)}, r"must be \[T, D\]"),
+        ({"backend": "magic"}, "backend = 'magic' is not one of auto, reference, cpu"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_arguments_that_do_not_fit_are_refused(change, message):
+    arguments = {
+        "x_TD": torch.zeros(2, 6),
+        "w_gate_up_EDF2": torch.zeros(3, 6, 8),
+        "w_down_EFD": torch.zeros(3, 4, 6),
+        "token_N": torch.tensor([0, 1, 0, 1]),
+        "weight_N": torch.ones(4),
+        "expert_offsets": torch.tensor([0, 2, 3, 4]),
+        "token_offsets": torch.tensor([0, 2, 4]),
+        "row_of_slot_N": torch.tensor([0, 2, 1, 3]),
+    }
+    grouped_mlp(**arguments)
+    with pytest.raises(ValueError, match=message):
+        grouped_mlp(**(arguments | change))
+
+
+def test_the_choice_says_why():
+    assert choose_backend(torch.zeros(1, 1)) == ("cpu", "tensors are on the CPU")
+    assert choose_backend(torch.zeros(1, 1), "reference") == ("reference", "asked for")
+    assert choose_backend(torch.zeros(1, 1, device="meta")).name == "reference"
+    with pytest.raises(ValueError, match="needs tensors on the CPU, these are on meta"):
+        choose_backend(torch.zeros(1, 1, device="meta"), "cpu")
