@@ -16,7 +16,7 @@ from staged_training.durable import DiskFullError
 from staged_training.loop import NonFiniteLossError
 from staged_training.stopping import Interrupted
 
-Names = tyro.conf.Positional[tuple[str, ...]]
+Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="METHOD ...")]
 FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
 
 

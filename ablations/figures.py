@@ -107,6 +107,7 @@ def branch_differences(records: Records) -> Figure:
 def loss_against_experts(records: Records) -> Figure:
     """The same weights under other budgets: what each method loses with fewer experts."""
     rows: Rows = []
+    tokens = next(iter(records.results[records.comparison.baseline].values())).budget_tokens
     for method in records.methods:
         results = list(records.results[method].values())
         for points in zip(*(result.budgets for result in results)):
@@ -116,8 +117,8 @@ def loss_against_experts(records: Records) -> Figure:
     return Figure(
         name="loss_against_experts",
         title="Loss against experts used",
-        caption="Validation bits per byte of the trained weights, run with other mean numbers of experts per token"
-        f" in {records.comparison.trained_blocks}. Line: mean over seeds; band: range over seeds.",
+        caption=f"The trained weights run with other mean numbers of experts per token in {records.comparison.trained_blocks}: bits per byte of the "
+        f"first {tokens:,} tokens of the validation text. Line: mean over seeds; band: range over seeds.",
         columns=("method", "mean_experts", "mean", "low", "high"),
         rows=rows,
         draw=drawing.loss_against_experts,

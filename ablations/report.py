@@ -132,7 +132,7 @@ def cost_table(ledger: Ledger) -> str:
 
 
 def methods(records: Records) -> str:
-    entries = (f"<dt>{html.escape(m.name)}</dt><dd>{html.escape(m.question)} ({m.kind})</dd>" for m in records.comparison.methods)
+    entries = (f"<dt>{html.escape(m.name)}</dt><dd>{html.escape(m.question)} Changes: {m.kind}.</dd>" for m in records.comparison.methods)
     return f'<dl class="methods">{"".join(entries)}</dl>'
 
 
