@@ -28,12 +28,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     shape = Shape(tokens=options.tokens, d_model=options.d_model, n_experts=options.n_experts, d_expert=options.d_expert, k=options.k)
-    print("backend chosen by auto: {} ({})".format(*choose_backend(torch.empty(0))))
+    print("backend chosen by auto: {} ({})".format(*choose_backend(torch.empty(0), torch.empty(1, shape.d_expert, shape.d_model))))
     for dtype in options.dtype:
         weight_dtype = options.weight_dtype if dtype == "bfloat16" else "float32"
-        table = bench(
-            shape, dtype=dtype, weight_dtype=weight_dtype, skew=options.skew, backends=options.backends, repeats=options.repeats
-        )
+        table = bench(shape, dtype=dtype, weight_dtype=weight_dtype, skew=options.skew, backends=options.backends, repeats=options.repeats)
         print(table)
 
 

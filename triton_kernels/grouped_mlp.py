@@ -8,9 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from triton_kernels.grouped_mlp_cpu import GroupedMlpCpu
+from triton_kernels.grouped_mlp_grouped_mm import grouped_mlp_grouped_mm, why_not
 from triton_kernels.grouped_mlp_torch import grouped_mlp_reference
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "grouped_mm")
 
 
 class Choice(NamedTuple):
@@ -20,18 +21,22 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_backend(x_TD: Tensor, backend: str = "auto") -> Choice:
+def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> Choice:
     """The one place that decides which implementation computes `grouped_mlp`. Raises ValueError if the one asked for cannot run here."""
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
-    on_cpu = x_TD.device.type == "cpu"
+    on_cpu, obstacle = x_TD.device.type == "cpu", why_not(x_TD, w_down_EFD)
     if backend == "cpu" and not on_cpu:
         raise ValueError(f"backend = 'cpu' needs tensors on the CPU, these are on {x_TD.device}")
+    if backend == "grouped_mm" and obstacle is not None:
+        raise ValueError(f"backend = 'grouped_mm' cannot run: {obstacle}")
     if backend != "auto":
         return Choice(backend, "asked for")
     if on_cpu:
         return Choice("cpu", "tensors are on the CPU")
-    return Choice("reference", f"no other backend runs on {x_TD.device.type} yet")
+    if obstacle is None:
+        return Choice("grouped_mm", f"the fastest one here that runs on {x_TD.device.type}")
+    return Choice("reference", obstacle)
 
 
 def grouped_mlp(
@@ -57,11 +62,13 @@ def grouped_mlp(
     Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for shapes that do not fit together.
     """
     _check(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
-    if choose_backend(x_TD, backend).name == "cpu":
+    chosen = choose_backend(x_TD, w_down_EFD, backend).name
+    if chosen == "cpu":
         y_TD = GroupedMlpCpu.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
         assert isinstance(y_TD, Tensor)
         return y_TD
-    return grouped_mlp_reference(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
+    implementation = grouped_mlp_grouped_mm if chosen == "grouped_mm" else grouped_mlp_reference
+    return implementation(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
 
 
 def _check(

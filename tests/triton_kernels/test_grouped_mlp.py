@@ -193,7 +193,7 @@ def test_only_asked_gradients_and_saved_tensors():
         ({"weight_N": torch.ones(3)}, r"weight has shape \(3,\), expected \(4,\)"),
         ({"w_down_EFD": torch.zeros(3, 5, 6)}, "w_gate_up has shape"),
         ({"x_TD": torch.zeros(2, 1, 6)}, r"must be \[T, D\]"),
-        ({"backend": "magic"}, "backend = 'magic' is not one of auto, reference, cpu"),
+        ({"backend": "magic"}, "backend = 'magic' is not one of auto, reference, cpu, grouped_mm"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -213,9 +213,24 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
         grouped_mlp(**(arguments | change))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_padding", [0, 9])
+def test_grouped_mm_agrees_and_ignores_padding(dtype, n_padding):
+    mask_TE = random_mask(70, 9, 0.3)
+    mask_TE[:, [0, 4, 8]] = False
+    mask_TE[3] = False
+    assert_close_to_reference(mask_TE, d_model=32, d_expert=16, dtype=dtype, backend="grouped_mm", n_padding=n_padding)
+
+
 def test_the_choice_says_why():
-    assert choose_backend(torch.zeros(1, 1)) == ("cpu", "tensors are on the CPU")
-    assert choose_backend(torch.zeros(1, 1), "reference") == ("reference", "asked for")
-    assert choose_backend(torch.zeros(1, 1, device="meta")).name == "reference"
+    x, down = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8)
+    assert choose_backend(x, down) == ("cpu", "tensors are on the CPU")
+    assert choose_backend(x, down, "reference") == ("reference", "asked for")
+    assert choose_backend(x.to("meta"), down).name == "grouped_mm"
+    assert choose_backend(x.to("meta", torch.float64), down) == ("reference", "grouped_mm does not take torch.float64")
     with pytest.raises(ValueError, match="needs tensors on the CPU, these are on meta"):
-        choose_backend(torch.zeros(1, 1, device="meta"), "cpu")
+        choose_backend(x.to("meta"), down, "cpu")
+    with pytest.raises(
+        ValueError, match=r"'grouped_mm' cannot run: grouped_mm needs widths that are multiples of 8 in torch.bfloat16, got \(15, 8\)"
+    ):
+        choose_backend(x, down[:, :15], "grouped_mm")
