@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from triton_kernels.grouped_mlp_cpu import GroupedMlpCpu
+from triton_kernels.grouped_mlp_cpu import grouped_mlp_cpu
 from triton_kernels.grouped_mlp_grouped_mm import grouped_mlp_grouped_mm, why_not
 from triton_kernels.grouped_mlp_torch import grouped_mlp_reference
 
@@ -64,9 +64,7 @@ def grouped_mlp(
     _check(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
     chosen = choose_backend(x_TD, w_down_EFD, backend).name
     if chosen == "cpu":
-        y_TD = GroupedMlpCpu.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
-        assert isinstance(y_TD, Tensor)
-        return y_TD
+        return grouped_mlp_cpu(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
     implementation = grouped_mlp_grouped_mm if chosen == "grouped_mm" else grouped_mlp_reference
     return implementation(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
 

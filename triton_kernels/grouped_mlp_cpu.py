@@ -6,6 +6,8 @@ What it is built around, in the order it matters on a CPU:
 - Calls are slow: per expert only the products remain. Experts are grouped so that all other operations run once per group, all slices come
   from one `split`, and autograd sees one node.
 - Weights of another dtype than the activations (fp32 masters under bf16 activations) are cast per group, never as a whole.
+- New shapes are slow: oneDNN builds a program per shape of a bf16 product and keeps 1,024 of them, and the numbers of rows per expert never repeat.
+  Rounded up to a multiple of `ROW_QUANTUM` they do; the rows in between have weight zero. (fp32 products go elsewhere and don't care.)
 - Each token's rows are added by `embedding_bag`, a segment sum in a fixed order that accumulates in fp32.
 
 Backward: with A the activation and dA' = W_down dy (not yet weighted), the gradient of a row's weight is <dA', A>; expert outputs are never kept.
@@ -22,6 +24,44 @@ from torch.autograd.function import once_differentiable
 
 # Scratch of one group of experts: large enough to amortise the calls, small enough for a core's share of the cache.
 GROUP_BYTES = 2**20
+# Half a row quantum per expert is wasted, so experts with few rows are left as they are.
+ROW_QUANTUM = 16
+LEAST_MEAN_ROWS = 4 * ROW_QUANTUM
+
+
+def grouped_mlp_cpu(
+    x_TD: Tensor,
+    w_gate_up_EDF2: Tensor,
+    w_down_EFD: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    row_of_slot_N: Tensor,
+) -> Tensor:
+    """`grouped_mlp` on the CPU; arguments and result as there."""
+    n_rows, n_experts = int(expert_offsets[-1]), w_down_EFD.shape[0]
+    if 0 < n_rows < n_experts and not torch.is_grad_enabled():
+        # Decoding: look at the few experts in use, not at all of them.
+        used = expert_offsets.diff().nonzero().flatten()
+        w_gate_up_EDF2, w_down_EFD = w_gate_up_EDF2[used], w_down_EFD[used]
+        expert_offsets = F.pad(expert_offsets[1:][used], (1, 0))
+    elif x_TD.dtype in (torch.bfloat16, torch.float16) and n_rows >= LEAST_MEAN_ROWS * n_experts:
+        token_N, weight_N, expert_offsets, row_of_slot_N = quantised_rows(token_N, weight_N, expert_offsets, row_of_slot_N)
+    y_TD = GroupedMlpCpu.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
+    assert isinstance(y_TD, Tensor)
+    return y_TD
+
+
+def quantised_rows(token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor, row_of_slot_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same assignments with each expert's rows followed by rows of weight zero (of token 0) up to a multiple of `ROW_QUANTUM`."""
+    rows_E = expert_offsets.diff()
+    offsets = F.pad(((rows_E + ROW_QUANTUM - 1) // ROW_QUANTUM * ROW_QUANTUM).cumsum(0), (1, 0))
+    n_rows, n_quantised = int(expert_offsets[-1]), int(offsets[-1])
+    place_N = torch.arange(n_rows) + torch.repeat_interleave((offsets - expert_offsets)[:-1], rows_E)
+    token_P = token_N.new_zeros(n_quantised).index_copy_(0, place_N, token_N[:n_rows])
+    weight_P = weight_N.new_zeros(n_quantised).index_copy(0, place_N, weight_N[:n_rows])
+    return token_P, weight_P, offsets, place_N[row_of_slot_N[:n_rows]]
 
 
 def expert_groups(bounds: list[int], row_bytes: int) -> list[tuple[int, int]]:
@@ -112,7 +152,7 @@ class GroupedMlpCpu(torch.autograd.Function):
             a_NF.mul_(h_group[:, d_expert:])
             for a_e, w_e, out_e in zip(a_NF.split(sizes), down[experts], out_ND[rows].split(sizes)):
                 torch.mm(a_e, w_e, out=out_e)
-        row_of_slot_N = row_of_slot_N[:n_rows]
+        row_of_slot_N = row_of_slot_N[: int(token_offsets[-1])]
         ctx.save_for_backward(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, token_offsets, row_of_slot_N, h_NF2)
         ctx.bounds = bounds
         return segment_sum(out_ND, row_of_slot_N, token_offsets, weight_N.to(dtype)[row_of_slot_N])
@@ -161,5 +201,5 @@ class GroupedMlpCpu(torch.autograd.Function):
             d_down.write(experts, a_NF.split(sizes), dy_ND.split(sizes))
             d_gate_up.write(experts, x_ND.split(sizes), dh_NF2.split(sizes))
         # Weights of one: without them torch 2.13's fp32 embedding_bag takes a path an order of magnitude slower.
-        dx_TD = segment_sum(dx_ND, row_of_slot_N, token_offsets, dx_ND.new_ones(n_rows))
+        dx_TD = segment_sum(dx_ND, row_of_slot_N, token_offsets, dx_ND.new_ones(row_of_slot_N.shape[0]))
         return dx_TD, d_gate_up.packed_EIO, d_down.packed_EIO, None, d_weight_N.to(weight_N.dtype), None, None, None

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.grouped_mlp import choose_backend, grouped_mlp
-from triton_kernels.grouped_mlp_cpu import expert_groups
+from triton_kernels.grouped_mlp_cpu import LEAST_MEAN_ROWS, ROW_QUANTUM, expert_groups, quantised_rows
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 NAMES = ("y", "dx", "dw_gate_up", "dw_down", "dweight")
@@ -147,6 +147,42 @@ def test_cpu_is_the_same_however_experts_are_grouped(monkeypatch, group_bytes):
     monkeypatch.setattr("triton_kernels.grouped_mlp_cpu.GROUP_BYTES", group_bytes)
     assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.float32)
     assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.bfloat16, weight_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("n_padding", [0, 7])
+def test_cpu_with_rows_rounded_up(n_padding):
+    mask_TE = random_mask(200, 5, 0.5)
+    mask_TE[:, 3] = False
+    assert mask_TE.sum() >= LEAST_MEAN_ROWS * mask_TE.shape[1]
+    assert_close_to_reference(mask_TE, d_model=24, d_expert=16, dtype=torch.bfloat16, n_padding=n_padding)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(0, 3))
+def test_rows_rounded_up_are_the_same_rows(sizes, n_padding):
+    n_rows = sum(sizes)
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    token_N, weight_N = torch.arange(1, n_rows + n_padding + 1), torch.rand(n_rows + n_padding)
+    row_of_slot_N = torch.randperm(n_rows, generator=torch.Generator().manual_seed(0))
+    token_P, weight_P, new_offsets, new_row_of_slot_N = quantised_rows(token_N, weight_N, offsets, row_of_slot_N)
+    assert (new_offsets.diff() % ROW_QUANTUM == 0).all()
+    assert torch.equal(token_P[new_row_of_slot_N], token_N[row_of_slot_N])
+    assert torch.equal(weight_P[new_row_of_slot_N], weight_N[row_of_slot_N])
+    for e, size in enumerate(sizes):
+        mine = slice(int(new_offsets[e]), int(new_offsets[e]) + size)
+        assert torch.equal(token_P[mine], token_N[int(offsets[e]) : int(offsets[e + 1])])
+        assert (weight_P[mine.stop : int(new_offsets[e + 1])] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_looks_at_the_used_experts_only_and_gets_the_same(dtype):
+    index = layout(random_mask(3, 40, 0.1))
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down = (torch.randn(*shape, generator=generator) for shape in ((3, 24), (40, 24, 32), (40, 16, 24)))
+    weight = torch.rand(index["token_N"].shape[0], generator=generator)
+    assert 0 < len(weight) < 40
+    with_grad = grouped_mlp(x.to(dtype), gate_up, down, weight_N=weight, **index)
+    with torch.no_grad():
+        torch.testing.assert_close(grouped_mlp(x.to(dtype), gate_up, down, weight_N=weight, **index), with_grad)
 
 
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=30), st.integers(1, 4096))
