@@ -16,7 +16,6 @@ from corpus.prepare import CorpusConfig, prepare
 from lm.config import ModelConfig
 from lm.serialize import to_dict
 from staged_training.describe import describe
-from staged_training.durable import DiskFullError
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.loop import NonFiniteLossError
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
-    except (ValueError, DiskFullError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
 
 

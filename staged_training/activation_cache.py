@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from staged_training.data import TokenBatches
-from staged_training.durable import CorruptFileError, fsync_path, read_sealed, require_space, write_sealed
+from staged_training.durable import CorruptFileError, DiskFullError, fsync_path, read_sealed, require_space, write_sealed
 
 DATA, MANIFEST, PROGRESS = "activations.bin", "manifest.json", "progress.jsonl"
 
@@ -135,8 +136,7 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
         require_space(folder.parent, identity.n_bytes, f"activation cache {folder.name}")
         partial.mkdir()
         (partial / PROGRESS).write_text(json.dumps(identity.to_dict()) + "\n")
-        with open(partial / DATA, "wb") as file:
-            file.truncate(identity.n_bytes)
+        _reserve(partial, identity.n_bytes)
     data = np.memmap(partial / DATA, dtype=np.uint8, mode="r+", shape=(len(identity.batches), identity.batch_bytes))
     with open(partial / PROGRESS, "a", encoding="utf-8") as progress:
         for place, batch in enumerate(identity.batches):
@@ -155,6 +155,16 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
     fsync_path(partial)
     partial.rename(folder)
     fsync_path(folder.parent)
+
+
+def _reserve(partial: Path, n_bytes: int) -> None:
+    """Makes the data file with all its blocks: a disk that runs full under a mapped file kills the process instead of raising an error."""
+    try:
+        with open(partial / DATA, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        shutil.rmtree(partial)
+        raise DiskFullError(f"activation cache {partial.name} needs {n_bytes / 2**20:.1f} MiB in {partial.parent}: {error}") from error
 
 
 def _resumable(partial: Path, identity: CacheIdentity) -> dict[int, str]:

@@ -6,6 +6,7 @@ stored once per batch serve every method and every seed, and recomputing a batch
 Legend: B batch, T tokens, D model width, N batches in a sequence.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +33,12 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+
+
+def in_order(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """All batches, first to last."""
+    for index in range(len(batches)):
+        yield batches[index]
 
 
 class TokenBatches:

@@ -39,19 +39,19 @@ class Estimate:
 def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
     """Times `steps` steps of the trunk, of each method and of the frozen prefix on untrained weights, after one step to warm up.
 
-    What is finished already counts nothing. Nothing is written, and no state of the run is touched.
+    What is finished counts nothing, a stage under way counts whole. Nothing is written, and no state of the run is touched.
     """
     plan = execution.plan
-    tokens_BT, targets_BT = execution.train_tokens[0]
     trunk_done = (execution.trunk_folder / RESULT).exists()
     pending = [branch for branch in plan.branches if not (execution.folder_of(branch) / RESULT).exists()]
+    if trunk_done and not pending:
+        return Estimate(trunk=0.0, caching=0.0, branches=0.0, evaluation=0.0, peak_bytes=peak_memory(execution.device))
+    tokens_BT, targets_BT = execution.train_tokens[0]
     boundary = plan.branches[0].boundary if plan.branches else 0
     n_valid = len(execution.valid_tokens)
 
     trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
-    step_seconds = _training(trunk, execution, tokens_BT, targets_BT, 0, steps)
-    # A forward pass is a third of a step's products.
-    trunk_evaluation = n_valid * step_seconds / 3
+    step_seconds = 0.0 if trunk_done else _training(trunk, execution, tokens_BT, targets_BT, 0, steps)
     trunk.requires_grad_(False).eval()
     prefix_seconds = _median(lambda: prefix_activations(trunk, tokens_BT, boundary), steps) if boundary and pending else 0.0
     x_BTD = prefix_activations(trunk, tokens_BT, boundary) if boundary else tokens_BT
@@ -60,14 +60,15 @@ def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
         method_seconds[branch.method] = _training(fork(trunk, branch), execution, x_BTD, targets_BT, boundary, steps)
 
     cached = execution.config.cache and boundary > 0
-    per_step = {method: seconds + (0.0 if cached else prefix_seconds) for method, seconds in method_seconds.items()}
-    branch_evaluation = {method: n_valid * (seconds / 3 + (0.0 if cached else prefix_seconds)) for method, seconds in method_seconds.items()}
+    recomputed = 0.0 if cached else prefix_seconds
     n_cached = n_valid + max((branch.stage.n_batches for branch in pending), default=0)
+    # A forward pass is a third of a step's products.
+    evaluated = step_seconds / 3 + sum(method_seconds[branch.method] / 3 + recomputed for branch in pending)
     return Estimate(
-        trunk=0.0 if trunk_done else step_seconds * plan.trunk.n_batches,
+        trunk=step_seconds * plan.trunk.n_batches,
         caching=prefix_seconds * n_cached if cached else 0.0,
-        branches=sum(per_step[branch.method] * branch.stage.n_batches for branch in pending),
-        evaluation=(0.0 if trunk_done else trunk_evaluation) + sum(branch_evaluation[branch.method] for branch in pending),
+        branches=sum((method_seconds[branch.method] + recomputed) * branch.stage.n_batches for branch in pending),
+        evaluation=evaluated * n_valid,
         peak_bytes=peak_memory(execution.device),
     )
 

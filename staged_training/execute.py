@@ -2,9 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
 from staged_training.activation_cache import CacheIdentity, cached_activations, weights_hash
-from staged_training.data import Batches, PrefixBatches, TokenBatches, prefix_activations
+from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
 from staged_training.durable import fingerprint
 from staged_training.fork import fork
 from staged_training.loop import StageResult, train_stage
 from staged_training.optimizer import is_frozen
 from staged_training.plan import Branch, Plan
 from staged_training.progress import Progress, Tracker
-from staged_training.record import Ledger, RunRecord, finish_run, open_run
+from staged_training.record import Ledger, RunRecord, finish_run, locked, open_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ExecutionConfig:
     cache: bool = True
     save_every: int = 200
     log_every: int = 20
-    track: str = "none"
+    track: Literal["none", "wandb"] = "none"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,12 +116,8 @@ class Execution:
             record = open_run(folder, plan.trunk_identity, plan.corpus.content_hash)
             model = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(self.device)
             if record is None:
-                order, identity = plan.trunk_batches(), plan.trunk_identity
-                training = self._train(model, self.train_tokens, order, plan.trunk, plan.trunk_seed, 0, folder, identity, "trunk")
-                ledger = Ledger()
-                cost = model_cost(plan.model, length=plan.seq_len, mean_experts=training.mean_experts)
-                ledger.add("trunk", flops=cost.training_flops * len(order) * plan.tokens_per_batch, seconds=training.seconds)
-                record = self._evaluate_and_finish(None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary)
+                with locked(folder):
+                    record = self._run_trunk(model, folder, summary)
             else:
                 print(f"trunk {plan.trunk_hash}: finished before, taken from {folder}", flush=True)
                 self._restore_trunk(model)
@@ -133,14 +129,26 @@ class Execution:
         """Trains and evaluates one branch, or returns what it was found to be before."""
         plan = self.plan
         folder = folder or self.folder_of(branch)
-        identity = plan.branch_identity(branch)
-        if (record := open_run(folder, identity, plan.corpus.content_hash)) is not None:
+        if (record := open_run(folder, plan.branch_identity(branch), plan.corpus.content_hash)) is not None:
             print(f"{branch.name}: finished before, taken from {folder}", flush=True)
             return record
+        self.activations()
+        with locked(folder):
+            return self._run_branch(branch, folder, summary)
+
+    def _run_trunk(self, model: LanguageModel, folder: Path, summary: Summarise) -> RunRecord:
+        plan, ledger = self.plan, Ledger()
+        training = self._train(None, model, self.train_tokens, folder)
+        cost = model_cost(plan.model, length=plan.seq_len, mean_experts=training.mean_experts)
+        ledger.add("trunk", flops=cost.training_flops * plan.trunk.n_batches * plan.tokens_per_batch, seconds=training.seconds)
+        return self._evaluate_and_finish(None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary)
+
+    def _run_branch(self, branch: Branch, folder: Path, summary: Summarise) -> RunRecord:
+        plan = self.plan
         trunk, trunk_record = self.trunk()
         train, valid = self.activations()
         model = fork(trunk, branch)
-        training = self._train(model, train, plan.order_of(branch), branch.stage, branch.seed, branch.boundary, folder, identity, branch.name)
+        training = self._train(branch, model, train, folder)
         means = tuple(trunk_record.result["trained_mean_experts"][: branch.boundary]) + training.mean_experts
         ledger, tokens = Ledger(), branch.stage.n_batches * plan.tokens_per_batch
         cost = model_cost(branch.model, length=plan.seq_len, mean_experts=means)
@@ -190,7 +198,8 @@ class Execution:
             return prefix_activations(trunk, tokens_BT, boundary)
 
         began = time.perf_counter()
-        cached = cached_activations(folder, identity, batches, compute)
+        with locked(self.trunk_folder):
+            cached = cached_activations(folder, identity, batches, compute)
         if computed:
             cost = model_cost(model, length=plan.seq_len, mean_experts=tuple(record.result["trained_mean_experts"]))
             flops = cost.flops(last=boundary, head=False) * len(numbers) * plan.tokens_per_batch
@@ -199,19 +208,13 @@ class Execution:
             print(f"activations {split}: {len(numbers)} batches, {identity.n_bytes / 2**20:.1f} MiB in {folder}", flush=True)
         return cached
 
-    def _train(
-        self,
-        model: LanguageModel,
-        batches: Batches,
-        order: Any,
-        stage: Any,
-        seed: int,
-        boundary: int,
-        folder: Path,
-        identity: dict[str, Any],
-        label: str,
-    ) -> StageResult:
+    def _train(self, branch: Branch | None, model: LanguageModel, batches: Batches, folder: Path) -> StageResult:
         plan, config = self.plan, self.config
+        if branch is None:
+            label, stage, seed, boundary, order, identity = "trunk", plan.trunk, plan.trunk_seed, 0, plan.trunk_batches(), plan.trunk_identity
+        else:
+            label, stage, seed, boundary = branch.name, branch.stage, branch.seed, branch.boundary
+            order, identity = plan.order_of(branch), plan.branch_identity(branch)
         tracker = Tracker(config.track, folder, label, identity) if config.track != "none" else None
         progress = Progress(
             label,
@@ -280,11 +283,6 @@ class Execution:
             )
         checkpoint.refuse_other_identity(saved, self.plan.trunk_identity)
         checkpoint.restore_model(model, saved.weights, str(saved.path))
-
-
-def in_order(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    for index in range(len(batches)):
-        yield batches[index]
 
 
 def run_plan(plan: Plan, corpus: PreparedCorpus, root: Path, config: ExecutionConfig, *, trunk_folder: Path | None = None) -> list[RunRecord]:

@@ -106,9 +106,9 @@ def train_stage(
             inputs, targets_BT = batches[int(order[step])]
             try:
                 numbers = clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=optimizer_config.clip)
-            except ValueError as error:
-                # On the CPU a router refuses such scores before they become a loss.
-                if "not finite" not in str(error):
+            except (ValueError, RuntimeError) as error:
+                # Routers refuse such scores before they become a loss: on the CPU with an error, on a GPU with an assertion on the device.
+                if "not finite" not in str(error) and "device-side assert" not in str(error):
                     raise
                 metrics.close()
                 raise NonFiniteLossError(f"{error}, at {where}") from error

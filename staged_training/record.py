@@ -4,13 +4,16 @@
 says that the run is finished.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class RunMismatchError(ValueError):
-    """A run folder holds a run of another configuration."""
+    """A run folder holds a run of another configuration, or another process is running it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,21 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
         log.warning("%s continues in another environment, so its last bits may differ: %s", folder, "; ".join(changed))
     write_json(folder / ENVIRONMENT, here)
     return None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a run folder; the lock goes with its process, however that ends.
+
+    Raises:
+        RunMismatchError: when another process is running it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunMismatchError(f"{folder} is being run by another process; wait for it or stop it") from None
+        yield
 
 
 def read_run(folder: Path) -> RunRecord:

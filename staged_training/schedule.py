@@ -41,7 +41,7 @@ class Schedule:
     def value(self, step: int, n_steps: int) -> float:
         """Learning rate of update `step` (from 0) of a stage of `n_steps`; 0 at `n_steps` when the schedule decays."""
         if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
+            return self.peak * ((step + 1) / self.warmup_steps)
         if not self.decay_steps:
             return self.peak
         t = min(1.0, max(0.0, (step - (n_steps - self.decay_steps)) / self.decay_steps))

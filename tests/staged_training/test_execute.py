@@ -1,0 +1,160 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from lm.accounting import model_cost
+from lm.evaluate import evaluate
+from lm.pretrained import load_calibration_tokens, load_pretrained
+from routing.null_experts import NullExperts
+from routing.random_k import RandomK
+from routing.top_p import TopP
+from staged_training.checkpoint import WEIGHTS, CheckpointMismatchError
+from staged_training.data import TokenBatches
+from staged_training.estimate import estimate
+from staged_training.execute import Execution, in_order, run_plan
+from staged_training.progress import METRICS
+from staged_training.record import RunMismatchError
+
+
+@pytest.fixture(scope="module")
+def plan(plan_of, model_config, with_policy):
+    methods = {
+        "baseline": model_config,
+        "top_p": with_policy(TopP(target_mean=2, cap=4)),
+        "null": with_policy(NullExperts(k=3, n_null=2, target_mean=2)),
+        "random": with_policy(RandomK(k_min=1, k_max=4, k_eval=2)),
+    }
+    return plan_of([(name, model, 0) for name, model in methods.items()])
+
+
+@pytest.fixture(scope="module")
+def finished(plan, corpus, execution_config, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return root, run_plan(plan, corpus, root, execution_config)
+
+
+def weights(record):
+    (newest, *_) = sorted((record.folder / "checkpoints").iterdir(), reverse=True)
+    return (newest / WEIGHTS).read_bytes()
+
+
+def test_every_method_is_trained_and_measured(finished, plan):
+    _, (trunk, *branches) = finished
+    assert [record.result["method"] for record in branches] == ["baseline", "top_p", "null", "random"]
+    assert all(0 < record.result["bits_per_byte"] < 20 for record in branches)
+    # What the branches learnt after the trunk, on the same text: the decay must help.
+    assert all(record.result["bits_per_byte"] < trunk.result["bits_per_byte"] for record in branches)
+    assert branches[0].result["mean_experts"] == [2.0, 2.0]
+    for record in (trunk, *branches):
+        names = {path.name for path in record.folder.iterdir()}
+        assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "ledger.json", "result.json", "model"} <= names
+    assert trunk.folder.name == plan.trunk_hash
+
+
+def test_the_whole_validation_text_is_covered_by_whole_models(finished, corpus, plan):
+    _, (_, *branches) = finished
+    batches = TokenBatches(corpus.valid.tokens, batch_size=plan.batch_size, seq_len=plan.seq_len, pad=True)
+    for record in branches:
+        assert record.result["valid_tokens"] == len(corpus.valid) - 1
+        assert record.result["valid_bytes"] == len(corpus.valid_text())
+        # The exported model, run from its first block on, is what was evaluated from the stored activations.
+        whole = evaluate(load_pretrained(record.folder / "model"), in_order(batches), n_bytes=corpus.valid.n_bytes)
+        assert whole.bits_per_byte == record.result["bits_per_byte"]
+    assert load_calibration_tokens(branches[0].folder / "model").shape == (plan.batch_size, plan.seq_len)
+
+
+def test_stored_activations_give_the_same_losses_and_weights_bit_for_bit(finished, plan, corpus, execution_config, tmp_path):
+    _, stored = finished
+    recomputed = run_plan(plan, corpus, tmp_path, dataclasses.replace(execution_config, cache=False))
+    assert not list(tmp_path.rglob("activations"))
+    for first, second in zip(stored, recomputed):
+        assert (first.folder / METRICS).read_bytes() == (second.folder / METRICS).read_bytes()
+        assert weights(first) == weights(second)
+        assert first.result == second.result
+
+
+def test_the_ledger_counts_what_was_run(finished, plan, corpus, model_config):
+    _, (trunk, baseline, *_) = finished
+    cost = model_cost(model_config, length=plan.seq_len, mean_experts=2.0)
+    boundary, tokens = plan.branches[0].boundary, plan.tokens_per_batch
+    n_valid = -(-(len(corpus.valid) - 1) // tokens)
+    assert trunk.ledger.costs["trunk"]["flops"] == pytest.approx(cost.training_flops * 24 * tokens)
+    assert trunk.ledger.costs["caching"]["flops"] == pytest.approx(cost.flops(last=boundary, head=False) * (6 + n_valid) * tokens)
+    assert baseline.ledger.costs["branches"]["flops"] == pytest.approx(3 * cost.flops(first=boundary) * 6 * tokens)
+    assert baseline.ledger.costs["evaluation"]["flops"] == pytest.approx(cost.flops(first=boundary) * n_valid * tokens)
+    assert all(entry["seconds"] > 0 for record in (trunk, baseline) for entry in record.ledger.costs.values())
+    assert json.loads((baseline.folder / "ledger.json").read_text()) == baseline.ledger.costs
+
+
+def test_finished_runs_are_not_run_again(finished, plan, corpus, execution_config, capsys):
+    root, records = finished
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    again = run_plan(plan, corpus, root, execution_config)
+    assert [record.result for record in again] == [record.result for record in records]
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
+    assert capsys.readouterr().out.count("finished before") == 5
+
+
+def test_another_comparison_shares_the_trunk(finished, plan_of, model_config, corpus, execution_config):
+    root, (trunk, *_) = finished
+    hybrid = dataclasses.replace(model_config, layer_plan="SLGS")
+    plan = plan_of([("baseline", model_config, 1), ("hybrid", hybrid, 1)])
+    before = weights(trunk)
+    shared, baseline, other = run_plan(plan, corpus, root, execution_config)
+    assert shared.folder == trunk.folder
+    assert weights(shared) == before
+    assert plan.branches[0].fresh
+    assert baseline.result["bits_per_byte"] != other.result["bits_per_byte"]
+
+
+def test_a_folder_of_another_run_is_refused_by_key(finished, plan_of, model_config, corpus, execution_config):
+    root, (trunk, *_) = finished
+    plan = plan_of([("baseline", model_config, 0)], branch_warmup_share=0.5)
+    with pytest.raises(RunMismatchError, match=r"branch\.stage\.schedule\.decay_steps: stored 5, asked 3"):
+        run_plan(plan, corpus, root, execution_config)
+    other = plan_of([], trunk_seed=1)
+    with pytest.raises(RunMismatchError, match="trunk_seed: stored 0, asked 1"):
+        run_plan(other, corpus, root, execution_config, trunk_folder=trunk.folder)
+
+
+def test_a_fork_from_an_unfinished_trunk_is_refused(finished, plan, corpus, execution_config, tmp_path):
+    _, (trunk, *_) = finished
+    # A result without its last checkpoint: what is left of the trunk is not where the branches start.
+    execution = Execution(plan, corpus, tmp_path, execution_config, trunk_folder=tmp_path / "trunk")
+    shutil.copytree(trunk.folder, tmp_path / "trunk")
+    shutil.rmtree(tmp_path / "trunk" / "checkpoints" / "step_00000024")
+    with pytest.raises(CheckpointMismatchError, match="branches start from step 24 of the trunk, its newest usable checkpoint is step 20"):
+        execution.branch(plan.branches[0])
+
+
+def test_freeze_zero_trains_the_whole_network(plan_of, model_config, corpus, execution_config, tmp_path):
+    trunk, branch = run_plan(plan_of([("baseline", model_config, 0)], freeze=0.0), corpus, tmp_path, execution_config)
+    assert "caching" not in trunk.ledger.costs
+    models = [load_pretrained(record.folder / "model").state_dict() for record in (trunk, branch)]
+    assert all(not torch.equal(tensor, models[1][name]) for name, tensor in models[0].items() if name.endswith(("VD", "ED", "EFD")))
+
+
+def test_the_frozen_part_stays_the_trunks(finished):
+    _, (trunk, *branches) = finished
+    stored = load_pretrained(trunk.folder / "model").state_dict()
+    for record in branches:
+        model = load_pretrained(record.folder / "model").state_dict()
+        frozen = [name for name in model if name.startswith(("embedding", "blocks.0.", "blocks.1."))]
+        assert all(torch.equal(model[name], stored[name]) for name in frozen)
+        assert not torch.equal(model["head_VD"], stored["head_VD"])
+
+
+def test_estimates_only_what_is_left_and_touches_nothing(finished, plan, plan_of, model_config, corpus, execution_config, tmp_path):
+    root, _ = finished
+    nothing = estimate(Execution(plan, corpus, root, execution_config))
+    assert nothing.total == 0
+    assert nothing.peak_bytes > 0
+    fresh = Execution(plan, corpus, tmp_path, execution_config)
+    everything = estimate(fresh)
+    assert min(everything.trunk, everything.caching, everything.branches, everything.evaluation) > 0
+    assert "estimated time" in str(everything)
+    assert "GiB" in str(everything)
+    assert list(tmp_path.iterdir()) == []

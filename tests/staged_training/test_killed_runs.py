@@ -1,0 +1,129 @@
+"""Real processes, really killed: what is left must continue to the same bits."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from staged_training.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = [
+    *("--corpus.vocab-size", "300", "--model.d-model", "16", "--model.n-layers", "4", "--model.moe.n-experts", "4", "--model.moe.d-expert", "8"),
+    *("--model.attention.n-heads", "2", "--model.attention.n-kv-heads", "1", "--model.attention.head-dim", "8", "--model.moe.router.policy.k", "2"),
+    *("--staging.tokens", "4480", "--staging.batch-size", "2", "--staging.seq-len", "16", "--staging.freeze", "0.5"),
+    *("--execution.save-every", "7", "--execution.log-every", "50"),
+]
+TRUNK_STEPS = 119
+
+# Kills its own process in the middle of writing a checkpoint: at the n-th call of one of the functions that write it. A tensor file is left
+# half written.
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from staged_training import checkpoint
+from staged_training.__main__ import main
+
+name, left = sys.argv[1], int(sys.argv[2])
+real = getattr(checkpoint, name)
+
+def write(*arguments):
+    global left
+    left -= 1
+    if left == 0:
+        if name == "save_file":
+            real(*arguments)
+            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+
+setattr(checkpoint, name, write)
+main(sys.argv[3:])
+"""
+
+
+def results(out):
+    """What a finished run leaves that must not depend on its history, by path below `out`."""
+    found = {}
+    for pattern in ("trunks/*", "branches/*"):
+        (folder,) = out.glob(pattern)
+        newest = max((folder / "checkpoints").iterdir())
+        for path in (newest / "weights.safetensors", newest / "optimizer.safetensors", folder / "metrics.jsonl", folder / "result.json"):
+            found[str(path.relative_to(out))] = path.read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def straight(documents, tmp_path_factory):
+    """The results of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("straight")
+    main(["run", "--out", str(out), "--corpus.data", str(documents), *OPTIONS])
+    return results(out)
+
+
+@pytest.fixture
+def command(documents, tmp_path):
+    return ["run", "--out", str(tmp_path), "--corpus.data", str(documents), *OPTIONS]
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def newest_step(out):
+    return max((int(path.name[5:]) for path in out.glob("trunks/*/checkpoints/step_*")), default=0)
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+
+
+def test_killed_at_random_moments_and_while_writing_ends_with_the_same_bits(straight, command, tmp_path):
+    seed = random.randrange(10**6)
+    draw = random.Random(seed)
+    print(f"moments drawn from seed {seed}")
+
+    process = start("-m", "staged_training", *command)
+    moment = draw.randrange(7, TRUNK_STEPS // 3)
+    wait_for(process, lambda: newest_step(tmp_path) >= moment)
+    time.sleep(draw.uniform(0, 0.1))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    reached = newest_step(tmp_path)
+    assert reached < TRUNK_STEPS
+
+    # Each checkpoint calls save_file three times, write_sealed once and fsync_path several times.
+    name, call = draw.choice([("save_file", draw.randrange(1, 10)), ("write_sealed", draw.randrange(1, 4)), ("fsync_path", draw.randrange(1, 16))])
+    process = start("-c", KILLED_WHILE_WRITING, name, str(call), *command)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    assert f"trunk continues at step {reached} of {TRUNK_STEPS}" in output
+
+    process = start("-m", "staged_training", *command)
+    wait_for(process, lambda: list(tmp_path.glob("trunks/*/result.json")))
+    time.sleep(draw.uniform(0, 0.3))
+    process.kill()
+    assert process.wait() in (-signal.SIGKILL, 0)
+
+    process = start("-m", "staged_training", *command)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert results(tmp_path) == straight
+
+
+def test_sigterm_saves_leaves_and_the_same_command_continues(straight, command, tmp_path):
+    process = start("-m", "staged_training", *command)
+    wait_for(process, lambda: newest_step(tmp_path) >= 7)
+    os.kill(process.pid, signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"trunk: saved at step {newest_step(tmp_path)} of {TRUNK_STEPS}" in output
+    assert "the same command continues" in output
+    main(command)
+    assert results(tmp_path) == straight

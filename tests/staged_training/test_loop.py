@@ -1,0 +1,162 @@
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from lm.model import LanguageModel
+from routing.random_k import RandomK
+from staged_training import checkpoint
+from staged_training.data import TokenBatches
+from staged_training.loop import NonFiniteLossError, train_stage
+from staged_training.optimizer import OptimizerConfig
+from staged_training.plan import Stage
+from staged_training.progress import METRICS, Progress
+from staged_training.schedule import Schedule
+from staged_training.stopping import Interrupted
+
+STEPS = 12
+STAGE = Stage(n_batches=STEPS, schedule=Schedule(peak=1e-2, warmup_steps=2, decay_steps=4))
+
+
+class Watched:
+    """Token batches that do something when a certain step reads its batch."""
+
+    def __init__(self, batches, at, act):
+        self.batches, self.at, self.act, self.reads = batches, at, act, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        inputs, targets_BT = self.batches[index]
+        if self.reads == self.at:
+            self.act()
+        return inputs, targets_BT
+
+
+@pytest.fixture
+def batches(corpus):
+    return TokenBatches(corpus.train.tokens, batch_size=2, seq_len=16)
+
+
+@pytest.fixture
+def train(batches, with_policy):
+    """Trains a random-k model, whose every step draws, into a folder; the same call continues."""
+
+    def run(folder, *, batches=batches, stage=STAGE, seed=0, prepare=None):
+        model = LanguageModel(with_policy(RandomK(k_min=1, k_max=4, k_eval=2))).init_weights(0)
+        if prepare is not None:
+            prepare(model)
+        folder.mkdir(exist_ok=True)
+        progress = Progress("test", n_steps=STEPS, every=4, tokens_per_step=32, bytes_per_token=2.0)
+        identity = {"stage": dataclasses.asdict(stage), "seed": seed}
+        return train_stage(
+            model, batches, np.arange(STEPS), stage=stage, optimizer_config=OptimizerConfig(), seed=seed, boundary=0, folder=folder,
+            identity=identity, save_every=3, progress=progress,
+        )  # fmt: skip
+
+    return run
+
+
+def contents(folder):
+    """Everything a finished stage leaves that must not depend on interruptions."""
+    last = folder / "checkpoints" / f"step_{STEPS:08d}"
+    return {name: (last / name).read_bytes() for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)} | {"metrics": (folder / METRICS).read_bytes()}
+
+
+def test_learns_and_reports_every_step(train, tmp_path, capsys):
+    result = train(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert [record["lr"] for record in records] == [STAGE.schedule.value(step, STEPS) for step in range(STEPS)]
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+    assert all(1 <= mean <= 4 for mean in result.mean_experts)
+    # Random k: the mean over the steps of what each step drew.
+    assert np.mean(result.mean_experts) == pytest.approx(np.mean([record["mean_experts"] for record in records]))
+    assert len({record["mean_experts"] for record in records}) > 1
+    assert capsys.readouterr().out.count("test step=") == 3
+    assert (result.steps, result.checkpoint.name, result.skipped) == (STEPS, "step_00000012", ())
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [1, 5, STEPS])
+def test_a_stop_signal_saves_and_the_same_call_continues_bit_for_bit(train, batches, tmp_path, stop, at):
+    train(tmp_path / "straight")
+    before = signal.getsignal(stop)
+    with pytest.raises(Interrupted, match=f"saved at step {at} of {STEPS}.*the same command continues") as stopped:
+        train(tmp_path / "stopped", batches=Watched(batches, at, lambda: os.kill(os.getpid(), stop)))
+    assert stopped.value.exit_code == 128 + stop
+    assert signal.getsignal(stop) is before
+    assert (tmp_path / "stopped" / "checkpoints" / f"step_{at:08d}").is_dir()
+    train(tmp_path / "stopped")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def test_a_corrupt_checkpoint_is_named_and_costs_steps_but_no_bit(train, batches, tmp_path, caplog):
+    train(tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", batches=Watched(batches, 8, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    victim = tmp_path / "stopped" / "checkpoints" / "step_00000008" / checkpoint.WEIGHTS
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 4
+    victim.write_bytes(data)
+    result = train(tmp_path / "stopped")
+    assert "step_00000008: weights.safetensors does not match its checksum" in result.skipped[0]
+    assert "step_00000008" in caplog.text
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def poison(model):
+    with torch.no_grad():
+        model.head_VD[5, 5] = torch.nan
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(train, batches, tmp_path):
+    models = []
+    watched = Watched(batches, 8, lambda: poison(models[0]))
+    with pytest.raises(NonFiniteLossError, match=r"loss nan.* at step 7, data position 7, batch 7; last good checkpoint: .*step_00000006"):
+        train(tmp_path, batches=watched, prepare=models.append)
+    saved = checkpoint.load_latest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert saved.step == 6
+    assert all(torch.isfinite(tensor).all() for tensor in saved.weights.values())
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 7
+    # Nothing is lost: without the disturbance the same call ends where an undisturbed run ends.
+    train(tmp_path)
+    train(tmp_path / "straight")
+    assert contents(tmp_path) == contents(tmp_path / "straight")
+
+
+def test_scores_that_are_not_finite_stop_with_their_place_too(train, batches, tmp_path):
+    def poison_router(model):
+        with torch.no_grad():
+            model.blocks[1].moe.router.weight_ED.fill_(torch.inf)
+
+    with pytest.raises(NonFiniteLossError, match=r"router of layer 1.*at step 0, data position 0, batch 0; last good checkpoint: None"):
+        train(tmp_path, prepare=poison_router)
+
+
+def test_an_infinite_gradient_stops_before_the_weights_change(train, batches, tmp_path):
+    models = []
+
+    def prepare(model):
+        model.norm.weight.register_hook(lambda gradient: gradient * torch.inf)
+        models.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        models.append(model)
+
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm (inf|nan) at step 0"):
+        train(tmp_path, prepare=prepare)
+    before, model = models
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+
+
+@pytest.mark.parametrize("change", [{"stage": dataclasses.replace(STAGE, schedule=Schedule(peak=1e-2, warmup_steps=2, decay_steps=5))}, {"seed": 1}])
+def test_a_checkpoint_of_another_stage_is_refused(train, tmp_path, change):
+    train(tmp_path)
+    with pytest.raises(checkpoint.CheckpointMismatchError, match=r"decay_steps: stored 4, asked 5|seed: stored 0, asked 1"):
+        train(tmp_path, **change)

@@ -1,0 +1,107 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lm.serialize import from_dict, to_dict
+from routing.null_experts import NullExperts
+from routing.top_p import TopP
+from staged_training.describe import describe
+from staged_training.plan import Plan, Stage
+from staged_training.schedule import Schedule
+
+
+@pytest.fixture(scope="module")
+def plan(plan_of, model_config, with_policy):
+    top_p, null = with_policy(TopP(target_mean=2, cap=4)), with_policy(NullExperts(k=3, n_null=2, target_mean=2))
+    return plan_of([(name, model, seed) for seed in (0, 1) for name, model in (("baseline", model_config), ("top_p", top_p), ("null", null))])
+
+
+def test_budget_is_split_between_trunk_and_branch(plan):
+    assert (plan.trunk.n_batches, plan.branches[0].stage.n_batches) == (24, 6)
+    assert plan.trunk.schedule.decay_steps == 0
+    stage = plan.branches[0].stage
+    assert stage.schedule.value(6, 6) == 0
+    assert stage.schedule.warmup_steps + stage.schedule.decay_steps == 6
+
+
+def test_branches_go_on_where_the_trunk_stopped(plan):
+    whole = np.concatenate([plan.trunk_batches(), plan.branch_batches()])
+    assert len(set(whole.tolist())) == 30 <= plan.n_train_batches
+    orders = {branch.name: plan.order_of(branch).tolist() for branch in plan.branches}
+    for order in orders.values():
+        assert sorted(order) == sorted(plan.branch_batches())
+    assert orders["baseline-seed0"] == orders["top_p-seed0"] == orders["null-seed0"]
+    assert orders["baseline-seed0"] != orders["baseline-seed1"]
+
+
+def test_a_trunk_is_known_by_what_its_weights_depend_on(plan, plan_of, model_config):
+    assert plan_of([("baseline", model_config, 5)], freeze=0.2).trunk_hash == plan.trunk_hash
+    assert plan_of([]).trunk_hash == plan.trunk_hash
+    for other in ({"trunk_seed": 1}, {"learning_rate": 1e-3}, {"seq_len": 8}, {"model": dataclasses.replace(model_config, d_model=32)}):
+        assert plan_of([], **other).trunk_hash != plan.trunk_hash
+
+
+def test_plans_survive_json(plan):
+    assert from_dict(Plan, to_dict(plan)) == plan
+
+
+def test_describe_names_what_is_frozen_reused_and_taken(plan):
+    text = describe(plan)
+    for part in (
+        f"trunk {plan.trunk_hash} (seed 0)",
+        "6 branches: baseline, top_p, null; seeds 0, 1",
+        "frozen     embedding and blocks 0-1",
+        "trains     blocks 2-3, norm and head",
+        "768 tokens (24 batches of 2 x 16",
+        "192 tokens each (20.0% of trunk plus branch); batches 24 to 30 of the trunk's sequence, the same set for every branch",
+        "1 steps warm-up, 0 stable, 5 linear decay to 0",
+        "re-used    the trunk's weights everywhere",
+        "not taken  optimizer moments (each branch warms up its own), the trunk's schedule",
+        "2 new router weights, initialised from the branch's seed",
+        "TopP(",
+    ):
+        assert part in text, part
+    assert text.count("NullExperts(") == 1
+
+
+def test_describe_says_fresh(plan_of, model_config):
+    hybrid = dataclasses.replace(model_config, layer_plan="S")
+    text = describe(plan_of([("baseline", model_config, 0), ("hybrid", hybrid, 0)], freeze=0.7))
+    assert "blocks from 3 on are FRESH in every branch" in text
+    assert "because these methods change the architecture: hybrid" in text
+    assert "layers FFFS" in text
+    assert "no branches" in describe(plan_of([]))
+
+
+def test_stages_refuse_ramps_longer_than_themselves():
+    with pytest.raises(ValueError, match="take 7 steps, the stage has 6"):
+        Stage(n_batches=6, schedule=Schedule(warmup_steps=3, decay_steps=4))
+
+
+def test_mismatched_branches_are_refused(plan, with_policy):
+    first, *others = plan.branches
+
+    def with_first(**changes):
+        return dataclasses.replace(plan, branches=(*others, dataclasses.replace(first, **changes)))
+
+    for field, value in (("boundary", 1), ("fresh", True), ("stage", dataclasses.replace(first.stage, n_batches=7))):
+        with pytest.raises(ValueError, match=rf"baseline-seed0 and top_p-seed0 differ in {field}"):
+            with_first(**{field: value})
+    with pytest.raises(ValueError, match="baseline-seed0: the layers, experts and routers below its boundary 2 are not the frozen trunk's"):
+        with_first(model=dataclasses.replace(plan.model, layer_plan="S"))
+    with pytest.raises(ValueError, match="not the frozen trunk's"):
+        with_first(model=with_policy(TopP(target_mean=2, cap=4)))
+    with pytest.raises(ValueError, match=r"changes the letter or weights of blocks \[2, 3\].*fresh=True"):
+        with_first(model=dataclasses.replace(plan.model, layer_plan="FFSS"))
+    with pytest.raises(ValueError, match="vocab_size is 301 instead of 300"):
+        with_first(model=dataclasses.replace(plan.model, vocab_size=301))
+    with pytest.raises(ValueError, match="top_p-seed0 more than once"):
+        dataclasses.replace(plan, branches=(*plan.branches, others[0]))
+
+
+def test_too_small_a_budget_is_refused(plan_of):
+    with pytest.raises(ValueError, match="40 is 1 batches of 2 x 16, too few"):
+        plan_of([], tokens=40)
+    with pytest.raises(ValueError, match=r"trunk_share: 1\.0"):
+        plan_of([], trunk_share=1.0)
