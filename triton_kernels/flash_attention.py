@@ -8,6 +8,8 @@ denominator, with no value, so that a head may attend to nothing.
 Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, N1 sequences + 1.
 """
 
+import math
+
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
@@ -45,6 +47,8 @@ def flash_attention(
     """
     check_attention_arguments(q_BTHK, k_BSGK, v_BSGV, causal, window, sinks_H, cu_seqlens)
     scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{OP}: scale={scale}; it must be positive and finite")
     if check_backend(backend, q_BTHK) == "torch":
         return flash_attention_torch(q_BTHK, k_BSGK, v_BSGV, causal, window, scale, sinks_H, cu_seqlens)
     # Imported here because machines without Triton (macOS) still have the torch backend.
