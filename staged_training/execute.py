@@ -12,7 +12,7 @@ from torch import Tensor
 from corpus.prepare import PreparedCorpus
 from lm.accounting import model_cost
 from lm.evaluate import Evaluation, evaluate
-from lm.model import LanguageModel
+from lm.model import RESIDUAL_DTYPE, LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
 from staged_training.activation_cache import CacheIdentity, cached_activations, weights_hash
@@ -186,7 +186,7 @@ class Execution:
             tokens=f"{split} {plan.corpus.content_hash}",
             batches=numbers,
             shape=(plan.batch_size, plan.seq_len, model.d_model),
-            dtype=model.dtype,
+            dtype=RESIDUAL_DTYPE,
         )
         # The name says which activations, the manifest whose: a trunk trained anew finds its old cache stale.
         folder = self.trunk_folder / "activations" / f"{split}_boundary_{boundary}_{fingerprint(numbers)[:8]}"

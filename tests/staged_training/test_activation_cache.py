@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm.model import LanguageModel
+from lm.model import RESIDUAL_DTYPE, LanguageModel
 from staged_training import activation_cache, durable
 from staged_training.activation_cache import CacheIdentity, cached_activations, verify, weights_hash
 from staged_training.data import PrefixBatches, TokenBatches, prefix_activations
@@ -29,7 +29,7 @@ def case(request, corpus, model_config):
         tokens="train",
         batches=NUMBERS,
         shape=(2, 16, config.d_model),
-        dtype=config.dtype,
+        dtype=RESIDUAL_DTYPE,
     )
     return model, batches, identity
 
