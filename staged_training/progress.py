@@ -44,7 +44,7 @@ class MetricsFile:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops lines of later steps and a torn last line. A file that ends before `step` is left to say so."""
+    """Drops lines of later steps and a torn last line."""
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _step_of(line) <= step]

@@ -1,25 +1,28 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.model import IGNORED_TARGET
 from staged_training.data import TokenBatches, branch_order, trunk_order
 
 
+@settings(deadline=None)
 @given(n_batches=st.integers(1, 40), seed=st.integers(0, 2**31), epochs=st.integers(1, 4))
 def test_every_epoch_visits_every_batch_once(n_batches, seed, epochs):
     order = trunk_order(n_batches, seed, 0, n_batches * epochs).reshape(epochs, n_batches)
     assert (np.sort(order, axis=1) == np.arange(n_batches)).all()
 
 
+@settings(deadline=None)
 @given(n_batches=st.integers(1, 30), seed=st.integers(0, 99), start=st.integers(0, 100), count=st.integers(0, 50))
 def test_any_position_is_reached_without_those_before_it(n_batches, seed, start, count):
     whole = trunk_order(n_batches, seed, 0, start + count)
     assert (trunk_order(n_batches, seed, start, count) == whole[start:]).all()
 
 
+@settings(deadline=None)
 @given(seeds=st.lists(st.integers(0, 1000), min_size=2, max_size=4, unique=True), count=st.integers(1, 60))
 def test_branches_of_all_seeds_see_the_same_set(seeds, count):
     batches = trunk_order(25, 7, 11, count)
@@ -54,6 +57,7 @@ def test_composition_is_fixed_and_targets_are_the_next_tokens():
         batches[len(batches)]
 
 
+@settings(deadline=None)
 @given(length=st.integers(2, 60), rows=st.integers(1, 3), columns=st.integers(1, 7))
 def test_padded_batches_predict_every_token_once(length, rows, columns):
     stream = np.arange(100, 100 + length, dtype=np.uint16)

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from staged_training.schedule import DECAY_SHAPES, Schedule
@@ -14,6 +14,7 @@ def test_known_values():
     assert [root.value(step, 4) for step in range(5)] == pytest.approx([2, 1, 2 * (1 - math.sqrt(0.5)), 2 * (1 - math.sqrt(0.75)), 0])
 
 
+@settings(deadline=None)
 @given(
     warmup=st.integers(0, 20),
     stable=st.integers(0, 20),
