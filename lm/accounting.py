@@ -111,10 +111,10 @@ def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
     state = 4 * key * value
     if letter == "L":
         return heads * (state + 2 * chunk * (key + value))
-    if letter == "G":
+    if letter in "GK":
         # Inside a chunk: k k^T, q k^T and W = T K (K wide), U = T V and P N (V wide), the triangular inverse; on the state: W S, Q S, K^T N.
         return heads * (state + 2 * key * value + 2 * chunk * (3 * key + 2 * value) + 2 * chunk**2 / 3)
-    raise ValueError(f"layer {layer}: no FLOP formula for letter {letter!r}; {nearest(letter, 'FSRrLG')}")
+    raise ValueError(f"layer {layer}: no FLOP formula for letter {letter!r}; {nearest(letter, 'FSRrLGK')}")
 
 
 def kv_bytes(config: ModelConfig, length: int) -> int:

@@ -56,9 +56,9 @@ def test_flops_are_those_that_torch_counts(backward):
 
 def test_mixing_flops_of_linear_layers_match_the_published_per_token_figures():
     attention = AttentionConfig(n_heads=1, n_kv_heads=1, head_dim=128, chunk_size=64)
-    config = ModelConfig(layer_plan="LG", n_layers=2, attention=attention)
+    config = ModelConfig(layer_plan="LGK", n_layers=3, attention=attention)
     assert mixing_flops(config, 0, 4096) == pytest.approx(98e3, rel=0.01)
-    assert mixing_flops(config, 1, 4096) == pytest.approx(183e3, rel=0.01)
+    assert mixing_flops(config, 1, 4096) == mixing_flops(config, 2, 4096) == pytest.approx(183e3, rel=0.01)
 
 
 def test_sliding_windows_cost_less_and_tiny_windows_are_exact():
