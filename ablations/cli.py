@@ -12,7 +12,6 @@ from ablations.compare import compare, show
 from ablations.defaults import Options
 from ablations.method import Method
 from ablations.registry import all_methods, find_methods
-from staged_training.durable import DiskFullError
 from staged_training.loop import NonFiniteLossError
 from staged_training.stopping import Interrupted
 
@@ -62,7 +61,7 @@ def guarded(command: Callable[[], object]) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         command()
-    except (ValueError, DiskFullError, NonFiniteLossError) as error:
+    except (ValueError, OSError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
     except Interrupted as stop:
         print(stop, file=sys.stderr)

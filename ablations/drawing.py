@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ablations.style import GRID, INK, MUTED, colours, label_ends, new_figure
+from ablations.style import GRID, INK, MUTED, SERIES, colours, label_ends, new_figure
 from ablations.table import with_unit
 
 # Blended over the page's background in either theme.
@@ -114,7 +114,7 @@ def costs(rows: list[tuple]) -> Figure:
         left = 0.0
         total = sum(flops for _, flops, _ in parts)
         for index, (part, flops, _) in enumerate(parts):
-            axes.barh(y, flops, left=left, height=0.52, color=INK if y else "#0072b2", alpha=1 - 0.6 * index / len(parts), linewidth=0)
+            axes.barh(y, flops, left=left, height=0.52, color=INK if y else SERIES[0], alpha=1 - 0.6 * index / len(parts), linewidth=0)
             if flops > 0.12 * max(sum(f for _, f, _ in group) for group in groups.values()):
                 axes.text(left + flops / 2, y - 0.33, part, ha="center", va="bottom", color=MUTED, fontsize=8)
             left += flops

@@ -117,8 +117,8 @@ def set_budget(model: LanguageModel, experts: int, inputs: Tensor, boundary: int
 
 def text_bytes(corpus: PreparedCorpus, n_targets: int) -> int:
     """UTF-8 bytes of the first `n_targets` predicted tokens of the validation text."""
-    n_targets = min(n_targets, len(corpus.valid) - 1)
-    return len(corpus.tokenizer.decode_bytes(corpus.valid.window(1, n_targets).tolist()))
+    targets = corpus.valid.window(1, min(n_targets, len(corpus.valid) - 1))
+    return int(corpus.tokenizer.n_bytes_V[targets].sum())
 
 
 def padded(counts: tuple[int, ...], length: int) -> list[int]:
