@@ -93,7 +93,7 @@ def current_architecture() -> int:
     from triton import knobs
     from triton.runtime import driver
 
-    return 80 if knobs.runtime.interpret else int(driver.active.get_current_target().arch)
+    return 80 if knobs.runtime.interpret else int(driver.active.get_current_target().arch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def random_inputs(generator_seed: int, dtype: torch.dtype, device: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

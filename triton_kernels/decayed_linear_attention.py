@@ -8,7 +8,6 @@ Letters: B batch, T tokens, H heads, K key width, V value width, S sequences (B 
 import torch
 
 from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
-from triton_kernels.decayed_linear_attention_torch import decayed_linear_attention_torch
 
 OP = "decayed_linear_attention"
 
@@ -43,17 +42,16 @@ def decayed_linear_attention(
     if chunk_size < 1:
         raise ValueError(f"{OP}: chunk_size={chunk_size}, must be at least 1")
     n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    check_backend(backend, q_BTHK)
-    return decayed_linear_attention_torch(
-        q_BTHK,
-        k_BTHK,
-        v_BTHV,
-        token_log_decay(log_decay, q_BTHK),
-        initial_state(initial_state_BHKV, n_states, q_BTHK, v_BTHV),
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-    )
+    if log_decay is not None:
+        check_shape(OP, "log_decay", log_decay, {"H": heads} if log_decay.dim() == 1 else {"B": batch, "T": tokens, "H": heads})
+    if initial_state_BHKV is not None:
+        check_shape(OP, "initial_state_BHKV", initial_state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": v_BTHV.shape[3]})
+        initial_state_BHKV = initial_state_BHKV.to(torch.promote_types(q_BTHK.dtype, torch.float32))
+    if check_backend(backend, q_BTHK) == "triton":
+        from triton_kernels.decayed_linear_attention_triton import decayed_linear_attention_triton as implementation
+    else:
+        from triton_kernels.decayed_linear_attention_torch import decayed_linear_attention_torch as implementation
+    return implementation(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state_BHKV, scale=scale, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
 
 
 def decayed_linear_attention_step(
@@ -74,22 +72,3 @@ def decayed_linear_attention_step(
     state = state + k_BHK.to(state.dtype)[..., :, None] * v_BHV.to(state.dtype)[..., None, :]
     out_BHV = (q_BHK.to(state.dtype)[..., None, :] @ state).squeeze(-2) * scale
     return out_BHV.to(v_BHV.dtype), state
-
-
-def token_log_decay(log_decay: torch.Tensor | None, q_BTHK: torch.Tensor) -> torch.Tensor:
-    """Any legal log_decay as [B, T, H]."""
-    batch, tokens, heads, _ = q_BTHK.shape
-    if log_decay is None:
-        return q_BTHK.new_zeros((), dtype=torch.float32).expand(batch, tokens, heads)
-    check_shape(OP, "log_decay", log_decay, {"H": heads} if log_decay.dim() == 1 else {"B": batch, "T": tokens, "H": heads})
-    return log_decay.expand(batch, tokens, heads)
-
-
-def initial_state(state_BHKV: torch.Tensor | None, n_states: int, q_BTHK: torch.Tensor, v_BTHV: torch.Tensor) -> torch.Tensor:
-    """The given initial state in the state's dtype, or zeros."""
-    heads, key_width, value_width = q_BTHK.shape[2], q_BTHK.shape[3], v_BTHV.shape[3]
-    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    if state_BHKV is None:
-        return q_BTHK.new_zeros(n_states, heads, key_width, value_width, dtype=dtype)
-    check_shape(OP, "initial_state_BHKV", state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": value_width})
-    return state_BHKV.to(dtype)

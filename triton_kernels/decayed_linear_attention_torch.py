@@ -83,21 +83,30 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.to(torch.promote_types(a.dtype, torch.float32)) * b).sum(-1)
 
 
+def token_log_decay(log_decay: torch.Tensor | None, q_BTHK: torch.Tensor) -> torch.Tensor:
+    """Any legal log_decay as [B, T, H]."""
+    return (q_BTHK.new_zeros((), dtype=torch.float32) if log_decay is None else log_decay).expand(q_BTHK.shape[:3])
+
+
 def decayed_linear_attention_torch(
     q_BTHK: torch.Tensor,
     k_BTHK: torch.Tensor,
     v_BTHV: torch.Tensor,
-    log_decay_BTH: torch.Tensor,
-    initial_SHKV: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    initial_SHKV: torch.Tensor | None,
     *,
     scale: float,
     cu_seqlens: torch.Tensor | None,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chunked reference; the arguments are those of `decayed_linear_attention`, checked and filled in by it."""
+    """The chunked form behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
     layout = chunk_layout(q_BTHK.shape[1], chunk_size, cu_seqlens)
+    state_dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    if initial_SHKV is None:
+        n_states = q_BTHK.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        initial_SHKV = q_BTHK.new_zeros(n_states, *q_BTHK.shape[2:], v_BTHV.shape[3], dtype=state_dtype)
     q, k, v = (layout.to_chunks(x) for x in (q_BTHK * scale, k_BTHK, v_BTHV))
-    g_BNHC = layout.to_chunks(log_decay_BTH[..., None]).squeeze(-1).to(initial_SHKV.dtype)
+    g_BNHC = layout.to_chunks(token_log_decay(log_decay, q_BTHK)[..., None]).squeeze(-1).to(state_dtype)
     out, final_SHKV = ChunkedAttention.apply(q, k, v, g_BNHC, initial_SHKV, layout)  # pyright: ignore[reportGeneralTypeIssues]
     return layout.from_chunks(out), final_SHKV
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_kernels.decayed_linear_attention import decayed_linear_attention, decayed_linear_attention_step, token_log_decay
-from triton_kernels.decayed_linear_attention_torch import decayed_linear_attention_recurrence
+from triton_kernels.decayed_linear_attention import decayed_linear_attention, decayed_linear_attention_step
+from triton_kernels.decayed_linear_attention_torch import decayed_linear_attention_recurrence, token_log_decay
 
 HEADS, KEY_WIDTH, VALUE_WIDTH = 2, 5, 3
 

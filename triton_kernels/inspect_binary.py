@@ -1,0 +1,90 @@
+"""What the compiler made of a kernel: registers, spills, instructions and occupancy, read from its cubin with the tools in the Triton wheel."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+
+# SASS opcodes by what they tell. Hopper's tensor cores are HGMMA, Blackwell's UTC*MMA; HMMA is Ampere's, and the slow way on the later ones.
+OPCODES = {
+    "hgmma": r"HGMMA",
+    "hmma": r"HMMA",
+    "utcmma": r"UTC\w*MMA",
+    "ldgsts": r"LDGSTS",
+    "utmaldg": r"UTMALDG",
+    "ldg128": r"LDG\.[\w.]*128",
+    "mufu": r"MUFU",
+    "spills": r"(?:LDL|STL)\b",
+}
+
+# Shared memory of one multiprocessor, bytes.
+SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryReport:
+    """registers: per thread; stack: bytes per thread; shared: bytes per block; blocks: resident at once on one multiprocessor."""
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    blocks: int
+    counts: dict[str, int]
+
+    @property
+    def spilled(self) -> bool:
+        return self.stack > 0 or self.counts["spills"] > 0
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        return self.counts["hgmma"] + self.counts["hmma"] + self.counts["utcmma"]
+
+
+def report_binary(kernel: Any) -> BinaryReport:
+    """Take apart one compiled kernel (`triton.compiler.CompiledKernel`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        usage = run_tool("cuobjdump", "--dump-resource-usage", str(path))
+        sass = run_tool("nvdisasm", "-c", str(path))
+    registers, stack = int(find(r"REG:(\d+)", usage)), int(find(r"STACK:(\d+)", usage))
+    shared, warps = int(kernel.metadata.shared), int(kernel.metadata.num_warps)
+    return BinaryReport(
+        registers=registers,
+        stack=stack,
+        shared=shared,
+        warps=warps,
+        blocks=resident_blocks(registers, warps, shared, kernel.metadata.target.arch),
+        counts={name: len(re.findall(rf"\b{pattern}", sass)) for name, pattern in OPCODES.items()},
+    )
+
+
+def resident_blocks(registers: int, warps: int, shared: int, architecture: int) -> int:
+    """Blocks one multiprocessor holds: the least of what 64 K registers (given out by 256 per warp), 64 warps, the shared memory (1 KiB more per
+    block than asked for) and 32 block slots allow."""
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 65536 // (registers_per_warp * warps)
+    by_shared = SHARED_PER_PROCESSOR[architecture] // (shared + 1024)
+    return min(by_registers, 64 // warps, by_shared, 32)
+
+
+def find(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"{pattern} not in {text[:200]!r}"
+    return match.group(1)
+
+
+@cache
+def tool_path(name: str) -> str:
+    """cuobjdump and nvdisasm ship inside the Triton wheel."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    return subprocess.run([tool_path(name), *arguments], check=True, capture_output=True, text=True).stdout

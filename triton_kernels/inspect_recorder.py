@@ -1,0 +1,124 @@
+"""Record what an op would launch on a GPU that is not there.
+
+A driver that claims an architecture but owns no device takes Triton's place for one, and `JITFunction.run` becomes its own warm-up path: every
+kernel of the op, forward and backward, is compiled for that architecture and nothing is launched. Tensors live on the CPU and hold whatever
+`torch.empty` left in them, so an op whose launches depend on its numbers cannot be recorded (and would have to wait for the device anyway).
+Torch's own operators do run, and are recorded too: on a GPU each is a launch that reads and writes memory.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+# Streaming multiprocessors and the largest shared memory of one block: A100, H100 / H200, B200.
+DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}
+
+# Operators that move no bytes, besides views.
+FREE_OPERATORS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "is_same_size", "_local_scalar_dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One kernel launch, or one torch operator (binary None). n_bytes: each distinct tensor it was given, once."""
+
+    name: str
+    grid: tuple[int, ...]
+    n_bytes: int
+    binary: Any = None
+
+
+class OfflineDriver:
+    """The part of a Triton driver that compiling needs. The architecture doubles as the device number, so that caches never mix two of them."""
+
+    def __init__(self, architecture: int):
+        processors, shared = DEVICES[architecture]
+        self.architecture = architecture
+        properties = {"multiprocessor_count": processors, "max_shared_mem": shared, "warpSize": 32, "max_num_regs": 65536}
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class OperatorRecorder(TorchDispatchMode):
+    """Notes every torch operator that would be a launch, those inside our registered ops included."""
+
+    def __init__(self, launches: list[Launch]):
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        definition = OPDEFS.get(func._schema.name)
+        if definition is not None:
+            # A registered op is opaque to a dispatch mode: run its body under the mode instead, so that its own operators are seen.
+            with self, torch.no_grad():
+                return definition._init_fn(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        is_view = len(returns) > 0 and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not is_view and func._schema.name.split("::")[1] not in FREE_OPERATORS:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            self.launches.append(Launch(name=func._schema.name, grid=(), n_bytes=distinct_bytes(tensors)))
+        return result
+
+
+def distinct_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the tensors, one that comes twice counted once, and an axis of stride 0 (an expanded tensor) as one element."""
+    sizes: dict[int, int] = {}
+    for x in tensors:
+        touched = x.element_size()
+        for size, stride in zip(x.shape, x.stride()):
+            touched *= size if stride != 0 else min(size, 1)
+        sizes[x.data_ptr()] = max(sizes.get(x.data_ptr(), 0), touched)
+    return sum(sizes.values())
+
+
+@contextmanager
+def recording(architecture: int) -> Iterator[list[Launch]]:
+    """Within the block, Triton compiles for `architecture` and launches nothing; yields the list the launches go to, in their order."""
+    launches: list[Launch] = []
+    compile_and_run, tune = JITFunction.run, Autotuner.run
+    previous = triton.runtime.driver._active  # pyright: ignore[reportAttributeAccessIssue]
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        binary = compile_and_run(self, *args, grid=grid, warmup=True, **options)
+        named = dict(zip(self.arg_names, args)) | options
+        size = tuple(int(n) for n in (grid(named) if callable(grid) else grid))
+        tensors = [getattr(x, "base", x) for x in named.values() if isinstance(getattr(x, "base", x), torch.Tensor)]
+        launches.append(Launch(name=self.fn.__name__, grid=size, n_bytes=distinct_bytes(tensors), binary=binary))
+        return binary
+
+    def take_first(self: Autotuner, *args: Any, **options: Any) -> Any:
+        # A peer's tuner would have to time its candidates: the first one listed stands for them all.
+        return self.fn.run(*args, **options, **self.configs[0].all_kwargs())
+
+    triton.runtime.driver.set_active(OfflineDriver(architecture))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    JITFunction.run = functools.wraps(compile_and_run)(record)
+    Autotuner.run = take_first
+    try:
+        with OperatorRecorder(launches):
+            yield launches
+    finally:
+        JITFunction.run, Autotuner.run = compile_and_run, tune
+        triton.runtime.driver._active = previous  # pyright: ignore[reportAttributeAccessIssue]

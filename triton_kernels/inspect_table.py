@@ -1,0 +1,163 @@
+"""`python -m triton_kernels inspect`: every op compiled for a GPU that is not there, as a table; and the gate that CI holds it to.
+
+A row is one launch, or ("total") one pass of an op: its launches, its torch operators, its bytes, and their ratio to the floor of `Operation.cost`.
+"""
+
+import csv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from triton_kernels.configurations import Operation
+from triton_kernels.inspect_binary import BinaryReport, report_binary
+from triton_kernels.inspect_recorder import Launch, recording
+
+TOTAL = "total"
+# Column -> key of BinaryReport.counts.
+INSTRUCTIONS = ("hgmma", "hmma", "utcmma", "ldgsts", "utmaldg", "ldg128", "mufu", "spills")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table. In a total, launches and operators are counts, and the binary's columns hold the worst of its launches."""
+
+    op: str
+    source: str
+    arch: int
+    direction: str
+    kernel: str
+    launches: int = 1
+    operators: int = 0
+    programs: int = 0
+    warps: int = 0
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    blocks: int = 0
+    hgmma: int = 0
+    hmma: int = 0
+    utcmma: int = 0
+    ldgsts: int = 0
+    utmaldg: int = 0
+    ldg128: int = 0
+    mufu: int = 0
+    spills: int = 0
+    bytes: int = 0
+    floor_ratio: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, int, str, str]:
+        return self.op, self.source, self.arch, self.direction, self.kernel
+
+
+def inspect_operation(operation: Operation, architecture: int, source: str = "ours") -> list[Row]:
+    """Rows of forward and backward of one op at its inspected shape in bf16; `source` names a peer of the operation to inspect instead of ours."""
+    call = (lambda **inputs: operation.call(**inputs, backend="triton")) if source == "ours" else operation.peers[source]
+    inputs = operation.inputs(torch.bfloat16, "cpu", **operation.inspect_shape)
+    forward_cost, backward_cost = operation.cost(2, **operation.inspect_shape)
+    passes = record_passes(call, inputs, architecture, backward=backward_cost is not None)
+    costs = {"forward": forward_cost, "backward": backward_cost}
+    rows = []
+    for direction, launches in passes.items():
+        floor = costs[direction]
+        assert floor is not None
+        common = {"op": operation.name, "source": source, "arch": architecture, "direction": direction}
+        details = [launch_row(launch, floor.bytes, common) for launch in launches if launch.binary is not None]
+        n_operators = len(launches) - len(details)
+        n_bytes = sum(launch.n_bytes for launch in launches)
+        total = Row(**common, kernel=TOTAL, launches=len(details), operators=n_operators, bytes=n_bytes, floor_ratio=round(n_bytes / floor.bytes, 3))
+        rows += [*details, total]
+    return rows
+
+
+def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture: int, *, backward: bool) -> dict[str, list[Launch]]:
+    """Launches of the forward, and of the backward of the first output."""
+    with recording(architecture) as launches:
+        result = call(**inputs)
+        first = result[0] if isinstance(result, tuple) else result
+        passes = {"forward": list(launches)}
+        launches.clear()
+        if backward:
+            leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+            torch.autograd.grad(first, leaves, torch.empty_like(first), allow_unused=True)
+            passes["backward"] = list(launches)
+    return passes
+
+
+def launch_row(launch: Launch, floor_bytes: float, common: dict[str, Any]) -> Row:
+    report: BinaryReport = report_binary(launch.binary)
+    programs = 1
+    for size in launch.grid:
+        programs *= size
+    return Row(
+        **common,
+        kernel=launch.name,
+        programs=programs,
+        warps=report.warps,
+        registers=report.registers,
+        stack=report.stack,
+        shared=report.shared,
+        blocks=report.blocks,
+        **{name: report.counts[name] for name in INSTRUCTIONS},
+        bytes=launch.n_bytes,
+        floor_ratio=round(launch.n_bytes / floor_bytes, 3),
+    )
+
+
+def format_table(rows: list[Row]) -> str:
+    """Text columns, blank where a total has nothing to say."""
+    names = [f.name for f in fields(Row)]
+    lines = [names]
+    for row in rows:
+        values = asdict(row)
+        lines.append(["" if row.kernel == TOTAL and values[name] == 0 and name != "operators" else str(values[name]) for name in names])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i < 5 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))) for line in lines
+    )
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Rows of other ops and architectures already in the file are kept, those inspected now replaced; sorted, so that a diff shows what changed."""
+    inspected = {(row.op, row.source, row.arch) for row in rows}
+    kept = [row for row in read_csv(path) if (row.op, row.source, row.arch) not in inspected] if path.exists() else []
+    ordered = sorted([*kept, *rows], key=lambda row: (row.op, row.source, row.arch, row.direction != "forward"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in ordered)
+
+
+def read_csv(path: Path) -> list[Row]:
+    types = {f.name: f.type for f in fields(Row)}
+    with path.open(newline="") as file:
+        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def gate(rows: list[Row], recorded: list[Row], operations: dict[str, Operation]) -> list[str]:
+    """What is wrong with our rows: spills, products without the architecture's tensor cores, more launches, operators or bytes than recorded."""
+    totals = {row.key: row for row in recorded if row.kernel == TOTAL}
+    problems = []
+    for row in rows:
+        where = f"{row.op} {row.direction} sm_{row.arch} {row.kernel}"
+        if row.source != "ours":
+            continue
+        if row.kernel == TOTAL:
+            known = totals.get(row.key)
+            if known is None:
+                problems.append(f"{where}: not recorded yet; run inspect with --csv")
+                continue
+            for name in ("launches", "operators", "bytes"):
+                if getattr(row, name) > getattr(known, name):
+                    problems.append(f"{where}: {name} {getattr(row, name)}, recorded {getattr(known, name)}")
+            continue
+        if row.stack or row.spills:
+            problems.append(f"{where}: spills ({row.stack} bytes of stack, {row.spills} local loads and stores)")
+        tensor_cores = {80: row.hmma, 90: row.hgmma, 100: row.utcmma}[row.arch]
+        if tensor_cores == 0 and row.kernel not in operations[row.op].without_products:
+            problems.append(f"{where}: no {['HMMA', 'HGMMA', 'UTCMMA'][(80, 90, 100).index(row.arch)]}, the product runs elsewhere")
+    return problems
