@@ -7,19 +7,16 @@ that k. Budgets change the blocks above the boundary only: the frozen part is th
 import dataclasses
 import statistics
 from itertools import islice
-from typing import cast
 
-import torch
 from torch import Tensor
 
 from ablations.method import experts_of
 from ablations.records import BudgetPoint, Measurements
 from corpus.prepare import PreparedCorpus
 from lm.accounting import kv_bytes, model_cost
+from lm.budget import set_budget
 from lm.config import ModelConfig
-from lm.evaluate import evaluate, evaluating
-from lm.model import Block, LanguageModel
-from routing.top_k import TopK
+from lm.evaluate import evaluate
 from staged_training.execute import TrainedRun, in_order
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
@@ -81,7 +78,7 @@ def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPo
     n_bytes = text_bytes(setting.corpus, n_batches * run.plan.tokens_per_batch)
     points, tokens, flops = [], 0, 0.0
     for experts in budgets_of(setting.baseline):
-        calibration_tokens = set_budget(run.model, experts, setting.calibration, boundary)
+        calibration_tokens = set_budget(run.model, experts, setting.calibration, boundary=boundary)
         evaluation = evaluate(run.model, islice(in_order(run.valid), n_batches), n_bytes=n_bytes, boundary=boundary)
         points.append(BudgetPoint(mean_experts=statistics.fmean(evaluation.mean_experts), bits_per_byte=evaluation.bits_per_byte))
         cost = model_cost(run.model.config, length=run.plan.seq_len, mean_experts=run.mean_experts[:boundary] + evaluation.mean_experts)
@@ -94,25 +91,6 @@ def budgets_of(baseline: ModelConfig) -> list[int]:
     """Mean experts per token to evaluate at, ascending: the baseline's own, and below and above it."""
     k = experts_of(baseline)
     return sorted({min(max(1, round(share * k)), baseline.moe.n_experts) for share in BUDGETS})
-
-
-@torch.no_grad()
-def set_budget(model: LanguageModel, experts: int, inputs: Tensor, boundary: int) -> int:
-    """Makes the blocks above the boundary use `experts` per token in the mean; returns how many tokens that took to calibrate.
-
-    Args:
-        inputs: tokens_BT, or with a boundary the x_BTD that enters it; calibration makes the mean exact on these.
-    """
-    routers = [cast(Block, block).moe.router for block in model.blocks[boundary:]]
-    if all(router.policy.budget is None for router in routers):
-        model.set_policy(TopK(k=experts), boundary)
-        return 0
-    for router in routers:
-        router.calibrate(experts)
-    with evaluating(model):
-        # One forward calibrates block after block, each on what the calibrated blocks below give it.
-        _ = model.suffix(inputs, boundary) if boundary else model(inputs)
-    return inputs.shape[0] * inputs.shape[1]
 
 
 def text_bytes(corpus: PreparedCorpus, n_targets: int) -> int:

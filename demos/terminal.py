@@ -5,6 +5,7 @@ The number is that of the forward pass which predicted the token: the work that 
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
@@ -21,6 +22,7 @@ from lm.accounting import kv_bytes
 from lm.budget import experts_per_token, set_budget, variable_layers
 from lm.generate import SamplingConfig, generate
 from lm.pretrained import find_model, load_calibration_tokens, load_pretrained
+from routing.top_p import TopP
 
 TRACE_VERSION = 1
 
@@ -33,7 +35,7 @@ class DemoConfig:
         run: folder of a trained model or of the run that trained it; the newest top-p model under runs/ by default.
         prompt: text to continue.
         max_new_tokens: how many at the most.
-        budget: mean experts per token in every layer; as trained by default.
+        budget: mean experts per token in every layer, the number of each token chosen by top-p; as trained by default.
         colours: "auto" colours a terminal unless NO_COLOR is set; without colours the number stands behind each token.
         trace: also write everything shown to this file.
         replay: show a trace again, without a model.
@@ -74,8 +76,12 @@ def record(config: DemoConfig) -> Iterator[dict]:
     model, tokenizer = load_pretrained(folder, device), Tokenizer.load(folder / "tokenizer.model")
     calibration_BT = load_calibration_tokens(folder).to(device)
     if config.budget is not None:
+        for router in model.routers():
+            if router.policy.budget is None:
+                # Twice the mean leaves hard tokens room above it.
+                router.set_policy(TopP(target_mean=config.budget, cap=min(router.n_experts, max(TopP.cap, math.ceil(2 * config.budget)))))
         set_budget(model, config.budget, calibration_BT)
-    layers = variable_layers(model)
+    layers = variable_layers(model) or tuple(range(model.config.n_layers))
     usual_N = experts_per_token(model, calibration_BT, layers)
     low, high = (usual_N.quantile(share).item() for share in (0.05, 0.95))
     yield {"prompt": config.prompt, "run": str(folder), "low": low, "high": high}

@@ -9,12 +9,13 @@ Legend: K key width, V value width, C chunk length.
 
 import dataclasses
 import functools
+from typing import cast
 
 import torch
 
 from attention.cache import cache_bytes
 from lm.config import ModelConfig
-from lm.model import LanguageModel
+from lm.model import Block, LanguageModel
 from lm.serialize import nearest
 
 
@@ -84,12 +85,12 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
         raise ValueError(f"mean_experts: {len(means)} numbers for {config.n_layers} layers")
     layers = []
     for index, (block, letter, mean) in enumerate(zip(model.blocks, config.plan.letters, means)):
+        experts = _count(cast(Block, block).moe.experts)
         total = _count(block)
-        per_expert = _count(block.moe.experts) / config.moe_of(index).n_experts
-        active = total - _count(block.moe.experts) + mean * per_expert
+        in_use = mean * experts / config.moe_of(index).n_experts
         # Weights of two or more dimensions are products; norms and per-head constants are not.
-        products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - _count(block.moe.experts) + mean * per_expert
-        layers.append(LayerCost(letter, total, active, 2 * products + mixing_flops(config, index, length)))
+        products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - experts + in_use
+        layers.append(LayerCost(letter, total, total - experts + in_use, 2 * products + mixing_flops(config, index, length)))
     head = model.head_VD.numel()
     return ModelCost(model.embedding_VD.numel(), tuple(layers), head + _count(model.norm), 2.0 * head)
 

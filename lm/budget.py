@@ -1,48 +1,53 @@
 """Another mean number of experts for the same weights, without training or reloading.
 
-Legend: B batch, T tokens, L variable layers.
+Legend: B batch, T tokens, D model width.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
 from lm.evaluate import evaluating
 from lm.model import LanguageModel
-from routing.top_p import TopP
+from routing.top_k import TopK
 
 
 @torch.no_grad()
-def set_budget(model: LanguageModel, mean_experts: float, tokens_BT: Tensor, *, boundary: int = 0) -> None:
-    """Makes every block from `boundary` on use `mean_experts` per token on average, exactly so on `tokens_BT` (ties aside).
+def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, boundary: int = 0) -> int:
+    """Makes every block from `boundary` on use `mean_experts` per token on average.
 
-    A policy with a threshold (top-p, null experts) has its threshold calibrated; a policy with a fixed number is replaced by top-p at that mean,
-    which any softmax router can run. One forward calibrates all layers, each on what the calibrated layers below give it.
+    A policy with a threshold (top-p, null experts) has it calibrated, exactly so on `inputs` (ties aside): one forward calibrates all layers, each
+    on what the calibrated layers below give it. A policy with a fixed number becomes top-k.
 
     Args:
-        tokens_BT: held-out text to calibrate on; a few thousand tokens.
+        inputs: text to calibrate on, a few thousand tokens_BT, or with a boundary the x_BTD that enters it.
+
+    Returns:
+        How many tokens that took to calibrate.
 
     Raises:
-        ValueError: for a mean out of the policy's reach.
+        ValueError: for a mean out of the policy's reach, or one that is no whole number where the number is fixed.
     """
-    for block in model.blocks[boundary:]:
-        router = block.moe.router
+    calibrated = False
+    for layer, router in enumerate(model.routers(boundary), start=boundary):
         if not 0 < mean_experts <= router.n_experts:
             raise ValueError(f"mean_experts: {mean_experts}, must lie in (0, {router.n_experts}]")
-        if router.policy.budget is None:
-            # Twice the mean leaves hard tokens room above it.
-            cap = min(router.n_experts, max(TopP.cap, math.ceil(2 * mean_experts)))
-            router.set_policy(TopP(target_mean=mean_experts, cap=cap, floor=min(1, int(mean_experts))))
-        router.calibrate(mean_experts)
+        if router.policy.budget is not None:
+            router.calibrate(mean_experts)
+            calibrated = True
+        elif mean_experts == int(mean_experts):
+            router.set_policy(TopK(k=int(mean_experts)))
+        else:
+            raise ValueError(f"mean_experts: {mean_experts}, must be a whole number: every token of layer {layer} gets the same number of experts")
+    if not calibrated:
+        return 0
     with evaluating(model):
-        model(tokens_BT)
+        _ = model.suffix(inputs, boundary) if boundary else model(inputs)
+    return inputs.shape[0] * inputs.shape[1]
 
 
 def variable_layers(model: LanguageModel) -> tuple[int, ...]:
-    """Blocks whose number of experts depends on the token; all of them where none does."""
-    variable = tuple(index for index, block in enumerate(model.blocks) if block.moe.router.policy.budget is not None)
-    return variable or tuple(range(len(model.blocks)))
+    """Blocks whose number of experts depends on the token."""
+    return tuple(layer for layer, router in enumerate(model.routers()) if router.policy.budget is not None)
 
 
 @torch.no_grad()

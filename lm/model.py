@@ -5,6 +5,7 @@ Legend: B batch, T tokens, D model width, V vocabulary.
 
 import dataclasses
 from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from attention.cache import HybridCache
 from attention.norm import RMSNorm
 from lm.config import ModelConfig
 from moe.layer import MoE
-from routing.router import Routing
+from routing.router import PolicyConfig, Router, Routing
 
 IGNORED_TARGET = -100
 # Adding many small updates to a bf16 residual stream loses them: measured, 0.15 nats at 100k tokens (notes/LOG.md).
@@ -87,7 +88,7 @@ class LanguageModel(nn.Module):
             layers: re-initialise only these blocks (embedding, norm and head keep their weights); all and everything by default.
         """
         for index in range(self.config.n_layers) if layers is None else layers:
-            self.blocks[index].init_weights(_generator(seed, index))
+            cast(Block, self.blocks[index]).init_weights(_generator(seed, index))
         if layers is None:
             nn.init.ones_(self.norm.weight)
             nn.init.normal_(self.embedding_VD, std=1.0, generator=_generator(seed, self.config.n_layers))
@@ -118,18 +119,22 @@ class LanguageModel(nn.Module):
 
     def begin_step(self, step: int, seed: int) -> None:
         """Tells every router the training step and seed that its random draws depend on."""
-        for block in self.blocks:
-            block.moe.router.begin_step(step, seed)
+        for router in self.routers():
+            router.begin_step(step, seed)
 
     def after_step(self, boundary: int = 0) -> None:
         """Moves selection biases and budget controllers of the blocks that train, after the optimizer's step."""
-        for block in self.blocks[boundary:]:
-            block.moe.router.after_step()
+        for router in self.routers(boundary):
+            router.after_step()
 
-    def set_policy(self, policy, boundary: int = 0) -> None:
+    def set_policy(self, policy: PolicyConfig, boundary: int = 0) -> None:
         """Runs the same weights under another routing policy in blocks [boundary, n_layers)."""
-        for block in self.blocks[boundary:]:
-            block.moe.router.set_policy(policy)
+        for router in self.routers(boundary):
+            router.set_policy(policy)
+
+    def routers(self, boundary: int = 0) -> list[Router]:
+        """The routers of blocks [boundary, n_layers), lowest first."""
+        return [cast(Block, block).moe.router for block in self.blocks[boundary:]]
 
     def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
         """An empty cache for `max_length` tokens of each of `batch_size` sequences."""

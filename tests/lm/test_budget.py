@@ -1,0 +1,67 @@
+"""Budgets at run time: met exactly on the calibration text, whatever the policy, and only above the boundary."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lm.budget import experts_per_token, set_budget, variable_layers
+from lm.config import ModelConfig
+from lm.model import LanguageModel
+from moe.config import MoEConfig
+from routing.null_experts import NullExperts
+from routing.random_k import RandomK
+from routing.router import RouterConfig
+from routing.top_k import TopK
+from routing.top_p import TopP
+
+TOKENS_BT = torch.randint(50, (4, 32), generator=torch.Generator().manual_seed(0))
+POLICIES = {
+    "top_k": TopK(k=3),
+    "random_k": RandomK(k_min=2, k_max=4, k_eval=3),
+    "top_p": TopP(target_mean=3.0, cap=8),
+    "null_experts": NullExperts(k=6, n_null=8, target_mean=3.0),
+}
+
+
+def build(policy) -> LanguageModel:
+    moe = MoEConfig(n_experts=16, d_expert=16, router=RouterConfig(policy=policy))
+    return LanguageModel(ModelConfig(vocab_size=50, d_model=32, n_layers=3, moe=moe)).init_weights(0)
+
+
+def means(model: LanguageModel) -> list[float]:
+    return [experts_per_token(model, TOKENS_BT, (layer,)).mean().item() for layer in range(3)]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("boundary", [0, 2])
+def test_every_budget_is_met_on_the_calibration_text(name, boundary):
+    model = build(POLICIES[name])
+    before = means(model)
+    inputs = model.prefix(TOKENS_BT, boundary).detach() if boundary else TOKENS_BT
+    for budget in (1, 2, 4):
+        calibrated_on = set_budget(model, budget, inputs, boundary=boundary)
+        assert calibrated_on == (TOKENS_BT.numel() if name in ("top_p", "null_experts") else 0)
+        # One part in 128 tokens, where levels tie.
+        assert means(model) == pytest.approx(before[:boundary] + [budget] * (3 - boundary), abs=0.02)
+
+
+def test_a_fractional_budget_needs_a_threshold():
+    model = build(TopP(target_mean=3.0, cap=8))
+    set_budget(model, 2.5, TOKENS_BT)
+    assert means(model) == pytest.approx([2.5] * 3, abs=0.02)
+    with pytest.raises(ValueError, match=r"2\.5, must be a whole number"):
+        set_budget(build(TopK(k=3)), 2.5, TOKENS_BT)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 17])
+def test_budgets_out_of_reach(budget):
+    with pytest.raises(ValueError, match=rf"mean_experts: {budget}, must lie in \(0, 16\]"):
+        set_budget(build(TopK(k=3)), budget, TOKENS_BT)
+
+
+def test_variable_layers_are_those_whose_number_depends_on_the_token():
+    assert variable_layers(build(TopK(k=3))) == ()
+    config = build(TopP(target_mean=3.0, cap=8)).config
+    lower = dataclasses.replace(config.moe, router=RouterConfig(policy=TopK(k=3)))
+    assert variable_layers(LanguageModel(dataclasses.replace(config, lower_moe=lower, n_lower=2))) == (2,)
