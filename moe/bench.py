@@ -42,16 +42,22 @@ class Problem:
         self.x_TD = torch.randn(tokens, d_model, generator=generator).to(dtype).requires_grad_()
         self.w_gate_up_EDF2 = (torch.randn(n_experts, d_model, 2 * d_expert, generator=generator) * d_model**-0.5).to(weight_dtype).requires_grad_()
         self.w_down_EFD = (torch.randn(n_experts, d_expert, d_model, generator=generator) * d_expert**-0.5).to(weight_dtype).requires_grad_()
-        score_TE = torch.rand(tokens, n_experts, generator=generator)
-        if skew > 1.0:
+        self.skew = skew
+        self.dy_TD = torch.randn(tokens, d_model, generator=generator).to(dtype)
+        self.route(seed=0)
+
+    def route(self, seed: int) -> None:
+        """Draw the assignments anew, as every training step does: numbers of rows that never repeat are part of the cost on a CPU."""
+        shape = self.shape
+        score_TE = torch.rand(shape.tokens, shape.n_experts, generator=torch.Generator().manual_seed(seed))
+        if self.skew > 1.0:
             # Expert 0 is chosen by exactly so many tokens that its load is `skew` times the mean.
-            n_chosen = min(tokens, round(skew * tokens * shape.k / n_experts))
+            n_chosen = min(shape.tokens, round(self.skew * shape.tokens * shape.k / shape.n_experts))
             score_TE[:, 0] = -1.0
             score_TE[:n_chosen, 0] = 2.0
         weight_TK, expert_TK = score_TE.topk(shape.k, dim=-1)
-        self.assignments = Assignments.from_slots(expert_TK, weight_TK / weight_TK.sum(dim=-1, keepdim=True), n_experts=n_experts)
+        self.assignments = Assignments.from_slots(expert_TK, weight_TK / weight_TK.sum(dim=-1, keepdim=True), n_experts=shape.n_experts)
         self.weight_N = self.assignments.weight_N.requires_grad_()
-        self.dy_TD = torch.randn(tokens, d_model, generator=generator).to(dtype)
 
     def finish(self, y_TD: Tensor) -> list[Tensor]:
         return [y_TD, *torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_N), self.dy_TD)]
@@ -97,10 +103,11 @@ def largest_error(got: list[Tensor], expected: list[Tensor]) -> float:
     return max(float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)) for a, b in zip(got, expected))
 
 
-def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+def measure(steps: dict[str, Step], repeats: int, before_turn: Callable[[int], None]) -> dict[str, float]:
     """Median milliseconds of each, taken in turns so that a disturbance hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
+        before_turn(turn)
         for name, step in steps.items():
             begin = time.perf_counter()
             step()
@@ -120,7 +127,7 @@ def bench(shape: Shape, *, dtype: str, weight_dtype: str, skew: float, backends:
         candidates["indexed loop"] = problem.indexed_loop
     errors = {name: largest_error(step(), expected) for name, step in candidates.items()}
     right = {name: step for name, step in candidates.items() if errors[name] <= tolerance}
-    times = measure({"dense": problem.dense(), **right}, repeats)
+    times = measure({"dense": problem.dense(), **right}, repeats, problem.route)
     lines = [f"{shape} {dtype}, weights {weight_dtype}, busiest expert {skew:g}x the mean, {torch.get_num_threads()} threads, medians of {repeats}"]
     lines.append(f"{'forward + backward':20} {'ms':>9} {'of dense':>9} {'GFLOP/s':>9} {'error':>9}")
     for name in ("dense", *candidates):

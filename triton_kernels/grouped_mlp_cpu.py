@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Scratch of one group of experts: large enough to amortise the calls, small enough for a core's share of the cache.
-GROUP_BYTES = 2**20
+GROUP_BYTES = 2**21
 # Half a row quantum per expert is wasted, so experts with few rows are left as they are.
 ROW_QUANTUM = 16
 LEAST_MEAN_ROWS = 4 * ROW_QUANTUM
@@ -148,7 +148,9 @@ class GroupedMlpCpu(torch.autograd.Function):
             torch.index_select(x_TD, 0, token_N[rows], out=x_ND)
             for x_e, w_e, h_e in zip(x_ND.split(sizes), gate_up[experts], h_group.split(sizes)):
                 torch.mm(x_e, w_e, out=h_e)
-            torch.ops.aten.silu.out(h_group[:, :d_expert], out=a_NF)
+            # Copied first: torch's SiLU falls back to scalar code on the ends of strided rows, which is most of a narrow expert.
+            a_NF.copy_(h_group[:, :d_expert])
+            torch.ops.aten.silu.out(a_NF, out=a_NF)
             a_NF.mul_(h_group[:, d_expert:])
             for a_e, w_e, out_e in zip(a_NF.split(sizes), down[experts], out_ND[rows].split(sizes)):
                 torch.mm(a_e, w_e, out=out_e)
@@ -170,7 +172,7 @@ class GroupedMlpCpu(torch.autograd.Function):
         gate_up, d_gate_up = Weights(w_gate_up_EDF2, dtype, n_experts), WeightGradient(w_gate_up_EDF2, dtype, n_experts)
         down, d_down = Weights(w_down_EFD, dtype, n_experts), WeightGradient(w_down_EFD, dtype, n_experts)
         wide = x_TD.new_empty(2, most_rows, d_model)
-        narrow = x_TD.new_empty(5, most_rows, d_expert)
+        narrow = x_TD.new_empty(6, most_rows, d_expert)
         dx_ND = x_TD.new_empty(n_rows, d_model)
         # Padding rows behind the last expert keep a gradient of zero.
         d_weight_N = torch.zeros_like(weight_N, dtype=dtype)
@@ -180,14 +182,15 @@ class GroupedMlpCpu(torch.autograd.Function):
             experts, rows, n = slice(first, last), slice(start, stop), stop - start
             sizes = [bounds[e + 1] - bounds[e] for e in range(first, last)]
             x_ND, dy_ND = wide[0, :n], wide[1, :n]
-            da_NF, silu_NF, a_NF = narrow[0, :n], narrow[1, :n], narrow[2, :n]
-            dh_NF2 = narrow[3:].view(-1)[: n * 2 * d_expert].view(n, 2 * d_expert)
-            gate_NF, up_NF = h_NF2[rows, :d_expert], h_NF2[rows, d_expert:]
+            da_NF, silu_NF, a_NF, gate_NF = narrow[0, :n], narrow[1, :n], narrow[2, :n], narrow[3, :n]
+            dh_NF2 = narrow[4:].view(-1)[: n * 2 * d_expert].view(n, 2 * d_expert)
+            up_NF = h_NF2[rows, d_expert:]
             if n:
                 torch.index_select(dy_TD, 0, token_N[rows], out=dy_ND)
                 torch.index_select(x_TD, 0, token_N[rows], out=x_ND)
                 for dy_e, w_e, da_e in zip(dy_ND.split(sizes), down[experts], da_NF.split(sizes)):
                     torch.mm(dy_e, w_e.t(), out=da_e)
+                gate_NF.copy_(h_NF2[rows, :d_expert])
                 torch.ops.aten.silu.out(gate_NF, out=silu_NF)
                 torch.mul(silu_NF, up_NF, out=a_NF)
                 torch.linalg.vecdot(da_NF, a_NF, out=d_weight_N[rows])
@@ -195,7 +198,8 @@ class GroupedMlpCpu(torch.autograd.Function):
                 da_NF.mul_(row_weight_N1[rows])
                 torch.mul(da_NF, silu_NF, out=dh_NF2[:, d_expert:])
                 da_NF.mul_(up_NF)
-                torch.ops.aten.silu_backward.grad_input(da_NF, gate_NF, grad_input=dh_NF2[:, :d_expert])
+                torch.ops.aten.silu_backward.grad_input(da_NF, gate_NF, grad_input=da_NF)
+                dh_NF2[:, :d_expert].copy_(da_NF)
                 for dh_e, w_e, dx_e in zip(dh_NF2.split(sizes), gate_up[experts], dx_ND[rows].split(sizes)):
                     torch.mm(dh_e, w_e.t(), out=dx_e)
             d_down.write(experts, a_NF.split(sizes), dy_ND.split(sizes))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.grouped_mlp import choose_backend, grouped_mlp
-from triton_kernels.grouped_mlp_cpu import LEAST_MEAN_ROWS, ROW_QUANTUM, expert_groups, quantised_rows
+from triton_kernels.grouped_mlp_cpu import GROUP_BYTES, LEAST_MEAN_ROWS, ROW_QUANTUM, expert_groups, quantised_rows
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 NAMES = ("y", "dx", "dw_gate_up", "dw_down", "dweight")
@@ -190,7 +190,7 @@ def test_expert_groups_cover_every_expert_once(sizes, row_bytes):
     bounds = [sum(sizes[:e]) for e in range(len(sizes) + 1)]
     groups = expert_groups(bounds, row_bytes)
     assert [e for first, last in groups for e in range(first, last)] == list(range(len(sizes)))
-    assert all(last - first == 1 or (bounds[last] - bounds[first]) * row_bytes <= 2**20 for first, last in groups)
+    assert all(last - first == 1 or (bounds[last] - bounds[first]) * row_bytes <= GROUP_BYTES for first, last in groups)
 
 
 def test_fp32_master_weights_get_fp32_gradients():
