@@ -125,13 +125,16 @@ def train_stage(
             record["mean_experts"] = sum(numbers.mean_experts) / len(numbers.mean_experts)
             metrics.write(record, {"step": step, "seconds": taken})
             progress.step(record)
-            if step % save_every == 0 or step == stage.n_batches or stop.signal is not None:
+            # Read once: a signal that comes after this line is the next step's.
+            stopping = stop.signal is not None
+            if step % save_every == 0 or step == stage.n_batches or stopping:
                 last_saved = save()
-            if stop.signal is not None:
-                metrics.close()
-                message = f"{progress.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
-                raise Interrupted(stop.signal, message)
+            if stopping:
+                break
     metrics.close()
+    if stop.signal is not None:
+        message = f"{progress.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
+        raise Interrupted(stop.signal, message)
     assert last_saved is not None
     means = tuple((experts_sum / max(step, 1)).tolist())
     return StageResult(steps=step, seconds=seconds, mean_experts=means, checkpoint=last_saved, skipped=skipped)
