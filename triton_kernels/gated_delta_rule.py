@@ -6,6 +6,8 @@ Letters: B batch, T tokens, G query/key heads, H value heads (a multiple of G), 
 by `cu_seqlens`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,23 +42,20 @@ def gated_delta_rule(
 
     Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2412.06464 (gate), 2406.06484 (WY form), 2411.12537 (beta to 2).
     """
-    check_delta_inputs(OP, q_BTGK, k_BTGK, v_BTHV, beta_BTH, cu_seqlens, chunk_size, backend)
+    check_delta_inputs(OP, q_BTGK, k_BTGK, v_BTHV, beta_BTH, cu_seqlens, chunk_size)
     batch, tokens, heads, _ = v_BTHV.shape
     key_width = q_BTGK.shape[3]
     if log_decay_BTH is not None:
         check_shape(OP, "log_decay_BTH", log_decay_BTH, {"B": batch, "T": tokens, "H": heads})
-    return gated_delta_rule_torch(
-        q_BTGK,
-        k_BTGK,
-        v_BTHV,
-        log_decay_BTH,
-        beta_BTH,
-        initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV),
-        scale=key_width**-0.5 if scale is None else scale,
-        normalize_qk=normalize_qk,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-    )
+    options: dict[str, Any] = {"scale": key_width**-0.5 if scale is None else scale, "normalize_qk": normalize_qk}
+    options |= {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
+    initial = initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV)
+    if check_backend(backend, q_BTGK) == "triton":
+        # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
+        from triton_kernels.gated_delta_rule_triton import gated_delta_rule_triton
+
+        return gated_delta_rule_triton(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
+    return gated_delta_rule_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, zero_state(initial, cu_seqlens, key_width, v_BTHV), **options)
 
 
 def gated_delta_rule_step(
@@ -97,9 +96,7 @@ def delta_step(
     return (q[..., None, :] @ state).squeeze(-2).to(v_BHV.dtype), state
 
 
-def check_delta_inputs(
-    op: str, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, beta_BTH: Tensor, cu_seqlens: Tensor | None, chunk_size: int, backend: str
-) -> None:
+def check_delta_inputs(op: str, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, beta_BTH: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> None:
     """What both delta rules refuse."""
     check_shape(op, "q_BTGK", q_BTGK, {"B": None, "T": None, "G": None, "K": None})
     batch, tokens, groups, key_width = q_BTGK.shape
@@ -112,7 +109,6 @@ def check_delta_inputs(
     check_cu_seqlens(op, cu_seqlens, batch, tokens)
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
-    check_backend(backend, q_BTGK)
 
 
 def check_delta_step(op: str, q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, beta_BH: Tensor, state_BHKV: Tensor) -> None:
@@ -132,12 +128,19 @@ def check_grouping(op: str, heads: int, groups: int) -> None:
         raise ValueError(f"{op}: {heads} value heads are not a multiple of {groups} query/key heads")
 
 
-def initial_state(op: str, state_BHKV: Tensor | None, cu_seqlens: Tensor | None, key_width: int, v_BTHV: Tensor) -> Tensor:
-    """The given initial state in the state's dtype, or zeros."""
+def initial_state(op: str, state_BHKV: Tensor | None, cu_seqlens: Tensor | None, key_width: int, v_BTHV: Tensor) -> Tensor | None:
+    """The given initial state in the state's dtype: fp32, or fp64 for fp64 inputs."""
+    if state_BHKV is None:
+        return None
+    batch, _, heads, value_width = v_BTHV.shape
+    n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    check_shape(op, "initial_state_BHKV", state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": value_width})
+    return state_BHKV.to(torch.promote_types(v_BTHV.dtype, torch.float32))
+
+
+def zero_state(state: Tensor | None, cu_seqlens: Tensor | None, key_width: int, v_BTHV: Tensor) -> Tensor:
+    """The initial state, or zeros."""
     batch, _, heads, value_width = v_BTHV.shape
     n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
-    if state_BHKV is None:
-        return v_BTHV.new_zeros(n_states, heads, key_width, value_width, dtype=dtype)
-    check_shape(op, "initial_state_BHKV", state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": value_width})
-    return state_BHKV.to(dtype)
+    return v_BTHV.new_zeros(n_states, heads, key_width, value_width, dtype=dtype) if state is None else state

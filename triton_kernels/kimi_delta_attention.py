@@ -8,8 +8,8 @@ by `cu_seqlens`).
 
 from torch import Tensor
 
-from triton_kernels.checks import check_shape
-from triton_kernels.gated_delta_rule import check_delta_inputs, check_delta_step, delta_step, initial_state
+from triton_kernels.checks import check_backend, check_shape
+from triton_kernels.gated_delta_rule import check_delta_inputs, check_delta_step, delta_step, initial_state, zero_state
 from triton_kernels.kimi_delta_attention_torch import kimi_delta_attention_torch
 
 OP = "kimi_delta_attention"
@@ -35,22 +35,20 @@ def kimi_delta_attention(
 
     Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Kimi Linear, arXiv 2510.26692.
     """
-    check_delta_inputs(OP, q_BTGK, k_BTGK, v_BTHV, beta_BTH, cu_seqlens, chunk_size, backend)
+    check_delta_inputs(OP, q_BTGK, k_BTGK, v_BTHV, beta_BTH, cu_seqlens, chunk_size)
     batch, tokens, heads, _ = v_BTHV.shape
     key_width = q_BTGK.shape[3]
     check_shape(OP, "log_decay_BTHK", log_decay_BTHK, {"B": batch, "T": tokens, "H": heads, "K": key_width})
-    return kimi_delta_attention_torch(
-        q_BTGK,
-        k_BTGK,
-        v_BTHV,
-        log_decay_BTHK,
-        beta_BTH,
-        initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV),
-        scale=key_width**-0.5 if scale is None else scale,
-        normalize_qk=normalize_qk,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-    )
+    options: dict[str, Any] = {"scale": key_width**-0.5 if scale is None else scale, "normalize_qk": normalize_qk}
+    options |= {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
+    initial = initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV)
+    if check_backend(backend, q_BTGK) == "triton":
+        # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
+        from triton_kernels.kimi_delta_attention_triton import kimi_delta_attention_triton
+
+        return kimi_delta_attention_triton(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, initial, **options)
+    state = zero_state(initial, cu_seqlens, key_width, v_BTHV)
+    return kimi_delta_attention_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, state, **options)
 
 
 def kimi_delta_attention_step(

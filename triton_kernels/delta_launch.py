@@ -1,0 +1,92 @@
+"""What the launches of one delta-rule call have in common: sizes, strides, grids and options.
+
+Letters: B batch, T tokens, G query/key heads, H value heads, K key width, V value width, S sequences, C chunk length.
+"""
+
+from typing import Any
+
+import torch
+import triton
+
+from triton_kernels.configurations import LaunchOptions, LaunchTable
+
+Tensor = torch.Tensor
+
+# A scan should keep every multiprocessor of an H200 busy.
+MIN_PROGRAMS = 132
+CHUNK_SIZES = (16, 32, 64)
+MAX_WIDTH = 128
+
+
+def check_triton_call(op: str, q_BTGK: Tensor, v_BTHV: Tensor, chunk_size: int) -> None:
+    """What only the Triton kernels refuse."""
+    width = max(q_BTGK.shape[3], v_BTHV.shape[3])
+    if width > MAX_WIDTH or q_BTGK.dtype == torch.float64:
+        raise ValueError(f"{op}: {q_BTGK.dtype} heads of width {width}; the Triton kernels take float32, float16 and bfloat16 up to {MAX_WIDTH}")
+    if chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"{op}: chunk_size={chunk_size}; the Triton kernels take {CHUNK_SIZES}")
+
+
+def addressable(x: Tensor) -> Tensor:
+    """A tensor [B, T, H, D] whose batch rows follow one another and whose last axis is dense; copied only where it is not."""
+    return x if x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+
+
+def block_of(width: int) -> int:
+    """The power of two that holds a head width; 16 is the least a product takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+class DeltaCall:
+    """q [B, T, G, K] and v [B, T, H, V] decide everything; chunks lie in slots as `delta_tiles.py` says."""
+
+    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int):
+        (self.B, self.T, self.H, self.V), (self.G, self.K) = v.shape, q.shape[2:]
+        self.chunk = chunk_size
+        self.S = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.n_chunks = triton.cdiv(self.T, chunk_size)
+        self.slots = self.B * self.n_chunks if cu_seqlens is None else self.T // chunk_size + self.S
+        self.empty = v.numel() == 0
+        self.width = max(self.K, self.V)
+        # fp32 stands for itself; the tables' options are for 2-byte elements, and fp32 tiles need twice the room.
+        self.is_single = q.dtype == torch.float32
+        self.precision = {"PRECISION": "ieee" if self.is_single else "tf32"}
+        self.common: dict[str, Any] = {"CHUNK": chunk_size, "GROUP": self.H // self.G, "PACKED": cu_seqlens is not None, "K": self.K}
+        self.common |= {"BLOCK_K": block_of(self.K)} | self.precision
+        self.chunk_constants = self.common | {"BLOCK_S": triton.next_power_of_2(self.S)}
+        self.scan_sizes = (self.T, self.B * self.T, self.n_chunks, self.slots, self.H)
+
+    def options(self, tables: tuple[LaunchTable, LaunchTable]) -> tuple[LaunchOptions, ...]:
+        return tables[self.is_single].options(self.width)
+
+    def chunk_launch(self, tables: tuple[LaunchTable, LaunchTable], heads: int) -> tuple[tuple[int], dict[str, Any]]:
+        """Grid and options of a kernel with one program per slot and head."""
+        options = self.options(tables)[0]
+        return (self.slots * heads,), self.chunk_constants | dict(options.blocks) | warps_and_stages(options)
+
+    def scan_launch(self, tables: tuple[LaunchTable, LaunchTable], roles: int) -> tuple[tuple[int], dict[str, Any]]:
+        """Grid and options of a scan: the widest slices that still fill the device; if none does, the narrowest."""
+        programs, options = 0, None
+        for options in self.options(tables):
+            programs = self.S * self.H * roles * triton.cdiv(self.V, options.blocks["BLOCK"])
+            if programs >= MIN_PROGRAMS:
+                break
+        assert options is not None
+        return (programs,), self.common | {"V": self.V} | dict(options.blocks) | warps_and_stages(options)
+
+    def per_value_head(self, grad_BTGK: Tensor) -> Tensor:
+        """Room for the gradient of q or k from every value head: the gradient itself where no heads share it."""
+        return grad_BTGK if self.H == self.G else grad_BTGK.new_empty(self.B, self.T, self.H, self.K, dtype=torch.float32)
+
+    def sum_groups(self, grad_BTHK: Tensor, grad_BTGK: Tensor) -> None:
+        if self.H != self.G:
+            grad_BTGK.copy_(grad_BTHK.unflatten(2, (self.G, -1)).sum(3))
+
+
+def warps_and_stages(options: LaunchOptions) -> dict[str, int]:
+    return {"num_warps": options.num_warps, "num_stages": options.num_stages}
+
+
+def token_strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """(stride of a token, stride of a head) of each tensor."""
+    return tuple(s for x in tensors for s in ((0, 0) if x is None else (x.stride(1), x.stride(2))))

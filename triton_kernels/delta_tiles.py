@@ -1,0 +1,96 @@
+"""What the kernels of the delta rules share: where a chunk lies, its tiles, and the inverse of its correction matrix.
+
+Per-chunk tensors (states, decays) have one slot per chunk. Unpacked, the chunks of sequence b follow those of b - 1; packed, those of a sequence that
+starts at token f start at slot f // CHUNK + its number, which needs no look at the other lengths. Offsets to tokens and slots are int64.
+"""
+
+# fmt: off
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_sequence(cu_seqlens, sequence, n_tokens, n_chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """(first token, rows, first slot) of a sequence."""
+    if PACKED:
+        first = tl.load(cu_seqlens + sequence)
+        return first, tl.load(cu_seqlens + sequence + 1) - first, first // CHUNK + sequence
+    return sequence * n_tokens, n_tokens, sequence * n_chunks
+
+
+@triton.jit
+def place_chunk(cu_seqlens, slot, n_tokens, n_chunks, n_sequences, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, PACKED: tl.constexpr):
+    """(first token of the chunk, its rows) of a slot; rows <= 0 where no chunk lies."""
+    if PACKED:
+        sequences = tl.arange(0, BLOCK_S)
+        starts = tl.load(cu_seqlens + sequences, mask=sequences < n_sequences, other=0)
+        began = (sequences < n_sequences) & (starts // CHUNK + sequences <= slot)
+        sequence = tl.sum(began.to(tl.int64), 0) - 1
+    else:
+        sequence = slot // n_chunks
+    first, n_rows, slot0 = place_sequence(cu_seqlens, sequence, n_tokens, n_chunks, CHUNK, PACKED)
+    row0 = (slot - slot0) * CHUNK
+    return first + row0, n_rows - row0
+
+
+@triton.jit
+def load_tile(base, rows, stride, columns, inside, WIDTH: tl.constexpr):
+    """[rows, columns] of a matrix of the given width, zeros outside."""
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_row_factor(base, rows, inside):
+    return tl.load(base + rows, mask=inside, other=0.0)
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def scalar_decays(gate, rows, stride, inside, HAS_GATE: tl.constexpr):
+    """Cumulative log2-decay c of the chunk's rows, from its first one on, and its total."""
+    g = tl.where(inside, 0.0, 0.0)
+    if HAS_GATE:
+        g = tl.load(gate + rows * stride, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit
+def decay_to(c, rows, STRICT: tl.constexpr):
+    """[CHUNK, CHUNK] decay 2^(c_i - c_j) from key j to row i, 0 where j is after i (or i itself, if STRICT): masked before the exponential, so that
+    nothing overflows and no 0 * inf arises."""
+    seen = rows[:, None] > rows[None, :] if STRICT else rows[:, None] >= rows[None, :]
+    return tl.exp2(tl.where(seen, c[:, None] - c[None, :], float("-inf")))
+
+
+@triton.jit
+def decay_from(c, rows, STRICT: tl.constexpr):
+    """Its transpose: from key i to row j."""
+    seen = rows[:, None] < rows[None, :] if STRICT else rows[:, None] <= rows[None, :]
+    return tl.exp2(tl.where(seen, c[None, :] - c[:, None], float("-inf")))
+
+
+@triton.jit
+def inverse_length(x):
+    """1 / length of each row, finite for rows of zeros."""
+    return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
+
+
+@triton.jit
+def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular [CHUNK, CHUNK] fp32 matrix.
+
+    2 x 2 diagonal blocks invert by a sign. Then neighbours merge, [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]], all blocks of a level in
+    two products of whole matrices: block forward substitution, as stable as the row-by-row one and without its chain of CHUNK steps.
+    """
+    row = tl.arange(0, CHUNK)[:, None]
+    column = tl.arange(0, CHUNK)[None, :]
+    inverse = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, a, 0.0)
+    # Blocks of 2^level are inverted already.
+    for level in tl.static_range(1, 6):
+        if 2**level < CHUNK:
+            pairs = row // (2 * 2**level) == column // (2 * 2**level)
+            lower_left = tl.where(pairs & (row // 2**level != column // 2**level), a, 0.0)
+            inverse -= tl.dot(inverse, tl.dot(lower_left, inverse, input_precision=PRECISION), input_precision=PRECISION)
+    return inverse

@@ -1,0 +1,55 @@
+"""First launch of the gated delta rule: everything of a chunk that does not depend on the state, one program per chunk and value head.
+
+Letters as in `delta_chunked.py`. Outputs, indexed [H, tokens]: attention F_q and inverse (I + G)^-1 as rows of CHUNK, and the row factors with which
+the scan reads and writes the state, so that the scan knows neither gate nor normalisation:
+read_q = scale e^c / |q|, read_k = e^c / |k|, write = b e^{c_C - c} / |k|; and whole = e^{c_C} per slot.
+"""
+
+# fmt: off
+import triton
+import triton.language as tl
+
+from triton_kernels.delta_tiles import decay_to, inverse_length, invert_unit_lower, load_tile, place_chunk, scalar_decays
+
+
+@triton.jit
+def prepare_kernel(
+    q, k, gate, beta, attention, inverse, read_q, read_k, write, whole, cu_seqlens,
+    n_tokens: tl.int64, n_all_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, scale,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_GATE: tl.constexpr, NORMALIZE: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+):
+    slot = (tl.program_id(0) // n_heads).to(tl.int64)
+    head = (tl.program_id(0) % n_heads).to(tl.int64)
+    token0, n_rows = place_chunk(cu_seqlens, slot, n_tokens, n_chunks, n_sequences, CHUNK, BLOCK_S, PACKED)
+    if n_rows <= 0:
+        return
+    rows = tl.arange(0, CHUNK)
+    columns = tl.arange(0, BLOCK_K)
+    inside = rows < n_rows
+    q_tile = load_tile(q + token0 * q_stride + head // GROUP * q_head, rows, q_stride, columns, inside, K)
+    k_tile = load_tile(k + token0 * k_stride + head // GROUP * k_head, rows, k_stride, columns, inside, K)
+    b = tl.load(beta + (token0 + rows) * n_heads + head, mask=inside, other=0.0).to(tl.float32)
+    c, c_last = scalar_decays(gate + token0 * n_heads + head if HAS_GATE else gate, rows, n_heads, inside, HAS_GATE)
+    q_factor = tl.zeros([CHUNK], tl.float32) + scale
+    k_factor = tl.zeros([CHUNK], tl.float32) + 1.0
+    if NORMALIZE:
+        q_factor *= inverse_length(q_tile.to(tl.float32))
+        k_factor *= inverse_length(k_tile.to(tl.float32))
+
+    weight = decay_to(c, rows, False) * (b * k_factor)[None, :]
+    k_transposed = tl.trans(k_tile)
+    f_q = tl.dot(q_tile, k_transposed, input_precision=PRECISION) * weight * q_factor[:, None]
+    f_k = tl.dot(k_tile, k_transposed, input_precision=PRECISION) * weight * k_factor[:, None]
+    g = tl.where(rows[:, None] > rows[None, :], f_k, 0.0)
+    t = invert_unit_lower(g, CHUNK, PRECISION)
+
+    at = head * n_all_tokens + token0
+    tile = at * CHUNK + rows[:, None] * CHUNK + rows[None, :]
+    tl.store(attention + tile, f_q, mask=inside[:, None])
+    tl.store(inverse + tile, t, mask=inside[:, None])
+    from_start = tl.exp2(c)
+    tl.store(read_q + at + rows, from_start * q_factor, mask=inside)
+    tl.store(read_k + at + rows, from_start * k_factor, mask=inside)
+    tl.store(write + at + rows, tl.exp2(c_last - c) * b * k_factor, mask=inside)
+    tl.store(whole + head * n_slots + slot, tl.exp2(c_last))
