@@ -7,6 +7,7 @@ The short convolution before the linear-attention layers (Mamba, arXiv 2312.0075
 Legend: B batch, T tokens, D channels, W convolution width, W1 = W - 1, L = rows with the tails in front, S packed sequences (B without cu_seqlens).
 """
 
+import torch
 from torch import Tensor
 
 from triton_kernels.causal_conv1d_torch import causal_conv1d_torch
@@ -57,8 +58,15 @@ def causal_conv1d(
         initial_tail = x_BTD.new_zeros(n_sequences, D, W - 1)
     check_shape(OP, "initial_tail", initial_tail, {"S": n_sequences, "D": D, "W-1": W - 1})
     initial_tail = initial_tail.to(x_BTD.dtype)
-    check_backend(backend, x_BTD)
-    return causal_conv1d_torch(x_BTD, weight_DW, bias_D, activation == "silu", initial_tail, cu_seqlens)
+    arguments = (x_BTD, weight_DW, bias_D, activation == "silu", initial_tail, cu_seqlens)
+    if check_backend(backend, x_BTD) == "torch":
+        return causal_conv1d_torch(*arguments)
+    if x_BTD.dtype == torch.float64:
+        raise ValueError(f"{OP}: x_BTD is float64; the Triton kernels take float32, float16 and bfloat16")
+    # Imported here because machines without Triton (macOS) still have the torch backend.
+    from triton_kernels.causal_conv1d_triton import causal_conv1d_triton
+
+    return causal_conv1d_triton(*arguments)
 
 
 def causal_conv1d_step(

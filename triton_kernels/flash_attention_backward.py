@@ -8,6 +8,8 @@ is not the same in two runs. The second kernel works on transposed scores from t
 Legend: M queries, N keys of a block, K key width, V value width (padded to powers of two), H query heads, G key/value heads.
 """
 
+# A jitted helper that returns a tuple looks like a function that never returns to a type checker.
+# pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 

@@ -66,14 +66,23 @@ KEY_VALUE_GRADIENT: Tables = (
 )
 
 
-def _inputs(dtype: torch.dtype, device: str, *, B: int, T: int, H: int, G: int, K: int, V: int, **_: int) -> dict[str, Any]:
-    return random_inputs(0, dtype, device, {"q_BTHK": (B, T, H, K), "k_BSGK": (B, T, G, K), "v_BSGV": (B, T, G, V)})
+def _inputs(
+    dtype: torch.dtype, device: str, *, B: int, T: int, H: int, G: int, K: int, V: int, sinks: int = 0, sequences: int = 0, **_: int
+) -> dict[str, Any]:
+    """sinks: one logit per head; sequences: T is cut into so many, the first one empty."""
+    shapes = {"q_BTHK": (B, T, H, K), "k_BSGK": (B, T, G, K), "v_BSGV": (B, T, G, V)} | ({"sinks_H": (H,)} if sinks else {})
+    inputs: dict[str, Any] = {**random_inputs(0, dtype, device, shapes)}
+    if sequences:
+        inputs["cu_seqlens"] = torch.tensor([0, *(T * n // (sequences - 1) for n in range(sequences))]).to(device)
+    return inputs
 
 
-def _cost(element_size: int, *, B: int, T: int, H: int, G: int, K: int, V: int, W: int = 0, **_: int) -> tuple[Cost, Cost]:
+def _cost(element_size: int, *, B: int, T: int, H: int, G: int, K: int, V: int, W: int = 0, sequences: int = 0, **_: int) -> tuple[Cost, Cost]:
     """Visible pairs only: a product of the forward or backward costs 2 K (or 2 V) per pair. Saved statistics are fp32, one per query and head."""
-    window = min(W or T, T)
-    pairs = B * H * (window * (window + 1) // 2 + (T - window) * window)
+    n_runs = max(1, sequences - 1)
+    length = T // n_runs
+    window = min(W or length, length)
+    pairs = B * H * n_runs * (window * (window + 1) // 2 + (length - window) * window)
     queries, keys = B * T * H, B * T * G
     forward_bytes = element_size * (queries + keys) * (K + V) + 4 * queries
     backward_bytes = element_size * (queries * (2 * K + 2 * V) + keys * 2 * (K + V)) + 4 * queries
@@ -133,8 +142,9 @@ def _dense(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGV: torch.Tensor) -> 
 
 def _operation(name: str, shape: dict[str, int], check_shapes: tuple[dict[str, int], ...], **options: Any) -> Operation:
     window = shape.get("W")
-    peers = {"flash-attn": partial(_flash_attn, window=window), "FlexAttention": _flex_attention(window)}
-    if window is None:
+    plain = not {"sinks", "sequences"} & shape.keys()
+    peers = {"flash-attn": partial(_flash_attn, window=window), "FlexAttention": _flex_attention(window)} if plain else {}
+    if window is None and plain:
         peers |= {"SDPA cuDNN": _sdpa("CUDNN_ATTENTION"), "SDPA flash": _sdpa("FLASH_ATTENTION")}
     return Operation(
         name=name,
@@ -143,10 +153,10 @@ def _operation(name: str, shape: dict[str, int], check_shapes: tuple[dict[str, i
         cost=_cost,
         inspect_shape=shape,
         check_shapes=check_shapes,
-        bench_shapes=(shape, {**shape, "B": 4}, {**shape, "T": 16384}),
+        bench_shapes=(shape, {**shape, "B": 4}, {**shape, "T": 16384}) if plain else (shape,),
         cpu_shape={**shape, "T": 2048, "H": 8, "G": shape["G"] // 2, "K": 64, "V": 64},
         peers=peers,
-        cpu_peers={"dense formula": _dense} if window is None else {},
+        cpu_peers={"dense formula": _dense} if window is None and plain else {},
     )
 
 
@@ -167,6 +177,16 @@ OPERATIONS = (
         "flash_attention/window",
         {"B": 1, "T": 4096, "H": 16, "G": 4, "K": 128, "V": 128, "W": 1024},
         (_heads(1000, 128, 128, W=1024), _heads(1000, 64, 64, W=1024), _heads(1500, 128, 128, W=1024), _heads(1300, 256, 256, W=1024)),
+    ),
+    _operation(
+        "flash_attention/sinks",
+        {"B": 1, "T": 4096, "H": 16, "G": 4, "K": 128, "V": 128, "W": 1024, "sinks": 1},
+        (_heads(257, 128, 128, sinks=1), _heads(1500, 64, 64, sinks=1)),
+    ),
+    _operation(
+        "flash_attention/packed",
+        {"B": 1, "T": 4096, "H": 16, "G": 4, "K": 128, "V": 128, "sequences": 5},
+        ({**_heads(257, 128, 128, sequences=5), "B": 1}, {**_heads(1000, 64, 64, sequences=9), "B": 1}),
     ),
     _operation("flash_attention/width_64", {"B": 1, "T": 4096, "H": 16, "G": 16, "K": 64, "V": 64}, (_heads(257, 64, 64),)),
     _operation("flash_attention/width_256", {"B": 1, "T": 4096, "H": 8, "G": 8, "K": 256, "V": 256}, (_heads(257, 256, 256),)),

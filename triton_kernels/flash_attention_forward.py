@@ -3,6 +3,8 @@
 Legend: M queries of a block, N keys of a step, K key width, V value width (padded to powers of two), H query heads, G key/value heads.
 """
 
+# A jitted helper that returns a tuple looks like a function that never returns to a type checker.
+# pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 

@@ -62,7 +62,7 @@ def backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, delta [B, H, T]): all contiguous."""
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    (T, H), (S, G) = q.shape[1:3], k.shape[1:3]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     call = _Call(q, k, v, cu_seqlens, causal, window, scale)
@@ -135,5 +135,5 @@ class _Call:
         """(grid, blocks of one head, launch options); packed sequences may need one more block each, see `locate`."""
         options = tables[self.is_single].options(self.width)[0]
         size = options.blocks[block]
-        n_blocks = length // size + self.n_sequences if self.n_sequences else triton.cdiv(length, size)
+        n_blocks = length // size + self.n_sequences if self.n_sequences else -(-length // size)
         return (n_blocks * heads * self.batch_size,), n_blocks, {**options.blocks, "num_warps": options.num_warps, "num_stages": options.num_stages}

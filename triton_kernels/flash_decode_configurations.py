@@ -71,6 +71,8 @@ def _operation(name: str, shape: dict[str, int], check_shapes: tuple[dict[str, i
         cpu_shape={**shape, "S": 4096},
         peers=peers or {},
         cpu_peers=peers or {},
+        # Memory bound: a step's products are a few rows of query heads against keys that are read once.
+        without_products=frozenset({"split_kernel", "reduce_kernel"}),
     )
 
 

@@ -170,8 +170,8 @@ def flash_decode_triton(
     options = SPLIT.options(max(K, V))[0]
     block_n = options.blocks["BLOCK_N"]
     # As many splits as fill the device, by the capacity of the cache: the lengths themselves are on the device, unread.
-    most = triton.cdiv(S if window is None else min(S, window), block_n)
-    n_splits = max(1, min(triton.cdiv(TARGET_PROGRAMS, B * G), most))
+    most = -(-(S if window is None else min(S, window)) // block_n)
+    n_splits = max(1, min(-(-TARGET_PROGRAMS // (B * G)), most))
     partial = q_BHK.new_empty(B, H, n_splits, V, dtype=torch.float32)
     statistics = q_BHK.new_empty(B, H, n_splits, 2, dtype=torch.float32)
     strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])

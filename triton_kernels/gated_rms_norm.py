@@ -28,8 +28,14 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activ
     check_dtype(OP, {"x": x, "gate": gate})
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
-    check_backend(backend, x)
-    return gated_rms_norm_torch(x, gate, weight, eps, activation)
+    if check_backend(backend, x) == "torch":
+        return gated_rms_norm_torch(x, gate, weight, eps, activation)
+    # Imported here because machines without Triton (macOS) still have the torch backend.
+    from triton_kernels.gated_rms_norm_triton import MAX_WIDTH, gated_rms_norm_triton
+
+    if x.dtype == torch.float64 or x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"{OP}: {x.dtype} of width {x.shape[-1]}; the Triton kernels take float32, float16 and bfloat16 up to {MAX_WIDTH}")
+    return gated_rms_norm_triton(x, gate, weight, eps, activation == "silu")
 
 
 def gated_rms_norm_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:

@@ -123,3 +123,54 @@ def test_bf16_inputs_are_summed_in_fp32():
 def test_wrong_arguments_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**{"x_BTD": torch.zeros(2, 5, 3), "weight_DW": torch.zeros(3, 4)} | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "T", "D", "W", "bias", "tail", "activation", "lengths"),
+    [
+        (1, 1, 5, 4, True, True, "silu", None),
+        (2, 2, 3, 4, False, True, "silu", None),
+        (2, 63, 130, 4, True, True, "silu", None),
+        (1, 100, 7, 2, True, False, None, None),
+        (1, 34, 7, 3, False, True, "silu", [0, 1, 17, 0, 2, 14, 0]),
+        (1, 257, 4, 4, True, True, "silu", [100, 1, 1, 155]),
+    ],
+)
+def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengths, dtype):
+    """In the interpreter, both outputs and every gradient against fp64: at most twice torch's own error in the same dtype plus a few roundings."""
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    inputs = random_inputs(B, T, D, W, B if lengths is None else len(lengths), bias, tail, dtype)
+    options = {"activation": activation, "cu_seqlens": cu_seqlens}
+    exact = outputs_and_gradients(plain_convolution, {name: x.detach().double().requires_grad_() for name, x in inputs.items()}, **options)
+    by_torch = outputs_and_gradients(causal_conv1d, inputs, backend="torch", **options)
+    for name, x in outputs_and_gradients(causal_conv1d, inputs, backend="triton", **options).items():
+        assert x.dtype == dtype
+        budget = 2 * (by_torch[name].double() - exact[name]).abs().max() + 4 * torch.finfo(dtype).eps * exact[name].abs().max()
+        assert (x.double() - exact[name]).abs().max() <= budget, name
+
+
+def test_kernels_let_no_future_and_no_neighbour_through():
+    """Bits before a change stay the same, in outputs and in gradients, and so do those of the other packed sequence."""
+    inputs = {name: x.detach() for name, x in random_inputs(1, 60, 4, 4, 2, True, True, torch.float32).items()}
+    cu_seqlens = torch.tensor([0, 40, 60])
+    changed = inputs | {"x_BTD": inputs["x_BTD"].clone()}
+    changed["x_BTD"][:, 25:40] += 1
+    results = []
+    for arguments in (inputs, changed):
+        x = arguments["x_BTD"].requires_grad_()
+        y, _ = causal_conv1d(**arguments | {"x_BTD": x}, cu_seqlens=cu_seqlens, backend="triton")
+        kept = torch.cat([y[:, :25], y[:, 40:]], 1)
+        (gradient,) = torch.autograd.grad(kept.square().sum(), x)
+        results.append((kept, torch.cat([gradient[:, :25], gradient[:, 40:]], 1)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_the_operator_is_registered_soundly():
+    from triton_kernels.causal_conv1d_triton import backward_op, forward_op
+
+    x, weight, bias, tail = (t.contiguous() for t in random_inputs(2, 5, 6, 4, 2, True, True, torch.float32).values())
+    arguments = (x, weight, bias, tail, None, True)
+    torch.library.opcheck(forward_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    detached = [t.detach() for t in (x, x, weight, bias, tail)]
+    torch.library.opcheck(backward_op, (*detached, None, True), test_utils=("test_schema", "test_faketensor"))

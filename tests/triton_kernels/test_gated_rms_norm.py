@@ -60,3 +60,35 @@ def test_wrong_arguments_are_refused_by_name(change, message):
     arguments = {"x": torch.zeros(3, 4), "gate": torch.zeros(3, 4), "weight": torch.ones(4), "eps": 1e-6}
     with pytest.raises(ValueError, match=message):
         gated_rms_norm(**arguments | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "activation"), [((1, 16), "silu"), ((2, 63, 3, 100), "silu"), ((257, 64), "sigmoid"), ((3, 2048), "silu"), ((301, 1024), "silu")]
+)
+def test_kernels_are_as_exact_as_torch(shape, activation, dtype):
+    """In the interpreter, every output and gradient against fp64: at most twice torch's own error in the same dtype plus a few roundings."""
+    inputs = random_inputs(shape, dtype)
+    options = {"eps": 1e-5, "activation": activation}
+    exact = output_and_gradients(plain_norm, [x.detach().double().requires_grad_() for x in inputs], **options)
+    by_torch = output_and_gradients(gated_rms_norm, inputs, backend="torch", **options)
+    for name, x in output_and_gradients(gated_rms_norm, inputs, backend="triton", **options).items():
+        assert x.dtype == dtype
+        budget = 2 * (by_torch[name].double() - exact[name]).abs().max() + 4 * torch.finfo(dtype).eps * exact[name].abs().max()
+        assert (x.double() - exact[name]).abs().max() <= budget, name
+
+
+def test_the_operator_is_registered_soundly():
+    from triton_kernels.gated_rms_norm_triton import backward_op, forward_op
+
+    x, gate, weight = random_inputs((3, 5, 32), torch.float32)
+    torch.library.opcheck(forward_op, (x, gate, weight, 1e-6, True), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    detached = [t.detach() for t in (x, x, gate, weight)]
+    torch.library.opcheck(backward_op, (*detached, 1e-6, True), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_non_contiguous_rows_and_none():
+    x, gate, weight = (t.detach() for t in random_inputs((8, 6, 32), torch.float32))
+    ours = gated_rms_norm(x.transpose(0, 1), gate.transpose(0, 1), weight, eps=1e-6, backend="triton")
+    torch.testing.assert_close(ours, gated_rms_norm(x, gate, weight, eps=1e-6, backend="torch").transpose(0, 1))
+    assert gated_rms_norm(x[:0], gate[:0], weight, eps=1e-6, backend="triton").shape == (0, 6, 32)
