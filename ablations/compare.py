@@ -15,6 +15,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
 from ablations.defaults import Options
 from ablations.measure import Measurement, budgets_of, measure
 from ablations.method import Method
@@ -23,6 +25,7 @@ from ablations.report import write_report
 from ablations.table import table_text
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
+from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from lm.serialize import save_json, to_dict
 from staged_training.describe import describe
@@ -121,7 +124,8 @@ def run_branches(job: Job, execution: SharedExecution) -> None:
 
         def summary(run: TrainedRun, branch: Branch = branch) -> dict:
             train, _ = execution.activations()
-            calibration, _ = train[int(execution.plan.branch_batches()[0])]
+            n_batches = -(-CALIBRATION_TOKENS // execution.plan.tokens_per_batch)
+            calibration = torch.cat([train[int(batch)][0] for batch in execution.plan.branch_batches()[:n_batches]])
             setting = Measurement(
                 baseline=job.baseline,
                 method=job.method_of(branch).change(job.baseline),

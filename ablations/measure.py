@@ -30,7 +30,7 @@ class Measurement:
     Attributes:
         baseline, method: models as if nothing were frozen.
         pairing_seed: the branch seed before the method shifted it.
-        calibration: a training batch as the branches read it; thresholds are set on it.
+        calibration: training batches as the branches read them; thresholds are set on these.
         budget_batches: how many validation batches each budget is evaluated on.
     """
 

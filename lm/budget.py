@@ -10,6 +10,9 @@ from lm.evaluate import evaluating
 from lm.model import LanguageModel
 from routing.top_k import TopK
 
+# Thresholds set on this many tokens hold the mean on other text to about 1 %.
+CALIBRATION_TOKENS = 4096
+
 
 @torch.no_grad()
 def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, boundary: int = 0) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
 from lm.accounting import model_cost
+from lm.budget import CALIBRATION_TOKENS
 from lm.evaluate import Evaluation, evaluate
 from lm.model import RESIDUAL_DTYPE, LanguageModel
 from lm.pretrained import save_pretrained
@@ -270,8 +271,10 @@ class Execution:
         return finish_run(folder, result, ledger)
 
     def _export(self, folder: Path, model: LanguageModel) -> None:
-        """The trained model for `python -m lm generate`, with the first training batch to calibrate budgets on."""
-        save_pretrained(folder / "model", model, self.train_tokens[0][0].cpu())
+        """The trained model for `python -m lm generate`, with the first training batches to calibrate budgets on."""
+        n_batches = min(-(-CALIBRATION_TOKENS // self.plan.tokens_per_batch), len(self.train_tokens))
+        calibration_BT = torch.cat([self.train_tokens[batch][0] for batch in range(n_batches)])
+        save_pretrained(folder / "model", model, calibration_BT.cpu())
         self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
 
     def _restore_trunk(self, model: LanguageModel) -> None:
