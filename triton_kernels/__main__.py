@@ -17,9 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     inspect.add_argument("--op", nargs="+", help="ops or op/variant (default: all)")
     inspect.add_argument("--peer", nargs="+", default=[], help="also inspect these libraries' versions of the op (fla)")
     inspect.add_argument("--csv", type=Path, help=f"write the rows into this file, e.g. {RECORDED}")
-    inspect.add_argument(
-        "--gate", action="store_true", help=f"fail on spills, missing tensor cores, or more launches or bytes than {RECORDED} records"
-    )
+    inspect.add_argument("--gate", action="store_true", help=f"fail on spills, no tensor cores, or more launches or bytes than in {RECORDED}")
     options = parser.parse_args(arguments)
     try:
         return run_inspect(options)

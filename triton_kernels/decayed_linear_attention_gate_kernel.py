@@ -1,8 +1,8 @@
 """The gradient of the log-decay from what the scans of the backward left behind.
 
-With c the cumulative log-decay, a token's row contributes <q_r, dq_r> - <k_r, dk_r> to dc_r, and dg_t is the sum of dc from t to the end. Summed over a
-whole sequence the rounding errors of all later tokens pile up; so the sum runs to the end of a slot of a few chunks only, and everything beyond it is
-one number, <S_end, dS_end>, the state and its gradient there.
+With c the cumulative log-decay, a token's row contributes <q_r, dq_r> - <k_r, dk_r> to dc_r, and dg_t is the sum of dc from t to the end. Summed over
+a whole sequence the rounding errors of all later tokens pile up; so the sum runs to the end of a slot of a few chunks only, and everything beyond it
+is one number, <S_end, dS_end>, the state and its gradient there.
 """
 
 # fmt: off

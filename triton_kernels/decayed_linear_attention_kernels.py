@@ -96,7 +96,7 @@ def run_role(
     BLOCK_IN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ANCHOR: tl.constexpr, OUTPUT: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, DOTS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """One slice of one segment of one head. HAS_x: the buffer exists; with_x: it concerns this role. `initial` and `final` have strides of their own."""
+    """One slice of one segment of one head. HAS_x: the buffer exists; with_x: it concerns this role."""
     columns_in = tl.arange(0, BLOCK_IN)[:, None]
     columns = (slice_ * BLOCK + tl.arange(0, BLOCK))[None, :]
     mask = (columns_in < in_width) & (columns < out_width)

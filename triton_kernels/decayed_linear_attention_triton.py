@@ -3,10 +3,11 @@
 Letters: B batch, T tokens, H heads, K key width, V value width, S sequences.
 """
 
+# The launches' constexpr parameters are plain values to the caller, which a type checker cannot know.
+# pyright: reportArgumentType=false
 from typing import Any
 
 import torch
-import triton
 
 from triton_kernels.decayed_linear_attention_configurations import ANCHOR, LAUNCHES, MIN_PROGRAMS, MIN_SEGMENT
 from triton_kernels.decayed_linear_attention_gate_kernel import gate_gradient_kernel
@@ -15,9 +16,9 @@ from triton_kernels.decayed_linear_attention_kernels import backward_kernel, for
 Tensor = torch.Tensor
 
 
-def token_strides(x: Tensor) -> tuple[int, int]:
+def token_strides(x: Tensor | None) -> tuple[int, int]:
     """(stride of a token, stride of a head) of a tensor that went through `addressable`."""
-    return x.stride(1), x.stride(2)
+    return (0, 0) if x is None else (x.stride(1), x.stride(2))
 
 
 def addressable(x: Tensor) -> Tensor:
@@ -34,16 +35,19 @@ class Scan:
         self.V = v.shape[3]
         self.n_sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.head_rows = self.n_sequences * self.heads
-        self.chunk = chunk_size
+        if chunk_size < 16 or chunk_size & (chunk_size - 1):
+            raise ValueError(f"decayed_linear_attention: chunk_size={chunk_size}, the kernels take powers of two from 16 on")
         # The widest slices that still fill the device; if none does, the narrowest, and the sequence in segments.
-        for options in LAUNCHES.options(max(self.K, self.V)):
-            self.block, self.options = options.blocks["BLOCK"], options
-            self.slices = roles_of_k * triton.cdiv(self.K, self.block) + roles_of_v * triton.cdiv(self.V, self.block)
+        table = LAUNCHES.options(max(self.K, self.V))
+        options = table[-1]
+        for options in table:
+            self.block, self.chunk = options.blocks["BLOCK"], min(chunk_size, options.blocks["CHUNK"])
+            self.slices = roles_of_k * cdiv(self.K, self.block) + roles_of_v * cdiv(self.V, self.block)
             if self.head_rows * self.slices >= MIN_PROGRAMS:
                 break
         programs = max(1, self.head_rows * self.slices)
-        self.segments = max(1, min(triton.cdiv(MIN_PROGRAMS, programs), self.batch * self.tokens // (self.n_sequences * MIN_SEGMENT)))
-        self.common = {"CHUNK": chunk_size, "BLOCK": self.block, "PACKED": cu_seqlens is not None, "K": self.K, "V": self.V}
+        self.segments = max(1, min(cdiv(MIN_PROGRAMS, programs), self.batch * self.tokens // (self.n_sequences * MIN_SEGMENT)))
+        self.common = {"CHUNK": self.chunk, "BLOCK": self.block, "PACKED": cu_seqlens is not None, "K": self.K, "V": self.V}
         self.common |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": options.num_warps, "num_stages": options.num_stages}
 
     def segment_buffers(self, q: Tensor, roles: int) -> tuple[Tensor, Tensor]:
@@ -71,17 +75,13 @@ def forward_op(
         forward_kernel[scan.grid(segments)](
             q if output else None, k, v, gate, o if output else None, initial, final, segment_states, segment_decays, cu_seqlens,
             scan.tokens, scan.heads, scan.head_rows, scan.segments, segments * scan.slices,
-            *token_strides(q), *token_strides(k), *token_strides(v), *(token_strides(log_decay) if log_decay is not None else (0, 0)), scale,
+            *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(gate), scale,
             BLOCK_IN=block_of(scan.K), OUTPUT=output, HAS_GATE=gate is not None, HAS_INITIAL=initial is not None, **scan.common,
         )  # fmt: skip
 
     if scan.segments > 1:
         # The last segment's own state is never needed, so the first launch does not read its rows (in a single sequence, the tail of the tensor).
-        rows = (
-            scan.tokens
-            if scan.n_sequences > 1
-            else triton.cdiv(triton.cdiv(scan.tokens, chunk_size), scan.segments) * (scan.segments - 1) * chunk_size
-        )
+        rows = scan.tokens if scan.n_sequences > 1 else cdiv(cdiv(scan.tokens, chunk_size), scan.segments) * (scan.segments - 1) * chunk_size
         launch(k[:, :rows], v[:, :rows], None if gate is None else gate[:, :rows], False)
     launch(k, v, gate, True)
     return o, final
@@ -97,8 +97,8 @@ def forward_op_fake(
 
 @torch.library.custom_op("triton_kernels::decayed_linear_attention_backward", mutates_args=())
 def backward_op(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, final: Tensor, cu_seqlens: Tensor | None,
-    scale: float, chunk_size: int, gate_gradient: bool,
+    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, final: Tensor,
+    cu_seqlens: Tensor | None, scale: float, chunk_size: int, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dlog_decay, dinitial); the last two are empty where they are not asked for."""
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
@@ -107,7 +107,7 @@ def backward_op(
     scan = Scan(q, v, cu_seqlens, chunk_size, 2, 1)
     dq, dk, dv, dgate, dinitial = backward_op_fake(do, dfinal, q, k, v, log_decay, initial, final, cu_seqlens, scale, chunk_size, gate_gradient)
     segment_states, segment_decays = scan.segment_buffers(q, 3)
-    all_tokens, slot_rows, k_slices = scan.batch * scan.tokens, ANCHOR * chunk_size, triton.cdiv(scan.K, scan.block)
+    all_tokens, slot_rows, k_slices = scan.batch * scan.tokens, ANCHOR * scan.chunk, cdiv(scan.K, scan.block)
     n_slots = all_tokens // slot_rows + scan.n_sequences
     # The kernel picks one of the two by role and reads neither where it does not exist.
     initial_, dfinal_ = initial if initial is not None else dfinal, dfinal if dfinal is not None else initial
@@ -122,7 +122,7 @@ def backward_op(
         backward_kernel[scan.grid(segments)](
             q, k, v, gate, do, dq, dk, dv, dots, anchors, initial_, dfinal_, dinitial, segment_states, segment_decays, cu_seqlens,
             scan.tokens, all_tokens, n_slots, scan.heads, scan.head_rows, scan.segments, segments * scan.slices,
-            *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(do), *(token_strides(gate) if gate is not None else (0, 0)), scale,
+            *token_strides(q), *token_strides(k), *token_strides(v), *token_strides(do), *token_strides(gate), scale,
             int(initial is not None), int(dfinal is not None),
             BLOCK_IN=block_of(max(scan.K, scan.V)), ANCHOR=ANCHOR, OUTPUT=output, HAS_GATE=gate is not None,
             HAS_STATE=initial_ is not None, DOTS=gate_gradient and output, **scan.common,
@@ -130,16 +130,16 @@ def backward_op(
     if gate_gradient:
         gate_gradient_kernel[(n_slots, scan.heads)](
             dots, anchors, final, dfinal, dgate, cu_seqlens, scan.tokens, all_tokens, n_slots, scan.heads, scan.n_sequences,
-            SIZE=scan.K * scan.V, BLOCK_SIZE=min(2048, triton.next_power_of_2(scan.K * scan.V)), K_SLICES=k_slices, ROWS=slot_rows,
-            BLOCK_S=triton.next_power_of_2(scan.n_sequences), PACKED=cu_seqlens is not None, HAS_DFINAL=dfinal is not None,
+            SIZE=scan.K * scan.V, BLOCK_SIZE=min(2048, block_of(scan.K * scan.V)), K_SLICES=k_slices, ROWS=slot_rows,
+            BLOCK_S=block_of(scan.n_sequences), PACKED=cu_seqlens is not None, HAS_DFINAL=dfinal is not None,
         )  # fmt: skip
     return dq, dk, dv, dgate, dinitial
 
 
 @backward_op.register_fake
 def backward_op_fake(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, final: Tensor, cu_seqlens: Tensor | None,
-    scale: float, chunk_size: int, gate_gradient: bool,
+    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, final: Tensor,
+    cu_seqlens: Tensor | None, scale: float, chunk_size: int, gate_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -168,9 +168,13 @@ def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor
 forward_op.register_autograd(backward, setup_context=setup_context)
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def block_of(width: int) -> int:
-    """The power of two that holds a head width; 16 is the least a product takes."""
-    return max(16, triton.next_power_of_2(width))
+    """The power of two that holds a width; 16 is the least a product takes."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def decayed_linear_attention_triton(

@@ -104,7 +104,7 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         binary = compile_and_run(self, *args, grid=grid, warmup=True, **options)
         named = dict(zip(self.arg_names, args)) | options
-        size = tuple(int(n) for n in (grid(named) if callable(grid) else grid))
+        size = tuple(int(n) for n in (grid(named) if callable(grid) else grid))  # pyright: ignore[reportGeneralTypeIssues]
         tensors = [getattr(x, "base", x) for x in named.values() if isinstance(getattr(x, "base", x), torch.Tensor)]
         launches.append(Launch(name=self.fn.__name__, grid=size, n_bytes=distinct_bytes(tensors), binary=binary))
         return binary

@@ -60,11 +60,11 @@ def inspect_operation(operation: Operation, architecture: int, source: str = "ou
     forward_cost, backward_cost = operation.cost(2, **operation.inspect_shape)
     passes = record_passes(call, inputs, architecture, backward=backward_cost is not None)
     costs = {"forward": forward_cost, "backward": backward_cost}
-    rows = []
+    rows: list[Row] = []
     for direction, launches in passes.items():
         floor = costs[direction]
         assert floor is not None
-        common = {"op": operation.name, "source": source, "arch": architecture, "direction": direction}
+        common: dict[str, Any] = {"op": operation.name, "source": source, "arch": architecture, "direction": direction}
         details = [launch_row(launch, floor.bytes, common) for launch in launches if launch.binary is not None]
         n_operators = len(launches) - len(details)
         n_bytes = sum(launch.n_bytes for launch in launches)
@@ -133,9 +133,13 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    types = {f.name: f.type for f in fields(Row)}
+    types: dict[str, Any] = {f.name: f.type for f in fields(Row)}
+    rows = []
     with path.open(newline="") as file:
-        return [Row(**{name: types[name](value) for name, value in line.items()}) for line in csv.DictReader(file)]  # pyright: ignore[reportCallIssue, reportArgumentType]
+        for line in csv.DictReader(file):
+            values: dict[str, Any] = {name: types[name](value) for name, value in line.items()}
+            rows.append(Row(**values))
+    return rows
 
 
 def gate(rows: list[Row], recorded: list[Row], operations: dict[str, Operation]) -> list[str]:
