@@ -8,6 +8,8 @@ recomputed for backward gives the same number again. The price is a load that is
 Legend: T tokens, E experts.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,31 @@ def z_loss(logits_TE: Tensor) -> Tensor:
 def mean_over_tokens(values: Tensor) -> Tensor:
     """Mean over the first dimension, 0 rather than NaN for an empty one."""
     return values.sum(dim=0) / max(values.shape[0], 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreeLevelBalance:
+    """n_groups: groups of consecutive experts, the devices of expert parallelism; n_partitions: parts of each group. The coefficients are
+    Yi-Lightning's."""
+
+    n_groups: int = 8
+    n_partitions: int = 2
+    expert_coefficient: float = 1e-6
+    group_coefficient: float = 1e-4
+    partition_coefficient: float = 1e-3
+
+
+def three_level_balance_loss(config: ThreeLevelBalance, rows_E: Tensor, probs_TE: Tensor) -> Tensor:
+    """Yi-Lightning's L_ST + L_EP + L_PEP (arXiv 2412.01253): coefficient * n * sum_i f_i P_i over the n experts, groups and partitions.
+
+    f and P of a group are the sums over its experts. The sum of the coefficients at an even load. Raises ValueError if the experts cannot be
+    divided evenly.
+    """
+    n_experts, n_groups, n_partitions = rows_E.shape[0], config.n_groups, config.n_partitions
+    if n_groups < 1 or n_partitions < 1 or n_experts % (n_groups * n_partitions):
+        raise ValueError(f"n_experts = {n_experts} cannot be divided into n_groups = {n_groups} groups of n_partitions = {n_partitions} partitions")
+    loss = config.expert_coefficient * switch_balance_loss(rows_E, probs_TE)
+    for coefficient, n_parts in ((config.group_coefficient, n_groups), (config.partition_coefficient, n_groups * n_partitions)):
+        rows_P, probs_TP = rows_E.unflatten(0, (n_parts, -1)).sum(dim=-1), probs_TE.unflatten(-1, (n_parts, -1)).sum(dim=-1)
+        loss = loss + coefficient * switch_balance_loss(rows_P, probs_TP)
+    return loss

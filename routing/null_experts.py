@@ -31,7 +31,7 @@ class NullExperts:
 
 
 class NullExpertsPolicy(Policy):
-    def __init__(self, config: NullExperts, *, n_experts: int, layer_index: int):
+    def __init__(self, config: NullExperts, *, n_experts: int, d_model: int, layer_index: int):
         super().__init__()
         check_k("NullExperts.k", config.k, n_experts)
         if config.n_null < 1:

@@ -1,10 +1,10 @@
 """What a routing policy is: the rule that turns one token's scores into its set of experts.
 
-Legend: T tokens, E experts, Z null columns, K slots per token.
+Legend: T tokens, D model width, E experts, Z null columns, K slots per token.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from routing.budget import BudgetController
 class Scores:
     """What the router knows about each token, all in at least fp32.
 
+    x_TD          the router's input
     logits_TE     of the real experts
     probs_TE      softmax of logits_TE: what balance losses and probability-mass policies read, whatever the score function
     scores_TE     what an expert weighs before renormalisation: softmax (over null columns too where there are any) or sigmoid
@@ -23,6 +24,7 @@ class Scores:
     null_TZ       scores of the null columns, or None
     """
 
+    x_TD: Tensor
     logits_TE: Tensor
     probs_TE: Tensor
     scores_TE: Tensor
@@ -48,6 +50,7 @@ class Slots(NamedTuple):
 class Policy(nn.Module):
     """Base of all policies. Those with a variable number of experts hold a `budget`; the others leave it None."""
 
+    config: Any
     budget: BudgetController | None
 
     def __init__(self) -> None:
@@ -63,12 +66,15 @@ class Policy(nn.Module):
         assert self.budget is not None
         return self.budget.keep(level_TK)
 
-    def losses(self, scores: Scores) -> dict[str, Tensor]:
-        """Losses of the policy's own, already weighted. None by default."""
+    def losses(self, scores: Scores, load_E: Tensor) -> dict[str, Tensor]:
+        """Losses of the policy's own, already weighted. load_E: rows per expert of the last step. None by default."""
         return {}
 
     def begin_step(self, step: int, seed: int) -> None:
         """Called before a training step; what random draws depend on."""
+
+    def after_step(self, mean_experts: Tensor) -> None:
+        """Called after a training step that routed tokens. mean_experts: dispatched rows per token, a scalar on the device."""
 
 
 def best(scores: Scores, k: int) -> tuple[Tensor, Tensor]:

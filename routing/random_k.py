@@ -29,7 +29,7 @@ def draw_k(config: RandomK, *, seed: int, step: int, layer_index: int) -> int:
 
 
 class RandomKPolicy(Policy):
-    def __init__(self, config: RandomK, *, n_experts: int, layer_index: int):
+    def __init__(self, config: RandomK, *, n_experts: int, d_model: int, layer_index: int):
         super().__init__()
         check_k("RandomK.k_min", config.k_min, n_experts)
         check_k("RandomK.k_max", config.k_max, n_experts)

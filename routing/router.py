@@ -14,22 +14,39 @@ from torch import Tensor, nn
 
 from routing.assignments import Assignments
 from routing.diagnostics import RoutingStatistics, routing_statistics
-from routing.losses import switch_balance_loss, z_loss
+from routing.difficulty_head import DifficultyHead, DifficultyHeadPolicy
+from routing.expert_choice import ExpertChoice, ExpertChoicePolicy
+from routing.losses import ThreeLevelBalance, switch_balance_loss, three_level_balance_loss, z_loss
 from routing.null_experts import NullExperts, NullExpertsPolicy
 from routing.policy import Policy, Scores, Slots
 from routing.random_k import RandomK, RandomKPolicy
+from routing.relu import ReLU, ReLUPolicy
 from routing.selection_bias import updated_selection_bias
+from routing.skipping import Skipping, SkippingPolicy
+from routing.threshold import LearnedThreshold, LearnedThresholdPolicy, ScoreThreshold, ScoreThresholdPolicy
 from routing.top_k import TopK, TopKPolicy
 from routing.top_p import TopP, TopPPolicy
 
-PolicyConfig = TopK | TopP | NullExperts | RandomK
-POLICIES: dict[type, Callable[..., Policy]] = {TopK: TopKPolicy, TopP: TopPPolicy, NullExperts: NullExpertsPolicy, RandomK: RandomKPolicy}
+PolicyConfig = TopK | TopP | NullExperts | RandomK | ReLU | ScoreThreshold | LearnedThreshold | DifficultyHead | Skipping | ExpertChoice
+POLICIES: dict[type, Callable[..., Policy]] = {
+    TopK: TopKPolicy,
+    TopP: TopPPolicy,
+    NullExperts: NullExpertsPolicy,
+    RandomK: RandomKPolicy,
+    ReLU: ReLUPolicy,
+    ScoreThreshold: ScoreThresholdPolicy,
+    LearnedThreshold: LearnedThresholdPolicy,
+    DifficultyHead: DifficultyHeadPolicy,
+    Skipping: SkippingPolicy,
+    ExpertChoice: ExpertChoicePolicy,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """score: softmax over experts or sigmoid of each. renormalise: a token's weights sum to one, however many experts it has.
-    balance_coefficient, z_coefficient: of the Switch and z losses. selection_bias_step: step of balancing by bias, 0 for none."""
+    balance_coefficient, z_coefficient: of the Switch and z losses. selection_bias_step: step of balancing by bias, 0 for none.
+    three_level_balance: a further balance loss over groups of experts, or None."""
 
     policy: PolicyConfig = dataclasses.field(default_factory=TopK)
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -37,6 +54,7 @@ class RouterConfig:
     balance_coefficient: float = 1e-2
     z_coefficient: float = 1e-3
     selection_bias_step: float = 0.0
+    three_level_balance: ThreeLevelBalance | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +78,7 @@ class Router(nn.Module):
 
     load_E: Tensor
     step_rows_E: Tensor
+    step_tokens: Tensor
     selection_bias_E: Tensor
 
     def __init__(self, config: RouterConfig, *, d_model: int, n_experts: int, layer_index: int):
@@ -74,6 +93,7 @@ class Router(nn.Module):
         # Rows per expert of the last step (in the checkpoint) and of the step under way (between checkpoints).
         self.register_buffer("load_E", torch.zeros(n_experts))
         self.register_buffer("step_rows_E", torch.zeros(n_experts), persistent=False)
+        self.register_buffer("step_tokens", torch.zeros(()), persistent=False)
         self.register_buffer("selection_bias_E", torch.zeros(n_experts))
         self.set_policy(config.policy)
         self.init_weights(torch.Generator().manual_seed(layer_index))
@@ -86,6 +106,8 @@ class Router(nn.Module):
                 weight.data.copy_(draw)
         self.load_E.zero_()
         self.selection_bias_E.zero_()
+        # A policy's own parameters and buffers start from constants.
+        self.set_policy(self.policy.config)
 
     def set_policy(self, policy: PolicyConfig) -> None:
         """Run the same weights under another policy. Its budget starts anew: calibrate or train it."""
@@ -95,7 +117,7 @@ class Router(nn.Module):
             existing = 0 if self.null_weight_ZD is None else self.null_weight_ZD.shape[0]
             if policy.n_null != existing:
                 raise ValueError(f"NullExperts.n_null = {policy.n_null}, but this router was built with {existing} null columns")
-        module = POLICIES[type(policy)](policy, n_experts=self.n_experts, layer_index=self.layer_index)
+        module = POLICIES[type(policy)](policy, n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index)
         self.policy = module.to(self.weight_ED.device).train(self.training)
 
     def calibrate(self, target_mean: float) -> None:
@@ -110,11 +132,14 @@ class Router(nn.Module):
         assignments = Assignments.from_slots(slots.expert_TK, self.weights(slots), slots.keep_TK, n_experts=self.n_experts)
         if self.training:
             self.step_rows_E += assignments.rows_per_expert_E()
+            self.step_tokens += assignments.n_tokens
         losses = {
             "balance": self.config.balance_coefficient * switch_balance_loss(self.load_E, scores.probs_TE),
             "z": self.config.z_coefficient * z_loss(scores.logits_TE),
-            **self.policy.losses(scores),
+            **self.policy.losses(scores, self.load_E),
         }
+        if self.config.three_level_balance is not None:
+            losses["three_level_balance"] = three_level_balance_loss(self.config.three_level_balance, self.load_E, scores.probs_TE)
         return Routing(assignments, scores.probs_TE, losses)
 
     def scores(self, x_TD: Tensor) -> Scores:
@@ -132,6 +157,7 @@ class Router(nn.Module):
             scores = logits.softmax(dim=-1) if use_null else probs_TE
         scores_TE = scores[:, : self.n_experts]
         return Scores(
+            x_TD=x_TD,
             logits_TE=logits_TE,
             probs_TE=probs_TE,
             scores_TE=scores_TE,
@@ -152,6 +178,7 @@ class Router(nn.Module):
     def begin_step(self, step: int, seed: int) -> None:
         """Before a training step of one or more forwards."""
         self.step_rows_E.zero_()
+        self.step_tokens.zero_()
         if self.policy.budget is not None:
             self.policy.budget.begin_step()
         self.policy.begin_step(step, seed)
@@ -162,7 +189,10 @@ class Router(nn.Module):
         if self.config.selection_bias_step > 0:
             self.selection_bias_E.copy_(updated_selection_bias(self.selection_bias_E, self.step_rows_E, step=self.config.selection_bias_step))
         self.load_E.copy_(torch.where(self.step_rows_E.sum() > 0, self.step_rows_E, self.load_E))
+        # NaN without tokens, which every comparison a policy makes answers with False.
+        self.policy.after_step(self.step_rows_E.sum() / self.step_tokens)
         self.step_rows_E.zero_()
+        self.step_tokens.zero_()
         if self.policy.budget is not None:
             self.policy.budget.after_step()
 

@@ -29,7 +29,7 @@ class TopP:
 
 
 class TopPPolicy(Policy):
-    def __init__(self, config: TopP, *, n_experts: int, layer_index: int):
+    def __init__(self, config: TopP, *, n_experts: int, d_model: int, layer_index: int):
         super().__init__()
         if not 0.0 < config.p < 1.0:
             raise ValueError(f"TopP.p = {config.p} is outside (0, 1)")
@@ -44,7 +44,7 @@ class TopPPolicy(Policy):
         level_TK[:, : self.config.floor] = -torch.inf
         return Slots(expert_TK, score_TK, self.within_budget(level_TK))
 
-    def losses(self, scores: Scores) -> dict[str, Tensor]:
+    def losses(self, scores: Scores, load_E: Tensor) -> dict[str, Tensor]:
         if self.config.entropy_coefficient == 0.0:
             return {}
         entropy_T = -(scores.probs_TE * scores.probs_TE.clamp_min(torch.finfo(scores.probs_TE.dtype).tiny).log()).sum(dim=-1)

@@ -5,7 +5,7 @@ import torch
 
 import routing.router as router_module
 from routing.assignments import Assignments
-from routing.losses import switch_balance_loss, z_loss
+from routing.losses import ThreeLevelBalance, switch_balance_loss, three_level_balance_loss, z_loss
 from routing.null_experts import NullExperts
 from routing.random_k import RandomK
 from routing.router import Router, RouterConfig
@@ -169,3 +169,25 @@ def test_statistics_count_physical_rows():
     assert statistics.dead_experts == 2
     assert float(statistics.max_load) == pytest.approx(8 / 3)
     assert float(statistics.entropy) == pytest.approx(1.3862943611)
+
+
+def test_three_level_balance_is_its_formula():
+    config = ThreeLevelBalance(n_groups=2, n_partitions=2, expert_coefficient=1.0, group_coefficient=10.0, partition_coefficient=100.0)
+    rows_E = torch.tensor([3.0, 1.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0])
+    probs_TE = torch.tensor([[0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]])
+    experts = 8 * (3 * 0.3 + 1 * 0.1 + 2 * 0.1 + 2 * 0.1) / 8
+    groups = 2 * (0.5 * 0.6 + 0.5 * 0.4)
+    partitions = 4 * (0.5 * 0.4 + 0.5 * 0.2)
+    assert float(three_level_balance_loss(config, rows_E, probs_TE)) == pytest.approx(experts + 10 * groups + 100 * partitions)
+    even = three_level_balance_loss(config, torch.ones(8), probs_TE)
+    assert float(even) == pytest.approx(111.0)
+
+
+def test_three_level_balance_reaches_the_router():
+    built = router(three_level_balance=ThreeLevelBalance(n_groups=3, n_partitions=2))
+    built.load_E.copy_(torch.arange(E))
+    routing = built(tokens())
+    (gradient,) = torch.autograd.grad(routing.losses["three_level_balance"], built.weight_ED)
+    assert gradient.abs().sum() > 0
+    with pytest.raises(ValueError, match="n_experts = 12 cannot be divided into n_groups = 5"):
+        router(three_level_balance=ThreeLevelBalance(n_groups=5))(tokens())

@@ -1,0 +1,37 @@
+"""Expert choice: each expert takes the tokens that score highest for it (Zhou et al., arXiv 2202.09368). Perfectly balanced by construction.
+
+For the analysis of training only: whether a token gets an expert depends on later tokens of the batch, so it cannot generate text, and losses
+measured with it are not those of a language model.
+
+Legend: T tokens, E experts, C tokens per expert.
+"""
+
+import dataclasses
+
+import torch
+
+from routing.policy import Policy, Scores, Slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertChoice:
+    """k: mean experts per token; each expert takes C = round(k * T / E) tokens."""
+
+    k: float = 12.0
+
+
+class ExpertChoicePolicy(Policy):
+    def __init__(self, config: ExpertChoice, *, n_experts: int, d_model: int, layer_index: int):
+        super().__init__()
+        if not 0.0 < config.k <= n_experts:
+            raise ValueError(f"ExpertChoice.k = {config.k} is outside (0, {n_experts}] (n_experts = {n_experts})")
+        self.config = config
+
+    def select(self, scores: Scores) -> Slots:
+        if not self.training:
+            raise ValueError("ExpertChoice looks at later tokens and is for training analysis only: set another policy to evaluate or generate")
+        n_tokens, n_experts = scores.scores_TE.shape
+        taken_CE = scores.selection_TE.topk(min(n_tokens, round(self.config.k * n_tokens / n_experts)), dim=0)[1]
+        keep_TE = torch.zeros_like(scores.scores_TE, dtype=torch.bool).scatter_(0, taken_CE, True)
+        expert_TE = torch.arange(n_experts, device=keep_TE.device).expand(n_tokens, n_experts)
+        return Slots(expert_TE, scores.scores_TE, keep_TE)

@@ -1,0 +1,80 @@
+"""ReLU routing: an expert is used if its logit is positive, and weighs just that (ReMoE, Wang et al., arXiv 2412.14711).
+
+Continuous and differentiable in the logits, with no top-k. Two ways to hold the number of experts:
+- "penalty", as published: an L1 penalty, weighted by each expert's load so that it balances too, whose coefficient is multiplied or divided by
+  a constant each step as the mean number of experts lies above or below its target. Only the optimizer's answer moves the number, so where the
+  weights move slowly it swings around the target rather than staying there.
+- "shift": a shift of all logits, moved like any other threshold, holds it to the percent; no penalty.
+
+At inference the shift, calibrated, sets the budget of either. Use `renormalise = False` in the router's config for the published form.
+
+Legend: T tokens, E experts, K slots per token (the cap).
+"""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from routing.budget import BudgetController
+from routing.losses import mean_over_tokens
+from routing.policy import Policy, Scores, Slots, best, check_bounds
+
+# What a slot that only the floor keeps weighs before renormalisation: little, but a layer whose logits are all negative still computes something.
+FLOOR_SCORE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReLU:
+    """target_mean, floor, cap: experts per token; without a floor layers are known to collapse to no experts at all. control: see above.
+    l1_coefficient: initial, and l1_factor: its change per step, of "penalty". rate: of the controller, per step, of "shift"."""
+
+    target_mean: float = 12.0
+    floor: int = 1
+    cap: int = 32
+    control: Literal["penalty", "shift"] = "penalty"
+    l1_coefficient: float = 1e-8
+    l1_factor: float = 1.2
+    rate: float = 0.5
+
+
+class ReLUPolicy(Policy):
+    l1_coefficient: Tensor
+
+    def __init__(self, config: ReLU, *, n_experts: int, d_model: int, layer_index: int):
+        super().__init__()
+        check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
+        if config.l1_factor <= 1.0 or config.l1_coefficient <= 0.0:
+            raise ValueError(f"ReLU needs l1_factor > 1 and l1_coefficient > 0, got {config.l1_factor} and {config.l1_coefficient}")
+        self.config = config
+        if config.control not in ("penalty", "shift"):
+            raise ValueError(f"ReLU.control = {config.control!r} is not one of 'penalty', 'shift'")
+        # Under "penalty" the threshold does not move in training; it is there to be calibrated.
+        target_mean = config.target_mean if config.control == "shift" else None
+        self.budget = BudgetController(target_mean=target_mean, initial=0.0, lowest=-1e4, highest=1e4, rate=config.rate)
+        self.register_buffer("l1_coefficient", torch.tensor(config.l1_coefficient))
+
+    def select(self, scores: Scores) -> Slots:
+        assert self.budget is not None
+        expert_TK, _ = best(scores, self.config.cap)
+        logit_TK = scores.logits_TE.gather(-1, expert_TK)
+        level_TK = -logit_TK.detach()
+        level_TK[:, : self.config.floor] = -torch.inf
+        keep_TK = self.within_budget(level_TK)
+        score_TK = (logit_TK + self.budget.threshold).relu()
+        forced_TK = keep_TK & (score_TK <= 0)
+        return Slots(expert_TK, score_TK.masked_fill(forced_TK, FLOOR_SCORE), keep_TK)
+
+    def losses(self, scores: Scores, load_E: Tensor) -> dict[str, Tensor]:
+        if self.config.control == "shift":
+            return {}
+        assert self.budget is not None
+        n_experts = load_E.shape[0]
+        relative_load_E = torch.where(load_E.sum() > 0, load_E * n_experts / load_E.sum().clamp_min(1), 1.0)
+        penalty_E = mean_over_tokens((scores.logits_TE + self.budget.threshold).relu())
+        return {"l1": self.l1_coefficient * (relative_load_E * penalty_E).sum() / n_experts}
+
+    def after_step(self, mean_experts: Tensor) -> None:
+        above, below = mean_experts > self.config.target_mean, mean_experts < self.config.target_mean
+        self.l1_coefficient *= self.config.l1_factor ** (above.float() - below.float())

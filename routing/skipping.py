@@ -1,0 +1,35 @@
+"""Post-hoc skipping: top-k, minus the experts that weigh little beside the token's best one (Lu et al., arXiv 2402.14800, "NAEE").
+
+For models trained with top-k. Slot j is used if score_j >= ratio * score_1; the paper's ratio is the median of score_2 / score_1 per layer, and
+`Router.calibrate` sets it per layer for any mean number of experts.
+
+Legend: T tokens, K slots per token.
+"""
+
+import dataclasses
+
+from routing.budget import BudgetController
+from routing.policy import Policy, Scores, Slots, best, check_k
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipping:
+    """k: slots before skipping. ratio: of the best expert's score that an expert must reach, until calibrated."""
+
+    k: int = 12
+    ratio: float = 0.5
+
+
+class SkippingPolicy(Policy):
+    def __init__(self, config: Skipping, *, n_experts: int, d_model: int, layer_index: int):
+        super().__init__()
+        check_k("Skipping.k", config.k, n_experts)
+        if not 0.0 <= config.ratio <= 1.0:
+            raise ValueError(f"Skipping.ratio = {config.ratio} is outside [0, 1]")
+        self.config = config
+        # The best expert has ratio 1 and is always used, so no floor is needed.
+        self.budget = BudgetController(target_mean=None, initial=-config.ratio, lowest=-1.0, highest=0.0, rate=1.0)
+
+    def select(self, scores: Scores) -> Slots:
+        expert_TK, score_TK = best(scores, self.config.k)
+        return Slots(expert_TK, score_TK, self.within_budget(-score_TK.detach() / score_TK.detach().amax(dim=-1, keepdim=True)))
