@@ -13,7 +13,7 @@ from ablations.style import GRID, INK, MUTED, SERIES, colours, label_ends, new_f
 from ablations.table import with_unit
 
 # Blended over the page's background in either theme.
-BAND = 0.16
+BAND = 0.12
 
 
 def series(rows: list[tuple]) -> dict[str, list[tuple]]:
@@ -32,6 +32,8 @@ def differences(rows: list[tuple]) -> Figure:
         if low is not None:
             axes.plot([low, high], [y, y], color=colour[method], linewidth=2.4)
         axes.plot([mean], [y], "o", color=colour[method], markersize=6.5)
+        number = f"{mean:+.4f}" if low is None else f"{mean:+.4f} ± {mean - low:.4f}"
+        axes.annotate(number, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center", color=MUTED)
     axes.set_yticks(range(len(groups)), list(groups))
     for tick, method in zip(axes.get_yticklabels(), groups):
         tick.set_color(colour[method])
@@ -40,7 +42,7 @@ def differences(rows: list[tuple]) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlabel("bits per byte, method − baseline   (better ←  → worse)")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 

@@ -19,7 +19,7 @@ from ablations.statistics import paired_difference
 
 Rows = list[tuple]
 # Points per curve: enough for its shape, few enough that the noise of single batches is averaged away.
-BINS = 48
+TRUNK_BINS, BRANCH_BINS, DIFFERENCE_BINS = 48, 10, 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +72,10 @@ def differences(records: Records) -> Figure:
 def loss_curves(records: Records) -> Figure:
     """Training loss over the whole token budget: the trunk, then every method's branches."""
     comparison = records.comparison
-    rows: Rows = [("trunk", *point) for point in band([curve(run, comparison) for run in records.trunks.values()])]
+    rows: Rows = [("trunk", *point) for point in band([curve(run, comparison) for run in records.trunks.values()], TRUNK_BINS)]
     for method in records.methods:
         runs = records.branches[method].values()
-        rows += [(method, *point) for point in band([curve(run, comparison, comparison.trunk_tokens) for run in runs])]
+        rows += [(method, *point) for point in band([curve(run, comparison, comparison.trunk_tokens) for run in runs], BRANCH_BINS)]
     return Figure(
         name="loss_curves",
         title="Training loss",
@@ -89,15 +89,19 @@ def loss_curves(records: Records) -> Figure:
 def branch_differences(records: Records) -> Figure:
     """Training loss of a branch minus that of the baseline's branch with the same seed, which sees the same batches in the same order."""
     baseline = records.branches[records.comparison.baseline]
+    # A method that shifts its seeds sees other batches: nothing to subtract batch by batch.
+    shifted = {method.name for method in records.comparison.methods if method.kind == "seed"}
     rows: Rows = []
     for method in records.methods[1:]:
+        if method in shifted:
+            continue
         pairs = [(run, baseline[key]) for key, run in records.branches[method].items() if key in baseline]
-        rows += [(method, *point) for point in band([curve_difference(*pair, records.comparison) for pair in pairs])]
+        rows += [(method, *point) for point in band([curve_difference(*pair, records.comparison) for pair in pairs], DIFFERENCE_BINS)]
     return Figure(
         name="branch_differences",
         title="Branches against the baseline, batch by batch",
         caption="Training bits per byte of each branch minus those of the baseline's branch with the same seed, which sees the same batches "
-        "(no_op does not: its order differs). Below zero is better. Line: mean over seeds; band: range over seeds.",
+        "(no_op sees others and is left out). Below zero is better. Line: mean over seeds; band: range over seeds.",
         columns=("method", "tokens", "mean", "low", "high"),
         rows=rows,
         draw=drawing.branch_differences,
@@ -169,13 +173,13 @@ def curve_difference(run: Run, baseline: Run, comparison: Comparison) -> list[tu
     return [(tokens, y - reference) for (tokens, y), (_, reference) in zip(curve(run, comparison), curve(baseline, comparison))]
 
 
-def band(curves: list[list[tuple[int, float]]]) -> Rows:
-    """(tokens, mean, low, high) over curves of the same steps, each first averaged within up to `BINS` equal pieces."""
+def band(curves: list[list[tuple[int, float]]], bins: int) -> Rows:
+    """(tokens, mean, low, high) over curves of the same steps, each first averaged within up to `bins` equal pieces."""
     n_steps = min((len(points) for points in curves), default=0)
-    size = -(-n_steps // BINS)
+    bins = min(bins, n_steps)
     rows: Rows = []
-    for start in range(0, n_steps, size or 1):
-        piece = slice(start, min(start + size, n_steps))
+    for number in range(bins):
+        piece = slice(number * n_steps // bins, (number + 1) * n_steps // bins)
         means = [statistics.fmean(y for _, y in points[piece]) for points in curves]
         rows.append((curves[0][piece.stop - 1][0], statistics.fmean(means), min(means), max(means)))
     return rows

@@ -8,9 +8,10 @@ from routing.null_experts import NullExperts
 
 def change(model: ModelConfig) -> ModelConfig:
     k, n_experts = experts_of(model), model.moe.n_experts
-    # Two thirds more slots than real experts wanted, half as many null columns as experts: 20 slots, 40 columns at top-12 of 80.
+    # Two thirds more slots than real experts wanted, half as many null columns as experts: 20 slots, 40 columns at top-12 of 80. With at least as
+    # many columns as slots no slot is real by force, so the weights can be run at any budget.
     slots = min(round(5 * k / 3), n_experts)
-    return with_policy(model, NullExperts(k=slots, n_null=max(n_experts // 2, slots - k, 1), target_mean=k))
+    return with_policy(model, NullExperts(k=slots, n_null=max(n_experts // 2, slots), target_mean=k))
 
 
 METHOD = Method(

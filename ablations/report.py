@@ -128,7 +128,7 @@ def cost_table(ledger: Ledger) -> str:
         lines.append(f"<tr{row_class}><td>{html.escape(what)}</td><td>{flops:.3g}</td><td>{duration(seconds)}</td><td>{share}</td></tr>")
     head = "<tr><th></th><th>FLOPs</th><th>time</th><th>of staged</th></tr>"
     note = "From scratch: every method's whole network for the same tokens, evaluation left out; time is FLOPs divided by the trunk's measured speed."
-    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div><ul class=notes><li>{note}</li></ul>'
+    return f'<div class="scroll"><table class="cost">{head}{"".join(lines)}</table></div><ul class=notes><li>{note}</li></ul>'
 
 
 def methods(records: Records) -> str:

@@ -106,6 +106,7 @@ def footnotes(records: Records) -> list[str]:
         notes.append(f"Blocks from {comparison.boundary} on are fresh in every branch, the baseline's too, because a method changes them.")
     if "no_op" in records.methods:
         notes.append("no_op: the baseline once more with other branch seeds, so its data order differs too; what separates them is noise.")
+        notes.append("The other methods share the baseline's data order seed by seed; it cancels in their differences: narrower intervals.")
     planned = len(comparison.trunk_seeds) * len(comparison.branch_seeds)
     finished = {method.name: len(records.results.get(method.name, ())) for method in comparison.methods}
     if unfinished := [f"{method} {count} of {planned}" for method, count in finished.items() if count < planned]:

@@ -26,7 +26,7 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
         for method in methods
     )
     comparison = Comparison(
-        methods=tuple(MethodSummary(name=name, question=f"What does {name} do?", kind="routing") for name in methods),
+        methods=tuple(MethodSummary(name=name, question=f"What does {name} do?", kind="seed" if name == "no_op" else "routing") for name in methods),
         trunk_seeds=trunk_seeds,
         branch_seeds=branch_seeds,
         n_layers=8,

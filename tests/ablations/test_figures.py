@@ -41,7 +41,7 @@ def test_lines_and_bands_are_the_csv(figures, name, tmp_path):
     (axes,) = figures[name].draw(rows).axes
     lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
     groups = {key: list(group) for key, group in groupby(rows, key=lambda row: row[0])}
-    assert len(lines) == len(axes.collections) == len(groups) >= 4
+    assert len(lines) == len(axes.collections) == len(groups) >= 3
     for line, filled, group in zip(lines, axes.collections, groups.values()):
         assert list(line.get_xdata()) == [row[1] for row in group]
         assert list(line.get_ydata()) == [row[2] for row in group]
@@ -59,6 +59,10 @@ def test_difference_marks_are_the_csv(figures, tmp_path):
     single = [point[0] for dots in axes.collections for point in dots.get_offsets()]
     assert single == [row[2] for row in rows if row[1] != "mean"]
     assert len(single) == 4 * 3
+
+
+def test_the_no_op_is_not_subtracted_batch_by_batch(figures):
+    assert {row[0] for row in figures["branch_differences"].rows} == {"top_p", "null_experts", "random_k"}
 
 
 def test_histogram_bars_are_the_csv_and_sum_to_one(figures, tmp_path):
@@ -86,11 +90,15 @@ def test_curves_are_in_bits_per_byte_of_the_tokens_seen(comparison_folder):
 
 def test_band_averages_pieces_of_the_steps_all_have():
     curves = [[(step, float(step)) for step in range(1, 101)], [(step, step + 2.0) for step in range(1, 99)]]
-    rows = band(curves)
-    # 98 common steps in pieces of 3: the first holds steps 1-3, the last 97-98.
-    assert rows[0] == (3, 3.0, 2.0, 4.0)
+    rows = band(curves, 49)
+    # 98 common steps in 49 pieces: the first holds steps 1 and 2, the last 97 and 98.
+    assert len(rows) == 49
+    assert rows[0] == (2, 2.5, 1.5, 3.5)
     assert rows[-1] == (98, 98.5, 97.5, 99.5)
-    assert band([]) == []
+    # More pieces than steps: one step each; a number that does not divide: pieces whose sizes differ by one at most.
+    assert len(band(curves, 1000)) == 98
+    assert [row[0] for row in band(curves, 5)] == [19, 39, 58, 78, 98]
+    assert band([], 33) == []
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=9))
