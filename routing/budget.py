@@ -15,7 +15,7 @@ def exact_threshold(level_TK: Tensor, target_mean: float) -> Tensor:
     """The smallest threshold for which round(target_mean * T) of the levels lie at or below it (more only if levels tie at the threshold).
 
     Returns a scalar of the levels' dtype; -inf if the target is met by the forced slots alone or is 0. Raises ValueError if the target is out
-    of reach: below the forced slots or above K.
+    of reach, above K.
     """
     n_tokens, n_slots = level_TK.shape
     if n_tokens == 0:
@@ -60,6 +60,9 @@ class BudgetController(nn.Module):
         """Which slots are used, bool. In training the levels are remembered for `after_step`; after `calibrate` they set the threshold."""
         level_TK = level_TK.detach()
         if self._calibrate_to is not None:
+            forced = torch.isneginf(level_TK).sum().item() / max(level_TK.shape[0], 1)
+            if forced > self._calibrate_to + 1e-6:
+                raise ValueError(f"target_mean = {self._calibrate_to} experts per token is out of reach: the policy always uses {forced:g}")
             self.threshold.copy_(exact_threshold(level_TK, self._calibrate_to).clamp(self.lowest, self.highest))
             self.drift.zero_()
             self._calibrate_to = None

@@ -90,6 +90,22 @@ def test_calibration_is_exact_on_its_own_tokens(policy, target):
     assert float(other(x_TD).statistics.mean_experts) == pytest.approx(target, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("policy", "target", "message"),
+    [
+        (BUDGETED[0], 0.5, "target_mean = 0.5 .* always uses 1"),
+        (BUDGETED[0], 17.0, "at most 16 slots"),
+        (NullExperts(k=14, n_null=8, target_mean=8.0, floor=1), 5.0, "always uses 6"),
+    ],
+    ids=repr,
+)
+def test_calibration_out_of_reach_is_refused(policy, target, message):
+    router = drifting_router(policy).eval()
+    router.calibrate(target)
+    with pytest.raises(ValueError, match=message):
+        router(torch.randn(T, D))
+
+
 def test_calibration_of_a_fixed_number_of_experts_is_refused():
     with pytest.raises(ValueError, match="fixed number of experts"):
         drifting_router(TopK(k=4)).calibrate(3.0)
