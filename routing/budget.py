@@ -60,12 +60,12 @@ class BudgetController(nn.Module):
         """Which slots are used, bool. In training the levels are remembered for `after_step`; after `calibrate` they set the threshold."""
         level_TK = level_TK.detach()
         if self._calibrate_to is not None:
+            target_mean, self._calibrate_to = self._calibrate_to, None
             forced = torch.isneginf(level_TK).sum().item() / max(level_TK.shape[0], 1)
-            if forced > self._calibrate_to + 1e-6:
-                raise ValueError(f"target_mean = {self._calibrate_to} experts per token is out of reach: the policy always uses {forced:g}")
-            self.threshold.copy_(exact_threshold(level_TK, self._calibrate_to).clamp(self.lowest, self.highest))
+            if forced > target_mean + 1e-6:
+                raise ValueError(f"target_mean = {target_mean} experts per token is out of reach: the policy always uses {forced:g}")
+            self.threshold.copy_(exact_threshold(level_TK, target_mean).clamp(self.lowest, self.highest))
             self.drift.zero_()
-            self._calibrate_to = None
         elif self.training and self.target_mean is not None and level_TK.shape[0] > 0:
             # The clamp keeps the integral finite where the target lies at the floor, whose levels are -inf.
             self.exact_sum += exact_threshold(level_TK, self.target_mean).clamp(self.lowest, self.highest)

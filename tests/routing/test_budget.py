@@ -104,6 +104,8 @@ def test_calibration_out_of_reach_is_refused(policy, target, message):
     router.calibrate(target)
     with pytest.raises(ValueError, match=message):
         router(torch.randn(T, D))
+    # The refused request is forgotten.
+    router(torch.randn(T, D))
 
 
 def test_calibration_of_a_fixed_number_of_experts_is_refused():
