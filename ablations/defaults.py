@@ -68,7 +68,7 @@ class ModelOptions:
         )
 
 
-STAGING = StagingConfig(tokens=2_400_000, trunk_share=0.85, freeze=0.85, batch_size=16, seq_len=256)
+STAGING = StagingConfig(tokens=1_800_000, trunk_share=0.85, freeze=0.85, batch_size=4, seq_len=256, learning_rate=8e-3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -99,11 +99,14 @@ class Router(nn.Module):
         self.init_weights(torch.Generator().manual_seed(layer_index))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Logits of standard deviation 1 on inputs of root mean square 1, at any width."""
-        for weight in (self.weight_ED, self.null_weight_ZD):
+        """Logits of standard deviation 1 on inputs of root mean square 1, at any width.
+
+        Null columns have a generator of their own: what is drawn next must not depend on whether the method has any.
+        """
+        null_generator = torch.Generator(generator.device).manual_seed(generator.initial_seed() + 1)
+        for weight, source in ((self.weight_ED, generator), (self.null_weight_ZD, null_generator)):
             if weight is not None:
-                draw = torch.randn(weight.shape, generator=generator, device=generator.device) * self.d_model**-0.5
-                weight.data.copy_(draw)
+                weight.data.copy_(torch.randn(weight.shape, generator=source, device=source.device) * self.d_model**-0.5)
         self.load_E.zero_()
         self.selection_bias_E.zero_()
         # A policy's own parameters and buffers start from constants.

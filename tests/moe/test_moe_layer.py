@@ -100,3 +100,13 @@ def test_checkpoint_holds_the_controllers():
 def test_configurations_that_make_no_sense_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         layer(TopK(k=3), **config)
+
+
+def test_null_columns_do_not_change_what_the_experts_start_from():
+    layers = []
+    for policy in (TopK(k=2), NullExperts(k=4, n_null=4, target_mean=2.0)):
+        config = MoEConfig(n_experts=8, d_expert=16, router=RouterConfig(policy=policy))
+        layers.append(MoE(config, d_model=16, layer_index=0))
+        layers[-1].init_weights(torch.Generator().manual_seed(3))
+    assert torch.equal(layers[0].router.weight_ED, layers[1].router.weight_ED)
+    assert torch.equal(layers[0].experts.w_down_EFD, layers[1].experts.w_down_EFD)
