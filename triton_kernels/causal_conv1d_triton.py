@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.causal_conv1d_configurations import BLOCK_C, BLOCK_M
+from triton_kernels.causal_conv1d_configurations import BACKWARD_BLOCK_M, BLOCK_C, BLOCK_M
 
 
 @triton.jit
@@ -96,20 +96,22 @@ def convolution_backward_kernel(
     mask_MC = (token_M < T)[:, None] & channels[None, :]
     sequence_M, start_M, past_M = sequence_bounds(tl.minimum(token_M, T - 1), cu_seqlens_ptr, n_sequences, batch, T, PACKED)
     row_base = tl.full((), 0, tl.int64) + batch * T
-    dx_MC = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for ahead in tl.static_range(W):
+    dz_MC = gradient_before_activation(
+        dy_ptr, x_ptr, tail_ptr, weight_ptr, bias_ptr, row_base, token_M, start_M, sequence_M, channel_C, mask_MC, D, W, SILU
+    )
+    partial_C = partial_ptr + (tl.full((), 0, tl.int64) + tl.program_id(0)) * (W + 1) * D + channel_C
+    for back in tl.static_range(W):
+        x_MC = shifted_inputs(x_ptr, tail_ptr, row_base, token_M, start_M, sequence_M, channel_C, mask_MC, D, back, W)
+        tl.store(partial_C + (W - 1 - back) * D, tl.sum(dz_MC * x_MC, 0), mask=channels)
+    tl.store(partial_C + W * D, tl.sum(dz_MC, 0), mask=channels)
+    dx_MC = dz_MC * tl.load(weight_ptr + channel_C * W + W - 1, mask=channels, other=0.0).to(tl.float32)[None, :]
+    # A loop and not W copies: unrolled, all the outputs that an input reaches would be in registers at once.
+    for ahead in range(1, W):
         reached_MC = mask_MC & (token_M + ahead < past_M)[:, None]
         dz_MC = gradient_before_activation(
             dy_ptr, x_ptr, tail_ptr, weight_ptr, bias_ptr, row_base, token_M + ahead, start_M, sequence_M, channel_C, reached_MC, D, W, SILU
         )
         dx_MC += dz_MC * tl.load(weight_ptr + channel_C * W + W - 1 - ahead, mask=channels, other=0.0).to(tl.float32)[None, :]
-        if ahead == 0:
-            partial_row = tl.full((), 0, tl.int64) + tl.program_id(0)
-            partial_C = partial_ptr + partial_row * (W + 1) * D + channel_C
-            for back in tl.static_range(W):
-                x_MC = shifted_inputs(x_ptr, tail_ptr, row_base, token_M, start_M, sequence_M, channel_C, mask_MC, D, back, W)
-                tl.store(partial_C + (W - 1 - back) * D, tl.sum(dz_MC * x_MC, 0), mask=channels)
-            tl.store(partial_C + W * D, tl.sum(dz_MC, 0), mask=channels)
     tl.store(dx_ptr + (row_base + token_M)[:, None] * D + channel_C[None, :], dx_MC.to(dx_ptr.dtype.element_ty), mask=mask_MC)
 
 
@@ -168,7 +170,7 @@ def forward_op(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, cu_
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() > 0:
         x, weight, tail = x.contiguous(), weight.contiguous(), tail.contiguous()
-        n_blocks, sizes, constants = _launch(T, D, weight, cu_seqlens, silu)
+        n_blocks, sizes, constants = _launch(T, D, weight, cu_seqlens, silu, BLOCK_M)
         grid = (n_blocks * B, -(-D // BLOCK_C))
         convolution_forward_kernel[grid](x, tail, weight, bias, cu_seqlens, y, *sizes, BLOCK_M=BLOCK_M, **constants)
     return y
@@ -189,11 +191,11 @@ def backward_op(
     if dx.numel() == 0:
         return dx, torch.zeros_like(weight), weight.new_zeros(D, dtype=torch.float32), dtail
     dy, x, weight, tail = dy.contiguous(), x.contiguous(), weight.contiguous(), tail.contiguous()
-    n_blocks, sizes, constants = _launch(T, D, weight, cu_seqlens, silu)
+    n_blocks, sizes, constants = _launch(T, D, weight, cu_seqlens, silu, BACKWARD_BLOCK_M)
     partial_PWD = x.new_empty(n_blocks * B, W + 1, D, dtype=torch.float32)
     channel_blocks = -(-D // BLOCK_C)
     inputs = (dy, x, tail, weight, bias, cu_seqlens)
-    convolution_backward_kernel[(n_blocks * B, channel_blocks)](*inputs, dx, partial_PWD, *sizes, BLOCK_M=BLOCK_M, **constants)
+    convolution_backward_kernel[(n_blocks * B, channel_blocks)](*inputs, dx, partial_PWD, *sizes, BLOCK_M=BACKWARD_BLOCK_M, **constants)
     convolution_tail_kernel[(tail.shape[0], channel_blocks)](*inputs, dtail, T, D, **constants)
     sums_WD = partial_PWD.sum(0)
     return dx, sums_WD[:W].T.to(weight.dtype).contiguous(), sums_WD[W].clone(), dtail
@@ -205,9 +207,9 @@ def _(dy, x, weight, bias, tail, cu_seqlens, silu):
     return dx, torch.empty_like(weight, memory_format=torch.contiguous_format), weight.new_empty(x.shape[2], dtype=torch.float32), dtail
 
 
-def _launch(T: int, D: int, weight: Tensor, cu_seqlens: Tensor | None, silu: bool) -> tuple[int, tuple[int, ...], dict[str, int]]:
+def _launch(T: int, D: int, weight: Tensor, cu_seqlens: Tensor | None, silu: bool, block_m: int) -> tuple[int, tuple[int, ...], dict[str, int]]:
     """(blocks of a batch row, the integer arguments, the constants)."""
-    n_blocks = -(-T // BLOCK_M)
+    n_blocks = -(-T // block_m)
     n_sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     constants = {"W": weight.shape[1], "SILU": silu, "PACKED": cu_seqlens is not None, "BLOCK_C": BLOCK_C}
     return n_blocks, (T, D, n_sequences, n_blocks), constants

@@ -23,7 +23,7 @@ def _options(block_m: int, block_n: int, warps: int, stages: int) -> tuple[Launc
 
 
 # fp32 products run on the plain multipliers: small blocks, one table for every architecture.
-SINGLE = LaunchTable(lines={(80, 64): _options(32, 32, 4, 2), (80, 128): _options(32, 32, 4, 1), (80, 256): _options(16, 32, 4, 1)})
+SINGLE = LaunchTable(lines={(80, 64): _options(32, 32, 8, 1), (80, 128): _options(32, 32, 4, 1), (80, 256): _options(16, 32, 4, 1)})
 
 FORWARD: Tables = (
     LaunchTable(
@@ -34,6 +34,9 @@ FORWARD: Tables = (
             (90, 64): _options(128, 128, 8, 3),
             (90, 128): _options(128, 64, 8, 3),
             (90, 256): _options(64, 64, 8, 2),
+            (100, 64): _options(128, 64, 8, 3),
+            (100, 128): _options(128, 64, 8, 3),
+            (100, 256): _options(64, 64, 8, 2),
         }
     ),
     SINGLE,
@@ -45,7 +48,7 @@ QUERY_GRADIENT: Tables = (
             (80, 128): _options(64, 64, 8, 2),
             (80, 256): _options(64, 32, 8, 1),
             (90, 64): _options(128, 64, 8, 3),
-            (90, 128): _options(64, 64, 4, 2),
+            (90, 128): (*_options(64, 64, 4, 2), *_options(64, 32, 4, 3)),
             (90, 256): _options(64, 32, 8, 2),
         }
     ),
@@ -58,7 +61,7 @@ KEY_VALUE_GRADIENT: Tables = (
             (80, 128): _options(32, 64, 8, 2),
             (80, 256): _options(16, 64, 8, 2),
             (90, 64): _options(64, 128, 8, 2),
-            (90, 128): _options(32, 64, 4, 2),
+            (90, 128): (*_options(32, 64, 4, 2), *_options(32, 64, 8, 2)),
             (90, 256): _options(16, 64, 8, 2),
         }
     ),

@@ -133,7 +133,8 @@ class _Call:
 
     def launch(self, tables: Tables, block: str, length: int, heads: int) -> tuple[tuple[int], int, dict[str, int]]:
         """(grid, blocks of one head, launch options); packed sequences may need one more block each, see `locate`."""
-        options = tables[self.is_single].options(self.width)[0]
+        # A line's last option is for packed sequences, whose bookkeeping takes a few more registers.
+        options = tables[self.is_single].options(self.width)[-1 if self.n_sequences else 0]
         size = options.blocks[block]
         n_blocks = length // size + self.n_sequences if self.n_sequences else -(-length // size)
         return (n_blocks * heads * self.batch_size,), n_blocks, {**options.blocks, "num_warps": options.num_warps, "num_stages": options.num_stages}
