@@ -7,8 +7,8 @@ from torch import Tensor
 def invert_unit_lower(a_XCC: Tensor, block: int = 4) -> Tensor:
     """(I + a)^-1 of strictly lower triangular matrices [X, C, C]; C is at most `block`, or `block` times a power of two.
 
-    Diagonal blocks by doubling, (I - a)(I + a^2)(I + a^4)...: exact because a^block = 0, and so short that the powers cannot grow (at 16 they reach 1e6 when keys repeat and beta is 2).
-    Neighbouring blocks are then merged: the inverse of [[P, 0], [R, Q]] is [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]].
+    Diagonal blocks by doubling, (I - a)(I + a^2)(I + a^4)...: exact because a^block = 0, and so short that the powers cannot grow (at 16 they reach
+    1e6 when keys repeat and beta is 2). Neighbouring blocks are then merged: the inverse of [[P, 0], [R, Q]] is [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]].
     """
     size = a_XCC.shape[-1]
     block = min(block, size)

@@ -6,7 +6,6 @@ Letters: B batch, T tokens, G query/key heads, H value heads, K key width, V val
 from typing import Any
 
 import torch
-import triton
 
 from triton_kernels.configurations import LaunchOptions, LaunchTable
 
@@ -32,9 +31,14 @@ def addressable(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
 
 
+def power_of_two(n: int) -> int:
+    """The least one that is not smaller than n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def block_of(width: int) -> int:
     """The power of two that holds a head width; 16 is the least a product takes."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_two(width))
 
 
 class DeltaCall:
@@ -44,7 +48,7 @@ class DeltaCall:
         (self.B, self.T, self.H, self.V), (self.G, self.K) = v.shape, q.shape[2:]
         self.chunk = chunk_size
         self.S = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.n_chunks = triton.cdiv(self.T, chunk_size)
+        self.n_chunks = -(-self.T // chunk_size)
         self.slots = self.B * self.n_chunks if cu_seqlens is None else self.T // chunk_size + self.S
         self.empty = v.numel() == 0
         self.width = max(self.K, self.V)
@@ -53,7 +57,7 @@ class DeltaCall:
         self.precision = {"PRECISION": "ieee" if self.is_single else "tf32"}
         self.common: dict[str, Any] = {"CHUNK": chunk_size, "GROUP": self.H // self.G, "PACKED": cu_seqlens is not None, "K": self.K}
         self.common |= {"BLOCK_K": block_of(self.K)} | self.precision
-        self.chunk_constants = self.common | {"BLOCK_S": triton.next_power_of_2(self.S)}
+        self.chunk_constants = self.common | {"BLOCK_S": power_of_two(self.S)}
         self.scan_sizes = (self.T, self.B * self.T, self.n_chunks, self.slots, self.H)
 
     def options(self, tables: tuple[LaunchTable, LaunchTable]) -> tuple[LaunchOptions, ...]:
@@ -68,19 +72,15 @@ class DeltaCall:
         """Grid and options of a scan: the widest slices that still fill the device; if none does, the narrowest."""
         programs, options = 0, None
         for options in self.options(tables):
-            programs = self.S * self.H * roles * triton.cdiv(self.V, options.blocks["BLOCK"])
+            programs = self.S * self.H * roles * -(-self.V // options.blocks["BLOCK"])
             if programs >= MIN_PROGRAMS:
                 break
         assert options is not None
         return (programs,), self.common | {"V": self.V} | dict(options.blocks) | warps_and_stages(options)
 
-    def per_value_head(self, grad_BTGK: Tensor) -> Tensor:
-        """Room for the gradient of q or k from every value head: the gradient itself where no heads share it."""
-        return grad_BTGK if self.H == self.G else grad_BTGK.new_empty(self.B, self.T, self.H, self.K, dtype=torch.float32)
-
-    def sum_groups(self, grad_BTHK: Tensor, grad_BTGK: Tensor) -> None:
-        if self.H != self.G:
-            grad_BTGK.copy_(grad_BTHK.unflatten(2, (self.G, -1)).sum(3))
+    def sum_groups(self, grad_BTHK: Tensor) -> Tensor:
+        """[B, T, G, K]: the gradient of q or k, summed over the value heads that share it."""
+        return grad_BTHK if self.H == self.G else grad_BTHK.unflatten(2, (self.G, -1)).sum(3)
 
 
 def warps_and_stages(options: LaunchOptions) -> dict[str, int]:

@@ -87,10 +87,11 @@ def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     row = tl.arange(0, CHUNK)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
     inverse = tl.where(row == column, 1.0, 0.0) - tl.where(row // 2 == column // 2, a, 0.0)
-    # Blocks of 2^level are inverted already.
-    for level in tl.static_range(1, 6):
-        if 2**level < CHUNK:
-            pairs = row // (2 * 2**level) == column // (2 * 2**level)
-            lower_left = tl.where(pairs & (row // 2**level != column // 2**level), a, 0.0)
-            inverse -= tl.dot(inverse, tl.dot(lower_left, inverse, input_precision=PRECISION), input_precision=PRECISION)
+    # A loop that is left rolled: unrolled, its ten products spill on Ampere.
+    size = 2
+    while size < CHUNK:
+        pairs = row // (2 * size) == column // (2 * size)
+        lower_left = tl.where(pairs & (row // size != column // size), a, 0.0)
+        inverse -= tl.dot(inverse, tl.dot(lower_left, inverse, input_precision=PRECISION), input_precision=PRECISION)
+        size *= 2
     return inverse

@@ -24,15 +24,15 @@ def _slices(*blocks: int, warps: int, stages: int) -> tuple[LaunchOptions, ...]:
     return tuple(LaunchOptions(blocks={"BLOCK": block}, num_warps=warps, num_stages=stages) for block in blocks)
 
 
-def _everywhere(options: tuple[LaunchOptions, ...]) -> LaunchTable:
-    return LaunchTable(lines={(80, 128): options, (90, 128): options, (100, 128): options})
+def _everywhere(options: tuple[LaunchOptions, ...], ampere: tuple[LaunchOptions, ...] | None = None) -> LaunchTable:
+    return LaunchTable(lines={(80, 128): ampere or options, (90, 128): options, (100, 128): options})
 
 
 SINGLE_SCAN = _everywhere(_slices(16, warps=4, stages=1))
-PREPARE: Tables = (_everywhere(_launch(4, 1)), _everywhere(_launch(4, 1)))
+PREPARE: Tables = (_everywhere(_launch(4, 1)), _everywhere(_launch(8, 1)))
 SCAN_FORWARD: Tables = (_everywhere(_slices(32, 16, warps=4, stages=2)), SINGLE_SCAN)
-SCAN_BACKWARD: Tables = (_everywhere(_slices(32, 16, warps=4, stages=2)), SINGLE_SCAN)
-GRADIENTS: Tables = (_everywhere(_slices(32, warps=8, stages=2)), _everywhere(_slices(32, warps=8, stages=1)))
+SCAN_BACKWARD: Tables = (_everywhere(_slices(32, 16, warps=4, stages=2), ampere=_slices(16, warps=4, stages=1)), SINGLE_SCAN)
+GRADIENTS: Tables = (_everywhere(_slices(64, warps=8, stages=1)), _everywhere(_slices(32, warps=8, stages=1)))
 
 
 def _inputs(dtype: torch.dtype, device: str, *, gated: bool, B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, Any]:

@@ -55,47 +55,6 @@ def gradient_kernel(
     row_v = (token0 * n_heads + head) * V
     state_at = (head * n_slots + slot) * (K * V)
 
-    total = tl.zeros([], tl.float32)
-    if HAS_GATE:
-        for start in range(0, K * V, 1024):
-            entries = start + tl.arange(0, 1024)
-            s_part = tl.load(states + state_at + entries, mask=entries < K * V, other=0.0).to(tl.float32)
-            total += tl.sum(s_part * tl.load(dstates + state_at + entries, mask=entries < K * V, other=0.0).to(tl.float32), 0)
-
-    # What the queries read: dL_q. The weights carry b_j / |k_j| of the key; a row's own factor comes at the end.
-    z = tl.zeros([CHUNK, CHUNK], tl.float32)
-    dl = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    for column0 in range(0, V, BLOCK):
-        columns = column0 + tl.arange(0, BLOCK)
-        do_tile = load_tile(do_head_base, rows, do_stride, columns, inside, V)
-        e_tile = load_tile(errors + row_v, rows, n_heads * V, columns, inside, V)
-        s_tile = load_tile(states + state_at, k_columns, V, columns, k_columns < K, V)
-        z = tl.dot(do_tile, tl.trans(e_tile), z, input_precision=PRECISION)
-        dl = tl.dot(do_tile, tl.trans(s_tile), dl, input_precision=PRECISION)
-    k_tile = load_tile(k, rows, k_stride, k_columns, inside, K)
-    weight = decay_to(c, rows, False) * (b * k_length)[None, :]
-    dl = tl.dot((z * weight).to(dtype), k_tile, dl * tl.exp2(c)[:, None], input_precision=PRECISION) * scale
-    q_tile = load_tile(q, rows, q_stride, k_columns, inside, K)
-    along_q = tl.sum(q_tile.to(tl.float32) * dl, 1) * q_length
-    mask = inside[:, None] & (k_columns < K)[None, :]
-    tile = (token0 * n_heads + head) * K + rows[:, None] * (n_heads * K) + k_columns[None, :]
-    tl.store(dq + tile, normalized_gradient(dl, q_tile, q_length, along_q, NORMALIZE), mask=mask)
-
-    # What the keys read: dL_k.
-    z = tl.zeros([CHUNK, CHUNK], tl.float32)
-    dl = tl.zeros([CHUNK, BLOCK_K], tl.float32)
-    for column0 in range(0, V, BLOCK):
-        columns = column0 + tl.arange(0, BLOCK)
-        dv_tile = load_tile(dv + row_v, rows, n_heads * V, columns, inside, V)
-        e_tile = load_tile(errors + row_v, rows, n_heads * V, columns, inside, V)
-        s_tile = load_tile(states + state_at, k_columns, V, columns, k_columns < K, V)
-        z = tl.dot(dv_tile, tl.trans(e_tile), z, input_precision=PRECISION)
-        dl = tl.dot(dv_tile, tl.trans(s_tile), dl, input_precision=PRECISION)
-    k_tile = load_tile(k, rows, k_stride, k_columns, inside, K)
-    weight = decay_to(c, rows, True) * (b * k_length)[None, :]
-    dl = tl.dot((z * weight).to(dtype), k_tile, dl * tl.exp2(c)[:, None], input_precision=PRECISION)
-    along_k = -tl.sum(k_tile.to(tl.float32) * dl, 1) * k_length
-
     # What the keys wrote: U. The weights carry the factor of the row that read.
     z_q, z_k = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
     u = tl.zeros([CHUNK, BLOCK_K], tl.float32)
@@ -110,14 +69,56 @@ def gradient_kernel(
         u = tl.dot(e_tile, tl.trans(ds_tile), u, input_precision=PRECISION)
     k_tile = load_tile(k, rows, k_stride, k_columns, inside, K)
     u *= tl.exp2(c_last - c)[:, None]
-    total = total * tl.exp2(c_last) + tl.sum(b * k_length * tl.sum(k_tile.to(tl.float32) * u, 1), 0)
+    along_state = tl.sum(k_tile.to(tl.float32) * u, 1) * b * k_length
     u = tl.dot((z_k * decay_from(c, rows, True) * -k_length[None, :]).to(dtype), k_tile, u, input_precision=PRECISION)
     q_tile = load_tile(q, rows, q_stride, k_columns, inside, K)
     u = tl.dot((z_q * decay_from(c, rows, False) * (q_length * scale)[None, :]).to(dtype), q_tile, u, input_precision=PRECISION)
     db = tl.sum(k_tile.to(tl.float32) * u, 1) * k_length
     tl.store(dbeta + token_head, db, mask=inside)
-    if HAS_GATE:
-        dc = along_q + along_k - b * db
-        # Sum from a row on = all - sum up to it + its own.
-        tl.store(dgate + token_head, total + tl.sum(dc, 0) - tl.cumsum(dc, 0) + dc, mask=inside)
+
+    # What the keys read: dL_k. The weights carry b_j / |k_j| of the key; a row's own factor comes at the end.
+    z = tl.zeros([CHUNK, CHUNK], tl.float32)
+    dl = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    for column0 in range(0, V, BLOCK):
+        columns = column0 + tl.arange(0, BLOCK)
+        dv_tile = load_tile(dv + row_v, rows, n_heads * V, columns, inside, V)
+        e_tile = load_tile(errors + row_v, rows, n_heads * V, columns, inside, V)
+        s_tile = load_tile(states + state_at, k_columns, V, columns, k_columns < K, V)
+        z = tl.dot(dv_tile, tl.trans(e_tile), z, input_precision=PRECISION)
+        dl = tl.dot(dv_tile, tl.trans(s_tile), dl, input_precision=PRECISION)
+    k_tile = load_tile(k, rows, k_stride, k_columns, inside, K)
+    weight = decay_to(c, rows, True) * (b * k_length)[None, :]
+    dl = tl.dot((z * weight).to(dtype), k_tile, dl * tl.exp2(c)[:, None], input_precision=PRECISION)
+    along_k = -tl.sum(k_tile.to(tl.float32) * dl, 1) * k_length
+    mask = inside[:, None] & (k_columns < K)[None, :]
+    tile = (token0 * n_heads + head) * K + rows[:, None] * (n_heads * K) + k_columns[None, :]
     tl.store(dk + tile, normalized_gradient(b[:, None] * u - dl, k_tile, k_length, along_k + b * db, NORMALIZE), mask=mask)
+
+    # What the queries read: dL_q.
+    z = tl.zeros([CHUNK, CHUNK], tl.float32)
+    dl = tl.zeros([CHUNK, BLOCK_K], tl.float32)
+    for column0 in range(0, V, BLOCK):
+        columns = column0 + tl.arange(0, BLOCK)
+        do_tile = load_tile(do_head_base, rows, do_stride, columns, inside, V)
+        e_tile = load_tile(errors + row_v, rows, n_heads * V, columns, inside, V)
+        s_tile = load_tile(states + state_at, k_columns, V, columns, k_columns < K, V)
+        z = tl.dot(do_tile, tl.trans(e_tile), z, input_precision=PRECISION)
+        dl = tl.dot(do_tile, tl.trans(s_tile), dl, input_precision=PRECISION)
+    k_tile = load_tile(k, rows, k_stride, k_columns, inside, K)
+    weight = decay_to(c, rows, False) * (b * k_length)[None, :]
+    dl = tl.dot((z * weight).to(dtype), k_tile, dl * tl.exp2(c)[:, None], input_precision=PRECISION) * scale
+    q_tile = load_tile(q, rows, q_stride, k_columns, inside, K)
+    along_q = tl.sum(q_tile.to(tl.float32) * dl, 1) * q_length
+    tl.store(dq + tile, normalized_gradient(dl, q_tile, q_length, along_q, NORMALIZE), mask=mask)
+
+    if HAS_GATE:
+        products = tl.zeros([1024], tl.float32)
+        for start in range(0, K * V, 1024):
+            entries = start + tl.arange(0, 1024)
+            s_part = tl.load(states + state_at + entries, mask=entries < K * V, other=0.0).to(tl.float32)
+            products += s_part * tl.load(dstates + state_at + entries, mask=entries < K * V, other=0.0).to(tl.float32)
+        dc = along_q + along_k - b * db
+        # From a row to the chunk's end, and what the state there adds to every row (as a matrix: Triton 3.7.1 cannot sum these vectors to a scalar
+        # for Blackwell).
+        sums = tl.where(rows[None, :] >= rows[:, None], dc[None, :], 0.0) + along_state[None, :]
+        tl.store(dgate + token_head, tl.exp2(c_last) * tl.sum(products, 0) + tl.sum(sums, 1), mask=inside)

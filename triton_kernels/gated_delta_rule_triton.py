@@ -68,13 +68,13 @@ def backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dg, dbeta, dinitial); dg and dinitial are empty where there is no gate or no initial state."""
     outputs = backward_op_fake(do, dfinal, q, k, v, g, beta, initial, cu_seqlens, attention, inverse, factors, whole, scale, normalize_qk, chunk_size)
-    dq, dk, dv, dg, dbeta, dinitial = outputs
     call = DeltaCall(q, v, cu_seqlens, chunk_size)
+    *_, dv, dg, dbeta, dinitial = outputs
     if call.empty:
         return *outputs[:5], torch.zeros_like(dinitial) if dfinal is None else dfinal.clone()
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     errors = torch.empty_like(dv)
-    head_dq, head_dk = call.per_value_head(dq), call.per_value_head(dk)
+    dq, dk = (x.new_empty(*v.shape[:3], call.K) for x in (q, k))
     states, dstates = (v.new_empty(call.H, call.slots, call.K, call.V) for _ in range(2))
     grid, options = call.scan_launch(SCAN_BACKWARD, 2)
     scan_kernel[grid](
@@ -84,12 +84,10 @@ def backward_op(
     )  # fmt: skip
     grid, options = call.chunk_launch(GRADIENTS, call.H)
     gradient_kernel[grid](
-        q, k, g, beta, do, errors, dv, states, dstates, head_dq, head_dk, dg, dbeta, cu_seqlens, call.T, call.n_chunks, call.slots, call.S, call.H,
+        q, k, g, beta, do, errors, dv, states, dstates, dq, dk, dg, dbeta, cu_seqlens, call.T, call.n_chunks, call.slots, call.S, call.H,
         *token_strides(q, k, do), scale, HAS_GATE=g is not None, NORMALIZE=normalize_qk, V=call.V, **options,
     )  # fmt: skip
-    call.sum_groups(head_dq, dq)
-    call.sum_groups(head_dk, dk)
-    return outputs
+    return call.sum_groups(dq), call.sum_groups(dk), dv, dg, dbeta, dinitial
 
 
 @backward_op.register_fake

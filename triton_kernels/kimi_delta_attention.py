@@ -6,6 +6,8 @@ Letters: B batch, T tokens, G query/key heads, H value heads (a multiple of G), 
 by `cu_seqlens`).
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_shape

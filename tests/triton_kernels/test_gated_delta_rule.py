@@ -1,4 +1,4 @@
-"""The delta rules, gated, plain and per channel: torch reference and kernels against the token-by-token recurrence in fp64, outputs and all gradients."""
+"""The delta rules, gated, plain and per channel: reference and kernels against the token-by-token recurrence in fp64, outputs and all gradients."""
 
 import pytest
 import torch
