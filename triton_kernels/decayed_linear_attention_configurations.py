@@ -31,9 +31,9 @@ LAUNCHES = LaunchTable(
         (80, 256): slices((16, 8), chunk=16, num_stages=1),
         (90, 64): slices((64, 8), (32, 4)),
         (90, 128): slices((32, 4)),
-        (90, 256): slices((16, 8), chunk=32),
+        (90, 256): slices((16, 8), chunk=16),
         (100, 64): slices((32, 4)),
-        (100, 128): slices((32, 8)),
+        (100, 128): slices((16, 4)),
         (100, 256): slices((16, 8)),
     }
 )
@@ -105,6 +105,25 @@ def fla_fixed(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHV: torch.Tensor, 
     return chunk_simple_gla(q_BTHK, k_BTHK, v_BTHV, g_gamma=log_decay, scale=scale)[0]
 
 
+def transformers_lightning(q_BTHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHV: torch.Tensor, log_decay: torch.Tensor, scale: float) -> torch.Tensor:
+    """The attention of transformers' MiniMax layer alone: its projections, norm and output gate are replaced by what passes its input through."""
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    class Open(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.new_full((), 40.0)
+
+    heads, width = q_BTHK.shape[2:]
+    layer: Any = MiniMaxLightningAttention(MiniMaxConfig(hidden_size=width, num_attention_heads=heads, head_dim=width), layer_idx=0)
+    layer.act_fn = layer.qkv_proj = layer.norm = layer.out_proj = torch.nn.Identity()
+    layer.output_gate = Open()
+    layer.slope_rate = -log_decay[:, None, None].to(q_BTHK.dtype)
+    layer.query_decay, layer.key_decay, layer.diagonal_decay = layer.decay_factors(layer.slope_rate)
+    packed = torch.cat((q_BTHK * scale, k_BTHK, v_BTHV), -1).flatten(2)
+    return layer(packed, None, None)[0].view_as(v_BTHV)
+
+
 def operation(name: str, draw: Any, least: Any, fla: Any, shapes: dict[str, Shape]) -> Operation:
     return Operation(
         name=f"decayed_linear_attention/{name}",
@@ -112,6 +131,7 @@ def operation(name: str, draw: Any, least: Any, fla: Any, shapes: dict[str, Shap
         inputs=draw,
         cost=least,
         peers={"fla": fla},
+        cpu_peers={"transformers": transformers_lightning} if name == "fixed" else {},
         without_products=frozenset({"gate_gradient_kernel"}),
         **shapes,  # pyright: ignore[reportArgumentType]
     )

@@ -19,33 +19,43 @@ from triton_kernels.chunk import ChunkLayout, chunk_layout, scan_states
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """The chunked form with its backward written out: autograd would keep a [C, C] matrix per product and a graph node per chunk."""
+    """The chunked form with its backward written out: autograd would keep every product and a graph node per chunk."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g_BNHC: torch.Tensor, initial_SHKV: torch.Tensor, layout: ChunkLayout):
-        """q, k [B, N, H, C, K] (q scaled), v [B, N, H, C, V], log-decay g and the state in fp32 (fp64 for fp64 inputs)."""
-        decay = chunk_decays(g_BNHC)
-        scores = (q @ k.mT).mul_(decay.within.to(q.dtype))
-        update = ((k * decay.to_end.to(k.dtype)).mT @ v).to(initial_SHKV.dtype)
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        g_BNHC: torch.Tensor,
+        initial_SHKV: torch.Tensor,
+        within: torch.Tensor,
+        layout: ChunkLayout,
+        scale: float,
+    ):
+        """q, k [B, N, H, C, K], v [B, N, H, C, V]; log-decay g and the state in fp32 (fp64 for fp64 inputs); within: scale * D."""
+        decay = chunk_decays(g_BNHC, scale, q.dtype)
+        scores = (q @ k.mT).mul_(within)
+        update = ((k * decay.to_end).mT @ v).to(initial_SHKV.dtype)
         states, final = scan_states(decay.whole, update, initial_SHKV, layout)
-        out = (scores @ v).add_((q * decay.from_start.to(q.dtype)) @ states.to(q.dtype))
-        ctx.save_for_backward(q, k, v, g_BNHC, states)
-        ctx.layout = layout
+        out = (scores @ v).add_((q * decay.from_start) @ states.to(q.dtype))
+        ctx.save_for_backward(q, k, v, g_BNHC, scores, states, within)
+        ctx.layout, ctx.scale = layout, scale
         return out, final
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor, dfinal: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, g_BNHC, states = ctx.saved_tensors
-        decay = chunk_decays(g_BNHC)
-        within, from_start, to_end = decay.within.to(q.dtype), decay.from_start.to(q.dtype), decay.to_end.to(q.dtype)
-        dupdate = ((q * from_start).mT @ dout).to(states.dtype)
+        q, k, v, g_BNHC, scores, states, within = ctx.saved_tensors
+        # It arrives transposed, and every product would copy it again.
+        dout = dout.contiguous()
+        decay = chunk_decays(g_BNHC, ctx.scale, q.dtype)
+        dupdate = ((q * decay.from_start).mT @ dout).to(states.dtype)
         dstates, dinitial = scan_states(decay.whole, dupdate, dfinal, ctx.layout, reverse=True)
         dstates_low = dstates.to(q.dtype)
-        scores = (q @ k.mT).mul_(within)
         dscores = (dout @ v.mT).mul_(within)
-        dv = (scores.mT @ dout).add_((k * to_end) @ dstates_low)
-        dq = (dscores @ k).add_((dout @ states.to(q.dtype).mT).mul_(from_start))
-        dk_state = (v @ dstates_low.mT).mul_(to_end)
+        dv = (scores.mT @ dout).add_((k * decay.to_end) @ dstates_low)
+        dq = (dscores @ k).add_((dout @ states.to(q.dtype).mT).mul_(decay.from_start))
+        dk_state = (v @ dstates_low.mT).mul_(decay.to_end)
         dk = (dscores.mT @ q).add_(dk_state)
         dg = None
         if ctx.needs_input_grad[3]:
@@ -53,29 +63,32 @@ class ChunkedAttention(torch.autograd.Function):
             whole_BNH = decay.whole.squeeze(-1)
             dc[..., -1] += whole_BNH * (states * dstates).sum((-1, -2)) + row_dot(k, dk_state).sum(-1)
             dg = dc.flip(-1).cumsum(-1).flip(-1).to(g_BNHC.dtype)
-        return dq, dk, dv, dg, dinitial, None
+        return dq, dk, dv, dg, dinitial, None, None, None
 
 
 class ChunkDecays(NamedTuple):
-    """The four decays of each chunk, all of them <= 1."""
+    """Three decays of each chunk, all of them <= 1, in the products' dtype but for `whole`, which multiplies the state."""
 
-    within: torch.Tensor  # [B, N, H, C, C]
-    from_start: torch.Tensor  # [B, N, H, C, 1]
+    from_start: torch.Tensor  # [B, N, H, C, 1], times scale
     to_end: torch.Tensor  # [B, N, H, C, 1]
     whole: torch.Tensor  # [B, N, H, 1]
 
 
-def chunk_decays(g_BNHC: torch.Tensor) -> ChunkDecays:
-    """Differences of cumulative sums, masked before the exponential so that nothing overflows."""
+def chunk_decays(g_BNHC: torch.Tensor, scale: float, dtype: torch.dtype) -> ChunkDecays:
+    c_BNHC = g_BNHC.cumsum(-1)
+    return ChunkDecays(
+        from_start=(c_BNHC.exp() * scale).to(dtype)[..., None],
+        to_end=(c_BNHC[..., -1:] - c_BNHC).exp().to(dtype)[..., None],
+        whole=c_BNHC[..., -1:].exp(),
+    )
+
+
+def decay_within(g_BNHC: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale * D [B, N, H, C, C]: differences of cumulative sums, masked before the exponential so that nothing overflows."""
     c_BNHC = g_BNHC.cumsum(-1)
     future_CC = torch.ones(g_BNHC.shape[-1], g_BNHC.shape[-1], dtype=torch.bool, device=g_BNHC.device).triu(1)
     difference = c_BNHC[..., :, None] - c_BNHC[..., None, :]
-    return ChunkDecays(
-        within=difference.masked_fill_(future_CC, -torch.inf).exp_(),
-        from_start=c_BNHC.exp()[..., None],
-        to_end=(c_BNHC[..., -1:] - c_BNHC).exp()[..., None],
-        whole=c_BNHC[..., -1:].exp(),
-    )
+    return difference.masked_fill_(future_CC, -torch.inf).exp_().mul_(scale).to(dtype)
 
 
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -105,9 +118,15 @@ def decayed_linear_attention_torch(
     if initial_SHKV is None:
         n_states = q_BTHK.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         initial_SHKV = q_BTHK.new_zeros(n_states, *q_BTHK.shape[2:], v_BTHV.shape[3], dtype=state_dtype)
-    q, k, v = (layout.to_chunks(x) for x in (q_BTHK * scale, k_BTHK, v_BTHV))
+    q, k, v = (layout.to_chunks(x) for x in (q_BTHK, k_BTHK, v_BTHV))
     g_BNHC = layout.to_chunks(token_log_decay(log_decay, q_BTHK)[..., None]).squeeze(-1).to(state_dtype)
-    out, final_SHKV = ChunkedAttention.apply(q, k, v, g_BNHC, initial_SHKV, layout)  # pyright: ignore[reportGeneralTypeIssues]
+    if log_decay is not None and log_decay.dim() == 3:
+        within = decay_within(g_BNHC.detach(), scale, q.dtype)
+    else:
+        # One decay per head: all chunks share one matrix, which is most of the exponentials.
+        steady_H = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay.detach()
+        within = decay_within(steady_H.to(state_dtype)[None, None, :, None].expand(1, 1, -1, chunk_size), scale, q.dtype)
+    out, final_SHKV = ChunkedAttention.apply(q, k, v, g_BNHC, initial_SHKV, within, layout, scale)  # pyright: ignore[reportGeneralTypeIssues]
     return layout.from_chunks(out), final_SHKV
 
 

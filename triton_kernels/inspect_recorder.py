@@ -8,10 +8,11 @@ Torch's own operators do run, and are recorded too: on a GPU each is a launch th
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -22,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-# Streaming multiprocessors and the largest shared memory of one block: A100, H100 / H200, B200.
-DEVICES = {80: (108, 163 * 1024), 90: (132, 227 * 1024), 100: (148, 227 * 1024)}
+# Name, multiprocessors and the largest shared memory of one block.
+DEVICES = {80: ("NVIDIA A100", 108, 163 * 1024), 90: ("NVIDIA H200", 132, 227 * 1024), 100: ("NVIDIA B200", 148, 227 * 1024)}
 
 # Operators that move no bytes, besides views.
 FREE_OPERATORS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "is_same_size", "_local_scalar_dense")
@@ -43,7 +44,7 @@ class OfflineDriver:
     """The part of a Triton driver that compiling needs. The architecture doubles as the device number, so that caches never mix two of them."""
 
     def __init__(self, architecture: int):
-        processors, shared = DEVICES[architecture]
+        _, processors, shared = DEVICES[architecture]
         self.architecture = architecture
         properties = {"multiprocessor_count": processors, "max_shared_mem": shared, "warpSize": 32, "max_num_regs": 65536}
         self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
@@ -116,8 +117,18 @@ def recording(architecture: int) -> Iterator[list[Launch]]:
     triton.runtime.driver.set_active(OfflineDriver(architecture))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     JITFunction.run = functools.wraps(compile_and_run)(record)
     Autotuner.run = take_first
+    # What a peer asks torch about the device while it is imported and called.
+    name, processors, shared = DEVICES[architecture]
+    properties = SimpleNamespace(name=name, multi_processor_count=processors, shared_memory_per_block_optin=shared)
+    pretended = {
+        "get_device_name": lambda device=None: name,
+        "get_device_capability": lambda device=None: divmod(architecture, 10),
+        "get_device_properties": lambda device=None: properties,
+        "device": lambda index: nullcontext(),
+        "current_device": lambda: architecture,
+    }
     try:
-        with OperatorRecorder(launches):
+        with OperatorRecorder(launches), mock.patch.multiple(torch.cuda, **pretended):
             yield launches
     finally:
         JITFunction.run, Autotuner.run = compile_and_run, tune

@@ -92,8 +92,9 @@ def launch_row(launch: Launch, floor_bytes: float, common: dict[str, Any]) -> Ro
     programs = 1
     for size in launch.grid:
         programs *= size
+    values: dict[str, Any] = common | {name: report.counts[name] for name in INSTRUCTIONS}
     return Row(
-        **common,
+        **values,
         kernel=launch.name,
         programs=programs,
         warps=report.warps,
@@ -101,7 +102,6 @@ def launch_row(launch: Launch, floor_bytes: float, common: dict[str, Any]) -> Ro
         stack=report.stack,
         shared=report.shared,
         blocks=report.blocks,
-        **{name: report.counts[name] for name in INSTRUCTIONS},
         bytes=launch.n_bytes,
         floor_ratio=round(launch.n_bytes / floor_bytes, 3),
     )
