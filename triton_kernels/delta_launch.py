@@ -17,6 +17,24 @@ CHUNK_SIZES = (16, 32, 64)
 MAX_WIDTH = 128
 
 
+# fp16 and bf16 first, fp32 second: `tables[dtype is fp32]`.
+Tables = tuple[LaunchTable, LaunchTable]
+
+
+def chunks(*, warps: int, stages: int) -> tuple[LaunchOptions, ...]:
+    return (LaunchOptions(num_warps=warps, num_stages=stages),)
+
+
+def slices(*blocks: int, warps: int, stages: int) -> tuple[LaunchOptions, ...]:
+    """Options for slices of the given widths, widest first: a scan takes the first that fills the device."""
+    return tuple(LaunchOptions(blocks={"BLOCK": block}, num_warps=warps, num_stages=stages) for block in blocks)
+
+
+def everywhere(options: tuple[LaunchOptions, ...], ampere: tuple[LaunchOptions, ...] | None = None) -> LaunchTable:
+    """The same options on every architecture, except where Ampere needs its own."""
+    return LaunchTable(lines={(80, MAX_WIDTH): ampere or options, (90, MAX_WIDTH): options, (100, MAX_WIDTH): options})
+
+
 def check_triton_call(op: str, q_BTGK: Tensor, v_BTHV: Tensor, chunk_size: int) -> None:
     """What only the Triton kernels refuse."""
     width = max(q_BTGK.shape[3], v_BTHV.shape[3])
@@ -60,15 +78,15 @@ class DeltaCall:
         self.chunk_constants = self.common | {"BLOCK_S": power_of_two(self.S)}
         self.scan_sizes = (self.T, self.B * self.T, self.n_chunks, self.slots, self.H)
 
-    def options(self, tables: tuple[LaunchTable, LaunchTable]) -> tuple[LaunchOptions, ...]:
+    def options(self, tables: Tables) -> tuple[LaunchOptions, ...]:
         return tables[self.is_single].options(self.width)
 
-    def chunk_launch(self, tables: tuple[LaunchTable, LaunchTable], heads: int) -> tuple[tuple[int], dict[str, Any]]:
+    def chunk_launch(self, tables: Tables, heads: int) -> tuple[tuple[int], dict[str, Any]]:
         """Grid and options of a kernel with one program per slot and head."""
         options = self.options(tables)[0]
         return (self.slots * heads,), self.chunk_constants | dict(options.blocks) | warps_and_stages(options)
 
-    def scan_launch(self, tables: tuple[LaunchTable, LaunchTable], roles: int) -> tuple[tuple[int], dict[str, Any]]:
+    def scan_launch(self, tables: Tables, roles: int) -> tuple[tuple[int], dict[str, Any]]:
         """Grid and options of a scan: the widest slices that still fill the device; if none does, the narrowest."""
         programs, options = 0, None
         for options in self.options(tables):

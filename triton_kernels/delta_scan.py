@@ -9,19 +9,21 @@ gate per key channel they are matrices of their own and `whole` has K entries. O
 is the pattern Triton before 3.7.1 miscompiles on Hopper.
 """
 
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # fmt: off
 import triton
 import triton.language as tl
 
-from triton_kernels.delta_tiles import load_row_factor, load_tile, place_sequence
+from triton_kernels.delta_tiles import load_tile, place_sequence
 
 
 @triton.jit
-def scaled(x, factor, rows, inside, CHANNEL: tl.constexpr):
+def scaled(x, factor, row0, rows, inside, CHANNEL: tl.constexpr):
     """x times a loaded factor per row, unless the operand x met already holds it."""
     if CHANNEL:
         return x
-    return x * load_row_factor(factor, rows, inside)[:, None]
+    else:
+        return x * tl.load(factor + row0 + rows, mask=inside, other=0.0)[:, None]
 
 
 @triton.jit
@@ -29,14 +31,16 @@ def load_whole(whole, slot, k_columns, K: tl.constexpr, CHANNEL: tl.constexpr):
     """e^{c_C} as [BLOCK_K, 1], or [1, 1] for a scalar gate."""
     if CHANNEL:
         return tl.load(whole + slot * K + k_columns, mask=k_columns < K, other=0.0)[:, None]
-    return tl.load(whole + slot + tl.arange(0, 1))[:, None]
+    else:
+        return tl.load(whole + slot + tl.arange(0, 1))[:, None]
 
 
 @triton.jit
 def load_or_zero(base, tile, mask, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, EXISTS: tl.constexpr):
     if EXISTS:
         return tl.load(base + tile, mask=mask, other=0.0)
-    return tl.zeros([BLOCK_K, BLOCK], tl.float32)
+    else:
+        return tl.zeros([BLOCK_K, BLOCK], tl.float32)
 
 
 @triton.jit
@@ -61,18 +65,18 @@ def scan_states(
         low_state = state.to(dtype)
         if not OUTPUT:
             tl.store(states + slot * (K * V) + k_columns[:, None] * V + columns[None, :], low_state, mask=state_mask)
-        predicted = scaled(tl.dot(k_tile, low_state, input_precision=PRECISION), read_k + row0, rows, inside, CHANNEL)
+        predicted = scaled(tl.dot(k_tile, low_state, input_precision=PRECISION), read_k, row0, rows, inside, CHANNEL)
         error = tl.dot(t_tile, (v_tile - predicted).to(dtype), input_precision=PRECISION)
         out_mask = inside[:, None] & (columns < V)[None, :]
         if OUTPUT:
             q_tile = load_tile(q + row0 * q_stride, rows, q_stride, k_columns, inside, K)
             f_tile = load_tile(attention + row0 * CHUNK, rows, CHUNK, rows, inside, CHUNK)
-            o = scaled(tl.dot(q_tile, low_state, input_precision=PRECISION), read_q + row0, rows, inside, CHANNEL)
+            o = scaled(tl.dot(q_tile, low_state, input_precision=PRECISION), read_q, row0, rows, inside, CHANNEL)
             o = tl.dot(f_tile, error.to(dtype), o, input_precision=PRECISION)
             tl.store(out + row0 * v_width_stride + rows[:, None] * v_width_stride + columns[None, :], o, mask=out_mask)
         else:
             tl.store(errors + row0 * v_width_stride + rows[:, None] * v_width_stride + columns[None, :], error, mask=out_mask)
-        written = scaled(error, write + row0, rows, inside, CHANNEL).to(dtype)
+        written = scaled(error, write, row0, rows, inside, CHANNEL).to(dtype)
         if CHANNEL:
             k_tile = load_tile(w + row0 * w_stride, rows, w_stride, k_columns, inside, K)
         decayed = state * load_whole(whole, slot, k_columns, K, CHANNEL)
@@ -105,12 +109,12 @@ def scan_gradients(
         w_tile = load_tile(w + row0 * w_stride, rows, w_stride, k_columns, inside, K) if CHANNEL else k_tile
         low_dstate = dstate.to(dtype)
         tl.store(dstates + slot * (K * V) + k_columns[:, None] * V + columns[None, :], low_dstate, mask=state_mask)
-        derror = scaled(tl.dot(w_tile, low_dstate, input_precision=PRECISION), write + row0, rows, inside, CHANNEL)
+        derror = scaled(tl.dot(w_tile, low_dstate, input_precision=PRECISION), write, row0, rows, inside, CHANNEL)
         derror = tl.dot(tl.trans(f_tile), do_tile, derror, input_precision=PRECISION)
         dv_tile = tl.dot(tl.trans(t_tile), derror.to(dtype), input_precision=PRECISION)
         tl.store(dv + row0 * dv_stride + rows[:, None] * dv_stride + columns[None, :], dv_tile, mask=inside[:, None] & (columns < V)[None, :])
-        read_do = scaled(do_tile, read_q + row0, rows, inside, CHANNEL).to(dtype)
-        read_dv = scaled(-dv_tile, read_k + row0, rows, inside, CHANNEL).to(dtype)
+        read_do = scaled(do_tile, read_q, row0, rows, inside, CHANNEL).to(dtype)
+        read_dv = scaled(-dv_tile, read_k, row0, rows, inside, CHANNEL).to(dtype)
         decayed = dstate * load_whole(whole, slot, k_columns, K, CHANNEL)
         dstate = tl.dot(tl.trans(q_tile), read_do, decayed, input_precision=PRECISION)
         dstate = tl.dot(tl.trans(k_tile), read_dv, dstate, input_precision=PRECISION)

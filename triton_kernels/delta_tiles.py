@@ -4,6 +4,7 @@ Per-chunk tensors (states, decays) have one slot per chunk. Unpacked, the chunks
 starts at token f start at slot f // CHUNK + its number, which needs no look at the other lengths. Offsets to tokens and slots are int64.
 """
 
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 # fmt: off
 import triton
 import triton.language as tl
@@ -37,11 +38,6 @@ def place_chunk(cu_seqlens, slot, n_tokens, n_chunks, n_sequences, CHUNK: tl.con
 def load_tile(base, rows, stride, columns, inside, WIDTH: tl.constexpr):
     """[rows, columns] of a matrix of the given width, zeros outside."""
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def load_row_factor(base, rows, inside):
-    return tl.load(base + rows, mask=inside, other=0.0)
 
 
 LOG2_E = tl.constexpr(1.4426950408889634)

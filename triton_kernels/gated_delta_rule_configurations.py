@@ -8,31 +8,15 @@ from typing import Any
 
 import torch
 
-from triton_kernels.configurations import Cost, LaunchOptions, LaunchTable, Operation, random_inputs
+from triton_kernels.configurations import Cost, Operation, random_inputs
+from triton_kernels.delta_launch import Tables, chunks, everywhere, slices
 from triton_kernels.gated_delta_rule import gated_delta_rule
 
-# fp16 and bf16 first, fp32 second: `tables[dtype is fp32]`.
-Tables = tuple[LaunchTable, LaunchTable]
-
-
-def _launch(warps: int, stages: int) -> tuple[LaunchOptions, ...]:
-    return (LaunchOptions(num_warps=warps, num_stages=stages),)
-
-
-def _slices(*blocks: int, warps: int, stages: int) -> tuple[LaunchOptions, ...]:
-    """Options for slices of the given widths, widest first: the launcher takes the first that fills the device."""
-    return tuple(LaunchOptions(blocks={"BLOCK": block}, num_warps=warps, num_stages=stages) for block in blocks)
-
-
-def _everywhere(options: tuple[LaunchOptions, ...], ampere: tuple[LaunchOptions, ...] | None = None) -> LaunchTable:
-    return LaunchTable(lines={(80, 128): ampere or options, (90, 128): options, (100, 128): options})
-
-
-SINGLE_SCAN = _everywhere(_slices(16, warps=4, stages=1))
-PREPARE: Tables = (_everywhere(_launch(4, 1)), _everywhere(_launch(8, 1)))
-SCAN_FORWARD: Tables = (_everywhere(_slices(32, 16, warps=4, stages=2)), SINGLE_SCAN)
-SCAN_BACKWARD: Tables = (_everywhere(_slices(32, 16, warps=4, stages=2), ampere=_slices(16, warps=4, stages=1)), SINGLE_SCAN)
-GRADIENTS: Tables = (_everywhere(_slices(64, warps=8, stages=1)), _everywhere(_slices(32, warps=8, stages=1)))
+SINGLE_SCAN = everywhere(slices(16, warps=4, stages=1))
+PREPARE: Tables = (everywhere(chunks(warps=4, stages=1)), everywhere(chunks(warps=8, stages=1)))
+SCAN_FORWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2)), SINGLE_SCAN)
+SCAN_BACKWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2), ampere=slices(16, warps=4, stages=1)), SINGLE_SCAN)
+GRADIENTS: Tables = (everywhere(slices(64, warps=8, stages=1)), everywhere(slices(32, warps=8, stages=1)))
 
 
 def _inputs(dtype: torch.dtype, device: str, *, gated: bool, B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, Any]:

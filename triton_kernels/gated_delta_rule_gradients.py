@@ -10,6 +10,7 @@ transpose of a product's result is what Triton before 3.7.1 miscompiles on Hoppe
 one value head: the sum over a group is left to the caller.
 """
 
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 # fmt: off
 import triton
 import triton.language as tl

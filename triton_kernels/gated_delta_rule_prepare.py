@@ -5,6 +5,7 @@ the scan reads and writes the state, so that the scan knows neither gate nor nor
 read_q = scale e^c / |q|, read_k = e^c / |k|, write = b e^{c_C - c} / |k|; and whole = e^{c_C} per slot.
 """
 
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
 # fmt: off
 import triton
 import triton.language as tl

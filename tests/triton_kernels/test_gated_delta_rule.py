@@ -110,7 +110,7 @@ def test_inverse_survives_repeated_keys():
     torch.testing.assert_close(invert_unit_lower(a).double(), expected, atol=1e-4, rtol=0)
 
 
-KERNEL_RULES = ("gated", "plain")
+KERNEL_RULES = RULES
 
 
 @settings(max_examples=6, deadline=None)
