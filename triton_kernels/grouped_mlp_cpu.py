@@ -1,32 +1,62 @@
-"""Grouped gated MLP for the CPU: dense products per expert on buffers that stay in cache, with backward written by hand.
+"""Grouped gated MLP for the CPU: batched products over blocks of experts of similar load, with backward written by hand.
 
 What it is built around, in the order it matters on a CPU:
-- Fresh memory is slow: the kernel clears every new page. Apart from what backward needs (the pre-activations) and what a caller receives,
-  everything lives in scratch buffers of one group of experts, sized to stay in cache, so that gather, SwiGLU and casts run on warm data.
-- Calls are slow: per expert only the products remain. Experts are grouped so that all other operations run once per group, all slices come
-  from one `split`, and autograd sees one node.
-- Weights of another dtype than the activations (fp32 masters under bf16 activations) are cast per group, never as a whole.
+- Calls are slow: 80 small bf16 products one by one take three to five times as long as one batched product. Experts are sorted by load and cut
+  into blocks; within a block all are padded to the same number of rows, of weight zero, and every operation runs once per block.
 - New shapes are slow: oneDNN builds a program per shape of a bf16 product and keeps 1,024 of them, and the numbers of rows per expert never repeat.
-  Rounded up to a multiple of `ROW_QUANTUM` they do; the rows in between have weight zero. (fp32 products go elsewhere and don't care.)
+  Rounded up to a multiple of `ROW_QUANTUM`, in blocks of one size, they do.
+- Fresh memory is slow: the kernel clears every new page. Apart from what backward needs (the pre-activations) and what a caller receives,
+  everything lives in scratch buffers of one block, sized to stay in cache, so that gather, SwiGLU and casts run on warm data.
+- Weights of another dtype than the activations (fp32 masters under bf16 activations) are cast per block, never as a whole; experts without rows,
+  which are most of them when one token is decoded, are not even read.
 - Each token's rows are added by `embedding_bag`, a segment sum in a fixed order that accumulates in fp32.
 
 Backward: with A the activation and dA' = W_down dy (not yet weighted), the gradient of a row's weight is <dA', A>; expert outputs are never kept.
 
-Legend: T tokens, D model width, E experts, F expert width, N assigned rows.
+Legend: T tokens, D model width, E experts, F expert width, N assigned rows, P padded rows, G experts of a block, M rows of each of them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scratch of one group of experts: large enough to amortise the calls, small enough for a core's share of the cache.
-GROUP_BYTES = 2**21
-# Half a row quantum per expert is wasted, so experts with few rows are left as they are.
+# Scratch of one block: large enough to amortise the calls, small enough for a core's share of the cache.
+BLOCK_BYTES = 2**21
+MOST_EXPERTS = 8
+# Half a quantum per expert is wasted; below the least rows that is too much, and the numbers of rows repeat anyway.
 ROW_QUANTUM = 16
-LEAST_MEAN_ROWS = 4 * ROW_QUANTUM
+LEAST_ROWS = 64
+
+
+class Block(NamedTuple):
+    """Experts of similar load: `experts` are G expert numbers, `rows` their G * `height` padded rows."""
+
+    experts: list[int]
+    rows: slice
+    height: int
+
+
+def expert_blocks(rows_E: list[int], row_bytes: int) -> list[Block]:
+    """The experts that have rows, by falling load, in blocks of one number of experts (the last may hold fewer)."""
+    order = sorted((e for e, rows in enumerate(rows_E) if rows), key=lambda e: -rows_E[e])
+    if not order:
+        return []
+    mean_bytes = sum(rows_E) / len(order) * row_bytes
+    # A power of two, so that small changes of the mean do not change the shapes.
+    size = 1
+    while 2 * size <= MOST_EXPERTS and 2 * size * mean_bytes <= BLOCK_BYTES:
+        size *= 2
+    blocks, start = [], 0
+    for first in range(0, len(order), size):
+        experts = order[first : first + size]
+        most = rows_E[experts[0]]
+        height = most if most < LEAST_ROWS else -(-most // ROW_QUANTUM) * ROW_QUANTUM
+        blocks.append(Block(experts, slice(start, start + len(experts) * height), height))
+        start += len(experts) * height
+    return blocks
 
 
 def grouped_mlp_cpu(
@@ -40,79 +70,38 @@ def grouped_mlp_cpu(
     row_of_slot_N: Tensor,
 ) -> Tensor:
     """`grouped_mlp` on the CPU; arguments and result as there."""
-    n_rows, n_experts = int(expert_offsets[-1]), w_down_EFD.shape[0]
-    if 0 < n_rows < n_experts and not torch.is_grad_enabled():
-        # Decoding: look at the few experts in use, not at all of them.
-        used = expert_offsets.diff().nonzero().flatten()
-        w_gate_up_EDF2, w_down_EFD = w_gate_up_EDF2[used], w_down_EFD[used]
-        expert_offsets = F.pad(expert_offsets[1:][used], (1, 0))
-    elif x_TD.dtype in (torch.bfloat16, torch.float16) and n_rows >= LEAST_MEAN_ROWS * n_experts:
-        token_N, weight_N, expert_offsets, row_of_slot_N = quantised_rows(token_N, weight_N, expert_offsets, row_of_slot_N)
-    y_TD = GroupedMlpCpu.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
+    rows_E = expert_offsets.diff()
+    d_expert, d_model = w_down_EFD.shape[1:]
+    blocks = expert_blocks(rows_E.tolist(), (d_model + 3 * d_expert) * x_TD.element_size())
+    place_N = padded_places(blocks, rows_E)
+    n_rows, n_padded = place_N.shape[0], blocks[-1].rows.stop if blocks else 0
+    token_P = token_N.new_zeros(n_padded).index_copy_(0, place_N, token_N[:n_rows])
+    weight_P = weight_N.new_zeros(n_padded).index_copy(0, place_N, weight_N[:n_rows])
+    y_TD = GroupedMlpCpu.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_P, weight_P, token_offsets, place_N[row_of_slot_N[:n_rows]], blocks)
     assert isinstance(y_TD, Tensor)
     return y_TD
 
 
-def quantised_rows(token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor, row_of_slot_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same assignments with each expert's rows followed by rows of weight zero (of token 0) up to a multiple of `ROW_QUANTUM`."""
-    rows_E = expert_offsets.diff()
-    offsets = F.pad(((rows_E + ROW_QUANTUM - 1) // ROW_QUANTUM * ROW_QUANTUM).cumsum(0), (1, 0))
-    n_rows, n_quantised = int(expert_offsets[-1]), int(offsets[-1])
-    place_N = torch.arange(n_rows) + torch.repeat_interleave((offsets - expert_offsets)[:-1], rows_E)
-    token_P = token_N.new_zeros(n_quantised).index_copy_(0, place_N, token_N[:n_rows])
-    weight_P = weight_N.new_zeros(n_quantised).index_copy(0, place_N, weight_N[:n_rows])
-    return token_P, weight_P, offsets, place_N[row_of_slot_N[:n_rows]]
+def padded_places(blocks: list[Block], rows_E: Tensor) -> Tensor:
+    """The padded row of each assigned row, int64 [N]."""
+    start_E = torch.zeros_like(rows_E)
+    for experts, rows, height in blocks:
+        start_E[experts] = torch.arange(rows.start, rows.stop, height)
+    n_rows = int(rows_E.sum())
+    return torch.arange(n_rows) + torch.repeat_interleave(start_E - (rows_E.cumsum(0) - rows_E), rows_E, output_size=n_rows)
 
 
-def expert_groups(bounds: list[int], row_bytes: int) -> list[tuple[int, int]]:
-    """Consecutive experts [first, last) whose rows together fill about GROUP_BYTES; always at least one expert."""
-    groups, first = [], 0
-    for last in range(1, len(bounds)):
-        if last == len(bounds) - 1 or (bounds[last + 1] - bounds[first]) * row_bytes > GROUP_BYTES:
-            groups.append((first, last))
-            first = last
-    return groups
-
-
-class Weights:
-    """The packed weights of a group of experts in the dtype of the activations, as one matrix per expert."""
-
-    def __init__(self, packed_EIO: Tensor, dtype: torch.dtype, n_scratch: int):
-        self.packed_EIO = packed_EIO
-        self.scratch = None if packed_EIO.dtype == dtype else packed_EIO.new_empty(n_scratch, *packed_EIO.shape[1:], dtype=dtype)
-
-    def __getitem__(self, experts: slice) -> tuple[Tensor, ...]:
-        group = self.packed_EIO[experts]
-        if self.scratch is not None:
-            group = self.scratch[: group.shape[0]].copy_(group)
-        return group.unbind()
-
-
-class WeightGradient:
-    """The packed gradient, in the weights' dtype; products are written in the activations' dtype and cast per group."""
-
-    def __init__(self, packed_EIO: Tensor, dtype: torch.dtype, n_scratch: int):
-        self.packed_EIO = torch.empty_like(packed_EIO)
-        self.scratch = None if packed_EIO.dtype == dtype else packed_EIO.new_empty(n_scratch, *packed_EIO.shape[1:], dtype=dtype)
-
-    def write(self, experts: slice, left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
-        """gradient_e = left_e^T @ right_e for the experts of the group; zero for those without rows."""
-        group = self.packed_EIO[experts]
-        target = group if self.scratch is None else self.scratch[: group.shape[0]]
-        for out_IO, left_NI, right_NO in zip(target.unbind(), left, right):
-            if left_NI.shape[0]:
-                torch.mm(left_NI.t(), right_NO, out=out_IO)
-            else:
-                out_IO.zero_()
-        if self.scratch is not None:
-            group.copy_(target)
-
-
-def segment_sum(rows_ND: Tensor, row_of_slot_N: Tensor, token_offsets: Tensor, weight_N: Tensor) -> Tensor:
+def segment_sum(rows_PD: Tensor, row_of_slot_N: Tensor, token_offsets: Tensor, weight_N: Tensor) -> Tensor:
     """y_t = sum over the slots of token t of weight * row, in slot order."""
-    if rows_ND.shape[0] == 0:
-        return rows_ND.new_zeros(token_offsets.shape[0] - 1, rows_ND.shape[1])
-    return F.embedding_bag(row_of_slot_N, rows_ND, token_offsets, mode="sum", include_last_offset=True, per_sample_weights=weight_N)
+    if rows_PD.shape[0] == 0:
+        return rows_PD.new_zeros(token_offsets.shape[0] - 1, rows_PD.shape[1])
+    return F.embedding_bag(row_of_slot_N, rows_PD, token_offsets, mode="sum", include_last_offset=True, per_sample_weights=weight_N)
+
+
+def block_weights(packed_EIO: Tensor, experts: list[int], dtype: torch.dtype) -> Tensor:
+    """The weights of a block in the dtype of the activations, [G, I, O]; the packed ones themselves where nothing has to be gathered or cast."""
+    weights = packed_EIO[experts[0] : experts[0] + 1] if len(experts) == 1 else packed_EIO[experts]
+    return weights.to(dtype)
 
 
 class GroupedMlpCpu(torch.autograd.Function):
@@ -122,88 +111,68 @@ class GroupedMlpCpu(torch.autograd.Function):
         x_TD: Tensor,
         w_gate_up_EDF2: Tensor,
         w_down_EFD: Tensor,
-        token_N: Tensor,
-        weight_N: Tensor,
-        expert_offsets: Tensor,
+        token_P: Tensor,
+        weight_P: Tensor,
         token_offsets: Tensor,
         row_of_slot_N: Tensor,
+        blocks: list[Block],
     ) -> Tensor:
         x_TD = x_TD.contiguous()
-        bounds, dtype = expert_offsets.tolist(), x_TD.dtype
-        n_rows, (d_expert, d_model) = bounds[-1], w_down_EFD.shape[1:]
-        groups = expert_groups(bounds, (d_model + 3 * d_expert) * x_TD.element_size())
-        n_experts = max(last - first for first, last in groups)
-        most_rows = max(bounds[last] - bounds[first] for first, last in groups)
-        gate_up = Weights(w_gate_up_EDF2, dtype, n_experts)
-        down = Weights(w_down_EFD, dtype, n_experts)
+        dtype, (d_expert, d_model) = x_TD.dtype, w_down_EFD.shape[1:]
+        most_rows = max((block.rows.stop - block.rows.start for block in blocks), default=0)
         x_buffer, a_buffer = x_TD.new_empty(most_rows, d_model), x_TD.new_empty(most_rows, d_expert)
-        h_NF2, out_ND = x_TD.new_empty(n_rows, 2 * d_expert), x_TD.new_empty(n_rows, d_model)
-        for first, last in groups:
-            start, stop = bounds[first], bounds[last]
-            if start == stop:
-                continue
-            sizes = [bounds[e + 1] - bounds[e] for e in range(first, last)]
-            experts, rows = slice(first, last), slice(start, stop)
-            x_ND, a_NF, h_group = x_buffer[: stop - start], a_buffer[: stop - start], h_NF2[rows]
-            torch.index_select(x_TD, 0, token_N[rows], out=x_ND)
-            for x_e, w_e, h_e in zip(x_ND.split(sizes), gate_up[experts], h_group.split(sizes)):
-                torch.mm(x_e, w_e, out=h_e)
-            # Copied first: torch's SiLU falls back to scalar code on the ends of strided rows, which is most of a narrow expert.
-            a_NF.copy_(h_group[:, :d_expert])
-            torch.ops.aten.silu.out(a_NF, out=a_NF)
-            a_NF.mul_(h_group[:, d_expert:])
-            for a_e, w_e, out_e in zip(a_NF.split(sizes), down[experts], out_ND[rows].split(sizes)):
-                torch.mm(a_e, w_e, out=out_e)
-        row_of_slot_N = row_of_slot_N[: int(token_offsets[-1])]
-        ctx.save_for_backward(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, token_offsets, row_of_slot_N, h_NF2)
-        ctx.bounds = bounds
-        return segment_sum(out_ND, row_of_slot_N, token_offsets, weight_N.to(dtype)[row_of_slot_N])
+        h_PF2, out_PD = x_TD.new_empty(token_P.shape[0], 2 * d_expert), x_TD.new_empty(token_P.shape[0], d_model)
+        for experts, rows, height in blocks:
+            n, shape = rows.stop - rows.start, (len(experts), height, -1)
+            x_n, a_n, h_n = x_buffer[:n], a_buffer[:n], h_PF2[rows]
+            torch.index_select(x_TD, 0, token_P[rows], out=x_n)
+            torch.bmm(x_n.view(shape), block_weights(w_gate_up_EDF2, experts, dtype), out=h_n.view(shape))
+            # SiLU is several times faster on rows that lie close together.
+            a_n.copy_(h_n[:, :d_expert])
+            torch.ops.aten.silu.out(a_n, out=a_n)
+            a_n.mul_(h_n[:, d_expert:])
+            torch.bmm(a_n.view(shape), block_weights(w_down_EFD, experts, dtype), out=out_PD[rows].view(shape))
+        ctx.save_for_backward(x_TD, w_gate_up_EDF2, w_down_EFD, token_P, weight_P, token_offsets, row_of_slot_N, h_PF2)
+        ctx.blocks = blocks
+        return segment_sum(out_PD, row_of_slot_N, token_offsets, weight_P.to(dtype)[row_of_slot_N])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, token_offsets, row_of_slot_N, h_NF2 = ctx.saved_tensors
-        dy_TD = dy_TD.contiguous()
-        bounds, dtype = ctx.bounds, x_TD.dtype
-        n_rows, (d_expert, d_model) = bounds[-1], w_down_EFD.shape[1:]
-        groups = expert_groups(bounds, 2 * (d_model + 3 * d_expert) * x_TD.element_size())
-        n_experts = max(last - first for first, last in groups)
-        most_rows = max(bounds[last] - bounds[first] for first, last in groups)
-        gate_up, d_gate_up = Weights(w_gate_up_EDF2, dtype, n_experts), WeightGradient(w_gate_up_EDF2, dtype, n_experts)
-        down, d_down = Weights(w_down_EFD, dtype, n_experts), WeightGradient(w_down_EFD, dtype, n_experts)
-        wide = x_TD.new_empty(2, most_rows, d_model)
-        narrow = x_TD.new_empty(6, most_rows, d_expert)
-        dx_ND = x_TD.new_empty(n_rows, d_model)
-        # Padding rows behind the last expert keep a gradient of zero.
-        d_weight_N = torch.zeros_like(weight_N, dtype=dtype)
-        row_weight_N1 = weight_N.to(dtype)[:, None]
-        for first, last in groups:
-            start, stop = bounds[first], bounds[last]
-            experts, rows, n = slice(first, last), slice(start, stop), stop - start
-            sizes = [bounds[e + 1] - bounds[e] for e in range(first, last)]
-            x_ND, dy_ND = wide[0, :n], wide[1, :n]
-            da_NF, silu_NF, a_NF, gate_NF = narrow[0, :n], narrow[1, :n], narrow[2, :n], narrow[3, :n]
-            dh_NF2 = narrow[4:].view(-1)[: n * 2 * d_expert].view(n, 2 * d_expert)
-            up_NF = h_NF2[rows, d_expert:]
-            if n:
-                torch.index_select(dy_TD, 0, token_N[rows], out=dy_ND)
-                torch.index_select(x_TD, 0, token_N[rows], out=x_ND)
-                for dy_e, w_e, da_e in zip(dy_ND.split(sizes), down[experts], da_NF.split(sizes)):
-                    torch.mm(dy_e, w_e.t(), out=da_e)
-                gate_NF.copy_(h_NF2[rows, :d_expert])
-                torch.ops.aten.silu.out(gate_NF, out=silu_NF)
-                torch.mul(silu_NF, up_NF, out=a_NF)
-                torch.linalg.vecdot(da_NF, a_NF, out=d_weight_N[rows])
-                a_NF.mul_(row_weight_N1[rows])
-                da_NF.mul_(row_weight_N1[rows])
-                torch.mul(da_NF, silu_NF, out=dh_NF2[:, d_expert:])
-                da_NF.mul_(up_NF)
-                torch.ops.aten.silu_backward.grad_input(da_NF, gate_NF, grad_input=da_NF)
-                dh_NF2[:, :d_expert].copy_(da_NF)
-                for dh_e, w_e, dx_e in zip(dh_NF2.split(sizes), gate_up[experts], dx_ND[rows].split(sizes)):
-                    torch.mm(dh_e, w_e.t(), out=dx_e)
-            d_down.write(experts, a_NF.split(sizes), dy_ND.split(sizes))
-            d_gate_up.write(experts, x_ND.split(sizes), dh_NF2.split(sizes))
+        x_TD, w_gate_up_EDF2, w_down_EFD, token_P, weight_P, token_offsets, row_of_slot_N, h_PF2 = ctx.saved_tensors
+        dy_TD, blocks = dy_TD.contiguous(), ctx.blocks
+        dtype, (d_expert, d_model) = x_TD.dtype, w_down_EFD.shape[1:]
+        most_rows = max((block.rows.stop - block.rows.start for block in blocks), default=0)
+        wide, narrow = x_TD.new_empty(2, most_rows, d_model), x_TD.new_empty(6, most_rows, d_expert)
+        d_gate_up, d_down = torch.empty_like(w_gate_up_EDF2), torch.empty_like(w_down_EFD)
+        dx_PD, d_weight_P = x_TD.new_empty(token_P.shape[0], d_model), torch.empty_like(weight_P, dtype=dtype)
+        row_weight_P1 = weight_P.to(dtype)[:, None]
+        for experts, rows, height in blocks:
+            n, shape = rows.stop - rows.start, (len(experts), height, -1)
+            x_n, dy_n = wide[0, :n], wide[1, :n]
+            da_n, silu_n, a_n, gate_n = narrow[0, :n], narrow[1, :n], narrow[2, :n], narrow[3, :n]
+            dh_n = narrow[4:].view(-1)[: n * 2 * d_expert].view(n, 2 * d_expert)
+            up_n = h_PF2[rows, d_expert:]
+            torch.index_select(dy_TD, 0, token_P[rows], out=dy_n)
+            torch.index_select(x_TD, 0, token_P[rows], out=x_n)
+            torch.bmm(dy_n.view(shape), block_weights(w_down_EFD, experts, dtype).mT, out=da_n.view(shape))
+            gate_n.copy_(h_PF2[rows, :d_expert])
+            torch.ops.aten.silu.out(gate_n, out=silu_n)
+            torch.mul(silu_n, up_n, out=a_n)
+            torch.linalg.vecdot(da_n, a_n, out=d_weight_P[rows])
+            # Padding rows have weight zero, so nothing of them reaches the gradients of the experts.
+            a_n.mul_(row_weight_P1[rows])
+            da_n.mul_(row_weight_P1[rows])
+            torch.mul(da_n, silu_n, out=dh_n[:, d_expert:])
+            da_n.mul_(up_n)
+            torch.ops.aten.silu_backward.grad_input(da_n, gate_n, grad_input=da_n)
+            dh_n[:, :d_expert].copy_(da_n)
+            torch.bmm(dh_n.view(shape), block_weights(w_gate_up_EDF2, experts, dtype).mT, out=dx_PD[rows].view(shape))
+            d_down[experts] = torch.bmm(a_n.view(shape).mT, dy_n.view(shape)).to(d_down.dtype)
+            d_gate_up[experts] = torch.bmm(x_n.view(shape).mT, dh_n.view(shape)).to(d_gate_up.dtype)
+        used = {e for block in blocks for e in block.experts}
+        if idle := [e for e in range(d_down.shape[0]) if e not in used]:
+            d_down[idle], d_gate_up[idle] = 0, 0
         # Weights of one: without them torch 2.13's fp32 embedding_bag takes a path an order of magnitude slower.
-        dx_TD = segment_sum(dx_ND, row_of_slot_N, token_offsets, dx_ND.new_ones(row_of_slot_N.shape[0]))
-        return dx_TD, d_gate_up.packed_EIO, d_down.packed_EIO, None, d_weight_N.to(weight_N.dtype), None, None, None
+        dx_TD = segment_sum(dx_PD, row_of_slot_N, token_offsets, dx_PD.new_ones(row_of_slot_N.shape[0]))
+        return dx_TD, d_gate_up, d_down, None, d_weight_P.to(weight_P.dtype), None, None, None

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.grouped_mlp import choose_backend, grouped_mlp
-from triton_kernels.grouped_mlp_cpu import GROUP_BYTES, LEAST_MEAN_ROWS, ROW_QUANTUM, expert_groups, quantised_rows
+from triton_kernels.grouped_mlp_cpu import BLOCK_BYTES, LEAST_ROWS, MOST_EXPERTS, ROW_QUANTUM, expert_blocks, padded_places
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 NAMES = ("y", "dx", "dw_gate_up", "dw_down", "dweight")
@@ -142,9 +142,9 @@ def test_cpu_on_ragged_assignments(n_tokens, n_experts, d_model, d_expert, share
     assert_close_to_reference(mask_TE, d_model=d_model, d_expert=d_expert, dtype=torch.float32, n_padding=n_padding, seed=seed)
 
 
-@pytest.mark.parametrize("group_bytes", [1, 2**12, 2**30])
-def test_cpu_is_the_same_however_experts_are_grouped(monkeypatch, group_bytes):
-    monkeypatch.setattr("triton_kernels.grouped_mlp_cpu.GROUP_BYTES", group_bytes)
+@pytest.mark.parametrize("block_bytes", [1, 2**12, 2**30])
+def test_cpu_is_the_same_whatever_the_blocks(monkeypatch, block_bytes):
+    monkeypatch.setattr("triton_kernels.grouped_mlp_cpu.BLOCK_BYTES", block_bytes)
     assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.float32)
     assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.bfloat16, weight_dtype=torch.float32)
 
@@ -153,24 +153,30 @@ def test_cpu_is_the_same_however_experts_are_grouped(monkeypatch, group_bytes):
 def test_cpu_with_rows_rounded_up(n_padding):
     mask_TE = random_mask(200, 5, 0.5)
     mask_TE[:, 3] = False
-    assert mask_TE.sum() >= LEAST_MEAN_ROWS * mask_TE.shape[1]
+    assert mask_TE.sum(0).max() > LEAST_ROWS
     assert_close_to_reference(mask_TE, d_model=24, d_expert=16, dtype=torch.bfloat16, n_padding=n_padding)
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(0, 3))
-def test_rows_rounded_up_are_the_same_rows(sizes, n_padding):
-    n_rows = sum(sizes)
-    offsets = torch.tensor([0, *sizes]).cumsum(0)
-    token_N, weight_N = torch.arange(1, n_rows + n_padding + 1), torch.rand(n_rows + n_padding)
-    row_of_slot_N = torch.randperm(n_rows, generator=torch.Generator().manual_seed(0))
-    token_P, weight_P, new_offsets, new_row_of_slot_N = quantised_rows(token_N, weight_N, offsets, row_of_slot_N)
-    assert (new_offsets.diff() % ROW_QUANTUM == 0).all()
-    assert torch.equal(token_P[new_row_of_slot_N], token_N[row_of_slot_N])
-    assert torch.equal(weight_P[new_row_of_slot_N], weight_N[row_of_slot_N])
-    for e, size in enumerate(sizes):
-        mine = slice(int(new_offsets[e]), int(new_offsets[e]) + size)
-        assert torch.equal(token_P[mine], token_N[int(offsets[e]) : int(offsets[e + 1])])
-        assert (weight_P[mine.stop : int(new_offsets[e + 1])] == 0).all()
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.integers(1, 2**14))
+def test_blocks_give_every_row_a_place_of_its_own(sizes, row_bytes):
+    blocks = expert_blocks(sizes, row_bytes)
+    experts = [e for block in blocks for e in block.experts]
+    assert sorted(experts) == [e for e, rows in enumerate(sizes) if rows]
+    assert sum(block.rows.stop - block.rows.start for block in blocks) == (blocks[-1].rows.stop if blocks else 0)
+    for block in blocks:
+        most = max(sizes[e] for e in block.experts)
+        assert block.rows.stop - block.rows.start == len(block.experts) * block.height
+        assert most <= block.height < most + ROW_QUANTUM
+        assert len(block.experts) in (1, 2, 4, MOST_EXPERTS) or block is blocks[-1]
+    place_N = padded_places(blocks, torch.tensor(sizes))
+    assert len(set(place_N.tolist())) == len(place_N) == sum(sizes)
+    starts = {e: block.rows.start + i * block.height for block in blocks for i, e in enumerate(block.experts)}
+    assert place_N.tolist() == [starts[e] + row for e, rows in enumerate(sizes) for row in range(rows)]
+
+
+def test_blocks_stay_in_cache():
+    assert all(len(block.experts) == 1 for block in expert_blocks([100] * 20, BLOCK_BYTES))
+    assert all(len(block.experts) == MOST_EXPERTS for block in expert_blocks([100] * 16, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -185,14 +191,6 @@ def test_decoding_looks_at_the_used_experts_only_and_gets_the_same(dtype):
         torch.testing.assert_close(grouped_mlp(x.to(dtype), gate_up, down, weight_N=weight, **index), with_grad)
 
 
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=30), st.integers(1, 4096))
-def test_expert_groups_cover_every_expert_once(sizes, row_bytes):
-    bounds = [sum(sizes[:e]) for e in range(len(sizes) + 1)]
-    groups = expert_groups(bounds, row_bytes)
-    assert [e for first, last in groups for e in range(first, last)] == list(range(len(sizes)))
-    assert all(last - first == 1 or (bounds[last] - bounds[first]) * row_bytes <= GROUP_BYTES for first, last in groups)
-
-
 def test_fp32_master_weights_get_fp32_gradients():
     got = run(random_mask(40, 5, 0.5), d_model=24, d_expert=16, backend="cpu", dtype=torch.bfloat16, weight_dtype=torch.float32)
     assert [got[name].dtype for name in NAMES] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32]
@@ -205,16 +203,16 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_only_asked_gradients_and_saved_tensors():
-    """The expert outputs [N, D] are not kept for backward: nothing saved is as large as they are, apart from inputs."""
-    mask_TE = random_mask(60, 5, 0.6)
-    index = layout(mask_TE)
+    """The expert outputs are not kept for backward: of all rows, only the pre-activations are."""
+    index = layout(torch.eye(5, dtype=torch.bool).repeat(12, 1))
     n_rows, d_model, d_expert = index["token_N"].shape[0], 64, 8
     x, gate_up, down = torch.randn(60, d_model), torch.randn(5, d_model, 2 * d_expert, requires_grad=True), torch.randn(5, d_expert, d_model)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         y = grouped_mlp(x, gate_up, down, weight_N=torch.ones(n_rows), backend="cpu", **index)
-    assert (n_rows, 2 * d_expert) in saved
-    assert (n_rows, d_model) not in saved
+    assert n_rows == 60
+    assert saved.count((n_rows, 2 * d_expert)) == 1
+    assert saved.count((n_rows, d_model)) == 1, "x itself"
     y.sum().backward()
     assert gate_up.grad is not None
 
