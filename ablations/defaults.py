@@ -68,7 +68,7 @@ class ModelOptions:
         )
 
 
-STAGING = StagingConfig(tokens=1_800_000, trunk_share=0.85, freeze=0.85, batch_size=4, seq_len=256, learning_rate=8e-3)
+STAGING = StagingConfig(tokens=1_000_000, trunk_share=0.85, freeze=0.85, batch_size=4, seq_len=256, learning_rate=8e-3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Options:
     budget_batches: int = 2
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: STAGING)
-    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CorpusConfig)
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: CorpusConfig(valid_share=0.08))
     execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
