@@ -12,6 +12,7 @@ import tyro
 from attention.config import AttentionConfig
 from corpus.prepare import CorpusConfig
 from lm.config import ModelConfig
+from lm.precision import fast_dtype
 from moe.config import MoEConfig
 from routing.router import RouterConfig
 from routing.top_k import TopK
@@ -34,7 +35,7 @@ class ModelOptions:
         d_expert: hidden width of an expert.
         d_shared: hidden width of the expert that every token passes; 0 for none.
         k: experts per token of the baseline, and in the mean of every routing method.
-        dtype: of activations.
+        dtype: of products; "auto" is bf16 where this machine is fast at it.
     """
 
     n_layers: int = 8
@@ -48,7 +49,7 @@ class ModelOptions:
     d_expert: int = 32
     d_shared: int = 0
     k: int = 12
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def config(self, vocab_size: int) -> ModelConfig:
         """The model with the vocabulary of the text's tokenizer."""
@@ -64,7 +65,7 @@ class ModelOptions:
                 d_shared=self.d_shared,
                 router=RouterConfig(policy=TopK(k=self.k)),
             ),
-            dtype=self.dtype,
+            dtype=fast_dtype() if self.dtype == "auto" else self.dtype,
         )
 
 
