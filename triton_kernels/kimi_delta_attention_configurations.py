@@ -17,6 +17,10 @@ SCAN_FORWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2)), SINGLE_SC
 SCAN_BACKWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2), ampere=slices(16, warps=4, stages=1)), SINGLE_SCAN)
 GRADIENTS: Tables = (everywhere(slices(64, warps=8, stages=1)), everywhere(slices(32, warps=8, stages=1)))
 
+# Channels of one program of the gradients, and rows of one that finishes them.
+CHANNELS = 32
+FINISH_ROWS = 32
+
 
 def _inputs(dtype: torch.dtype, device: str, *, B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, Any]:
     shapes = {"q_BTGK": (B, T, G, K), "k_BTGK": (B, T, G, K), "v_BTHV": (B, T, H, V)}
@@ -60,5 +64,6 @@ OPERATIONS = (
         bench_shapes=(_shape(1, 4096, 16, 16, 128, 128), _shape(4, 4096, 16, 16, 128, 128), _shape(1, 32768, 16, 16, 128, 128)),
         cpu_shape=_shape(1, 2048, 8, 8, 64, 64),
         peers={"fla": _fla},
+        without_products=frozenset({"finish_kernel"}),
     ),
 )

@@ -21,18 +21,15 @@ def channel_decays(gate, rows, stride, k_columns, inside, K: tl.constexpr):
 
 
 @triton.jit
-def level_decays(c, rows, size, PRECISION: tl.constexpr):
-    """For sub-chunks of `size` rows: the decay between each row and its pair's anchor [CHUNK, K], and whether the row is in the later half [CHUNK].
-
-    The anchor's row is picked by a product with a matrix of zeros and ones. That may round it, but both halves of a pair see the same rounding, and
-    it cancels."""
-    anchor_row = rows // (2 * size) * (2 * size) + size
-    anchor = tl.dot(tl.where(rows[None, :] == anchor_row[:, None], 1.0, 0.0), c, input_precision=PRECISION)
-    late = (rows // size) % 2 == 1
+def level_decays(c, rows, level):
+    """For sub-chunks of 2^level rows: the decay between each row and its pair's anchor [CHUNK, K], and whether the row is in the later half [CHUNK]."""
+    anchor_row = ((rows >> (level + 1)) << (level + 1)) + (1 << level)
+    anchor = tl.gather(c, tl.broadcast_to(anchor_row[:, None], c.shape), 0)
+    late = ((rows >> level) & 1) == 1
     return tl.exp2(tl.where(late[:, None], c - anchor, anchor - c)), late
 
 
 @triton.jit
-def same_pair(rows, size):
+def same_pair(rows, level):
     """[CHUNK, CHUNK]: row and column lie in the same pair of sub-chunks."""
-    return rows[:, None] // (2 * size) == rows[None, :] // (2 * size)
+    return (rows >> (level + 1))[:, None] == (rows >> (level + 1))[None, :]

@@ -18,7 +18,7 @@ from triton_kernels.kimi_delta_attention_decay import channel_decays, level_deca
 def prepare_kernel(
     q, k, gate, beta, attention, inverse, read_q, read_k, write, whole, cu_seqlens,
     n_tokens: tl.int64, n_all_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, scale,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, NORMALIZE: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, NORMALIZE: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):
     slot = (tl.program_id(0) // n_heads).to(tl.int64)
@@ -56,14 +56,12 @@ def prepare_kernel(
         tl.store(write + tile, k_tile * tl.exp2(c_last[None, :] - c) * (k_factor * b)[:, None], mask=mask)
         tl.store(whole + (head * n_slots + slot) * K + columns, tl.exp2(c_last), mask=columns < K)
         own += tl.sum(q_tile * k_tile, 1)
-        size = CHUNK // 2
-        while size > 0:
-            decay, late = level_decays(c, rows, size, PRECISION)
-            pairs = same_pair(rows, size)
+        for level in range(0, LEVELS):
+            decay, late = level_decays(c, rows, level)
+            pairs = same_pair(rows, level)
             early = tl.trans(tl.where(late[:, None], 0.0, k_tile * decay).to(dtype))
             f_q += tl.where(pairs, tl.dot(tl.where(late[:, None], q_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0)
             f_k += tl.where(pairs, tl.dot(tl.where(late[:, None], k_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0)
-            size = size // 2
 
     weight = (b * k_factor)[None, :]
     at = (head * n_all_tokens + token0) * CHUNK + rows[:, None] * CHUNK + rows[None, :]

@@ -1,6 +1,7 @@
 """kimi_delta_attention on its Triton kernels, as operators that torch.compile and CUDA graphs see as one node each.
 
-Forward: prepare (chunks in parallel), scan. Backward: both scans in one launch, then the gradients (chunks in parallel).
+Forward: prepare (chunks in parallel), scan. Backward: both scans in one launch, the gradients (chunks and blocks of
+channels in parallel), and their row sums.
 Letters: B batch, T tokens, G query/key heads, H value heads, K key width, V value width, S sequences, C chunk length.
 """
 
@@ -8,10 +9,10 @@ from typing import Any
 
 import torch
 
-from triton_kernels.delta_launch import DeltaCall, addressable, check_triton_call, token_strides
+from triton_kernels.delta_launch import DeltaCall, addressable, block_of, check_triton_call, token_strides
 from triton_kernels.delta_scan import scan_kernel
-from triton_kernels.kimi_delta_attention_configurations import GRADIENTS, PREPARE, SCAN_BACKWARD, SCAN_FORWARD
-from triton_kernels.kimi_delta_attention_gradients import gradient_kernel
+from triton_kernels.kimi_delta_attention_configurations import CHANNELS, FINISH_ROWS, GRADIENTS, PREPARE, SCAN_BACKWARD, SCAN_FORWARD
+from triton_kernels.kimi_delta_attention_gradients import finish_kernel, gradient_kernel
 from triton_kernels.kimi_delta_attention_prepare import prepare_kernel
 
 Tensor = torch.Tensor
@@ -33,7 +34,7 @@ def forward_op(
     grid, options = call.chunk_launch(PREPARE, call.H)
     prepare_kernel[grid](
         q, k, g, beta, attention, inverse, *decayed, whole, cu_seqlens, *call.scan_sizes[:4], call.S, call.H, *token_strides(q, k), scale,
-        NORMALIZE=normalize_qk, **options,
+        NORMALIZE=normalize_qk, LEVELS=chunk_size.bit_length() - 1, **options,
     )  # fmt: skip
     grid, options = call.scan_launch(SCAN_FORWARD, 1)
     scan_kernel[grid](
@@ -69,12 +70,14 @@ def backward_op(
     """(dq, dk, dv, dg, dbeta, dinitial); dinitial is empty where there is no initial state."""
     outputs = backward_op_fake(do, dfinal, q, k, v, g, beta, initial, cu_seqlens, attention, inverse, decayed, whole, scale, normalize_qk, chunk_size)
     call = DeltaCall(q, v, cu_seqlens, chunk_size)
-    *_, dv, dg, dbeta, dinitial = outputs
+    dq, dk, dv, dg, dbeta, dinitial = outputs
     if call.empty:
         return *outputs[:5], torch.zeros_like(dinitial) if dfinal is None else dfinal.clone()
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     errors = torch.empty_like(dv)
-    dq, dk = (x.new_empty(*v.shape[:3], call.K) for x in (q, k))
+    n_blocks = -(-call.K // CHANNELS)
+    head_dq, head_dk = v.new_empty(2, *v.shape[:3], call.K, dtype=torch.float32)
+    block_dbeta = v.new_empty(n_blocks, *v.shape[:3], dtype=torch.float32)
     states, dstates = (v.new_empty(call.H, call.slots, call.K, call.V) for _ in range(2))
     grid, options = call.scan_launch(SCAN_BACKWARD, 2)
     scan_kernel[grid](
@@ -82,12 +85,16 @@ def backward_op(
         *call.scan_sizes, *token_strides(*decayed, v, do),
         CHANNEL=True, FORWARD=False, HAS_INITIAL=initial is not None, HAS_DFINAL=dfinal is not None, **options,
     )  # fmt: skip
-    grid, options = call.chunk_launch(GRADIENTS, call.H)
+    grid, options = call.chunk_launch(GRADIENTS, call.H * n_blocks)
     gradient_kernel[grid](
-        q, k, g, beta, do, errors, dv, states, dstates, dq, dk, dg, dbeta, cu_seqlens, call.T, call.n_chunks, call.slots, call.S, call.H,
-        *token_strides(q, k, do), scale, NORMALIZE=normalize_qk, V=call.V, **options,
+        q, k, g, beta, do, errors, dv, states, dstates, head_dq, head_dk, dg, block_dbeta, cu_seqlens, *call.scan_sizes[:4], call.S, call.H,
+        *token_strides(q, k, do), scale, NORMALIZE=normalize_qk, LEVELS=chunk_size.bit_length() - 1, V=call.V, CHANNELS=CHANNELS, **options,
     )  # fmt: skip
-    return call.sum_groups(dq), call.sum_groups(dk), dv, dg, dbeta, dinitial
+    finish_kernel[(-(-call.B * call.T // FINISH_ROWS) * call.G,)](
+        q, k, head_dq, head_dk, block_dbeta, dq, dk, dbeta, call.B * call.T, call.H, *token_strides(q, k), K=call.K, BLOCK_K=block_of(call.K),
+        N_BLOCKS=n_blocks, ROWS=FINISH_ROWS, GROUP=call.H // call.G, NORMALIZE=normalize_qk, num_warps=4,
+    )  # fmt: skip
+    return outputs
 
 
 @backward_op.register_fake
