@@ -22,7 +22,7 @@ def channel_decays(gate, rows, stride, k_columns, inside, K: tl.constexpr):
 
 @triton.jit
 def level_decays(c, rows, level):
-    """For sub-chunks of 2^level rows: the decay between each row and its pair's anchor [CHUNK, K], and whether the row is in the later half [CHUNK]."""
+    """For sub-chunks of 2^level rows: the decay between each row and its pair's anchor [CHUNK, K], and whether a row is in the later half [CHUNK]."""
     anchor_row = ((rows >> (level + 1)) << (level + 1)) + (1 << level)
     anchor = tl.gather(c, tl.broadcast_to(anchor_row[:, None], c.shape), 0)
     late = ((rows >> level) & 1) == 1

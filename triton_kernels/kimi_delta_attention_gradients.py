@@ -67,8 +67,8 @@ def write_gradient(z, u, x_tile, c, rows, LEVELS: tl.constexpr, PRECISION: tl.co
 
 @triton.jit
 def channel_block(
-    column0, q, q_stride, k, k_stride, gate, do, do_stride, dv, errors, v_stride, states, dstates, dgate, k_row_stride, rows, inside, b, k_length, scale,
-    q_length,
+    column0, q, q_stride, k, k_stride, gate, do, do_stride, dv, errors, v_stride, states, dstates, dgate, k_row_stride, rows, inside, b, k_length,
+    scale, q_length,
     K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """For BLOCK channels: the gradients of the normalised q and k, k's part in that of beta; the gate's gradient is stored."""
@@ -116,9 +116,9 @@ def channel_block(
 @triton.jit
 def gradient_kernel(
     q, k, gate, beta, do, errors, dv, states, dstates, dq, dk, dgate, dbeta, cu_seqlens,
-    n_tokens: tl.int64, n_all_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, do_stride, do_head, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
-    GROUP: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    n_tokens: tl.int64, n_all_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, do_stride, do_head,
+    scale, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr, GROUP: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """The gate's gradient; those of the normalised q and k per value head [tokens, H, K] and of beta per block of channels, all three in fp32."""
     N_BLOCKS: tl.constexpr = (K + CHANNELS - 1) // CHANNELS

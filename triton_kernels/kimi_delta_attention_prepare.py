@@ -18,8 +18,8 @@ from triton_kernels.kimi_delta_attention_decay import channel_decays, level_deca
 def prepare_kernel(
     q, k, gate, beta, attention, inverse, read_q, read_k, write, whole, cu_seqlens,
     n_tokens: tl.int64, n_all_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, scale,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr, NORMALIZE: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, GROUP: tl.constexpr,
+    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):
     slot = (tl.program_id(0) // n_heads).to(tl.int64)
     head = (tl.program_id(0) % n_heads).to(tl.int64)
