@@ -30,9 +30,9 @@ def slices(*blocks: int, warps: int, stages: int) -> tuple[LaunchOptions, ...]:
     return tuple(LaunchOptions(blocks={"BLOCK": block}, num_warps=warps, num_stages=stages) for block in blocks)
 
 
-def everywhere(options: tuple[LaunchOptions, ...], ampere: tuple[LaunchOptions, ...] | None = None) -> LaunchTable:
-    """The same options on every architecture, except where Ampere needs its own."""
-    return LaunchTable(lines={(80, MAX_WIDTH): ampere or options, (90, MAX_WIDTH): options, (100, MAX_WIDTH): options})
+def everywhere(options: tuple[LaunchOptions, ...], **own: tuple[LaunchOptions, ...]) -> LaunchTable:
+    """The same options on every architecture, except on those (`sm_80`, `sm_90`, `sm_100`) that need their own."""
+    return LaunchTable(lines={(architecture, MAX_WIDTH): own.get(f"sm_{architecture}", options) for architecture in (80, 90, 100)})
 
 
 def check_triton_call(op: str, q_BTGK: Tensor, v_BTHV: Tensor, chunk_size: int) -> None:

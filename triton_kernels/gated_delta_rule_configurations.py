@@ -15,7 +15,7 @@ from triton_kernels.gated_delta_rule import gated_delta_rule
 SINGLE_SCAN = everywhere(slices(16, warps=4, stages=1))
 PREPARE: Tables = (everywhere(chunks(warps=4, stages=1)), everywhere(chunks(warps=8, stages=1)))
 SCAN_FORWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2)), SINGLE_SCAN)
-SCAN_BACKWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2), ampere=slices(16, warps=4, stages=1)), SINGLE_SCAN)
+SCAN_BACKWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2), sm_80=slices(16, warps=4, stages=1)), SINGLE_SCAN)
 GRADIENTS: Tables = (everywhere(slices(64, warps=8, stages=1)), everywhere(slices(32, warps=8, stages=1)))
 
 

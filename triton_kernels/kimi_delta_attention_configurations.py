@@ -14,7 +14,10 @@ from triton_kernels.kimi_delta_attention import kimi_delta_attention
 SINGLE_SCAN = everywhere(slices(16, warps=4, stages=1))
 PREPARE: Tables = (everywhere(slices(32, warps=8, stages=1)), everywhere(slices(32, warps=8, stages=1)))
 SCAN_FORWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2)), SINGLE_SCAN)
-SCAN_BACKWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2), ampere=slices(16, warps=4, stages=1)), SINGLE_SCAN)
+SCAN_BACKWARD: Tables = (
+    everywhere(slices(32, 16, warps=4, stages=2), sm_80=slices(16, warps=4, stages=1), sm_100=slices(16, warps=8, stages=2)),
+    SINGLE_SCAN,
+)
 GRADIENTS: Tables = (everywhere(slices(64, warps=8, stages=1)), everywhere(slices(32, warps=8, stages=1)))
 
 # Channels of one program of the gradients, and rows of one that finishes them.
