@@ -1,10 +1,9 @@
 """How kernels are tested on a CPU.
 
 Triton decides between compiling and interpreting when a `@triton.jit` function is *defined*, by TRITON_INTERPRET in the environment, so one process
-can do only one of the two. The choice here: the whole pytest process interprets. pytest imports this file while it collects, before any test body
-runs, and kernel modules (those that hold `@triton.jit` functions) are imported only inside the function that launches them, never at the top of a
-module, so that they are always defined after this line. Tests that compile (the offline gate) start a subprocess without the variable:
-`compile_environment` is its environment.
+can do only one of the two. The choice here: the whole pytest process interprets (`tests/conftest.py` sets the variable). Kernel modules (those that
+hold `@triton.jit` functions) are imported only inside the function that launches them. Tests that compile (the offline gate) start a subprocess
+without the variable: `compile_environment` is its environment.
 
 Every `torch.empty` is filled with NaN meanwhile, so that a row a kernel forgot to write cannot look right by luck.
 """
@@ -14,8 +13,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
