@@ -2,8 +2,10 @@
 
 from lm.accounting import ModelCost, model_cost
 from lm.config import ModelConfig
+from routing.expert_choice import ExpertChoice
 from routing.null_experts import NullExperts
 from routing.random_k import RandomK
+from routing.skipping import Skipping
 from routing.top_k import TopK
 from staged_training.boundary import added_weights, frozen_share
 from staged_training.plan import Plan, Stage
@@ -52,7 +54,7 @@ def intended_experts(config: ModelConfig) -> float:
     """Real experts per token a policy aims at, where it aims at a number; what estimates before the first step assume."""
     policy = config.moe.router.policy
     match policy:
-        case TopK():
+        case TopK() | Skipping() | ExpertChoice():
             return policy.k
         case RandomK():
             return (policy.k_min + policy.k_max) / 2
