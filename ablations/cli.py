@@ -1,4 +1,4 @@
-"""The commands: `python -m ablations list | compare | report`, and `python -m ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | report | difficulty`, and `python -m ablations.<method>`."""
 
 import logging
 import sys
@@ -10,6 +10,7 @@ import tyro
 
 from ablations.compare import compare, show
 from ablations.defaults import Options
+from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
 from ablations.registry import all_methods, find_methods
 from staged_training.loop import NonFiniteLossError
@@ -21,7 +22,7 @@ FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
 
 def main() -> None:
     """`python -m ablations`."""
-    commands = {"list": list_command, "compare": compare_command, "report": report_command}
+    commands = {"list": list_command, "compare": compare_command, "report": report_command, "difficulty": difficulty_command}
     guarded(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m ablations", description=__doc__))
 
 
@@ -49,6 +50,11 @@ def report_command(folder: tyro.conf.Positional[Path]) -> None:
         folder: of the comparison, `runs/comparisons/<hash>`.
     """
     show(folder)
+
+
+def difficulty_command(options: Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]) -> None:
+    """Do harder tokens get more experts, and does it pay? Train the models of the study, then measure."""
+    train(options)
 
 
 def run_alone(method: Method) -> None:

@@ -1,0 +1,203 @@
+"""Trains what the difficulty study compares: a reference model, and from one trunk static models and methods that choose the number per token.
+
+    <out>/synthetic.jsonl        generated problems, part of the text
+    <out>/corpus/                the prepared text, validation documents held out by hash
+    <out>/trunks/, <out>/branches/   runs, see `staged_training.record`
+    <out>/study.json             what was trained and where it lies: all that the analysis reads
+
+The trunk trains with a random number of experts, so no static model starts with weights made for its own k. The reference has another seed, hence
+other weights, another data order and other draws, and static top-k; its own trunk is the early checkpoint that learnability is measured against.
+"""
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ablations.defaults import STAGING, ModelOptions
+from ablations.difficulty.tasks import generate, write_problems
+from ablations.method import with_policy
+from ablations.registry import find_methods
+from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
+from lm.config import ModelConfig
+from lm.serialize import load_json, save_json
+from routing.random_k import RandomK
+from routing.top_k import TopK
+from staged_training.describe import describe
+from staged_training.estimate import estimate
+from staged_training.execute import Execution, ExecutionConfig
+from staged_training.plan import Plan
+from staged_training.record import Ledger, environment
+from staged_training.staging import StagingConfig, corpus_facts, make_plan
+
+STUDY_FILE, PROBLEMS_FILE = "study.json", "synthetic.jsonl"
+REFERENCE, EARLY, REFERENCE_SEED = "reference", "reference_early", 1
+RANDOM_K = "random_k"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What to train.
+
+    Attributes:
+        out: folder of everything; the same command continues what it finds there.
+        minutes: train the main model (trunk plus one branch) for about this long on this machine instead of for `tokens`; measured once, and
+            kept in the folder, so a run that is continued has the same budget.
+        reference_share: tokens of the reference model, as a share of the main model's.
+        early_share: share of those after which its early losses are taken.
+        synthetic_documents: generated problems that are mixed into the text; those held out are the probes with structural labels.
+        static: each k a static model is trained at, from the common trunk.
+        methods: names as `python -m ablations list` shows them.
+    """
+
+    out: Path = Path("runs/difficulty")
+    minutes: float | None = None
+    reference_share: float = 0.4
+    early_share: float = 0.3
+    synthetic_documents: int = 24_000
+    static: tuple[int, ...] = (4, 8, 12, 16)
+    methods: tuple[str, ...] = ("top_p", "difficulty_head")
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
+    staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=lambda: dataclasses.replace(STAGING, tokens=5_000_000, trunk_share=0.8, freeze=0.0)
+    )
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: CorpusConfig(valid_share=0.08))
+    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ExecutionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("reference_share", "early_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie between 0 and 1")
+        if self.synthetic_documents < 30:
+            raise ValueError(f"--synthetic-documents {self.synthetic_documents}: at least 30, or none of a task is held out")
+        if self.staging.freeze:
+            raise ValueError(f"--freeze {self.staging.freeze}: must be 0, the study counts the experts of every layer")
+        if not self.methods or not self.static:
+            raise ValueError("--methods and --static each need at least one entry")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What was trained. Folders are relative to the study's.
+
+    Attributes:
+        k: experts per token that every method holds in the mean.
+        tokens: the main model's, trunk plus one branch.
+        models: `lm.pretrained` folder by name: reference, reference_early, random_k, each method, and static_<k>.
+        runs: run folder by name, of the branches.
+        seconds: of training by name, trunk plus branch.
+    """
+
+    k: int
+    tokens: int
+    corpus: str
+    models: dict[str, str]
+    runs: dict[str, str]
+    seconds: dict[str, float]
+    command: str
+    environment: dict
+
+
+def static_name(k: int) -> str:
+    return f"static_{k}"
+
+
+def train(options: TrainingOptions) -> Study:
+    """Trains whatever is not finished.
+
+    Raises:
+        ValueError: for options, text or methods that do not fit.
+        staged_training.stopping.Interrupted: after a stop signal, everything saved.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    corpus = prepare_text(options)
+    model = options.model.config(corpus.tokenizer.vocab_size)
+    options = with_tokens(options, corpus, model)
+    reference, main = (execution(options, corpus, plan) for plan in (reference_plan(options, corpus, model), main_plan(options, corpus, model)))
+    print(describe(main.plan), flush=True)
+    reference.trunk()
+    late = reference.branch(reference.plan.branches[0])
+    models, runs = {REFERENCE: late.folder / "model", EARLY: reference.trunk_folder / "model"}, {}
+    _, trunk_record = main.trunk()
+    seconds = trunk_record.ledger.costs["trunk"]["seconds"]
+    study = None
+    for branch in main.plan.branches:
+        record = main.branch(branch)
+        models[branch.method], runs[branch.method] = record.folder / "model", record.folder
+        # Written after every branch: what is trained can be analysed while the rest trains.
+        study = Study(
+            k=options.model.k,
+            tokens=options.staging.tokens,
+            corpus=relative(corpus.folder, options.out),
+            models={name: relative(folder, options.out) for name, folder in models.items()},
+            runs={name: relative(folder, options.out) for name, folder in runs.items()},
+            seconds={name: seconds + Ledger.load(folder).costs["branches"]["seconds"] for name, folder in runs.items()},
+            command=shlex.join(["python", *sys.orig_argv[1:]]),
+            environment=environment(main.plan.corpus.content_hash),
+        )
+        save_json(options.out / STUDY_FILE, study)
+    assert study is not None
+    return study
+
+
+def relative(folder: Path, root: Path) -> str:
+    return str(folder.relative_to(root))
+
+
+def prepare_text(options: TrainingOptions) -> PreparedCorpus:
+    """The user's text and the generated problems, as one corpus."""
+    path = options.out / PROBLEMS_FILE
+    write_problems(generate(options.synthetic_documents, seed=0), path)
+    if not options.corpus.data:
+        raise ValueError("--data: name the files or folders of text to train on")
+    return prepare(dataclasses.replace(options.corpus, data=(*options.corpus.data, str(path))), options.out / "corpus")
+
+
+def with_tokens(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> TrainingOptions:
+    """The options with the number of tokens that `minutes` amounts to; decided once per folder."""
+    path = options.out / "tokens.txt"
+    if options.minutes is None:
+        return options
+    if not path.exists():
+        trial = execution(options, corpus, make_plan(options.staging, corpus_facts(corpus), trunk_model(model, options.model.k), []))
+        per_step = estimate(trial, steps=8).trunk / trial.plan.trunk.n_batches
+        path.write_text(f"{round(60 * options.minutes / per_step) * trial.plan.tokens_per_batch}\n")
+    return dataclasses.replace(options, staging=dataclasses.replace(options.staging, tokens=int(path.read_text())))
+
+
+def execution(options: TrainingOptions, corpus: PreparedCorpus, plan: Plan) -> Execution:
+    return Execution(plan, corpus, options.out, options.execution)
+
+
+def trunk_model(model: ModelConfig, k: int) -> ModelConfig:
+    """Any k from 2 to 2k-2, k in the mean: every k that the analysis forces is one the weights have met."""
+    lowest = min(2, k)
+    return with_policy(model, RandomK(k_min=lowest, k_max=min(2 * k - lowest, model.moe.n_experts), k_eval=k))
+
+
+def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> Plan:
+    """A trunk of random k, and from it the static models, the same random k, and the methods."""
+    trunk = trunk_model(model, options.model.k)
+    models = {RANDOM_K: trunk}
+    models |= {method.name: method.change(model) for method in find_methods(list(options.methods))[1:]}
+    models |= {static_name(k): with_policy(model, TopK(k=k)) for k in options.static}
+    return make_plan(options.staging, corpus_facts(corpus), trunk, [(name, config, 0) for name, config in models.items()])
+
+
+def reference_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> Plan:
+    """A static model of its own seed: its trunk is the early checkpoint, its branch the late one."""
+    staging = dataclasses.replace(options.staging, tokens=round(options.staging.tokens * options.reference_share), trunk_share=options.early_share)
+    return make_plan(staging, corpus_facts(corpus), model, [(REFERENCE, model, REFERENCE_SEED)], trunk_seed=REFERENCE_SEED)
+
+
+def read_study(folder: Path) -> Study:
+    """
+    Raises:
+        ValueError: where no study was trained, or not to its end.
+    """
+    if not (folder / STUDY_FILE).is_file():
+        raise ValueError(f"{folder} holds no finished {STUDY_FILE}: train it first with `python -m ablations difficulty --out {folder} --data ...`")
+    return load_json(Study, folder / STUDY_FILE)
