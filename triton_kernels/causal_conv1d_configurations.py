@@ -6,8 +6,8 @@ Letters: B batch, T tokens, D channels, W convolution width.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from triton_kernels import peers
 from triton_kernels.causal_conv1d import causal_conv1d
 from triton_kernels.configurations import Cost, Operation, random_inputs
 
@@ -27,12 +27,6 @@ def _cost(element_size: int, *, B: int, T: int, D: int, W: int, **_: int) -> tup
     return forward, Cost(flops=elements * (6 * W + 10), bytes=3 * element_size * elements)
 
 
-def _conv1d(x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor, initial_tail: torch.Tensor) -> torch.Tensor:
-    """Torch's depthwise convolution over the padded sequence."""
-    x_BDL = torch.cat([initial_tail, x_BTD.transpose(1, 2)], dim=2)
-    return F.silu(F.conv1d(x_BDL, weight_DW[:, None], bias_D, groups=weight_DW.shape[0])).transpose(1, 2)
-
-
 OPERATIONS = (
     Operation(
         name="causal_conv1d",
@@ -43,8 +37,8 @@ OPERATIONS = (
         check_shapes=tuple({"B": 2, "T": T, "D": D, "W": W} for T, D, W in ((1, 64, 4), (63, 100, 2), (257, 256, 3), (1000, 512, 4))),
         bench_shapes=({"B": 4, "T": 4096, "D": 2048, "W": 4}, {"B": 1, "T": 32768, "D": 2048, "W": 4}),
         cpu_shape={"B": 2, "T": 2048, "D": 512, "W": 4},
-        peers={"torch conv1d": _conv1d},
-        cpu_peers={"torch conv1d": _conv1d},
+        peers={"fla": peers.fla_conv1d, "torch conv1d": peers.torch_conv1d},
+        cpu_peers={"torch conv1d": peers.torch_conv1d},
         without_products=frozenset({"convolution_forward_kernel", "convolution_backward_kernel", "convolution_tail_kernel"}),
     ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from triton_kernels.configurations import LaunchOptions, LaunchTable
+from triton_kernels.configurations import LaunchOptions, Tables
 
 Tensor = torch.Tensor
 
@@ -15,24 +15,6 @@ Tensor = torch.Tensor
 MIN_PROGRAMS = 132
 CHUNK_SIZES = (16, 32, 64)
 MAX_WIDTH = 128
-
-
-# fp16 and bf16 first, fp32 second: `tables[dtype is fp32]`.
-Tables = tuple[LaunchTable, LaunchTable]
-
-
-def chunks(*, warps: int, stages: int) -> tuple[LaunchOptions, ...]:
-    return (LaunchOptions(num_warps=warps, num_stages=stages),)
-
-
-def slices(*blocks: int, warps: int, stages: int) -> tuple[LaunchOptions, ...]:
-    """Options for slices of the given widths, widest first: a scan takes the first that fills the device."""
-    return tuple(LaunchOptions(blocks={"BLOCK": block}, num_warps=warps, num_stages=stages) for block in blocks)
-
-
-def everywhere(options: tuple[LaunchOptions, ...], **own: tuple[LaunchOptions, ...]) -> LaunchTable:
-    """The same options on every architecture, except on those (`sm_80`, `sm_90`, `sm_100`) that need their own."""
-    return LaunchTable(lines={(architecture, MAX_WIDTH): own.get(f"sm_{architecture}", options) for architecture in (80, 90, 100)})
 
 
 def check_triton_call(op: str, q_BTGK: Tensor, v_BTHV: Tensor, chunk_size: int) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from triton_kernels.configurations import Cost, LaunchOptions, LaunchTable, Operation
+from triton_kernels import peers
+from triton_kernels.configurations import Cost, Operation, launch_table
 from triton_kernels.flash_decode import flash_decode
 
 # A latent cache is as wide as its latent and its rotary part together.
@@ -16,11 +17,7 @@ MAX_WIDTH = 1024
 TARGET_PROGRAMS = 264
 
 
-def _options(block_n: int, stages: int) -> tuple[LaunchOptions]:
-    return (LaunchOptions(blocks={"BLOCK_N": block_n}, num_warps=4, num_stages=stages),)
-
-
-SPLIT = LaunchTable(lines={(80, 64): _options(64, 3), (80, 128): _options(64, 3), (80, 256): _options(32, 2), (80, 1024): _options(16, 1)})
+SPLIT = launch_table("BLOCK_N", {(80, 64): [(64, 4, 3)], (80, 128): [(64, 4, 3)], (80, 256): [(32, 4, 2)], (80, 1024): [(16, 4, 1)]})
 
 
 def _inputs(
@@ -52,14 +49,9 @@ def _cost(element_size: int, *, B: int, S: int, H: int, G: int, K: int, V: int, 
     return Cost(flops=2 * B * S * H * (K + V), bytes=cached + element_size * B * H * (K + V)), None
 
 
-def _sdpa(q_BHK: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
-    """Torch's attention with a mask of the lengths, as a decode loop over a growing cache calls it."""
-    mask_B11S = (torch.arange(k_cache.shape[1], device=q_BHK.device) < lengths_B[:, None])[:, None, None]
-    k, v = (x.transpose(1, 2) for x in (k_cache, v_cache))
-    return torch.nn.functional.scaled_dot_product_attention(q_BHK[:, :, None], k, v, attn_mask=mask_B11S, enable_gqa=True)[:, :, 0]
-
-
-def _operation(name: str, shape: dict[str, int], check_shapes: tuple[dict[str, int], ...], peers: dict[str, Any] | None = None) -> Operation:
+def _operation(name: str, shape: dict[str, int], *check_shapes: dict[str, int]) -> Operation:
+    plain = name == "flash_decode"
+    sdpa = {"SDPA": peers.sdpa_decode} if plain else {}
     return Operation(
         name=name,
         call=flash_decode,
@@ -69,17 +61,18 @@ def _operation(name: str, shape: dict[str, int], check_shapes: tuple[dict[str, i
         check_shapes=check_shapes,
         bench_shapes=(shape, {**shape, "B": 16}, {**shape, "S": 65536}),
         cpu_shape={**shape, "S": 4096},
-        peers=peers or {},
-        cpu_peers=peers or {},
+        peers=sdpa | ({"flash-attn": peers.flash_attn_decode} if plain else {}),
+        cpu_peers=sdpa,
         # Memory bound: a step's products are a few rows of query heads against keys that are read once.
         without_products=frozenset({"split_kernel", "reduce_kernel"}),
     )
 
 
 _SHAPE = {"B": 4, "S": 8192, "H": 16, "G": 4, "K": 128, "V": 128}
+_LATENT = {**_SHAPE, "G": 1, "K": 576, "V": 512}
 OPERATIONS = (
-    _operation("flash_decode", _SHAPE, ({**_SHAPE, "B": 3, "S": 257}, {**_SHAPE, "S": 1000, "K": 64, "V": 64}), {"SDPA": _sdpa}),
-    _operation("flash_decode/paged", {**_SHAPE, "C": 64}, ({**_SHAPE, "S": 320, "C": 64}, {**_SHAPE, "S": 256, "C": 16})),
-    _operation("flash_decode/int8", {**_SHAPE, "quantised": 1}, ({**_SHAPE, "S": 257, "quantised": 1},)),
-    _operation("flash_decode/latent", {**_SHAPE, "G": 1, "K": 576, "V": 512}, ({**_SHAPE, "S": 300, "G": 1, "K": 576, "V": 512},)),
+    _operation("flash_decode", _SHAPE, *({**_SHAPE, "B": 3, "S": S, "K": K, "V": K} for S, K in ((257, 128), (1000, 64), (300, 256)))),
+    _operation("flash_decode/paged", {**_SHAPE, "C": 64}, {**_SHAPE, "S": 320, "C": 64}, {**_SHAPE, "S": 256, "C": 16}),
+    _operation("flash_decode/int8", {**_SHAPE, "quantised": 1}, {**_SHAPE, "S": 257, "quantised": 1}),
+    _operation("flash_decode/latent", _LATENT, {**_LATENT, "S": 300}),
 )

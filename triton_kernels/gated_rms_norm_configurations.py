@@ -7,12 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from triton_kernels import peers
 from triton_kernels.configurations import Cost, Operation, random_inputs
 from triton_kernels.gated_rms_norm import gated_rms_norm
-
-EPS = 1e-6
 
 
 def _inputs(dtype: torch.dtype, device: str, *, B: int, T: int, H: int, D: int, **_: int) -> dict[str, Any]:
@@ -24,23 +22,18 @@ def _cost(element_size: int, *, B: int, T: int, H: int, D: int, **_: int) -> tup
     return Cost(flops=12 * elements, bytes=3 * element_size * elements), Cost(flops=30 * elements, bytes=5 * element_size * elements)
 
 
-def _torch_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Torch's rms_norm and SiLU, one after the other."""
-    return F.rms_norm(x, x.shape[-1:], weight, EPS) * F.silu(gate)
-
-
 OPERATIONS = (
     Operation(
         name="gated_rms_norm",
-        call=partial(gated_rms_norm, eps=EPS),
+        call=partial(gated_rms_norm, eps=1e-6),
         inputs=_inputs,
         cost=_cost,
         inspect_shape={"B": 1, "T": 4096, "H": 16, "D": 128},
         check_shapes=tuple({"B": 2, "T": T, "H": 3, "D": D} for T, D in ((1, 64), (63, 100), (257, 128), (100, 2048))),
         bench_shapes=({"B": 4, "T": 4096, "H": 16, "D": 128}, {"B": 1, "T": 4096, "H": 1, "D": 4096}),
         cpu_shape={"B": 2, "T": 2048, "H": 8, "D": 64},
-        peers={"torch rms_norm": _torch_norm},
-        cpu_peers={"torch rms_norm": _torch_norm},
+        peers={"fla": peers.fla_norm, "torch rms_norm": peers.torch_norm},
+        cpu_peers={"torch rms_norm": peers.torch_norm},
         without_products=frozenset({"norm_forward_kernel", "norm_backward_kernel"}),
     ),
 )

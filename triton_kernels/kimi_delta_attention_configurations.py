@@ -7,66 +7,56 @@ from typing import Any
 
 import torch
 
-from triton_kernels.configurations import Cost, Operation, random_inputs
-from triton_kernels.delta_launch import Tables, everywhere, slices
+from triton_kernels import peers
+from triton_kernels.configurations import Cost, Operation, launch_table, random_inputs
+from triton_kernels.gated_delta_rule_configurations import cost as delta_cost
+from triton_kernels.gated_delta_rule_configurations import shape
 from triton_kernels.kimi_delta_attention import kimi_delta_attention
 
-SINGLE_SCAN = everywhere(slices(16, warps=4, stages=1))
-PREPARE: Tables = (everywhere(slices(32, warps=8, stages=1)), everywhere(slices(32, warps=8, stages=1)))
-SCAN_FORWARD: Tables = (everywhere(slices(32, 16, warps=4, stages=2)), SINGLE_SCAN)
-SCAN_BACKWARD: Tables = (
-    everywhere(slices(32, 16, warps=4, stages=2), sm_80=slices(16, warps=4, stages=1), sm_100=slices(16, warps=8, stages=2)),
+# Two tables each: for 2-byte elements, and for fp32. Slices of a scan are listed widest first: it takes the first that fills the device.
+SINGLE_SCAN = launch_table("BLOCK", {(80, 128): [(16, 4, 1)]})
+PREPARE = (launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}), launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}))
+SCAN_FORWARD = (launch_table("BLOCK", {(80, 128): [(32, 4, 2), (16, 4, 2)]}), SINGLE_SCAN)
+SCAN_BACKWARD = (
+    launch_table("BLOCK", {(80, 128): [(16, 4, 1)], (90, 128): [(32, 4, 2), (16, 4, 2)], (100, 128): [(16, 8, 2)]}),
     SINGLE_SCAN,
 )
-GRADIENTS: Tables = (everywhere(slices(64, warps=8, stages=1)), everywhere(slices(32, warps=8, stages=1)))
+GRADIENTS = (launch_table("BLOCK", {(80, 128): [(64, 8, 1)]}), launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}))
 
 # Channels of one program of the gradients, and rows of one that finishes them.
 CHANNELS = 32
 FINISH_ROWS = 32
 
 
-def _inputs(dtype: torch.dtype, device: str, *, B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, Any]:
+def inputs(dtype: torch.dtype, device: str, *, B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, Any]:
     shapes = {"q_BTGK": (B, T, G, K), "k_BTGK": (B, T, G, K), "v_BTHV": (B, T, H, V)}
     tensors: dict[str, Any] = dict(random_inputs(T, dtype, device, shapes))
     raw = random_inputs(T + 1, torch.float32, device, {"g": (B, T, H, K), "beta": (B, T, H)})
-    tensors["log_decay_BTHK"] = -raw["g"].detach().abs().requires_grad_()
+    tensors["log_decay"] = -raw["g"].detach().abs().requires_grad_()
     tensors["beta_BTH"] = raw["beta"].detach().sigmoid().requires_grad_()
     return tensors | {"normalize_qk": True}
 
 
-def _cost(element_size: int, *, B: int, T: int, G: int, H: int, K: int, V: int) -> tuple[Cost, Cost]:
-    """As for the gated delta rule, with an fp32 log-decay for every key channel."""
-    C, rows, group = 64, B * T * H, H // G
-    forward_flops = 2 * rows * (2 * C * K + 2 * C * V + 3 * K * V + C * C / 3)
-    backward_flops = 2 * rows * (6 * C * K + 4 * C * V + 8 * K * V)
-    forward = rows * (element_size * (2 * K / group + 2 * V) + 4 * (K + 1))
-    backward = rows * (element_size * (4 * K / group + 3 * V) + 8 * (K + 1))
-    return Cost(flops=forward_flops, bytes=forward), Cost(flops=backward_flops, bytes=backward)
+def call(log_decay: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return kimi_delta_attention(log_decay_BTHK=log_decay, **tensors)
 
 
-def _fla(
-    q_BTGK: torch.Tensor, k_BTGK: torch.Tensor, v_BTHV: torch.Tensor, log_decay_BTHK: torch.Tensor, beta_BTH: torch.Tensor, normalize_qk: bool
-) -> torch.Tensor:
-    from fla.ops.kda import chunk_kda  # pyright: ignore[reportMissingImports]
-
-    return chunk_kda(q_BTGK, k_BTGK, v_BTHV, g=log_decay_BTHK, beta=beta_BTH, use_qk_l2norm_in_kernel=normalize_qk)[0]
-
-
-def _shape(B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, int]:
-    return {"B": B, "T": T, "G": G, "H": H, "K": K, "V": V}
+def cost(element_size: int, **sizes: int) -> tuple[Cost, Cost]:
+    return delta_cost(element_size, gate_width=sizes["K"], **sizes)
 
 
 OPERATIONS = (
     Operation(
         name="kimi_delta_attention",
-        call=kimi_delta_attention,
-        inputs=_inputs,
-        cost=_cost,
-        inspect_shape=_shape(1, 4096, 16, 16, 128, 128),
-        check_shapes=(_shape(2, 63, 3, 3, 64, 64), _shape(1, 1000, 2, 4, 128, 128), _shape(2, 257, 5, 40, 128, 64), _shape(1, 1, 1, 2, 32, 32)),
-        bench_shapes=(_shape(1, 4096, 16, 16, 128, 128), _shape(4, 4096, 16, 16, 128, 128), _shape(1, 32768, 16, 16, 128, 128)),
-        cpu_shape=_shape(1, 2048, 8, 8, 64, 64),
-        peers={"fla": _fla},
+        call=call,
+        inputs=inputs,
+        cost=cost,
+        inspect_shape=shape(1, 4096, 16, 16, 128, 128),
+        check_shapes=(shape(2, 63, 3, 3, 64, 64), shape(1, 1000, 2, 4, 128, 128), shape(2, 257, 5, 40, 128, 64), shape(1, 1, 1, 2, 32, 32)),
+        bench_shapes=(shape(4, 4096, 16, 16, 128, 128), shape(1, 4096, 16, 16, 128, 128), shape(1, 32768, 16, 16, 128, 128)),
+        cpu_shape=shape(1, 2048, 8, 8, 64, 64),
+        peers={"fla": peers.fla_delta},
+        cpu_peers={"transformers": peers.transformers_delta, "loop": peers.loop_delta},
         without_products=frozenset({"finish_kernel"}),
     ),
 )
