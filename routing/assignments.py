@@ -51,6 +51,26 @@ class Assignments:
         return self.expert_offsets.diff()
 
     @staticmethod
+    def from_rows(token_N: Tensor, expert_N: Tensor, weight_N: Tensor, *, n_tokens: int, n_experts: int) -> "Assignments":
+        """Sort rows that come in any order, each a different pair of token and expert. A token's slots are then in the order of its experts.
+
+        token_N, expert_N  int64; weight_N floating point
+        """
+        order_N = torch.argsort(token_N, stable=True)
+        order_N = order_N[torch.argsort(expert_N[order_N], stable=True)]
+        token_N, expert_N = token_N[order_N], expert_N[order_N]
+        bounds_T = torch.arange(n_tokens + 1, device=token_N.device)
+        sorted_token_N, row_of_slot_N = torch.sort(token_N, stable=True)
+        return Assignments(
+            token_N=token_N,
+            expert_N=expert_N,
+            weight_N=weight_N.index_select(0, order_N),
+            expert_offsets=torch.searchsorted(expert_N, torch.arange(n_experts + 1, device=expert_N.device)),
+            token_offsets=torch.searchsorted(sorted_token_N, bounds_T),
+            row_of_slot_N=row_of_slot_N,
+        )
+
+    @staticmethod
     def from_slots(
         expert_TK: Tensor, weight_TK: Tensor, keep_TK: Tensor | None = None, *, n_experts: int, padded: bool | None = None
     ) -> "Assignments":

@@ -88,3 +88,18 @@ def test_more_than_int16_experts():
 def test_shapes_that_disagree_are_refused():
     with pytest.raises(ValueError, match=r"one shape \[T, K\]"):
         Assignments.from_slots(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 2), n_experts=4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(slots(), st.integers(0, 2**31))
+def test_rows_in_any_order_make_the_same_assignments(drawn, seed):
+    expert_TK, weight_TK, keep_TK, n_experts = drawn
+    expected = Assignments.from_slots(expert_TK, weight_TK, keep_TK, n_experts=n_experts, padded=False)
+    shuffled_N = torch.randperm(len(expected.token_N), generator=torch.Generator().manual_seed(seed))
+    rows = (values[shuffled_N] for values in (expected.token_N, expected.expert_N, expected.weight_N))
+    got = Assignments.from_rows(*rows, n_tokens=expected.n_tokens, n_experts=n_experts)
+    for name in ("token_N", "expert_N", "weight_N", "expert_offsets", "token_offsets"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    # Slots hold their own token's rows; here in the order of the experts.
+    assert torch.equal(got.token_N[got.row_of_slot_N], torch.repeat_interleave(torch.arange(got.n_tokens), got.experts_per_token_T()))
+    assert sorted(got.row_of_slot_N.tolist()) == list(range(len(shuffled_N)))
