@@ -4,12 +4,13 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from ablations.compare import compare, show
 from ablations.defaults import Options
+from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
 from ablations.registry import all_methods, find_methods
@@ -52,9 +53,20 @@ def report_command(folder: tyro.conf.Positional[Path]) -> None:
     show(folder)
 
 
-def difficulty_command(options: Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes]) -> None:
-    """Do harder tokens get more experts, and does it pay? Train the models of the study, then measure."""
-    train(options)
+def difficulty_command(
+    training: Annotated[TrainingOptions, tyro.conf.OmitArgPrefixes],
+    analysis: Annotated[AnalysisOptions, tyro.conf.OmitArgPrefixes],
+    phase: Literal["all", "train", "analyse"] = "all",
+) -> None:
+    """Do harder tokens get more experts, and does it pay? Train the models of the study, then measure. What is finished is not trained again.
+
+    Args:
+        phase: "train" or "analyse" alone; the analysis needs `--out` only, and also works on what is trained so far.
+    """
+    if phase != "analyse":
+        train(training)
+    if phase != "train":
+        analyse(training.out, analysis)
 
 
 def run_alone(method: Method) -> None:

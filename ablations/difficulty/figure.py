@@ -1,0 +1,46 @@
+"""The figure of the difficulty study: experts by difficulty above, the frontier of bits per byte below."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
+from ablations.difficulty.results import Results, Row
+from ablations.style import INK, MUTED, SERIES, STYLE, WIDTH
+
+LINES = {OWN: "-", UNIFORM: "--", RANDOM: ":"}
+
+
+def draw(results: Results, path: Path) -> None:
+    """Saves the figure as an image of the type that the suffix of `path` names."""
+    methods = list(dict.fromkeys(row["method"] for row in results.deciles))
+    colour = {method: SERIES[index % len(SERIES)] for index, method in enumerate(methods)}
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}):
+        figure = Figure(figsize=(WIDTH * 1.3, 7.5), layout="constrained")
+        above, below = figure.subplots(2, 1)
+        for method in methods:
+            rows = [row for row in results.deciles if row["method"] == method and row["difficulty"] == "reference_loss"]
+            above.plot([row["decile"] for row in rows], [row["mean_experts"] for row in rows], color=colour[method], marker="o", label=method)
+        above.axhline(results.k, color=MUTED, linewidth=0.8)
+        above.set_xlabel("tokens by the loss of the reference model, tenths, easiest first")
+        above.set_ylabel("experts per token and layer")
+        above.legend(frameon=False)
+        for method in methods:
+            for allocation, line in LINES.items():
+                curve(below, results.frontier, method, allocation, color=colour[method], linestyle=line, label=f"{method}, {allocation}")
+        trained = sorted((row for row in results.frontier if row["allocation"] == TRAINED), key=lambda row: row["mean_experts"])
+        if trained:
+            x, y = [row["mean_experts"] for row in trained], [row["bits_per_byte"] for row in trained]
+            below.plot(x, y, color=INK, marker="s", linestyle="none", label="static, trained at this k")
+        below.set_xlabel("mean experts per token and layer")
+        below.set_ylabel("bits per byte, real text")
+        below.legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=150)
+
+
+def curve(axes: Axes, frontier: list[Row], method: str, allocation: str, **style) -> None:
+    rows = sorted((row for row in frontier if (row["weights"], row["allocation"]) == (method, allocation)), key=lambda row: row["mean_experts"])
+    if rows:
+        axes.plot([row["mean_experts"] for row in rows], [row["bits_per_byte"] for row in rows], marker=".", **style)

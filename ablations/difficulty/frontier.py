@@ -1,0 +1,100 @@
+"""The frontier: bits per byte against the mean number of experts, for the same weights under several allocations and for weights trained at each k.
+
+Legend: N counted tokens, D documents, R resamples.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ablations.difficulty.correlations import Bounded, document_sums, ratio
+from ablations.difficulty.observe import Observed, observe_as
+from ablations.difficulty.training import RANDOM_K, Study, static_name
+from ablations.difficulty.windows import HeldOut, Windows
+from lm.budget import set_budget
+from lm.model import LanguageModel
+from routing.top_k import TopK
+from routing.top_p import TopP
+
+# How the experts of a point were allocated.
+UNIFORM, OWN, RANDOM, TRAINED = "uniform", "own", "random", "trained at this k"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """Weights run with one allocation.
+
+    Attributes:
+        weights: name of the trained model.
+        allocation: `UNIFORM`: the same number for every token; `OWN`: the method's choice; `RANDOM`: that choice dealt out anew among the tokens;
+            `TRAINED`: uniform, by a static model trained at this number.
+        asked: mean experts per token and layer that were asked for.
+    """
+
+    weights: str
+    allocation: str
+    asked: int
+    observed: Observed
+
+
+def methods_of(study: Study) -> list[str]:
+    """The trained models that can use another number of experts for every token."""
+    return [name for name in study.runs if not name.startswith(static_name(0)[:-1])]
+
+
+def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callable[[LanguageModel], object]:
+    """Sets the policy a method chooses with, held at a mean on held-out text. Weights trained with a random k choose by top-p after training."""
+
+    def change(model: LanguageModel) -> None:
+        if name == RANDOM_K:
+            k_max = model.config.moe.router.policy.k_max  # pyright: ignore[reportAttributeAccessIssue]
+            model.set_policy(TopP(target_mean=mean_experts, cap=k_max))
+        set_budget(model, mean_experts, calibration_BT)
+
+    return change
+
+
+def measure_frontier(folder: Path, study: Study, data: HeldOut, *, forced: tuple[int, ...], budgets: tuple[int, ...]) -> list[Point]:
+    """Every method's weights uniform at each of `forced`, and by its own and by a random allocation at each of `budgets`; the static models."""
+    points = []
+    for name in study.runs:
+        model_folder = folder / study.models[name]
+        print(f"measuring {name}", flush=True)
+        if name not in methods_of(study):
+            k = int(name.removeprefix(static_name(0)[:-1]))
+            points.append(Point(weights=name, allocation=TRAINED, asked=k, observed=observe_as(model_folder, data.text)))
+            continue
+        for k in forced:
+            observed = observe_as(model_folder, data.text, lambda model, k=k: model.set_policy(TopK(k=k)))
+            points.append(Point(weights=name, allocation=UNIFORM, asked=k, observed=observed))
+        for mean in budgets:
+            change = own_policy(name, mean, data.calibration_BT)
+            for allocation, seed in ((OWN, None), (RANDOM, 0)):
+                observed = observe_as(model_folder, data.text, change, permute_seed=seed)
+                points.append(Point(weights=name, allocation=allocation, asked=mean, observed=observed))
+    return points
+
+
+def bits_per_byte(point: Point, windows: Windows, weights_RD: np.ndarray) -> Bounded:
+    return _bits(point.observed.nats_N, windows, weights_RD)
+
+
+def difference(point: Point, against: Point, windows: Windows, weights_RD: np.ndarray) -> Bounded:
+    """Bits per byte of `point` minus those of `against`, paired by document."""
+    return _bits(point.observed.nats_N - against.observed.nats_N, windows, weights_RD)
+
+
+def rivals(point: Point, points: list[Point]) -> list[Point]:
+    """What an own allocation is compared with: the same weights uniform and random, and the static model, at the same number asked for."""
+    same = [other for other in points if other.asked == point.asked]
+    return [other for other in same if other.allocation == TRAINED or (other.weights == point.weights and other.allocation in (UNIFORM, RANDOM))]
+
+
+def _bits(nats_N: np.ndarray, windows: Windows, weights_RD: np.ndarray) -> Bounded:
+    n_documents, document_N = weights_RD.shape[1], windows.document_N
+    bits_D = document_sums(nats_N / math.log(2), document_N, n_documents)
+    return ratio(bits_D, document_sums(windows.n_bytes_N, document_N, n_documents), weights_RD)

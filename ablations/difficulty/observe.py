@@ -1,0 +1,93 @@
+"""Runs trained weights under a policy and notes, for every counted token, its loss and the experts that computed it in each layer.
+
+Legend: W windows, T tokens, N counted tokens, L layers, D model width.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ablations.difficulty.windows import Windows
+from lm.evaluate import evaluating
+from lm.model import LanguageModel, token_losses
+from lm.pretrained import load_pretrained
+from routing.difficulty_head import DifficultyHeadPolicy
+from routing.policy import Policy, Scores, Slots
+
+BATCH_WINDOWS = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Observed:
+    """nats_N: loss of each counted token, fp64. experts_NL: rows computed for it in each layer (physical experts), int16."""
+
+    nats_N: np.ndarray
+    experts_NL: np.ndarray
+
+    @property
+    def mean_experts(self) -> float:
+        return float(self.experts_NL.mean())
+
+
+class Permuted(Policy):
+    """The same policy with its decisions dealt out anew among the tokens of a batch: the same histogram in every layer, for no reason.
+
+    `order_T` names the token whose decision each token gets, in all layers alike, so a token that gets many in one layer still does in the others.
+    """
+
+    def __init__(self, inner: Policy) -> None:
+        super().__init__()
+        self.inner = inner
+        self.order_T = torch.zeros(0, dtype=torch.int64)
+
+    def select(self, scores: Scores) -> Slots:
+        if isinstance(self.inner, DifficultyHeadPolicy):
+            # The predicted number also weighs a token's last experts: another token's prediction must come whole.
+            return self.inner.select(dataclasses.replace(scores, x_TD=scores.x_TD[self.order_T]))
+        slots = self.inner.select(scores)
+        assert slots.keep_TK is not None
+        assert slots.rest_T is None
+        return slots._replace(keep_TK=slots.keep_TK[self.order_T])
+
+
+@torch.no_grad()
+def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None = None) -> Observed:
+    """One pass. With `permute_seed` every policy of the model is wrapped in `Permuted`, and the model is left so."""
+    permuted = []
+    if permute_seed is not None:
+        for router in model.routers():
+            router.policy = Permuted(router.policy)
+            permuted.append(router.policy)
+    generator = np.random.default_rng(permute_seed)
+    counted_WT, nats, experts = windows.counted_WT, [], []
+    with evaluating(model):
+        for start in range(0, len(windows.tokens_WT), BATCH_WINDOWS):
+            rows = slice(start, start + BATCH_WINDOWS)
+            counted_T = counted_WT[rows].reshape(-1)
+            for policy in permuted[:1]:
+                policy.order_T = _order(counted_T, generator)
+            for policy in permuted[1:]:
+                policy.order_T = permuted[0].order_T
+            output = model(windows.tokens_WT[rows])
+            nats.append(token_losses(output.logits_BTV, windows.targets_WT[rows]).double().numpy().reshape(-1)[counted_T])
+            used_TL = torch.stack([routing.assignments.experts_per_token_T() for routing in output.routings], dim=1)
+            experts.append(used_TL.numpy()[counted_T].astype(np.int16))
+    return Observed(nats_N=np.concatenate(nats), experts_NL=np.concatenate(experts))
+
+
+def observe_as(folder: Path, windows: Windows, change: Callable[[LanguageModel], object] | None = None, permute_seed: int | None = None) -> Observed:
+    """Loads the model of `folder`, changes its policies, and observes it: weights of a policy are lost when another takes its place."""
+    model = load_pretrained(folder)
+    if change is not None:
+        change(model)
+    return observe(model, windows, permute_seed=permute_seed)
+
+
+def _order(counted_T: np.ndarray, generator: np.random.Generator) -> Tensor:
+    order_T = np.arange(len(counted_T))
+    order_T[counted_T] = generator.permutation(order_T[counted_T])
+    return torch.from_numpy(order_T)

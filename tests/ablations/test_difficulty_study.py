@@ -1,0 +1,83 @@
+"""The difficulty study end to end, on a text and models so small that its numbers mean nothing: what is tested is that they are all there."""
+
+import csv
+import math
+import random
+
+import pytest
+
+from ablations.defaults import ModelOptions
+from ablations.difficulty.analysis import AnalysisOptions, analyse
+from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
+from ablations.difficulty.training import TrainingOptions, read_study, train
+from corpus.prepare import CorpusConfig
+from staged_training.execute import ExecutionConfig
+from staged_training.staging import StagingConfig
+
+K = 4
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("difficulty")
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(60)]
+    for number in range(60):
+        (folder / f"{number:02d}.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(15)))
+    options = TrainingOptions(
+        out=folder / "study",
+        synthetic_documents=150,
+        static=(2, K),
+        model=ModelOptions(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, n_experts=8, d_expert=16, k=K, dtype="float32"),
+        staging=StagingConfig(tokens=6000, trunk_share=0.8, freeze=0.0, batch_size=2, seq_len=128),
+        corpus=CorpusConfig(data=(str(folder),), vocab_size=400, valid_share=0.3),
+        execution=ExecutionConfig(log_every=1000),
+    )
+    train(options)
+    analyse(options.out, AnalysisOptions(forced=(1, 2, K, 7), budgets=(2, K), resamples=50, shuffles=10))
+    return options.out
+
+
+def table(folder, name):
+    with (folder / "analysis" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_table_has_its_rows(study_folder):
+    methods = ["random_k", "top_p", "difficulty_head"]
+    assert list(read_study(study_folder).runs) == [*methods, "static_2", "static_4"]
+    rows = table(study_folder, "correlations")
+    assert {(row["method"], row["difficulty"], row["layer"]) for row in rows} == {
+        (method, difficulty, layer) for method in methods for difficulty in ("reference_loss", "learnability") for layer in ("0", "1", "sum")
+    }
+    assert {row["task"] for row in table(study_folder, "structure")} == {"addition", "recall", "word_problem"}
+    assert len(table(study_folder, "deciles")) == len(methods) * 2 * 10
+    assert {(row["weights"], row["allocation"], row["asked"]) for row in table(study_folder, "frontier")} == {
+        *((method, UNIFORM, str(k)) for method in methods for k in (1, 2, K, 7)),
+        *((method, allocation, str(k)) for method in methods for allocation in (OWN, RANDOM) for k in (2, K)),
+        ("static_2", TRAINED, "2"),
+        ("static_4", TRAINED, "4"),
+    }
+    assert (study_folder / "analysis" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_agree_with_each_other(study_folder):
+    frontier = {(row["weights"], row["allocation"], row["asked"]): row for row in table(study_folder, "frontier")}
+    for row in table(study_folder, "regret"):
+        assert float(row["own"]) < 1
+        assert float(row["oracle_gain_nats"]) > 0
+        assert math.isclose(float(row["oracle_mean_experts"]), float(row["own_mean_experts"]), rel_tol=1e-3)
+    for row in table(study_folder, "differences"):
+        if row["against_allocation"] == TRAINED:
+            continue
+        own, other = (frontier[row["weights"], allocation, row["asked"]] for allocation in (OWN, row["against_allocation"]))
+        assert float(row["difference"]) == pytest.approx(float(own["bits_per_byte"]) - float(other["bits_per_byte"]), abs=1e-5)
+    uniform = [row for key, row in frontier.items() if key[1] == UNIFORM]
+    assert all(float(row["mean_experts"]) == float(row["asked"]) for row in uniform)
+
+
+def test_a_finished_study_is_found_again(study_folder):
+    with pytest.raises(ValueError, match=r"no finished study\.json"):
+        read_study(study_folder / "elsewhere")
+    with pytest.raises(ValueError, match="must enclose the models' k = 4"):
+        analyse(study_folder, AnalysisOptions(forced=(1, 2)))
