@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from triton_kernels.linear_decode import decay_gate
 
 # Where decays start: exp(A_log) is uniform in the first range and softplus(dt_bias) log-uniform in the second, as in Mamba-2 (arXiv 2405.21060).
 DECAY_RATE = (1.0, 16.0)
@@ -34,8 +35,7 @@ class DecayGate(nn.Module):
             self.dt_bias.copy_(time_step + torch.log(-torch.expm1(-time_step)))
 
     def forward(self, a: Tensor) -> Tensor:
-        step_BTHK = functional.softplus(a + self.dt_bias).unflatten(-1, (len(self.A_log_H), -1))
-        return -self.A_log_H.exp()[:, None] * step_BTHK
+        return decay_gate(a, self.A_log_H, self.dt_bias)
 
 
 def uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the layers with a delta rule (G, K) share: a short convolution, then the recurrence, from a cache or without one.
+"""What the layers with a delta rule (G, K) share: short convolution, recurrence and gated norm, from a cache or without one.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, X convolution channels, W convolution width.
 """
@@ -15,14 +15,17 @@ from attention.layer_states import RecurrentState
 from attention.norm import RMSNorm
 from attention.projection import Projection
 from triton_kernels.causal_conv1d import causal_conv1d
+from triton_kernels.gated_rms_norm import gated_rms_norm
+from triton_kernels.linear_decode import delta_decode
 
 
 class DeltaLayer(AttentionLayer):
     """Base of G and K. Their memory is one K x V matrix per head and the last W - 1 inputs of the convolution.
 
     Args:
-        rule, rule_step: the op for many tokens and for one.
+        rule: the recurrence over many tokens, of q, k, v, log_decay_BTHK and beta.
         decay_channels: log-decays per head: one, or one for every key channel.
+        activation: of the output gate.
     """
 
     state_type = RecurrentState
@@ -36,12 +39,12 @@ class DeltaLayer(AttentionLayer):
         layer_index: int,
         n_layers: int,
         rule: Callable[..., tuple[Tensor, Tensor]],
-        rule_step: Callable[..., tuple[Tensor, Tensor]],
         decay_channels: int,
+        activation: str,
     ) -> None:
         super().__init__(letter, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
         self.config = config
-        self.rule, self.rule_step = rule, rule_step
+        self.rule, self.activation = rule, activation
         H, _, V = config.linear_shape
         self.conv_XW = nn.Parameter(torch.zeros(config.conv_channels, config.conv_width))
         self.decay_gate = DecayGate(H, decay_channels)
@@ -55,20 +58,31 @@ class DeltaLayer(AttentionLayer):
         with torch.no_grad():
             self.conv_XW.copy_(uniform(self.conv_XW.shape, -bound, bound, generator))
 
-    def mix(self, qkv_BTX: Tensor, log_decay: Tensor, beta_BTH: Tensor, state: RecurrentState | None) -> Tensor:
-        """Convolution, SiLU and delta rule on the projected queries, keys and values; returns o_BTHV and brings the state up to date."""
+    def mix(self, qkv_BTX: Tensor, gate_BTX: Tensor, a_BTX: Tensor, b_BTH: Tensor, state: RecurrentState | None) -> Tensor:
+        """From the projections to the input of the output projection [B, T, H * V]; brings the state up to date."""
         (B, T, _), (H, K, V) = qkv_BTX.shape, self.config.linear_shape
+        gate_BTHV = gate_BTX.view(B, T, H, V)
+        if state is not None and T == 1:
+            y_BHV = delta_decode(
+                *(x[:, 0] for x in (qkv_BTX, gate_BTHV, a_BTX, b_BTH)),
+                conv_XW=self.conv_XW,
+                A_log_H=self.decay_gate.A_log_H,
+                dt_bias=self.decay_gate.dt_bias,
+                norm_V=self.norm.weight,
+                state_BHKV=state.state_BHKV,
+                tail_BXW=state.tail_BXW,
+                eps=self.norm.eps,
+                activation=self.activation,
+            )
+            state.length += 1
+            return y_BHV.view(B, 1, H * V)
         tail = None if state is None else state.tail_BXW
         qkv_BTX, tail = causal_conv1d(qkv_BTX, self.conv_XW.to(qkv_BTX.dtype), activation="silu", initial_tail=tail)
         q, k, v = qkv_BTX.split([H * K, H * K, H * V], dim=-1)
-        inputs = (q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, H, V), log_decay, beta_BTH)
-        if state is None:
-            o_BTHV, _ = self.rule(*inputs, normalize_qk=True, chunk_size=self.config.chunk_size)
-            return o_BTHV
-        if T == 1:
-            o_BHV, last_BHKV = self.rule_step(*(x[:, 0] for x in inputs), state.state_BHKV, normalize_qk=True)
-            o_BTHV = o_BHV[:, None]
-        else:
-            o_BTHV, last_BHKV = self.rule(*inputs, normalize_qk=True, initial_state_BHKV=state.state_BHKV, chunk_size=self.config.chunk_size)
-        state.update(T, last_BHKV, tail)
-        return o_BTHV
+        log_decay = self.decay_gate(a_BTX)
+        inputs = (q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, H, V), log_decay, b_BTH.to(log_decay.dtype).sigmoid())
+        before = None if state is None else state.state_BHKV
+        o_BTHV, last_BHKV = self.rule(*inputs, normalize_qk=True, chunk_size=self.config.chunk_size, initial_state_BHKV=before)
+        if state is not None:
+            state.update(T, last_BHKV, tail)
+        return gated_rms_norm(o_BTHV, gate_BTHV, self.norm.weight, eps=self.norm.eps, activation=self.activation).flatten(2)

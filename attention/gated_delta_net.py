@@ -7,30 +7,32 @@
 Legend: B batch, T tokens, D model width, H heads, K key width, V value width, X convolution channels.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from attention.config import AttentionConfig
 from attention.delta_layer import DeltaLayer
 from attention.layer_states import KV, RecurrentState
 from attention.projection import Projection
-from triton_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from triton_kernels.gated_rms_norm import gated_rms_norm
+from triton_kernels.gated_delta_rule import gated_delta_rule
 
 
 class GatedDeltaNet(DeltaLayer):
     """G."""
 
     def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
-        rule = {"rule": gated_delta_rule, "rule_step": gated_delta_rule_step, "decay_channels": 1}
-        super().__init__(letter, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, **rule)
+        kind = {"rule": _rule, "decay_channels": 1, "activation": "silu"}
+        super().__init__(letter, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, **kind)
         H, _, V = config.linear_shape
         self.widths = [config.conv_channels, H * V, H, H]
         self.to_inner = Projection(d_model, sum(self.widths))
 
     def forward(self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
-        qkv_BTX, gate, a_BTH, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
-        log_decay_BTH = self.decay_gate(a_BTH).squeeze(-1)
-        o_BTHV = self.mix(qkv_BTX, log_decay_BTH, b_BTH.to(log_decay_BTH.dtype).sigmoid(), state)
-        y_BTHV = gated_rms_norm(o_BTHV, gate.view(o_BTHV.shape), self.norm.weight, eps=self.norm.eps, activation="silu")
-        return self.to_out(y_BTHV.flatten(2)), None
+        qkv_BTX, gate_BTX, a_BTH, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
+        return self.to_out(self.mix(qkv_BTX, gate_BTX, a_BTH, b_BTH, state)), None
+
+
+def _rule(q: Tensor, k: Tensor, v: Tensor, log_decay_BTH1: Tensor, beta_BTH: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return gated_delta_rule(q, k, v, log_decay_BTH1.squeeze(-1), beta_BTH, **options)

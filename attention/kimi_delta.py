@@ -15,8 +15,7 @@ from attention.config import AttentionConfig
 from attention.delta_layer import DeltaLayer
 from attention.layer_states import KV, RecurrentState
 from attention.projection import Projection
-from triton_kernels.gated_rms_norm import gated_rms_norm
-from triton_kernels.kimi_delta_attention import kimi_delta_attention, kimi_delta_attention_step
+from triton_kernels.kimi_delta_attention import kimi_delta_attention
 
 
 class KimiDeltaAttention(DeltaLayer):
@@ -24,8 +23,8 @@ class KimiDeltaAttention(DeltaLayer):
 
     def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
         H, K, V = config.linear_shape
-        rule = {"rule": kimi_delta_attention, "rule_step": kimi_delta_attention_step, "decay_channels": K}
-        super().__init__(letter, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, **rule)
+        kind = {"rule": kimi_delta_attention, "decay_channels": K, "activation": "sigmoid"}
+        super().__init__(letter, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, **kind)
         self.widths = [config.conv_channels, V, K, H]
         self.to_inner = Projection(d_model, sum(self.widths))
         self.to_gate = Projection(V, H * V)
@@ -34,8 +33,5 @@ class KimiDeltaAttention(DeltaLayer):
     def forward(self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         qkv_BTX, gate_BTV, decay_BTK, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
-        log_decay_BTHK = self.decay_gate(self.to_decay(decay_BTK))
-        o_BTHV = self.mix(qkv_BTX, log_decay_BTHK, b_BTH.to(log_decay_BTHK.dtype).sigmoid(), state)
-        gate_BTHV = self.to_gate(gate_BTV).view(o_BTHV.shape)
-        y_BTHV = gated_rms_norm(o_BTHV, gate_BTHV, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
-        return self.to_out(y_BTHV.flatten(2)), None
+        y_BTX = self.mix(qkv_BTX, self.to_gate(gate_BTV), self.to_decay(decay_BTK), b_BTH, state)
+        return self.to_out(y_BTX), None

@@ -17,8 +17,9 @@ from attention.layer import AttentionLayer
 from attention.layer_states import KV, RecurrentState
 from attention.norm import RMSNorm
 from attention.projection import Projection
-from triton_kernels.decayed_linear_attention import decayed_linear_attention, decayed_linear_attention_step
+from triton_kernels.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.gated_rms_norm import gated_rms_norm
+from triton_kernels.linear_decode import lightning_decode
 
 
 def lightning_slopes(n_heads: int, layer_index: int, n_layers: int) -> Tensor:
@@ -48,21 +49,20 @@ class LightningAttention(AttentionLayer):
         B, T, _ = x_BTD.shape
         H, K, V = self.config.linear_shape
         qkv, gate = self.to_inner(x_BTD).split([H * (2 * K + V), H * V], dim=-1)
-        q, k, v = functional.silu(qkv).split([H * K, H * K, H * V], dim=-1)
-        q_BTHK, k_BTHK, v_BTHV = q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, H, V)
         if state is not None and T == 1:
-            o_BHV, last_BHKV = decayed_linear_attention_step(q_BTHK[:, 0], k_BTHK[:, 0], v_BTHV[:, 0], self.log_decay_H, state.state_BHKV)
-            o_BTHV = o_BHV[:, None]
+            o_BTHV = lightning_decode(qkv[:, 0], self.log_decay_H, state_BHKV=state.state_BHKV)[:, None]
+            state.length += 1
         else:
+            q, k, v = functional.silu(qkv).split([H * K, H * K, H * V], dim=-1)
             o_BTHV, last_BHKV = decayed_linear_attention(
-                q_BTHK,
-                k_BTHK,
-                v_BTHV,
+                q.view(B, T, H, K),
+                k.view(B, T, H, K),
+                v.view(B, T, H, V),
                 self.log_decay_H,
                 initial_state_BHKV=None if state is None else state.state_BHKV,
                 chunk_size=self.config.chunk_size,
             )
-        if state is not None:
-            state.update(T, last_BHKV)
+            if state is not None:
+                state.update(T, last_BHKV)
         o_BTX = gated_rms_norm(o_BTHV.flatten(2), gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
         return self.to_out(o_BTX), None

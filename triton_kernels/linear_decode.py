@@ -1,0 +1,137 @@
+"""One token of a whole linear-attention layer, between its projections: what decoding launches instead of the layer's operators one by one.
+
+    delta_decode (gated DeltaNet, KDA):   q, k, v = SiLU(conv(x)), q and k of unit length;  g = -exp(A_log) softplus(a + dt_bias);  beta = sigmoid(b)
+                                          S <- (I - beta k k^T) e^g S + beta k v^T;  o = S^T q / sqrt(K);  y = RMSNorm(o) * act(gate), per head
+    lightning_decode (lightning):         q, k, v = SiLU(x);  S <- e^g S + k v^T;  o = S^T q
+
+The state and the convolution's tail are updated in place: the state is read once and written once, nearly all the bytes there are.
+Lightning's norm spans all heads, which no program holds, so it stays a launch of its own.
+
+Legend: B batch, H heads, K key width, V value width, X = H (2 K + V) channels of queries, keys and values side by side, W convolution width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_kernels.causal_conv1d import WIDTHS, causal_conv1d
+from triton_kernels.checks import check_backend, check_dtype, check_shape
+from triton_kernels.decayed_linear_attention import decayed_linear_attention_step
+from triton_kernels.gated_delta_rule import delta_step
+from triton_kernels.gated_rms_norm import ACTIVATIONS, gated_rms_norm
+
+MAX_WIDTH = 256
+
+
+def delta_decode(
+    qkv_BX: Tensor,
+    gate_BHV: Tensor,
+    a: Tensor,
+    b_BH: Tensor,
+    *,
+    conv_XW: Tensor,
+    A_log_H: Tensor,
+    dt_bias: Tensor,
+    norm_V: Tensor,
+    state_BHKV: Tensor,
+    tail_BXW: Tensor,
+    eps: float,
+    activation: str,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of a gated DeltaNet or Kimi delta attention layer, from its projections to the input of its output projection.
+
+    Args:
+        qkv_BX, gate_BHV, a, b_BH: the projections, in one dtype; a is [B, H], or [B, H * K] for a decay per key channel.
+        conv_XW: weights of the short convolution, rounded to the projections' dtype.
+        A_log_H, dt_bias: of the decay gate; dt_bias has as many entries as a row of a. norm_V: weight of the norm.
+        state_BHKV (fp32), tail_BXW (the last W - 1 inputs of the convolution): updated in place.
+        eps, activation: of the gated norm, "silu" or "sigmoid".
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        y_BHV in the projections' dtype; no gradient on Triton. Raises ValueError for shapes, dtypes and options that do not fit.
+        Sources: arXiv 2412.06464 (gated DeltaNet), 2510.26692 (KDA).
+    """
+    op = "delta_decode"
+    B, H, K, V = _check_state(op, qkv_BX, state_BHKV)
+    X = H * (2 * K + V)
+    check_shape(op, "gate_BHV", gate_BHV, {"B": B, "H": H, "V": V})
+    channels = H if a.dim() == 2 and a.shape[1] == H else H * K
+    check_shape(op, "a", a, {"B": B, "H or H*K": channels})
+    check_shape(op, "b_BH", b_BH, {"B": B, "H": H})
+    check_dtype(op, {"qkv_BX": qkv_BX, "gate_BHV": gate_BHV, "a": a, "b_BH": b_BH, "tail_BXW": tail_BXW})
+    check_shape(op, "conv_XW", conv_XW, {"X": X, "W": None})
+    check_shape(op, "tail_BXW", tail_BXW, {"B": B, "X": X, "W-1": conv_XW.shape[1] - 1})
+    if conv_XW.shape[1] not in WIDTHS:
+        raise ValueError(f"{op}: conv_XW has width W={conv_XW.shape[1]}, legal are {', '.join(map(str, WIDTHS))}")
+    check_shape(op, "A_log_H", A_log_H, {"H": H})
+    check_shape(op, "dt_bias", dt_bias, {"entries of a": channels})
+    check_shape(op, "norm_V", norm_V, {"V": V})
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
+    if check_backend(backend, qkv_BX) == "triton":
+        _check_kernels_take(op, qkv_BX, state_BHKV, tail_BXW)
+        # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
+        from triton_kernels.linear_decode_triton import delta_decode_op
+
+        return delta_decode_op(
+            qkv_BX, gate_BHV, a, b_BH, conv_XW, A_log_H, dt_bias, norm_V, state_BHKV, tail_BXW, eps, activation == "silu", channels != H
+        )
+    qkv_B1X, tail = causal_conv1d(qkv_BX[:, None], conv_XW.to(qkv_BX.dtype), initial_tail=tail_BXW, backend="torch")
+    q_BHK, k_BHK, v_BHV = split_heads(qkv_B1X[:, 0], state_BHKV)
+    log_decay = decay_gate(a, A_log_H, dt_bias)
+    beta_BH = b_BH.to(log_decay.dtype).sigmoid()
+    o_BHV, state = delta_step(q_BHK, k_BHK, v_BHV, log_decay, beta_BH, state_BHKV, scale=None, normalize_qk=True)
+    state_BHKV.copy_(state.detach())
+    tail_BXW.copy_(tail.detach())
+    return gated_rms_norm(o_BHV, gate_BHV, norm_V, eps=eps, activation=activation, backend="torch")
+
+
+def lightning_decode(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: Tensor, backend: str = "auto") -> Tensor:
+    """One token of a lightning layer's heads, from the projected queries, keys and values (before their SiLU) to o_BHV, which is yet to be normed.
+
+    log_decay_H: fp32 nats per token, <= 0. state_BHKV (fp32) is updated in place. o has the dtype of qkv; no gradient on Triton.
+    Raises ValueError for shapes and dtypes that do not fit. Source: arXiv 2401.04658.
+    """
+    op = "lightning_decode"
+    H = _check_state(op, qkv_BX, state_BHKV)[1]
+    check_shape(op, "log_decay_H", log_decay_H, {"H": H})
+    check_dtype(op, {"qkv_BX": qkv_BX})
+    if check_backend(backend, qkv_BX) == "triton":
+        _check_kernels_take(op, qkv_BX, state_BHKV)
+        from triton_kernels.linear_decode_triton import lightning_decode_op
+
+        return lightning_decode_op(qkv_BX, log_decay_H, state_BHKV)
+    o_BHV, state = decayed_linear_attention_step(*split_heads(F.silu(qkv_BX), state_BHKV), log_decay_H, state_BHKV)
+    state_BHKV.copy_(state.detach())
+    return o_BHV
+
+
+def decay_gate(a: Tensor, A_log_H: Tensor, dt_bias: Tensor) -> Tensor:
+    """Log-decays <= 0 [..., H, 1] or [..., H, K] of the projections a [..., H] or [..., H * K], in at least fp32 (arXiv 2405.21060, 2412.06464)."""
+    return -A_log_H.exp()[:, None] * F.softplus(a + dt_bias).unflatten(-1, (len(A_log_H), -1))
+
+
+def split_heads(qkv_BX: Tensor, state_BHKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [B, H, K] and v [B, H, V] as views of channels that lie side by side."""
+    _, H, K, V = state_BHKV.shape
+    q, k, v = qkv_BX.split([H * K, H * K, H * V], dim=-1)
+    return q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V))
+
+
+def _check_state(op: str, qkv_BX: Tensor, state_BHKV: Tensor) -> tuple[int, int, int, int]:
+    check_shape(op, "state_BHKV", state_BHKV, {"B": None, "H": None, "K": None, "V": None})
+    B, H, K, V = state_BHKV.shape
+    check_shape(op, "qkv_BX", qkv_BX, {"B": B, "X": H * (2 * K + V)})
+    if state_BHKV.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: state_BHKV is {state_BHKV.dtype}, legal are torch.float32 and, on torch, torch.float64")
+    return B, H, K, V
+
+
+def _check_kernels_take(op: str, qkv_BX: Tensor, *updated: Tensor) -> None:
+    width = max(updated[0].shape[2:])
+    if qkv_BX.dtype == torch.float64 or updated[0].dtype == torch.float64 or width > MAX_WIDTH:
+        raise ValueError(f"{op}: {qkv_BX.dtype} heads of width {width}; the Triton kernels take up to {MAX_WIDTH}, and no float64")
+    if not all(x.is_contiguous() for x in updated):
+        raise ValueError(f"{op}: the state and the tail are updated where they lie and must be contiguous")
