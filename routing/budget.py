@@ -34,7 +34,8 @@ class BudgetController(nn.Module):
     Training: each step compares the threshold with the exact one of the step's own levels, takes `rate` of the difference, and remembers a
     part of it as drift. The difference is the budget's error in units of the threshold, so this is proportional-integral control whose gain
     needs no tuning to the scale of the scores; the drift term leaves no lag behind scores that sharpen steadily, and its share is the one of
-    critical damping. With several forwards per step (gradient accumulation) their exact thresholds are averaged.
+    critical damping. The levels of all forwards of a step (gradient accumulation) count as one set, and so do those of all processes, see
+    `routing.over_processes`.
 
     threshold  buffer, fp32 scalar: saved with the checkpoint, changed at run time without reloading
     drift      buffer, fp32 scalar: its expected change per step
@@ -42,8 +43,6 @@ class BudgetController(nn.Module):
 
     threshold: Tensor
     drift: Tensor
-    exact_sum: Tensor
-    n_observed: Tensor
 
     def __init__(self, *, target_mean: float | None, initial: float, lowest: float, highest: float, rate: float):
         super().__init__()
@@ -52,8 +51,9 @@ class BudgetController(nn.Module):
         self.target_mean, self.lowest, self.highest, self.rate = target_mean, lowest, highest, rate
         self.register_buffer("threshold", torch.tensor(initial, dtype=torch.float32))
         self.register_buffer("drift", torch.zeros(()))
-        self.register_buffer("exact_sum", torch.zeros(()), persistent=False)
-        self.register_buffer("n_observed", torch.zeros(()), persistent=False)
+        # The levels of the step's forwards, and their exact threshold where other processes' levels count too: both between checkpoints.
+        self.step_levels: list[Tensor] = []
+        self.step_exact: Tensor | None = None
         self._calibrate_to: float | None = None
 
     def keep(self, level_TK: Tensor) -> Tensor:
@@ -67,27 +67,30 @@ class BudgetController(nn.Module):
             self.threshold.copy_(exact_threshold(level_TK, target_mean).clamp(self.lowest, self.highest))
             self.drift.zero_()
         elif self.training and self.target_mean is not None and level_TK.shape[0] > 0:
-            # The clamp keeps the integral finite where the target lies at the floor, whose levels are -inf.
-            self.exact_sum += exact_threshold(level_TK, self.target_mean).clamp(self.lowest, self.highest)
-            self.n_observed += 1
+            self.step_levels.append(level_TK)
         return level_TK <= self.threshold
 
-    def calibrate(self, target_mean: float) -> None:
-        """The next forward first sets the threshold so that the mean number of experts on its own tokens is exact, then routes with it.
+    def calibrate(self, target_mean: float | None) -> None:
+        """The next forward first sets the threshold so that the mean number of experts on its own tokens is exact, then routes with it; None
+        withdraws the request.
 
         One forward of a whole model over held-out text therefore calibrates all layers, each on the inputs that calibrated layers below give.
         """
         self._calibrate_to = target_mean
 
     def begin_step(self) -> None:
-        self.exact_sum.zero_()
-        self.n_observed.zero_()
+        self.step_levels, self.step_exact = [], None
 
     @torch.no_grad()
     def after_step(self) -> None:
-        observed = self.n_observed > 0
-        error = torch.where(observed, self.exact_sum / self.n_observed.clamp_min(1) - self.threshold, 0.0)
-        self.drift += (2 - self.rate - 2 * (1 - self.rate) ** 0.5) * error
-        moved = (self.threshold + self.rate * error + self.drift).clamp(self.lowest, self.highest)
-        self.threshold.copy_(torch.where(observed, moved, self.threshold))
+        exact = self.step_exact
+        if exact is None and self.step_levels:
+            assert self.target_mean is not None
+            exact = exact_threshold(torch.cat(self.step_levels), self.target_mean)
         self.begin_step()
+        if exact is None:
+            return
+        # The clamp keeps the integral finite where the target lies at the floor, whose levels are -inf.
+        error = exact.clamp(self.lowest, self.highest).to(self.threshold.dtype) - self.threshold
+        self.drift += (2 - self.rate - 2 * (1 - self.rate) ** 0.5) * error
+        self.threshold.copy_((self.threshold + self.rate * error + self.drift).clamp(self.lowest, self.highest))
