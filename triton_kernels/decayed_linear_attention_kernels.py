@@ -219,6 +219,7 @@ def backward_kernel(
     run_role(
         query, key, value, gate, out, dot_with, dots, anchors, start, dinitial, segment_states + role_rows * (K * V), segment_decays + role_rows,
         query_stride, key_stride, value_stride, gate_stride, n_heads * out_width, dot_stride, state_in_stride, state_out_stride,
-        n_rows, head_row, n_head_rows, segment, n_segments, role_slice, in_width, out_width, sign, scale, with_start != 0, role == 2, role != 2,
+        n_rows, head_row, n_head_rows, segment, n_segments, role_slice, in_width, out_width, sign, scale,
+        with_start != 0, (role == 2) & (with_initial != 0), role != 2,
         BLOCK_IN, BLOCK, CHUNK, ANCHOR, OUTPUT, HAS_GATE, HAS_STATE, HAS_STATE, DOTS, EXACT, PRECISION,
     )
