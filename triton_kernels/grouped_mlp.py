@@ -5,13 +5,14 @@ Legend: T tokens, D model width, E experts, F expert width, N assigned rows.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from triton_kernels.grouped_mlp_cpu import grouped_mlp_cpu
 from triton_kernels.grouped_mlp_grouped_mm import grouped_mlp_grouped_mm, why_not
 from triton_kernels.grouped_mlp_torch import grouped_mlp_reference
 
-BACKENDS = ("auto", "reference", "cpu", "grouped_mm")
+BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
 
 
 class Choice(NamedTuple):
@@ -25,18 +26,31 @@ def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> C
     """The one place that decides which implementation computes `grouped_mlp`. Raises ValueError if the one asked for cannot run here."""
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
-    on_cpu, obstacle = x_TD.device.type == "cpu", why_not(x_TD, w_down_EFD)
+    on_cpu, obstacle, without_triton = x_TD.device.type == "cpu", why_not(x_TD, w_down_EFD), why_not_triton(x_TD, w_down_EFD)
     if backend == "cpu" and not on_cpu:
         raise ValueError(f"backend = 'cpu' needs tensors on the CPU, these are on {x_TD.device}")
     if backend == "grouped_mm" and obstacle is not None:
         raise ValueError(f"backend = 'grouped_mm' cannot run: {obstacle}")
+    if backend == "triton" and without_triton is not None:
+        raise ValueError(f"backend = 'triton' cannot run: {without_triton}")
     if backend != "auto":
         return Choice(backend, "asked for")
     if on_cpu:
         return Choice("cpu", "tensors are on the CPU")
+    if x_TD.is_cuda and without_triton is None:
+        return Choice("triton", "tensors are on a CUDA device")
     if obstacle is None:
-        return Choice("grouped_mm", f"the fastest one here that runs on {x_TD.device.type}")
+        return Choice("grouped_mm", without_triton or f"the fastest one here that runs on {x_TD.device.type}")
     return Choice("reference", obstacle)
+
+
+def why_not_triton(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on these tensors, or None. On the CPU they run in Triton's interpreter only."""
+    if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels do not take {x_TD.dtype}"
+    if any(width % 16 for width in w_down_EFD.shape[1:]):
+        return f"the Triton kernels need widths that are multiples of 16, got {tuple(w_down_EFD.shape[1:])}"
+    return None
 
 
 def grouped_mlp(
@@ -61,11 +75,15 @@ def grouped_mlp(
 
     Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for shapes that do not fit together.
     """
-    _check(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
     chosen = choose_backend(x_TD, w_down_EFD, backend).name
-    if chosen == "cpu":
-        return grouped_mlp_cpu(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
-    implementation = grouped_mlp_grouped_mm if chosen == "grouped_mm" else grouped_mlp_reference
+    tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
+    _check(*tensors, look=x_TD.device.type == "cpu" and chosen != "triton")
+    if chosen == "triton":
+        # Imported here because machines without Triton (macOS) still have the other backends.
+        from triton_kernels.grouped_mlp_triton import grouped_mlp_triton
+
+        return grouped_mlp_triton(*tensors)
+    implementation = {"cpu": grouped_mlp_cpu, "grouped_mm": grouped_mlp_grouped_mm, "reference": grouped_mlp_reference}[chosen]
     return implementation(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
 
 
@@ -78,8 +96,10 @@ def _check(
     expert_offsets: Tensor,
     token_offsets: Tensor,
     row_of_slot_N: Tensor,
+    *,
+    look: bool,
 ) -> None:
-    """Refuse shapes that do not fit and, on the CPU where looking is free, offsets that would read past the rows."""
+    """Refuse shapes that do not fit and, where looking is free, offsets that would read past the rows."""
     if x_TD.dim() != 2 or w_gate_up_EDF2.dim() != 3 or w_down_EFD.dim() != 3:
         raise ValueError(
             f"x, w_gate_up, w_down must be [T, D], [E, D, 2F], [E, F, D], got {[tuple(t.shape) for t in (x_TD, w_gate_up_EDF2, w_down_EFD)]}"
@@ -95,7 +115,7 @@ def _check(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} (x is {tuple(x_TD.shape)})")
-    if x_TD.device.type == "cpu":
+    if look:
         last_row, last_slot = int(expert_offsets[-1]), int(token_offsets[-1])
         if int(expert_offsets[0]) != 0 or bool((expert_offsets.diff() < 0).any()):
             raise ValueError(f"expert_offsets must start at 0 and never fall, got {expert_offsets.tolist()}")
