@@ -1,83 +1,83 @@
 """The chunked view of a batch of sequences that every linear-attention reference works in.
 
-Rows become chunks [B, N, H, C, D]: N chunks of C rows, the last one of a sequence padded with zeros. Without `cu_seqlens` each batch row is one
-sequence; with it B is 1 and the chunks of the packed sequences follow one another along N, each starting on a chunk of its own.
-Letters: B batch, T tokens, H heads, D any width, N chunks, C chunk length, K key width, V value width, S sequences.
+Chunks hold C tokens each; every sequence starts on a chunk of its own and pads its last one with zeros. Without `cu_seqlens` each batch row is one
+sequence; with it B is 1 and the chunks of the packed sequences follow one another. A block is a few consecutive chunks of every head: it is loaded
+from the token layout, worked on while it is small enough for the cache, and stored back, so that no operand is ever copied as a whole.
+Letters: B batch, T tokens, H heads, n chunks of a block, M = B * H, C chunk length, D any width.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+
+# Bytes of one operand of a block. Larger temporaries leave the cache, are returned to the system, and their pages faulted in again at every use.
+BLOCK_BYTES = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkLayout:
-    """spans: (first chunk, past the last chunk, rows of the state tensor) of each run of chunks that shares one state."""
+class Block:
+    """`starts` and `ends` name the rows of the state tensor whose sequence starts or ends at a chunk of the block. `token_R` is the token in each of
+    the block's n * C rows, -1 where a row is padding; None where all rows are the tokens `tokens`."""
 
-    chunk_size: int
-    n_tokens: int
     n_chunks: int
-    spans: tuple[tuple[int, int, slice], ...]
-    # Packed sequences only: the token in each chunk row, n_tokens where the row is padding; and the chunk row of each token.
-    token_NC: torch.Tensor | None = None
-    row_T: torch.Tensor | None = None
+    chunk_size: int
+    starts: dict[int, slice]
+    ends: dict[int, slice]
+    tokens: slice
+    token_R: Tensor | None
 
-    def to_chunks(self, x_BTHD: torch.Tensor) -> torch.Tensor:
-        """[B, T, H, D] -> contiguous [B, N, H, C, D], zeros in the padding."""
-        padding = self.n_chunks * self.chunk_size - self.n_tokens
-        if self.token_NC is not None:
-            x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, 1))[:, self.token_NC.reshape(-1)]
-        elif padding:
-            x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, padding))
-        return x_BTHD.unflatten(1, (self.n_chunks, self.chunk_size)).transpose(2, 3).contiguous()
+    def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, T, H, ...] -> [n, B * H, C, ...] in `dtype`, zeros in the padding."""
+        rows = x[:, self.tokens]
+        if self.token_R is not None:
+            inside = self.token_R >= 0
+            rows = x.new_zeros(x.shape[0], len(inside), *x.shape[2:])
+            rows[:, inside] = x[:, self.token_R[inside]]
+        chunks = rows.unflatten(1, (self.n_chunks, self.chunk_size)).movedim(0, 1).transpose(2, 3)
+        return torch.empty(chunks.shape, dtype=dtype, device=x.device).copy_(chunks).flatten(1, 2)
 
-    def from_chunks(self, x_BNHCD: torch.Tensor) -> torch.Tensor:
-        """[B, N, H, C, D] -> [B, T, H, D]."""
-        x_BTHD = x_BNHCD.transpose(2, 3).flatten(1, 2)
-        return x_BTHD[:, : self.n_tokens] if self.row_T is None else x_BTHD[:, self.row_T]
+    def store(self, out: Tensor, x: Tensor) -> None:
+        """The inverse of `load`, into the tokens of `out` [B, T, H, ...]."""
+        chunks = x.unflatten(1, (out.shape[0], out.shape[2])).movedim(1, 0).transpose(2, 3)
+        if self.token_R is None:
+            out[:, self.tokens].unflatten(1, chunks.shape[1:3]).copy_(chunks)
+        else:
+            inside = self.token_R >= 0
+            out[:, self.token_R[inside]] = chunks.flatten(1, 2)[:, inside].to(out.dtype)
 
 
-def chunk_layout(n_tokens: int, chunk_size: int, cu_seqlens: torch.Tensor | None) -> ChunkLayout:
-    """The layout of T tokens in chunks of C. Packed sequences are read on the host, so this is for the torch references only."""
-    if cu_seqlens is None:
-        n_chunks = -(-n_tokens // chunk_size)
-        return ChunkLayout(chunk_size=chunk_size, n_tokens=n_tokens, n_chunks=n_chunks, spans=((0, n_chunks, slice(None)),))
-    offsets = cu_seqlens.tolist()
-    token_NC, spans, n_chunks = [], [], 0
-    for sequence, (first, last) in enumerate(pairwise(offsets)):
+def chunk_blocks(n_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, bytes_per_chunk: int) -> list[Block]:
+    """T tokens in chunks of C, in blocks of about BLOCK_BYTES per operand. The host reads cu_seqlens: this is for the torch references only."""
+    offsets = [0, n_tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    states = [slice(None)] if cu_seqlens is None else [slice(s, s + 1) for s in range(len(offsets) - 1)]
+    starts: dict[int, slice] = {}
+    ends: dict[int, slice] = {}
+    tokens: list[Tensor] = []
+    n_chunks = 0
+    for state, (first, last) in zip(states, pairwise(offsets)):
         chunks = -(-(last - first) // chunk_size)
-        tokens = torch.arange(first, first + chunks * chunk_size)
-        token_NC.append(torch.where(tokens < last, tokens, n_tokens))
-        spans.append((n_chunks, n_chunks + chunks, slice(sequence, sequence + 1)))
-        n_chunks += chunks
-    flat_tokens = torch.cat(token_NC)
-    row_T = (flat_tokens < n_tokens).nonzero().squeeze(1)
-    return ChunkLayout(
-        chunk_size=chunk_size,
-        n_tokens=n_tokens,
-        n_chunks=n_chunks,
-        spans=tuple(spans),
-        token_NC=flat_tokens.view(-1, chunk_size).to(cu_seqlens.device),
-        row_T=row_T.to(cu_seqlens.device),
-    )
+        if chunks:
+            starts[n_chunks], ends[n_chunks + chunks - 1] = state, state
+            n_chunks += chunks
+        padded = torch.arange(first, first + chunks * chunk_size)
+        tokens.append(padded.masked_fill_(padded >= last, -1))
+    token_R = torch.cat(tokens)
 
-
-def scan_states(
-    decay_BNHK: torch.Tensor, update_BNHKV: torch.Tensor, initial_SHKV: torch.Tensor, layout: ChunkLayout, *, reverse: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence over chunks S <- decay_n S + update_n of each sequence, in the dtype of `update` (fp32, or fp64 in tests).
-
-    decay_BNHK is [B, N, H, K], or [B, N, H, 1] for one decay per head. Returns the state *before* each chunk [B, N, H, K, V] and the state after
-    the last [S, H, K, V]. `reverse` runs from the last chunk to the first: the adjoint, whose "before" is the gradient at a chunk's end.
-    """
-    states_BNHKV = torch.empty_like(update_BNHKV)
-    final_SHKV = initial_SHKV.clone()
-    for first, last, rows in layout.spans:
-        state = initial_SHKV[rows]
-        for n in reversed(range(first, last)) if reverse else range(first, last):
-            states_BNHKV[:, n] = state
-            state = torch.addcmul(update_BNHKV[:, n], decay_BNHK[:, n, :, :, None], state)
-        final_SHKV[rows] = state
-    return states_BNHKV, final_SHKV
+    step = max(1, BLOCK_BYTES // bytes_per_chunk)
+    blocks = []
+    for chunk0 in range(0, n_chunks, step):
+        n = min(step, n_chunks - chunk0)
+        rows = token_R[chunk0 * chunk_size : (chunk0 + n) * chunk_size]
+        blocks.append(
+            Block(
+                n_chunks=n,
+                chunk_size=chunk_size,
+                starts={i: starts[chunk0 + i] for i in range(n) if chunk0 + i in starts},
+                ends={i: ends[chunk0 + i] for i in range(n) if chunk0 + i in ends},
+                tokens=slice(int(rows[0]), int(rows[0]) + n * chunk_size),
+                token_R=rows if bool((rows < 0).any()) else None,
+            )
+        )
+    return blocks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
-from triton_kernels.delta_blocks import inverse_length
+from triton_kernels.chunk_rule import inverse_length
 from triton_kernels.gated_delta_rule_torch import gated_delta_rule_torch
 
 OP = "gated_delta_rule"
@@ -55,7 +55,7 @@ def gated_delta_rule(
         from triton_kernels.gated_delta_rule_triton import gated_delta_rule_triton
 
         return gated_delta_rule_triton(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
-    return gated_delta_rule_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, zero_state(initial, cu_seqlens, key_width, v_BTHV), **options)
+    return gated_delta_rule_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
 
 
 def gated_delta_rule_step(
@@ -136,11 +136,3 @@ def initial_state(op: str, state_BHKV: Tensor | None, cu_seqlens: Tensor | None,
     n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     check_shape(op, "initial_state_BHKV", state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": value_width})
     return state_BHKV.to(torch.promote_types(v_BTHV.dtype, torch.float32))
-
-
-def zero_state(state: Tensor | None, cu_seqlens: Tensor | None, key_width: int, v_BTHV: Tensor) -> Tensor:
-    """The initial state, or zeros."""
-    batch, _, heads, value_width = v_BTHV.shape
-    n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
-    return v_BTHV.new_zeros(n_states, heads, key_width, value_width, dtype=dtype) if state is None else state

@@ -35,7 +35,7 @@ def call(log_decay: torch.Tensor | None, **tensors: Any) -> tuple[torch.Tensor, 
 
 
 def cost(element_size: int, *, gate_width: int, B: int, T: int, G: int, H: int, K: int, V: int) -> tuple[Cost, Cost]:
-    """Chunks of 64; products counted as `delta_chunked.py` lists them, causal halves as wholes, the inverse at a third of one product; beta and a
+    """Chunks of 64; products counted as `chunk_rule.py` lists them, causal halves as wholes, the inverse at a third of one product; beta and a
     log-decay of `gate_width` per head in fp32."""
     C, rows, group, gates = 64, B * T * H, H // G, 4 * (1 + gate_width)
     forward_flops = 2 * rows * (2 * C * K + 2 * C * V + 3 * K * V + C * C / 3)

@@ -1,6 +1,6 @@
 """Last launch of the gated delta rule's backward: dq, dk, the gate's and beta's gradient, one program per chunk and value head.
 
-With Y = [dO; -dV], Z = Y E^T and the letters of `delta_chunked.py`:
+With Y = [dO; -dV], Z = Y E^T and the letters of `chunk_rule.py`:
 
     dL = e^c Y S^T + (Z . D) b K      U = (Z . D)^T L + e^{c_C - c} E dS'^T      dK = dL_k + b U      db = <K, U>
     dc = <Q, dL_q> + <K, dL_k> - b db,  dc_C += <dS', S'>,  and dg sums dc from a row to the chunk's end

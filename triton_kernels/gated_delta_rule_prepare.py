@@ -1,6 +1,6 @@
 """First launch of the gated delta rule: everything of a chunk that does not depend on the state, one program per chunk and value head.
 
-Letters as in `delta_chunked.py`. Outputs, indexed [H, tokens]: attention F_q and inverse (I + G)^-1 as rows of CHUNK, and the row factors with which
+Letters as in `chunk_rule.py`. Outputs, indexed [H, tokens]: attention F_q and inverse (I + G)^-1 as rows of CHUNK, and the row factors with which
 the scan reads and writes the state, so that the scan knows neither gate nor normalisation:
 read_q = scale e^c / |q|, read_k = e^c / |k|, write = b e^{c_C - c} / |k|; and whole = e^{c_C} per slot.
 """

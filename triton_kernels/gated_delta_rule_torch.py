@@ -11,34 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from triton_kernels.chunk import chunk_layout
-from triton_kernels.delta_blocks import product
-from triton_kernels.delta_chunked import ChunkedDeltaRule
-
-
-class ScalarDecay:
-    """One decay per token and head, or none: D_ij = e^{c_i - c_j} multiplies the scores from outside."""
-
-    def __init__(self, g: Tensor | None, qk: Tensor):
-        n, M, R, _ = qk.shape
-        visible = torch.ones(R // 2, R // 2, dtype=qk.dtype, device=qk.device).tril()
-        visible_2CC = torch.stack([visible, visible.tril(-1)])
-        if g is None:
-            self.from_start = self.to_end = self.whole = qk.new_ones(n, M, 1, 1)
-            self.within = visible_2CC.flatten(0, 1)
-            return
-        c = g.cumsum(-1)
-        self.from_start, self.to_end, self.whole = c.exp()[..., None], (c[..., -1:] - c).exp_()[..., None], c[..., -1:].exp()[..., None]
-        # Masked before the exponential as well: above the diagonal it would overflow, and inf * 0 is NaN.
-        within = (c[..., :, None] - c[..., None, :]).tril_().exp_()
-        self.within = (within[:, :, None] * visible_2CC).flatten(2, 3)
-
-    def scores(self, qk: Tensor, k: Tensor) -> Tensor:
-        return product(qk, k.mT).mul_(self.within)
-
-    def scores_backward(self, dscores: Tensor, qk: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        dscores = dscores.mul_(self.within)
-        return product(dscores, k), product(dscores.mT, qk)
+from triton_kernels.chunk_decay import ScalarDecay
+from triton_kernels.chunk_rule import Rule, chunked_rule
 
 
 def gated_delta_rule_torch(
@@ -47,7 +21,7 @@ def gated_delta_rule_torch(
     v_BTHV: Tensor,
     log_decay_BTH: Tensor | None,
     beta_BTH: Tensor,
-    initial_SHKV: Tensor,
+    initial_SHKV: Tensor | None,
     *,
     scale: float,
     normalize_qk: bool,
@@ -55,9 +29,9 @@ def gated_delta_rule_torch(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Chunked reference in fp32 (fp64 for fp64 inputs); the arguments are those of `gated_delta_rule`, checked and filled in by it."""
-    layout = chunk_layout(v_BTHV.shape[1], chunk_size, cu_seqlens)
-    options = (ScalarDecay, scale, normalize_qk)
-    return ChunkedDeltaRule.apply(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial_SHKV, layout, options)  # pyright: ignore
+    g_BTH = beta_BTH.new_zeros(()).expand(beta_BTH.shape) if log_decay_BTH is None else log_decay_BTH
+    rule = Rule(decay=ScalarDecay, scale=scale, normalize_qk=normalize_qk)
+    return chunked_rule(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, initial_SHKV, cu_seqlens, chunk_size, rule)
 
 
 def gated_delta_rule_recurrence(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_shape
-from triton_kernels.gated_delta_rule import check_delta_inputs, check_delta_step, delta_step, initial_state, zero_state
+from triton_kernels.gated_delta_rule import check_delta_inputs, check_delta_step, delta_step, initial_state
 from triton_kernels.kimi_delta_attention_torch import kimi_delta_attention_torch
 
 OP = "kimi_delta_attention"
@@ -49,8 +49,7 @@ def kimi_delta_attention(
         from triton_kernels.kimi_delta_attention_triton import kimi_delta_attention_triton
 
         return kimi_delta_attention_triton(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, initial, **options)
-    state = zero_state(initial, cu_seqlens, key_width, v_BTHV)
-    return kimi_delta_attention_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, state, **options)
+    return kimi_delta_attention_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, initial, **options)
 
 
 def kimi_delta_attention_step(

@@ -1,6 +1,6 @@
 """The last two launches of Kimi delta attention's backward: dq, dk, the gate's and beta's gradient.
 
-With Y = [dO; -dV], Z = Y E^T and the letters of `delta_chunked.py`, channel by channel:
+With Y = [dO; -dV], Z = Y E^T and the letters of `chunk_rule.py`, channel by channel:
 
     dL_i = e^{c_i} Y_i S^T + sum_j Z_ij b_j k_j e^{c_i - c_j}      U_j = sum_i Z_ij L_i e^{c_i - c_j} + e^{c_C - c_j} E_j dS'^T
     dK = dL_k + b U      db = <K, U>      dc = q dL_q + k dL_k - b k U,  dc_C += rows of dS' S',  and dg sums dc from a row to the chunk's end

@@ -1,6 +1,6 @@
 """First launch of Kimi delta attention: everything of a chunk that does not depend on the state, one program per chunk and value head.
 
-Letters as in `delta_chunked.py`. Outputs: attention F_q and inverse (I + G)^-1 [H, tokens, CHUNK]; with scale, lengths and decays multiplied in, the
+Letters as in `chunk_rule.py`. Outputs: attention F_q and inverse (I + G)^-1 [H, tokens, CHUNK]; with scale, lengths and decays multiplied in, the
 matrices with which the scan reads and writes the state, [tokens, H, K]: read_q = e^c q, read_k = e^c k, write = b e^{c_C - c} k; and whole = e^{c_C}
 [H, slots, K].
 """

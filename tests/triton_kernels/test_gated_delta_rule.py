@@ -103,7 +103,7 @@ def test_reference_across_many_blocks_in_fp32(rule):
 
 def test_inverse_survives_repeated_keys():
     # beta = 2 and equal keys: powers of the matrix reach 1e24, its inverse stays at 2.
-    from triton_kernels.delta_inverse import invert_unit_lower
+    from triton_kernels.chunk_inverse import invert_unit_lower
 
     a = 2 * torch.ones(1, 64, 64).tril(-1)
     expected = torch.linalg.inv(torch.eye(64, dtype=torch.float64) + a)
