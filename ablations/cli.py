@@ -1,4 +1,4 @@
-"""The commands: `python -m ablations list | compare | report | difficulty`, and `python -m ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | report | budgets | difficulty`, and `python -m ablations.<method>`."""
 
 import logging
 import sys
@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ablations.compare import compare, show
+from ablations.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
+from ablations.compare import compare, run_comparison, show
 from ablations.defaults import Options
 from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
+from ablations.records import read_records
 from ablations.registry import all_methods, find_methods
 from staged_training.loop import NonFiniteLossError
 from staged_training.stopping import Interrupted
@@ -23,7 +25,13 @@ FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
 
 def main() -> None:
     """`python -m ablations`."""
-    commands = {"list": list_command, "compare": compare_command, "report": report_command, "difficulty": difficulty_command}
+    commands = {
+        "list": list_command,
+        "compare": compare_command,
+        "report": report_command,
+        "budgets": budgets_command,
+        "difficulty": difficulty_command,
+    }
     guarded(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m ablations", description=__doc__))
 
 
@@ -51,6 +59,24 @@ def report_command(folder: tyro.conf.Positional[Path]) -> None:
         folder: of the comparison, `runs/comparisons/<hash>`.
     """
     show(folder)
+
+
+def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) -> None:
+    """How exactly methods hold the mean number of experts: asked, in training, at inference, at other budgets of the same weights.
+
+    Args:
+        methods: names as `list` shows them; by default all whose number of experts depends on the token.
+        last_steps: of training, whose mean is reported.
+    """
+    # Which policy a method has does not depend on the vocabulary.
+    baseline = options.model.config(vocab_size=1)
+    names = methods or tuple(name for name, method in all_methods().items() if method.has_budget(baseline))
+    folder = run_comparison(find_methods(list(names)), options)
+    if folder is None:
+        return
+    rows = budget_rows(read_records(folder), last_steps=last_steps)
+    write_budgets(rows, folder / BUDGETS_FILE)
+    print(f"\n{budget_text(rows, last_steps=last_steps)}\n\nbudgets: {folder / BUDGETS_FILE}")
 
 
 def difficulty_command(

@@ -15,8 +15,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 from ablations.defaults import Options
 from ablations.measure import Measurement, budgets_of, measure
 from ablations.method import Method
@@ -25,16 +23,16 @@ from ablations.report import write_report
 from ablations.table import table_text
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
-from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from lm.serialize import save_json, to_dict
 from staged_training.describe import describe
 from staged_training.durable import fingerprint
 from staged_training.estimate import Estimate, estimate
-from staged_training.execute import Execution, TrainedRun
+from staged_training.execute import Execution
 from staged_training.plan import Branch, Plan
 from staged_training.record import RESULT, environment
 from staged_training.staging import corpus_facts, make_plan
+from staged_training.trained_run import TrainedRun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,13 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
 
 
 def compare(methods: list[Method], options: Options) -> Path | None:
-    """Runs the comparison, prints its table and returns the path of its report; None after a dry run.
+    """Runs the comparison, prints its table and returns the path of its report; None after a dry run. Raises what `run_comparison` does."""
+    folder = run_comparison(methods, options)
+    return None if folder is None else show(folder)
+
+
+def run_comparison(methods: list[Method], options: Options) -> Path | None:
+    """Runs whatever of the comparison is not finished and returns its folder; None after a dry run.
 
     Raises:
         ValueError: for what cannot be compared.
@@ -115,7 +119,7 @@ def compare(methods: list[Method], options: Options) -> Path | None:
     save_json(job.folder / COMPARISON_FILE, describe_comparison(job, executions, plan))
     for execution in executions:
         run_branches(job, execution)
-    return show(job.folder)
+    return job.folder
 
 
 def run_branches(job: Job, execution: SharedExecution) -> None:
@@ -123,15 +127,12 @@ def run_branches(job: Job, execution: SharedExecution) -> None:
     for branch in execution.plan.branches:
 
         def summary(run: TrainedRun, branch: Branch = branch) -> dict:
-            train, _ = execution.activations()
-            n_batches = -(-CALIBRATION_TOKENS // execution.plan.tokens_per_batch)
-            calibration = torch.cat([train[int(batch)][0] for batch in execution.plan.branch_batches()[:n_batches]])
             setting = Measurement(
                 baseline=job.baseline,
                 method=job.method_of(branch).change(job.baseline),
                 pairing_seed=job.pairing_seed(branch),
                 corpus=job.corpus,
-                calibration=calibration,
+                calibration=execution.calibration(branch.boundary),
                 budget_batches=job.options.budget_batches,
             )
             return to_dict(measure(run, setting))

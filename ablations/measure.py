@@ -1,7 +1,7 @@
 """What is measured on a trained branch, beside its validation loss: costs, experts used, and the same weights under other budgets.
 
-A policy with a budget (top-p, null experts) is recalibrated to each mean number of experts on training text; any other policy is run as top-k with
-that k. Budgets change the blocks above the boundary only: the frozen part is the trunk's and keeps its policy.
+A policy with a budget (top-p, null experts) is recalibrated to each mean number of experts on text that no stage saw; any other policy is run as
+top-k with that k. Budgets change the blocks above the boundary only: the frozen part is the trunk's and keeps its policy.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ from lm.accounting import kv_bytes, model_cost
 from lm.budget import set_budget
 from lm.config import ModelConfig
 from lm.evaluate import evaluate
-from staged_training.execute import TrainedRun, in_order
+from staged_training.data import in_order
+from staged_training.trained_run import TrainedRun
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
 BUDGETS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 1, 4 / 3)
@@ -30,7 +31,7 @@ class Measurement:
     Attributes:
         baseline, method: models as if nothing were frozen.
         pairing_seed: the branch seed before the method shifted it.
-        calibration: training batches as the branches read them; thresholds are set on these.
+        calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`.
         budget_batches: how many validation batches each budget is evaluated on.
     """
 
@@ -59,6 +60,7 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
         branch_seed=setting.pairing_seed,
         bits_per_byte=run.evaluation.bits_per_byte,
         mean_experts=statistics.fmean(used),
+        asked_experts=experts_of(setting.baseline),
         experts_histogram=tuple(histogram),
         budgets=budgets,
         total_parameters=cost.total_parameters,
@@ -80,7 +82,8 @@ def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPo
     for experts in budgets_of(setting.baseline):
         calibration_tokens = set_budget(run.model, experts, setting.calibration, boundary=boundary)
         evaluation = evaluate(run.model, islice(in_order(run.valid), n_batches), n_bytes=n_bytes, boundary=boundary)
-        points.append(BudgetPoint(mean_experts=statistics.fmean(evaluation.mean_experts), bits_per_byte=evaluation.bits_per_byte))
+        mean = statistics.fmean(evaluation.mean_experts)
+        points.append(BudgetPoint(asked_experts=experts, mean_experts=mean, bits_per_byte=evaluation.bits_per_byte))
         cost = model_cost(run.model.config, length=run.plan.seq_len, mean_experts=run.mean_experts[:boundary] + evaluation.mean_experts)
         tokens = evaluation.tokens
         flops += cost.flops(first=boundary) * (tokens + calibration_tokens)

@@ -33,6 +33,10 @@ class Method:
             return "routing"
         return "seed" if self.seed_shift else "nothing"
 
+    def has_budget(self, baseline: ModelConfig) -> bool:
+        """Whether the number of experts depends on the token and is held in the mean."""
+        return getattr(self.change(baseline).moe.router.policy, "target_mean", None) is not None
+
 
 def with_policy(config: ModelConfig, policy: PolicyConfig) -> ModelConfig:
     """The model with another routing policy in every layer."""

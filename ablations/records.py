@@ -86,8 +86,9 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetPoint:
-    """The same weights evaluated at another mean number of experts per token (in the layers above the boundary)."""
+    """The same weights evaluated at another mean number of experts per token (in the layers above the boundary), as asked for and as used."""
 
+    asked_experts: float
     mean_experts: float
     bits_per_byte: float
 
@@ -98,6 +99,7 @@ class Measurements:
 
     Attributes:
         mean_experts: real experts per token and layer, over the layers above the boundary.
+        asked_experts: what the method was asked to use in the mean.
         experts_histogram: how many (token, layer) pairs above the boundary used 0, 1, 2, ... experts.
         budgets: the same weights at other budgets, ascending in experts.
         active_parameters, forward_flops: per token, of the whole network with the measured experts.
@@ -111,6 +113,7 @@ class Measurements:
     branch_seed: int
     bits_per_byte: float
     mean_experts: float
+    asked_experts: float
     experts_histogram: tuple[int, ...]
     budgets: tuple[BudgetPoint, ...]
     total_parameters: int
@@ -140,12 +143,14 @@ class Run:
 
     Attributes:
         losses: of every step, in nats per token.
+        experts: of every step, the mean number per token over the blocks that train.
         seconds: of every step.
         costs: by kind of work, see `staged_training.record.Ledger`.
     """
 
     folder: Path
     losses: list[float]
+    experts: list[float]
     seconds: list[float]
     costs: dict[str, Cost]
 
@@ -196,9 +201,11 @@ def read_records(folder: Path) -> Records:
 
 
 def read_run(folder: Path) -> Run:
+    metrics = read_metrics(folder)
     return Run(
         folder=folder,
-        losses=[line["loss"] for line in read_metrics(folder)],
+        losses=[line["loss"] for line in metrics],
+        experts=[line["mean_experts"] for line in metrics],
         seconds=[json.loads(line)["seconds"] for line in (folder / TIMING).read_text().splitlines()],
         costs={kind: Cost(**cost) for kind, cost in Ledger.load(folder).costs.items()},
     )

@@ -19,7 +19,7 @@ class Row:
 
     Attributes:
         bits_per_byte: validation text, lower is better.
-        mean_experts: real experts per token in the layers above the boundary, at evaluation.
+        mean_experts: real experts per token in the layers above the boundary, at evaluation; asked_experts: what it was asked to be.
         active_parameters, forward_flops: per token, whole network.
         cache_bytes_4k, cache_bytes_64k: per token of a sequence of that length.
         tokens_per_second: at the median step of all branches.
@@ -31,6 +31,7 @@ class Row:
     difference: Interval | None
     verdict: str
     mean_experts: float
+    asked_experts: float
     active_parameters: float
     forward_flops: float
     cache_bytes_4k: float
@@ -61,6 +62,7 @@ def table_rows(records: Records) -> list[Row]:
                 difference=difference,
                 verdict=REFERENCE if is_baseline else verdict(difference) if difference else "no pair yet",
                 mean_experts=mean("mean_experts"),
+                asked_experts=mean("asked_experts"),
                 active_parameters=mean("active_parameters"),
                 forward_flops=mean("forward_flops"),
                 cache_bytes_4k=mean("cache_bytes_4k"),
@@ -82,7 +84,7 @@ def cells(row: Row) -> tuple[str, ...]:
         with_interval(row.bits_per_byte),
         difference,
         row.verdict,
-        f"{row.mean_experts:.2f}",
+        f"{row.mean_experts:.2f} ({100 * (row.mean_experts / row.asked_experts - 1):+.1f} %)",
         with_unit(row.active_parameters),
         with_unit(row.forward_flops),
         with_unit(row.cache_bytes_4k) + "B",
@@ -99,7 +101,8 @@ def footnotes(records: Records) -> list[str]:
         f"bits/byte: validation text of {comparison.valid_bytes:,} bytes, lower is better.",
         noise_statement(len(comparison.trunk_seeds), len(comparison.branch_seeds)),
         "difference: method minus baseline, paired by seed; a verdict is at 95 %, so of twenty methods without effect about one earns one.",
-        f"experts: real experts per token in {comparison.trained_blocks}{above}; active parameters and FLOPs/token (forward): the whole network.",
+        f"experts: real experts per token in {comparison.trained_blocks}{above}, and how far off what was asked; thresholds are set on text that is "
+        "neither trained on nor measured. Active parameters and FLOPs/token (forward): the whole network.",
         "tokens/s: training a branch" + (", the frozen prefix read from the cache." if comparison.boundary else "."),
     ]
     if comparison.fresh:
@@ -134,7 +137,7 @@ def write_csv(records: Records, path: Path) -> None:
 
 
 CSV_COLUMNS = (
-    "method", "runs", "bits_per_byte", "bits_per_byte_half_width", "difference", "difference_half_width", "verdict", "mean_experts",
+    "method", "runs", "bits_per_byte", "bits_per_byte_half_width", "difference", "difference_half_width", "verdict", "mean_experts", "asked_experts",
     "active_parameters", "forward_flops_per_token", "cache_bytes_per_token_4k", "cache_bytes_per_token_64k", "tokens_per_second",
 )  # fmt: skip
 
@@ -142,7 +145,7 @@ CSV_COLUMNS = (
 def csv_row(row: Row) -> tuple:
     difference = (None, None) if row.difference is None else (row.difference.mean, row.difference.half_width)
     return (
-        row.method, row.runs, row.bits_per_byte.mean, row.bits_per_byte.half_width, *difference, row.verdict, row.mean_experts,
+        row.method, row.runs, row.bits_per_byte.mean, row.bits_per_byte.half_width, *difference, row.verdict, row.mean_experts, row.asked_experts,
         row.active_parameters, row.forward_flops, row.cache_bytes_4k, row.cache_bytes_64k, row.tokens_per_second,
     )  # fmt: skip
 

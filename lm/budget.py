@@ -10,8 +10,8 @@ from lm.evaluate import evaluating
 from lm.model import LanguageModel
 from routing.top_k import TopK
 
-# Thresholds set on this many tokens hold the mean on other text to about 1 %.
-CALIBRATION_TOKENS = 4096
+# Thresholds set on this many tokens, from many places of a text, hold the mean on the rest of it to 1 % (notes/005-routing.md).
+CALIBRATION_TOKENS = 32768
 
 
 @torch.no_grad()
@@ -28,23 +28,57 @@ def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, bou
         How many tokens that took to calibrate.
 
     Raises:
-        ValueError: for a mean out of the policy's reach, or one that is no whole number where the number is fixed.
+        ValueError: for a mean out of the policy's reach (no threshold is changed then), or one that is no whole number where the number is fixed.
     """
-    calibrated = False
+    targets = {}
     for layer, router in enumerate(model.routers(boundary), start=boundary):
         if not 0 < mean_experts <= router.n_experts:
             raise ValueError(f"mean_experts: {mean_experts}, must lie in (0, {router.n_experts}]")
         if router.policy.budget is not None:
-            router.calibrate(mean_experts)
-            calibrated = True
+            targets[layer] = mean_experts
         elif mean_experts == int(mean_experts):
             router.set_policy(TopK(k=int(mean_experts)))
         else:
             raise ValueError(f"mean_experts: {mean_experts}, must be a whole number: every token of layer {layer} gets the same number of experts")
-    if not calibrated:
+    return _calibrate(model, targets, inputs, boundary)
+
+
+def calibrate_to_targets(model: LanguageModel, inputs: Tensor, *, boundary: int = 0) -> int:
+    """Sets every threshold from block `boundary` on so that the policy's own target is met exactly on `inputs` (ties aside), see `set_budget`.
+
+    Training leaves a threshold where the last steps' noise put it, for text that the weights have learnt from.
+
+    Returns:
+        How many tokens that took; 0 where no policy has a target.
+    """
+    targets = {
+        layer: router.policy.config.target_mean
+        for layer, router in enumerate(model.routers(boundary), start=boundary)
+        if getattr(router.policy.config, "target_mean", None) is not None
+    }
+    return _calibrate(model, targets, inputs, boundary)
+
+
+@torch.no_grad()
+def _calibrate(model: LanguageModel, targets: dict[int, float], inputs: Tensor, boundary: int) -> int:
+    """One forward that sets the thresholds of the layers in `targets`, all of them or, where one is out of reach, none."""
+    if not targets:
         return 0
-    with evaluating(model):
-        _ = model.suffix(inputs, boundary) if boundary else model(inputs)
+    routers = model.routers()
+    before = {name: value.clone() for name, value in model.state_dict().items() if ".policy.budget." in name}
+    for layer, target in targets.items():
+        routers[layer].calibrate(target)
+    try:
+        with evaluating(model):
+            # Without the head where it can be left out: logits of so many tokens are large.
+            _ = model.suffix(inputs, boundary) if boundary else model.prefix(inputs, model.config.n_layers)
+    except ValueError:
+        model.load_state_dict(before, strict=False)
+        for layer in targets:
+            budget = routers[layer].policy.budget
+            assert budget is not None
+            budget.calibrate(None)
+        raise
     return inputs.shape[0] * inputs.shape[1]
 
 

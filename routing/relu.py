@@ -1,10 +1,10 @@
 """ReLU routing: an expert is used if its logit is positive, and weighs just that (ReMoE, Wang et al., arXiv 2412.14711).
 
 Continuous and differentiable in the logits, with no top-k. Two ways to hold the number of experts:
+- "shift": a shift of all logits, moved like any other threshold, holds it to the percent; no penalty.
 - "penalty", as published: an L1 penalty, weighted by each expert's load so that it balances too, whose coefficient is multiplied or divided by
   a constant each step as the mean number of experts lies above or below its target. Only the optimizer's answer moves the number, so where the
   weights move slowly it swings around the target rather than staying there.
-- "shift": a shift of all logits, moved like any other threshold, holds it to the percent; no penalty.
 
 At inference the shift, calibrated, sets the budget of either. Use `renormalise = False` in the router's config for the published form.
 
@@ -33,7 +33,7 @@ class ReLU:
     target_mean: float = 12.0
     floor: int = 1
     cap: int = 32
-    control: Literal["penalty", "shift"] = "penalty"
+    control: Literal["shift", "penalty"] = "shift"
     l1_coefficient: float = 1e-8
     l1_factor: float = 1.2
     rate: float = 0.5
@@ -49,7 +49,7 @@ class ReLUPolicy(Policy):
             raise ValueError(f"ReLU needs l1_factor > 1 and l1_coefficient > 0, got {config.l1_factor} and {config.l1_coefficient}")
         self.config = config
         if config.control not in ("penalty", "shift"):
-            raise ValueError(f"ReLU.control = {config.control!r} is not one of 'penalty', 'shift'")
+            raise ValueError(f"ReLU.control = {config.control!r} is not one of 'shift', 'penalty'")
         # Under "penalty" the threshold does not move in training; it is there to be calibrated.
         target_mean = config.target_mean if config.control == "shift" else None
         self.budget = BudgetController(target_mean=target_mean, initial=0.0, lowest=-1e4, highest=1e4, rate=config.rate)

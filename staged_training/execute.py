@@ -2,17 +2,16 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
 from lm.accounting import model_cost
-from lm.budget import CALIBRATION_TOKENS
-from lm.evaluate import Evaluation, evaluate
+from lm.budget import calibrate_to_targets
+from lm.evaluate import evaluate
 from lm.model import RESIDUAL_DTYPE, LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
@@ -25,6 +24,7 @@ from staged_training.optimizer import is_frozen
 from staged_training.plan import Branch, Plan
 from staged_training.progress import Progress, Tracker
 from staged_training.record import Ledger, RunRecord, finish_run, locked, open_run
+from staged_training.trained_run import Summarise, TrainedRun, summarise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,52 +42,6 @@ class ExecutionConfig:
     save_every: int = 200
     log_every: int = 20
     track: Literal["none", "wandb"] = "none"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedRun:
-    """A trunk or a branch when its training is over and saved.
-
-    Attributes:
-        branch: None for the trunk.
-        model: trained; its frozen blocks are the trunk's.
-        valid: batches of the whole validation text, for `boundary`.
-        mean_experts: per block, over training; below the boundary the trunk's.
-    """
-
-    plan: Plan
-    branch: Branch | None
-    folder: Path
-    model: LanguageModel
-    valid: Batches
-    evaluation: Evaluation
-    training: StageResult
-    mean_experts: tuple[float, ...]
-
-    @property
-    def boundary(self) -> int:
-        return self.branch.boundary if self.branch is not None else 0
-
-
-Summarise = Callable[[TrainedRun], dict[str, Any]]
-
-
-def summarise(run: TrainedRun) -> dict[str, Any]:
-    """The `result.json` of a run, unless the caller of `run_plan` has something else to say."""
-    cost = model_cost(run.model.config, length=run.plan.seq_len, mean_experts=run.mean_experts)
-    return {
-        "method": run.branch.method if run.branch is not None else "trunk",
-        "trunk_seed": run.plan.trunk_seed,
-        "branch_seed": run.branch.seed if run.branch is not None else None,
-        "bits_per_byte": run.evaluation.bits_per_byte,
-        "valid_tokens": run.evaluation.tokens,
-        "valid_bytes": run.evaluation.n_bytes,
-        "mean_experts": run.evaluation.mean_experts,
-        "total_parameters": cost.total_parameters,
-        "active_parameters": cost.active_parameters,
-        "steps": run.training.steps,
-        "skipped_checkpoints": run.training.skipped,
-    }
 
 
 class Execution:
@@ -109,6 +63,7 @@ class Execution:
         self.valid_tokens = TokenBatches(corpus.valid.tokens, pad=True, **size)
         self._trunk: tuple[LanguageModel, RunRecord] | None = None
         self._activations: tuple[Batches, Batches] | None = None
+        self._calibration: dict[int, Tensor] = {}
 
     def trunk(self, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord]:
         """The trained trunk, trained now or before."""
@@ -138,8 +93,11 @@ class Execution:
             return self._run_branch(branch, folder, summary)
 
     def _run_trunk(self, model: LanguageModel, folder: Path, summary: Summarise) -> RunRecord:
+        return self.finish_trunk(model, folder, self._train(None, model, self.train_tokens, folder), summary)
+
+    def finish_trunk(self, model: LanguageModel, folder: Path, training: StageResult, summary: Summarise = summarise) -> RunRecord:
+        """Exports and evaluates a trunk whose training is over, and leaves its record."""
         plan, ledger = self.plan, Ledger()
-        training = self._train(None, model, self.train_tokens, folder)
         cost = model_cost(plan.model, length=plan.seq_len, mean_experts=training.mean_experts)
         ledger.add("trunk", flops=cost.training_flops * plan.trunk.n_batches * plan.tokens_per_batch, seconds=training.seconds)
         return self._evaluate_and_finish(None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary)
@@ -176,6 +134,16 @@ class Execution:
                 every = tuple(range(len(self.valid_tokens)))
                 self._activations = self._cache("train", self.train_tokens, used, boundary), self._cache("valid", self.valid_tokens, every, boundary)
         return self._activations
+
+    def calibration(self, boundary: int) -> Tensor:
+        """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen prefix."""
+        if boundary not in self._calibration:
+            inputs = [self.train_tokens[int(batch)][0] for batch in self.plan.calibration_batches()]
+            if boundary:
+                trunk, _ = self.trunk()
+                inputs = [prefix_activations(trunk, tokens_BT, boundary) for tokens_BT in inputs]
+            self._calibration[boundary] = torch.cat(inputs)
+        return self._calibration[boundary]
 
     def _cache(self, split: str, batches: TokenBatches, numbers: tuple[int, ...], boundary: int) -> Batches:
         trunk, record = self.trunk()
@@ -255,8 +223,9 @@ class Execution:
         summary: Summarise,
     ) -> RunRecord:
         plan, boundary = self.plan, branch.boundary if branch is not None else 0
-        self._export(folder, model)
         began = time.perf_counter()
+        calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
+        self._export(folder, model)
         evaluation = evaluate(model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary)
         trained = TrainedRun(
             plan=plan, branch=branch, folder=folder, model=model, valid=valid, evaluation=evaluation, training=training, mean_experts=means
@@ -265,16 +234,15 @@ class Execution:
         evaluated_means = means[:boundary] + evaluation.mean_experts
         cost = model_cost(model.config, length=plan.seq_len, mean_experts=evaluated_means)
         first = boundary if self.config.cache else 0
-        ledger.add("evaluation", flops=cost.flops(first=first) * len(valid) * plan.tokens_per_batch, seconds=time.perf_counter() - began)
+        flops = cost.flops(first=first) * len(valid) * plan.tokens_per_batch + cost.flops(first=boundary) * calibrated
+        ledger.add("evaluation", flops=flops, seconds=time.perf_counter() - began)
         label = branch.name if branch is not None else "trunk"
         print(f"{label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
         return finish_run(folder, result, ledger)
 
     def _export(self, folder: Path, model: LanguageModel) -> None:
-        """The trained model for `python -m lm generate`, with the first training batches to calibrate budgets on."""
-        n_batches = min(-(-CALIBRATION_TOKENS // self.plan.tokens_per_batch), len(self.train_tokens))
-        calibration_BT = torch.cat([self.train_tokens[batch][0] for batch in range(n_batches)])
-        save_pretrained(folder / "model", model, calibration_BT.cpu())
+        """The trained model for `python -m lm generate`, calibrated, with the text that it can be calibrated on to another budget."""
+        save_pretrained(folder / "model", model, self.calibration(0).cpu())
         self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
 
     def _restore_trunk(self, model: LanguageModel) -> None:

@@ -77,6 +77,7 @@ class Plan:
 
     Attributes:
         model: the trunk's.
+        n_calibration: batches of the training text that no stage ever sees: budgets are calibrated on them.
         trunk_seed: the trunk's weights, data order and draws.
         decisions: why the boundary is where it is, for people; not part of any identity.
 
@@ -88,6 +89,7 @@ class Plan:
     model: ModelConfig
     batch_size: int
     seq_len: int
+    n_calibration: int
     trunk: Stage
     trunk_seed: int
     optimizer: OptimizerConfig
@@ -100,20 +102,30 @@ class Plan:
             raise ValueError(f"Plan.branches: {', '.join(duplicates)} more than once")
         for branch in self.branches:
             self._check(branch, self.branches[0])
+        if not 0 < self.n_calibration < self._n_batches:
+            raise ValueError(f"Plan.n_calibration: {self.n_calibration} of the training text's {self._n_batches} batches, must leave at least one")
 
     @property
     def tokens_per_batch(self) -> int:
         return self.batch_size * self.seq_len
 
     @property
+    def _n_batches(self) -> int:
+        return (self.corpus.train_tokens - 1) // self.tokens_per_batch
+
+    @property
     def n_train_batches(self) -> int:
         """Batches in one epoch of the training text."""
-        return (self.corpus.train_tokens - 1) // self.tokens_per_batch
+        return self._n_batches - self.n_calibration
+
+    def calibration_batches(self) -> np.ndarray:
+        """The batch numbers that no stage ever sees, evenly spaced through the text, int64."""
+        return (2 * np.arange(self.n_calibration) + 1) * self._n_batches // (2 * self.n_calibration)
 
     @property
     def trunk_identity(self) -> dict:
         """Everything the trunk's weights depend on. The branches are not part of it: comparisons share a trunk."""
-        fields = ("corpus", "model", "batch_size", "seq_len", "trunk", "trunk_seed", "optimizer")
+        fields = ("corpus", "model", "batch_size", "seq_len", "n_calibration", "trunk", "trunk_seed", "optimizer")
         return {name: to_dict(getattr(self, name)) for name in fields}
 
     @property
@@ -126,16 +138,20 @@ class Plan:
 
     def trunk_batches(self) -> np.ndarray:
         """Batch numbers in the order the trunk visits them, int64."""
-        return trunk_order(self.n_train_batches, self.trunk_seed, 0, self.trunk.n_batches)
+        return self._numbers(0, self.trunk.n_batches)
 
     def branch_batches(self) -> np.ndarray:
         """The batches behind the trunk's last position, in the trunk's order: the data of every branch."""
         count = max((branch.stage.n_batches for branch in self.branches), default=0)
-        return trunk_order(self.n_train_batches, self.trunk_seed, self.trunk.n_batches, count)
+        return self._numbers(self.trunk.n_batches, count)
 
     def order_of(self, branch: Branch) -> np.ndarray:
         """Batch numbers in the order this branch visits them: its method plays no part, its seed does."""
         return branch_order(self.branch_batches(), branch.seed)
+
+    def _numbers(self, start: int, count: int) -> np.ndarray:
+        trained = np.setdiff1d(np.arange(self._n_batches), self.calibration_batches())
+        return trained[trunk_order(self.n_train_batches, self.trunk_seed, start, count)]
 
     def _check(self, branch: Branch, first: Branch) -> None:
         refuse_other_trunk(self.model, branch.model, branch.name)

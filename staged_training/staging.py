@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from corpus.prepare import PreparedCorpus
+from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from staged_training.boundary import choose_cut, compose
 from staged_training.durable import fingerprint, sha256_file
@@ -21,6 +22,7 @@ class StagingConfig:
         trunk_share: share of it that is trained once, in the trunk.
         freeze: share of the parameters below the boundary, frozen in the branches; 0 branches the whole network.
         batch_size, seq_len: rows and tokens per row of a batch.
+        calibration_tokens: of the training text, kept out of training to calibrate budgets on; at most a twentieth of it.
         learning_rate: peak, of the trunk and of each branch.
         warmup_share: share of the trunk's steps that warm up; it then stays at the peak.
         branch_warmup_share: the same for a branch, whose optimizer starts anew; the rest of the branch decays to zero.
@@ -35,6 +37,7 @@ class StagingConfig:
     freeze: float = 0.85
     batch_size: int = 8
     seq_len: int = 256
+    calibration_tokens: int = CALIBRATION_TOKENS
     learning_rate: float = 3e-3
     warmup_share: float = 0.05
     branch_warmup_share: float = 0.1
@@ -47,7 +50,7 @@ class StagingConfig:
         for name in ("freeze", "warmup_share", "branch_warmup_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be 0 or more and below 1")
-        for name in ("tokens", "batch_size", "seq_len"):
+        for name in ("tokens", "batch_size", "seq_len", "calibration_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be at least 1")
 
@@ -76,7 +79,8 @@ def make_plan(
     Raises:
         ValueError: when the budget is too small for one batch per stage, or a method does not fit the trunk.
     """
-    total = config.tokens // (config.batch_size * config.seq_len)
+    tokens_per_batch = config.batch_size * config.seq_len
+    total = config.tokens // tokens_per_batch
     trunk_batches = round(total * config.trunk_share)
     branch_batches = total - trunk_batches
     if trunk_batches < 1 or branch_batches < 1:
@@ -87,12 +91,14 @@ def make_plan(
     trunk = Stage(n_batches=trunk_batches, schedule=Schedule(peak=config.learning_rate, warmup_steps=round(trunk_batches * config.warmup_share)))
     warmup = round(branch_batches * config.branch_warmup_share)
     decay = Schedule(peak=config.learning_rate, warmup_steps=warmup, decay_steps=branch_batches - warmup, decay_shape=config.decay_shape)
+    n_calibration = max(1, min(-(-config.calibration_tokens // tokens_per_batch), corpus.train_tokens // tokens_per_batch // 20))
     cut = choose_cut(model, {name: method for name, method, _ in branches}, config.freeze) if branches else None
     return Plan(
         corpus=corpus,
         model=model,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
+        n_calibration=n_calibration,
         trunk=trunk,
         trunk_seed=trunk_seed,
         optimizer=config.optimizer,

@@ -10,6 +10,7 @@ from lm.serialize import save_json
 from staged_training.record import Ledger
 
 EFFECT = {"baseline": 0.0, "no_op": 0.0, "top_p": -0.02, "null_experts": 0.001, "random_k": 0.03}
+BUDGETS = (2, 4, 6, 8, 12, 16)
 TRUNK_TOKENS, BRANCH_TOKENS, STEP = 8_000_000, 2_000_000, 10_000
 
 
@@ -64,7 +65,7 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
 def write_run(folder, losses, costs):
     folder.mkdir(parents=True)
     (folder / "environment.json").write_text(json.dumps({"commit": "abc", "device": "cpu"}))
-    write_lines(folder / "metrics.jsonl", ({"step": step, "loss": loss} for step, loss in enumerate(losses, 1)))
+    write_lines(folder / "metrics.jsonl", ({"step": step, "loss": loss, "mean_experts": 11.0 + step % 2} for step, loss in enumerate(losses, 1)))
     write_lines(folder / "timing.jsonl", ({"step": step, "seconds": 0.02} for step, _ in enumerate(losses, 1)))
     Ledger({kind: {"flops": flops, "seconds": seconds} for kind, (flops, seconds) in costs.items()}).save(folder)
 
@@ -83,8 +84,11 @@ def measurements(reference, bits_per_byte):
         branch_seed=reference.branch_seed,
         bits_per_byte=bits_per_byte,
         mean_experts=sum(k * n for k, n in enumerate(counts)) / sum(counts),
+        asked_experts=12.0,
         experts_histogram=counts,
-        budgets=tuple(BudgetPoint(mean_experts=k, bits_per_byte=bits_per_byte + (12 - k) ** 2 * slope) for k in (2, 4, 6, 8, 12, 16)),
+        budgets=tuple(
+            BudgetPoint(asked_experts=k, mean_experts=k, bits_per_byte=bits_per_byte + (12 - k) ** 2 * slope) for k in (2, 4, 6, 8, 12, 16)
+        ),
         total_parameters=9_000_000,
         active_parameters=2_500_000.0,
         forward_flops=5e6,

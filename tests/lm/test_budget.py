@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lm.budget import experts_per_token, set_budget, variable_layers
+from lm.budget import calibrate_to_targets, experts_per_token, set_budget, variable_layers
 from lm.config import ModelConfig
 from lm.model import LanguageModel
 from moe.config import MoEConfig
@@ -58,6 +58,30 @@ def test_a_fractional_budget_needs_a_threshold():
 def test_budgets_out_of_reach(budget):
     with pytest.raises(ValueError, match=rf"mean_experts: {budget}, must lie in \(0, 16\]"):
         set_budget(build(TopK(k=3)), budget, TOKENS_BT)
+
+
+def test_a_refused_budget_changes_no_threshold_now_or_later():
+    """The third layer cannot: what the two below it were given is taken back, and nothing is left to happen at the next forward."""
+    moe = MoEConfig(n_experts=16, d_expert=16, router=RouterConfig(policy=TopP(target_mean=3.0, cap=8)))
+    model = LanguageModel(dataclasses.replace(build(TopP(target_mean=3.0, cap=4)).config, lower_moe=moe, n_lower=2)).init_weights(0)
+    set_budget(model, 3, TOKENS_BT)
+    before, states = means(model), {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="target_mean = 5 experts per token is out of reach: the policy fills at most 4 slots"):
+        set_budget(model, 5, TOKENS_BT)
+    assert means(model) == before
+    assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("boundary", [0, 2])
+def test_every_policy_is_calibrated_to_its_own_target(boundary):
+    lower, upper = (RouterConfig(policy=TopP(target_mean=mean, cap=8)) for mean in (2.0, 4.0))
+    config = dataclasses.replace(build(TopK(k=3)).config, moe=MoEConfig(n_experts=16, d_expert=16, router=upper))
+    model = LanguageModel(dataclasses.replace(config, lower_moe=dataclasses.replace(config.moe, router=lower), n_lower=1)).init_weights(0)
+    before = means(model)
+    inputs = model.prefix(TOKENS_BT, boundary).detach() if boundary else TOKENS_BT
+    assert calibrate_to_targets(model, inputs, boundary=boundary) == TOKENS_BT.numel()
+    assert means(model) == pytest.approx(before[:boundary] + [2.0, 4.0, 4.0][boundary:], abs=0.02)
+    assert calibrate_to_targets(build(TopK(k=3)), TOKENS_BT) == 0
 
 
 def test_variable_layers_are_those_whose_number_depends_on_the_token():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm.accounting import model_cost
-from lm.budget import CALIBRATION_TOKENS
+from lm.budget import experts_per_token
 from lm.evaluate import evaluate
 from lm.pretrained import load_calibration_tokens, load_pretrained
 from routing.null_experts import NullExperts
@@ -64,7 +64,22 @@ def test_the_whole_validation_text_is_covered_by_whole_models(finished, corpus, 
         # The exported model, run from its first block on, is what was evaluated from the stored activations.
         whole = evaluate(load_pretrained(record.folder / "model"), in_order(batches), n_bytes=corpus.valid.n_bytes)
         assert whole.bits_per_byte == record.result["bits_per_byte"]
-    assert load_calibration_tokens(branches[0].folder / "model").numel() >= min(CALIBRATION_TOKENS, len(corpus.train) - plan.tokens_per_batch)
+
+
+def test_budgets_are_calibrated_on_text_that_no_stage_saw(finished, corpus, plan):
+    _, (_, *branches) = finished
+    train = TokenBatches(corpus.train.tokens, batch_size=plan.batch_size, seq_len=plan.seq_len)
+    unseen_BT = torch.cat([train[int(batch)][0] for batch in plan.calibration_batches()])
+    assert unseen_BT.shape[0] == plan.n_calibration * plan.batch_size
+    by_method = {record.result["method"]: record for record in branches}
+    for method in ("top_p", "null"):
+        folder = by_method[method].folder / "model"
+        assert torch.equal(load_calibration_tokens(folder), unseen_BT)
+        model = load_pretrained(folder)
+        # Saved with the weights: the loaded model meets its target exactly where it was calibrated, without being calibrated again.
+        assert experts_per_token(model, unseen_BT, (2, 3)).mean().item() == pytest.approx(2, abs=0.01)
+        # Exact there, not on the text that is measured.
+        assert by_method[method].result["mean_experts"] != [2.0, 2.0]
 
 
 def test_stored_activations_give_the_same_losses_and_weights_bit_for_bit(finished, plan, corpus, execution_config, tmp_path):

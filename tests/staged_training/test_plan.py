@@ -35,6 +35,20 @@ def test_branches_go_on_where_the_trunk_stopped(plan):
     assert orders["baseline-seed0"] != orders["baseline-seed1"]
 
 
+def test_calibration_text_is_spread_out_and_never_trained_on(plan, plan_of):
+    for each in (plan, plan_of([], calibration_tokens=32 * 2, tokens=700 * 32)):
+        held_out = each.calibration_batches().tolist()
+        assert len(set(held_out)) == each.n_calibration
+        assert not {*each.trunk_batches().tolist(), *each.branch_batches().tolist()} & set(held_out)
+        n_batches = each.n_train_batches + each.n_calibration
+        # One in the middle of each of as many equal parts.
+        assert [number * each.n_calibration // n_batches for number in held_out] == list(range(each.n_calibration))
+    # Several passes over a text see all of the rest.
+    assert len(set(each.trunk_batches().tolist())) == each.n_train_batches
+    with pytest.raises(ValueError, match="Plan.n_calibration"):
+        dataclasses.replace(plan, n_calibration=10**6)
+
+
 def test_a_trunk_is_known_by_what_its_weights_depend_on(plan, plan_of, model_config):
     assert plan_of([("baseline", model_config, 5)], freeze=0.2).trunk_hash == plan.trunk_hash
     assert plan_of([]).trunk_hash == plan.trunk_hash
