@@ -67,13 +67,15 @@ def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None 
     with evaluating(model):
         for start in range(0, len(windows.tokens_WT), BATCH_WINDOWS):
             rows = slice(start, start + BATCH_WINDOWS)
-            counted_T = counted_WT[rows].reshape(-1)
+            # Windows are filled from the left.
+            used = slice(int(counted_WT[rows].sum(1).max()))
+            counted_T = counted_WT[rows, used].reshape(-1)
             for policy in permuted[:1]:
                 policy.order_T = _order(counted_T, generator)
             for policy in permuted[1:]:
                 policy.order_T = permuted[0].order_T
-            output = model(windows.tokens_WT[rows])
-            nats.append(token_losses(output.logits_BTV, windows.targets_WT[rows]).double().numpy().reshape(-1)[counted_T])
+            output = model(windows.tokens_WT[rows, used])
+            nats.append(token_losses(output.logits_BTV, windows.targets_WT[rows, used]).double().numpy().reshape(-1)[counted_T])
             used_TL = torch.stack([routing.assignments.experts_per_token_T() for routing in output.routings], dim=1)
             experts.append(used_TL.numpy()[counted_T].astype(np.int16))
     return Observed(nats_N=np.concatenate(nats), experts_NL=np.concatenate(experts))

@@ -112,7 +112,8 @@ def held_out(corpus: PreparedCorpus, problems: Mapping[str, Problem], *, seq_len
     return HeldOut(
         text=_windows(text, corpus, seq_len),
         calibration_BT=torch.from_numpy(stream).view(n_rows, seq_len),
-        probes=_probes(probes, corpus, seq_len),
+        # By length, so that a batch of them is hardly padded.
+        probes=_probes(sorted(probes, key=lambda probe: len(probe[0])), corpus, seq_len),
     )
 
 
