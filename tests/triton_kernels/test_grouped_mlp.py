@@ -157,16 +157,16 @@ def test_cpu_with_rows_rounded_up(n_padding):
     assert_close_to_reference(mask_TE, d_model=24, d_expert=16, dtype=torch.bfloat16, n_padding=n_padding)
 
 
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.integers(1, 2**14))
-def test_blocks_give_every_row_a_place_of_its_own(sizes, row_bytes):
-    blocks = expert_blocks(sizes, row_bytes)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.integers(1, 2**14), st.sampled_from([1, ROW_QUANTUM]))
+def test_blocks_give_every_row_a_place_of_its_own(sizes, row_bytes, quantum):
+    blocks = expert_blocks(sizes, row_bytes, quantum)
     experts = [e for block in blocks for e in block.experts]
     assert sorted(experts) == [e for e, rows in enumerate(sizes) if rows]
     assert sum(block.rows.stop - block.rows.start for block in blocks) == (blocks[-1].rows.stop if blocks else 0)
     for block in blocks:
         most = max(sizes[e] for e in block.experts)
         assert block.rows.stop - block.rows.start == len(block.experts) * block.height
-        assert most <= block.height < most + ROW_QUANTUM
+        assert most <= block.height < most + quantum
         assert len(block.experts) in (1, 2, 4, MOST_EXPERTS) or block is blocks[-1]
     place_N = padded_places(blocks, torch.tensor(sizes))
     assert len(set(place_N.tolist())) == len(place_N) == sum(sizes)
@@ -175,8 +175,8 @@ def test_blocks_give_every_row_a_place_of_its_own(sizes, row_bytes):
 
 
 def test_blocks_stay_in_cache():
-    assert all(len(block.experts) == 1 for block in expert_blocks([100] * 20, BLOCK_BYTES))
-    assert all(len(block.experts) == MOST_EXPERTS for block in expert_blocks([100] * 16, 1))
+    assert all(len(block.experts) == 1 for block in expert_blocks([100] * 20, BLOCK_BYTES, 1))
+    assert all(len(block.experts) == MOST_EXPERTS for block in expert_blocks([100] * 16, 1, ROW_QUANTUM))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
