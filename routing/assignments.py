@@ -8,6 +8,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from triton_kernels.assignments import sort_slots
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assignments:
@@ -82,39 +84,5 @@ class Assignments:
         padded     leave dropped slots as padding rows behind the last expert (True; the default on a GPU, where counting them would make the
                    host wait) or take them out (False; the default on the CPU)
         """
-        if expert_TK.shape != weight_TK.shape or (keep_TK is not None and keep_TK.shape != expert_TK.shape):
-            shapes = f"experts {tuple(expert_TK.shape)}, weights {tuple(weight_TK.shape)}, keep {None if keep_TK is None else tuple(keep_TK.shape)}"
-            raise ValueError(f"slots must have one shape [T, K], got {shapes}")
-        n_tokens, n_slots = expert_TK.shape
-        if padded is None:
-            padded = expert_TK.device.type != "cpu"
-        # Dropped slots sort behind every expert. A stable sort of slots that lie in token order leaves each expert's rows in token order.
-        # int16 because torch's radix sort on the CPU is several times faster on narrow integers.
-        bucket_TK = expert_TK if keep_TK is None else expert_TK.masked_fill(~keep_TK, n_experts)
-        bucket_N = bucket_TK.reshape(-1).to(torch.int16 if n_experts < 2**15 else torch.int32)
-        expert_N, slot_of_row_N = torch.sort(bucket_N, stable=True)
-        row_of_slot_N = torch.empty_like(slot_of_row_N)
-        row_of_slot_N[slot_of_row_N] = torch.arange(n_tokens * n_slots, device=slot_of_row_N.device)
-        bounds = torch.arange(n_experts + 1, device=expert_N.device, dtype=expert_N.dtype)
-        expert_offsets = torch.searchsorted(expert_N, bounds)
-        if keep_TK is None:
-            token_offsets = torch.arange(n_tokens + 1, device=expert_TK.device) * n_slots
-        else:
-            kept_N = keep_TK.reshape(-1)
-            token_offsets = torch.nn.functional.pad(keep_TK.sum(dim=1).cumsum(dim=0), (1, 0))
-            if padded:
-                # Kept slots first, each group in its old order: a compaction whose size the host need not know.
-                row_of_slot_N = row_of_slot_N[torch.sort((~kept_N).to(torch.uint8), stable=True)[1]]
-                weight_TK = weight_TK.masked_fill(~keep_TK, 0.0)
-            else:
-                row_of_slot_N = row_of_slot_N[kept_N]
-                n_rows = row_of_slot_N.shape[0]
-                expert_N, slot_of_row_N = expert_N[:n_rows], slot_of_row_N[:n_rows]
-        return Assignments(
-            token_N=slot_of_row_N // max(n_slots, 1),
-            expert_N=expert_N.to(torch.int64),
-            weight_N=weight_TK.reshape(-1).index_select(0, slot_of_row_N),
-            expert_offsets=expert_offsets,
-            token_offsets=token_offsets,
-            row_of_slot_N=row_of_slot_N,
-        )
+        rows = sort_slots(expert_TK, weight_TK, keep_TK, n_experts=n_experts, padded=padded)
+        return Assignments(**rows._asdict())
