@@ -1,12 +1,13 @@
 """`python -m triton_kernels inspect | bench | gpu-check`: see each command's --help."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from triton_kernels.configurations import select_operations
+from triton_kernels.configurations import Operation, select_operations
 
-RECORDED = Path("notes/kernels/inspect.csv")
+RECORDED, SPILLS = Path("notes/kernels/inspect.csv"), Path("notes/kernels/spills.csv")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,49 +15,56 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="compile every op for GPUs that are not there: registers, spills, instructions, launches, bytes")
     inspect.add_argument("--arch", type=int, nargs="+", choices=(80, 90, 100), default=[90], help="compute capabilities (default: 90)")
-    inspect.add_argument("--op", nargs="+", help="ops or op/variant (default: all)")
     inspect.add_argument("--peer", nargs="+", default=[], help="also inspect these libraries' versions of the op (fla)")
     inspect.add_argument("--csv", type=Path, help=f"write the rows into this file, e.g. {RECORDED}")
     inspect.add_argument("--gate", action="store_true", help=f"fail on spills, no tensor cores, or more launches or bytes than in {RECORDED}")
+    inspect.add_argument("--all-options", action="store_true", help=f"also compile every option of every launch table; --gate knows {SPILLS.name}")
     bench = commands.add_parser("bench", help="time every op: Triton kernels on a GPU, torch references on a CPU")
-    bench.add_argument("--op", nargs="+", help="ops or op/variant (default: all)")
     bench.add_argument("--peers", action="store_true", help="also time the other libraries that can be imported, in turns with ours")
     bench.add_argument("--repeats", type=int, default=20, help="timed turns; the median counts (default: 20)")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    bench.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=[], help="default: bfloat16; on a CPU float32 as well"
+    )
     bench.add_argument("--csv", type=Path, help="write the rows into this file")
+    bench.add_argument("--plot", type=Path, help="draw the roofline into this file (svg, png, pdf); needs matplotlib")
     gpu_check = commands.add_parser("gpu-check", help="correctness of every op on this GPU, then the benchmark, into one folder")
-    gpu_check.add_argument("--op", nargs="+", help="ops or op/variant (default: all)")
-    gpu_check.add_argument("--folder", type=Path, default=Path("runs/gpu-check"), help="where the two csv files go (default: runs/gpu-check)")
+    folder = Path(os.environ.get("OUT", "runs/gpu-check"))
+    gpu_check.add_argument("--folder", type=Path, default=folder, help="where the tables go (default: $OUT, or runs/gpu-check)")
+    gpu_check.add_argument("--minutes", type=float, default=8.0, help="nothing new is begun after so many (default: 8)")
+    for command in (inspect, bench, gpu_check):
+        command.add_argument("--op", nargs="+", help="ops or op/variant (default: all)")
     options = parser.parse_args(arguments)
     try:
-        return {"inspect": run_inspect, "bench": run_benchmark, "gpu-check": run_check}[options.command](options)
+        return {"inspect": run_inspect, "bench": run_benchmark, "gpu-check": run_check}[options.command](select_operations(options.op), options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def run_benchmark(options: argparse.Namespace) -> int:
+def run_benchmark(selected: list[Operation], options: argparse.Namespace) -> int:
     import torch
 
-    from triton_kernels.bench import run_bench, write_timings
+    from triton_kernels.bench import Timing, plot_roofline, run_bench
+    from triton_kernels.rows import write_rows
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    rows = run_bench(select_operations(options.op), peers=options.peers, repeats=options.repeats, dtype=dtype)
+    rows = run_bench(selected, peers=options.peers, repeats=options.repeats, dtypes=[getattr(torch, name) for name in options.dtype])
     if options.csv is not None:
-        write_timings(options.csv, rows)
+        write_rows(options.csv, Timing, rows)
+    if options.plot is not None:
+        plot_roofline(rows, options.plot)
     return 0
 
 
-def run_check(options: argparse.Namespace) -> int:
+def run_check(selected: list[Operation], options: argparse.Namespace) -> int:
     from triton_kernels.gpu_check import run_gpu_check
 
-    return 0 if run_gpu_check(select_operations(options.op), options.folder) else 1
+    return 0 if run_gpu_check(selected, options.folder, limit_s=60 * options.minutes) else 1
 
 
-def run_inspect(options: argparse.Namespace) -> int:
+def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
+    from triton_kernels.inspect_options import find_spills, new_spills, read_spills, record_spills
     from triton_kernels.inspect_table import format_table, gate, inspect_operation, read_csv, write_csv
 
-    selected = select_operations(options.op)
     rows = []
     for operation in selected:
         for architecture in options.arch:
@@ -67,14 +75,17 @@ def run_inspect(options: argparse.Namespace) -> int:
                     continue
                 try:
                     rows += inspect_operation(operation, architecture, peer)
-                except ImportError as error:
-                    print(f"{operation.name}: {peer} cannot be imported here ({error}), so it has no rows", file=sys.stderr)
+                except Exception as error:  # Whatever stops another library must not stop this table.
+                    print(f"{operation.name}: no rows for {peer}, {type(error).__name__}: {error}", file=sys.stderr)
     print(format_table(rows))
+    spills = [spill for architecture in options.arch for spill in find_spills(selected, architecture)] if options.all_options else []
     if options.csv is not None:
         write_csv(options.csv, rows)
+        if options.all_options:
+            record_spills(options.csv.with_name(SPILLS.name), spills, selected, options.arch)
     if not options.gate:
         return 0
-    problems = gate(rows, read_csv(RECORDED), {operation.name: operation for operation in selected})
+    problems = gate(rows, read_csv(RECORDED), {operation.name: operation for operation in selected}) + new_spills(spills, read_spills(SPILLS))
     print("\n".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
     return 1 if problems else 0
 

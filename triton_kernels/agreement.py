@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from triton_kernels.configurations import Operation, Shape
+
+Call = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,60 +23,79 @@ class Agreement:
     where: str
 
 
-def results(call: Callable[..., Any], inputs: dict[str, Any], *, first_only: bool) -> dict[str, torch.Tensor]:
-    """Floating outputs, and the gradients of every leaf through the first output."""
+def leaves_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that have a gradient."""
+    return {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+
+
+def output_gradient(output: Tensor) -> Tensor:
+    """The same numbers on every device and in every dtype, rounded."""
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+
+
+def results(call: Call, inputs: dict[str, Any], gradient: Tensor | None = None) -> dict[str, Tensor]:
+    """Outputs, and the gradients of every leaf through the first output (`gradient` is that output's; drawn here unless given)."""
     output = call(**inputs)
-    outputs = (output if isinstance(output, tuple) else (output,))[: 1 if first_only else None]
-    named = {f"output {i}": x.detach() for i, x in enumerate(outputs) if isinstance(x, torch.Tensor)}
-    leaves = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    outputs = output if isinstance(output, tuple) else (output,)
+    named = {f"output {i}": x.detach() for i, x in enumerate(outputs) if isinstance(x, Tensor)}
+    leaves = leaves_of(inputs)
     if leaves and outputs[0].requires_grad:
-        weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1)).to(outputs[0])
+        weights = output_gradient(outputs[0]) if gradient is None else gradient
         grads = torch.autograd.grad(outputs[0], list(leaves.values()), weights, materialize_grads=True)
         named |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads)}
     return named
+
+
+def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> str:
+    """The name of the first tensor that differs, or "" when none does."""
+    return next((name for name, x in first.items() if not torch.equal(x, second[name])), "")
 
 
 def in_fp64(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same numbers in fp64, leaves again where they were leaves."""
     exact = dict(inputs)
     for name, x in inputs.items():
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
+        if isinstance(x, Tensor) and x.is_floating_point():
             exact[name] = x.detach().double().requires_grad_(x.requires_grad)
     return exact
 
 
-def compare(operation: Operation, call: Callable[..., Any], inputs: dict[str, Any], *, first_only: bool = False) -> Agreement:
-    """`call` on `inputs` against the op's torch reference in fp64, with the torch reference in the inputs' own dtype as the measure."""
+class Reference:
+    """What an op's torch reference computes from the inputs in fp64, and in the inputs' own dtype as the measure of what may be lost."""
 
-    def reference(**tensors: Any) -> Any:
-        return operation.call(**tensors, backend="torch")
+    def __init__(self, operation: Operation, inputs: dict[str, Any]):
+        def call(**tensors: Any) -> Any:
+            return operation.call(**tensors, backend="torch")
 
-    actual = results(call, inputs, first_only=first_only)
-    low = results(reference, inputs, first_only=first_only)
-    exact = results(reference, in_fp64(inputs), first_only=first_only)
-    worst, where = 0.0, ""
-    for name, right in exact.items():
-        if right.numel() == 0:
-            continue
-        eps = torch.finfo(actual[name].dtype).eps if actual[name].dtype != torch.float32 else 2.0**-20
-        budget = 2 * (low[name] - right).abs().max() + 4 * eps * right.abs().max() + 1e-6
-        ratio = float((actual[name] - right).abs().max() / budget)
-        # NaN compares false with everything, so it must be asked for.
-        if ratio != ratio or ratio > worst:
-            worst, where = (float("inf") if ratio != ratio else ratio), name
-    return Agreement(ok=worst <= 1.0, worst=worst, where=where)
+        self.inputs = inputs
+        self.exact = results(call, in_fp64(inputs))
+        self.rounded = results(call, inputs)
+
+    def judge(self, actual: dict[str, Tensor]) -> Agreement:
+        """`actual`: the results of a call on the same inputs, or of a peer that returns the first output alone."""
+        worst, where = 0.0, ""
+        for name, found in actual.items():
+            right = self.exact[name]
+            if right.numel() == 0:
+                continue
+            # Whole numbers (indices) have nothing to lose.
+            eps = 2.0**-20 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps if found.dtype.is_floating_point else 0.0
+            budget = 2 * (self.rounded[name] - right).abs().max() + 4 * eps * right.abs().max() + 1e-6
+            ratio = float((found - right).abs().max() / budget)
+            # NaN compares false with everything, so it must be asked for.
+            if ratio != ratio or ratio > worst:
+                worst, where = (float("inf") if ratio != ratio else ratio), name
+        return Agreement(ok=worst <= 1.0, worst=worst, where=where)
+
+    def check(self, call: Call) -> Agreement:
+        """`judge`, and that a second run gives the same bits."""
+        first = results(call, self.inputs)
+        assert first.keys() == self.exact.keys()
+        differs = same_bits(first, results(call, self.inputs))
+        return Agreement(ok=False, worst=float("inf"), where=f"{differs}: two runs differ in their bits") if differs else self.judge(first)
 
 
 def check(operation: Operation, shape: Shape, dtype: torch.dtype, device: str, backend: str) -> Agreement:
-    """One op at one shape; on a GPU also that two runs give the same bits."""
+    """One op at one shape."""
     inputs = operation.inputs(dtype, device, **shape)
-
-    def call(**tensors: Any) -> Any:
-        return operation.call(**tensors, backend=backend)
-
-    agreement = compare(operation, call, inputs)
-    first, second = results(call, inputs, first_only=False), results(call, inputs, first_only=False)
-    for name, x in first.items():
-        if not torch.equal(x, second[name]):
-            return Agreement(ok=False, worst=float("inf"), where=f"{name}: two runs differ in their bits")
-    return agreement
+    return Reference(operation, inputs).check(lambda **tensors: operation.call(**tensors, backend=backend))

@@ -1,33 +1,48 @@
 """`python -m triton_kernels bench`: time each op beside its peers and beside what the machine can do at best.
 
-On a GPU the Triton kernels are timed with CUDA events; on a CPU the torch references are timed instead, against the registered CPU peers. Ours and
-the peers take turns within one run, on inputs that rotate so that no cache keeps them. An op whose check against its fp64 reference fails on this
-machine gets no time, and a peer that disagrees gets no ratio.
+On a GPU the Triton kernels are timed, on a CPU the torch references. Ours and the peers take turns within one run, on inputs that rotate so that no
+cache keeps them; the median counts. Beside an op over tokens and heads stands "dense matmul": one product of the layer's rows by a dense weight with
+as many FLOPs. An op whose check against its fp64 reference fails on this machine gets no time, and a peer that disagrees gets no ratio.
 """
 
-import csv
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from triton_kernels.agreement import check, compare
+from triton_kernels.agreement import Call, Reference, leaves_of, output_gradient, results
 from triton_kernels.configurations import Cost, Operation, Shape
+
+# Direction -> a function without arguments that runs it.
+Passes = dict[str, Callable[[], Any]]
+
+CEILING, DENSE = "ceiling", "dense matmul"
+# Inputs of one op that take turns, turns that do not count, and what one source may take for the turns that do.
+ROTATION, WARM_UP, SOURCE_SECONDS = 3, 2, 3.0
+# A peer is only a measure of speed: it may round more than we may.
+PEER_TOLERANCE = 4.0
+# Clock cycles for which the device is kept busy before a timed call, so that the host has launched it all before it begins.
+HEAD_START = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One line: ms is a median; roofline = least time that FLOPs and bytes allow at the measured ceilings, over ms; ratio = ms over ours."""
+    """One line: ms is a median; ns_per_head_token = ms over B x T x H where the shape has them; roofline = least time that FLOPs and bytes allow at
+    the measured ceilings, over ms; ratio = ms over ours."""
 
     op: str
     source: str
+    dtype: str
     shape: str
     direction: str
     ms: float
+    ns_per_head_token: float
     tflops: float
     gbytes_per_s: float
     roofline: float
@@ -41,6 +56,13 @@ class Ceilings:
     flops: float
     bandwidth: float
 
+    def rows(self, dtype: torch.dtype) -> list[Timing]:
+        """As lines of the table, so that a roofline can be drawn from it alone."""
+        numbers = {"matmul": (1e-12 * self.flops, 0.0), "copy": (0.0, 1e-9 * self.bandwidth)}
+        blank: dict[str, Any] = {"dtype": dtype_name(dtype), "shape": "", "direction": "", "ms": 0.0, "ns_per_head_token": 0.0}
+        blank |= {"roofline": 1.0, "ratio": 0.0}
+        return [Timing(op=CEILING, source=name, tflops=flops, gbytes_per_s=rate, **blank) for name, (flops, rate) in numbers.items()]
+
 
 def elapsed_ms(run: Callable[[], Any], device: str) -> float:
     if device == "cpu":
@@ -48,6 +70,7 @@ def elapsed_ms(run: Callable[[], Any], device: str) -> float:
         run()
         return 1e3 * (time.perf_counter() - start)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(HEAD_START)
     begin.record()
     run()
     end.record()
@@ -58,103 +81,165 @@ def elapsed_ms(run: Callable[[], Any], device: str) -> float:
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     size, elements = (1024, 2**25) if device == "cpu" else (8192, 2**29)
     a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
-    x = torch.zeros(elements, device=device, dtype=torch.bfloat16)
+    x = torch.randn(elements, device=device, dtype=torch.bfloat16)
     y = torch.empty_like(x)
     matmul = median([elapsed_ms(lambda: a @ b, device) for _ in range(12)][2:])
     copy = median([elapsed_ms(lambda: y.copy_(x), device) for _ in range(12)][2:])
     return Ceilings(flops=2 * size**3 / (matmul * 1e-3), bandwidth=2 * x.nbytes / (copy * 1e-3))
 
 
-def passes(call: Callable[..., Any], inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """forward, and forward + backward of the first output, as functions without arguments."""
-    leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+def passes(call: Call, inputs: dict[str, Any]) -> Passes:
+    """forward, backward of the first output, and the two together, as functions without arguments; forward alone for an op without gradients."""
 
-    def first_output() -> torch.Tensor:
+    def first_output() -> Tensor:
         output = call(**inputs)
         return output[0] if isinstance(output, tuple) else output
 
-    def forward() -> torch.Tensor:
+    def forward() -> Tensor:
         with torch.no_grad():
             return first_output()
 
-    gradient = torch.randn_like(forward())
-    return {"forward": forward, "forward+backward": lambda: torch.autograd.grad(first_output(), leaves, gradient, allow_unused=True)}
+    leaves = list(leaves_of(inputs).values())
+    graph = first_output()
+    if not leaves or not graph.requires_grad:
+        return {"forward": forward}
+    gradient = output_gradient(graph)
+    return {
+        "forward": forward,
+        "backward": lambda: torch.autograd.grad(graph, leaves, gradient, allow_unused=True, retain_graph=True),
+        "forward+backward": lambda: torch.autograd.grad(first_output(), leaves, gradient, allow_unused=True),
+    }
+
+
+def dense_matmul(shape: Shape, flops: float, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
+    """Every token's H x K channels times a weight of as many columns as `flops` pays for."""
+    rows, width = shape["B"] * shape["T"], shape["H"] * shape["K"]
+    x = torch.randn(rows, width, device=device).to(dtype)
+    w = torch.randn(width, max(1, round(flops / (2 * rows * width))), device=device).to(dtype)
+    return lambda: x @ w
+
+
+def agreeing_peers(operation: Operation, label: str, rotation: list[dict[str, Any]], reference: Reference, device: str) -> dict[str, list[Passes]]:
+    """The passes, over the rotating inputs, of the peers that run here and compute the same; prints why another has no row."""
+    found: dict[str, list[Passes]] = {}
+    for name, call in (operation.cpu_peers if device == "cpu" else operation.peers).items():
+        try:
+            agreement = reference.judge(results(call, reference.inputs))
+            if agreement.worst > PEER_TOLERANCE:
+                raise ArithmeticError(f"{agreement.worst:.1f} of the budget off the fp64 reference in {agreement.where}")
+            found[name] = [passes(call, inputs) for inputs in rotation]
+        except Exception as error:  # Whatever stops another library must not stop this table.
+            print(f"{operation.name} {label}: no row for {name}, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return found
+
+
+def take_turns(runs: dict[str, Sequence[Callable[[], Any]]], device: str, repeats: int) -> dict[str, float]:
+    """Median ms of each source; one that is slow gets fewer turns, but at least one that counts."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + WARM_UP):
+        for name, functions in runs.items():
+            if turn <= WARM_UP or sum(times[name]) < 1e3 * SOURCE_SECONDS:
+                times[name].append(elapsed_ms(functions[turn % len(functions)], device))
+    return {name: median(values[WARM_UP:]) for name, values in times.items()}
 
 
 def time_operation(
     operation: Operation, shape: Shape, dtype: torch.dtype, device: str, ceilings: Ceilings, *, peers: bool, repeats: int
 ) -> list[Timing]:
-    """Rows of ours and of every peer that can be imported and agrees; prints why a peer or the op itself has none."""
-    backend = "torch" if device == "cpu" else "triton"
+    """Rows of ours, of every peer that runs here and agrees, and of a dense matmul."""
     label = " ".join(f"{name}={size}" for name, size in shape.items())
-    agreement = check(operation, shape, dtype, device, backend)
+    ours = partial(operation.call, backend="torch" if device == "cpu" else "triton")
+    rotation = [operation.inputs(dtype, device, **shape) for _ in range(ROTATION)]
+    reference = Reference(operation, rotation[0])
+    agreement = reference.check(ours)
     if not agreement.ok:
         print(f"{operation.name} {label}: no time, the check failed ({agreement.where}, {agreement.worst:.2f} of its budget)")
         return []
-    rotation = [operation.inputs(dtype, device, **shape) for _ in range(3)]
-    calls: dict[str, Callable[..., Any]] = {"ours": lambda **inputs: operation.call(**inputs, backend=backend)}
-    candidates = (operation.cpu_peers if device == "cpu" else operation.peers) if peers else {}
-    for name, call in candidates.items():
-        try:
-            peer = compare(operation, call, rotation[0], first_only=True)
-        except ImportError as error:
-            print(f"{operation.name}: {name} cannot be imported here ({error})")
-            continue
-        if peer.worst > 4:
-            print(f"{operation.name} {label}: {name} disagrees with the fp64 reference ({peer.where}, {peer.worst:.1f} of the budget): no ratio")
-            continue
-        calls[name] = call
+    sources = {"ours": [passes(ours, inputs) for inputs in rotation]}
+    if peers:
+        sources |= agreeing_peers(operation, label, rotation, reference, device)
+    del reference
     forward, backward = operation.cost(dtype.itemsize, **shape)
     costs = {"forward": forward}
     if backward is not None:
-        costs["forward+backward"] = Cost(flops=forward.flops + backward.flops, bytes=forward.bytes + backward.bytes)
+        both = Cost(flops=forward.flops + backward.flops, bytes=forward.bytes + backward.bytes)
+        costs |= {"backward": backward, "forward+backward": both}
     rows = []
     for direction, cost in costs.items():
-        runs = {name: [passes(call, inputs)[direction] for inputs in rotation] for name, call in calls.items()}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(repeats + 2):
-            for name, functions in runs.items():
-                times[name].append(elapsed_ms(functions[turn % 3], device))
-        medians = {name: median(values[2:]) for name, values in times.items()}
+        runs: dict[str, Sequence[Callable[[], Any]]] = {name: [each[direction] for each in turns] for name, turns in sources.items()}
+        if peers and {"B", "T", "H", "K"} <= shape.keys():
+            runs[DENSE] = [dense_matmul(shape, cost.flops, dtype, device)]
+        medians = take_turns(runs, device, repeats)
         least = max(cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
         for name, ms in medians.items():
-            rows.append(
-                Timing(
-                    op=operation.name,
-                    source=name,
-                    shape=label,
-                    direction=direction,
-                    ms=round(ms, 4),
-                    tflops=round(cost.flops / ms * 1e-9, 3),
-                    gbytes_per_s=round(cost.bytes / ms * 1e-6, 1),
-                    roofline=round(1e3 * least / ms, 3),
-                    ratio=round(ms / medians["ours"], 2),
-                )
-            )
+            numbers = {
+                "ms": ms,
+                "ns_per_head_token": 1e6 * ms / (shape["B"] * shape["T"] * shape["H"]) if {"B", "T", "H"} <= shape.keys() else 0.0,
+                "tflops": cost.flops / ms * 1e-9,
+                "gbytes_per_s": cost.bytes / ms * 1e-6,
+                "roofline": 1e3 * least / ms,
+                "ratio": ms / medians["ours"],
+            }
+            rounded = {column: float(f"{number:.4g}") for column, number in numbers.items()}
+            rows.append(Timing(op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded))
+            print(format_timing(rows[-1]), flush=True)
     return rows
 
 
-def run_bench(operations: list[Operation], *, peers: bool, repeats: int, dtype: torch.dtype | None = None) -> list[Timing]:
+def format_timing(row: Timing) -> str:
+    return (
+        f"{row.op:34s} {row.dtype:9s} {row.shape:30s} {row.direction:17s} {row.source:16s} {row.ms:10.4f} ms  {row.ns_per_head_token:9.3f} ns  "
+        f"{row.tflops:8.3f} TFLOP/s {row.gbytes_per_s:8.1f} GB/s  roofline {row.roofline:5.3f}  x{row.ratio:.2f}"
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def print_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Measured, and printed with what they were measured on."""
+    ceilings = measure_ceilings(device, dtype)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    speeds = f"matmul {ceilings.flops * 1e-12:.2f} TFLOP/s, copy {ceilings.bandwidth * 1e-9:.1f} GB/s"
+    print(f"{name}, torch {torch.__version__}, {dtype_name(dtype)}: {speeds}", flush=True)
+    return ceilings
+
+
+def timed_shapes(operation: Operation, device: str) -> tuple[Shape, ...]:
+    return operation.bench_shapes if device == "cuda" else (operation.cpu_shape,) if operation.cpu_shape is not None else ()
+
+
+def run_bench(operations: list[Operation], *, peers: bool, repeats: int, dtypes: Sequence[torch.dtype] = ()) -> list[Timing]:
     """Every op at its timed shapes on the GPU, or at its CPU shape where there is none."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    used = dtype if dtype is not None else (torch.float32 if device == "cpu" else torch.bfloat16)
-    ceilings = measure_ceilings(device, used)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {used}: matmul {ceilings.flops * 1e-12:.2f} TFLOP/s, copy {ceilings.bandwidth * 1e-9:.1f} GB/s")
     rows = []
-    for operation in operations:
-        shapes = operation.bench_shapes if device == "cuda" else (operation.cpu_shape,) if operation.cpu_shape is not None else ()
-        for shape in shapes:
-            for row in time_operation(operation, shape, used, device, ceilings, peers=peers, repeats=repeats):
-                print(f"{row.op:34s} {row.shape:30s} {row.direction:17s} {row.source:24s} {row.ms:10.4f} ms  {row.tflops:8.3f} TFLOP/s "
-                      f"{row.gbytes_per_s:8.1f} GB/s  roofline {row.roofline:5.3f}  x{row.ratio:.2f}")  # fmt: skip
-                rows.append(row)
+    for dtype in dtypes or ((torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)):
+        ceilings = print_ceilings(device, dtype)
+        rows += ceilings.rows(dtype)
+        for operation in operations:
+            for shape in timed_shapes(operation, device):
+                rows += time_operation(operation, shape, dtype, device, ceilings, peers=peers, repeats=repeats)
     return rows
 
 
-def write_timings(path: Path, rows: list[Timing]) -> None:
+def plot_roofline(rows: list[Timing], path: Path) -> None:
+    """Achieved FLOP/s over FLOPs per byte of every row of ours, under the measured roof of each dtype; svg, png or pdf by the file's name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        matmul, copy = (next(row for row in rows if (row.op, row.dtype, row.source) == (CEILING, dtype, name)) for name in ("matmul", "copy"))
+        intensity = [2.0**i for i in range(-4, 13)]
+        axes.plot(intensity, [min(matmul.tflops, 1e-3 * copy.gbytes_per_s * x) for x in intensity], label=f"ceiling, {dtype}")
+        for direction, marker in (("forward", "o"), ("backward", "s")):
+            ours = [row for row in rows if (row.source, row.dtype, row.direction) == ("ours", dtype, direction)]
+            places = [(1e3 * row.tflops / row.gbytes_per_s, row.tflops) for row in ours]
+            axes.scatter(*zip(*places), marker=marker, label=f"{direction}, {dtype}")
+            for row, place in zip(ours, places):
+                axes.annotate(f"{row.op} {row.shape}", place, fontsize=5)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of the least traffic", ylabel="TFLOP/s")
+    axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Timing)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    figure.savefig(path)

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,28 +25,9 @@ OPCODES = {
 SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
 
-@dataclass(frozen=True, kw_only=True)
-class BinaryReport:
-    """registers: per thread; stack: bytes per thread; shared: bytes per block; blocks: resident at once on one multiprocessor."""
-
-    registers: int
-    stack: int
-    shared: int
-    warps: int
-    blocks: int
-    counts: dict[str, int]
-
-    @property
-    def spilled(self) -> bool:
-        return self.stack > 0 or self.counts["spills"] > 0
-
-    @property
-    def tensor_core_instructions(self) -> int:
-        return self.counts["hgmma"] + self.counts["hmma"] + self.counts["utcmma"]
-
-
-def report_binary(kernel: Any) -> BinaryReport:
-    """Take apart one compiled kernel (`triton.compiler.CompiledKernel`)."""
+def report_binary(kernel: Any) -> dict[str, int]:
+    """Take apart one compiled kernel (`triton.compiler.CompiledKernel`): registers and stack (bytes) per thread, shared memory (bytes) and warps per
+    block, blocks resident at once on one multiprocessor, and how often each of OPCODES occurs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
@@ -55,14 +35,9 @@ def report_binary(kernel: Any) -> BinaryReport:
         sass = run_tool("nvdisasm", "-c", str(path))
     registers, stack = int(find(r"REG:(\d+)", usage)), int(find(r"STACK:(\d+)", usage))
     shared, warps = int(kernel.metadata.shared), int(kernel.metadata.num_warps)
-    return BinaryReport(
-        registers=registers,
-        stack=stack,
-        shared=shared,
-        warps=warps,
-        blocks=resident_blocks(registers, warps, shared, kernel.metadata.target.arch),
-        counts={name: len(re.findall(rf"\b{pattern}", sass)) for name, pattern in OPCODES.items()},
-    )
+    blocks = resident_blocks(registers, warps, shared, kernel.metadata.target.arch)
+    counts = {name: len(re.findall(rf"\b{pattern}", sass)) for name, pattern in OPCODES.items()}
+    return {"registers": registers, "stack": stack, "shared": shared, "warps": warps, "blocks": blocks} | counts
 
 
 def resident_blocks(registers: int, warps: int, shared: int, architecture: int) -> int:

@@ -96,14 +96,15 @@ def distinct_bytes(tensors: list[torch.Tensor]) -> int:
 
 
 @contextmanager
-def recording(architecture: int) -> Iterator[list[Launch]]:
-    """Within the block, Triton compiles for `architecture` and launches nothing; yields the list the launches go to, in their order."""
+def recording(architecture: int, *, compiles: bool = True) -> Iterator[list[Launch]]:
+    """Within the block, Triton compiles for `architecture` (or, without `compiles`, does not even that) and launches nothing; yields the list the
+    launches go to, in their order."""
     launches: list[Launch] = []
     compile_and_run, tune = JITFunction.run, Autotuner.run
     previous = triton.runtime.driver._active  # pyright: ignore[reportAttributeAccessIssue]
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        binary = compile_and_run(self, *args, grid=grid, warmup=True, **options)
+        binary = compile_and_run(self, *args, grid=grid, warmup=True, **options) if compiles else None
         named = dict(zip(self.arg_names, args)) | options
         size = tuple(int(n) for n in (grid(named) if callable(grid) else grid))  # pyright: ignore[reportGeneralTypeIssues]
         tensors = [getattr(x, "base", x) for x in named.values() if isinstance(getattr(x, "base", x), torch.Tensor)]

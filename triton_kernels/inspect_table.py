@@ -3,21 +3,23 @@
 A row is one launch, or ("total") one pass of an op: its launches, its torch operators, its bytes, and their ratio to the floor of `Operation.cost`.
 """
 
-import csv
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from triton_kernels.configurations import Operation
-from triton_kernels.inspect_binary import BinaryReport, report_binary
+from triton_kernels.inspect_binary import report_binary
 from triton_kernels.inspect_recorder import Launch, recording
+from triton_kernels.rows import read_rows, write_rows
 
 TOTAL = "total"
-# Column -> key of BinaryReport.counts.
-INSTRUCTIONS = ("hgmma", "hmma", "utcmma", "ldgsts", "utmaldg", "ldg128", "mufu", "spills")
+# The tensor-core instruction of an architecture and its column.
+TENSOR_CORES = {80: "hmma", 90: "hgmma", 100: "utcmma"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +57,30 @@ class Row:
 
 def inspect_operation(operation: Operation, architecture: int, source: str = "ours") -> list[Row]:
     """Rows of forward and backward of one op at its inspected shape in bf16; `source` names a peer of the operation to inspect instead of ours."""
-    call = (lambda **inputs: operation.call(**inputs, backend="triton")) if source == "ours" else operation.peers[source]
+    call = partial(operation.call, backend="triton") if source == "ours" else operation.peers[source]
     inputs = operation.inputs(torch.bfloat16, "cpu", **operation.inspect_shape)
-    forward_cost, backward_cost = operation.cost(2, **operation.inspect_shape)
-    passes = record_passes(call, inputs, architecture, backward=backward_cost is not None)
-    costs = {"forward": forward_cost, "backward": backward_cost}
+    forward, backward = operation.cost(2, **operation.inspect_shape)
+    passes = record_passes(call, inputs, architecture, backward=backward is not None)
     rows: list[Row] = []
     for direction, launches in passes.items():
-        floor = costs[direction]
-        assert floor is not None
+        floor = forward if direction == "forward" or backward is None else backward
         common: dict[str, Any] = {"op": operation.name, "source": source, "arch": architecture, "direction": direction}
-        details = [launch_row(launch, floor.bytes, common) for launch in launches if launch.binary is not None]
-        n_operators = len(launches) - len(details)
-        n_bytes = sum(launch.n_bytes for launch in launches)
-        total = Row(**common, kernel=TOTAL, launches=len(details), operators=n_operators, bytes=n_bytes, floor_ratio=round(n_bytes / floor.bytes, 3))
-        rows += [*details, total]
+        kernels = [launch for launch in launches if launch.binary is not None]
+        for launch in kernels:
+            ratio = round(launch.n_bytes / floor.bytes, 3)
+            report: dict[str, Any] = report_binary(launch.binary)
+            rows.append(Row(**common, **report, kernel=launch.name, programs=prod(launch.grid), bytes=launch.n_bytes, floor_ratio=ratio))
+        n_bytes, n_operators = sum(launch.n_bytes for launch in launches), len(launches) - len(kernels)
+        ratio = round(n_bytes / floor.bytes, 3)
+        rows.append(Row(**common, kernel=TOTAL, launches=len(kernels), operators=n_operators, bytes=n_bytes, floor_ratio=ratio))
     return rows
 
 
-def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture: int, *, backward: bool) -> dict[str, list[Launch]]:
+def record_passes(
+    call: Callable[..., Any], inputs: dict[str, Any], architecture: int, *, backward: bool, compiles: bool = True
+) -> dict[str, list[Launch]]:
     """Launches of the forward, and of the backward of the first output."""
-    with recording(architecture) as launches:
+    with recording(architecture, compiles=compiles) as launches:
         result = call(**inputs)
         first = result[0] if isinstance(result, tuple) else result
         passes = {"forward": list(launches)}
@@ -85,26 +90,6 @@ def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture
             torch.autograd.grad(first, leaves, torch.empty_like(first), allow_unused=True)
             passes["backward"] = list(launches)
     return passes
-
-
-def launch_row(launch: Launch, floor_bytes: float, common: dict[str, Any]) -> Row:
-    report: BinaryReport = report_binary(launch.binary)
-    programs = 1
-    for size in launch.grid:
-        programs *= size
-    values: dict[str, Any] = common | {name: report.counts[name] for name in INSTRUCTIONS}
-    return Row(
-        **values,
-        kernel=launch.name,
-        programs=programs,
-        warps=report.warps,
-        registers=report.registers,
-        stack=report.stack,
-        shared=report.shared,
-        blocks=report.blocks,
-        bytes=launch.n_bytes,
-        floor_ratio=round(launch.n_bytes / floor_bytes, 3),
-    )
 
 
 def format_table(rows: list[Row]) -> str:
@@ -124,22 +109,11 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     """Rows of other ops and architectures already in the file are kept, those inspected now replaced; sorted, so that a diff shows what changed."""
     inspected = {(row.op, row.source, row.arch) for row in rows}
     kept = [row for row in read_csv(path) if (row.op, row.source, row.arch) not in inspected] if path.exists() else []
-    ordered = sorted([*kept, *rows], key=lambda row: (row.op, row.source, row.arch, row.direction != "forward"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in ordered)
+    write_rows(path, Row, sorted([*kept, *rows], key=lambda row: (row.op, row.source, row.arch, row.direction != "forward")))
 
 
 def read_csv(path: Path) -> list[Row]:
-    types: dict[str, Any] = {f.name: f.type for f in fields(Row)}
-    rows = []
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file):
-            values: dict[str, Any] = {name: types[name](value) for name, value in line.items()}
-            rows.append(Row(**values))
-    return rows
+    return read_rows(path, Row)
 
 
 def gate(rows: list[Row], recorded: list[Row], operations: dict[str, Operation]) -> list[str]:
@@ -161,7 +135,7 @@ def gate(rows: list[Row], recorded: list[Row], operations: dict[str, Operation])
             continue
         if row.stack or row.spills:
             problems.append(f"{where}: spills ({row.stack} bytes of stack, {row.spills} local loads and stores)")
-        tensor_cores = {80: row.hmma, 90: row.hgmma, 100: row.utcmma}[row.arch]
-        if tensor_cores == 0 and row.kernel not in operations[row.op].without_products:
-            problems.append(f"{where}: no {['HMMA', 'HGMMA', 'UTCMMA'][(80, 90, 100).index(row.arch)]}, the product runs elsewhere")
+        instruction = TENSOR_CORES[row.arch]
+        if getattr(row, instruction) == 0 and row.kernel not in operations[row.op].without_products:
+            problems.append(f"{where}: no {instruction.upper()}, the product runs elsewhere")
     return problems

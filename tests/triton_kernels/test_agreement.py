@@ -1,14 +1,16 @@
 """The check that guards every benchmark: it passes right results, and names what is wrong about wrong ones."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from triton_kernels.agreement import check
-from triton_kernels.bench import Ceilings, run_bench, time_operation
-from triton_kernels.configurations import operations, select_operations
+from triton_kernels.agreement import Reference, check, results
+from triton_kernels.bench import CEILING, DENSE, PEER_TOLERANCE, Ceilings, Timing, plot_roofline, run_bench, time_operation
+from triton_kernels.configurations import Operation, operations, select_operations
 from triton_kernels.gpu_check import run_gpu_check
+from triton_kernels.rows import read_rows, write_rows
 
 OPERATION = operations()["decayed_linear_attention/token"]
 SHAPE = {"B": 1, "T": 40, "H": 2, "K": 16, "V": 16}
@@ -50,14 +52,58 @@ def test_no_time_for_an_op_that_fails_its_check(capsys: pytest.CaptureFixture[st
     assert "no time, the check failed" in capsys.readouterr().out
 
 
+def small(operation: Operation) -> Operation:
+    return dataclasses.replace(operation, check_shapes=(SHAPE,), cpu_shape=SHAPE)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
-def test_on_a_cpu_the_torch_reference_is_timed_and_gpu_check_refuses(tmp_path) -> None:
-    small = dataclasses.replace(OPERATION, cpu_shape=SHAPE)
-    rows = run_bench([small], peers=False, repeats=1, dtype=torch.float32)
-    assert [(row.source, row.direction) for row in rows] == [("ours", "forward"), ("ours", "forward+backward")]
-    assert all(row.ms > 0 and row.ratio == 1 for row in rows)
+def test_on_a_cpu_the_torch_reference_is_timed_beside_its_peers(tmp_path: Path) -> None:
+    rows = run_bench([small(OPERATION)], peers=True, repeats=1, dtypes=[torch.float32, torch.bfloat16])
+    ceilings = [(row.source, row.dtype) for row in rows if row.op == CEILING]
+    assert ceilings == [("matmul", "float32"), ("copy", "float32"), ("matmul", "bfloat16"), ("copy", "bfloat16")]
+    timed = [row for row in rows if row.op != CEILING]
+    for dtype in ("float32", "bfloat16"):
+        for direction in ("forward", "backward", "forward+backward"):
+            found = {row.source: row for row in timed if (row.dtype, row.direction) == (dtype, direction)}
+            assert found.keys() == {"ours", "loop", DENSE}
+            assert found["ours"].ratio == 1
+            assert all(row.ms > 0 for row in found.values())
+    write_rows(tmp_path / "benchmark.csv", Timing, rows)
+    assert read_rows(tmp_path / "benchmark.csv", Timing) == rows
+    plot_roofline(rows, tmp_path / "roofline.svg")
+    assert "TFLOP/s" in (tmp_path / "roofline.svg").read_text()
+
+
+def test_a_peer_that_breaks_or_disagrees_has_no_row_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    def breaks(**inputs):
+        raise RuntimeError("no such device")
+
+    def disagrees(**inputs):
+        return 1.1 * OPERATION.call(**inputs, backend="torch")[0]
+
+    operation = dataclasses.replace(small(OPERATION), cpu_peers={"breaks": breaks, "disagrees": disagrees})
+    rows = time_operation(operation, SHAPE, torch.float32, "cpu", Ceilings(flops=1e9, bandwidth=1e9), peers=True, repeats=1)
+    assert {row.source for row in rows} == {"ours", DENSE}
+    printed = capsys.readouterr().out
+    assert "no row for breaks, RuntimeError: no such device" in printed
+    assert "no row for disagrees, ArithmeticError" in printed
+
+
+@pytest.mark.parametrize("name", sorted(name for name, operation in operations().items() if operation.cpu_peers))
+def test_every_cpu_peer_computes_the_same_as_the_op(name: str) -> None:
+    operation = operations()[name]
+    assert operation.cpu_shape is not None
+    few = {axis: min(size, {"T": 70, "S": 70, "D": 32}.get(axis, size)) for axis, size in operation.cpu_shape.items()}
+    inputs = operation.inputs(torch.float32, "cpu", **few)
+    reference = Reference(operation, inputs)
+    for peer, call in operation.cpu_peers.items():
+        assert reference.judge(results(call, inputs)).worst < PEER_TOLERANCE, peer
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_gpu_check_refuses_a_machine_without_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="CUDA"):
-        run_gpu_check([small], tmp_path)
+        run_gpu_check([OPERATION], tmp_path)
 
 
 def test_operations_are_selected_by_op_or_variant_and_unknown_ones_refused() -> None:

@@ -1,0 +1,100 @@
+"""gpu-check runs to its end: the whole flow on the interpreter, at shapes of a few tokens, with everything but the parts that only CUDA has."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triton_kernels.bench import CEILING, Timing
+from triton_kernels.configurations import LaunchTable, Operation, forced_option, launch_table, launch_tables, operations, options_of
+from triton_kernels.gpu_check import run_gpu_check
+from triton_kernels.rows import read_rows
+
+TINY = {"B": 1, "T": 20, "H": 2, "K": 16, "V": 16}
+
+
+def tiny(name: str, *shapes: dict[str, int]) -> Operation:
+    return dataclasses.replace(operations()[name], check_shapes=shapes, cpu_shape=shapes[0])
+
+
+def correctness(folder: Path) -> list[dict[str, str]]:
+    header, *lines = (folder / "correctness.csv").read_text().splitlines()
+    return [dict(zip(header.split(","), line.split(","))) for line in lines]
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton_kernels.gpu_check.plot_roofline", lambda rows, path: None)
+
+
+def test_the_whole_flow_on_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    decayed = tiny("decayed_linear_attention/token", TINY, TINY | {"K": 80})
+    norm = tiny("gated_rms_norm", {"B": 1, "T": 5, "H": 2, "D": 24})
+    assert run_gpu_check([norm, decayed], tmp_path, device="cpu"), capsys.readouterr().out
+    lines = correctness(tmp_path)
+    assert {line["ok"] for line in lines} == {"True"}
+    aspects = {(line["op"], line["dtype"], line["aspect"]) for line in lines}
+    for op in (norm.name, decayed.name):
+        assert {(op, "float16", "option 0"), (op, "float32", "option 0"), (op, "float16", "torch.compile")} <= aspects
+    timings = read_rows(tmp_path / "benchmark.csv", Timing)
+    assert {row.op for row in timings} == {CEILING, norm.name, decayed.name}
+    assert "forward+backward" in {row.direction for row in timings}
+    assert (tmp_path / "roofline.svg").exists()
+
+
+def test_a_wrong_kernel_is_found_and_not_timed(tmp_path: Path, no_plot: None) -> None:
+    operation = tiny("decayed_linear_attention/fixed", TINY)
+
+    def call(backend: str, **inputs: Any):
+        out, state = operation.call(**inputs, backend=backend)
+        return (out if backend == "torch" else 1.01 * out), state
+
+    assert not run_gpu_check([dataclasses.replace(operation, call=call)], tmp_path, device="cpu")
+    assert {(line["aspect"], line["ok"]) for line in correctness(tmp_path)} == {("option 0", "False"), ("torch.compile", "False")}
+    assert not (tmp_path / "benchmark.csv").exists()
+
+
+def test_a_kernel_that_breaks_is_a_verdict_and_an_op_out_of_time_is_no_pass(tmp_path: Path, no_plot: None) -> None:
+    norm = tiny("gated_rms_norm", {"B": 1, "T": 5, "H": 2, "D": 24})
+
+    def breaks(backend: str, **inputs: Any) -> torch.Tensor:
+        if backend == "triton":
+            raise RuntimeError("out of resource: shared memory")
+        return norm.call(**inputs, backend=backend)
+
+    assert not run_gpu_check([dataclasses.replace(norm, call=breaks)], tmp_path, device="cpu")
+    lines = correctness(tmp_path)
+    assert {line["ok"] for line in lines} == {"False"}
+    assert {line["where"] for line in lines if line["aspect"] == "option 0"} == {"RuntimeError: out of resource: shared memory"}
+    assert not run_gpu_check([norm], tmp_path, device="cpu", limit_s=0.0)
+    assert [(line["aspect"], line["ok"]) for line in correctness(tmp_path)] == [("option 0", "True"), ("the rest", "False")]
+
+
+def test_forcing_an_option_gives_it_alone_and_notes_it() -> None:
+    table = launch_table("BLOCK", {(80, 64): [(64, 8, 2), (32, 4, 2)], (90, 64): [(128, 8, 3)]})
+    assert [option.blocks["BLOCK"] for option in table.options(40, 80)] == [64, 32]
+    with forced_option(1) as forced:
+        assert [option.blocks["BLOCK"] for option in table.options(40, 80)] == [32]
+        assert forced.others == 0
+        assert [option.blocks["BLOCK"] for option in table.options(40, 90)] == [128]
+    assert forced.used == {(table, (80, 64), 1), (table, (90, 64), 0)}
+    with forced_option(0) as forced:
+        table.options(64, 89)
+    assert forced.others == 1
+    assert options_of(table, 80) == {(table, (80, 64), 0), (table, (80, 64), 1)}
+    assert options_of(table, 100) == {(table, (90, 64), 0)}
+    assert len(table.options(1, 80)) == 2
+    with pytest.raises(ValueError, match="head width 65"):
+        table.options(65, 90)
+    with pytest.raises(ValueError, match="zip"):
+        launch_table("BLOCK_M BLOCK_N", {(80, 64): [(64, 8, 2)]})
+
+
+def test_every_launch_table_of_every_op_is_known_by_name() -> None:
+    tables = launch_tables()
+    assert isinstance(tables["decayed_linear_attention.LAUNCHES"], LaunchTable)
+    assert len(set(tables.values())) == len(tables)
+    families = {name.split("/")[0] for name in operations()}
+    assert {name.split(".")[0] for name in tables} <= families
