@@ -15,8 +15,8 @@ from attention.layer_states import KV, Alias, GrowingKV, RingKV
 from attention.norm import RMSNorm
 from attention.plan import OWNER
 from attention.projection import Projection
-from attention.rope import rotate, rotation
 from triton_kernels.flash_attention import flash_attention
+from triton_kernels.rotary import rotary_tables, rotate
 
 STATE_TYPES = {"F": GrowingKV, "S": RingKV, "R": Alias, "r": Alias}
 
@@ -49,16 +49,18 @@ class SoftmaxAttention(AttentionLayer):
         B, T, _ = x_BTD.shape
         K = self.config.head_dim
         q, gate, k, v = self.to_inner(x_BTD).split(self.widths, dim=-1)
-        angles = rotation(start, T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base, device=x_BTD.device)
-        q_BTHK = rotate(self.q_norm(q.view(B, T, -1, K)), *angles)
+        position_T = torch.arange(start, start + T, device=x_BTD.device)
+        rotary = rotary_tables(position_T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base)
         if self.owns_kv:
             if shared is not None:
                 raise self.refuse("was given the keys and values of another layer; legal: shared=None, only R and r reuse them")
-            kv = KV(rotate(self.k_norm(k.view(B, T, -1, K)), *angles), v.view(B, T, -1, K))
+            # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that reads them.
+            kv = KV(rotate(self.k_norm(k.view(B, T, -1, K)), rotary), v.view(B, T, -1, K))
             kv = state.update(*kv) if state is not None else kv
         else:
             kv = self._check_shared(shared, B, T, state)
-        o_BTHK = flash_attention(q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H)
+        q_BTHK = self.q_norm(q.view(B, T, -1, K))
+        o_BTHK = flash_attention(q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary)
         o_BTX = o_BTHK.flatten(2)
         if self.config.output_gate:
             o_BTX = o_BTX * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().to(o_BTX.dtype)

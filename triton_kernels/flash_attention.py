@@ -1,21 +1,25 @@
-"""Softmax attention with grouped K/V heads, causal or not, optionally in a sliding window, with sink logits and packed sequences.
+"""Softmax attention with grouped K/V heads, causal or not, optionally in a sliding window, with sink logits, rotary queries and packed sequences.
 
     s_ij = scale * <q_i, k_j>;  o_i = sum_j e^{s_ij} v_j / (sum_j e^{s_ij} + e^{sink_h})
 
 Sources: FlashAttention-2 (arXiv 2307.08691) for the tiling, the sink logit as in gpt-oss (arXiv 2508.10925): one more logit per head in the
 denominator, with no value, so that a head may attend to nothing.
 
-Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, N1 sequences + 1.
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P2 half of the rotated channels.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
 from triton_kernels.flash_attention_torch import flash_attention_torch
+from triton_kernels.rotary import Rotary, check_rotary, rotate
 
 OP = "flash_attention"
+MAX_WIDTH = 256
+MAX_ROTARY_WIDTH = 128
 
 
 def flash_attention(
@@ -28,6 +32,7 @@ def flash_attention(
     scale: float | None = None,
     sinks_H: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    rotary: Rotary | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of every query over the keys it may see.
@@ -40,6 +45,8 @@ def flash_attention(
         scale: of the logits; K^-0.5 by default.
         sinks_H: one logit per query head that joins the softmax's denominator.
         cu_seqlens: int64 [N + 1] from 0 to T: B = 1 holds N sequences end to end (empty ones included) that do not see each other; T == S.
+        rotary: cosine and sine [T, P2] of the queries' angles (`rotary_tables`), which turn the first 2 P2 channels of every query before it meets
+            the keys; these are turned already, by `rotate`. Without gradients.
         backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
     Returns:
@@ -49,12 +56,21 @@ def flash_attention(
     scale = float(q_BTHK.shape[-1] ** -0.5 if scale is None else scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"{OP}: scale={scale}; it must be positive and finite")
+    if rotary is not None:
+        check_rotary(OP, rotary, q_BTHK.shape[1], q_BTHK.shape[3])
+        rotary = rotary if rotary[0].shape[1] > 0 else None
     if check_backend(backend, q_BTHK) == "torch":
-        return flash_attention_torch(q_BTHK, k_BSGK, v_BSGV, causal, window, scale, sinks_H, cu_seqlens)
+        return flash_attention_torch(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, rotary, sinks_H, causal, window, scale)
+    width = max(q_BTHK.shape[-1], v_BSGV.shape[-1])
+    if width > MAX_WIDTH or q_BTHK.dtype == torch.float64:
+        raise ValueError(f"{OP}: {q_BTHK.dtype} heads of width {width}; the Triton kernels take float32, float16 and bfloat16 up to {MAX_WIDTH}")
+    if rotary is not None and (rotary[0].shape[1].bit_count() > 1 or width > MAX_ROTARY_WIDTH):
+        # The kernels fold a head's channels in two, which takes a power of two of them, and registers that wider heads do not leave.
+        q_BTHK, rotary = rotate(q_BTHK, rotary, backend=backend), None
     # Imported here because machines without Triton (macOS) still have the torch backend.
-    from triton_kernels.flash_attention_triton import flash_attention_triton
+    from triton_kernels.flash_attention_triton import forward_op
 
-    return flash_attention_triton(q_BTHK, k_BSGK, v_BSGV, causal, window, scale, sinks_H, cu_seqlens)
+    return forward_op(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, *(rotary or (None, None)), sinks_H, causal, window, scale)[0]
 
 
 def check_attention_arguments(

@@ -15,18 +15,24 @@ def wide(x):
 
 
 @triton.jit
-def locate(cu_seqlens_ptr, n_sequences, n_blocks, n_heads, T, S, BLOCK: tl.constexpr, PACKED: tl.constexpr, LAST_FIRST: tl.constexpr):
+def head_pointer(ptr, stride_b, stride_t, stride_h, batch, token, head):
+    """Where the channels of one head of one token of a [B, T, H, width] tensor begin."""
+    return ptr + wide(batch) * stride_b + wide(token) * stride_t + wide(head) * stride_h
+
+
+@triton.jit
+def locate(cu_seqlens_ptr, n_sequences, n_blocks, n_heads, T, S, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, first_program=0):
     """(batch row, head, first token of the sequence (int64), its queries, its keys, this program's block in it).
 
     Programs run over the blocks of a head first, so that neighbours share its keys in L2. LAST_FIRST starts with the last block, which is
     the longest when causal. Packed, sequence n owns the slots from cu_seqlens[n] // BLOCK + n on: at least as many as it has blocks, found
-    without a table and without the host. The slots left over hold a block past the sequence's end.
+    without a table and without the host. The slots left over hold a block past the sequence's end. Programs below first_program are not counted.
     """
-    program = tl.program_id(0)
+    program = tl.program_id(0) - first_program
     slot = program % n_blocks
     head = (program // n_blocks) % n_heads
     batch = program // n_blocks // n_heads
-    if PACKED:
+    if cu_seqlens_ptr is not None:
         n_started = 0
         for first in range(0, n_sequences, 128):
             n = first + tl.arange(0, 128)
@@ -44,19 +50,13 @@ def locate(cu_seqlens_ptr, n_sequences, n_blocks, n_heads, T, S, BLOCK: tl.const
 @triton.jit
 def key_runs(first_position, n_queries, n_keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """(a, b, c, d): the queries at [first_position, + BLOCK_M) see keys [a, d); of the steps of BLOCK_N from a, those in [b, c) are seen whole."""
-    if CAUSAL:
-        past_position = tl.minimum(first_position + BLOCK_M, n_keys)
-        past = past_position
-        past_whole = first_position + 1
-    else:
-        past_position = n_keys
-        past = n_keys
-        past_whole = n_keys
+    past = tl.minimum(first_position + BLOCK_M, n_keys) if CAUSAL else n_keys
+    past_whole = first_position + 1 if CAUSAL else n_keys
     first = 0 * n_keys
     whole = first
     if WINDOW:
         first = tl.maximum(first_position - window + 1, 0)
-        cut = tl.maximum(past_position - window - first, 0)
+        cut = tl.maximum(past - window - first, 0)
         whole = tl.minimum(first + tl.cdiv(cut, BLOCK_N) * BLOCK_N, past)
     past_whole = whole + tl.maximum(past_whole - whole, 0) // BLOCK_N * BLOCK_N
     return first, whole, tl.minimum(past_whole, past), past
@@ -97,13 +97,26 @@ def product(a, b, accumulator):
 
 
 @triton.jit
-def load_tile(pointers, rows, columns, CHECK_ROWS: tl.constexpr, CHECK_COLUMNS: tl.constexpr):
-    """A tile with zeros outside the row and column masks; a mask that can hide nothing is left out of the program altogether."""
-    if CHECK_ROWS and CHECK_COLUMNS:
-        return tl.load(pointers, mask=rows & columns, other=0.0)
+def tile_offsets(stride, width_W, ROWS: tl.constexpr):
+    """Offsets [ROWS, W] in int32 from one scalar pointer: 64-bit pointers would take the registers that the products need."""
+    return tl.arange(0, ROWS)[:, None] * stride + width_W[None, :]
+
+
+@triton.jit
+def load_tile(pointers_RW, rows_R, width_W, CHECK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile with zeros outside `rows` and past WIDTH; a mask that can hide nothing is left out of the program altogether."""
+    if CHECK_ROWS and width_W.shape[0] > WIDTH:
+        return tl.load(pointers_RW, mask=rows_R[:, None] & (width_W < WIDTH)[None, :], other=0.0)
     elif CHECK_ROWS:
-        return tl.load(pointers, mask=rows, other=0.0)
-    elif CHECK_COLUMNS:
-        return tl.load(pointers, mask=columns, other=0.0)
+        return tl.load(pointers_RW, mask=rows_R[:, None], other=0.0)
+    elif width_W.shape[0] > WIDTH:
+        return tl.load(pointers_RW, mask=(width_W < WIDTH)[None, :], other=0.0)
     else:
-        return tl.load(pointers)
+        return tl.load(pointers_RW)
+
+
+@triton.jit
+def store_tile(base, stride, x_RW, rows_R, width_W, WIDTH: tl.constexpr):
+    """Stores a tile from `base` on, in the dtype found there, but for what lies outside `rows` or past WIDTH."""
+    mask_RW = rows_R[:, None] & (width_W < WIDTH)[None, :]
+    tl.store(base + tile_offsets(stride, width_W, x_RW.shape[0]), x_RW.to(base.dtype.element_ty), mask=mask_RW)

@@ -7,76 +7,67 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from triton_kernels.configurations import Cost, LaunchOptions, LaunchTable, Operation, random_inputs
+from triton_kernels import peers
+from triton_kernels.configurations import Cost, Operation, Tables, launch_table, random_inputs
 from triton_kernels.flash_attention import flash_attention
+from triton_kernels.rotary import rotary_tables
 
-MAX_WIDTH = 256
-
-# fp16 and bf16 first, fp32 second: `tables[dtype is fp32]`.
-Tables = tuple[LaunchTable, LaunchTable]
-
-
-def _options(block_m: int, block_n: int, warps: int, stages: int) -> tuple[LaunchOptions]:
-    return (LaunchOptions(blocks={"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages),)
-
-
+# Three tables each: for 2-byte elements, for fp32, and for 2-byte elements in packed sequences or with rotary queries.
+BLOCKS = "BLOCK_M BLOCK_N"
 # fp32 products run on the plain multipliers: small blocks, one table for every architecture.
-SINGLE = LaunchTable(lines={(80, 64): _options(32, 32, 8, 1), (80, 128): _options(32, 32, 4, 1), (80, 256): _options(16, 32, 4, 1)})
+SINGLE = launch_table(BLOCKS, {(80, 64): [(32, 32, 8, 1)], (80, 128): [(32, 32, 4, 1)], (80, 256): [(16, 32, 4, 1)]})
 
-FORWARD: Tables = (
-    LaunchTable(
-        lines={
-            (80, 64): _options(64, 64, 4, 3),
-            (80, 128): _options(128, 32, 8, 3),
-            (80, 256): _options(64, 32, 8, 2),
-            (90, 64): _options(128, 128, 8, 3),
-            (90, 128): _options(128, 64, 8, 3),
-            (90, 256): _options(64, 64, 8, 2),
-            (100, 64): _options(128, 64, 8, 3),
-            (100, 128): _options(128, 64, 8, 3),
-            (100, 256): _options(64, 64, 8, 2),
-        }
-    ),
-    SINGLE,
-)
-QUERY_GRADIENT: Tables = (
-    LaunchTable(
-        lines={
-            (80, 64): _options(64, 64, 4, 3),
-            (80, 128): _options(64, 64, 8, 2),
-            (80, 256): _options(64, 32, 8, 1),
-            (90, 64): _options(128, 64, 8, 3),
-            (90, 128): (*_options(64, 64, 4, 2), *_options(64, 32, 4, 3)),
-            (90, 256): _options(64, 32, 8, 2),
-        }
-    ),
-    SINGLE,
-)
-KEY_VALUE_GRADIENT: Tables = (
-    LaunchTable(
-        lines={
-            (80, 64): _options(32, 64, 4, 2),
-            (80, 128): _options(32, 64, 8, 2),
-            (80, 256): _options(16, 64, 8, 2),
-            (90, 64): _options(64, 128, 8, 2),
-            (90, 128): (*_options(32, 64, 4, 2), *_options(32, 64, 8, 2)),
-            (90, 256): _options(16, 64, 8, 2),
-        }
-    ),
-    SINGLE,
-)
+FORWARD_LINES = {
+    (80, 64): [(64, 64, 4, 3)],
+    (80, 128): [(128, 32, 8, 3)],
+    (80, 256): [(64, 32, 8, 2)],
+    (90, 64): [(128, 128, 8, 3)],
+    (90, 128): [(128, 64, 8, 3)],
+    (90, 256): [(64, 64, 8, 2)],
+    (100, 64): [(128, 64, 8, 3)],
+    (100, 128): [(128, 64, 8, 3)],
+    (100, 256): [(64, 64, 8, 2)],
+}
+QUERY_GRADIENT_LINES = {
+    (80, 64): [(64, 64, 4, 3)],
+    (80, 128): [(64, 64, 8, 2)],
+    (80, 256): [(64, 32, 8, 1)],
+    (90, 64): [(128, 64, 8, 3)],
+    (90, 128): [(64, 64, 4, 2)],
+    (90, 256): [(64, 32, 8, 2)],
+}
+KEY_VALUE_GRADIENT_LINES = {
+    (80, 64): [(32, 64, 4, 2)],
+    (80, 128): [(32, 64, 8, 2)],
+    (80, 256): [(16, 64, 8, 2)],
+    (90, 64): [(64, 128, 8, 2)],
+    (90, 128): [(32, 64, 4, 2)],
+    (90, 256): [(16, 64, 8, 2)],
+}
+
+
+def _tables(lines: dict[tuple[int, int], list[tuple[int, ...]]], packed: dict[tuple[int, int], list[tuple[int, ...]]] | None = None) -> Tables:
+    """`packed`: the lines that differ in packed sequences and with rotary queries, which take a few more registers."""
+    table = launch_table(BLOCKS, lines)
+    return table, SINGLE, launch_table(BLOCKS, lines | packed) if packed else table
+
+
+FORWARD = _tables(FORWARD_LINES)
+QUERY_GRADIENT = _tables(QUERY_GRADIENT_LINES, packed={(90, 128): [(64, 32, 4, 3)]})
+KEY_VALUE_GRADIENT = _tables(KEY_VALUE_GRADIENT_LINES, packed={(90, 128): [(32, 64, 8, 2)]})
 
 
 def _inputs(
-    dtype: torch.dtype, device: str, *, B: int, T: int, H: int, G: int, K: int, V: int, sinks: int = 0, sequences: int = 0, **_: int
+    dtype: torch.dtype, device: str, *, B: int, T: int, H: int, G: int, K: int, V: int, sinks: int = 0, sequences: int = 0, P: int = 0, **_: int
 ) -> dict[str, Any]:
-    """sinks: one logit per head; sequences: T is cut into so many, the first one empty."""
+    """sinks: one logit per head; sequences: T is cut into so many, the first one empty; P: rotary channels of the queries."""
     shapes = {"q_BTHK": (B, T, H, K), "k_BSGK": (B, T, G, K), "v_BSGV": (B, T, G, V)} | ({"sinks_H": (H,)} if sinks else {})
     inputs: dict[str, Any] = {**random_inputs(0, dtype, device, shapes)}
     if sequences:
         inputs["cu_seqlens"] = torch.tensor([0, *(T * n // (sequences - 1) for n in range(sequences))]).to(device)
+    if P:
+        inputs["rotary"] = tuple(table.float() for table in rotary_tables(torch.arange(T, device=device), rotary_dim=P, base=10_000.0))
     return inputs
 
 
@@ -92,74 +83,26 @@ def _cost(element_size: int, *, B: int, T: int, H: int, G: int, K: int, V: int, 
     return Cost(flops=2 * pairs * (K + V), bytes=forward_bytes), Cost(flops=2 * pairs * (3 * K + 2 * V), bytes=backward_bytes)
 
 
-def _sdpa(backend_name: str):
-    """Torch's fused attention on one of its backends."""
-
-    def call(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGV: torch.Tensor) -> torch.Tensor:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
-        with sdpa_kernel(getattr(SDPBackend, backend_name)):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-    return call
-
-
-def _flex_attention(window: int | None):
-    """FlexAttention with a causal (and windowed) block mask, compiled once."""
-    compiled = []
-
-    def call(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGV: torch.Tensor) -> torch.Tensor:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        T = q_BTHK.shape[1]
-        if not compiled:
-
-            def mask(b, h, t, s):
-                return (s <= t) if window is None else (s <= t) & (s > t - window)
-
-            compiled.append((torch.compile(flex_attention), {}, mask))
-        attend, block_masks, mask = compiled[0]
-        if T not in block_masks:
-            block_masks[T] = create_block_mask(mask, None, None, T, T, device=q_BTHK.device.type)
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
-        return attend(q, k, v, block_mask=block_masks[T], enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-    return call
-
-
-def _flash_attn(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGV: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
-
-    return flash_attn_func(q_BTHK, k_BSGK, v_BSGV, causal=True, window_size=(-1, -1) if window is None else (window - 1, 0))
-
-
-def _dense(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGV: torch.Tensor) -> torch.Tensor:
-    """The plain formula with all its scores, as eager attention layers write it."""
-    T, group = q_BTHK.shape[1], q_BTHK.shape[2] // k_BSGK.shape[2]
-    k_BSHK, v_BSHV = (x.repeat_interleave(group, dim=2) for x in (k_BSGK, v_BSGV))
-    s_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * q_BTHK.shape[-1] ** -0.5
-    s_BHTS = s_BHTS.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q_BTHK.device).triu(1), -torch.inf)
-    return torch.einsum("bhts,bshv->bthv", s_BHTS.softmax(-1, dtype=torch.float32).to(v_BSHV.dtype), v_BSHV)
-
-
-def _operation(name: str, shape: dict[str, int], check_shapes: tuple[dict[str, int], ...], **options: Any) -> Operation:
+def _operation(name: str, shape: dict[str, int], *check_shapes: dict[str, int]) -> Operation:
     window = shape.get("W")
-    plain = not {"sinks", "sequences"} & shape.keys()
-    peers = {"flash-attn": partial(_flash_attn, window=window), "FlexAttention": _flex_attention(window)} if plain else {}
-    if window is None and plain:
-        peers |= {"SDPA cuDNN": _sdpa("CUDNN_ATTENTION"), "SDPA flash": _sdpa("FLASH_ATTENTION")}
+    plain = not {"sinks", "sequences", "P"} & shape.keys()
+    others: dict[str, Any] = {"fla": partial(peers.fla_attention, window=window)}
+    if plain:
+        others |= {"flash-attn": partial(peers.flash_attn, window=window), "xformers": partial(peers.xformers_attention, window=window)}
+        others |= {"FlexAttention": peers.flex_attention(window)}
+    if plain and window is None:
+        others |= {"SDPA cuDNN": peers.sdpa("CUDNN_ATTENTION"), "SDPA flash": peers.sdpa("FLASH_ATTENTION")}
     return Operation(
         name=name,
-        call=partial(flash_attention, window=window, **options),
+        call=partial(flash_attention, window=window),
         inputs=_inputs,
         cost=_cost,
         inspect_shape=shape,
         check_shapes=check_shapes,
         bench_shapes=(shape, {**shape, "B": 4}, {**shape, "T": 16384}) if plain else (shape,),
-        cpu_shape={**shape, "T": 2048, "H": 8, "G": shape["G"] // 2, "K": 64, "V": 64},
-        peers=peers,
-        cpu_peers={"dense formula": _dense} if window is None and plain else {},
+        cpu_shape={**shape, "T": 2048, "H": 8, "G": max(1, shape["G"] // 2), "K": 64, "V": 64},
+        peers=others,
+        cpu_peers={"dense formula": peers.dense_attention, "SDPA": peers.sdpa(None)} if window is None and plain else {},
     )
 
 
@@ -167,30 +110,33 @@ def _heads(T: int, K: int, V: int, H: int = 4, G: int = 2, **more: int) -> dict[
     return {"B": 2, "T": T, "H": H, "G": G, "K": K, "V": V, **more}
 
 
+def _inspected(H: int, G: int, K: int, **more: int) -> dict[str, int]:
+    return {"B": 1, "T": 4096, "H": H, "G": G, "K": K, "V": K, **more}
+
+
 OPERATIONS = (
     _operation(
         "flash_attention",
-        {"B": 1, "T": 4096, "H": 16, "G": 16, "K": 128, "V": 128},
-        (_heads(1, 64, 64), _heads(63, 32, 32), _heads(257, 64, 64), _heads(1000, 128, 128, H=3, G=3), _heads(300, 256, 256), _heads(300, 192, 128)),
+        _inspected(16, 16, 128),
+        *(_heads(1, 64, 64), _heads(63, 32, 32), _heads(257, 64, 64), _heads(1000, 128, 128, H=3, G=3), _heads(300, 256, 256), _heads(300, 192, 128)),
     ),
-    _operation(
-        "flash_attention/grouped", {"B": 1, "T": 4096, "H": 16, "G": 2, "K": 128, "V": 128}, (_heads(257, 128, 128, H=16), _heads(100, 64, 64))
-    ),
+    _operation("flash_attention/grouped", _inspected(16, 2, 128), _heads(257, 128, 128, H=16), _heads(100, 64, 64)),
     _operation(
         "flash_attention/window",
-        {"B": 1, "T": 4096, "H": 16, "G": 4, "K": 128, "V": 128, "W": 1024},
-        (_heads(1000, 128, 128, W=1024), _heads(1000, 64, 64, W=1024), _heads(1500, 128, 128, W=1024), _heads(1300, 256, 256, W=1024)),
+        _inspected(16, 4, 128, W=1024),
+        *(_heads(1000, 128, 128, W=1024), _heads(1000, 64, 64, W=1024), _heads(1500, 128, 128, W=1024), _heads(1300, 256, 256, W=1024)),
     ),
-    _operation(
-        "flash_attention/sinks",
-        {"B": 1, "T": 4096, "H": 16, "G": 4, "K": 128, "V": 128, "W": 1024, "sinks": 1},
-        (_heads(257, 128, 128, sinks=1), _heads(1500, 64, 64, sinks=1)),
-    ),
+    _operation("flash_attention/sinks", _inspected(16, 4, 128, W=1024, sinks=1), _heads(257, 128, 128, sinks=1), _heads(1500, 64, 64, sinks=1)),
     _operation(
         "flash_attention/packed",
-        {"B": 1, "T": 4096, "H": 16, "G": 4, "K": 128, "V": 128, "sequences": 5},
-        ({**_heads(257, 128, 128, sequences=5), "B": 1}, {**_heads(1000, 64, 64, sequences=9), "B": 1}),
+        _inspected(16, 4, 128, sequences=5),
+        *({**_heads(T, K, K, sequences=n), "B": 1} for T, K, n in ((257, 128, 5), (1000, 64, 9), (300, 256, 4))),
     ),
-    _operation("flash_attention/width_64", {"B": 1, "T": 4096, "H": 16, "G": 16, "K": 64, "V": 64}, (_heads(257, 64, 64),)),
-    _operation("flash_attention/width_256", {"B": 1, "T": 4096, "H": 8, "G": 8, "K": 256, "V": 256}, (_heads(257, 256, 256),)),
+    _operation(
+        "flash_attention/rotary",
+        _inspected(16, 4, 128, P=128),
+        *(_heads(257, 128, 128, P=128), _heads(100, 64, 64, P=32), _heads(300, 256, 256, P=256), _heads(63, 48, 48, P=24)),
+    ),
+    _operation("flash_attention/width_64", _inspected(16, 16, 64), _heads(257, 64, 64)),
+    _operation("flash_attention/width_256", _inspected(8, 8, 256), _heads(257, 256, 256)),
 )

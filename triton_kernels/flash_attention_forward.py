@@ -8,73 +8,45 @@ Legend: M queries of a block, N keys of a step, K key width, V value width (padd
 import triton
 import triton.language as tl
 
-from triton_kernels.flash_attention_blocks import key_runs, load_tile, locate, product, visible, wide
+from triton_kernels.flash_attention_blocks import head_pointer, key_runs, load_tile, locate, product, store_tile, tile_offsets, visible, wide
+from triton_kernels.rotary_triton import rotate_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    sinks_ptr,
-    cu_seqlens_ptr,
-    o_ptr,
-    lse_ptr,
-    q_stride_b,
-    q_stride_t,
-    q_stride_h,
-    k_stride_b,
-    k_stride_s,
-    k_stride_g,
-    v_stride_b,
-    v_stride_s,
-    v_stride_g,
-    T,
-    S,
-    H,
-    n_sequences,
-    n_blocks,
-    window,
-    scale_log2,
-    KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SINKS: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, cu_seqlens_ptr, cos_ptr, sin_ptr, sinks_ptr, o_ptr, lse_ptr,
+    q_stride_b, q_stride_t, q_stride_h, k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g,
+    T, S, H, n_sequences, n_blocks, window, scale, scale_log2,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    ROTARY: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0,
+):  # fmt: skip
     """o [B, T, H, V] and lse [B, H, T]: log2 of each softmax's denominator, in units of the scaled logits times log2(e)."""
-    batch, head, start, n_queries, n_keys, block = locate(cu_seqlens_ptr, n_sequences, n_blocks, H, T, S, BLOCK_M, PACKED, CAUSAL)
+    batch, head, start, n_queries, n_keys, block = locate(cu_seqlens_ptr, n_sequences, n_blocks, H, T, S, BLOCK_M, CAUSAL, first_program)
     if block * BLOCK_M >= n_queries:
         return
-    t_M = block * BLOCK_M + tl.arange(0, BLOCK_M)
     k_K, v_V = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    position_M = t_M + n_keys - n_queries
-    row_mask = t_M[:, None] < n_queries
-    q_base = q_ptr + wide(batch) * q_stride_b + (start + block * BLOCK_M) * q_stride_t + wide(head) * q_stride_h
-    q_MK = tl.load(q_base + tl.arange(0, BLOCK_M)[:, None] * q_stride_t + k_K[None, :], mask=row_mask & (k_K < KEY_WIDTH)[None, :], other=0.0)
-    k_base = k_ptr + wide(batch) * k_stride_b + start * k_stride_s + wide(head // GROUP) * k_stride_g
-    v_base = v_ptr + wide(batch) * v_stride_b + start * v_stride_s + wide(head // GROUP) * v_stride_g
+    t_M = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_M = start + t_M
+    first_position = block * BLOCK_M + n_keys - n_queries
+    position_M = first_position + tl.arange(0, BLOCK_M)
+    q_base = head_pointer(q_ptr, q_stride_b, q_stride_t, q_stride_h, batch, start + block * BLOCK_M, head)
+    k_base = head_pointer(k_ptr, k_stride_b, k_stride_s, k_stride_g, batch, start, head // GROUP)
+    v_base = head_pointer(v_ptr, v_stride_b, v_stride_s, v_stride_g, batch, start, head // GROUP)
+    q_MK = load_tile(q_base + tile_offsets(q_stride_t, k_K, BLOCK_M), t_M < n_queries, k_K, True, KEY_WIDTH)
+    if ROTARY > 0:
+        q_MK = rotate_tile(q_MK, cos_ptr, sin_ptr, row_M, t_M < n_queries, ROTARY, False).to(q_MK.dtype)
 
-    k_tile = tl.arange(0, BLOCK_N)[None, :] * k_stride_s + k_K[:, None]
-    v_tile = tl.arange(0, BLOCK_N)[:, None] * v_stride_s + v_V[None, :]
-
+    k_tile, v_tile = tile_offsets(k_stride_s, k_K, BLOCK_N), tile_offsets(v_stride_s, v_V, BLOCK_N)
     o_MV = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    if SINKS:
+    if sinks_ptr is not None:
         # The sink is a key that was met first: its logit is the maximum so far, its weight the denominator so far, its value zero.
         max_M = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         sum_M = tl.full([BLOCK_M], 1.0, tl.float32)
     else:
         max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sum_M = tl.zeros([BLOCK_M], tl.float32)
-    first_position = block * BLOCK_M + n_keys - n_queries
     first, whole, past_whole, past = key_runs(first_position, n_queries, n_keys, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     for run in tl.static_range(0 if WINDOW else 1, 3):
         begin = first if run == 0 else (whole if run == 1 else past_whole)
@@ -83,12 +55,12 @@ def forward_kernel(
         k_step, v_step = k_base + wide(begin) * k_stride_s, v_base + wide(begin) * v_stride_s
         for key in range(begin, end, BLOCK_N):
             key_N = key + tl.arange(0, BLOCK_N)
-            k_KN = load_tile(k_step + k_tile, (key_N < n_keys)[None, :], (k_K < KEY_WIDTH)[:, None], run != 1, KEY_WIDTH < BLOCK_K)
-            v_NV = load_tile(v_step + v_tile, (key_N < n_keys)[:, None], (v_V < VALUE_WIDTH)[None, :], run != 1, VALUE_WIDTH < BLOCK_V)
-            s_MN = product(q_MK, k_KN, None)
+            k_NK = load_tile(k_step + k_tile, key_N < n_keys, k_K, run != 1, KEY_WIDTH)
+            v_NV = load_tile(v_step + v_tile, key_N < n_keys, v_V, run != 1, VALUE_WIDTH)
+            s_MN = product(q_MK, tl.trans(k_NK), None)
             if run != 1:
-                seen = visible(position_M[:, None], key_N[None, :], n_keys, window, CAUSAL, WINDOW)
-                s_MN = tl.where(seen, s_MN, float("-inf"))
+                seen_MN = visible(position_M[:, None], key_N[None, :], n_keys, window, CAUSAL, WINDOW)
+                s_MN = tl.where(seen_MN, s_MN, float("-inf"))
             new_max_M = tl.maximum(max_M, tl.max(s_MN, 1) * scale_log2)
             # A row that has seen no key yet keeps -inf; the exponent must then be finite, or -inf - -inf would be NaN.
             shift_M = new_max_M if run == 1 else tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
@@ -101,8 +73,6 @@ def forward_kernel(
             v_step += BLOCK_N * v_stride_s
 
     o_MV = o_MV / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
-    lse_M = max_M + tl.log2(sum_M)
-    row_M = start + t_M
-    o_row_M = (wide(batch) * T + row_M) * H + head
-    tl.store(o_ptr + o_row_M[:, None] * VALUE_WIDTH + v_V[None, :], o_MV.to(o_ptr.dtype.element_ty), mask=row_mask & (v_V < VALUE_WIDTH)[None, :])
-    tl.store(lse_ptr + (wide(batch) * H + head) * T + row_M, lse_M, mask=t_M < n_queries)
+    first_row = (wide(batch) * T + start + block * BLOCK_M) * H + head
+    store_tile(o_ptr + first_row * VALUE_WIDTH, H * VALUE_WIDTH, o_MV, t_M < n_queries, v_V, VALUE_WIDTH)
+    tl.store(lse_ptr + (wide(batch) * H + head) * T + row_M, max_M + tl.log2(sum_M), mask=t_M < n_queries)

@@ -10,52 +10,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_kernels.rotary import Rotary, rotate_torch
+
 # A shorter block than this leaves the matmuls too small to pay for their launch.
 MIN_BLOCK = 64
 
 
 def flash_attention_torch(
-    q_BTHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGV: Tensor,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    sinks_H: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, cu_seqlens: Tensor | None, rotary: Rotary | None, sinks_H: Tensor | None,
+    causal: bool, window: int | None, scale: float,
+) -> Tensor:  # fmt: skip
     """o_BTHV; the arguments are those of `flash_attention`, already checked."""
+    if rotary is not None:
+        q_BTHK = rotate_torch(q_BTHK, rotary)
     if cu_seqlens is not None:
         # Tensor.split accepts the empty pieces that empty sequences give.
         lengths = cu_seqlens.diff().tolist()
         pieces = zip(q_BTHK.split(lengths, 1), k_BSGK.split(lengths, 1), v_BSGV.split(lengths, 1))
-        return torch.cat([flash_attention_torch(q, k, v, causal, window, scale, sinks_H, None) for q, k, v in pieces], dim=1)
-    V = v_BSGV.shape[-1]
-    q_BHTK, k_BGSK, v_BGSV = _equal_widths(q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2))
-    if sinks_H is not None:
-        q_BHTK, k_BGSK, v_BGSV = _with_sink_key(q_BHTK, k_BGSK, v_BGSV, sinks_H, scale)
-    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+        return torch.cat([flash_attention_torch(q, k, v, None, None, sinks_H, causal, window, scale) for q, k, v in pieces], dim=1)
+    T, S, V = q_BTHK.shape[1], k_BSGK.shape[1], v_BSGV.shape[3]
     if q_BTHK.numel() == 0 or S == 0:
         # Nothing to attend to: zeros that still hang on the graph, so that every input receives its (zero) gradient.
         zero = q_BTHK.sum() + k_BSGK.sum() + v_BSGV.sum() + (0 if sinks_H is None else sinks_H.sum().to(q_BTHK.dtype))
         return q_BTHK.new_zeros(*q_BTHK.shape[:3], V) + zero * 0
-    n_sinks = k_BGSK.shape[2] - S
     if window is not None and window < S:
-        o_BHTV = _windowed(q_BHTK, k_BGSK, v_BGSV, window, scale, n_sinks)
-    elif not causal or T == 1:
-        o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale)
-    elif T == S:
-        # SDPA aligns its causal mask to the top left: a dummy query in front makes room for the sink key in front.
-        o_BHTV = _attend(F.pad(q_BHTK, (0, 0, n_sinks, 0)), k_BGSK, v_BGSV, scale, causal=True)[:, :, n_sinks:]
+        # Only the window - 1 keys before the first query can be seen at all.
+        S = min(S, T + window - 1)
+        k_BSGK, v_BSGV = k_BSGK[:, k_BSGK.shape[1] - S :], v_BSGV[:, v_BSGV.shape[1] - S :]
     else:
-        mask_TS = torch.ones(T, S + n_sinks, dtype=torch.bool, device=q_BTHK.device).tril(S + n_sinks - T)
-        o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale, mask_TS)
+        window = None
+    q_BHTK, k_BGSK, v_BGSV = _equal_widths(q_BTHK.transpose(1, 2), k_BSGK.transpose(1, 2), v_BSGV.transpose(1, 2))
+    if sinks_H is not None:
+        q_BHTK, k_BGSK, v_BGSV = _with_sink_key(q_BHTK, k_BGSK, v_BGSV, sinks_H, scale)
+    n_sinks = k_BGSK.shape[2] - S
+    if window is not None and 2 * max(window, MIN_BLOCK) < S:
+        o_BHTV = _windowed(q_BHTK, k_BGSK, v_BGSV, window, scale, n_sinks)
+    elif not causal or (T == 1 and window is None):
+        o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale)
+    elif T == S and window is None:
+        # SDPA aligns its causal mask to the top left: a dummy query in front makes room for the sink key in front.
+        q_BHTK = F.pad(q_BHTK, (0, 0, n_sinks, 0)) if n_sinks else q_BHTK
+        o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale, causal=True)[:, :, n_sinks:]
+    else:
+        position_T1, key_S = torch.arange(S - T, S, device=q_BHTK.device)[:, None], torch.arange(S, device=q_BHTK.device)
+        o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale, _visible(position_T1, key_S, window, n_sinks))
     return o_BHTV[..., :V].transpose(1, 2)
 
 
 def _attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+
+def _visible(position_T1: Tensor, key_S: Tensor, window: int | None, n_sinks: int) -> Tensor:
+    """The mask [T, sinks + S]: which keys the query at each position sees, and the sink always."""
+    mask_TS = key_S <= position_T1
+    mask_TS = mask_TS if window is None else mask_TS & (key_S > position_T1 - window)
+    return F.pad(mask_TS, (n_sinks, 0), value=True)
 
 
 def _equal_widths(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,35 +97,22 @@ def _with_sink_key(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, sinks_H: Tens
 
 
 def _windowed(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int, scale: float, n_sinks: int) -> Tensor:
-    """Causal attention over the last `window` keys of each query, in blocks of C >= window queries over 2 C keys."""
-    (B, H, T, K), G = q_BHTK.shape, k_BGSK.shape[1]
-    sink_keys, sink_values = k_BGSK[:, :, :n_sinks], v_BGSK[:, :, :n_sinks]
-    # Only the window - 1 keys before the first query can be seen at all.
-    seen = min(k_BGSK.shape[2] - n_sinks, T + window - 1)
-    keys, values = k_BGSK[:, :, k_BGSK.shape[2] - seen :], v_BGSK[:, :, v_BGSK.shape[2] - seen :]
+    """Causal attention over the last `window` keys of each query, in blocks of C >= window queries over 2 C keys; more than 2 C keys in all."""
+    (B, H, T, K), (G, S) = q_BHTK.shape, (k_BGSK.shape[1], k_BGSK.shape[2] - n_sinks)
     C = max(window, MIN_BLOCK)
-    row_C = torch.arange(C, device=q_BHTK.device)[:, None]
-    column = torch.arange(2 * C, device=q_BHTK.device)[None, :] - C
-    mask_C2 = (column <= row_C) & (column > row_C - window)
-    if seen <= 2 * C:
-        # One block of queries that ends where the keys end: the mask's last rows, moved so that its diagonal ends in the corner.
-        row = torch.arange(seen - T, seen, device=q_BHTK.device)[:, None]
-        key = torch.arange(seen, device=q_BHTK.device)[None, :]
-        mask_TS = F.pad((key <= row) & (key > row - window), (n_sinks, 0), value=True)
-        return _attend(q_BHTK, torch.cat([sink_keys, keys], 2), torch.cat([sink_values, values], 2), scale, mask_TS)
+    N = -(-S // C)
     # Queries are padded in front to start where the keys start, then both at the end to whole blocks.
-    N = -(-seen // C)
-    padded_q = F.pad(q_BHTK, (0, 0, seen - T, N * C - seen))
-    q_blocks = padded_q.reshape(B, H, N, C, K).transpose(1, 2)
+    q_BNHCK = F.pad(q_BHTK, (0, 0, S - T, N * C - S)).reshape(B, H, N, C, K).transpose(1, 2)
 
-    def pairs_of_blocks(x_BGSK: Tensor, sink_BG1K: Tensor) -> Tensor:
-        x_BNGCK = F.pad(x_BGSK, (0, 0, 0, N * C - seen)).reshape(B, G, N, C, K).transpose(1, 2)
-        sink = sink_BG1K[:, None].expand(B, N - 1, G, n_sinks, K)
-        return torch.cat([sink, x_BNGCK[:, :-1], x_BNGCK[:, 1:]], dim=3).flatten(0, 1)
+    def first_block_and_pairs(x_BGSK: Tensor) -> tuple[Tensor, Tensor]:
+        sink, x_BGSK = x_BGSK[:, :, :n_sinks], x_BGSK[:, :, n_sinks:]
+        x_BNGCK = F.pad(x_BGSK, (0, 0, 0, N * C - S)).reshape(B, G, N, C, K).transpose(1, 2)
+        sinks = sink[:, None].expand(B, N - 1, G, n_sinks, K)
+        return torch.cat([sink, x_BGSK[:, :, :C]], 2), torch.cat([sinks, x_BNGCK[:, :-1], x_BNGCK[:, 1:]], dim=3).flatten(0, 1)
 
-    first = torch.cat([sink_keys, keys[:, :, :C]], 2), torch.cat([sink_values, values[:, :, :C]], 2)
-    o_first = _attend(q_blocks[:, 0], *first, scale, F.pad(mask_C2[:, C:], (n_sinks, 0), value=True))
-    mask = F.pad(mask_C2, (n_sinks, 0), value=True)
-    o_rest = _attend(q_blocks[:, 1:].flatten(0, 1), pairs_of_blocks(keys, sink_keys), pairs_of_blocks(values, sink_values), scale, mask)
+    (k_first, k_pairs), (v_first, v_pairs) = first_block_and_pairs(k_BGSK), first_block_and_pairs(v_BGSK)
+    query_C1, key_C = torch.arange(C, device=q_BHTK.device)[:, None], torch.arange(2 * C, device=q_BHTK.device) - C
+    o_first = _attend(q_BNHCK[:, 0], k_first, v_first, scale, _visible(query_C1, key_C[C:], window, n_sinks))
+    o_rest = _attend(q_BNHCK[:, 1:].flatten(0, 1), k_pairs, v_pairs, scale, _visible(query_C1, key_C, window, n_sinks))
     o_BNHCV = torch.cat([o_first[:, None], o_rest.reshape(B, N - 1, H, C, K)], dim=1)
-    return o_BNHCV.transpose(1, 2).reshape(B, H, N * C, K)[:, :, seen - T : seen]
+    return o_BNHCV.transpose(1, 2).reshape(B, H, N * C, K)[:, :, S - T : S]

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.layer_states import KV
-from attention.rope import rotate, rotation
 
 
 def rms(x, weight, eps):
@@ -67,28 +66,6 @@ def test_a_window_as_long_as_the_text_is_full_attention(make_stack, tiny):
     full, sliding = (make_stack(letter, dataclasses.replace(tiny, window=16)) for letter in "FS")
     x_BTD = full.input(1, 16)
     torch.testing.assert_close(full(x_BTD), sliding(x_BTD), rtol=0, atol=1e-6)
-
-
-@settings(deadline=None)
-@given(st.integers(0, 10_000), st.integers(0, 50), st.integers(0, 50))
-def test_rotated_products_depend_on_the_distance_only(start, first, second):
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=generator)
-
-    def product(shift):
-        turned_q = rotate(q, *rotation(shift + first, 1, rotary_dim=8, base=100.0, device=q.device))
-        turned_k = rotate(k, *rotation(shift + second, 1, rotary_dim=8, base=100.0, device=q.device))
-        return (turned_q * turned_k).sum()
-
-    torch.testing.assert_close(product(start), product(0), rtol=0, atol=1e-9)
-
-
-def test_rotation_keeps_lengths_and_the_unrotated_channels():
-    x_BTHK = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y_BTHK = rotate(x_BTHK, *rotation(3, 5, rotary_dim=4, base=10.0, device=x_BTHK.device))
-    torch.testing.assert_close(y_BTHK.norm(dim=-1), x_BTHK.norm(dim=-1))
-    assert torch.equal(y_BTHK[..., 4:], x_BTHK[..., 4:])
-    assert not torch.allclose(y_BTHK[..., :4], x_BTHK[..., :4])
 
 
 @pytest.mark.parametrize("start", [0, 7])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from triton_kernels.flash_attention import flash_attention
+from triton_kernels.rotary import rotary_tables
 
 NAMES = ("q_BTHK", "k_BSGK", "v_BSGV", "sinks_H")
 
@@ -113,11 +114,13 @@ def test_the_operator_is_registered_soundly():
     from triton_kernels.flash_attention_triton import backward_op, forward_op
 
     q, k, v, sinks = random_inputs(1, 20, 30, 2, 1, 32, 16, True, torch.float32)
-    arguments = (q, k, v, sinks, None, True, 7, 0.2)
+    tables = rotary_tables(torch.arange(20), rotary_dim=16, base=100.0)
+    options = (True, 7, 0.2)
+    arguments = (q, k, v, None, *tables, sinks, *options)
     torch.library.opcheck(forward_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
     o, lse = forward_op(*arguments)
-    saved = tuple(x.detach() for x in (torch.randn_like(o), q, k, v, o, lse))
-    torch.library.opcheck(backward_op, (*saved, None, True, 7, 0.2), test_utils=("test_schema", "test_faketensor"))
+    saved = tuple(x.detach() for x in (torch.randn_like(o), o, lse, q, k, v))
+    torch.library.opcheck(backward_op, (*saved, None, *tables, *options), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"K": 264}])
