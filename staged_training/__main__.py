@@ -1,4 +1,5 @@
-"""`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it.
+"""`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it. `parallel`: one model, one
+stage, in several processes under torchrun.
 
 Started again by the same command it continues where it was, or says that it is finished. It leaves with exit code 143 after SIGTERM and 130 after
 Ctrl-C, both times with everything saved, and 1 with a message when the data, the options or the disk are at fault or the loss is not finite.
@@ -19,6 +20,7 @@ from staged_training.describe import describe
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.loop import NonFiniteLossError
+from staged_training.parallel import ParallelConfig, train_in_parallel
 from staged_training.record import environment
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 from staged_training.stopping import Interrupted
@@ -71,10 +73,14 @@ def run(config: RunConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     config = tyro.extras.subcommand_cli_from_dict(
-        {"run": RunConfig}, prog="python -m staged_training", description=__doc__, args=arguments, config=(tyro.conf.AvoidSubcommands,)
+        {"run": RunConfig, "parallel": ParallelConfig},
+        prog="python -m staged_training",
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.AvoidSubcommands,),
     )
     try:
-        run(config)
+        train_in_parallel(config) if isinstance(config, ParallelConfig) else run(config)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)

@@ -4,12 +4,14 @@ A folder appears under its final name only when every byte of it is on the disk,
 the new one. safetensors and torch load a file with a flipped byte without complaint, hence a SHA-256 of every file; the manifest carries its own.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import random
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ class Checkpoint:
 
     Attributes:
         step: updates done when it was written.
-        weights, optimizer, random: tensors by name.
+        weights, optimizer, random: tensors by name; empty where only `newest` has looked.
         state: the JSON given to `save`.
         skipped: newer checkpoints that were passed over, each with the reason.
     """
@@ -59,29 +61,54 @@ def save(folder: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict
     Raises:
         DiskFullError: before or while writing; earlier checkpoints are untouched and nothing half-written is left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
-    for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
     tensors = {WEIGHTS: weights, OPTIMIZER: optimizer, RANDOM: random_states()}
-    require_space(folder, sum(tensor.nbytes for group in tensors.values() for tensor in group.values()), f"checkpoint {target.name}")
-    try:
-        temporary.mkdir()
+    temporary = begin(folder, step, n_bytes=sum(tensor.nbytes for group in tensors.values() for tensor in group.values()))
+    with writing(temporary):
         write_json(temporary / STATE, {"step": step, "python_random": _python_random(), **state})
         for name, group in tensors.items():
             save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, temporary / name)
             fsync_path(temporary / name)
-        sizes = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)} for name in FILES}
-        write_sealed(temporary / MANIFEST, {"step": step, "files": sizes})
-        fsync_path(temporary)
-        if target.exists():
-            # Only a checkpoint that failed verification is ever written again.
-            shutil.rmtree(target)
-        temporary.rename(target)
-        fsync_path(folder)
+        return seal(temporary, step, FILES)
+
+
+def begin(folder: Path, step: int, *, n_bytes: int) -> Path:
+    """An empty folder under a temporary name, for a checkpoint of `n_bytes`; `seal` gives it its final one. Leftovers of killed runs go.
+
+    Raises:
+        DiskFullError: when there is no room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover)
+    require_space(folder, n_bytes, f"checkpoint {_name(step)}")
+    temporary = folder / f".{_name(step)}.tmp"
+    with writing(temporary):
+        temporary.mkdir()
+    return temporary
+
+
+@contextlib.contextmanager
+def writing(temporary: Path) -> Iterator[None]:
+    """Turns what goes wrong with the disk into a DiskFullError, and leaves nothing half-written."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise DiskFullError(f"checkpoint {target.name} could not be written to {folder}: {error}; earlier checkpoints are untouched") from error
+        name, folder = temporary.stem.removeprefix("."), temporary.parent
+        raise DiskFullError(f"checkpoint {name} could not be written to {folder}: {error}; earlier checkpoints are untouched") from error
+
+
+def seal(temporary: Path, step: int, files: Iterable[str]) -> Path:
+    """Writes the manifest of `files`, which are on the disk, renames the folder, and drops all checkpoints but the newest two."""
+    folder, target = temporary.parent, temporary.parent / _name(step)
+    sizes = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)} for name in files}
+    write_sealed(temporary / MANIFEST, {"step": step, "files": sizes})
+    fsync_path(temporary)
+    if target.exists():
+        # Only a checkpoint that failed verification is ever written again.
+        shutil.rmtree(target)
+    temporary.rename(target)
+    fsync_path(folder)
     newest_first = _steps(folder)
     # A later step than the one just written was passed over as corrupt when the run was resumed.
     for _, old in [item for item in newest_first if item[0] > step] + [item for item in newest_first if item[0] <= step][KEPT:]:
@@ -90,7 +117,16 @@ def save(folder: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is as written, or None where there is none.
+    """The newest checkpoint whose every byte is as written, or None where there is none; see `newest`."""
+    if (found := newest(folder)) is None:
+        return None
+    path = found.path
+    tensors = {field: load_file(path / name) for field, name in (("weights", WEIGHTS), ("optimizer", OPTIMIZER), ("random", RANDOM))}
+    return dataclasses.replace(found, **tensors)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written, without its tensors, or None where there is none.
 
     A corrupt one is named in a warning and in `skipped`, and the one before it is used.
 
@@ -105,8 +141,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
             skipped.append(str(error))
             log.warning("checkpoint skipped: %s", error)
             continue
-        state = read_state(path)
-        return Checkpoint(path, step, load_file(path / WEIGHTS), load_file(path / OPTIMIZER), load_file(path / RANDOM), state, tuple(skipped))
+        return Checkpoint(path, step, {}, {}, {}, read_state(path), tuple(skipped))
     if skipped:
         raise CorruptFileError(f"no usable checkpoint in {folder}: {'; '.join(skipped)}")
     return None
@@ -120,7 +155,7 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = read_sealed(path / MANIFEST)
-        if path.name != f"step_{manifest['step']:08d}":
+        if path.name != _name(manifest["step"]):
             raise CorruptFileError(f"{MANIFEST} is that of step {manifest['step']}")
         for name, expected in manifest["files"].items():
             if not (path / name).is_file():
@@ -187,6 +222,10 @@ def restore_random_states(checkpoint: Checkpoint) -> None:
             torch.cuda.set_rng_state(state, index)
     version, internal, gauss = checkpoint.state["python_random"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def _python_random() -> list:

@@ -90,6 +90,27 @@ class PrefixBatches:
         return prefix_activations(self.model, tokens_BT, self.boundary), targets_BT
 
 
+class OwnRows:
+    """The rows of each batch that are one process's: consecutive ones, as many for each of `n_processes`.
+
+    Raises:
+        ValueError: when the rows cannot be divided evenly.
+    """
+
+    def __init__(self, batches: TokenBatches, rank: int, n_processes: int) -> None:
+        if batches.batch_size % n_processes:
+            raise ValueError(f"batch_size: {batches.batch_size} rows cannot be divided evenly over {n_processes} processes")
+        self.batches, n_rows = batches, batches.batch_size // n_processes
+        self.rows = slice(rank * n_rows, (rank + 1) * n_rows)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        tokens_BT, targets_BT = self.batches[index]
+        return tokens_BT[self.rows], targets_BT[self.rows]
+
+
 @torch.no_grad()
 def prefix_activations(model: LanguageModel, tokens_BT: Tensor, boundary: int) -> Tensor:
     """The x_BTD at the boundary as in inference: frozen routers neither draw nor count."""

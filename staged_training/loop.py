@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from lm.model import LanguageModel
-from staged_training import checkpoint
 from staged_training.data import Batches
-from staged_training.optimizer import OptimizerConfig, build_optimizer, optimizer_tensors, restore_optimizer, update
+from staged_training.optimizer import OptimizerConfig, build_optimizer, update
 from staged_training.plan import Stage
-from staged_training.progress import MetricsFile, Progress
+from staged_training.processes import ALONE, Processes
+from staged_training.progress import Progress
 from staged_training.step import clipped_gradients
 from staged_training.stopping import Interrupted, StopSignals
 
@@ -57,6 +57,7 @@ def train_stage(
     identity: dict[str, Any],
     save_every: int,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> StageResult:
     """Trains blocks [boundary, L), norm and head (everything when `boundary` is 0) for one stage, or the rest of it.
 
@@ -68,6 +69,7 @@ def train_stage(
         folder: run folder; checkpoints go to `folder/checkpoints`, metrics beside them.
         identity: what this stage is; a checkpoint of anything else is refused.
         save_every: steps between checkpoints; there is always one at the end.
+        processes: that train together; `model` is then this process's part, and `batches` have its rows.
 
     Raises:
         NonFiniteLossError: the weights on the disk are from before it.
@@ -78,11 +80,7 @@ def train_stage(
     checkpoints = folder / "checkpoints"
     optimizer = build_optimizer(model, optimizer_config, boundary)
     step, seconds, experts_sum, skipped = 0, 0.0, np.zeros(model.config.n_layers - boundary), ()
-    if (saved := checkpoint.load_latest(checkpoints)) is not None:
-        checkpoint.refuse_other_identity(saved, identity)
-        checkpoint.restore_model(model, saved.weights, str(saved.path))
-        restore_optimizer(model, optimizer, boundary, saved.optimizer)
-        checkpoint.restore_random_states(saved)
+    if (saved := processes.restore(checkpoints, model, optimizer, boundary=boundary, identity=identity)) is not None:
         step, seconds, skipped = saved.step, saved.state["seconds"], saved.skipped
         experts_sum = np.array(saved.state["experts_sum"])
         print(f"{progress.label} continues at step {step} of {stage.n_batches} from {saved.path}", flush=True)
@@ -91,11 +89,9 @@ def train_stage(
     def save() -> Path:
         metrics.flush()
         state = {"identity": identity, "position": step, "seconds": seconds, "experts_sum": experts_sum.tolist()}
-        return checkpoint.save(
-            checkpoints, step, weights=checkpoint.model_tensors(model), optimizer=optimizer_tensors(model, optimizer, boundary), state=state
-        )
+        return processes.save(checkpoints, step, model, optimizer, boundary=boundary, state=state)
 
-    metrics = MetricsFile(folder, step)
+    metrics = processes.metrics(folder, step)
     model.train()
     with StopSignals() as stop:
         while step < stage.n_batches:
@@ -105,7 +101,7 @@ def train_stage(
             model.begin_step(step, seed)
             inputs, targets_BT = batches[int(order[step])]
             try:
-                numbers = clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=optimizer_config.clip)
+                numbers = clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=optimizer_config.clip, processes=processes)
             except (ValueError, RuntimeError) as error:
                 # Routers refuse such scores before they become a loss: on the CPU with an error, on a GPU with an assertion on the device.
                 if "not finite" not in str(error) and "device-side assert" not in str(error):
@@ -116,6 +112,7 @@ def train_stage(
                 metrics.close()
                 raise NonFiniteLossError(f"loss {numbers.loss}, routing loss {numbers.routing_loss}, gradient norm {numbers.grad_norm} at {where}")
             update(optimizer, learning_rate)
+            processes.count_together(model.routers(boundary))
             model.after_step(boundary)
             step += 1
             experts_sum += numbers.mean_experts
@@ -126,15 +123,15 @@ def train_stage(
             metrics.write(record, {"step": step, "seconds": taken})
             progress.step(record)
             # Read once: a signal that comes after this line is the next step's.
-            stopping = stop.signal is not None
+            stopping = processes.agreed(stop.signal) is not None
             if step % save_every == 0 or step == stage.n_batches or stopping:
                 last_saved = save()
             if stopping:
                 break
     metrics.close()
-    if stop.signal is not None:
+    if (stop_signal := processes.agreed(stop.signal)) is not None:
         message = f"{progress.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
-        raise Interrupted(stop.signal, message)
+        raise Interrupted(stop_signal, message)
     assert last_saved is not None
     means = tuple((experts_sum / max(step, 1)).tolist())
     return StageResult(steps=step, seconds=seconds, mean_experts=means, checkpoint=last_saved, skipped=skipped)

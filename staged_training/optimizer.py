@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,23 @@ def update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
 
 
 def clip_gradients(optimizer: torch.optim.AdamW, limit: float) -> Tensor:
-    """Scales the gradient to a norm of at most `limit`; returns the norm it had, fp32 scalar."""
-    return nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], limit)
+    """Scales the gradient to a norm of at most `limit`; returns the norm it had, fp32 scalar.
+
+    Of parameters spread over processes it is the norm of the whole, the same on every process.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # A DTensor is told by its mesh: importing the class costs a second, which one process does not need to spend.
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    if set(by_mesh) <= {None}:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    # torch adds up norms of one mesh only: expert weights lie on another than the rest.
+    norms: list[Any] = [nn.utils.get_total_norm([parameter.grad for parameter in part if parameter.grad is not None]) for part in by_mesh.values()]
+    norm = torch.stack([each.full_tensor() for each in norms]).norm()
+    for part in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(part, limit, norm)
+    return norm
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW, boundary: int) -> dict[str, Tensor]:

@@ -43,6 +43,22 @@ class MetricsFile:
         self._timing.close()
 
 
+class NoMetrics(MetricsFile):
+    """Writes nothing: of several processes that train together one writes."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def cut_back(path: Path, step: int) -> None:
     """Drops lines of later steps and a torn last line."""
     if not path.exists():

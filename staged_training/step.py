@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lm.model import LanguageModel, token_losses
 from staged_training.optimizer import clip_gradients
+from staged_training.processes import ALONE, Processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,20 @@ class StepNumbers:
 
 
 def clipped_gradients(
-    model: LanguageModel, optimizer: torch.optim.AdamW, inputs: Tensor, targets_BT: Tensor, *, boundary: int, clip: float
+    model: LanguageModel,
+    optimizer: torch.optim.AdamW,
+    inputs: Tensor,
+    targets_BT: Tensor,
+    *,
+    boundary: int,
+    clip: float,
+    processes: Processes = ALONE,
 ) -> StepNumbers:
     """Leaves the clipped gradient of token loss plus routing losses in the trained parameters.
 
     Args:
         inputs: tokens_BT, or with a boundary the x_BTD that crosses it.
+        processes: whose tokens, as many in each, count as one batch.
     """
     output = model.suffix(inputs, boundary) if boundary else model(inputs)
     loss, routing_loss = token_losses(output.logits_BTV, targets_BT).mean(), output.routing_loss
@@ -46,5 +55,5 @@ def clipped_gradients(
     grad_norm = clip_gradients(optimizer, clip)
     experts = [routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings]
     # The only wait for the device in a step: all its numbers in one transfer, before the weights change.
-    loss_value, routing_value, norm_value, *expert_values = torch.stack([loss, routing_loss, grad_norm, *experts]).tolist()
+    loss_value, routing_value, norm_value, *expert_values = processes.mean(torch.stack([loss, routing_loss, grad_norm, *experts]).detach()).tolist()
     return StepNumbers(loss=loss_value, routing_loss=routing_value, grad_norm=norm_value, mean_experts=tuple(expert_values))

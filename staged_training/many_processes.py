@@ -1,0 +1,197 @@
+"""Training in several processes: data parallel over the rows of a batch, expert parallel over the experts, FSDP2 for all other weights.
+
+The processes form a mesh of data x expert. Every process has rows of its own in each batch. Experts are spread over the expert dimension
+(`moe.expert_parallel`) and cut once more over the data dimension; all other weights are cut over all processes and gathered block by block as
+they are needed (FSDP2). Gradients are means over processes, so they are those of one process with the whole batch. torch.distributed does all of
+it: DeviceMesh, DTensor, fully_shard, and distributed checkpoints, which any number of processes can load.
+"""
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from lm.config import ModelConfig
+from lm.model import Block, LanguageModel
+from moe.expert_parallel import ExpertParallelExperts
+from routing.expert_choice import ExpertChoice
+from routing.over_processes import count_over_processes
+from routing.router import Router
+from staged_training import checkpoint
+from staged_training.durable import write_json
+from staged_training.processes import Processes
+from staged_training.progress import MetricsFile, NoMetrics
+from staged_training.record import locked
+
+SHARDS = "shards"
+Made = TypeVar("Made")
+
+
+class ManyProcesses(Processes):
+    """The processes that torchrun started, inside `process_group`; `n_expert` of them share one set of experts.
+
+    Raises:
+        ValueError: when the processes cannot be arranged so.
+    """
+
+    def __init__(self, n_expert: int, device: torch.device) -> None:
+        self.n, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
+        if n_expert < 1 or self.n % n_expert:
+            raise ValueError(f"expert_parallel: {n_expert} processes per set of experts do not divide the {self.n} processes of this run")
+        shape = (self.n // n_expert, n_expert)
+        self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "expert"))
+        # In torch's own use of meshes, too, this is how all dimensions become one; a second mesh would need connections of its own.
+        self.everyone = self.mesh._flatten("all")
+        self.group = self.everyone.get_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        n_data, n_expert = self.mesh.shape
+        return f"processes  {self.n} ({dist.get_backend()}): {n_data} x data, {n_expert} x experts; each with its own rows of every batch"
+
+    def shard(self, model: LanguageModel) -> LanguageModel:
+        """Cuts the weights of a whole model, the same in all processes, in place.
+
+        Raises:
+            ValueError: for sizes that cannot be divided, and for a routing policy that needs to see the whole batch.
+        """
+        n_data, n_expert = self.mesh.shape
+        _refuse(model.config, n_data, n_expert)
+        for block in model.blocks:
+            if n_expert > 1:
+                moe = cast(Block, block).moe
+                moe.experts = ExpertParallelExperts(moe.experts, self.mesh["expert"])
+                # Not over the dimension that expert parallelism has cut already: rows of experts would lie interleaved.
+                fully_shard(moe.experts, mesh=self.mesh["data"], shard_placement_fn=lambda _: Shard(1))
+            # A block returns its routing inside a dataclass, where FSDP finds no tensors, and that is wanted: the gradients of the routing losses
+            # come before all others and would gather the weights of all blocks at once.
+            fully_shard(block, mesh=self.everyone)
+        fully_shard(model, mesh=self.everyone)
+        # Keys and values that a block returns are views; nobody writes into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        return model
+
+    def whole(self, model: LanguageModel) -> LanguageModel | None:
+        """The model in one piece, on the first process; None on the others. All call it."""
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not self.first:
+            return None
+        single = LanguageModel(model.config)
+        single.load_state_dict(weights)
+        return single.to(self.device)
+
+    def mean(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values, group=self.group)
+        return values / self.n
+
+    def agreed(self, signal: int | None) -> int | None:
+        highest = torch.tensor(signal or 0, device=self.device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self.group)
+        return int(highest) or None
+
+    def count_together(self, routers: list[Router]) -> None:
+        count_over_processes(routers, self.group)
+
+    def metrics(self, folder: Path, step: int) -> MetricsFile:
+        return MetricsFile(folder, step) if self.first else NoMetrics()
+
+    def exclusive(self, folder: Path) -> contextlib.AbstractContextManager[None]:
+        """Keeps other runs out of `folder`."""
+        return locked(folder) if self.first else contextlib.nullcontext()
+
+    def from_first(self, make: Callable[[], Made]) -> Made:
+        """What `make` returns on the first process, or raises there, on all."""
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def restore(
+        self, checkpoints: Path, model: LanguageModel, optimizer: torch.optim.AdamW, *, boundary: int, identity: dict[str, Any]
+    ) -> checkpoint.Checkpoint | None:
+        """As for one process, from a checkpoint of any number of processes. Randomness is stateless in training, so no random state is kept.
+
+        torch stores which tensor lies in which file as a pickle: as anywhere with pickles, open checkpoints of your own only.
+        """
+
+        def newest() -> checkpoint.Checkpoint | None:
+            if (found := checkpoint.newest(checkpoints)) is not None:
+                checkpoint.refuse_other_identity(found, identity)
+                if not (found.path / SHARDS).is_dir():
+                    raise checkpoint.CheckpointMismatchError(f"{found.path} was not written by `python -m staged_training parallel`")
+            return found
+
+        if (saved := self.from_first(newest)) is not None:
+            weights, moments = get_state_dict(model, optimizer)
+            state = {"model": weights, "optimizer": moments}
+            load_shards(state, checkpoint_id=saved.path / SHARDS, process_group=self.group)
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return saved
+
+    def save(self, checkpoints: Path, step: int, model: LanguageModel, optimizer: torch.optim.AdamW, *, boundary: int, state: dict[str, Any]) -> Path:
+        assert boundary == 0
+        n_bytes = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        temporary = self.from_first(lambda: checkpoint.begin(checkpoints, step, n_bytes=n_bytes))
+        weights, moments = get_state_dict(model, optimizer)
+        save_shards({"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group)
+
+        def seal() -> Path:
+            with checkpoint.writing(temporary):
+                write_json(temporary / checkpoint.STATE, {"step": step, **state})
+                files = [str(path.relative_to(temporary)) for path in sorted(temporary.rglob("*")) if path.is_file()]
+                return checkpoint.seal(temporary, step, files)
+
+        return self.from_first(seal)
+
+
+def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:
+    """Raises ValueError, naming what does not fit the mesh."""
+    for name, moe in (("moe", config.moe), ("lower_moe", config.lower_moe)):
+        if moe is None:
+            continue
+        if moe.n_experts % n_expert:
+            raise ValueError(f"{name}.n_experts: {moe.n_experts} cannot be divided evenly over expert_parallel = {n_expert} processes")
+        if n_expert > 1 and math.gcd(config.d_model, moe.d_expert) % n_data:
+            widths = f"d_model: {config.d_model} and {name}.d_expert: {moe.d_expert}"
+            raise ValueError(f"{widths} must both divide by the {n_data} processes that share the weights of an expert")
+        if isinstance(moe.router.policy, ExpertChoice):
+            raise ValueError("ExpertChoice ranks the tokens of a whole batch against each other, of which every process sees a part only")
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Joins the processes of torchrun (NCCL on GPUs, gloo otherwise), or starts a group of one without it. Yields this process's device."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    store = None if dist.is_torchelastic_launched() else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    alone = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if on_gpu else "gloo", **alone)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()

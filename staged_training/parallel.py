@@ -1,0 +1,125 @@
+"""`torchrun --nproc-per-node N -m staged_training parallel`: one model, one stage, trained by N processes together.
+
+Same loop, data order, optimizer, checks and run folder as `run`. Where N differs, losses differ in their last bits only: whatever is counted is
+counted over the whole batch. A run continues with any N, from checkpoints of any other.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from corpus.prepare import CorpusConfig, prepare
+from lm.config import ModelConfig
+from lm.model import LanguageModel
+from lm.serialize import from_dict
+from routing.router import RouterConfig
+from staged_training.data import OwnRows
+from staged_training.describe import describe
+from staged_training.execute import Execution, ExecutionConfig
+from staged_training.loop import train_stage
+from staged_training.plan import CorpusFacts, Plan, Stage
+from staged_training.progress import Progress, Tracker
+from staged_training.record import open_run
+from staged_training.staging import StagingConfig, corpus_facts, make_plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Trains one model in several processes, started by torchrun; without it, in one.
+
+    Attributes:
+        out: folder of the run, which all processes must reach; the prepared text is kept in `corpus/` below it.
+        corpus: the text; this machine's Python standard library by default.
+        model: the network; its vocabulary is the tokenizer's.
+        policy: routing policy as JSON, as config.json stores it: '{"type": "TopP", "target_mean": 4, "cap": 8}'; the model's own when empty.
+        expert_parallel: processes that share one set of experts, each with its part of them; 0 for all processes.
+        staging: the token budget, of which the part behind `trunk_share` decays to zero; nothing is frozen. batch_size counts the rows of all
+            processes together.
+        execution: saving, printing, tracking; nothing is cached.
+        seed: weights, data order, routers' draws.
+    """
+
+    out: Path = Path("runs/parallel")
+    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    policy: str = ""
+    expert_parallel: int = 0
+    staging: StagingConfig = dataclasses.field(default_factory=StagingConfig)
+    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    seed: int = 0
+
+
+def train_in_parallel(config: ParallelConfig) -> None:
+    """All processes call it; the first prints and writes."""
+    # A second of imports that a run in one process need not wait for.
+    from staged_training.many_processes import ManyProcesses, process_group
+
+    with process_group() as device, contextlib.ExitStack() as cleanup:
+        processes = ManyProcesses(config.expert_parallel or int(os.environ.get("WORLD_SIZE", 1)), device)
+        if not processes.first:
+            cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
+        processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and None)
+        corpus = prepare(config.corpus, config.out / "corpus")
+        model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+        plan = plan_of(dataclasses.replace(config, model=model), corpus_facts(corpus))
+        print(f"{describe(plan)}\n{processes}", flush=True)
+        folder, identity = config.out, plan.trunk_identity
+        if processes.from_first(lambda: open_run(folder, identity, plan.corpus.content_hash)) is not None:
+            print(f"finished before: {folder}", flush=True)
+            return
+        cleanup.enter_context(processes.exclusive(folder))
+        execution = Execution(plan, corpus, config.out, config.execution, trunk_folder=folder, device=str(device))
+        model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed).to(device))
+        tracker = Tracker(config.execution.track, folder, "parallel", identity) if processes.first and config.execution.track != "none" else None
+        progress = Progress(
+            "parallel",
+            n_steps=plan.trunk.n_batches,
+            every=config.execution.log_every,
+            tokens_per_step=plan.tokens_per_batch,
+            bytes_per_token=plan.corpus.train_bytes / plan.corpus.train_tokens,
+            tracker=tracker,
+        )
+        if tracker is not None:
+            cleanup.callback(tracker.close)
+        training = train_stage(
+            model,
+            OwnRows(execution.train_tokens, processes.rank, processes.n),
+            plan.trunk_batches(),
+            stage=plan.trunk,
+            optimizer_config=plan.optimizer,
+            seed=plan.trunk_seed,
+            boundary=0,
+            folder=folder,
+            identity=identity,
+            save_every=config.execution.save_every,
+            progress=progress,
+            processes=processes,
+        )
+        # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
+        if (whole := processes.whole(model)) is not None:
+            execution.finish_trunk(whole, folder, training)
+
+
+def plan_of(config: ParallelConfig, facts: CorpusFacts) -> Plan:
+    """One stage without branches. Nothing of it depends on the number of processes.
+
+    Raises:
+        ValueError: for a routing policy that does not parse.
+    """
+    model = config.model
+    if config.policy:
+        try:
+            stored: dict[str, Any] = json.loads(config.policy)
+        except ValueError as error:
+            raise ValueError(f"--policy {config.policy!r} is not JSON: {error}") from None
+        policy = from_dict(RouterConfig, {"policy": stored}, place="--policy").policy
+        router = dataclasses.replace(model.moe.router, policy=policy)
+        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, router=router))
+    plan = make_plan(config.staging, facts, model, [], trunk_seed=config.seed)
+    n_batches = config.staging.tokens // plan.tokens_per_batch
+    decay_steps = n_batches - plan.trunk.n_batches
+    schedule = dataclasses.replace(plan.trunk.schedule, decay_steps=decay_steps, decay_shape=config.staging.decay_shape)
+    return dataclasses.replace(plan, trunk=Stage(n_batches=n_batches, schedule=schedule))

@@ -1,0 +1,157 @@
+"""Training in 1, 2 and 4 gloo processes: losses, gradient norms, controllers and weights are those of the loop in one process, through checkpoints
+of any number of processes; the command trains, continues, and refuses."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm.pretrained import load_pretrained
+from routing.expert_choice import ExpertChoice
+from staged_training.__main__ import main
+from staged_training.data import OwnRows, TokenBatches
+from staged_training.progress import read_metrics
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("parallel_worker.py")
+_spec = importlib.util.spec_from_file_location("parallel_worker", WORKER)
+assert _spec is not None
+assert _spec.loader is not None
+worker = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(worker)
+
+
+# One that counts, one with a quantile; two processes run all policies.
+IN_FOUR = ("top_k", "top_p")
+
+
+def start(folder: Path, n: int, n_expert: int, jobs: list[str]) -> list[subprocess.Popen]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, str(WORKER), str(folder), str(rank), str(n), str(n_expert), *jobs] for rank in range(n)]
+    return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands]
+
+
+def finish(started: list[subprocess.Popen]) -> None:
+    errors = [process.communicate(timeout=1200)[1].decode() for process in started]
+    assert all(process.returncode == 0 for process in started), "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """FOLDER/POLICY/NAME with NAME among alone, two, four; resumed_1 and resumed_4 go on from step 3 of two; stopped was stopped and continued."""
+    folder = tmp_path_factory.mktemp("runs")
+    two = start(folder, 2, 2, [*(f"{policy}/two" for policy in worker.ROUTERS), "stop:top_p/stopped", "top_p/stopped"])
+    for policy in worker.ROUTERS:
+        alone = worker.train(policy, folder / policy / "alone")
+        torch.save(alone.state_dict(), folder / policy / "alone.pt")
+    finish(two)
+    for name in ("resumed_1", "resumed_4"):
+        shutil.copytree(folder / "top_p" / "two", folder / "top_p" / name)
+        shutil.rmtree(folder / "top_p" / name / "checkpoints" / f"step_{worker.STEPS:08d}")
+    four = start(folder, 4, 2, [*(f"{policy}/four" for policy in IN_FOUR), "top_p/resumed_4"])
+    finish([*four, *start(folder, 1, 1, ["top_p/resumed_1"])])
+    return folder
+
+
+COMPARED = [(policy, "two") for policy in worker.ROUTERS] + [(policy, "four") for policy in IN_FOUR]
+COMPARED += [("top_p", "resumed_1"), ("top_p", "resumed_4")]
+
+
+@pytest.mark.parametrize(("policy", "name"), COMPARED)
+def test_losses_and_gradient_norms_are_those_of_one_process(runs, policy, name):
+    expected, got = (read_metrics(runs / policy / which) for which in ("alone", name))
+    assert [record["step"] for record in got] == list(range(1, worker.STEPS + 1))
+    for one, other in zip(expected, got):
+        assert other == pytest.approx(one, rel=2e-6)
+
+
+@pytest.mark.parametrize(("policy", "name"), COMPARED)
+def test_weights_and_controllers_are_those_of_one_process(runs, policy, name):
+    expected, got = (torch.load(runs / policy / f"{which}.pt") for which in ("alone", name))
+    assert list(expected) == list(got)
+    for key, value in expected.items():
+        if key.endswith("load_E"):
+            assert torch.equal(got[key], value), key
+        else:
+            torch.testing.assert_close(got[key], value, atol=1e-6, rtol=1e-5, msg=key)
+    # They have moved, so there was something to compare.
+    moved = {
+        "top_k": "selection_bias_E",
+        "top_p": "policy.budget.threshold",
+        "null_experts": "policy.budget.threshold",
+        "relu": "policy.l1_coefficient",
+    }
+    fresh = worker.model_of(policy).state_dict()
+    for layer in range(2):
+        key = f"blocks.{layer}.moe.router.{moved[policy]}"
+        assert not torch.equal(got[key], fresh[key]), key
+
+
+def test_a_stop_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(runs):
+    folder = runs / "top_p"
+    assert [(folder / f"stopped.exit_code_of_{rank}").read_text() for rank in range(2)] == ["143", "143"]
+    assert (folder / "stopped" / "metrics.jsonl").read_bytes() == (folder / "two" / "metrics.jsonl").read_bytes()
+    expected, got = (torch.load(folder / f"{name}.pt") for name in ("two", "stopped"))
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
+
+
+TINY = [
+    *("--corpus.vocab-size", "300", "--model.d-model", "16", "--model.n-layers", "2", "--model.moe.n-experts", "8", "--model.moe.d-expert", "16"),
+    *("--model.attention.n-heads", "2", "--model.attention.n-kv-heads", "1", "--model.attention.head-dim", "8"),
+    *("--policy", '{"type": "TopP", "target_mean": 2, "cap": 4}', "--staging.tokens", "640", "--staging.batch-size", "4", "--staging.seq-len", "16"),
+]
+
+
+def test_the_command_under_torchrun(documents, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "staged_training", "parallel"]
+    command += ["--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    for part in ("2 (gloo): 1 x data, 2 x experts", "parallel step=10/10", "valid bpb="):
+        assert done.stdout.count(part) == 1, part
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 11))
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 10
+    assert load_pretrained(tmp_path / "model").config.moe.router.policy.target_mean == 2
+
+
+def test_the_command_without_torchrun_is_one_process_and_knows_what_is_finished(documents, tmp_path, capsys):
+    command = ["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
+    main(command)
+    assert "1 (gloo): 1 x data, 1 x experts" in capsys.readouterr().out
+    main(command)
+    assert "finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--expert-parallel", "3"], "expert_parallel: 3 processes per set of experts do not divide the 1 processes"),
+        (["--policy", "TopP"], "--policy 'TopP' is not JSON"),
+        (["--policy", '{"type": "TopQ"}'], "unknown type 'TopQ'; did you mean 'TopP'"),
+        (["--policy", '{"type": "ExpertChoice", "k": 2}'], "ExpertChoice ranks the tokens of a whole batch"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_run_is_refused(documents, tmp_path, changes, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY, *changes])
+
+
+def test_sizes_that_cannot_be_divided_are_refused(with_policy, model_config):
+    from staged_training.many_processes import _refuse
+
+    _refuse(model_config, 2, 2)
+    with pytest.raises(ValueError, match=r"moe.n_experts: 4 cannot be divided evenly over expert_parallel = 3"):
+        _refuse(model_config, 1, 3)
+    with pytest.raises(ValueError, match=r"d_model: 16 and moe.d_expert: 8 must both divide by the 16 processes"):
+        _refuse(model_config, 16, 2)
+    with pytest.raises(ValueError, match="ExpertChoice"):
+        _refuse(with_policy(ExpertChoice(k=2)), 1, 1)
+    with pytest.raises(ValueError, match="batch_size: 4 rows cannot be divided evenly over 3 processes"):
+        OwnRows(TokenBatches(list(range(100)), batch_size=4, seq_len=8), 0, 3)
