@@ -34,8 +34,9 @@ def output_gradient(output: Tensor) -> Tensor:
 
 
 def results(call: Call, inputs: dict[str, Any], gradient: Tensor | None = None) -> dict[str, Tensor]:
-    """Outputs, and the gradients of every leaf through the first output (`gradient` is that output's; drawn here unless given)."""
-    output = call(**inputs)
+    """Outputs, and the gradients of every leaf through the first output (`gradient` is that output's; drawn here unless given). Tensors without a
+    gradient are copied beforehand, because a decode step updates its state in place."""
+    output = call(**{name: x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for name, x in inputs.items()})
     outputs = output if isinstance(output, tuple) else (output,)
     named = {f"output {i}": x.detach() for i, x in enumerate(outputs) if isinstance(x, Tensor)}
     leaves = leaves_of(inputs)

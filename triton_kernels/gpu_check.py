@@ -78,8 +78,7 @@ def compiled(operation: Operation, call: Call, inputs: dict[str, Any]) -> Agreem
 
 
 def first_gradient(call: Call, inputs: dict[str, Any]) -> Tensor:
-    output = call(**inputs)
-    return output_gradient(output[0] if isinstance(output, tuple) else output)
+    return output_gradient(results(call, inputs)["output 0"])
 
 
 def captured(operation: Operation, call: Call, inputs: dict[str, Any]) -> Agreement:

@@ -38,6 +38,25 @@ def test_a_wrong_output_is_found(factor: float) -> None:
     assert agreement.where
 
 
+def test_integers_must_be_equal() -> None:
+    def call(backend: str, **inputs):
+        return OPERATION.call(**inputs, backend="torch")[0], torch.arange(3) + (backend == "triton")
+
+    operation = dataclasses.replace(OPERATION, call=call)
+    assert check(operation, SHAPE, torch.float32, "cpu", "torch").ok
+    assert check(operation, SHAPE, torch.float32, "cpu", "triton").where == "output 1"
+
+
+def test_an_op_that_updates_its_state_in_place_starts_from_the_same_state_each_time() -> None:
+    def draw(dtype: torch.dtype, device: str, **shape: int):
+        return {"state": torch.ones(4, dtype=dtype)}
+
+    def call(backend: str, state: torch.Tensor):
+        return state.mul_(0.5), state
+
+    assert check(dataclasses.replace(OPERATION, call=call, inputs=draw), {}, torch.float32, "cpu", "torch").ok
+
+
 def test_no_time_for_an_op_that_fails_its_check(capsys: pytest.CaptureFixture[str]) -> None:
     unsteady = iter(range(1000))
 
