@@ -138,6 +138,8 @@ def environment(data_hash: str) -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        # What torchrun sets.
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "data_hash": data_hash,
     }
 
