@@ -8,17 +8,9 @@ from torch import Tensor
 
 
 def flash_decode_torch(
-    q_BHK: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths_B: Tensor,
-    scale: float,
-    window: int | None,
-    sinks_H: Tensor | None,
-    block_table_BN: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
+    q_BHK: Tensor, k_cache: Tensor, v_cache: Tensor, lengths_B: Tensor, scale: float, window: int | None, sinks_H: Tensor | None,
+    block_table_BN: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """o_BHV; the arguments are those of `flash_decode`, already checked."""
     accumulator = torch.promote_types(q_BHK.dtype, torch.float32)
     k_BSGK = _gathered(k_cache, k_scale, block_table_BN, accumulator)

@@ -14,47 +14,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.configurations import current_architecture
 from triton_kernels.flash_attention_blocks import product, wide
 from triton_kernels.flash_decode_configurations import MAX_WIDTH, SPLIT, TARGET_PROGRAMS
 
 LOG2E = math.log2(math.e)
+OLDEST_WITH_E4M3 = 89
+
+
+@triton.jit
+def widened(x, dtype: tl.constexpr):
+    """x in the dtype of the products. Bytes are e4m3 on a GPU older than that type: its bits moved into fp16's fields are 2^8 too small."""
+    if x.dtype == tl.uint8:
+        bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+        number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        return tl.where((x & 0x7F) == 0x7F, float("nan"), number).to(dtype)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
 def split_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    lengths_ptr,
-    block_table_ptr,
-    partial_ptr,
-    statistics_ptr,
-    k_stride_b,
-    k_stride_s,
-    k_stride_g,
-    v_stride_b,
-    v_stride_s,
-    v_stride_g,
-    S,
-    G,
-    n_splits,
-    window,
-    blocks_per_row,
-    scale_log2,
-    KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PAGE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Over its share of the tokens: the unnormalised output [.., P, V] and (maximum, sum) [.., P, 2], both fp32, of each query head."""
-    program = tl.program_id(0)
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, lengths_ptr, block_table_ptr, partial_ptr, statistics_ptr,
+    k_stride_b, k_stride_s, k_stride_g, v_stride_b, v_stride_s, v_stride_g, S, G, n_splits, window, blocks_per_row, scale_log2,
+    KEY_WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0,
+):  # fmt: skip
+    """Over its share of the tokens: the unnormalised output [.., P, V] and (maximum, sum) [.., P, 2], both fp32, of each query head.
+
+    Programs below first_program are not counted.
+    """
+    program = tl.program_id(0) - first_program
     split = program % n_splits
     group = (program // n_splits) % G
     sequence = program // n_splits // G
@@ -88,7 +78,7 @@ def split_kernel(
         v_row_N = page_N * v_stride_b + row_N * v_stride_s + wide(group) * v_stride_g
         k_KN = tl.load(k_ptr + k_row_N[None, :] + k_K[:, None], mask=seen_N[None, :] & (k_K < KEY_WIDTH)[:, None], other=0.0)
         v_NV = tl.load(v_ptr + v_row_N[:, None] + v_V[None, :], mask=seen_N[:, None] & (v_V < VALUE_WIDTH)[None, :], other=0.0)
-        s_RN = product(q_RK, k_KN.to(q_RK.dtype), None) * scale_log2
+        s_RN = product(q_RK, widened(k_KN, q_RK.dtype), None) * scale_log2
         if k_scale_ptr is not None:
             s_RN *= tl.load(k_scale_ptr + scale_row_N * G + group, mask=seen_N, other=0.0).to(tl.float32)[None, :]
         s_RN = tl.where(seen_N[None, :], s_RN, float("-inf"))
@@ -98,7 +88,7 @@ def split_kernel(
         sum_R = sum_R * rescale_R + tl.sum(p_RN, 1)
         if v_scale_ptr is not None:
             p_RN *= tl.load(v_scale_ptr + scale_row_N * G + group, mask=seen_N, other=0.0).to(tl.float32)[None, :]
-        o_RV = product(p_RN.to(q_RK.dtype), v_NV.to(q_RK.dtype), o_RV * rescale_R[:, None])
+        o_RV = product(p_RN.to(q_RK.dtype), widened(v_NV, q_RK.dtype), o_RV * rescale_R[:, None])
         max_R = new_max_R
 
     partial_R = head_R * n_splits + split
@@ -143,17 +133,9 @@ def reduce_kernel(
 
 @torch.library.custom_op("hybrid_attention::flash_decode", mutates_args=())
 def flash_decode_triton(
-    q_BHK: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths_B: Tensor,
-    scale: float,
-    window: int | None,
-    sinks_H: Tensor | None,
-    block_table_BN: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
+    q_BHK: Tensor, k_cache: Tensor, v_cache: Tensor, lengths_B: Tensor, scale: float, window: int | None, sinks_H: Tensor | None,
+    block_table_BN: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     """o_BHV; the arguments are those of `flash_decode`, already checked."""
     (B, H, K), (G, V) = q_BHK.shape, (v_cache.shape[2], v_cache.shape[3])
     if max(K, V) > MAX_WIDTH or q_BHK.dtype == torch.float64:
@@ -163,6 +145,8 @@ def flash_decode_triton(
         return o_BHV
     q_BHK = q_BHK.contiguous()
     k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_cache, v_cache))
+    if current_architecture() < OLDEST_WITH_E4M3:
+        k_cache, v_cache = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (k_cache, v_cache))
     k_scale, v_scale = (None if x is None else x.contiguous() for x in (k_scale, v_scale))
     block_table = None if block_table_BN is None else block_table_BN.contiguous()
     page = 0 if block_table is None else k_cache.shape[1]
