@@ -33,35 +33,40 @@ class Observed:
         return float(self.experts_NL.mean())
 
 
-class Permuted(Policy):
-    """The same policy with its decisions dealt out anew among the tokens of a batch: the same histogram in every layer, for no reason.
+@dataclasses.dataclass
+class Dealing:
+    """Names the token whose decision each token of a batch gets."""
 
-    `order_T` names the token whose decision each token gets, in all layers alike, so a token that gets many in one layer still does in the others.
+    order_T: Tensor
+
+
+def permute(policy: Policy, dealing: Dealing) -> None:
+    """From now on the policy's decisions are dealt out anew among the tokens of a batch: the same histogram in every layer, for no reason.
+
+    With one dealing for all layers, a token that gets many experts in one layer still does in the others.
     """
+    select = policy.select
 
-    def __init__(self, inner: Policy) -> None:
-        super().__init__()
-        self.inner = inner
-        self.order_T = torch.zeros(0, dtype=torch.int64)
-
-    def select(self, scores: Scores) -> Slots:
-        if isinstance(self.inner, DifficultyHeadPolicy):
+    def permuted(scores: Scores) -> Slots:
+        if isinstance(policy, DifficultyHeadPolicy):
             # The predicted number also weighs a token's last experts: another token's prediction must come whole.
-            return self.inner.select(dataclasses.replace(scores, x_TD=scores.x_TD[self.order_T]))
-        slots = self.inner.select(scores)
+            return select(dataclasses.replace(scores, x_TD=scores.x_TD[dealing.order_T]))
+        slots = select(scores)
         assert slots.keep_TK is not None
-        assert slots.rest_T is None
-        return slots._replace(keep_TK=slots.keep_TK[self.order_T])
+        rest_T = None if slots.rest_T is None else slots.rest_T[dealing.order_T]
+        return slots._replace(keep_TK=slots.keep_TK[dealing.order_T], rest_T=rest_T)
+
+    # The router asks a policy for its class, so it stays what it is.
+    policy.select = permuted
 
 
 @torch.no_grad()
 def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None = None) -> Observed:
-    """One pass. With `permute_seed` every policy of the model is wrapped in `Permuted`, and the model is left so."""
-    permuted = []
+    """One pass. With `permute_seed` decisions are permuted, see `permute`; the model's policies stay so."""
+    dealing = Dealing(torch.zeros(0, dtype=torch.int64))
     if permute_seed is not None:
         for router in model.routers():
-            router.policy = Permuted(router.policy)
-            permuted.append(router.policy)
+            permute(router.policy, dealing)
     generator = np.random.default_rng(permute_seed)
     counted_WT, nats, experts = windows.counted_WT, [], []
     with evaluating(model):
@@ -70,10 +75,7 @@ def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None 
             # Windows are filled from the left.
             used = slice(int(counted_WT[rows].sum(1).max()))
             counted_T = counted_WT[rows, used].reshape(-1)
-            for policy in permuted[:1]:
-                policy.order_T = _order(counted_T, generator)
-            for policy in permuted[1:]:
-                policy.order_T = permuted[0].order_T
+            dealing.order_T = _order(counted_T, generator)
             output = model(windows.tokens_WT[rows, used])
             nats.append(token_losses(output.logits_BTV, windows.targets_WT[rows, used]).double().numpy().reshape(-1)[counted_T])
             used_TL = torch.stack([routing.assignments.experts_per_token_T() for routing in output.routings], dim=1)

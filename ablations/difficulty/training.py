@@ -181,8 +181,11 @@ def trunk_model(model: ModelConfig, k: int) -> ModelConfig:
 def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> Plan:
     """A trunk of random k, and from it the static models, the same random k, and the methods."""
     trunk = trunk_model(model, options.model.k)
+    methods = find_methods(list(options.methods))[1:]
+    if fixed := [method.name for method in methods if not method.has_budget(model)]:
+        raise ValueError(f"--methods {fixed[0]}: must choose the number of experts for every token and hold its mean")
     models = {RANDOM_K: trunk}
-    models |= {method.name: method.change(model) for method in find_methods(list(options.methods))[1:]}
+    models |= {method.name: method.change(model) for method in methods}
     models |= {static_name(k): with_policy(model, TopK(k=k)) for k in options.static}
     return make_plan(options.staging, corpus_facts(corpus), trunk, [(name, config, 0) for name, config in models.items()])
 

@@ -18,6 +18,7 @@ from lm.evaluate import evaluate
 from lm.model import LanguageModel
 from moe.config import MoEConfig
 from routing.difficulty_head import DifficultyHead
+from routing.null_experts import NullExperts
 from routing.top_p import TopP
 
 SEQ = 64
@@ -90,7 +91,10 @@ def small_model(policy):
     return model
 
 
-@pytest.mark.parametrize("policy", [TopP(target_mean=3, cap=6), DifficultyHead(target_mean=3, cap=6)], ids=["top_p", "difficulty_head"])
+POLICIES = [TopP(target_mean=3, cap=6), DifficultyHead(target_mean=3, cap=6), NullExperts(k=6, n_null=8, target_mean=3)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["top_p", "difficulty_head", "null_experts"])
 def test_permuting_keeps_the_histogram_and_nothing_else(data, policy):
     model = small_model(policy)
     set_budget(model, 3, data.calibration_BT)

@@ -1,6 +1,7 @@
 """The difficulty study end to end, on a text and models so small that its numbers mean nothing: what is tested is that they are all there."""
 
 import csv
+import dataclasses
 import math
 import random
 
@@ -9,7 +10,7 @@ import pytest
 from ablations.defaults import ModelOptions
 from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
-from ablations.difficulty.training import TrainingOptions, read_study, train
+from ablations.difficulty.training import TrainingOptions, prepare_text, read_study, train, with_tokens
 from corpus.prepare import CorpusConfig
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig
@@ -18,13 +19,13 @@ K = 4
 
 
 @pytest.fixture(scope="module")
-def study_folder(tmp_path_factory):
+def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("difficulty")
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(60)]
     for number in range(60):
         (folder / f"{number:02d}.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(15)))
-    options = TrainingOptions(
+    return TrainingOptions(
         out=folder / "study",
         synthetic_documents=150,
         static=(2, K),
@@ -33,6 +34,10 @@ def study_folder(tmp_path_factory):
         corpus=CorpusConfig(data=(str(folder),), vocab_size=400, valid_share=0.3),
         execution=ExecutionConfig(log_every=1000),
     )
+
+
+@pytest.fixture(scope="module")
+def study_folder(options):
     train(options)
     analyse(options.out, AnalysisOptions(forced=(1, 2, K, 7), budgets=(2, K), resamples=50, shuffles=10))
     return options.out
@@ -74,6 +79,22 @@ def test_numbers_agree_with_each_other(study_folder):
         assert float(row["difference"]) == pytest.approx(float(own["bits_per_byte"]) - float(other["bits_per_byte"]), abs=1e-5)
     uniform = [row for key, row in frontier.items() if key[1] == UNIFORM]
     assert all(float(row["mean_experts"]) == float(row["asked"]) for row in uniform)
+
+
+def test_minutes_become_tokens_once(options, study_folder):
+    """A run that is continued on a busier machine keeps its budget."""
+    corpus, options = prepare_text(options), dataclasses.replace(options, minutes=0.01)
+    model = options.model.config(corpus.tokenizer.vocab_size)
+    tokens = with_tokens(options, corpus, model).staging.tokens
+    assert tokens % 256 == 0
+    assert tokens > 0
+    assert with_tokens(dataclasses.replace(options, minutes=99.0), corpus, model).staging.tokens == tokens
+
+
+@pytest.mark.parametrize("method", ["no_op", "random_k"])
+def test_methods_that_choose_no_number_are_refused(options, method):
+    with pytest.raises(ValueError, match=f"--methods {method}: must choose the number of experts"):
+        train(dataclasses.replace(options, methods=(method,)))
 
 
 def test_a_finished_study_is_found_again(study_folder):
