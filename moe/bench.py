@@ -1,4 +1,4 @@
-"""Forward and backward of the expert layer against dense products of the same FLOPs, side by side in one run.
+"""One problem and every way to compute it: forward and backward of the experts, dense products of the same FLOPs, and how they are timed.
 
 Legend: T tokens, D model width, E experts, F expert width, K experts per token, N = T * K assigned rows.
 """
@@ -7,7 +7,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +26,9 @@ class Shape:
     d_expert: int = 256
     k: int = 12
 
-    def flops(self) -> int:
+    def flops(self, mean_experts: float) -> float:
         """Of forward and backward: three products of 2 N (D 2F + F D) each."""
-        return 3 * 6 * self.tokens * self.k * self.d_model * self.d_expert
+        return 3 * 6 * self.tokens * mean_experts * self.d_model * self.d_expert
 
 
 class Problem:
@@ -55,9 +54,13 @@ class Problem:
             n_chosen = min(shape.tokens, round(self.skew * shape.tokens * shape.k / shape.n_experts))
             score_TE[:, 0] = -1.0
             score_TE[:n_chosen, 0] = 2.0
-        weight_TK, expert_TK = score_TE.topk(shape.k, dim=-1)
-        self.assignments = Assignments.from_slots(expert_TK, weight_TK / weight_TK.sum(dim=-1, keepdim=True), n_experts=shape.n_experts)
-        self.weight_N = self.assignments.weight_N.requires_grad_()
+        score_TK, self.expert_TK = score_TE.topk(shape.k, dim=-1)
+        self.weight_TK = (score_TK / score_TK.sum(dim=-1, keepdim=True)).requires_grad_()
+        self.use(Assignments.from_slots(self.expert_TK, self.weight_TK.detach(), n_experts=shape.n_experts))
+
+    def use(self, assignments: Assignments) -> None:
+        self.assignments = assignments
+        self.weight_N = assignments.weight_N.detach().requires_grad_()
 
     def finish(self, y_TD: Tensor) -> list[Tensor]:
         return [y_TD, *torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_N), self.dy_TD)]
@@ -66,6 +69,17 @@ class Problem:
         rows = self.assignments
         index = (rows.token_N, self.weight_N, rows.expert_offsets, rows.token_offsets, rows.row_of_slot_N)
         return self.finish(grouped_mlp(self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, *index, backend=backend))
+
+    def huggingface(self) -> list[Tensor]:
+        """The grouped_mm experts of transformers 5, on the same weights and slots. Every token has the same number of them there."""
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        experts = HuggingFaceExperts(self.w_gate_up_EDF2.to(self.dtype), self.w_down_EFD.to(self.dtype))
+        y_TD = grouped_mm_experts_forward(experts, self.x_TD, self.expert_TK, self.weight_TK.to(self.dtype))
+        gradients = torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_TK), self.dy_TD)
+        d_weight_N = torch.empty_like(self.weight_N)
+        d_weight_N[self.assignments.row_of_slot_N] = gradients[3].reshape(-1)
+        return [y_TD, *gradients[:3], d_weight_N]
 
     def indexed_loop(self) -> list[Tensor]:
         """The plain loop of many model files: it indexes the packed weight, so each backward step writes a gradient of full size."""
@@ -98,6 +112,20 @@ class Problem:
         return step
 
 
+class HuggingFaceExperts(torch.nn.Module):
+    """What `transformers.integrations.moe` expects of a module of experts: packed weights [E, D, 2F] and [E, F, D], gate and up side by side."""
+
+    is_transposed, is_concatenated, has_gate, has_bias, has_post_expert_norm, _is_expert_parallel = True, True, True, False, False, False
+
+    def __init__(self, gate_up_EDF2: Tensor, down_EFD: Tensor):
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.num_experts = gate_up_EDF2, down_EFD, down_EFD.shape[0]
+
+    def _apply_gate(self, gate_up_NF2: Tensor) -> Tensor:
+        gate_NF, up_NF = gate_up_NF2.chunk(2, dim=-1)
+        return F.silu(gate_NF) * up_NF
+
+
 def largest_error(got: list[Tensor], expected: list[Tensor]) -> float:
     """Largest relative error in norm over output and gradients."""
     return max(float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)) for a, b in zip(got, expected))
@@ -115,25 +143,3 @@ def measure(steps: dict[str, Step], repeats: int, before_turn: Callable[[int], N
             if turn:
                 times[name].append((time.perf_counter() - begin) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def bench(shape: Shape, *, dtype: str, weight_dtype: str, skew: float, backends: list[str], repeats: int) -> str:
-    """A table of milliseconds and the ratio to dense; a row whose numbers are wrong gets its error instead of a ratio."""
-    problem = Problem(shape, dtype=getattr(torch, dtype), weight_dtype=getattr(torch, weight_dtype), skew=skew)
-    tolerance = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
-    expected = Problem(shape, dtype=torch.float32, weight_dtype=torch.float32, skew=skew).grouped("reference")
-    candidates: dict[str, Step] = {name: partial(problem.grouped, name) for name in backends if name != "indexed loop"}
-    if "indexed loop" in backends:
-        candidates["indexed loop"] = problem.indexed_loop
-    errors = {name: largest_error(step(), expected) for name, step in candidates.items()}
-    right = {name: step for name, step in candidates.items() if errors[name] <= tolerance}
-    times = measure({"dense": problem.dense(), **right}, repeats, problem.route)
-    lines = [f"{shape} {dtype}, weights {weight_dtype}, busiest expert {skew:g}x the mean, {torch.get_num_threads()} threads, medians of {repeats}"]
-    lines.append(f"{'forward + backward':20} {'ms':>9} {'of dense':>9} {'GFLOP/s':>9} {'error':>9}")
-    for name in ("dense", *candidates):
-        if name in times:
-            row = f"{times[name]:9.1f} {times[name] / times['dense']:8.2f}x {shape.flops() / times[name] / 1e6:9.0f}"
-            lines.append(f"{name:20} {row} {errors.get(name, 0.0):9.1e}")
-        else:
-            lines.append(f"{name:20} {'WRONG: no time is given for a result that does not agree with the reference':>40} {errors[name]:9.1e}")
-    return "\n".join(lines)

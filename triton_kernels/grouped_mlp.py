@@ -10,9 +10,18 @@ from torch import Tensor
 
 from triton_kernels.grouped_mlp_cpu import grouped_mlp_cpu
 from triton_kernels.grouped_mlp_grouped_mm import grouped_mlp_grouped_mm, why_not
+from triton_kernels.grouped_mlp_megablocks import grouped_mlp_megablocks, why_not_megablocks
 from triton_kernels.grouped_mlp_torch import grouped_mlp_reference
 
-BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton")
+BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton", "megablocks")
+
+# Triton's, which is imported late, is not among them.
+IMPLEMENTATIONS = {
+    "cpu": grouped_mlp_cpu,
+    "grouped_mm": grouped_mlp_grouped_mm,
+    "megablocks": grouped_mlp_megablocks,
+    "reference": grouped_mlp_reference,
+}
 
 
 class Choice(NamedTuple):
@@ -33,6 +42,8 @@ def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> C
         raise ValueError(f"backend = 'grouped_mm' cannot run: {obstacle}")
     if backend == "triton" and without_triton is not None:
         raise ValueError(f"backend = 'triton' cannot run: {without_triton}")
+    if backend == "megablocks" and (lacking := why_not_megablocks(x_TD)) is not None:
+        raise ValueError(f"backend = 'megablocks' cannot run: {lacking}")
     if backend != "auto":
         return Choice(backend, "asked for")
     if on_cpu:
@@ -83,8 +94,7 @@ def grouped_mlp(
         from triton_kernels.grouped_mlp_triton import grouped_mlp_triton
 
         return grouped_mlp_triton(*tensors)
-    implementation = {"cpu": grouped_mlp_cpu, "grouped_mm": grouped_mlp_grouped_mm, "reference": grouped_mlp_reference}[chosen]
-    return implementation(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
+    return IMPLEMENTATIONS[chosen](x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
 
 
 def _check(

@@ -1,5 +1,6 @@
 """`python -m moe bench` runs, and gives no time for a result that is wrong."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -7,19 +8,32 @@ from pathlib import Path
 import torch
 
 import moe.bench
-from moe.bench import Problem, Shape, bench
+from moe.bench import Problem, Shape
+from moe.bench_table import line, table
+from moe.freed_memory import keep_freed_memory
 
 SMALL = Shape(tokens=32, d_model=16, n_experts=4, d_expert=8, k=2)
+WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 
 
-def test_the_command_prints_a_row_per_way():
-    root = Path(__file__).resolve().parents[2]
-    options = ["--tokens", "32", "--d-model", "16", "--n-experts", "4", "--d-expert", "8", "--k", "2", "--repeats", "1", "--skew", "1.5"]
-    printed = subprocess.run([sys.executable, "-m", "moe", "bench", *options], cwd=root, capture_output=True, text=True, check=True).stdout
-    for name in ("dense", "cpu", "reference", "grouped_mm", "indexed loop"):
-        assert sum(line.startswith(f"{name} ") for line in printed.splitlines()) == 2, printed
+def test_the_command_prints_and_writes_the_whole_table(tmp_path):
+    root, file = Path(__file__).resolve().parents[2], tmp_path / "table.csv"
+    options = ["--tokens", "32", "--d-model", "16", "--n-experts", "8", "--d-expert", "8", "--k", "4", "--repeats", "1", "--load", "1", "1.5"]
+    command = [sys.executable, "-m", "moe", "bench", "--threads", "1", "--csv", str(file), *options]
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     assert "backend chosen by auto: cpu (tensors are on the CPU)" in printed
     assert "WRONG" not in printed
+    with file.open() as stream:
+        rows = list(csv.DictReader(stream))
+    fewer = ["k = 4", "k = 2", "k = 1", "top-p, mean 2"]
+    expected = [("experts", load, way) for load in ("1.0", "1.5") for way in ("dense", *WAYS)]
+    expected += [(part, "1.0", way) for part in ("experts, fewer", "layer, fewer") for way in fewer]
+    for dtype in ("float32", "bfloat16"):
+        assert [(row["part"], row["load"], row["way"]) for row in rows if row["dtype"] == dtype] == expected
+    means = {row["way"]: float(row["mean_experts"]) for row in rows}
+    assert [means[way] for way in fewer] == [4.0, 2.0, 1.0, 2.0], "the varying number holds its budget exactly"
+    assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ and row["threads"] == "1" and row["commit"] for row in rows)
+    assert all(bool(row["of_full_k"]) == ("fewer" in row["part"]) for row in rows)
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch):
@@ -29,10 +43,19 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
 
     original = moe.bench.grouped_mlp
     monkeypatch.setattr(moe.bench, "grouped_mlp", wrong)
-    table = bench(SMALL, dtype="float32", weight_dtype="float32", skew=1.0, backends=["cpu", "reference"], repeats=1)
-    (row,) = [line for line in table.splitlines() if line.startswith("cpu ")]
-    assert "WRONG" in row
-    assert "x" not in row.split("WRONG")[0]
+    rows = list(table(SMALL, dtypes=["float32"], weight_dtype="float32", loads=[1.0], ways=["cpu", "reference"], repeats=1))
+    by_way = {row.way: row for row in rows if row.part == "experts"}
+    assert by_way["cpu"].ms is None
+    assert "WRONG" in line(by_way["cpu"])
+    assert by_way["reference"].ms is not None
+
+
+def test_freed_memory_is_kept_where_the_c_library_can():
+    code = "from moe.freed_memory import keep_freed_memory; import torch; keep_freed_memory(); a = torch.ones(2**22).data_ptr(); "
+    code += "b = torch.ones(2**22).data_ptr(); print(a == b)"
+    root = Path(__file__).resolve().parents[2]
+    assert keep_freed_memory() == (sys.platform == "linux")
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "True"
 
 
 def test_skew_is_the_load_of_the_busiest_expert():

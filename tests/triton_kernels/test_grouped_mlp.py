@@ -227,7 +227,7 @@ def test_only_asked_gradients_and_saved_tensors():
         ({"weight_N": torch.ones(3)}, r"weight has shape \(3,\), expected \(4,\)"),
         ({"w_down_EFD": torch.zeros(3, 5, 6)}, "w_gate_up has shape"),
         ({"x_TD": torch.zeros(2, 1, 6)}, r"must be \[T, D\]"),
-        ({"backend": "magic"}, "backend = 'magic' is not one of auto, reference, cpu, grouped_mm"),
+        ({"backend": "magic"}, "backend = 'magic' is not one of auto, reference, cpu, grouped_mm, triton, megablocks"),
     ],
     ids=lambda value: str(value)[:40],
 )

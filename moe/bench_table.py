@@ -1,0 +1,186 @@
+"""The table of `python -m moe bench`: every way to compute the experts, fewer experts per token, and the whole layer.
+
+Legend: T tokens, D model width, E experts, K experts per token.
+"""
+
+import csv
+import dataclasses
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe.bench import Problem, Shape, Step, largest_error, measure
+from moe.config import MoEConfig
+from moe.layer import MoE
+from routing.assignments import Assignments
+from routing.router import RouterConfig
+from routing.top_k import TopK
+from routing.top_p import TopP
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+FEWER = (1.0, 0.5, 0.25)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line: forward and backward.
+
+    part          "experts": gather, products, SwiGLU and combine. "layer": the router and its losses too
+    load          rows of the busiest expert over the mean
+    mean_experts  per token
+    ms            median; None where the result does not agree with the reference in `error` (largest relative error over output and gradients)
+    of_dense      over the time of dense products of the same FLOPs (at the full k, for a layer with fewer experts too)
+    of_full_k     over the time of the same way at the full k
+    """
+
+    part: str
+    dtype: str
+    load: float
+    way: str
+    mean_experts: float
+    ms: float | None
+    of_dense: float | None = None
+    of_full_k: float | None = None
+    gflops_per_s: float | None = None
+    error: float | None = None
+
+
+def timed(
+    problem: Problem, part: str, steps: dict[str, Step], errors: dict[str, float], means: dict[str, float], *, repeats: int, load: float,
+    before_turn: Callable[[int], None] = lambda _: None, full: str | None = None,
+) -> list[Row]:  # fmt: skip
+    """Rows of `steps`, timed in turns; a step whose error is too large gets none. full: the step that the others' times are compared with."""
+    tolerance, name = TOLERANCE[problem.dtype], str(problem.dtype).removeprefix("torch.")
+    right = {way: step for way, step in steps.items() if errors.get(way, 0.0) <= tolerance}
+    times = measure(right, repeats, before_turn)
+    rows = []
+    for way in steps:
+        ms = times.get(way)
+        row = Row(part=part, dtype=name, load=load, way=way, mean_experts=means[way], ms=ms, error=errors.get(way))
+        if ms is not None:
+            row = dataclasses.replace(
+                row,
+                of_dense=ms / times["dense"] if "dense" in times else None,
+                of_full_k=ms / times[full] if full in times else None,
+                gflops_per_s=problem.shape.flops(means[way]) / ms / 1e6,
+            )
+        rows.append(row)
+    return rows
+
+
+def ways_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, load: float, ways: Sequence[str], repeats: int) -> list[Row]:
+    """Every way on the same problem, beside dense products."""
+    problem = Problem(shape, dtype=dtype, weight_dtype=weight_dtype, skew=load)
+    expected = Problem(shape, dtype=torch.float32, weight_dtype=torch.float32, skew=load).grouped("reference")
+    own = {"huggingface": problem.huggingface, "indexed loop": problem.indexed_loop}
+    steps: dict[str, Step] = {way: own.get(way) or partial(problem.grouped, way) for way in ways}
+    errors = {way: largest_error(step(), expected) for way, step in steps.items()}
+    steps = {"dense": problem.dense(), **steps}
+    means = dict.fromkeys(steps, float(shape.k))
+    return timed(problem, "experts", steps, errors, means, repeats=repeats, load=load, before_turn=problem.route)
+
+
+def fewer_experts_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, repeats: int) -> list[Row]:
+    """The experts alone and the whole layer at k, k/2 and k/4, and with a number that varies from token to token around k/2 (top-p)."""
+    policies: dict[str, TopK | TopP] = {f"k = {k}": TopK(k=k) for k in (max(round(shape.k * share), 1) for share in FEWER)}
+    half = max(shape.k / 2, 1.0)
+    policies[f"top-p, mean {half:g}"] = TopP(target_mean=half, floor=1, cap=min(2 * shape.k, shape.n_experts))
+    problem = Problem(shape, dtype=dtype, weight_dtype=weight_dtype, skew=1.0)
+    layers = {way: layer_of(problem, policy, half) for way, policy in policies.items()}
+    exact = Problem(shape, dtype=torch.float32, weight_dtype=torch.float32, skew=1.0)
+    assignments = {way: layer(problem.x_TD.detach())[1].assignments for way, layer in layers.items()}
+    means = {way: rows.token_N.shape[0] / shape.tokens for way, rows in assignments.items()}
+
+    def experts(rows: Assignments, backend: str, of: Problem) -> list[Tensor]:
+        of.use(rows)
+        return of.grouped(backend)
+
+    steps = {way: partial(experts, rows, "auto", problem) for way, rows in assignments.items()}
+    errors = {way: largest_error(steps[way](), experts(rows, "reference", exact)) for way, rows in assignments.items()}
+    full = f"k = {shape.k}"
+    parts = timed(problem, "experts, fewer", steps, errors, means, repeats=repeats, load=1.0, full=full)
+    layer_steps = {way: partial(layer_step, layer, problem) for way, layer in layers.items()}
+    return parts + timed(problem, "layer, fewer", layer_steps, errors, means, repeats=repeats, load=1.0, full=full)
+
+
+def layer_of(problem: Problem, policy: TopK | TopP, target_mean: float) -> MoE:
+    """A layer on the problem's own weights; a policy with a budget is calibrated on its inputs."""
+    shape = problem.shape
+    config = MoEConfig(n_experts=shape.n_experts, d_expert=shape.d_expert, router=RouterConfig(policy=policy))
+    layer = MoE(config, d_model=shape.d_model, layer_index=0)
+    layer.experts.w_gate_up_EDF2 = torch.nn.Parameter(problem.w_gate_up_EDF2.detach())
+    layer.experts.w_down_EFD = torch.nn.Parameter(problem.w_down_EFD.detach())
+    if layer.router.policy.budget is not None:
+        layer.router.calibrate(target_mean)
+        layer.eval()
+    return layer
+
+
+def layer_step(layer: MoE, problem: Problem) -> list[Tensor]:
+    y_TD, routing = layer(problem.x_TD)
+    loss = sum(routing.losses.values(), (y_TD * problem.dy_TD).sum())
+    return list(torch.autograd.grad(loss, [problem.x_TD, *layer.parameters()]))
+
+
+def table(shape: Shape, *, dtypes: Sequence[str], weight_dtype: str, loads: Sequence[float], ways: Sequence[str], repeats: int) -> Iterator[Row]:
+    for dtype in dtypes:
+        # Weights in fp32 are the masters of training; activations in fp32 have no others.
+        pair = getattr(torch, dtype), getattr(torch, weight_dtype if dtype == "bfloat16" else "float32")
+        for load in loads:
+            yield from ways_rows(shape, *pair, load, ways, repeats)
+        yield from fewer_experts_rows(shape, *pair, repeats)
+
+
+HEADER = f"{'part':15} {'dtype':9} {'load':>5}  {'way':14} {'experts':>7} {'ms':>9} {'of dense':>9} {'of full k':>9} {'GFLOP/s':>9} {'error':>9}"
+
+
+def line(row: Row) -> str:
+    start = f"{row.part:15} {row.dtype:9} {row.load:4.1f}x  {row.way:14} {row.mean_experts:7.2f} "
+    if row.ms is None:
+        return f"{start} WRONG: no time for a result that does not agree with the reference {row.error:9.1e}"
+    ratios = "".join(f"{'' if ratio is None else f'{ratio:.2f}x':>10}" for ratio in (row.of_dense, row.of_full_k))
+    return f"{start}{row.ms:9.1f}{ratios} {row.gflops_per_s:9.0f} {'' if row.error is None else f'{row.error:.1e}':>9}"
+
+
+def environment(kept_memory: bool, weight_dtype: str, repeats: int) -> dict[str, str | int | bool]:
+    """What the times depend on beside the code: columns of the csv."""
+    return {
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "freed_memory_kept": kept_memory,
+        "weight_dtype_under_bf16": weight_dtype,
+        "repeats": repeats,
+        "commit": commit(),
+    }
+
+
+def cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    names = [part.split(":", 1)[1].strip() for part in file.read_text().splitlines() if part.startswith("model name")] if file.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Of the checkout, with a plus sign if it holds edits; "unknown" outside one."""
+    root = Path(__file__).parent
+    try:
+        name, edits = (
+            subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name + ("+" if edits else "")
+
+
+def write_csv(path: Path, rows: Sequence[Row], columns: dict[str, str | int | bool]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(field.name for field in dataclasses.fields(Row)), *columns])
+        writer.writeheader()
+        writer.writerows({**dataclasses.asdict(row), **columns} for row in rows)
