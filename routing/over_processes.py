@@ -34,9 +34,9 @@ def count_over_processes(routers: Sequence[Router], group: dist.ProcessGroup) ->
     if not budgeted:
         return
     levels = [torch.cat([counts.new_empty(0), *(level_TK.flatten() for level_TK in budget.step_levels)]) for _, budget in budgeted]
-    targets_L = torch.tensor([budget.target_mean for _, budget in budgeted], dtype=torch.float64, device=counts.device)
+    aims_L = torch.stack([budget.aim for _, budget in budgeted]).double()
     tokens_L = torch.stack([router.step_tokens for router, _ in budgeted])
-    exact_L = kth_smallest_over_processes(levels, (targets_L * tokens_L).round().to(torch.int64), group)
+    exact_L = kth_smallest_over_processes(levels, (aims_L * tokens_L).round().to(torch.int64), group)
     for (_, budget), exact in zip(budgeted, exact_L):
         budget.step_exact = exact
 

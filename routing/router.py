@@ -193,11 +193,12 @@ class Router(nn.Module):
             self.selection_bias_E.copy_(updated_selection_bias(self.selection_bias_E, self.step_rows_E, step=self.config.selection_bias_step))
         self.load_E.copy_(torch.where(self.step_rows_E.sum() > 0, self.step_rows_E, self.load_E))
         # NaN without tokens, which every comparison a policy makes answers with False.
-        self.policy.after_step(self.step_rows_E.sum() / self.step_tokens)
+        mean_experts = self.step_rows_E.sum() / self.step_tokens
+        self.policy.after_step(mean_experts)
+        if self.policy.budget is not None:
+            self.policy.budget.after_step(mean_experts)
         self.step_rows_E.zero_()
         self.step_tokens.zero_()
-        if self.policy.budget is not None:
-            self.policy.budget.after_step()
 
     def _refuse_non_finite(self, logits: Tensor) -> None:
         finite = torch.isfinite(logits).all()

@@ -107,6 +107,8 @@ class Execution:
         trunk, trunk_record = self.trunk()
         train, valid = self.activations()
         model = fork(trunk, branch)
+        # A branch starts at its budget, not at the threshold its policy was born with.
+        calibrated = calibrate_to_targets(model, self.calibration(branch.boundary), boundary=branch.boundary)
         training = self._train(branch, model, train, folder)
         means = tuple(trunk_record.result["trained_mean_experts"][: branch.boundary]) + training.mean_experts
         ledger, tokens = Ledger(), branch.stage.n_batches * plan.tokens_per_batch
@@ -114,7 +116,7 @@ class Execution:
         flops = 3 * cost.flops(first=branch.boundary)
         if not self.config.cache:
             flops += cost.flops(last=branch.boundary, head=False)
-        ledger.add("branches", flops=flops * tokens, seconds=training.seconds)
+        ledger.add("branches", flops=flops * tokens + cost.flops(first=branch.boundary) * calibrated, seconds=training.seconds)
         return self._evaluate_and_finish(branch, folder, model, valid, training, means, ledger, summary)
 
     def folder_of(self, branch: Branch) -> Path:
