@@ -5,6 +5,7 @@ from attention.gated_delta_net import GatedDeltaNet
 from attention.kimi_delta import KimiDeltaAttention
 from attention.layer import AttentionLayer
 from attention.lightning import LightningAttention
+from attention.mixed import MixedAttention
 from attention.plan import LETTERS
 from attention.softmax import SoftmaxAttention
 
@@ -16,6 +17,7 @@ LAYERS = {
     "L": LightningAttention,
     "G": GatedDeltaNet,
     "K": KimiDeltaAttention,
+    "M": MixedAttention,
 }
 
 

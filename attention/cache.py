@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
-from attention.layer_states import Alias, GrowingKV, RecurrentState, RingKV
+from attention.layer_states import Alias, GrowingKV, MixedState, RecurrentState, RingKV
 from attention.plan import OWNER, LayerPlan
 
 # Recurrent states are fp32 whatever the model computes in: they sum over the whole text.
@@ -15,7 +15,8 @@ STATE_ELEMENT_SIZE = 4
 
 
 class HybridCache:
-    """One state per layer: growing K/V (F), ring buffer (S), alias (R, r), fixed state (L), fixed state and convolution tail (G, K).
+    """One state per layer: growing K/V (F), ring buffer (S), alias (R, r), fixed state (L), fixed state and convolution tail (G, K),
+    K/V and fixed state (M).
 
     Everything is allocated at once for `max_length` tokens, so `nbytes()` is what `cache_bytes` says for that length and does not change while
     decoding. A forward with a cache is for inference: what the cache holds carries no gradients.
@@ -49,7 +50,7 @@ class HybridCache:
         self.max_length = max_length
         device = torch.device(device)
         heads = (config.n_kv_heads, config.head_dim)
-        self.layers: list[GrowingKV | RingKV | RecurrentState | Alias] = []
+        self.layers: list[GrowingKV | RingKV | RecurrentState | MixedState | Alias] = []
         for letter, source in zip(plan.letters, plan.source):
             if letter in OWNER:
                 owner = self.layers[source]
@@ -59,6 +60,8 @@ class HybridCache:
                 self.layers.append(GrowingKV(batch_size, max_length, heads, dtype, device))
             elif letter == "S":
                 self.layers.append(RingKV(batch_size, max_length, config.window, heads, dtype, device))
+            elif letter == "M":
+                self.layers.append(_mixed_state(config, batch_size, max_length, dtype, device))
             else:
                 conv = (config.conv_channels, config.conv_width) if letter in "GK" else None
                 self.layers.append(RecurrentState(batch_size, max_length, config.linear_shape, conv, dtype, device))
@@ -109,6 +112,7 @@ def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_siz
 
     Per sequence, with G key/value heads of width K and s bytes per element: 2 G K s length for F, 2 G K s min(length, window) for S, 0 for R and r
     (the owner pays), and whatever the length 4 H K V for L, the same and X (W - 1) s for the convolution tail for G and K.
+    M is F or S and L, each with its share of the heads.
 
     Args:
         element_size: the s above, bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
@@ -132,4 +136,18 @@ def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_siz
         "G": recurrent + conv_tail,
         "K": recurrent + conv_tail,
     }
+    if "M" in plan.letters:
+        _, G, J = config.mixed_heads
+        kept = min(length, config.mixed_window or length)
+        per_sequence["M"] = 2 * G * config.head_dim * element_size * kept + STATE_ELEMENT_SIZE * J * K * V
     return [batch_size * per_sequence[letter] for letter in plan.letters]
+
+
+def _mixed_state(config: AttentionConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> MixedState:
+    (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
+    heads = (G, config.head_dim)
+    if config.mixed_window is None:
+        kv = GrowingKV(batch_size, max_length, heads, dtype, device)
+    else:
+        kv = RingKV(batch_size, max_length, config.mixed_window, heads, dtype, device)
+    return MixedState(kv, RecurrentState(batch_size, max_length, (J, K, V), None, dtype, device))

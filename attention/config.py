@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Heads, widths and options of the softmax layers (F, S, R, r) and the linear layers (L, G, K).
+    """Heads, widths and options of the softmax layers (F, S, R, r), the linear layers (L, G, K) and the mixed ones (M).
 
     Attributes:
         n_heads: query heads of a softmax layer.
@@ -20,6 +20,8 @@ class AttentionConfig:
         linear_heads: heads of a linear layer; n_heads by default.
         linear_key_dim: key width of a linear layer's head; head_dim by default.
         linear_value_dim: value width of a linear layer's head; head_dim by default.
+        mixed_linear_heads: how many of a mixed layer's n_heads are linear; half of them by default. Its softmax heads keep their share of n_kv_heads.
+        mixed_window: how many tokens a mixed layer's softmax heads see, the current one included; None for all.
         conv_width: taps of the short convolution before a G or K layer's delta rule, 2 to 4.
         chunk_size: tokens per chunk of the linear layers' chunked form, a power of two; changes speed, not results.
         norm_eps: added to the mean square in every RMSNorm.
@@ -40,13 +42,16 @@ class AttentionConfig:
     linear_heads: int | None = None
     linear_key_dim: int | None = None
     linear_value_dim: int | None = None
+    mixed_linear_heads: int | None = None
+    mixed_window: int | None = None
     conv_width: int = 4
     chunk_size: int = 64
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         at_least_one = ["n_heads", "n_kv_heads", "head_dim", "window", "chunk_size"]
-        at_least_one += [name for name in ("linear_heads", "linear_key_dim", "linear_value_dim") if getattr(self, name) is not None]
+        optional = ["linear_heads", "linear_key_dim", "linear_value_dim", "mixed_linear_heads", "mixed_window"]
+        at_least_one += [name for name in optional if getattr(self, name) is not None]
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: at least 1")
@@ -76,6 +81,25 @@ class AttentionConfig:
     def linear_shape(self) -> tuple[int, int, int]:
         """Heads, key width and value width of a linear layer."""
         return self.linear_heads or self.n_heads, self.linear_key_dim or self.head_dim, self.linear_value_dim or self.head_dim
+
+    @property
+    def mixed_heads(self) -> tuple[int, int, int]:
+        """Softmax heads, key/value heads and linear heads of a mixed layer.
+
+        Raises:
+            ValueError: where that leaves a kind without a head, or softmax heads that its key/value heads do not divide.
+        """
+        linear = self.n_heads // 2 if self.mixed_linear_heads is None else self.mixed_linear_heads
+        softmax = self.n_heads - linear
+        if not 1 <= linear < self.n_heads:
+            raise ValueError(f"AttentionConfig.mixed_linear_heads: {linear} of n_heads={self.n_heads}; legal: at least one head of either kind")
+        kv = max(1, softmax * self.n_kv_heads // self.n_heads)
+        if softmax % kv != 0:
+            raise ValueError(
+                f"AttentionConfig.mixed_linear_heads: {linear} leaves {softmax} softmax heads for {kv} of n_kv_heads={self.n_kv_heads}; "
+                "legal: softmax heads that they divide"
+            )
+        return softmax, kv, linear
 
     @property
     def conv_channels(self) -> int:

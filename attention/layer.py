@@ -6,7 +6,7 @@ Legend: B batch, T tokens, D model width.
 import torch
 from torch import Tensor, nn
 
-from attention.layer_states import KV, Alias, LayerState
+from attention.layer_states import KV, Alias, LayerState, MixedState
 from attention.norm import RMSNorm
 from attention.plan import LETTERS
 from attention.projection import Projection
@@ -26,7 +26,7 @@ class AttentionLayer(nn.Module):
             another kind of layer, and for missing or misplaced `shared`; names the layer.
     """
 
-    state_type: type[LayerState] | type[Alias]
+    state_type: type[LayerState] | type[MixedState] | type[Alias]
 
     def __init__(self, letter: str, *, d_model: int, layer_index: int, n_layers: int) -> None:
         super().__init__()

@@ -179,6 +179,44 @@ class RecurrentState(LayerState):
         return "a linear-attention state is a sum over all tokens seen and cannot forget some of them; start again from 0, or keep a copy"
 
 
+class MixedState:
+    """Keys and values of the softmax heads (growing or a ring) beside the matrices of the linear heads (M); both take every token."""
+
+    def __init__(self, kv: GrowingKV | RingKV, recurrent: RecurrentState) -> None:
+        self.kv = kv
+        self.recurrent = recurrent
+
+    @property
+    def length(self) -> int:
+        return self.kv.length
+
+    @property
+    def max_length(self) -> int:
+        return self.kv.max_length
+
+    @property
+    def batch_size(self) -> int:
+        return self.kv.batch_size
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.kv.tensors | self.recurrent.tensors
+
+    def nbytes(self) -> int:
+        return self.kv.nbytes() + self.recurrent.nbytes()
+
+    def reorder(self, index_B: Tensor) -> None:
+        self.kv.reorder(index_B)
+        self.recurrent.reorder(index_B)
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        return self.recurrent.refusal_to_crop(length)
+
+    def crop(self, length: int) -> None:
+        self.kv.crop(length)
+        self.recurrent.crop(length)
+
+
 class Alias:
     """The entry of a layer that reuses another's keys and values (R, r): holds nothing and follows its owner, which `reorder` and `crop` act on."""
 

@@ -11,6 +11,7 @@ LETTERS = {
     "L": "lightning attention (linear, fixed decay)",
     "G": "gated DeltaNet (linear, delta rule, decay per head)",
     "K": "Kimi delta attention (linear, delta rule, decay per key channel)",
+    "M": "mixed: softmax heads (full or sliding) and lightning heads side by side",
 }
 # Letters that own no keys and values, and whose they read.
 OWNER = {"R": "F", "r": "S"}

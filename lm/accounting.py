@@ -102,20 +102,25 @@ def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
         ValueError: for a layer letter without a formula.
     """
     attention, letter = config.attention, config.plan.letters[layer]
-    if letter in "FRSr":
-        window = length if letter in "FR" else min(attention.window, length)
-        # The first `window` tokens see 1, 2, ... keys, the others `window` of them.
-        mean_keys = (window * (window + 1) / 2 + (length - window) * window) / length
-        return attention.n_heads * mean_keys * 4 * attention.head_dim
     heads, key, value = attention.linear_shape
+    softmax_heads, reach = attention.n_heads, attention.window if letter in "Sr" else None
+    if letter == "M":
+        softmax_heads, _, heads = attention.mixed_heads
+        reach = attention.mixed_window
+    window = min(reach or length, length)
+    # The first `window` tokens see 1, 2, ... keys, the others `window` of them.
+    mean_keys = (window * (window + 1) / 2 + (length - window) * window) / length
+    softmax_flops = softmax_heads * mean_keys * 4 * attention.head_dim
+    if letter in "FRSr":
+        return softmax_flops
     chunk = min(attention.chunk_size, length)
     state = 4 * key * value
-    if letter == "L":
-        return heads * (state + 2 * chunk * (key + value))
+    if letter in "LM":
+        return heads * (state + 2 * chunk * (key + value)) + (softmax_flops if letter == "M" else 0)
     if letter in "GK":
         # Inside a chunk: k k^T, q k^T and W = T K (K wide), U = T V and P N (V wide), the triangular inverse; on the state: W S, Q S, K^T N.
         return heads * (state + 2 * key * value + 2 * chunk * (3 * key + 2 * value) + 2 * chunk**2 / 3)
-    raise ValueError(f"layer {layer}: no FLOP formula for letter {letter!r}; {nearest(letter, 'FSRrLGK')}")
+    raise ValueError(f"layer {layer}: no FLOP formula for letter {letter!r}; {nearest(letter, 'FSRrLGKM')}")
 
 
 def kv_bytes(config: ModelConfig, length: int) -> int:

@@ -54,7 +54,7 @@ def delta_decode(
         Sources: arXiv 2412.06464 (gated DeltaNet), 2510.26692 (KDA).
     """
     op = "delta_decode"
-    B, H, K, V = _check_state(op, qkv_BX, state_BHKV)
+    B, H, K, V = check_linear_projection(op, qkv_BX, state_BHKV)
     X = H * (2 * K + V)
     check_shape(op, "gate_BHV", gate_BHV, {"B": B, "H": H, "V": V})
     channels = H if a.dim() == 2 and a.shape[1] == H else H * K
@@ -71,7 +71,7 @@ def delta_decode(
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
     if check_backend(backend, qkv_BX) == "triton":
-        _check_kernels_take(op, qkv_BX, state_BHKV, tail_BXW)
+        check_in_place(op, qkv_BX, state_BHKV, tail_BXW)
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
         from triton_kernels.linear_decode_triton import delta_decode_op
 
@@ -79,7 +79,7 @@ def delta_decode(
             qkv_BX, gate_BHV, a, b_BH, conv_XW, A_log_H, dt_bias, norm_V, state_BHKV, tail_BXW, eps, activation == "silu", channels != H
         )
     qkv_B1X, tail = causal_conv1d(qkv_BX[:, None], conv_XW.to(qkv_BX.dtype), initial_tail=tail_BXW, backend="torch")
-    q_BHK, k_BHK, v_BHV = split_heads(qkv_B1X[:, 0], state_BHKV)
+    q_BHK, k_BHK, v_BHV = split_heads(qkv_B1X[:, 0], (H, K, V))
     log_decay = decay_gate(a, A_log_H, dt_bias)
     beta_BH = b_BH.to(log_decay.dtype).sigmoid()
     o_BHV, state = delta_step(q_BHK, k_BHK, v_BHV, log_decay, beta_BH, state_BHKV, scale=None, normalize_qk=True)
@@ -95,15 +95,15 @@ def lightning_decode(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: Tensor,
     Raises ValueError for shapes and dtypes that do not fit. Source: arXiv 2401.04658.
     """
     op = "lightning_decode"
-    H = _check_state(op, qkv_BX, state_BHKV)[1]
+    _, H, K, V = check_linear_projection(op, qkv_BX, state_BHKV)
     check_shape(op, "log_decay_H", log_decay_H, {"H": H})
     check_dtype(op, {"qkv_BX": qkv_BX})
     if check_backend(backend, qkv_BX) == "triton":
-        _check_kernels_take(op, qkv_BX, state_BHKV)
+        check_in_place(op, qkv_BX, state_BHKV)
         from triton_kernels.linear_decode_triton import lightning_decode_op
 
         return lightning_decode_op(qkv_BX, log_decay_H, state_BHKV)
-    o_BHV, state = decayed_linear_attention_step(*split_heads(F.silu(qkv_BX), state_BHKV), log_decay_H, state_BHKV)
+    o_BHV, state = decayed_linear_attention_step(*split_heads(F.silu(qkv_BX), (H, K, V)), log_decay_H, state_BHKV)
     state_BHKV.copy_(state.detach())
     return o_BHV
 
@@ -113,14 +113,15 @@ def decay_gate(a: Tensor, A_log_H: Tensor, dt_bias: Tensor) -> Tensor:
     return -A_log_H.exp()[:, None] * F.softplus(a + dt_bias).unflatten(-1, (len(A_log_H), -1))
 
 
-def split_heads(qkv_BX: Tensor, state_BHKV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k [B, H, K] and v [B, H, V] as views of channels that lie side by side."""
-    _, H, K, V = state_BHKV.shape
+def split_heads(qkv_BX: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [..., H, K] and v [..., H, V] as views of channels that lie side by side; shape is (H, K, V)."""
+    H, K, V = shape
     q, k, v = qkv_BX.split([H * K, H * K, H * V], dim=-1)
     return q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (H, V))
 
 
-def _check_state(op: str, qkv_BX: Tensor, state_BHKV: Tensor) -> tuple[int, int, int, int]:
+def check_linear_projection(op: str, qkv_BX: Tensor, state_BHKV: Tensor) -> tuple[int, int, int, int]:
+    """(B, H, K, V) of a state and the channels that belong to it."""
     check_shape(op, "state_BHKV", state_BHKV, {"B": None, "H": None, "K": None, "V": None})
     B, H, K, V = state_BHKV.shape
     check_shape(op, "qkv_BX", qkv_BX, {"B": B, "X": H * (2 * K + V)})
@@ -129,7 +130,8 @@ def _check_state(op: str, qkv_BX: Tensor, state_BHKV: Tensor) -> tuple[int, int,
     return B, H, K, V
 
 
-def _check_kernels_take(op: str, qkv_BX: Tensor, *updated: Tensor) -> None:
+def check_in_place(op: str, qkv_BX: Tensor, *updated: Tensor) -> None:
+    """What the kernels cannot take: the state, first of `updated`, and whatever else they write where it lies."""
     width = max(updated[0].shape[2:])
     if qkv_BX.dtype == torch.float64 or updated[0].dtype == torch.float64 or width > MAX_WIDTH:
         raise ValueError(f"{op}: {qkv_BX.dtype} heads of width {width}; the Triton kernels take up to {MAX_WIDTH}, and no float64")

@@ -53,11 +53,16 @@ def _lightning_cost(element_size: int, *, B: int, H: int, K: int, V: int) -> tup
     return Cost(flops=5 * B * H * K * V, bytes=8 * B * H * K * V + element_size * 2 * B * H * (K + V) + 4 * H), None
 
 
-def _operation(name: str, call: Any, draw: Any, least: Any, **more: int) -> Operation:
+def _with_memory(decode: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
+    """The output, and what was updated in place: gpu-check compares all of them."""
+    return decode(**inputs), *(inputs[name] for name in ("state_BHKV", "tail_BXW") if name in inputs)
+
+
+def _operation(name: str, decode: Any, draw: Any, least: Any, **more: int) -> Operation:
     shape: Shape = {"B": 8, "H": 16, "K": 128, "V": 128, **more}
     return Operation(
         name=f"linear_decode/{name}",
-        call=call,
+        call=partial(_with_memory, decode),
         inputs=draw,
         cost=least,
         inspect_shape=shape,
@@ -70,8 +75,8 @@ def _operation(name: str, call: Any, draw: Any, least: Any, **more: int) -> Oper
 
 
 def _delta(name: str, activation: str, per_channel: bool) -> Operation:
-    call = partial(delta_decode, eps=1e-5, activation=activation)
-    return _operation(name, call, partial(_delta_inputs, per_channel=per_channel), partial(_delta_cost, per_channel=per_channel), W=4)
+    decode = partial(delta_decode, eps=1e-5, activation=activation)
+    return _operation(name, decode, partial(_delta_inputs, per_channel=per_channel), partial(_delta_cost, per_channel=per_channel), W=4)
 
 
 OPERATIONS = (

@@ -24,6 +24,7 @@ ASKED_FOR = {
     "shared_kv_hybrid",
     "lightning_hybrid",
     "gated_delta_hybrid",
+    "mixed_heads_hybrid",
 }
 
 
@@ -67,6 +68,7 @@ def test_plans_are_the_ones_named():
         "shared_kv_hybrid": "SSSFSSSR",
         "lightning_hybrid": "LLLFLLLF",
         "gated_delta_hybrid": "GGGFGGGF",
+        "mixed_heads_hybrid": "MMMMMMMM",
     }
 
 

@@ -53,7 +53,7 @@ def test_real_bytes_equal_the_formula_for_any_plan_and_length(pattern, max_lengt
     assert cache.nbytes() == sum(expected)
 
 
-@pytest.mark.parametrize("pattern", ["F", "S", "L", "G", "K", "SSSFSSSR", "SrGLKFR"])
+@pytest.mark.parametrize("pattern", ["F", "S", "L", "G", "K", "SSSFSSSR", "SrGLKFRM"])
 def test_bytes_do_not_move_while_decoding(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     cache = stack.cache(2, 12)

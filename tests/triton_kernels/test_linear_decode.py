@@ -40,7 +40,7 @@ def run(arguments, function=delta_decode, **options):
 def whole_text(x, activation, per_channel):
     """The layer over all T tokens by the ops that training uses."""
     qkv, tail = causal_conv1d(x["qkv_BX"], x["conv_XW"], initial_tail=x["tail_BXW"])
-    q, k, v = split_heads(qkv, x["state_BHKV"])
+    q, k, v = split_heads(qkv, x["state_BHKV"].shape[1:])
     log_decay = decay_gate(x["a"], x["A_log_H"], x["dt_bias"])
     options = {"normalize_qk": True, "initial_state_BHKV": x["state_BHKV"]}
     rule, log_decay = (kimi_delta_attention, log_decay) if per_channel else (gated_delta_rule, log_decay[..., 0])
@@ -71,7 +71,7 @@ def test_lightning_token_by_token_equals_the_whole_text(T, H, K, V):
     qkv_BTX = torch.randn(2, T, H * (2 * K + V), generator=generator, dtype=torch.float64)
     state = torch.randn(2, H, K, V, generator=generator, dtype=torch.float64)
     log_decay_H = -torch.rand(H, generator=generator, dtype=torch.float64)
-    expected, final = decayed_linear_attention(*split_heads(F.silu(qkv_BTX), state), log_decay_H, initial_state_BHKV=state)
+    expected, final = decayed_linear_attention(*split_heads(F.silu(qkv_BTX), (H, K, V)), log_decay_H, initial_state_BHKV=state)
     outputs = torch.stack([lightning_decode(qkv_BTX[:, t], log_decay_H, state_BHKV=state) for t in range(T)], 1)
     torch.testing.assert_close(outputs, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state, final, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,87 @@
+"""Mixed attention: softmax heads and linear heads side by side in one layer, each seeing the same input.
+
+The softmax heads (full, or in a sliding window) are those of an F or S layer, fewer; the linear heads are those of a lightning layer:
+
+    y = W_o [softmax heads * sigmoid(x W_g) (optional);  sigmoid(x W_g') * RMSNorm(linear heads)]
+
+The norm over the linear heads brings both kinds to one scale, which Hymba (arXiv 2411.13676), whose heads are of two kinds too, found necessary.
+
+Legend: B batch, T tokens, D model width, H softmax heads, G key/value heads, J linear heads, K key width, V value width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attention.config import AttentionConfig
+from attention.layer import AttentionLayer
+from attention.layer_states import KV, MixedState
+from attention.lightning import lightning_slopes
+from attention.norm import RMSNorm
+from attention.projection import Projection
+from triton_kernels.gated_rms_norm import gated_rms_norm
+from triton_kernels.linear_decode import split_heads
+from triton_kernels.mixed_attention import mixed_attention, mixed_decode
+from triton_kernels.rotary import rotary_tables, rotate
+
+
+class MixedAttention(AttentionLayer):
+    """M. Its memory is the keys and values of the softmax heads and one matrix per linear head."""
+
+    state_type = MixedState
+    log_decay_J: Tensor
+
+    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
+        super().__init__(letter, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
+        self.config = config
+        (H, G, J), (_, linear_K, linear_V), K = config.mixed_heads, config.linear_shape, config.head_dim
+        self.linear_shape = (J, linear_K, linear_V)
+        # Queries, output gate, keys and values of the softmax heads; then queries, keys and values, and the output gate, of the linear heads.
+        gate_width = H * K if config.output_gate else 0
+        self.widths = [H * K, gate_width, G * K, G * K, J * (2 * linear_K + linear_V), J * linear_V]
+        self.to_inner = Projection(d_model, sum(self.widths))
+        self.to_out = Projection(H * K + J * linear_V, d_model, gain=self.output_gain)
+        self.q_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.sink_H = nn.Parameter(torch.zeros(H)) if config.sink_logits else None
+        self.norm = RMSNorm(J * linear_V, eps=config.norm_eps)
+        self.register_buffer("log_decay_J", -lightning_slopes(J, layer_index, n_layers), persistent=False)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        super().init_weights(generator)
+        if self.sink_H is not None:
+            nn.init.zeros_(self.sink_H)
+
+    def forward(self, x_BTD: Tensor, *, start: int = 0, state: MixedState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+        self.check_call(x_BTD, start, state)
+        B, T, _ = x_BTD.shape
+        q, gate, k, v, linear_qkv, linear_gate = self.to_inner(x_BTD).split(self.widths, dim=-1)
+        q_BTHK, k_BTGK, v_BTGK = (y.view(B, T, -1, self.config.head_dim) for y in (q, k, v))
+        position_T = torch.arange(start, start + T, device=x_BTD.device)
+        rotary = rotary_tables(position_T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base)
+        q_BTHK, k_BTGK = rotate(self.q_norm(q_BTHK), rotary), rotate(self.k_norm(k_BTGK), rotary)
+        kv = KV(k_BTGK, v_BTGK) if state is None else state.kv.update(k_BTGK, v_BTGK)
+        if state is not None and T == 1:
+            lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
+            memory = {"state_BJKV": state.recurrent.state_BHKV, "sinks_H": self.sink_H}
+            o_BHK, linear_o_BJV = mixed_decode(q_BTHK[:, 0], *kv, lengths_B, linear_qkv[:, 0], self.log_decay_J, **memory)
+            o_BTHK, linear_o_BTJV = o_BHK[:, None], linear_o_BJV[:, None]
+            state.recurrent.length += 1
+        else:
+            o_BTHK, linear_o_BTJV, last_BJKV = mixed_attention(
+                q_BTHK,
+                *kv,
+                *split_heads(functional.silu(linear_qkv), self.linear_shape),
+                self.log_decay_J,
+                window=self.config.mixed_window,
+                sinks_H=self.sink_H,
+                initial_state_NJKV=None if state is None else state.recurrent.state_BHKV,
+                chunk_size=self.config.chunk_size,
+            )
+            if state is not None:
+                state.recurrent.update(T, last_BJKV)
+        o_BTX = o_BTHK.flatten(2)
+        if self.config.output_gate:
+            o_BTX = o_BTX * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().to(o_BTX.dtype)
+        linear_o_BTX = gated_rms_norm(linear_o_BTJV.flatten(2), linear_gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
+        return self.to_out(torch.cat([o_BTX, linear_o_BTX], dim=-1)), None
