@@ -53,7 +53,8 @@ def verdicts(operation: Operation, device: str) -> Iterator[Verdict]:
             number, others = 0, 1
             while others > 0:
                 with forced_option(number) as forced:
-                    yield verdict(operation, shape, dtype, f"option {number}", partial(reference.check, call))
+                    found = verdict(operation, shape, dtype, f"option {number}", partial(reference.check, call))
+                yield found
                 number, others = number + 1, forced.others
     aspects = {"torch.compile": compiled} | ({"CUDA graph": captured, "no synchronisation": unsynchronised} if device == "cuda" else {})
     dtype, shape = DTYPES[device][0], operation.check_shapes[-1]
@@ -161,7 +162,10 @@ def run_gpu_check(selected: list[Operation], folder: Path, *, device: str = "cud
             if time.monotonic() - start > limit_s:
                 print(f"{operation.name} {shape}: not timed, {limit_s:.0f} seconds are over")
                 continue
-            timings += time_operation(operation, shape, dtype, device, ceilings, peers=True, repeats=20)
+            try:
+                timings += time_operation(operation, shape, dtype, device, ceilings, peers=True, repeats=20)
+            except torch.OutOfMemoryError as error:
+                print(f"{operation.name} {shape}: not timed, {error}")
             write_rows(folder / "benchmark.csv", Timing, timings)
     try:
         plot_roofline(timings, folder / "roofline.svg")
