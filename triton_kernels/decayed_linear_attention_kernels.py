@@ -16,7 +16,7 @@ Letters: IN width of query and key, OUT width of value. Offsets to rows are int6
 import triton
 import triton.language as tl
 
-from triton_kernels.gates import chunk_log_decay, decay_within
+from triton_kernels.gates import decay_within, scalar_decays
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def scan_chunks(
         inside = rows < tl.minimum(n_rows - row0, CHUNK).to(tl.int32)
         key_tile = load_tile(key, row0, rows, key_stride, columns_in, inside, in_width, EXACT)
         value_tile = load_tile(value, row0, rows, value_stride, columns, inside, out_width, EXACT)
-        c, whole = chunk_log_decay(gate, row0, rows, gate_stride, inside, CHUNK, HAS_GATE)
+        c, whole = scalar_decays(gate + row0 * gate_stride if HAS_GATE else gate, rows, gate_stride, inside, CHUNK, HAS_GATE)
         total += whole
         from_start, to_end = tl.exp2(c), tl.exp2(whole - c)
         if OUTPUT:

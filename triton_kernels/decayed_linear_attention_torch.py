@@ -7,13 +7,13 @@ Letters: B batch, T tokens, H heads, K key width, V value width, C chunk length,
 """
 
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from triton_kernels.chunk_decay import ScalarDecay, decay_within
 from triton_kernels.chunk_rule import Rule, chunked_rule
+from triton_kernels.gated_delta_rule_torch import gated_delta_rule_recurrence
 
 
 def token_log_decay(log_decay: Tensor | None, q_BTHK: Tensor) -> Tensor:
@@ -55,12 +55,4 @@ def decayed_linear_attention_recurrence(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token in the dtype given (fp64 in tests): what every other form is checked against."""
-    offsets = [0, q_BTHK.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    outputs, finals = [torch.zeros_like(v_BTHV[:, :0])], []
-    for sequence, (first, last) in enumerate(pairwise(offsets)):
-        state = initial_SHKV if cu_seqlens is None else initial_SHKV[sequence : sequence + 1]
-        for t in range(first, last):
-            state = log_decay_BTH[:, t, :, None, None].exp() * state + k_BTHK[:, t, :, :, None] * v_BTHV[:, t, :, None, :]
-            outputs.append((scale * q_BTHK[:, t, :, None, :] @ state).transpose(1, 2))
-        finals.append(state)
-    return torch.cat(outputs, 1), torch.cat(finals)
+    return gated_delta_rule_recurrence(scale * q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, None, initial_SHKV, cu_seqlens)

@@ -12,19 +12,9 @@ import torch
 from triton_kernels.decayed_linear_attention_configurations import ANCHOR, LAUNCHES, MIN_PROGRAMS, MIN_SEGMENT
 from triton_kernels.decayed_linear_attention_gate_kernel import gate_gradient_kernel
 from triton_kernels.decayed_linear_attention_kernels import backward_kernel, forward_kernel
+from triton_kernels.delta_launch import addressable, block_of, cdiv, token_strides, warps_and_stages
 
 Tensor = torch.Tensor
-
-
-def token_strides(x: Tensor | None) -> tuple[int, int]:
-    """(stride of a token, stride of a head) of a tensor that went through `addressable`."""
-    return (0, 0) if x is None else (x.stride(1), x.stride(2))
-
-
-def addressable(x: Tensor) -> Tensor:
-    """A tensor [B, T, H, ...] whose batch rows follow one another and whose last axis is dense; copied only where it is not."""
-    dense_last = x.dim() == 3 or x.stride(3) == 1
-    return x if dense_last and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
 
 
 class Scan:
@@ -48,7 +38,7 @@ class Scan:
         programs = max(1, self.head_rows * self.slices)
         self.segments = max(1, min(cdiv(MIN_PROGRAMS, programs), self.batch * self.tokens // (self.n_sequences * MIN_SEGMENT)))
         self.common = {"CHUNK": self.chunk, "BLOCK": self.block, "PACKED": cu_seqlens is not None, "K": self.K, "V": self.V}
-        self.common |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", "num_warps": options.num_warps, "num_stages": options.num_stages}
+        self.common |= {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"} | warps_and_stages(options)
 
     def segment_buffers(self, q: Tensor, roles: int) -> tuple[Tensor, Tensor]:
         """Room for the state and the decay of every segment but the last, per role."""
@@ -166,15 +156,6 @@ def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor
 
 
 forward_op.register_autograd(backward, setup_context=setup_context)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def block_of(width: int) -> int:
-    """The power of two that holds a width; 16 is the least a product takes."""
-    return max(16, 1 << (width - 1).bit_length())
 
 
 def decayed_linear_attention_triton(

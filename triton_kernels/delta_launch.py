@@ -27,8 +27,12 @@ def check_triton_call(op: str, q_BTGK: Tensor, v_BTHV: Tensor, chunk_size: int) 
 
 
 def addressable(x: Tensor) -> Tensor:
-    """A tensor [B, T, H, D] whose batch rows follow one another and whose last axis is dense; copied only where it is not."""
-    return x if x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+    """A tensor [B, T, H] or [B, T, H, D] whose batch rows follow one another and whose axis D is dense; copied only where it is not."""
+    return x if (x.dim() == 3 or x.stride(3) == 1) and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
@@ -48,7 +52,7 @@ class DeltaCall:
         (self.B, self.T, self.H, self.V), (self.G, self.K) = v.shape, q.shape[2:]
         self.chunk = chunk_size
         self.S = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.n_chunks = -(-self.T // chunk_size)
+        self.n_chunks = cdiv(self.T, chunk_size)
         self.slots = self.B * self.n_chunks if cu_seqlens is None else self.T // chunk_size + self.S
         self.empty = v.numel() == 0
         self.width = max(self.K, self.V)
@@ -72,7 +76,7 @@ class DeltaCall:
         """Grid and options of a scan: the widest slices that still fill the device; if none does, the narrowest."""
         programs, options = 0, None
         for options in self.options(tables):
-            programs = self.S * self.H * roles * -(-self.V // options.blocks["BLOCK"])
+            programs = self.S * self.H * roles * cdiv(self.V, options.blocks["BLOCK"])
             if programs >= MIN_PROGRAMS:
                 break
         assert options is not None

@@ -40,33 +40,6 @@ def load_tile(base, rows, stride, columns, inside, WIDTH: tl.constexpr):
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=inside[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def scalar_decays(gate, rows, stride, inside, HAS_GATE: tl.constexpr):
-    """Cumulative log2-decay c of the chunk's rows, from its first one on, and its total."""
-    g = tl.where(inside, 0.0, 0.0)
-    if HAS_GATE:
-        g = tl.load(gate + rows * stride, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-    return tl.cumsum(g, 0), tl.sum(g, 0)
-
-
-@triton.jit
-def decay_to(c, rows, STRICT: tl.constexpr):
-    """[CHUNK, CHUNK] decay 2^(c_i - c_j) from key j to row i, 0 where j is after i (or i itself, if STRICT): masked before the exponential, so that
-    nothing overflows and no 0 * inf arises."""
-    seen = rows[:, None] > rows[None, :] if STRICT else rows[:, None] >= rows[None, :]
-    return tl.exp2(tl.where(seen, c[:, None] - c[None, :], float("-inf")))
-
-
-@triton.jit
-def decay_from(c, rows, STRICT: tl.constexpr):
-    """Its transpose: from key i to row j."""
-    seen = rows[:, None] < rows[None, :] if STRICT else rows[:, None] <= rows[None, :]
-    return tl.exp2(tl.where(seen, c[None, :] - c[:, None], float("-inf")))
-
-
 @triton.jit
 def inverse_length(x):
     """1 / length of each row, finite for rows of zeros."""

@@ -52,9 +52,9 @@ def gated_delta_rule(
     initial = initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV)
     if check_backend(backend, q_BTGK) == "triton":
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
-        from triton_kernels.gated_delta_rule_triton import gated_delta_rule_triton
+        from triton_kernels.delta_triton import delta_rule_triton
 
-        return gated_delta_rule_triton(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
+        return delta_rule_triton(OP, q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
     return gated_delta_rule_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
 
 

@@ -15,7 +15,8 @@ one value head: the sum over a group is left to the caller.
 import triton
 import triton.language as tl
 
-from triton_kernels.delta_tiles import decay_from, decay_to, inverse_length, load_tile, place_chunk, scalar_decays
+from triton_kernels.delta_tiles import inverse_length, load_tile, place_chunk
+from triton_kernels.gates import decay_from, decay_to, scalar_decays
 
 
 @triton.jit
@@ -29,9 +30,9 @@ def normalized_gradient(dy, x, length, along, NORMALIZE: tl.constexpr):
 @triton.jit
 def gradient_kernel(
     q, k, gate, beta, do, errors, dv, states, dstates, dq, dk, dgate, dbeta, cu_seqlens,
-    n_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, do_stride, do_head, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_GATE: tl.constexpr,
-    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    n_tokens: tl.int64, n_all_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, do_stride, do_head,
+    scale, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    HAS_GATE: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):
     slot = (tl.program_id(0) // n_heads).to(tl.int64)
     head = (tl.program_id(0) % n_heads).to(tl.int64)
@@ -51,7 +52,7 @@ def gradient_kernel(
         k_length = inverse_length(load_tile(k, rows, k_stride, k_columns, inside, K).to(tl.float32))
     token_head = (token0 + rows) * n_heads + head
     b = tl.load(beta + token_head, mask=inside, other=0.0).to(tl.float32)
-    c, c_last = scalar_decays(gate + token0 * n_heads + head if HAS_GATE else gate, rows, n_heads, inside, HAS_GATE)
+    c, c_last = scalar_decays(gate + token0 * n_heads + head if HAS_GATE else gate, rows, n_heads, inside, CHUNK, HAS_GATE)
     do_head_base = do + token0 * do_stride + head * do_head
     row_v = (token0 * n_heads + head) * V
     state_at = (head * n_slots + slot) * (K * V)

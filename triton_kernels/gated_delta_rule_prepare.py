@@ -10,7 +10,8 @@ read_q = scale e^c / |q|, read_k = e^c / |k|, write = b e^{c_C - c} / |k|; and w
 import triton
 import triton.language as tl
 
-from triton_kernels.delta_tiles import decay_to, inverse_length, invert_unit_lower, load_tile, place_chunk, scalar_decays
+from triton_kernels.delta_tiles import inverse_length, invert_unit_lower, load_tile, place_chunk
+from triton_kernels.gates import decay_to, scalar_decays
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def prepare_kernel(
     q_tile = load_tile(q + token0 * q_stride + head // GROUP * q_head, rows, q_stride, columns, inside, K)
     k_tile = load_tile(k + token0 * k_stride + head // GROUP * k_head, rows, k_stride, columns, inside, K)
     b = tl.load(beta + (token0 + rows) * n_heads + head, mask=inside, other=0.0).to(tl.float32)
-    c, c_last = scalar_decays(gate + token0 * n_heads + head if HAS_GATE else gate, rows, n_heads, inside, HAS_GATE)
+    c, c_last = scalar_decays(gate + token0 * n_heads + head if HAS_GATE else gate, rows, n_heads, inside, CHUNK, HAS_GATE)
     q_factor = tl.zeros([CHUNK], tl.float32) + scale
     k_factor = tl.zeros([CHUNK], tl.float32) + 1.0
     if NORMALIZE:

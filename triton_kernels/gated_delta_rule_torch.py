@@ -35,21 +35,29 @@ def gated_delta_rule_torch(
 
 
 def gated_delta_rule_recurrence(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay_BTH: Tensor, beta_BTH: Tensor, initial_SHKV: Tensor, cu_seqlens: Tensor | None = None
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_BTH: Tensor,
+    beta_BTH: Tensor | None,
+    initial_SHKV: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token in the dtype given (fp64 in tests), q scaled: what every other form is checked against.
 
-    `log_decay` is [B, T, H], or [B, T, H, K] for a decay per key channel (Kimi delta attention)."""
+    `log_decay` is [B, T, H], or [B, T, H, K] for a decay per key channel (Kimi delta attention). Without beta nothing is corrected: the value itself
+    is written (decayed linear attention)."""
     offsets = [0, q_BTHK.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     g = log_decay_BTH if log_decay_BTH.dim() == 4 else log_decay_BTH[..., None]
     outputs, finals = [torch.zeros_like(v_BTHV[:, :0])], []
     for sequence, (first, last) in enumerate(pairwise(offsets)):
         state = initial_SHKV if cu_seqlens is None else initial_SHKV[sequence : sequence + 1]
         for t in range(first, last):
-            k = k_BTHK[:, t, :, :, None]
+            k, written = k_BTHK[:, t, :, :, None], v_BTHV[:, t, :, None, :]
             state = g[:, t, :, :, None].exp() * state
-            error = v_BTHV[:, t, :, None, :] - (k * state).sum(-2, keepdim=True)
-            state = state + beta_BTH[:, t, :, None, None] * k * error
+            if beta_BTH is not None:
+                written = beta_BTH[:, t, :, None, None] * (written - (k * state).sum(-2, keepdim=True))
+            state = state + k * written
             outputs.append((q_BTHK[:, t, :, None, :] @ state).transpose(1, 2))
         finals.append(state)
     return torch.cat(outputs, 1), torch.cat(finals)

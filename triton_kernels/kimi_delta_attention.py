@@ -46,9 +46,9 @@ def kimi_delta_attention(
     initial = initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV)
     if check_backend(backend, q_BTGK) == "triton":
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
-        from triton_kernels.kimi_delta_attention_triton import kimi_delta_attention_triton
+        from triton_kernels.delta_triton import delta_rule_triton
 
-        return kimi_delta_attention_triton(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, initial, **options)
+        return delta_rule_triton(OP, q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, initial, **options)
     return kimi_delta_attention_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, initial, **options)
 
 

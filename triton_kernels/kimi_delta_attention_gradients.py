@@ -5,7 +5,7 @@ With Y = [dO; -dV], Z = Y E^T and the letters of `chunk_rule.py`, channel by cha
     dL_i = e^{c_i} Y_i S^T + sum_j Z_ij b_j k_j e^{c_i - c_j}      U_j = sum_i Z_ij L_i e^{c_i - c_j} + e^{c_C - c_j} E_j dS'^T
     dK = dL_k + b U      db = <K, U>      dc = q dL_q + k dL_k - b k U,  dc_C += rows of dS' S',  and dg sums dc from a row to the chunk's end
 
-The decayed sums go through the levels of `kimi_delta_attention_decay.py`. As for the scalar gate S' is not read, and Z^T is a product of its own.
+The decayed sums go through the levels of `gates.py`. As for the scalar gate S' is not read, and Z^T is a product of its own.
 Channels meet only in Z and in the row sums that normalisation and beta need. So a program of the first launch takes a chunk, a value head and a few
 channels, which keeps it within the registers, and the second launch does the row sums, the normalisation and the sum over a group of value heads.
 """
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from triton_kernels.delta_tiles import inverse_length, load_tile, place_chunk
 from triton_kernels.gated_delta_rule_gradients import normalized_gradient
-from triton_kernels.kimi_delta_attention_decay import channel_decays, level_decays, same_pair
+from triton_kernels.gates import channel_decays, level_decays, same_pair
 
 
 @triton.jit

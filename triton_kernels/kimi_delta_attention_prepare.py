@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from triton_kernels.delta_tiles import inverse_length, invert_unit_lower, load_tile, place_chunk
-from triton_kernels.kimi_delta_attention_decay import channel_decays, level_decays, same_pair
+from triton_kernels.gates import channel_decays, level_decays, same_pair
 
 
 @triton.jit

@@ -196,10 +196,8 @@ def test_kernels_repeat_bit_for_bit_and_pass_torchs_own_checks(rule):
     leaves = [x for x in tensors if x is not None]
     first, second = (torch.autograd.grad(run(rule, tensors, "triton", chunk_size=16)[0].square().sum(), leaves) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-    if rule == "kimi":
-        from triton_kernels.kimi_delta_attention_triton import forward_op
-    else:
-        from triton_kernels.gated_delta_rule_triton import forward_op
+    from triton_kernels.delta_triton import forward_op
+
     # The fake implementations say what torch.compile and CUDA graphs will see.
     torch.library.opcheck(forward_op, (*tensors, None, 0.25, True, 16), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
