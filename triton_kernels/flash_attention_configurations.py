@@ -16,7 +16,7 @@ from triton_kernels.rotary import rotary_tables
 # Three tables each: for 2-byte elements, for fp32, and for 2-byte elements in packed sequences or with rotary queries.
 BLOCKS = "BLOCK_M BLOCK_N"
 # fp32 products run on the plain multipliers: small blocks, one table for every architecture.
-SINGLE = launch_table(BLOCKS, {(80, 64): [(32, 32, 8, 1)], (80, 128): [(32, 32, 4, 1)], (80, 256): [(16, 32, 4, 1)]})
+SINGLE = launch_table(BLOCKS, {(80, 64): [(32, 32, 8, 1)], (80, 128): [(16, 16, 4, 1)], (80, 256): [(16, 32, 4, 1)]})
 
 FORWARD_LINES = {
     (80, 64): [(64, 64, 4, 3)],

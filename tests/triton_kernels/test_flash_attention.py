@@ -5,6 +5,8 @@ Budgets come from the data: a kernel may be at most twice as far from fp64 as to
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from triton_kernels.flash_attention import flash_attention
 from triton_kernels.rotary import rotary_tables
@@ -61,6 +63,20 @@ def test_output_and_gradients(T, S, H, G, K, V, sinks, dtype, options):
     assert_as_exact_as_torch(random_inputs(2 if T < 64 else 1, T, S, H, G, K, V, sinks, dtype), **options)
 
 
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    T=st.integers(1, 40),
+    more_keys=st.sampled_from([0, 0, 33]),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 3)]),
+    widths=st.sampled_from([(32, 32), (40, 64), (128, 32), (64, 256)]),
+    window=st.sampled_from([None, 1, 17]),
+    sinks=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_any_shape_and_option(T, more_keys, heads, widths, window, sinks, dtype):
+    assert_as_exact_as_torch(random_inputs(1, T, T + more_keys, *heads, *widths, sinks, dtype), window=window)
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 9}, {"causal": False}])
 @pytest.mark.parametrize("lengths", [[0, 1, 63, 0, 64, 1, 70, 0], [100], [1, 1, 1]])
 def test_packed_sequences(lengths, options):
@@ -79,7 +95,8 @@ def test_strided_inputs_are_read_where_they_are():
     assert_as_exact_as_torch(inputs)
 
 
-def test_the_future_changes_no_bit_of_the_past():
+@pytest.mark.parametrize("options", [{}, {"window": 20, "rotary": rotary_tables(torch.arange(150), rotary_dim=32, base=100.0)}])
+def test_the_future_changes_no_bit_of_the_past(options):
     """Outputs before the change, and gradients of queries before it, are the same bits; so are gradients of keys that no later loss can see."""
     inputs = random_inputs(1, 150, 150, 2, 1, 32, 32, False, torch.float16)
     changed = [x.detach().clone() for x in inputs]
@@ -88,7 +105,7 @@ def test_the_future_changes_no_bit_of_the_past():
     changed = [x.requires_grad_() for x in changed]
     results = []
     for tensors in (inputs, changed):
-        o = flash_attention(*tensors, backend="triton")
+        o = flash_attention(*tensors, backend="triton", **options)
         results.append((o[:, :90], *(g[:, :90] for g in torch.autograd.grad(o[:, :90].float().square().sum(), tensors))))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 

@@ -116,6 +116,7 @@ def test_no_queries_give_an_empty_output_and_zero_gradients():
         ({"sinks_H": torch.zeros(2)}, "sinks_H has shape"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "B must be 1"),
         ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "must be int64"),
+        ({"scale": 0.0}, "scale=0.0"),
         ({"backend": "cuda"}, "backend='cuda'"),
     ],
 )
@@ -123,3 +124,10 @@ def test_wrong_arguments_are_refused_by_name(change, message):
     arguments = {"q_BTHK": torch.zeros(2, 5, 4, 8), "k_BSGK": torch.zeros(2, 5, 2, 8), "v_BSGV": torch.zeros(2, 5, 2, 8)} | change
     with pytest.raises(ValueError, match=message):
         flash_attention(**arguments)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 2, 5], [1, 5], [0, 4], [0, 3, 6]])
+def test_offsets_that_do_not_cover_the_tokens_are_refused(offsets):
+    q, k, v = (torch.zeros(1, 5, heads, 8) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to T=5, got \["):
+        flash_attention(q, k, v, cu_seqlens=torch.tensor(offsets))
