@@ -1,8 +1,8 @@
 """torch.compile(fullgraph=True) of the softmax and small ops on a CPU: one graph, the same outputs and gradients, on both backends.
 
-The graph is captured and differentiated by AOT autograd and then run as it is ("aot_eager"): what is proved is that nothing breaks the graph and that
-the registered fake implementations and gradients are those of the op. On the torch backend packed sequences are cut at numbers read from `cu_seqlens`,
-which no full graph can hold, so they are compiled on the kernels alone.
+The graph is captured and differentiated by AOT autograd and then run as it is ("aot_eager"): what is proved is that nothing breaks the graph and
+that the registered fake implementations and gradients are those of the op. On the torch backend packed sequences are cut at numbers read from
+`cu_seqlens`, which no full graph can hold, so they are compiled on the kernels alone.
 """
 
 import pytest
