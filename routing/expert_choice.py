@@ -27,6 +27,10 @@ class ExpertChoicePolicy(Policy):
             raise ValueError(f"ExpertChoice.k = {config.k} is outside (0, {n_experts}] (n_experts = {n_experts})")
         self.config = config
 
+    @property
+    def asked_experts(self) -> float:
+        return self.config.k
+
     def select(self, scores: Scores) -> Slots:
         if not self.training:
             raise ValueError("ExpertChoice looks at later tokens and is for training analysis only: set another policy to evaluate or generate")

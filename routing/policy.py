@@ -57,6 +57,11 @@ class Policy(nn.Module):
         super().__init__()
         self.budget = None
 
+    @property
+    def asked_experts(self) -> float | None:
+        """Experts per token, in the mean, that the policy was told to use; None where its threshold alone decides."""
+        return getattr(self.config, "target_mean", None)
+
     def select(self, scores: Scores) -> Slots:
         """Choose the experts of each token."""
         raise NotImplementedError

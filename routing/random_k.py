@@ -45,5 +45,9 @@ class RandomKPolicy(Policy):
     def begin_step(self, step: int, seed: int) -> None:
         self.k = draw_k(self.config, seed=seed, step=step, layer_index=self.layer_index)
 
+    @property
+    def asked_experts(self) -> float:
+        return self.k if self.training else self.config.k_eval
+
     def select(self, scores: Scores) -> Slots:
         return Slots(*best(scores, self.k if self.training else self.config.k_eval))

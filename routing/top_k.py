@@ -34,6 +34,10 @@ class TopKPolicy(Policy):
         check_k("TopK.k", config.k, n_experts // config.n_groups * config.top_groups)
         self.config = config
 
+    @property
+    def asked_experts(self) -> float:
+        return self.config.k
+
     def select(self, scores: Scores) -> Slots:
         config = self.config
         if config.top_groups < config.n_groups:

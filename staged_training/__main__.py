@@ -1,5 +1,5 @@
 """`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it. `parallel`: one model, one
-stage, in several processes under torchrun.
+stage, in several processes under torchrun. `diagnostics`: what the routers of a run did, by layer and over time.
 
 Started again by the same command it continues where it was, or says that it is finished. It leaves with exit code 143 after SIGTERM and 130 after
 Ctrl-C, both times with everything saved, and 1 with a message when the data, the options or the disk are at fault or the loss is not finite.
@@ -17,6 +17,7 @@ from corpus.prepare import CorpusConfig, prepare
 from lm.config import ModelConfig
 from lm.serialize import to_dict
 from staged_training.describe import describe
+from staged_training.diagnostics import DiagnosticsConfig, show_diagnostics
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.loop import NonFiniteLossError
@@ -73,14 +74,19 @@ def run(config: RunConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     config = tyro.extras.subcommand_cli_from_dict(
-        {"run": RunConfig, "parallel": ParallelConfig},
+        {"run": RunConfig, "parallel": ParallelConfig, "diagnostics": DiagnosticsConfig},
         prog="python -m staged_training",
         description=__doc__,
         args=arguments,
         config=(tyro.conf.AvoidSubcommands,),
     )
     try:
-        train_in_parallel(config) if isinstance(config, ParallelConfig) else run(config)
+        if isinstance(config, RunConfig):
+            run(config)
+        elif isinstance(config, ParallelConfig):
+            train_in_parallel(config)
+        else:
+            show_diagnostics(config)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)

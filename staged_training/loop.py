@@ -15,6 +15,7 @@ import numpy as np
 
 from lm.model import LanguageModel
 from staged_training.data import Batches
+from staged_training.diagnostics import step_diagnostics
 from staged_training.optimizer import OptimizerConfig, build_optimizer, update
 from staged_training.plan import Stage
 from staged_training.processes import ALONE, Processes
@@ -66,7 +67,7 @@ def train_stage(
         batches: inputs and targets_BT by batch number.
         order: the batch number of every step.
         seed: of the routers' draws.
-        folder: run folder; checkpoints go to `folder/checkpoints`, metrics beside them.
+        folder: run folder; checkpoints go to `folder/checkpoints`, metrics and diagnostics beside them.
         identity: what this stage is; a checkpoint of anything else is refused.
         save_every: steps between checkpoints; there is always one at the end.
         processes: that train together; `model` is then this process's part, and `batches` have its rows.
@@ -101,7 +102,16 @@ def train_stage(
             model.begin_step(step, seed)
             inputs, targets_BT = batches[int(order[step])]
             try:
-                numbers = clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=optimizer_config.clip, processes=processes)
+                numbers = clipped_gradients(
+                    model,
+                    optimizer,
+                    inputs,
+                    targets_BT,
+                    boundary=boundary,
+                    clip=optimizer_config.clip,
+                    diagnose=progress.ends_interval(step + 1),
+                    processes=processes,
+                )
             except (ValueError, RuntimeError) as error:
                 # Routers refuse such scores before they become a loss: on the CPU with an error, on a GPU with an assertion on the device.
                 if "not finite" not in str(error) and "device-side assert" not in str(error):
@@ -121,6 +131,8 @@ def train_stage(
             record = {"step": step, "loss": numbers.loss, "routing_loss": numbers.routing_loss, "grad_norm": numbers.grad_norm, "lr": learning_rate}
             record["mean_experts"] = sum(numbers.mean_experts) / len(numbers.mean_experts)
             metrics.write(record, {"step": step, "seconds": taken})
+            if numbers.statistics:
+                metrics.write_diagnostics(step_diagnostics(step, model.routers(boundary), numbers.statistics))
             progress.step(record)
             # Read once: a signal that comes after this line is the next step's.
             stopping = processes.agreed(stop.signal) is not None

@@ -1,7 +1,8 @@
 """What a training run reports: one line per interval for people and grep, every step as JSON, and the same numbers to a tracker on request.
 
 `metrics.jsonl` holds what is a function of the configuration alone: an interrupted and resumed run leaves the same bytes as an uninterrupted one.
-What differs from run to run (seconds, tokens per second) lies beside it in `timing.jsonl`.
+So does `diagnostics.jsonl`, what the routers did in every step that ends an interval (see `staged_training.diagnostics`). What differs from run to
+run (seconds, tokens per second) lies beside them in `timing.jsonl`.
 """
 
 import json
@@ -13,34 +14,38 @@ from typing import IO, Any
 
 from staged_training.durable import write_text
 
-METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
+METRICS, DIAGNOSTICS, TIMING = "metrics.jsonl", "diagnostics.jsonl", "timing.jsonl"
 TRACKERS = ("none", "wandb")
 
 
 class MetricsFile:
-    """Append-only `metrics.jsonl` and `timing.jsonl` of a run, one line per step."""
+    """Append-only `metrics.jsonl` and `timing.jsonl` of a run, one line per step, and `diagnostics.jsonl`, one line per interval."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Cuts both files back to `step`, so that the steps after a checkpoint are written once."""
-        for name in (METRICS, TIMING):
+        """Cuts the files back to `step`, so that the steps after a checkpoint are written once."""
+        for name in (METRICS, DIAGNOSTICS, TIMING):
             cut_back(folder / name, step)
         self._metrics: IO[str] = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self._diagnostics: IO[str] = open(folder / DIAGNOSTICS, "a", encoding="utf-8")  # noqa: SIM115
         self._timing: IO[str] = open(folder / TIMING, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(metrics) + "\n")
         self._timing.write(json.dumps(timing) + "\n")
 
+    def write_diagnostics(self, diagnostics: dict[str, Any]) -> None:
+        self._diagnostics.write(json.dumps(diagnostics) + "\n")
+
     def flush(self) -> None:
         """To the disk: called before a checkpoint, which must never be ahead of its metrics."""
-        for file in (self._metrics, self._timing):
+        for file in (self._metrics, self._diagnostics, self._timing):
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
         self.flush()
-        self._metrics.close()
-        self._timing.close()
+        for file in (self._metrics, self._diagnostics, self._timing):
+            file.close()
 
 
 class NoMetrics(MetricsFile):
@@ -50,6 +55,9 @@ class NoMetrics(MetricsFile):
         pass
 
     def write(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        pass
+
+    def write_diagnostics(self, diagnostics: dict[str, Any]) -> None:
         pass
 
     def flush(self) -> None:
@@ -89,10 +97,13 @@ class Progress:
         self._since: list[dict[str, float]] = []
         self._began = time.perf_counter()
 
+    def ends_interval(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.n_steps
+
     def step(self, metrics: dict[str, Any]) -> None:
         self._since.append(metrics)
         step = metrics["step"]
-        if step % self.every and step != self.n_steps:
+        if not self.ends_interval(step):
             return
         seconds, count = max(time.perf_counter() - self._began, 1e-9), len(self._since)
         loss = sum(record["loss"] for record in self._since) / count

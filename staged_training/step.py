@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm.model import LanguageModel, token_losses
+from routing.diagnostics import RoutingStatistics
 from staged_training.optimizer import clip_gradients
 from staged_training.processes import ALONE, Processes
 
@@ -21,12 +22,14 @@ class StepNumbers:
     routing_loss: sum of the routers' weighted losses.
     grad_norm: before clipping.
     mean_experts: per trained block, real experts per token.
+    statistics: per trained block, over the tokens of all processes (their counts divided by the number of processes); empty unless asked for.
     """
 
     loss: float
     routing_loss: float
     grad_norm: float
     mean_experts: tuple[float, ...]
+    statistics: tuple[RoutingStatistics, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -41,12 +44,14 @@ def clipped_gradients(
     *,
     boundary: int,
     clip: float,
+    diagnose: bool = False,
     processes: Processes = ALONE,
 ) -> StepNumbers:
     """Leaves the clipped gradient of token loss plus routing losses in the trained parameters.
 
     Args:
         inputs: tokens_BT, or with a boundary the x_BTD that crosses it.
+        diagnose: also count what the routers did.
         processes: whose tokens, as many in each, count as one batch.
     """
     output = model.suffix(inputs, boundary) if boundary else model(inputs)
@@ -56,4 +61,8 @@ def clipped_gradients(
     experts = [routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings]
     # The only wait for the device in a step: all its numbers in one transfer, before the weights change.
     loss_value, routing_value, norm_value, *expert_values = processes.mean(torch.stack([loss, routing_loss, grad_norm, *experts]).detach()).tolist()
-    return StepNumbers(loss=loss_value, routing_loss=routing_value, grad_norm=norm_value, mean_experts=tuple(expert_values))
+    statistics = ()
+    if diagnose:
+        vectors = processes.mean(torch.stack([routing.statistics.to_vector() for routing in output.routings]))
+        statistics = tuple(RoutingStatistics.from_vector(vector) for vector in vectors.cpu())
+    return StepNumbers(loss=loss_value, routing_loss=routing_value, grad_norm=norm_value, mean_experts=tuple(expert_values), statistics=statistics)

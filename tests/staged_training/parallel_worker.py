@@ -90,7 +90,7 @@ def train(policy: str, folder: Path, processes: Processes = ALONE, *, stop: bool
         folder=folder,
         identity={"policy": policy},
         save_every=SAVE_EVERY,
-        progress=Progress(policy, n_steps=STEPS, every=STEPS, tokens_per_step=BATCH * LENGTH, bytes_per_token=1.0),
+        progress=Progress(policy, n_steps=STEPS, every=SAVE_EVERY, tokens_per_step=BATCH * LENGTH, bytes_per_token=1.0),
         processes=processes,
     )
     return processes.whole(model) if isinstance(processes, ManyProcesses) else model

@@ -14,7 +14,7 @@ from staged_training.data import TokenBatches
 from staged_training.loop import NonFiniteLossError, train_stage
 from staged_training.optimizer import OptimizerConfig
 from staged_training.plan import Stage
-from staged_training.progress import METRICS, Progress
+from staged_training.progress import DIAGNOSTICS, METRICS, Progress
 from staged_training.schedule import Schedule
 from staged_training.stopping import Interrupted
 
@@ -66,7 +66,8 @@ def train(batches, with_policy):
 def contents(folder):
     """Everything a finished stage leaves that must not depend on interruptions."""
     last = folder / "checkpoints" / f"step_{STEPS:08d}"
-    return {name: (last / name).read_bytes() for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)} | {"metrics": (folder / METRICS).read_bytes()}
+    files = [last / checkpoint.WEIGHTS, last / checkpoint.OPTIMIZER, folder / METRICS, folder / DIAGNOSTICS]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def test_learns_and_reports_every_step(train, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Training in 1, 2 and 4 gloo processes: losses, gradient norms, controllers and weights are those of the loop in one process, through checkpoints
 of any number of processes; the command trains, continues, and refuses."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from lm.pretrained import load_pretrained
 from routing.expert_choice import ExpertChoice
 from staged_training.__main__ import main
 from staged_training.data import OwnRows, TokenBatches
+from staged_training.diagnostics import read_diagnostics
 from staged_training.progress import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +71,16 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs, policy, name):
     assert [record["step"] for record in got] == list(range(1, worker.STEPS + 1))
     for one, other in zip(expected, got):
         assert other == pytest.approx(one, rel=2e-6)
+
+
+@pytest.mark.parametrize(("policy", "name"), COMPARED)
+def test_diagnostics_are_those_of_one_process(runs, policy, name):
+    expected, got = (read_diagnostics(runs / policy / which) for which in ("alone", name))
+    assert [line.step for line in got] == [worker.SAVE_EVERY, worker.STEPS]
+    for one, other in zip(expected, got):
+        for layer, same in zip(one.layers, other.layers, strict=True):
+            for field, value in dataclasses.asdict(layer).items():
+                assert getattr(same, field) == pytest.approx(value, rel=1e-5, abs=2e-6), field
 
 
 @pytest.mark.parametrize(("policy", "name"), COMPARED)
