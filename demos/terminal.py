@@ -21,10 +21,12 @@ from demos.terminal_view import Palette, Summary
 from lm.accounting import kv_bytes
 from lm.budget import experts_per_token, set_budget, variable_layers
 from lm.generate import SamplingConfig, generate
+from lm.generation_trace import read_generation, traced_generation
 from lm.pretrained import find_model, load_calibration_tokens, load_pretrained
 from routing.top_p import TopP
 
-TRACE_VERSION = 1
+# Beside a recorded generation: what else the demo showed.
+SHOWN = "terminal.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +39,8 @@ class DemoConfig:
         max_new_tokens: how many at the most.
         budget: mean experts per token in every layer, the number of each token chosen by top-p; as trained by default.
         colours: "auto" colours a terminal unless NO_COLOR is set; without colours the number stands behind each token.
-        trace: also write everything shown to this file.
-        replay: show a trace again, without a model.
+        trace: also record everything in this folder: the text, every token's experts and their weights in every layer (`lm.generation_trace`).
+        replay: show such a folder again, without a model.
         sampling: temperature, top-p, seed.
     """
 
@@ -59,14 +61,11 @@ def main(config: DemoConfig) -> None:
     palette = Palette(head["low"], head["high"], colours)
     print(palette.legend())
     print(head["prompt"], end="")
-    shown = [head]
     for event in recorded:
-        shown.append(event)
         if "text" in event:
             print(palette.paint(event["text"], event["experts"]), end="", flush=True)
-    print(f"\n\n{Summary(**shown[-1]['summary'])}")
-    if config.trace:
-        config.trace.write_text(json.dumps({"version": TRACE_VERSION, "events": shown}, indent=1) + "\n")
+        else:
+            print(f"\n\n{Summary(**event['summary'])}")
 
 
 def record(config: DemoConfig) -> Iterator[dict]:
@@ -84,15 +83,18 @@ def record(config: DemoConfig) -> Iterator[dict]:
     layers = variable_layers(model) or tuple(range(model.config.n_layers))
     usual_N = experts_per_token(model, calibration_BT, layers)
     low, high = (usual_N.quantile(share).item() for share in (0.05, 0.95))
-    yield {"prompt": config.prompt, "run": str(folder), "low": low, "high": high}
+    head = {"prompt": config.prompt, "run": str(folder), "low": low, "high": high}
+    yield head
 
     decoder = tokenizer.stream_decoder()
     prompt = [tokenizer.boundary_id, *tokenizer.encode(config.prompt)]
     steps = []
-    for step in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id):
-        steps.append(step)
-        experts = statistics.fmean(step.experts[layer] for layer in layers)
-        yield {"text": decoder.push(step.token), "token": step.token, "experts": experts, "experts_per_layer": step.experts, "seconds": step.seconds}
+    with traced_generation(model, config.trace, prompt=prompt) as write:
+        for step in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id):
+            steps.append(step)
+            piece = decoder.push(step.token)
+            write(step.token, piece)
+            yield {"text": piece, "experts": statistics.fmean(step.experts[layer] for layer in layers)}
     if not steps:
         raise ValueError("the model ended the document at once; try another prompt or seed")
     summary = Summary(
@@ -103,23 +105,27 @@ def record(config: DemoConfig) -> Iterator[dict]:
         cache_bytes=steps[-1].cache_bytes,
         full_attention_bytes=kv_bytes(dataclasses.replace(model.config, layer_plan="F"), max(len(prompt) + config.max_new_tokens - 1, 1)),
     )
-    yield {"summary": dataclasses.asdict(summary)}
+    shown = {"head": head, "layers": layers, "summary": dataclasses.asdict(summary)}
+    if config.trace is not None:
+        (config.trace / SHOWN).write_text(json.dumps(shown, indent=1) + "\n")
+    yield {"summary": shown["summary"]}
 
 
-def replay(path: Path) -> Iterator[dict]:
-    """The events of a trace file.
+def replay(folder: Path) -> Iterator[dict]:
+    """The events of `record`, from what it left in a folder: the numbers of experts are counted again, from the rows on record.
 
     Raises:
-        ValueError: when the file is no trace of this version.
+        ValueError: when the folder holds no generation that this demo recorded.
     """
+    text, experts_NL = read_generation(folder)
     try:
-        stored = json.loads(path.read_text())
-        version, events = stored["version"], stored["events"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a trace of this demo: {error}") from error
-    if version != TRACE_VERSION:
-        raise ValueError(f"{path}: trace version {version!r}, this demo reads {TRACE_VERSION}")
-    yield from events
+        shown = json.loads((folder / SHOWN).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds a generation that this demo did not record: {error}") from error
+    yield shown["head"]
+    for piece, experts in zip(text.pieces, experts_NL[:, shown["layers"]].mean(axis=1).tolist()):
+        yield {"text": piece, "experts": experts}
+    yield {"summary": shown["summary"]}
 
 
 def newest_model(root: Path) -> Path:

@@ -12,6 +12,7 @@ import tyro
 from corpus.tokenizer import Tokenizer
 from lm.bench import BenchConfig, bench
 from lm.generate import SamplingConfig, generate
+from lm.generation_trace import traced_generation
 from lm.pretrained import find_model, load_pretrained
 
 
@@ -23,12 +24,14 @@ class GenerateConfig:
         run: folder of a trained model, or of the run that trained it.
         prompt: text to continue; empty begins a new document.
         max_new_tokens: how many at the most; a document may end earlier.
+        trace: folder to record every token's experts and their weights in, layer by layer, and the text; see `lm.generation_trace`.
         sampling: temperature, top-p, seed.
     """
 
     run: Path
     prompt: str = ""
     max_new_tokens: int = 200
+    trace: Path | None = None
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
 
 
@@ -40,9 +43,12 @@ def run_generate(config: GenerateConfig) -> None:
     print(config.prompt, end="", flush=True)
     prompt = [tokenizer.boundary_id, *tokenizer.encode(config.prompt)]
     started, count, cache_bytes = time.perf_counter(), 0, 0
-    for step in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id):
-        print(decoder.push(step.token), end="", flush=True)
-        count, cache_bytes = count + 1, step.cache_bytes
+    with traced_generation(model, config.trace, prompt=prompt) as record:
+        for step in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id):
+            piece = decoder.push(step.token)
+            print(piece, end="", flush=True)
+            record(step.token, piece)
+            count, cache_bytes = count + 1, step.cache_bytes
     print(decoder.flush())
     print(f"[{count} tokens, {count / (time.perf_counter() - started):.0f} tokens/s, cache {cache_bytes:,} bytes]", file=sys.stderr)
 

@@ -1,6 +1,5 @@
 """The terminal demo as a person runs it: on a saved model, without colours, under a budget, recorded and replayed."""
 
-import json
 import subprocess
 import sys
 
@@ -10,14 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus.tokenizer import Tokenizer
-from demos.terminal import newest_model, replay
+from demos.terminal import newest_model
 from demos.terminal_view import SCALE, Palette, Summary
+from lm.budget import set_budget
 from lm.config import ModelConfig
+from lm.generate import SamplingConfig, generate
+from lm.generation_trace import read_generation, traced_generation
 from lm.model import LanguageModel
-from lm.pretrained import save_pretrained
+from lm.pretrained import load_calibration_tokens, load_pretrained, save_pretrained
 from moe.config import MoEConfig
 from routing.router import RouterConfig
+from routing.threshold import ScoreThreshold
 from routing.top_k import TopK
+from routing.trace import read_trace
 
 TEXT = "def main(argv):\n    for name in argv:\n        print(name)\n\n" * 60
 
@@ -45,18 +49,21 @@ def run(*arguments, module="demos.terminal"):
 
 
 def test_numbers_budget_trace_and_replay(model_folder, tmp_path):
-    trace = tmp_path / "trace.json"
+    trace = tmp_path / "trace"
     shown = run("--run", model_folder, "--budget", "2.5", "--max-new-tokens", "24", "--trace", trace)
     assert shown.returncode == 0, shown.stderr
     assert "number in brackets" in shown.stdout
     assert "budget 2.5" in shown.stdout
     assert "full attention" in shown.stdout
-    events = json.loads(trace.read_text())["events"]
-    generated = [event for event in events if "text" in event]
-    assert 0 < len(generated) <= 24
-    assert len({event["experts"] for event in generated}) > 1, "under a budget the number varies by token"
+    text, experts_NL = read_generation(trace)
+    assert 0 < len(text.tokens) <= 24
+    assert len(set(experts_NL.mean(axis=1))) > 1, "under a budget the number varies by token"
     again = run("--replay", trace)
     assert again.stdout == shown.stdout
+    # Once more into the same folder would mix two recordings.
+    refused = run("--run", model_folder, "--trace", trace)
+    assert refused.returncode == 1
+    assert "holds a trace already" in refused.stderr
 
 
 def test_as_trained_every_token_gets_the_same(model_folder):
@@ -73,16 +80,45 @@ def test_generate_streams_text(model_folder):
     assert "12 tokens" in shown.stderr
 
 
+def test_generate_records_the_routing_of_every_token(model_folder, tmp_path):
+    options = ("generate", "--run", model_folder, "--prompt", "def main", "--max-new-tokens", "12")
+    shown = run(*options, "--trace", tmp_path / "trace", module="lm")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == run(*options, module="lm").stdout
+    text, experts_NL = read_generation(tmp_path / "trace")
+    assert "def main" + "".join(text.pieces) == shown.stdout.rstrip("\n")
+    assert experts_NL.tolist() == [[4, 4]] * 12
+    rows = read_trace(tmp_path / "trace")
+    # Top-4 in two layers, for every token of the prompt and every generated one that was fed back; its weights sum to one.
+    assert len(rows.token) == 2 * 4 * (len(text.prompt) + 11)
+    assert rows.weight.sum() == pytest.approx(len(rows.token) / 4, rel=1e-5)
+    refused = run("--replay", tmp_path / "trace")
+    assert "did not record" in refused.stderr
+
+
+def test_counts_on_record_are_those_of_the_forward_that_predicted_the_token(model_folder, tmp_path):
+    """Also where a layer gives a token no expert at all, and so leaves no row of it."""
+    model = load_pretrained(model_folder, "cpu")
+    model.set_policy(ScoreThreshold(target_mean=1.0, floor=0, cap=8))
+    set_budget(model, 1.0, load_calibration_tokens(model_folder))
+    prompt = [1, 5, 9]
+    with traced_generation(model, tmp_path, prompt=prompt) as record:
+        steps = list(generate(model, prompt, max_new_tokens=40, sampling=SamplingConfig()))
+        for step in steps:
+            record(step.token, "")
+    experts_NL = read_generation(tmp_path)[1]
+    assert experts_NL.tolist() == [list(step.experts) for step in steps]
+    assert (experts_NL == 0).any()
+    assert (experts_NL > 1).any()
+
+
 def test_errors_are_one_line(tmp_path):
-    for arguments in (["--run", tmp_path], ["--replay", tmp_path / "none.json"], ["--run", tmp_path, "--temperature", "-1"]):
+    for arguments in (["--run", tmp_path], ["--replay", tmp_path / "none"], ["--run", tmp_path, "--temperature", "-1"]):
         failed = run(*arguments)
         assert failed.returncode != 0
         assert "Traceback" not in failed.stderr
     with pytest.raises(ValueError, match="make ablation"):
         newest_model(tmp_path)
-    (tmp_path / "old.json").write_text('{"version": 0, "events": []}')
-    with pytest.raises(ValueError, match="trace version 0"):
-        list(replay(tmp_path / "old.json"))
 
 
 @given(st.floats(0, 80), st.floats(0, 40), st.floats(0, 40))
