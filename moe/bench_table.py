@@ -123,7 +123,7 @@ def layer_of(problem: Problem, policy: TopK | TopP, target_mean: float) -> MoE:
 
 def layer_step(layer: MoE, problem: Problem) -> list[Tensor]:
     y_TD, routing = layer(problem.x_TD)
-    loss = sum(routing.losses.values(), (y_TD * problem.dy_TD).sum())
+    loss = (y_TD * problem.dy_TD).sum() + torch.stack(list(routing.losses.values())).sum()
     return list(torch.autograd.grad(loss, [problem.x_TD, *layer.parameters()]))
 
 

@@ -73,7 +73,7 @@ class Routing:
 class Router(nn.Module):
     """Scores the experts for each token and lets its policy choose.
 
-    Null columns exist only if the config's own policy is NullExperts; other policies ignore them.
+    Null columns exist once a policy was NullExperts; other policies ignore them.
     """
 
     load_E: Tensor
@@ -88,8 +88,6 @@ class Router(nn.Module):
         self.config, self.d_model, self.n_experts, self.layer_index = config, d_model, n_experts, layer_index
         self.weight_ED = nn.Parameter(torch.empty(n_experts, d_model))
         self.null_weight_ZD: nn.Parameter | None = None
-        if isinstance(config.policy, NullExperts):
-            self.null_weight_ZD = nn.Parameter(torch.empty(config.policy.n_null, d_model))
         # Rows per expert of the last step (in the checkpoint) and of the step under way (between checkpoints).
         self.register_buffer("load_E", torch.zeros(n_experts))
         self.register_buffer("step_rows_E", torch.zeros(n_experts), persistent=False)
@@ -116,11 +114,13 @@ class Router(nn.Module):
         """Run the same weights under another policy. Its budget starts anew: calibrate or train it."""
         if type(policy) not in POLICIES:
             raise ValueError(f"{policy!r} is not a routing policy; known: {', '.join(kind.__name__ for kind in POLICIES)}")
-        if isinstance(policy, NullExperts):
-            existing = 0 if self.null_weight_ZD is None else self.null_weight_ZD.shape[0]
-            if policy.n_null != existing:
-                raise ValueError(f"NullExperts.n_null = {policy.n_null}, but this router was built with {existing} null columns")
         module = POLICIES[type(policy)](policy, n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index)
+        if isinstance(policy, NullExperts):
+            if self.null_weight_ZD is None:
+                # Until they are trained, null columns have logit zero: the budget's bias makes one bar of them.
+                self.null_weight_ZD = nn.Parameter(torch.zeros(policy.n_null, self.d_model, device=self.weight_ED.device))
+            elif policy.n_null != self.null_weight_ZD.shape[0]:
+                raise ValueError(f"NullExperts.n_null = {policy.n_null}, but this router has {self.null_weight_ZD.shape[0]} null columns")
         self.policy = module.to(self.weight_ED.device).train(self.training)
 
     def calibrate(self, target_mean: float) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from routing.budget import BudgetController
+from routing.losses import mean_over_tokens
 from routing.policy import Policy, Scores, Slots, best, check_bounds
 
 
@@ -48,4 +49,4 @@ class TopPPolicy(Policy):
         if self.config.entropy_coefficient == 0.0:
             return {}
         entropy_T = -(scores.probs_TE * scores.probs_TE.clamp_min(torch.finfo(scores.probs_TE.dtype).tiny).log()).sum(dim=-1)
-        return {"entropy": self.config.entropy_coefficient * entropy_T.mean()}
+        return {"entropy": self.config.entropy_coefficient * mean_over_tokens(entropy_T)}

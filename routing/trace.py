@@ -12,6 +12,7 @@ import dataclasses
 from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class RouterTrace:
     def _write(self) -> None:
         if not self._parts:
             return
-        columns = {name: np.concatenate([part[name] for part in self._parts]) for name in COLUMNS}
+        columns: dict[str, Any] = {name: np.concatenate([part[name] for part in self._parts]) for name in COLUMNS}
         np.savez_compressed(self.folder / PATTERN.replace("*", f"{self._n_files:05d}"), **columns)
         self._n_files += 1
         self._parts, self._n_rows = [], 0

@@ -139,7 +139,9 @@ def test_selection_bias_evens_out_a_lopsided_router():
     assert loads[-1] < 1.5
 
 
-@pytest.mark.parametrize("policy", [TopK(k=3), TopP(target_mean=4.0, cap=8), NullExperts(k=6, n_null=9, target_mean=4.0)], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [TopK(k=3), TopP(target_mean=4.0, cap=8, entropy_coefficient=0.5), NullExperts(k=6, n_null=9, target_mean=4.0)], ids=repr
+)
 def test_no_tokens_are_no_news(policy):
     built = router(policy=policy, selection_bias_step=0.1)
     built.load_E.copy_(torch.arange(E))

@@ -5,11 +5,14 @@ import torch
 
 from routing.difficulty_head import DifficultyHead
 from routing.expert_choice import ExpertChoice
+from routing.null_experts import NullExperts
+from routing.random_k import RandomK
 from routing.relu import ReLU
 from routing.router import POLICIES, Router, RouterConfig
 from routing.skipping import Skipping
 from routing.threshold import LearnedThreshold, ScoreThreshold
 from routing.top_k import TopK
+from routing.top_p import TopP
 
 D, E, T = 16, 12, 256
 BUDGETED = [
@@ -98,7 +101,9 @@ def test_relu_floor_keeps_one_expert_where_all_logits_are_negative():
 
 def test_relu_penalty_swings_around_its_target():
     """Against a steady pull upwards, as the model's loss would give, the coefficient finds the target in the long run."""
-    built = router(ReLU(target_mean=3.0, cap=E, control="penalty", l1_coefficient=1e-3), balance_coefficient=0.0, z_coefficient=0.0, renormalise=False).train()
+    built = router(
+        ReLU(target_mean=3.0, cap=E, control="penalty", l1_coefficient=1e-3), balance_coefficient=0.0, z_coefficient=0.0, renormalise=False
+    ).train()
     optimizer = torch.optim.SGD(built.parameters(), lr=1.0)
     means = []
     for step in range(400):
@@ -191,21 +196,38 @@ def test_groups_limit_where_experts_come_from():
     assert torch.equal(chosen_TE(router(TopK(k=3, n_groups=4, top_groups=4))(tokens())), chosen_TE(router(TopK(k=3))(tokens())))
 
 
-def test_every_policy_is_tested_under_any_trained_router():
-    built = router(TopK(k=4)).train()
-    small = {"TopP": {"cap": 6, "target_mean": 3.0}, "RandomK": {"k_max": 8, "k_eval": 3}}
-    for kind in POLICIES:
-        if kind.__name__ == "NullExperts":
-            continue
-        options = small.get(kind.__name__, {})
-        if "cap" in kind.__dataclass_fields__:
-            options = {"target_mean": 3.0, "cap": 6}
-        elif "k" in kind.__dataclass_fields__:
-            options = {"k": 4}
-        built.set_policy(kind(**options))
-        routing = built(tokens())
-        assert 0 < float(routing.statistics.mean_experts) <= E
-        assert all(loss.isfinite() for loss in routing.losses.values())
+EVERY_POLICY = [
+    *BUDGETED,
+    TopK(k=4),
+    TopP(target_mean=4.0, cap=E),
+    NullExperts(k=8, n_null=9, target_mean=4.0),
+    RandomK(k_min=1, k_max=8, k_eval=4),
+    ExpertChoice(k=4.0),
+]
+
+
+@pytest.mark.parametrize("trained", EVERY_POLICY, ids=repr)
+def test_weights_trained_with_any_policy_run_under_every_other(trained):
+    built = router(trained).train()
+    optimizer = torch.optim.SGD(built.parameters(), lr=0.1)
+    for step in range(3):
+        built.begin_step(step, seed=0)
+        routing = built(tokens(seed=step))
+        (routing.assignments.weight_N.square().sum() / T + sum(routing.losses.values())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        built.after_step()
+    weight_ED = built.weight_ED.detach().clone()
+    for policy in EVERY_POLICY:
+        built.set_policy(policy)
+        built.train(isinstance(policy, ExpertChoice))
+        if built.policy.budget is not None:
+            # A difficulty head that has learnt nothing makes all tokens tie, so the number is a whole one.
+            built.calibrate(4.0)
+        # 240 tokens: experts that choose divide them evenly.
+        assert float(built(tokens(240)).statistics.mean_experts) == pytest.approx(4.0, abs=1e-6), policy
+    assert {type(policy) for policy in EVERY_POLICY} == set(POLICIES)
+    assert torch.equal(built.weight_ED, weight_ED)
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,17 @@ def test_null_weights_are_shares_of_all_chosen_columns():
     torch.testing.assert_close(rows.weight_N, scores.scores_TE[rows.token_N, rows.expert_N] / total_T[rows.token_N])
 
 
-def test_selection_bias_selects_and_never_weighs():
-    built = router(TopK(k=2), renormalise=False)
+def test_renormalised_top_k_is_softmax_after_the_choice():
+    built = router(TopK(k=3))
+    chosen_T3 = built.scores(tokens()).logits_TE.topk(3, dim=-1)
+    rows = built(tokens()).assignments
+    expected_TE = torch.zeros(64, E).scatter(1, chosen_T3[1], chosen_T3[0].softmax(dim=-1))
+    torch.testing.assert_close(rows.weight_N, expected_TE[rows.token_N, rows.expert_N])
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_selection_bias_selects_and_never_weighs(score):
+    built = router(TopK(k=2), renormalise=False, score=score)
     built.selection_bias_E[5] = 10.0
     routing, scores = built(tokens()), built.scores(tokens())
     assert all(5 in experts for experts in chosen(routing))
@@ -186,17 +195,17 @@ def test_any_router_runs_under_every_policy(trained):
 def test_bad_policies_are_refused_by_name(policy, message):
     with pytest.raises(ValueError, match=message):
         router(policy)
-    with pytest.raises(ValueError, match=message if not isinstance(policy, NullExperts) else "NullExperts"):
+    with pytest.raises(ValueError, match=message):
         router(TopK(k=2)).set_policy(policy)
 
 
-def test_unknown_score_policy_and_missing_null_columns_are_refused():
+def test_unknown_score_policy_and_other_null_columns_are_refused():
     with pytest.raises(ValueError, match=r"score = 'tanh' is not one of"):
         router(TopK(k=2), score="tanh")
     with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: TopK, TopP"):
         router(TopK(k=2)).set_policy("top_k")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"n_null = 9, but this router was built with 0 null columns"):
-        router(TopK(k=2)).set_policy(NullExperts(k=6, n_null=9, target_mean=4.0))
+    with pytest.raises(ValueError, match="n_null = 9, but this router has 5 null columns"):
+        router(NullExperts(k=6, n_null=5, target_mean=4.0)).set_policy(NullExperts(k=6, n_null=9, target_mean=4.0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
