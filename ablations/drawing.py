@@ -109,6 +109,21 @@ def histogram(rows: list[tuple]) -> Figure:
     return figure
 
 
+def routers(rows: list[tuple]) -> Figure:
+    groups = series(rows)
+    # Room for the names of all series beside each panel.
+    figure, panels = new_figure(0.6 + 3 * max(1.1, 0.19 * len(groups)), rows=3)
+    colour = {**colours([name for name in groups if name != "trunk"]), "trunk": MUTED}
+    for column, (axes, quantity) in enumerate(zip(panels, ("experts per token", "dead experts", "entropy, nats")), start=1):
+        for name, points in groups.items():
+            axes.plot([point[0] for point in points], [point[column] for point in points], marker="o", markersize=3.5, color=colour[name])
+        axes.set_ylabel(quantity)
+        label_ends(axes, [(name, points[-1][column], colour[name]) for name, points in groups.items()])
+    panels[-1].set_xlabel("layer")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    return figure
+
+
 def costs(rows: list[tuple]) -> Figure:
     groups = series(rows)
     figure, (axes,) = new_figure(1.9)

@@ -36,7 +36,7 @@ class Figure:
 
 def all_figures(records: Records) -> list[Figure]:
     """Every figure that the finished runs can fill, in the order of the report."""
-    kinds = (differences, loss_curves, branch_differences, loss_against_experts, histogram, costs)
+    kinds = (differences, loss_curves, branch_differences, loss_against_experts, histogram, routers, costs)
     return [figure for kind in kinds if (figure := kind(records)).rows]
 
 
@@ -145,6 +145,25 @@ def histogram(records: Records) -> Figure:
         columns=("method", "experts", "share"),
         rows=rows,
         draw=drawing.histogram,
+    )
+
+
+def routers(records: Records) -> Figure:
+    """What the routers of each layer did when training ended."""
+    rows: Rows = []
+    for name, runs in {"trunk": records.trunks, **{method: records.branches[method] for method in records.methods}}.items():
+        last = [run.diagnostics[-1].layers for run in runs.values() if run.diagnostics]
+        for layers in zip(*last):
+            values = ([layer.realised for layer in layers], [layer.dead_experts for layer in layers], [layer.entropy for layer in layers])
+            rows.append((name, layers[0].layer, *(statistics.fmean(value) for value in values)))
+    return Figure(
+        name="routers",
+        title="Routers by layer",
+        caption="In the last step of training, mean over seeds: experts per token, experts that no token of the step used, and the entropy of the "
+        "router's probabilities. The trunk has all layers, a branch those that it trains.",
+        columns=("series", "layer", "mean_experts", "dead_experts", "entropy"),
+        rows=rows,
+        draw=drawing.routers,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ablations.statistics import RunKey
 from lm.serialize import load_json
+from staged_training.diagnostics import StepDiagnostics, read_diagnostics
 from staged_training.progress import TIMING, read_metrics
 from staged_training.record import ENVIRONMENT, RESULT, Ledger
 
@@ -146,6 +147,7 @@ class Run:
         experts: of every step, the mean number per token over the blocks that train.
         seconds: of every step.
         costs: by kind of work, see `staged_training.record.Ledger`.
+        diagnostics: of every step that ended an interval; none where the run is from before they were written.
     """
 
     folder: Path
@@ -153,6 +155,7 @@ class Run:
     experts: list[float]
     seconds: list[float]
     costs: dict[str, Cost]
+    diagnostics: list[StepDiagnostics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,4 +211,5 @@ def read_run(folder: Path) -> Run:
         experts=[line["mean_experts"] for line in metrics],
         seconds=[json.loads(line)["seconds"] for line in (folder / TIMING).read_text().splitlines()],
         costs={kind: Cost(**cost) for kind, cost in Ledger.load(folder).costs.items()},
+        diagnostics=read_diagnostics(folder),
     )

@@ -66,8 +66,24 @@ def write_run(folder, losses, costs):
     folder.mkdir(parents=True)
     (folder / "environment.json").write_text(json.dumps({"commit": "abc", "device": "cpu"}))
     write_lines(folder / "metrics.jsonl", ({"step": step, "loss": loss, "mean_experts": 11.0 + step % 2} for step, loss in enumerate(losses, 1)))
+    write_lines(folder / "diagnostics.jsonl", (diagnostics(step, folder) for step in (len(losses) // 2, len(losses))))
     write_lines(folder / "timing.jsonl", ({"step": step, "seconds": 0.02} for step, _ in enumerate(losses, 1)))
     Ledger({kind: {"flops": flops, "seconds": seconds} for kind, (flops, seconds) in costs.items()}).save(folder)
+
+
+def diagnostics(step, folder):
+    """Of the 8 layers of a trunk, of the last one of a branch."""
+    layers = range(8) if folder.parent.name == "trunks" else [7]
+    numbers = {
+        "asked": 12,
+        "realised": 12 + step / 1000,
+        "max_load": 1.5,
+        "dead_experts": 3,
+        "entropy": 4.0,
+        "margin": None,
+        "experts_per_token": [0, 1],
+    }
+    return {"step": step, "layers": [{"layer": layer, **numbers} for layer in layers]}
 
 
 def write_lines(path, records):

@@ -74,6 +74,24 @@ def test_histogram_bars_are_the_csv_and_sum_to_one(figures, tmp_path):
         assert sum(share for _, _, share in group) == pytest.approx(1)
 
 
+def test_router_lines_are_the_csv_of_the_last_step(figures, comparison_folder, tmp_path):
+    rows = read_back(figures["routers"], tmp_path / "data.csv")
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
+    assert [(group[0][0], len(group)) for group in groups] == [("trunk", 8), *((name, 1) for name in read_records(comparison_folder).methods)]
+    # 800 steps of the trunk, 200 of a branch: the last line and not the one before.
+    assert {row[2] for row in rows if row[0] == "trunk"} == {12.8}
+    assert {round(row[2], 9) for row in rows if row[0] != "trunk"} == {12.2}
+    for column, axes in enumerate(figures["routers"].draw(rows).axes, start=2):
+        assert [list(line.get_ydata()) for line in axes.lines] == [[row[column] for row in group] for group in groups]
+
+
+def test_runs_without_diagnostics_have_no_such_figure(write_synthetic):
+    folder = write_synthetic()
+    for path in folder.parents[1].rglob("diagnostics.jsonl"):
+        path.unlink()
+    assert "routers" not in {figure.name for figure in all_figures(read_records(folder))}
+
+
 def test_cost_bars_are_the_csv(figures, tmp_path):
     rows = read_back(figures["costs"], tmp_path / "data.csv")
     (axes,) = figures["costs"].draw(rows).axes

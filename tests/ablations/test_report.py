@@ -45,7 +45,7 @@ def report(comparison_folder):
 def test_contains_every_figure_table_plan_ledger_and_environment(report, comparison_folder):
     _, parser = report
     names = [figure.name for figure in all_figures(read_records(comparison_folder))]
-    assert names == ["differences", "loss_curves", "branch_differences", "loss_against_experts", "experts_per_token", "costs"]
+    assert names == ["differences", "loss_curves", "branch_differences", "loss_against_experts", "experts_per_token", "routers", "costs"]
     assert set(names) <= parser.ids
     assert parser.tags.count("svg") == len(names)
     text = " ".join(parser.text)
