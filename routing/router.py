@@ -26,6 +26,7 @@ from routing.skipping import Skipping, SkippingPolicy
 from routing.threshold import LearnedThreshold, LearnedThresholdPolicy, ScoreThreshold, ScoreThresholdPolicy
 from routing.top_k import TopK, TopKPolicy
 from routing.top_p import TopP, TopPPolicy
+from triton_kernels.router_scores import router_scores
 
 PolicyConfig = TopK | TopP | NullExperts | RandomK | ReLU | ScoreThreshold | LearnedThreshold | DifficultyHead | Skipping | ExpertChoice
 POLICIES: dict[type, Callable[..., Policy]] = {
@@ -131,8 +132,8 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         scores = self.scores(x_TD)
-        slots = self.policy.select(scores)
-        assignments = Assignments.from_slots(slots.expert_TK, self.weights(slots), slots.keep_TK, n_experts=self.n_experts)
+        slots, weight_TK = self.decide(scores)
+        assignments = Assignments.from_slots(slots.expert_TK, weight_TK, slots.keep_TK, n_experts=self.n_experts)
         if self.training:
             self.step_rows_E += assignments.rows_per_expert_E()
             self.step_tokens += assignments.n_tokens
@@ -144,6 +145,21 @@ class Router(nn.Module):
         if self.config.three_level_balance is not None:
             losses["three_level_balance"] = three_level_balance_loss(self.config.three_level_balance, self.load_E, scores.probs_TE)
         return Routing(assignments, scores.probs_TE, losses)
+
+    def decide(self, scores: Scores) -> tuple[Slots, Tensor]:
+        """The policy's slots and their weight_TK; plain top-k on a GPU takes both from one kernel."""
+        if not self.is_plain_top_k_on_gpu(scores):
+            slots = self.policy.select(scores)
+            return slots, self.weights(slots)
+        # No threshold: a level of top-k is -inf.
+        options = {"k": self.policy.config.k, "score": self.config.score, "renormalise": self.config.renormalise, "backend": "triton"}
+        fused = router_scores(scores.logits_TE, self.selection_bias_E, scores.logits_TE.new_zeros(()), **options)
+        return Slots(fused.expert_TK, fused.weight_TK), fused.weight_TK
+
+    def is_plain_top_k_on_gpu(self, scores: Scores) -> bool:
+        """fp32, top-k, no groups. The levels of other policies pass through Python on their way to a budget."""
+        config, logits_TE = self.policy.config, scores.logits_TE
+        return logits_TE.is_cuda and logits_TE.dtype == torch.float32 and isinstance(config, TopK) and config.top_groups == config.n_groups
 
     def scores(self, x_TD: Tensor) -> Scores:
         """Logits and scores in fp32 (fp64 for fp64 inputs). Raises ValueError if any is NaN or infinite."""
