@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moe.config import MoEConfig
 from moe.experts import Experts, SharedExpert
 from routing.router import Router, Routing
+from routing.zero_computation import ZeroComputationExperts
 
 
 class MoE(nn.Module):
@@ -21,6 +22,10 @@ class MoE(nn.Module):
                 raise ValueError(f"MoEConfig.{name} = {getattr(config, name)} must be at least 1")
         if config.d_shared < 0:
             raise ValueError(f"MoEConfig.d_shared = {config.d_shared} must not be negative")
+        policy = config.router.policy
+        # A token without any row would leave the layer as zero, and its router without a gradient.
+        if getattr(policy, "floor", 1) == 0 and not config.d_shared and not isinstance(policy, ZeroComputationExperts):
+            raise ValueError(f"{type(policy).__name__}.floor = 0 needs a shared expert (MoEConfig.d_shared > 0): a token may be left without experts")
         self.config = config
         self.router = Router(config.router, d_model=d_model, n_experts=config.n_experts, layer_index=layer_index)
         self.experts = Experts(n_experts=config.n_experts, d_model=d_model, d_expert=config.d_expert, backend=config.backend)
@@ -39,6 +44,8 @@ class MoE(nn.Module):
         routing = self.router(x_TD)
         # Dispatch, SwiGLU and combine are one operation: the gathered inputs and the experts' outputs never exist as a whole.
         y_TD = self.experts(x_TD, routing.assignments)
+        if routing.identity_T is not None:
+            y_TD = y_TD + (routing.identity_T[:, None] * x_TD).to(x_TD.dtype)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD, routing

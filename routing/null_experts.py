@@ -33,13 +33,14 @@ class NullExperts:
 class NullExpertsPolicy(Policy):
     def __init__(self, config: NullExperts, *, n_experts: int, d_model: int, layer_index: int):
         super().__init__()
-        check_k("NullExperts.k", config.k, n_experts)
+        name = type(config).__name__
+        check_k(f"{name}.k", config.k, n_experts)
         if config.n_null < 1:
-            raise ValueError(f"NullExperts.n_null = {config.n_null} must be at least 1")
+            raise ValueError(f"{name}.n_null = {config.n_null} must be at least 1")
         check_bounds(floor=config.floor, cap=config.k, n_experts=n_experts, target_mean=config.target_mean)
         if config.target_mean is not None and config.target_mean < config.k - config.n_null:
             raise ValueError(
-                f"NullExperts.target_mean = {config.target_mean} is out of reach: with n_null = {config.n_null} null columns "
+                f"{name}.target_mean = {config.target_mean} is out of reach: with n_null = {config.n_null} null columns "
                 f"at least {config.k - config.n_null} of k = {config.k} slots go to real experts"
             )
         self.config = config

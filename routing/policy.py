@@ -39,12 +39,14 @@ class Slots(NamedTuple):
     score_TK   what each expert weighs before renormalisation, differentiable
     keep_TK    bool, or None if every slot is used
     rest_T     score of chosen columns that compute nothing but take their share of the weight, or None
+    identity_T the part of rest_T whose columns return the token itself, or None
     """
 
     expert_TK: Tensor
     score_TK: Tensor
     keep_TK: Tensor | None = None
     rest_T: Tensor | None = None
+    identity_T: Tensor | None = None
 
 
 class Policy(nn.Module):

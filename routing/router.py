@@ -26,13 +26,17 @@ from routing.skipping import Skipping, SkippingPolicy
 from routing.threshold import LearnedThreshold, LearnedThresholdPolicy, ScoreThreshold, ScoreThresholdPolicy
 from routing.top_k import TopK, TopKPolicy
 from routing.top_p import TopP, TopPPolicy
+from routing.zero_computation import ZeroComputationExperts, ZeroComputationPolicy
 from triton_kernels.router_scores import router_scores
 
-PolicyConfig = TopK | TopP | NullExperts | RandomK | ReLU | ScoreThreshold | LearnedThreshold | DifficultyHead | Skipping | ExpertChoice
+PolicyConfig = (
+    TopK | TopP | NullExperts | ZeroComputationExperts | RandomK | ReLU | ScoreThreshold | LearnedThreshold | DifficultyHead | Skipping | ExpertChoice
+)
 POLICIES: dict[type, Callable[..., Policy]] = {
     TopK: TopKPolicy,
     TopP: TopPPolicy,
     NullExperts: NullExpertsPolicy,
+    ZeroComputationExperts: ZeroComputationPolicy,
     RandomK: RandomKPolicy,
     ReLU: ReLUPolicy,
     ScoreThreshold: ScoreThresholdPolicy,
@@ -60,11 +64,13 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router decided. losses are scalars, already weighted; probs_TE is the softmax over real experts, fp32, differentiable."""
+    """What the router decided. losses are scalars, already weighted; probs_TE is the softmax over real experts, fp32, differentiable.
+    identity_T: what the token itself weighs beside its experts' outputs, or None."""
 
     assignments: Assignments
     probs_TE: Tensor
     losses: dict[str, Tensor]
+    identity_T: Tensor | None = None
 
     @cached_property
     def statistics(self) -> RoutingStatistics:
@@ -144,7 +150,8 @@ class Router(nn.Module):
         }
         if self.config.three_level_balance is not None:
             losses["three_level_balance"] = three_level_balance_loss(self.config.three_level_balance, self.load_E, scores.probs_TE)
-        return Routing(assignments, scores.probs_TE, losses)
+        identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
+        return Routing(assignments, scores.probs_TE, losses, identity_T)
 
     def decide(self, scores: Scores) -> tuple[Slots, Tensor]:
         """The policy's slots and their weight_TK; plain top-k on a GPU takes both from one kernel."""
@@ -186,13 +193,17 @@ class Router(nn.Module):
 
     def weights(self, slots: Slots) -> Tensor:
         """weight_TK: the scores of the chosen, renormalised over them (null columns included, if the policy says so)."""
-        score_TK = slots.score_TK if slots.keep_TK is None else slots.score_TK * slots.keep_TK
+        return _kept_score_TK(slots) / self._total_T1(slots)
+
+    def _total_T1(self, slots: Slots) -> Tensor:
+        """What a token's scores are divided by."""
+        score_TK = _kept_score_TK(slots)
         if not self.config.renormalise:
-            return score_TK
+            return score_TK.new_ones(score_TK.shape[0], 1)
         total_T1 = score_TK.sum(dim=-1, keepdim=True)
         if slots.rest_T is not None:
             total_T1 = total_T1 + slots.rest_T[:, None]
-        return score_TK / total_T1.clamp_min(torch.finfo(score_TK.dtype).tiny)
+        return total_T1.clamp_min(torch.finfo(score_TK.dtype).tiny)
 
     def begin_step(self, step: int, seed: int) -> None:
         """Before a training step of one or more forwards."""
@@ -223,3 +234,7 @@ class Router(nn.Module):
             torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
         elif not finite:
             raise ValueError(f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its weights)")
+
+
+def _kept_score_TK(slots: Slots) -> Tensor:
+    return slots.score_TK if slots.keep_TK is None else slots.score_TK * slots.keep_TK

@@ -11,9 +11,11 @@ from routing.random_k import RandomK
 from routing.router import RouterConfig
 from routing.top_k import TopK
 from routing.top_p import TopP
+from routing.zero_computation import ZeroComputationExperts
 
 D, E = 32, 10
 POLICIES = [TopK(k=3), TopP(target_mean=3.0, cap=6), NullExperts(k=6, n_null=6, target_mean=3.0, floor=0), RandomK(k_min=1, k_max=6, k_eval=3)]
+POLICIES.append(ZeroComputationExperts(k=6, n_null=6, target_mean=3.0))
 
 
 def layer(policy, **config) -> MoE:
@@ -36,13 +38,16 @@ def test_output_is_the_weighted_sum_over_the_dispatched_rows(policy):
     for t, e, weight in zip(rows.token_N.tolist(), rows.expert_N.tolist(), rows.weight_N):
         gate_F, up_F = (x_TD[t] @ moe.experts.w_gate_up_EDF2[e]).chunk(2)
         expected_TD[t] = expected_TD[t] + weight * ((F.silu(gate_F) * up_F) @ moe.experts.w_down_EFD[e])
+    if isinstance(policy, ZeroComputationExperts):
+        # What the real experts leave of the weight goes to the token itself.
+        expected_TD = expected_TD + (1 - torch.zeros(len(x_TD)).index_add(0, rows.token_N, rows.weight_N))[:, None] * x_TD
     torch.testing.assert_close(y_TD, expected_TD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
 def test_a_few_steps_lower_the_loss_and_touch_every_parameter(policy, dtype):
-    moe = layer(policy, d_shared=0).train()
+    moe = layer(policy, d_shared=0 if getattr(policy, "floor", 1) else 8).train()
     x_TD, target_TD = tokens(256, dtype), torch.randn(256, D, generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2)
     before = {name: value.detach().clone() for name, value in moe.named_parameters()}
@@ -60,6 +65,14 @@ def test_a_few_steps_lower_the_loss_and_touch_every_parameter(policy, dtype):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     for name, value in moe.named_parameters():
         assert not torch.equal(value, before[name]), name
+
+
+def test_tokens_without_experts_need_a_shared_one():
+    for policy in (NullExperts(k=6, n_null=6, target_mean=3.0, floor=0), TopP(target_mean=3.0, cap=6, floor=0)):
+        layer(policy)
+        with pytest.raises(ValueError, match=f"{type(policy).__name__}.floor = 0 needs a shared expert"):
+            layer(policy, d_shared=0)
+    layer(ZeroComputationExperts(k=6, n_null=6, target_mean=3.0), d_shared=0)
 
 
 def test_same_generator_same_weights():

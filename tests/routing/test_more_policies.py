@@ -13,6 +13,7 @@ from routing.skipping import Skipping
 from routing.threshold import LearnedThreshold, ScoreThreshold
 from routing.top_k import TopK
 from routing.top_p import TopP
+from routing.zero_computation import ZeroComputationExperts
 
 D, E, T = 16, 12, 256
 BUDGETED = [
@@ -201,6 +202,7 @@ EVERY_POLICY = [
     TopK(k=4),
     TopP(target_mean=4.0, cap=E),
     NullExperts(k=8, n_null=9, target_mean=4.0),
+    ZeroComputationExperts(k=8, n_null=9, target_mean=4.0),
     RandomK(k_min=1, k_max=8, k_eval=4),
     ExpertChoice(k=4.0),
 ]
@@ -241,6 +243,8 @@ def test_weights_trained_with_any_policy_run_under_every_other(trained):
         (DifficultyHead(target_mean=4.0, cap=8, softness=0.0), "softness = 0.0"),
         (Skipping(k=4, ratio=1.5), r"ratio = 1.5 is outside \[0, 1\]"),
         (ExpertChoice(k=13.0), "ExpertChoice.k = 13.0"),
+        (ZeroComputationExperts(k=13), "ZeroComputationExperts.k = 13"),
+        (ZeroComputationExperts(k=8, target_mean=4.0, null_weighs=False), "null_weighs = False"),
         (TopK(k=3, n_groups=5), "n_groups = 5 does not divide n_experts = 12"),
         (TopK(k=3, n_groups=4, top_groups=5), "top_groups = 5"),
         (TopK(k=7, n_groups=4, top_groups=2), "TopK.k = 7"),
