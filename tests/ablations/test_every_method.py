@@ -25,7 +25,8 @@ def options(tmp_path_factory, text_folder, tiny_model):
         seeds=1,
         out=tmp_path_factory.mktemp("every_method"),
         budget_batches=1,
-        model=ModelOptions(**tiny_model),
+        # Two key/value heads, or a mixed layer would have none to spare.
+        model=ModelOptions(**tiny_model | {"n_kv_heads": 2}),
         staging=StagingConfig(tokens=3 * BATCH * LENGTH, trunk_share=0.67, freeze=0.4, batch_size=BATCH, seq_len=LENGTH),
         corpus=CorpusConfig(data=(str(text_folder),), vocab_size=300),
     )

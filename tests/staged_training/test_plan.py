@@ -45,7 +45,7 @@ def test_calibration_text_is_spread_out_and_never_trained_on(plan, plan_of):
         assert [number * each.n_calibration // n_batches for number in held_out] == list(range(each.n_calibration))
     # Several passes over a text see all of the rest.
     assert len(set(each.trunk_batches().tolist())) == each.n_train_batches
-    with pytest.raises(ValueError, match="Plan.n_calibration"):
+    with pytest.raises(ValueError, match=r"Plan\.n_calibration"):
         dataclasses.replace(plan, n_calibration=10**6)
 
 
