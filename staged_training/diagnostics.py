@@ -104,7 +104,7 @@ def show_diagnostics(config: DiagnosticsConfig) -> None:
     if not steps:
         below = sorted(str(path.parent) for path in config.run.glob(f"*/*/{DIAGNOSTICS}"))
         raise ValueError(f"{config.run} holds no {DIAGNOSTICS} of a step; {'try ' + ', '.join(below) if below else 'none lies below it'}")
-    print(f"step {steps[-1].step}, by layer")
+    print(f"step {steps[-1].step}, by layer; 5 %, 50 %, 95 %: quantiles of experts per token")
     print(_aligned(["layer", "asked", "realised", "5%", "50%", "95%", "load", "dead", "entropy", "margin"], map(_cells, steps[-1].layers)))
     print("\nmeans over layers (dead: sum)")
     shown = {steps[round(index * (len(steps) - 1) / max(COURSE_LINES - 1, 1))].step: None for index in range(COURSE_LINES)}
