@@ -2,8 +2,8 @@
 
 The C library returns every large block at once and gets the next one as pages that the operating system has to clear: 0.5 to 2 ms per MB. A step of
 the expert layer at T=4096, D=512, E=80, F=256, k=12 asks for about 230 MB (pre-activations and weight gradients), and clearing it took
-12 % of the step's CPU time with the system's default pages and about a quarter with large ones. Kept, the same memory serves later steps. Not at once: an
-aligned request does not fit the freed block of its own size, so the first ones of a size still take new pages.
+12 % of the step's CPU time with the system's default pages and about a quarter with large ones. Kept, the same memory serves later steps, but not
+at once: an aligned request does not fit the freed block of its own size, so the first ones of a size still take new pages.
 """
 
 import ctypes
