@@ -18,6 +18,7 @@ from attention.norm import RMSNorm
 from lm.config import ModelConfig
 from moe.layer import MoE
 from routing.router import PolicyConfig, Router, Routing
+from triton_kernels.grouped_mlp import Choice, choose_backend
 
 IGNORED_TARGET = -100
 # Adding many small updates to a bf16 residual stream loses them: measured, 0.15 nats at 100k tokens (notes/LOG.md).
@@ -135,6 +136,12 @@ class LanguageModel(nn.Module):
     def routers(self, boundary: int = 0) -> list[Router]:
         """The routers of blocks [boundary, n_layers), lowest first."""
         return [cast(Block, block).moe.router for block in self.blocks[boundary:]]
+
+    def expert_backend(self) -> Choice:
+        """What computes the experts on this model's device, and why."""
+        experts = cast(Block, self.blocks[-1]).moe.experts
+        x = torch.empty(0, dtype=self._dtype, device=self.embedding_VD.device)
+        return choose_backend(x, experts.w_down_EFD, experts.backend)
 
     def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
         """An empty cache for `max_length` tokens of each of `batch_size` sequences."""

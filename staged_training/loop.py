@@ -86,6 +86,7 @@ def train_stage(
         experts_sum = np.array(saved.state["experts_sum"])
         print(f"{progress.label} continues at step {step} of {stage.n_batches} from {saved.path}", flush=True)
     last_saved = saved.path if saved is not None else None
+    print("{}: experts computed by {} ({})".format(progress.label, *model.expert_backend()), flush=True)
 
     def save() -> Path:
         metrics.flush()

@@ -80,7 +80,9 @@ def test_learns_and_reports_every_step(train, tmp_path, capsys):
     # Random k: the mean over the steps of what each step drew.
     assert np.mean(result.mean_experts) == pytest.approx(np.mean([record["mean_experts"] for record in records]))
     assert len({record["mean_experts"] for record in records}) > 1
-    assert capsys.readouterr().out.count("test step=") == 3
+    printed = capsys.readouterr().out
+    assert printed.count("test step=") == 3
+    assert "test: experts computed by cpu (tensors are on the CPU)" in printed
     assert (result.steps, result.checkpoint.name, result.skipped) == (STEPS, "step_00000012", ())
 
 
