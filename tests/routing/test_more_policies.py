@@ -232,6 +232,19 @@ def test_weights_trained_with_any_policy_run_under_every_other(trained):
     assert torch.equal(built.weight_ED, weight_ED)
 
 
+@pytest.mark.parametrize("kind", [ReLU, ScoreThreshold, LearnedThreshold, DifficultyHead, TopP, NullExperts], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("floor", "cap"), [(0, 3), (1, 3), (2, 5)])
+def test_floors_and_caps_hold_for_every_token_at_any_threshold(kind, floor, cap):
+    limits = {"k": cap, "n_null": 9} if kind is NullExperts else {"cap": cap}
+    built = router(kind(floor=floor, target_mean=2.5, **limits)).eval()
+    for threshold, expected in ((-1e4, floor), (1e4, cap)):
+        built.policy.budget.threshold.fill_(threshold)  # type: ignore[union-attr]
+        assert (built(tokens()).assignments.experts_per_token_T() == expected).all()
+    built.policy.budget.threshold.fill_(0.1)  # type: ignore[union-attr]
+    experts_T = built(tokens()).assignments.experts_per_token_T()
+    assert floor <= experts_T.min() <= experts_T.max() <= cap
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [

@@ -256,6 +256,13 @@ def test_grouped_mm_agrees_and_ignores_padding(dtype, n_padding):
     assert_close_to_reference(mask_TE, d_model=32, d_expert=16, dtype=dtype, backend="grouped_mm", n_padding=n_padding)
 
 
+@pytest.mark.parametrize("case", ["one expert takes all", "no rows at all", "no tokens"])
+def test_grouped_mm_at_the_extremes(case):
+    mask_TE = torch.zeros(0 if case == "no tokens" else 40, 6, dtype=torch.bool)
+    mask_TE[:, 3] = case == "one expert takes all"
+    assert_close_to_reference(mask_TE, d_model=32, d_expert=16, dtype=torch.float32, backend="grouped_mm", n_padding=4 if len(mask_TE) else 0)
+
+
 def test_the_choice_says_why():
     x, down = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8)
     assert choose_backend(x, down) == ("cpu", "tensors are on the CPU")

@@ -75,7 +75,9 @@ def test_odd_sizes(T, E, D, F, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", ["one expert takes all", "empty first and last", "tokens without rows", "no rows at all", "every token everywhere"])
+@pytest.mark.parametrize(
+    "case", ["one expert takes all", "empty first and last", "tokens without rows", "no rows at all", "every token everywhere", "no tokens"]
+)
 def test_uneven_loads(case, dtype):
     mask_TE = random_mask(70, 6, 0.5)
     if case == "one expert takes all":
@@ -89,6 +91,8 @@ def test_uneven_loads(case, dtype):
         mask_TE = torch.zeros_like(mask_TE)
     elif case == "every token everywhere":
         mask_TE = torch.ones_like(mask_TE)
+    elif case == "no tokens":
+        mask_TE = mask_TE[:0]
     assert_as_exact_as_the_loop(mask_TE, 32, 16, dtype, n_padding=3)
 
 
