@@ -12,6 +12,7 @@ from moe.config import MoEConfig
 from routing.null_experts import NullExperts
 from routing.random_k import RandomK
 from routing.router import RouterConfig
+from routing.skipping import Skipping
 from routing.top_k import TopK
 from routing.top_p import TopP
 
@@ -21,6 +22,7 @@ POLICIES = {
     "random_k": RandomK(k_min=2, k_max=4, k_eval=3),
     "top_p": TopP(target_mean=3.0, cap=8),
     "null_experts": NullExperts(k=6, n_null=8, target_mean=3.0),
+    "skipping": Skipping(k=6),
 }
 
 
@@ -41,9 +43,11 @@ def test_every_budget_is_met_on_the_calibration_text(name, boundary):
     inputs = model.prefix(TOKENS_BT, boundary).detach() if boundary else TOKENS_BT
     for budget in (1, 2, 4):
         calibrated_on = set_budget(model, budget, inputs, boundary=boundary)
-        assert calibrated_on == (TOKENS_BT.numel() if name in ("top_p", "null_experts") else 0)
+        assert calibrated_on == (TOKENS_BT.numel() if name in ("top_p", "null_experts", "skipping") else 0)
         # One part in 128 tokens, where levels tie.
         assert means(model) == pytest.approx(before[:boundary] + [budget] * (3 - boundary), abs=0.02)
+    thresholds = [float(router.policy.budget.threshold) for router in model.routers(boundary) if router.policy.budget is not None]
+    assert len(set(thresholds)) == len(thresholds), "each layer has its own"
 
 
 def test_a_fractional_budget_needs_a_threshold():
