@@ -14,6 +14,8 @@ Tensor = torch.Tensor
 # A scan should keep every multiprocessor of an H200 busy.
 MIN_PROGRAMS = 132
 CHUNK_SIZES = (16, 32, 64)
+# fp32 products run on the plain multipliers, which take their operands from registers: longer chunks spill.
+SINGLE_CHUNK = 16
 MAX_WIDTH = 128
 
 

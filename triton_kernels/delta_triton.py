@@ -17,7 +17,7 @@ from triton_kernels import gated_delta_rule_prepare as scalar_prepare
 from triton_kernels import kimi_delta_attention_configurations as channel_tables
 from triton_kernels import kimi_delta_attention_gradients as channel_gradients
 from triton_kernels import kimi_delta_attention_prepare as channel_prepare
-from triton_kernels.delta_launch import DeltaCall, addressable, block_of, cdiv, check_triton_call, token_strides
+from triton_kernels.delta_launch import SINGLE_CHUNK, DeltaCall, addressable, block_of, cdiv, check_triton_call, token_strides
 from triton_kernels.delta_scan import scan_kernel
 
 Tensor = torch.Tensor
@@ -162,6 +162,7 @@ def delta_rule_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernels behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H, K]), whose arguments these are."""
     check_triton_call(op, q_BTGK, v_BTHV, chunk_size)
+    chunk_size = min(chunk_size, SINGLE_CHUNK) if q_BTGK.dtype == torch.float32 else chunk_size
     log_decay, initial_SHKV = (None if x is None else x.contiguous() for x in (log_decay, initial_SHKV))
     o, final, *_ = forward_op(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH.contiguous(), initial_SHKV, cu_seqlens, scale, normalize_qk, chunk_size)
     return o, final

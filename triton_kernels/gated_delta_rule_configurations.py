@@ -13,11 +13,14 @@ from triton_kernels.configurations import Cost, Operation, launch_table, random_
 from triton_kernels.gated_delta_rule import gated_delta_rule
 
 # Two tables each: for 2-byte elements, and for fp32. Slices of a scan are listed widest first: it takes the first that fills the device.
-SINGLE_SCAN = launch_table("BLOCK", {(80, 128): [(16, 4, 1)]})
-PREPARE = (launch_table("", {(80, 128): [(4, 1)]}), launch_table("", {(80, 128): [(8, 1)]}))
+SINGLE_SCAN = launch_table("BLOCK", {(80, 128): [(16, 8, 1)]})
+PREPARE = (launch_table("BLOCK", {(80, 128): [(128, 4, 1)]}), launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}))
 SCAN_FORWARD = (launch_table("BLOCK", {(80, 128): [(32, 4, 2), (16, 4, 2)]}), SINGLE_SCAN)
 SCAN_BACKWARD = (launch_table("BLOCK", {(80, 128): [(16, 4, 1)], (90, 128): [(32, 4, 2), (16, 4, 2)]}), SINGLE_SCAN)
-GRADIENTS = (launch_table("BLOCK", {(80, 128): [(64, 8, 1)]}), launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}))
+GRADIENTS = (
+    launch_table("BLOCK", {(80, 64): [(16, 4, 1)], (80, 128): [(64, 8, 1)], (90, 64): [(32, 8, 1)], (90, 128): [(64, 8, 1)]}),
+    launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}),
+)
 
 
 def inputs(dtype: torch.dtype, device: str, *, gated: bool, B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from triton_kernels.gates import decay_to, scalar_decays
 def prepare_kernel(
     q, k, gate, beta, attention, inverse, read_q, read_k, write, whole, cu_seqlens,
     n_tokens: tl.int64, n_all_tokens: tl.int64, n_chunks, n_slots, n_sequences, n_heads, q_stride, q_head, k_stride, k_head, scale,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_GATE: tl.constexpr, NORMALIZE: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, HAS_GATE: tl.constexpr,
+    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):
     slot = (tl.program_id(0) // n_heads).to(tl.int64)
     head = (tl.program_id(0) % n_heads).to(tl.int64)
@@ -27,22 +27,30 @@ def prepare_kernel(
     if n_rows <= 0:
         return
     rows = tl.arange(0, CHUNK)
-    columns = tl.arange(0, BLOCK_K)
     inside = rows < n_rows
-    q_tile = load_tile(q + token0 * q_stride + head // GROUP * q_head, rows, q_stride, columns, inside, K)
-    k_tile = load_tile(k + token0 * k_stride + head // GROUP * k_head, rows, k_stride, columns, inside, K)
+    q += token0 * q_stride + head // GROUP * q_head
+    k += token0 * k_stride + head // GROUP * k_head
     b = tl.load(beta + (token0 + rows) * n_heads + head, mask=inside, other=0.0).to(tl.float32)
     c, c_last = scalar_decays(gate + token0 * n_heads + head if HAS_GATE else gate, rows, n_heads, inside, CHUNK, HAS_GATE)
     q_factor = tl.zeros([CHUNK], tl.float32) + scale
     k_factor = tl.zeros([CHUNK], tl.float32) + 1.0
     if NORMALIZE:
-        q_factor *= inverse_length(q_tile.to(tl.float32))
-        k_factor *= inverse_length(k_tile.to(tl.float32))
+        q_factor *= inverse_length(load_tile(q, rows, q_stride, tl.arange(0, BLOCK_K), inside, K).to(tl.float32))
+        k_factor *= inverse_length(load_tile(k, rows, k_stride, tl.arange(0, BLOCK_K), inside, K).to(tl.float32))
 
+    # A few channels at a time in fp32, whose products hold whole rows of their operands in registers; all at once otherwise.
+    COLUMNS: tl.constexpr = BLOCK if BLOCK < BLOCK_K else BLOCK_K
+    f_q = tl.zeros([CHUNK, CHUNK], tl.float32)
+    f_k = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for column0 in range(0, BLOCK_K, COLUMNS):
+        columns = column0 + tl.arange(0, COLUMNS)
+        k_tile = load_tile(k, rows, k_stride, columns, inside, K)
+        k_transposed = tl.trans(k_tile)
+        f_q = tl.dot(load_tile(q, rows, q_stride, columns, inside, K), k_transposed, f_q, input_precision=PRECISION)
+        f_k = tl.dot(k_tile, k_transposed, f_k, input_precision=PRECISION)
     weight = decay_to(c, rows, False) * (b * k_factor)[None, :]
-    k_transposed = tl.trans(k_tile)
-    f_q = tl.dot(q_tile, k_transposed, input_precision=PRECISION) * weight * q_factor[:, None]
-    f_k = tl.dot(k_tile, k_transposed, input_precision=PRECISION) * weight * k_factor[:, None]
+    f_q = f_q * weight * q_factor[:, None]
+    f_k = f_k * weight * k_factor[:, None]
     g = tl.where(rows[:, None] > rows[None, :], f_k, 0.0)
     t = invert_unit_lower(g, CHUNK, PRECISION)
 

@@ -14,14 +14,14 @@ from triton_kernels.gated_delta_rule_configurations import shape
 from triton_kernels.kimi_delta_attention import kimi_delta_attention
 
 # Two tables each: for 2-byte elements, and for fp32. Slices of a scan are listed widest first: it takes the first that fills the device.
-SINGLE_SCAN = launch_table("BLOCK", {(80, 128): [(16, 4, 1)]})
+SINGLE_SCAN = launch_table("BLOCK", {(80, 128): [(16, 8, 1)]})
 PREPARE = (launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}), launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}))
 SCAN_FORWARD = (launch_table("BLOCK", {(80, 128): [(32, 4, 2), (16, 4, 2)]}), SINGLE_SCAN)
 SCAN_BACKWARD = (
     launch_table("BLOCK", {(80, 128): [(16, 4, 1)], (90, 128): [(32, 4, 2), (16, 4, 2)], (100, 128): [(16, 8, 2)]}),
     SINGLE_SCAN,
 )
-GRADIENTS = (launch_table("BLOCK", {(80, 128): [(64, 8, 1)]}), launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}))
+GRADIENTS = (launch_table("BLOCK", {(80, 64): [(32, 8, 1)], (80, 128): [(64, 8, 1)]}), launch_table("BLOCK", {(80, 128): [(16, 8, 1)]}))
 
 # Channels of one program of the gradients, and rows of one that finishes them.
 CHANNELS = 32
