@@ -121,8 +121,10 @@ class AttentionCall:
         """Over the blocks of `length` rows of each of `heads` heads; `block` names the constant that says how many rows a block has."""
         q, k, v = self.qkv
         n_sequences = 0 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
-        # Packed sequences have a table of their own: their bookkeeping takes a few more registers.
-        table = tables[1 if q.dtype == torch.float32 else 2 if n_sequences or constants.get("ROTARY") else 0]
+        # Packed sequences, rotary queries and odd lengths, of whose offsets the compiler knows less, have a table of their own: they take a few more
+        # registers.
+        is_odd = q.shape[1] % 16 > 0 or k.shape[1] % 16 > 0
+        table = tables[1 if q.dtype == torch.float32 else 2 if n_sequences or constants.get("ROTARY") or is_odd else 0]
         options = table.options(max(q.shape[-1], v.shape[-1]))[0]
         # Packed sequences may need one more block each, see `locate`.
         size = options.blocks[block]
