@@ -21,7 +21,7 @@ class BudgetRow:
 
     Attributes:
         trained: over the last steps of training, None for a budget that it was not trained at.
-        used: on validation text: all of it at the method's own budget, its first batches at others.
+        used: on validation text: all of it at the method's own budget, batches evenly spaced through it at others.
     """
 
     method: str

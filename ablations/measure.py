@@ -6,7 +6,7 @@ top-k with that k. Budgets change the blocks above the boundary only: the frozen
 
 import dataclasses
 import statistics
-from itertools import islice
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from lm.accounting import kv_bytes, model_cost
 from lm.budget import set_budget
 from lm.config import ModelConfig
 from lm.evaluate import evaluate
-from staged_training.data import in_order
 from staged_training.trained_run import TrainedRun
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
@@ -32,7 +31,7 @@ class Measurement:
         baseline, method: models as if nothing were frozen.
         pairing_seed: the branch seed before the method shifted it.
         calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`.
-        budget_batches: how many validation batches each budget is evaluated on.
+        budget_batches: how many validation batches each budget is evaluated on, evenly spaced: a text's domains lie one after the other.
     """
 
     baseline: ModelConfig
@@ -75,13 +74,14 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
 
 
 def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPoint, ...], int, float]:
-    """The weights at each budget, on the first validation batches; and the tokens of one evaluation and the FLOPs of all."""
+    """The weights at each budget, on some of the validation batches; and the tokens of one evaluation and the FLOPs of all."""
     boundary, n_batches = run.boundary, min(setting.budget_batches, len(run.valid))
-    n_bytes = text_bytes(setting.corpus, n_batches * run.plan.tokens_per_batch)
+    chosen = [index * len(run.valid) // n_batches for index in range(n_batches)]
+    n_bytes = text_bytes(setting.corpus, chosen, run.plan.tokens_per_batch)
     points, tokens, flops = [], 0, 0.0
     for experts in budgets_of(setting.baseline):
         calibration_tokens = set_budget(run.model, experts, setting.calibration, boundary=boundary)
-        evaluation = evaluate(run.model, islice(in_order(run.valid), n_batches), n_bytes=n_bytes, boundary=boundary)
+        evaluation = evaluate(run.model, (run.valid[index] for index in chosen), n_bytes=n_bytes, boundary=boundary)
         mean = statistics.fmean(evaluation.mean_experts)
         points.append(BudgetPoint(asked_experts=experts, mean_experts=mean, bits_per_byte=evaluation.bits_per_byte))
         cost = model_cost(run.model.config, length=run.plan.seq_len, mean_experts=run.mean_experts[:boundary] + evaluation.mean_experts)
@@ -96,10 +96,11 @@ def budgets_of(baseline: ModelConfig) -> list[int]:
     return sorted({min(max(1, round(share * k)), baseline.moe.n_experts) for share in BUDGETS})
 
 
-def text_bytes(corpus: PreparedCorpus, n_targets: int) -> int:
-    """UTF-8 bytes of the first `n_targets` predicted tokens of the validation text."""
-    targets = corpus.valid.window(1, min(n_targets, len(corpus.valid) - 1))
-    return int(corpus.tokenizer.n_bytes_V[targets].sum())
+def text_bytes(corpus: PreparedCorpus, batches: Sequence[int], tokens_per_batch: int) -> int:
+    """UTF-8 bytes of the tokens predicted in these validation batches."""
+    starts = (1 + index * tokens_per_batch for index in batches)
+    windows = (corpus.valid.window(start, min(tokens_per_batch, len(corpus.valid) - start)) for start in starts)
+    return sum(int(corpus.tokenizer.n_bytes_V[targets].sum()) for targets in windows)
 
 
 def padded(counts: tuple[int, ...], length: int) -> list[int]:
