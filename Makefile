@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup ablation test check demo clean
+.PHONY: setup ablation test check gate demo clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+# What the tests hold to on sm_90 alone, for every architecture and every option of the launch tables: half an hour, after a change of kernels.
+gate: setup
+	$(BIN)/python -m triton_kernels inspect --gate --arch 80 90 100 --all-options $(ARGS)
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis

@@ -61,6 +61,11 @@ def in_fp64(inputs: dict[str, Any]) -> dict[str, Any]:
     return exact
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What one rounding costs, relative; in fp32 some more, for the order of a sum."""
+    return 2.0**-20 if dtype == torch.float32 else torch.finfo(dtype).eps
+
+
 class Reference:
     """What an op's torch reference computes from the inputs in fp64, and in the inputs' own dtype as the measure of what may be lost."""
 
@@ -71,6 +76,7 @@ class Reference:
         self.inputs = inputs
         self.exact = results(call, in_fp64(inputs))
         self.rounded = results(call, inputs)
+        self.input_rounding = max((rounding(x.dtype) for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()), default=0.0)
 
     def judge(self, actual: dict[str, Tensor]) -> Agreement:
         """`actual`: the results of a call on the same inputs, or of a peer that returns the first output alone."""
@@ -79,8 +85,8 @@ class Reference:
             right = self.exact[name]
             if right.numel() == 0:
                 continue
-            # Whole numbers (indices) have nothing to lose.
-            eps = 2.0**-20 if found.dtype == torch.float32 else torch.finfo(found.dtype).eps if found.dtype.is_floating_point else 0.0
+            # Whole numbers (indices) have nothing to lose. An fp32 result of 16-bit inputs comes of products whose operands are rounded to 16 bits.
+            eps = max(rounding(found.dtype), self.input_rounding) if found.dtype.is_floating_point else 0.0
             budget = 2 * (self.rounded[name] - right).abs().max() + 4 * eps * right.abs().max() + 1e-6
             ratio = float((found - right).abs().max() / budget)
             # NaN compares false with everything, so it must be asked for.

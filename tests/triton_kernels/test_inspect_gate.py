@@ -1,6 +1,6 @@
-"""The offline gate: every op compiled for sm_80, sm_90 and sm_100 keeps to the committed table, that to its bars; and the gate finds what it should.
+"""The offline gate: every op compiled for sm_90 keeps to the committed table, the whole table keeps to its bars, and the gate finds what it should.
 
-What a compilation leaves in Triton's cache on disk serves the next test that asks for the same kernel.
+sm_80, sm_100 and every option of every launch table take half an hour on two cores: `make gate`, after a change of kernels.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from triton_kernels.configurations import launch_tables, operations
+from triton_kernels.configurations import operations
 from triton_kernels.inspect_binary import resident_blocks
 from triton_kernels.inspect_options import Spill, new_spills, read_spills, record_spills
 from triton_kernels.inspect_table import TOTAL, gate, read_csv, write_csv
@@ -33,18 +33,6 @@ def run_gate(environment: dict[str, str], *arguments: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_for_hopper_every_op_keeps_to_the_recorded_table(compile_environment: dict[str, str], family: str) -> None:
     run_gate(compile_environment, "--op", family, "--arch", "90")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_for_ampere_and_blackwell_too(compile_environment: dict[str, str], family: str) -> None:
-    run_gate(compile_environment, "--op", family, "--arch", "80", "100")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", sorted({name.split(".")[0] for name in launch_tables()}))
-def test_no_option_of_a_launch_table_spills_more_than_is_on_record(compile_environment: dict[str, str], family: str) -> None:
-    run_gate(compile_environment, "--op", family, "--arch", "90", "--all-options")
 
 
 # (forward launches, ratio to the floor's bytes, backward launches, ratio) at B=1, T=4096, H=16, K=V=128 in bf16 on sm_90.
