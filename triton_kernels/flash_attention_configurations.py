@@ -37,6 +37,9 @@ QUERY_GRADIENT_LINES = {
     (90, 64): [(128, 64, 8, 3)],
     (90, 128): [(64, 64, 4, 2)],
     (90, 256): [(64, 32, 8, 2)],
+    (100, 64): [(64, 64, 4, 2)],
+    (100, 128): [(64, 64, 4, 2)],
+    (100, 256): [(64, 32, 8, 2)],
 }
 KEY_VALUE_GRADIENT_LINES = {
     (80, 64): [(32, 64, 4, 2)],
@@ -55,7 +58,7 @@ def _tables(lines: dict[tuple[int, int], list[tuple[int, ...]]], packed: dict[tu
 
 
 FORWARD = _tables(FORWARD_LINES, packed={(90, 256): [(64, 32, 8, 2)]})
-QUERY_GRADIENT = _tables(QUERY_GRADIENT_LINES, packed={(90, 128): [(64, 32, 4, 3)]})
+QUERY_GRADIENT = _tables(QUERY_GRADIENT_LINES, packed={(90, 128): [(64, 32, 4, 3)], (100, 128): [(64, 32, 4, 3)]})
 KEY_VALUE_GRADIENT = _tables(KEY_VALUE_GRADIENT_LINES, packed={(90, 128): [(32, 64, 8, 2)]})
 
 

@@ -16,7 +16,7 @@ from triton_kernels.gated_delta_rule import gated_delta_rule
 SINGLE_SCAN = launch_table("BLOCK", {(80, 128): [(16, 8, 1)]})
 PREPARE = (launch_table("BLOCK", {(80, 128): [(128, 4, 1)]}), launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}))
 SCAN_FORWARD = (launch_table("BLOCK", {(80, 128): [(32, 4, 2), (16, 4, 2)]}), SINGLE_SCAN)
-SCAN_BACKWARD = (launch_table("BLOCK", {(80, 128): [(16, 4, 1)], (90, 128): [(32, 4, 2), (16, 4, 2)]}), SINGLE_SCAN)
+SCAN_BACKWARD = (launch_table("BLOCK", {(80, 128): [(16, 4, 1)], (90, 128): [(32, 4, 2), (16, 4, 2)], (100, 128): [(16, 4, 2)]}), SINGLE_SCAN)
 GRADIENTS = (
     launch_table("BLOCK", {(80, 64): [(16, 4, 1)], (80, 128): [(64, 8, 1)], (90, 64): [(32, 8, 1)], (90, 128): [(64, 8, 1)]}),
     launch_table("BLOCK", {(80, 128): [(32, 8, 1)]}),
