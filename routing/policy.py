@@ -80,6 +80,10 @@ class Policy(nn.Module):
     def begin_step(self, step: int, seed: int) -> None:
         """Called before a training step; what random draws depend on."""
 
+    def selection_bias_change_E(self, rows_E: Tensor, n_tokens: Tensor) -> Tensor | None:
+        """What the policy adds to the router's selection bias after a step in which n_tokens made rows_E; None by default."""
+        return None
+
     def after_step(self, mean_experts: Tensor) -> None:
         """Called after a training step that routed tokens. mean_experts: dispatched rows per token, a scalar on the device."""
 

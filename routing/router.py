@@ -218,6 +218,9 @@ class Router(nn.Module):
         """After the optimizer: load, selection bias and budget move by what the step's forwards dispatched. Without forwards nothing moves."""
         if self.config.selection_bias_step > 0:
             self.selection_bias_E.copy_(updated_selection_bias(self.selection_bias_E, self.step_rows_E, step=self.config.selection_bias_step))
+        change_E = self.policy.selection_bias_change_E(self.step_rows_E, self.step_tokens)
+        if change_E is not None:
+            self.selection_bias_E += torch.where(self.step_tokens > 0, change_E, 0.0)
         self.load_E.copy_(torch.where(self.step_rows_E.sum() > 0, self.step_rows_E, self.load_E))
         # NaN without tokens, which every comparison a policy makes answers with False.
         mean_experts = self.step_rows_E.sum() / self.step_tokens

@@ -2,14 +2,17 @@
 
 y_t = sum over the chosen real experts of weight_i E_i(x_t) + (sum of the chosen null columns' weights) x_t. Like null columns they make no rows.
 
-LongCat moves the selection bias of each real expert i by mu (K_e / (K N) - T_i / (K T_all)), with K_e real experts wanted among K slots, N experts
-and T_i of T_all tokens. Its mean over i holds the number of real experts: here, with the opposite sign, the bias common to the null columns, moved
-by `BudgetController`. The rest balances the experts among themselves: here `RouterConfig.selection_bias_step`.
+LongCat moves the selection bias of each real expert i by mu (K_e / (K N) - T_i / (K T_all)) and never that of the null columns, with K_e real
+experts wanted among K slots, N experts and T_i of T_all tokens. That is `bias_rate` = mu: it holds the number of real experts and their balance at
+once. Without it the two are apart: the bias common to the null columns, moved by `BudgetController`, holds the number exactly, and
+`RouterConfig.selection_bias_step` the balance.
 
-Legend: T tokens.
+Legend: T tokens, E experts.
 """
 
 import dataclasses
+
+from torch import Tensor
 
 from routing.null_experts import NullExperts, NullExpertsPolicy
 from routing.policy import Scores, Slots
@@ -17,16 +20,32 @@ from routing.policy import Scores, Slots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroComputationExperts(NullExperts):
-    """As NullExperts, whose weights must be shared with the null columns: null_weighs = True."""
+    """As NullExperts, whose weights must be shared with the null columns: null_weighs = True. bias_rate: mu of LongCat's controller, which then
+    replaces the budget's in training (leave selection_bias_step at 0); calibration stays."""
 
     floor: int = 0
+    bias_rate: float = 0.0
 
 
 class ZeroComputationPolicy(NullExpertsPolicy):
     def __init__(self, config: ZeroComputationExperts, *, n_experts: int, d_model: int, layer_index: int):
         if not config.null_weighs:
             raise ValueError("ZeroComputationExperts.null_weighs = False would leave the returned tokens without a weight")
+        if config.bias_rate < 0 or (config.bias_rate > 0 and config.target_mean is None):
+            raise ValueError(
+                f"ZeroComputationExperts.bias_rate = {config.bias_rate} must not be negative, and needs a target_mean (is {config.target_mean})"
+            )
         super().__init__(config, n_experts=n_experts, d_model=d_model, layer_index=layer_index)
+        if config.bias_rate > 0:
+            # Two controllers of one number would fight.
+            assert self.budget is not None
+            self.budget.target_mean = None
+
+    def selection_bias_change_E(self, rows_E: Tensor, n_tokens: Tensor) -> Tensor | None:
+        config = self.config
+        if config.bias_rate == 0:
+            return None
+        return config.bias_rate / config.k * (config.target_mean / rows_E.shape[0] - rows_E / n_tokens.clamp_min(1))
 
     def select(self, scores: Scores) -> Slots:
         slots = super().select(scores)

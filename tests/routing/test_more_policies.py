@@ -183,6 +183,26 @@ def test_expert_choice_is_balanced_and_refuses_to_evaluate():
         built.eval()(tokens())
 
 
+def test_longcats_bias_controller_holds_the_number_of_real_experts_and_balances_them():
+    subject = router(ZeroComputationExperts(k=8, n_null=8, target_mean=4.0, bias_rate=0.05), selection_bias_step=0.0).train()
+    # A common direction that some experts like: without a controller they would be chosen far too often.
+    preferred = torch.randn(D, generator=torch.Generator().manual_seed(5))
+    means, busiest = [], []
+    for step in range(600):
+        subject.begin_step(step, seed=0)
+        rows_E = subject(tokens(256, seed=step) + preferred).assignments.rows_per_expert_E().float()
+        if step == 0:
+            expected_E = 0.05 * (4.0 / (8 * E) - rows_E / (8 * 256))
+        subject.after_step()
+        if step == 0:
+            torch.testing.assert_close(subject.selection_bias_E, expected_E)
+        means.append(float(rows_E.sum() / 256))
+        busiest.append(float(rows_E.max() / rows_E.mean()))
+    assert sum(means[-100:]) / 100 == pytest.approx(4.0, rel=0.01)
+    assert sum(busiest[-100:]) / 100 < 0.7 * busiest[0]
+    assert subject.policy.budget.threshold == 0.0
+
+
 def test_groups_limit_where_experts_come_from():
     built = router(TopK(k=3, n_groups=4, top_groups=2)).eval()
     mask_TE = chosen_TE(built(tokens()))
@@ -258,6 +278,7 @@ def test_floors_and_caps_hold_for_every_token_at_any_threshold(kind, floor, cap)
         (ExpertChoice(k=13.0), "ExpertChoice.k = 13.0"),
         (ZeroComputationExperts(k=13), "ZeroComputationExperts.k = 13"),
         (ZeroComputationExperts(k=8, target_mean=4.0, null_weighs=False), "null_weighs = False"),
+        (ZeroComputationExperts(k=8, target_mean=None, bias_rate=0.1), "bias_rate = 0.1"),
         (TopK(k=3, n_groups=5), "n_groups = 5 does not divide n_experts = 12"),
         (TopK(k=3, n_groups=4, top_groups=5), "top_groups = 5"),
         (TopK(k=7, n_groups=4, top_groups=2), "TopK.k = 7"),
