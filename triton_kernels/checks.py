@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, H heads, K key width, V value width, S packed sequences.
 """
 
+import re
 from itertools import pairwise
 
 import torch
@@ -26,6 +27,19 @@ def check_shape(op: str, name: str, x: torch.Tensor, expected: dict[str, int | N
     layout = "[" + ", ".join(letter if size is None else f"{letter}={size}" for letter, size in expected.items()) + "]"
     if x.dim() != len(expected) or any(size is not None and size != have for size, have in zip(expected.values(), x.shape)):
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {layout}")
+
+
+def check_tensors(op: str, sizes: dict[str, int] | None = None, **tensors: torch.Tensor | None) -> dict[str, int]:
+    """Every tensor has the axes its name ends in (k_BSGK: B, S, G and K), a letter being one size throughout: that of `sizes`, or of the first tensor
+    it occurs in. Tensors that are None are passed over. Returns all sizes by letter."""
+    sizes = dict(sizes or {})
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        axes = re.findall(r"[A-Z]\d*", name.rsplit("_", 1)[-1])
+        check_shape(op, name, x, {axis: sizes.get(axis) for axis in axes})
+        sizes |= dict(zip(axes, x.shape))
+    return sizes
 
 
 def check_dtype(op: str, tensors: dict[str, torch.Tensor]) -> None:

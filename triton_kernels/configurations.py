@@ -99,14 +99,28 @@ class LaunchTable:
         return (self.lines[key][number],)
 
 
-def launch_table(blocks: str, lines: Mapping[tuple[int, int], Sequence[tuple[int, ...]]]) -> LaunchTable:
-    """A table as data: {(architecture, width): [(a value for each name in `blocks`, then warps, then stages), ...]}."""
+def launch_table(blocks: str, widths: Any, **lines: Sequence[Any]) -> LaunchTable:
+    """A table as data: for each architecture (sm_90=[...]) and each of `widths` one option, or a list of them; an option is a value for each name in
+    `blocks`, then warps, then stages."""
     names = blocks.split()
+    if isinstance(widths, dict):  # The older form, on its way out.
+        return LaunchTable(
+            lines={
+                key: tuple(LaunchOptions(blocks=dict(zip(names, o[:-2])), num_warps=o[-2], num_stages=o[-1]) for o in options)
+                for key, options in widths.items()
+            }
+        )
 
     def option(values: tuple[int, ...]) -> LaunchOptions:
         return LaunchOptions(blocks=dict(zip(names, values[:-2], strict=True)), num_warps=values[-2], num_stages=values[-1])
 
-    return LaunchTable(lines={key: tuple(map(option, options)) for key, options in lines.items()})
+    return LaunchTable(
+        lines={
+            (int(architecture.removeprefix("sm_")), width): tuple(map(option, options if isinstance(options, list) else [options]))
+            for architecture, line in lines.items()
+            for width, options in zip(widths, line, strict=True)
+        }
+    )
 
 
 # One per kind of call: 2-byte elements first, then fp32, then whatever else the op's launcher tells apart.
@@ -170,9 +184,12 @@ def current_architecture() -> int:
     return 80 if knobs.runtime.interpret else int(driver.active.get_current_target().arch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def random_inputs(generator_seed: int, dtype: torch.dtype, device: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Standard normal leaf tensors of the given shapes, drawn on the CPU in fp32 so that every device and dtype sees the same numbers."""
-    generator = torch.Generator().manual_seed(generator_seed)
+def random_inputs(seed: int, dtype: torch.dtype, device: str, sizes: Any, *names: str) -> dict[str, torch.Tensor]:
+    """Standard normal leaf tensors whose axes are the letters their names end in (q_BTHK), drawn on the CPU in fp32 so that every device and dtype
+    sees the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    # Without names, the older form, on its way out: sizes are shapes by name.
+    shapes = {name: [sizes[axis] for axis in name.rsplit("_", 1)[-1]] for name in names} if names else sizes
     return {name: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for name, shape in shapes.items()}
 
 
