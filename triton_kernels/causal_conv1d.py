@@ -2,19 +2,26 @@
 
     z_t = bias + sum_{w < W} weight[:, w] * x_{t - (W - 1) + w};  y = silu(z)
 
-The short convolution before the linear-attention layers (Mamba, arXiv 2312.00752; gated DeltaNet, arXiv 2412.06464).
+The short convolution before the linear-attention layers (Mamba, arXiv 2312.00752; gated DeltaNet, arXiv 2412.06464). On torch it is W shifted
+multiply-adds over the sequences with their tails in front. Autograd of that would allocate W padded gradients of the whole input, and F.conv1d's CPU
+backward for depthwise weights is slower still, so the backward is written out.
 
-Legend: B batch, T tokens, D channels, W convolution width, W1 = W - 1, L = rows with the tails in front, S packed sequences (B without cu_seqlens).
+Legend: B batch, T tokens, D channels, W convolution width, R = W - 1 entries of a tail, S sequences (B of them, or those packed by `cu_seqlens`),
+L = rows with the tails in front, C rows of a piece.
 """
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels.causal_conv1d_torch import causal_conv1d_torch
-from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
+from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape, check_tensors
 
 OP = "causal_conv1d"
 WIDTHS = (2, 3, 4)
+# What stays in a core's cache, which makes the W passes over a piece nearly free.
+PIECE_ELEMENTS = 2**17
 
 
 def causal_conv1d(
@@ -27,46 +34,31 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Convolves every channel with its own W weights over the current and the W - 1 tokens before it.
+    """Convolves every channel with its own W weights over the current token, which weight_DW[:, W - 1] meets, and the W - 1 before it.
 
-    Args:
-        x_BTD: inputs; the output has their dtype, sums are taken in fp32 (fp64 for fp64).
-        weight_DW: weight_DW[:, W - 1] meets the current token. Any floating dtype, like bias_D and initial_tail.
-        activation: "silu", or None for the bare convolution.
-        initial_tail: [S, D, W - 1], the inputs before the first token of each sequence, oldest first; zeros by default.
-        cu_seqlens: int64 [S + 1]: B = 1 holds S sequences end to end, each with its own tail, empty ones allowed.
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
-
-    Returns:
-        y_BTD and the tail [S, D, W - 1] in x's dtype: the last W - 1 inputs of each sequence, those of initial_tail included when it is shorter.
-        Gradients flow to x, weight, bias and initial_tail, through both. Raises ValueError for shapes, dtypes and options that do not fit.
+    Sums are fp32 (fp64 for fp64), whatever the floating dtypes of weight, bias and `initial_tail` [S, D, W - 1]: the inputs before each sequence,
+    oldest first, zeros by default. `cu_seqlens` (int64 [S+1], with B = 1) packs S sequences, empty ones allowed. `activation` is "silu" or None.
+    Returns y_BTD and the tail [S, D, W - 1] in x's dtype: the last W - 1 inputs of each sequence, those of initial_tail included when it is shorter.
+    Gradients flow to x, weight, bias and initial_tail, through both. Raises ValueError for shapes, dtypes, offsets and options that do not fit.
     """
-    check_shape(OP, "x_BTD", x_BTD, {"B": None, "T": None, "D": None})
-    B, T, D = x_BTD.shape
-    check_shape(OP, "weight_DW", weight_DW, {"D": D, "W": None})
-    W = weight_DW.shape[1]
+    B, T, D, W = check_tensors(OP, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D).values()
     if W not in WIDTHS:
         raise ValueError(f"{OP}: weight_DW has width W={W}, legal are {', '.join(map(str, WIDTHS))}")
     if activation not in ("silu", None):
         raise ValueError(f"{OP}: activation={activation!r}, legal are 'silu' and None")
     check_dtype(OP, {"x_BTD": x_BTD})
     check_cu_seqlens(OP, cu_seqlens, B, T)
-    n_sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    if bias_D is not None:
-        check_shape(OP, "bias_D", bias_D, {"D": D})
-    if initial_tail is None:
-        initial_tail = x_BTD.new_zeros(n_sequences, D, W - 1)
-    check_shape(OP, "initial_tail", initial_tail, {"S": n_sequences, "D": D, "W-1": W - 1})
-    initial_tail = initial_tail.to(x_BTD.dtype)
-    arguments = (x_BTD, weight_DW, bias_D, activation == "silu", initial_tail, cu_seqlens)
+    S = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    tail_SDR = x_BTD.new_zeros(S, D, W - 1) if initial_tail is None else initial_tail.to(x_BTD.dtype)
+    check_shape(OP, "initial_tail", tail_SDR, {"S": S, "D": D, "W-1": W - 1})
     if check_backend(backend, x_BTD) == "torch":
-        return causal_conv1d_torch(*arguments)
-    if x_BTD.dtype == torch.float64:
+        convolve = causal_conv1d_torch
+    elif x_BTD.dtype == torch.float64:
         raise ValueError(f"{OP}: x_BTD is float64; the Triton kernels take float32, float16 and bfloat16")
-    # Imported here because machines without Triton (macOS) still have the torch backend.
-    from triton_kernels.causal_conv1d_triton import causal_conv1d_triton
-
-    return causal_conv1d_triton(*arguments)
+    else:
+        # Imported here because machines without Triton (macOS) still have the torch backend.
+        from triton_kernels.causal_conv1d_triton import forward_op as convolve
+    return convolve(x_BTD, weight_DW, bias_D, tail_SDR, cu_seqlens, activation == "silu"), last_inputs(x_BTD, tail_SDR, cu_seqlens)
 
 
 def causal_conv1d_step(
@@ -75,3 +67,81 @@ def causal_conv1d_step(
     """One token: (y_BD, the new tail), equal to `causal_conv1d` of that token after `tail_BDW1`."""
     y_B1D, tail_BDW1 = causal_conv1d(x_BD[:, None], weight_DW, bias_D=bias_D, activation=activation, initial_tail=tail_BDW1)
     return y_B1D[:, 0], tail_BDW1
+
+
+def last_inputs(x_BTD: Tensor, tail_SDR: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last W - 1 inputs of each sequence [S, D, R], its tail counted as earlier inputs; nothing is read by the host."""
+    T, R = x_BTD.shape[1], tail_SDR.shape[2]
+    if cu_seqlens is None:
+        recent_BDT = x_BTD[:, max(T - R, 0) :].transpose(1, 2)
+        return recent_BDT if T >= R else torch.cat([tail_SDR, recent_BDT], 2)[:, :, T:]
+    if T == 0:
+        return tail_SDR.clone()
+    # Counted from the first entry of the sequence's tail: its own inputs are R and what follows.
+    place_SR = cu_seqlens.diff()[:, None] + torch.arange(R, device=x_BTD.device)
+    from_x_SRD = x_BTD[0][(cu_seqlens[:-1, None] + place_SR - R).clamp(min=0)]
+    from_tail_SDR = tail_SDR.gather(2, place_SR.clamp(max=R - 1)[:, None].expand_as(tail_SDR))
+    return torch.where((place_SR >= R)[:, None], from_x_SRD.transpose(1, 2), from_tail_SDR)
+
+
+def causal_conv1d_torch(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, tail_SDR: Tensor, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
+    if cu_seqlens is None:
+        return Convolution.apply(torch.cat([tail_SDR.transpose(1, 2), x_BTD], 1), weight_DW, bias_D, silu)
+    # One row with every sequence's tail in front of it; what the tails' own rows give is left out of y.
+    (T, D), (S, R) = x_BTD.shape[1:], tail_SDR.shape[::2]
+    token_T, sequence_S, entry_R = (torch.arange(n, device=x_BTD.device) for n in (T, S, R))
+    row_T = token_T + (torch.bucketize(token_T, cu_seqlens[1:], right=True) + 1) * R
+    row_SR = (cu_seqlens[:-1] + sequence_S * R)[:, None] + entry_R
+    x_LD = x_BTD.new_zeros(T + S * R, D).index_copy(0, row_T, x_BTD[0]).index_copy(0, row_SR.flatten(), tail_SDR.transpose(1, 2).flatten(0, 1))
+    return Convolution.apply(x_LD[None], weight_DW, bias_D, silu).index_select(1, row_T - R)
+
+
+class Convolution(torch.autograd.Function):
+    """y[t] = act(bias + sum_w weight[w] x[t + w]) for the rows t that have all their W inputs. Keeps x only; the backward computes z again."""
+
+    @staticmethod
+    def forward(ctx, x_BLD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool) -> Tensor:
+        ctx.save_for_backward(x_BLD, weight_DW, bias_D)
+        ctx.silu = silu
+        B, L, D = x_BLD.shape
+        y_BTD = x_BLD.new_empty(B, L - weight_DW.shape[1] + 1, D)
+        weight_WD = in_sums(weight_DW).T.contiguous()
+        for b, rows_W in pieces(y_BTD, len(weight_WD)):
+            z_CD = shifted_sum(x_BLD[b], rows_W, weight_WD, bias_D)
+            y_BTD[b, rows_W[0]] = F.silu(z_CD) if silu else z_CD
+        return y_BTD
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor):
+        (dy_BTD,), (x_BLD, weight_DW, bias_D) = grad_outputs, ctx.saved_tensors
+        weight_WD = in_sums(weight_DW).T.contiguous()
+        dx_BLD, dweight_WD, dbias_D = torch.zeros_like(in_sums(x_BLD)), torch.zeros_like(weight_WD), torch.zeros_like(weight_WD[0])
+        for b, rows_W in pieces(dy_BTD, len(weight_WD)):
+            dz_CD = in_sums(dy_BTD[b, rows_W[0]])
+            if ctx.silu:
+                dz_CD = torch.ops.aten.silu_backward(dz_CD, shifted_sum(x_BLD[b], rows_W, weight_WD, bias_D))
+            dbias_D += dz_CD.sum(0)
+            for w, rows in enumerate(rows_W):
+                dx_BLD[b, rows].addcmul_(dz_CD, weight_WD[w])
+                dweight_WD[w] += (dz_CD * x_BLD[b, rows]).sum(0)
+        return dx_BLD.to(x_BLD.dtype), dweight_WD.T.to(weight_DW.dtype), None if bias_D is None else dbias_D.to(bias_D.dtype), None
+
+
+def pieces(y_BTD: Tensor, W: int) -> Iterator[tuple[int, list[slice]]]:
+    """(b, the rows of x that weight 0 .. W - 1 meets) of some rows of y, which are those of weight 0."""
+    B, T, D = y_BTD.shape
+    size = max(1, PIECE_ELEMENTS // max(1, D))
+    return ((b, [slice(t + w, min(t + size, T) + w) for w in range(W)]) for b in range(B) for t in range(0, T, size))
+
+
+def shifted_sum(x_LD: Tensor, rows_W: list[slice], weight_WD: Tensor, bias_D: Tensor | None) -> Tensor:
+    """z_CD of a piece, in the dtype of the sums."""
+    z_CD = x_LD[rows_W[0]] * weight_WD[0]
+    for rows, weight_D in zip(rows_W[1:], weight_WD[1:]):
+        z_CD.addcmul_(x_LD[rows], weight_D)
+    return z_CD if bias_D is None else z_CD.add_(bias_D)
+
+
+def in_sums(x: Tensor) -> Tensor:
+    """x in the dtype of the sums: fp32, or fp64 for fp64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

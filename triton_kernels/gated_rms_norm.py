@@ -1,8 +1,6 @@
 """RMS norm of the output of a linear-attention head, times an activated gate.
 
-    y = x * rsqrt(mean(x^2) + eps) * weight * act(gate),   act = silu (gated DeltaNet, arXiv 2412.06464) or sigmoid (lightning, arXiv 2401.04658)
-
-Legend: N rows (all dimensions but the last), D width of the norm.
+y = x * rsqrt(mean(x^2) + eps) * weight * act(gate),   act = silu (gated DeltaNet, arXiv 2412.06464) or sigmoid (lightning, arXiv 2401.04658)
 """
 
 import torch
@@ -29,17 +27,12 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activ
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
     if check_backend(backend, x) == "torch":
-        return gated_rms_norm_torch(x, gate, weight, eps, activation)
+        sums = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(sums), (x.shape[-1],), weight.to(sums), eps)
+        return (normed * (F.silu if activation == "silu" else torch.sigmoid)(gate.to(sums))).to(x.dtype)
     # Imported here because machines without Triton (macOS) still have the torch backend.
-    from triton_kernels.gated_rms_norm_triton import MAX_WIDTH, gated_rms_norm_triton
+    from triton_kernels.gated_rms_norm_triton import MAX_WIDTH, forward_op
 
     if x.dtype == torch.float64 or x.shape[-1] > MAX_WIDTH:
         raise ValueError(f"{OP}: {x.dtype} of width {x.shape[-1]}; the Triton kernels take float32, float16 and bfloat16 up to {MAX_WIDTH}")
-    return gated_rms_norm_triton(x, gate, weight, eps, activation == "silu")
-
-
-def gated_rms_norm_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
-    accumulator = torch.promote_types(x.dtype, torch.float32)
-    normed = F.rms_norm(x.to(accumulator), (x.shape[-1],), weight.to(accumulator), eps)
-    activated = F.silu(gate.to(accumulator)) if activation == "silu" else torch.sigmoid(gate.to(accumulator))
-    return (normed * activated).to(x.dtype)
+    return forward_op(x, gate, weight, eps, activation == "silu")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_kernels.causal_conv1d import WIDTHS, causal_conv1d
-from triton_kernels.checks import check_backend, check_dtype, check_shape
+from triton_kernels.checks import check_backend, check_dtype, check_shape, check_tensors
 from triton_kernels.decayed_linear_attention import decayed_linear_attention_step
 from triton_kernels.gated_delta_rule import delta_step
 from triton_kernels.gated_rms_norm import ACTIVATIONS, gated_rms_norm
@@ -39,35 +39,24 @@ def delta_decode(
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
-    """One token of a gated DeltaNet or Kimi delta attention layer, from its projections to the input of its output projection.
+    """One token of a gated DeltaNet (arXiv 2412.06464) or KDA (2510.26692) layer, from its projections to the input of its output projection, y_BHV.
 
-    Args:
-        qkv_BX, gate_BHV, a, b_BH: the projections, in one dtype; a is [B, H], or [B, H * K] for a decay per key channel.
-        conv_XW: weights of the short convolution, rounded to the projections' dtype.
-        A_log_H, dt_bias: of the decay gate; dt_bias has as many entries as a row of a. norm_V: weight of the norm.
-        state_BHKV (fp32), tail_BXW (the last W - 1 inputs of the convolution): updated in place.
-        eps, activation: of the gated norm, "silu" or "sigmoid".
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
-
-    Returns:
-        y_BHV in the projections' dtype; no gradient on Triton. Raises ValueError for shapes, dtypes and options that do not fit.
-        Sources: arXiv 2412.06464 (gated DeltaNet), 2510.26692 (KDA).
+    The projections and `tail_BXW`, the last W - 1 inputs of the convolution, share a dtype, which is y's; conv_XW is rounded to it. a is [B, H], or
+    [B, H * K] for a decay per key channel; dt_bias has as many entries as a row of a. state_BHKV (fp32) and tail_BXW are updated in place.
+    eps and activation ("silu" or "sigmoid") are those of the gated norm. No gradient on Triton.
+    Raises ValueError for shapes, dtypes and options that do not fit.
     """
     op = "delta_decode"
     B, H, K, V = check_linear_projection(op, qkv_BX, state_BHKV)
-    X = H * (2 * K + V)
-    check_shape(op, "gate_BHV", gate_BHV, {"B": B, "H": H, "V": V})
+    sizes = {"B": B, "H": H, "V": V, "X": qkv_BX.shape[1]}
+    W = check_tensors(op, sizes, gate_BHV=gate_BHV, b_BH=b_BH, conv_XW=conv_XW, A_log_H=A_log_H, norm_V=norm_V)["W"]
     channels = H if a.dim() == 2 and a.shape[1] == H else H * K
     check_shape(op, "a", a, {"B": B, "H or H*K": channels})
-    check_shape(op, "b_BH", b_BH, {"B": B, "H": H})
-    check_dtype(op, {"qkv_BX": qkv_BX, "gate_BHV": gate_BHV, "a": a, "b_BH": b_BH, "tail_BXW": tail_BXW})
-    check_shape(op, "conv_XW", conv_XW, {"X": X, "W": None})
-    check_shape(op, "tail_BXW", tail_BXW, {"B": B, "X": X, "W-1": conv_XW.shape[1] - 1})
-    if conv_XW.shape[1] not in WIDTHS:
-        raise ValueError(f"{op}: conv_XW has width W={conv_XW.shape[1]}, legal are {', '.join(map(str, WIDTHS))}")
-    check_shape(op, "A_log_H", A_log_H, {"H": H})
     check_shape(op, "dt_bias", dt_bias, {"entries of a": channels})
-    check_shape(op, "norm_V", norm_V, {"V": V})
+    check_shape(op, "tail_BXW", tail_BXW, {"B": B, "X": sizes["X"], "W-1": W - 1})
+    check_dtype(op, {"qkv_BX": qkv_BX, "gate_BHV": gate_BHV, "a": a, "b_BH": b_BH, "tail_BXW": tail_BXW})
+    if W not in WIDTHS:
+        raise ValueError(f"{op}: conv_XW has width W={W}, legal are {', '.join(map(str, WIDTHS))}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
     if check_backend(backend, qkv_BX) == "triton":
@@ -75,14 +64,11 @@ def delta_decode(
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
         from triton_kernels.linear_decode_triton import delta_decode_op
 
-        return delta_decode_op(
-            qkv_BX, gate_BHV, a, b_BH, conv_XW, A_log_H, dt_bias, norm_V, state_BHKV, tail_BXW, eps, activation == "silu", channels != H
-        )
+        return delta_decode_op(qkv_BX, gate_BHV, a, b_BH, conv_XW, A_log_H, dt_bias, norm_V, state_BHKV, tail_BXW, eps, activation == "silu")
     qkv_B1X, tail = causal_conv1d(qkv_BX[:, None], conv_XW.to(qkv_BX.dtype), initial_tail=tail_BXW, backend="torch")
-    q_BHK, k_BHK, v_BHV = split_heads(qkv_B1X[:, 0], (H, K, V))
     log_decay = decay_gate(a, A_log_H, dt_bias)
     beta_BH = b_BH.to(log_decay.dtype).sigmoid()
-    o_BHV, state = delta_step(q_BHK, k_BHK, v_BHV, log_decay, beta_BH, state_BHKV, scale=None, normalize_qk=True)
+    o_BHV, state = delta_step(*split_heads(qkv_B1X[:, 0], (H, K, V)), log_decay, beta_BH, state_BHKV, scale=None, normalize_qk=True)
     state_BHKV.copy_(state.detach())
     tail_BXW.copy_(tail.detach())
     return gated_rms_norm(o_BHV, gate_BHV, norm_V, eps=eps, activation=activation, backend="torch")
@@ -96,7 +82,7 @@ def lightning_decode(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: Tensor,
     """
     op = "lightning_decode"
     _, H, K, V = check_linear_projection(op, qkv_BX, state_BHKV)
-    check_shape(op, "log_decay_H", log_decay_H, {"H": H})
+    check_tensors(op, {"H": H}, log_decay_H=log_decay_H)
     check_dtype(op, {"qkv_BX": qkv_BX})
     if check_backend(backend, qkv_BX) == "triton":
         check_in_place(op, qkv_BX, state_BHKV)
@@ -122,9 +108,8 @@ def split_heads(qkv_BX: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Te
 
 def check_linear_projection(op: str, qkv_BX: Tensor, state_BHKV: Tensor) -> tuple[int, int, int, int]:
     """(B, H, K, V) of a state and the channels that belong to it."""
-    check_shape(op, "state_BHKV", state_BHKV, {"B": None, "H": None, "K": None, "V": None})
-    B, H, K, V = state_BHKV.shape
-    check_shape(op, "qkv_BX", qkv_BX, {"B": B, "X": H * (2 * K + V)})
+    B, H, K, V = check_tensors(op, state_BHKV=state_BHKV).values()
+    check_tensors(op, {"B": B, "X": H * (2 * K + V)}, qkv_BX=qkv_BX)
     if state_BHKV.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: state_BHKV is {state_BHKV.dtype}, legal are torch.float32 and, on torch, torch.float64")
     return B, H, K, V

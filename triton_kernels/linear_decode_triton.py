@@ -10,14 +10,17 @@ Legend: B batch, H heads, K key width, V value width (padded to powers of two in
 # The launches' constexpr parameters are plain values to the caller, and jitted helpers that return tuples are beyond a type checker.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # fmt: off
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.linear_decode_configurations import LIGHTNING_BLOCK, tiles
+from triton_kernels.registration import has_work, kernel_op
 
 EPSILON = tl.constexpr(1e-6)
+# Entries of the state that a program holds at once, and its value columns where no norm ties a head's columns together: narrow enough that 16 heads
+# of one sequence are 128 programs.
+PROGRAM_ENTRIES = 128 * 128
+LIGHTNING_BLOCK = 16
 
 
 @triton.jit
@@ -127,43 +130,45 @@ def lightning_decode_kernel(
     lightning_head(tl.program_id(0), qkv, log_decay, state, o, qkv_stride, H, K, V, BLOCK_K, BLOCK_V)
 
 
-@torch.library.custom_op("hybrid_attention::delta_decode", mutates_args=("state", "tail"))
+def tiles(key_width: int, value_width: int, widest: int = PROGRAM_ENTRIES) -> dict[str, int]:
+    """Constants of a launch over heads of these widths, in blocks of at most `widest` value columns."""
+    block_k = triton.next_power_of_2(key_width)
+    block_v = min(triton.next_power_of_2(value_width), PROGRAM_ENTRIES // block_k, widest)
+    # 128 entries per thread: two programs of 128 x 128 then share a processor. Wider keys leave room for half as many.
+    warps = max(1, block_k * block_v // (32 * (128 if block_k <= 128 else 64)))
+    return {"K": key_width, "V": value_width, "BLOCK_K": block_k, "BLOCK_V": block_v, "num_warps": warps}
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x as the kernels read it: one stride from row to row."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@kernel_op("delta_decode", mutates_args=("state", "tail"))
 def delta_decode_op(
     qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, conv: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor, state: Tensor, tail: Tensor,
-    eps: float, silu: bool, per_channel: bool,
+    eps: float, silu: bool,
 ) -> Tensor:
     """y [B, H, V]; the arguments are those of `delta_decode`, already checked."""
     B, H, K, V = state.shape
     y = qkv.new_empty(B, H, V)
-    qkv, a, b, gate = (x if x.stride(-1) == 1 else x.contiguous() for x in (qkv, a, b, gate.flatten(1)))
-    conv, A_log, dt_bias, norm = (x.contiguous() for x in (conv, A_log, dt_bias, norm))
-    if y.numel() > 0:
+    if has_work(y):
+        projections = [dense_rows(x) for x in (qkv, gate.flatten(1), a, b)]
+        weights = (x.contiguous() for x in (conv, A_log, dt_bias, norm))
         delta_decode_kernel[(B * H,)](
-            qkv, gate, a, b, conv, A_log, dt_bias, norm, state, tail, y, *(x.stride(0) for x in (qkv, gate, a, b)), H, eps, K**-0.5,
-            W=conv.shape[1], SILU=silu, PER_CHANNEL=per_channel, **tiles(K, V),
+            *projections, *weights, state, tail, y, *(x.stride(0) for x in projections), H, eps, K**-0.5,
+            W=conv.shape[1], SILU=silu, PER_CHANNEL=a.shape[1] != H, **tiles(K, V),
         )
     return y
 
 
-@delta_decode_op.register_fake
-def _(qkv, gate, a, b, conv, A_log, dt_bias, norm, state, tail, eps, silu, per_channel):
-    return gate.new_empty(gate.shape)
-
-
-@torch.library.custom_op("hybrid_attention::lightning_decode", mutates_args=("state",))
+@kernel_op("lightning_decode", mutates_args=("state",))
 def lightning_decode_op(qkv: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """o [B, H, V]; the arguments are those of `lightning_decode`, already checked."""
     B, H, K, V = state.shape
     o = qkv.new_empty(B, H, V)
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    constants = tiles(K, V, LIGHTNING_BLOCK)
-    if o.numel() > 0:
-        lightning_decode_kernel[(B * H * triton.cdiv(V, constants["BLOCK_V"]),)](
-            qkv, log_decay.contiguous(), state, o, qkv.stride(0), H, **constants,
-        )
+    if has_work(o):
+        qkv, constants = dense_rows(qkv), tiles(K, V, LIGHTNING_BLOCK)
+        grid = (B * H * triton.cdiv(V, constants["BLOCK_V"]),)
+        lightning_decode_kernel[grid](qkv, log_decay.contiguous(), state, o, qkv.stride(0), H, **constants)
     return o
-
-
-@lightning_decode_op.register_fake
-def _(qkv, log_decay, state):
-    return qkv.new_empty(state.shape[0], state.shape[1], state.shape[3])

@@ -25,8 +25,7 @@ from triton_kernels.flash_attention_triton import LOG2E, AttentionCall, sink_gra
 from triton_kernels.flash_attention_triton import backward_op as softmax_backward
 from triton_kernels.flash_decode_configurations import SPLIT, TARGET_PROGRAMS
 from triton_kernels.flash_decode_triton import reduce_kernel, split_kernel
-from triton_kernels.linear_decode_configurations import tiles
-from triton_kernels.linear_decode_triton import lightning_head
+from triton_kernels.linear_decode_triton import lightning_head, tiles
 from triton_kernels.mixed_attention_configurations import DECODE_BLOCK, FORWARD
 
 softmax_block = flash_attention_forward.forward_kernel
