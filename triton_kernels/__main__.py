@@ -12,30 +12,34 @@ RECORDED, SPILLS = Path("notes/kernels/inspect.csv"), Path("notes/kernels/spills
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m triton_kernels", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
+
     inspect = commands.add_parser("inspect", help="compile every op for GPUs that are not there: registers, spills, instructions, launches, bytes")
     inspect.add_argument("--arch", type=int, nargs="+", choices=(80, 90, 100), default=[90], help="compute capabilities (default: 90)")
     inspect.add_argument("--peer", nargs="+", default=[], help="also inspect these libraries' versions of the op (fla)")
     inspect.add_argument("--csv", type=Path, help=f"write the rows into this file, e.g. {RECORDED}")
     inspect.add_argument("--gate", action="store_true", help=f"fail on spills, no tensor cores, or more launches or bytes than in {RECORDED}")
     inspect.add_argument("--all-options", action="store_true", help=f"also compile every option of every launch table; --gate knows {SPILLS.name}")
+
     bench = commands.add_parser("bench", help="time every op: Triton kernels on a GPU, torch references on a CPU")
     bench.add_argument("--peers", action="store_true", help="also time the other libraries that can be imported, in turns with ours")
     bench.add_argument("--repeats", type=int, default=20, help="timed turns; the median counts (default: 20)")
-    bench.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=[], help="default: bfloat16; on a CPU float32 as well"
-    )
-    bench.add_argument("--csv", type=Path, help="write the rows into this file")
+    dtypes = ("float32", "bfloat16", "float16")
+    bench.add_argument("--dtype", nargs="+", choices=dtypes, default=[], help="default: bfloat16; on a CPU float32 as well")
+    bench.add_argument("--csv", type=Path, help="write the rows into this file, after each op and shape")
     bench.add_argument("--plot", type=Path, help="draw the roofline into this file (svg, png, pdf); needs matplotlib")
+
     gpu_check = commands.add_parser("gpu-check", help="correctness of every op on this GPU, then the benchmark, into one folder")
     folder = Path(os.environ.get("OUT", "runs/gpu-check"))
     gpu_check.add_argument("--folder", type=Path, default=folder, help="where the tables go (default: $OUT, or runs/gpu-check)")
     gpu_check.add_argument("--minutes", type=float, default=8.0, help="nothing new is begun after so many (default: 8)")
-    for command in (inspect, bench, gpu_check):
+
+    for command, run in ((inspect, run_inspect), (bench, run_benchmark), (gpu_check, run_check)):
         command.add_argument("--op", nargs="+", help="ops or op/variant (default: all)")
+        command.set_defaults(run=run)
     options = parser.parse_args(arguments)
     try:
-        return {"inspect": run_inspect, "bench": run_benchmark, "gpu-check": run_check}[options.command](select_operations(options.op), options)
+        return options.run(select_operations(options.op), options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -44,12 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
 def run_benchmark(selected: list[Operation], options: argparse.Namespace) -> int:
     import torch
 
-    from triton_kernels.bench import Timing, plot_roofline, run_bench
-    from triton_kernels.rows import write_rows
+    from triton_kernels.bench import plot_roofline, run_bench
 
-    rows = run_bench(selected, peers=options.peers, repeats=options.repeats, dtypes=[getattr(torch, name) for name in options.dtype])
-    if options.csv is not None:
-        write_rows(options.csv, Timing, rows)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = options.dtype or (["bfloat16"] if device == "cuda" else ["float32", "bfloat16"])
+    dtypes = [getattr(torch, name) for name in names]
+    rows = run_bench(selected, device, dtypes, peers=options.peers, repeats=options.repeats, csv=options.csv)
     if options.plot is not None:
         plot_roofline(rows, options.plot)
     return 0
@@ -62,30 +66,28 @@ def run_check(selected: list[Operation], options: argparse.Namespace) -> int:
 
 
 def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
-    from triton_kernels.inspect_options import find_spills, new_spills, read_spills, record_spills
-    from triton_kernels.inspect_table import format_table, gate, inspect_operation, read_csv, write_csv
+    from triton_kernels.inspect_table import Row, Spill, find_spills, format_table, gate, inspect_operation, new_spills, record
+    from triton_kernels.rows import read_rows
 
-    rows = []
+    rows: list[Row] = []
     for operation in selected:
         for architecture in options.arch:
             rows += inspect_operation(operation, architecture)
             for peer in options.peer:
-                if peer not in operation.peers:
-                    print(f"{operation.name}: no counterpart in {peer} is registered", file=sys.stderr)
-                    continue
                 try:
                     rows += inspect_operation(operation, architecture, peer)
-                except Exception as error:  # Whatever stops another library must not stop this table.
+                except Exception as error:  # Whatever stops another library, or its not being registered, must not stop this table.
                     print(f"{operation.name}: no rows for {peer}, {type(error).__name__}: {error}", file=sys.stderr)
     print(format_table(rows))
     spills = [spill for architecture in options.arch for spill in find_spills(selected, architecture)] if options.all_options else []
     if options.csv is not None:
-        write_csv(options.csv, rows)
+        record(options.csv, Row, rows, {row.subject for row in rows})
         if options.all_options:
-            record_spills(options.csv.with_name(SPILLS.name), spills, selected, options.arch)
+            record(options.csv.with_name(SPILLS.name), Spill, spills, {row.subject for row in rows})
     if not options.gate:
         return 0
-    problems = gate(rows, read_csv(RECORDED), {operation.name: operation for operation in selected}) + new_spills(spills, read_spills(SPILLS))
+    problems = gate(rows, read_rows(RECORDED, Row), {operation.name: operation for operation in selected})
+    problems += new_spills(spills, read_rows(SPILLS, Spill))
     print("\n".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
     return 1 if problems else 0
 

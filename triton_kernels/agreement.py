@@ -4,12 +4,13 @@ reference is off by in the same dtype, plus a few roundings of the largest entry
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_kernels.configurations import Operation, Shape
+from triton_kernels.configurations import Operation
 
 Call = Callable[..., Any]
 
@@ -21,6 +22,11 @@ class Agreement:
     ok: bool
     worst: float
     where: str
+
+
+def outputs_of(call: Call, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    output = call(**inputs)
+    return output if isinstance(output, tuple) else (output,)
 
 
 def leaves_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -36,8 +42,7 @@ def output_gradient(output: Tensor) -> Tensor:
 def results(call: Call, inputs: dict[str, Any], gradient: Tensor | None = None) -> dict[str, Tensor]:
     """Outputs, and the gradients of every leaf through the first output (`gradient` is that output's; drawn here unless given). Tensors without a
     gradient are copied beforehand, because a decode step updates its state in place."""
-    output = call(**{name: x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for name, x in inputs.items()})
-    outputs = output if isinstance(output, tuple) else (output,)
+    outputs = outputs_of(call, {name: x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for name, x in inputs.items()})
     named = {f"output {i}": x.detach() for i, x in enumerate(outputs) if isinstance(x, Tensor)}
     leaves = leaves_of(inputs)
     if leaves and outputs[0].requires_grad:
@@ -52,31 +57,24 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> str:
     return next((name for name, x in first.items() if not torch.equal(x, second[name])), "")
 
 
-def in_fp64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in fp64, leaves again where they were leaves."""
-    exact = dict(inputs)
-    for name, x in inputs.items():
-        if isinstance(x, Tensor) and x.is_floating_point():
-            exact[name] = x.detach().double().requires_grad_(x.requires_grad)
-    return exact
+def is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What one rounding costs, relative; in fp32 some more, for the order of a sum."""
-    return 2.0**-20 if dtype == torch.float32 else torch.finfo(dtype).eps
+    """What one rounding costs, relative; in fp32 some more, for the order of a sum; nothing for whole numbers (indices)."""
+    return 2.0**-20 if dtype == torch.float32 else torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 class Reference:
     """What an op's torch reference computes from the inputs in fp64, and in the inputs' own dtype as the measure of what may be lost."""
 
     def __init__(self, operation: Operation, inputs: dict[str, Any]):
-        def call(**tensors: Any) -> Any:
-            return operation.call(**tensors, backend="torch")
-
+        call = partial(operation.call, backend="torch")
         self.inputs = inputs
-        self.exact = results(call, in_fp64(inputs))
+        self.exact = results(call, {name: x.detach().double().requires_grad_(x.requires_grad) if is_float(x) else x for name, x in inputs.items()})
         self.rounded = results(call, inputs)
-        self.input_rounding = max((rounding(x.dtype) for x in inputs.values() if isinstance(x, Tensor) and x.is_floating_point()), default=0.0)
+        self.input_rounding = max((rounding(x.dtype) for x in inputs.values() if is_float(x)), default=0.0)
 
     def judge(self, actual: dict[str, Tensor]) -> Agreement:
         """`actual`: the results of a call on the same inputs, or of a peer that returns the first output alone."""
@@ -85,8 +83,8 @@ class Reference:
             right = self.exact[name]
             if right.numel() == 0:
                 continue
-            # Whole numbers (indices) have nothing to lose. An fp32 result of 16-bit inputs comes of products whose operands are rounded to 16 bits.
-            eps = max(rounding(found.dtype), self.input_rounding) if found.dtype.is_floating_point else 0.0
+            # An fp32 result of 16-bit inputs comes of products whose operands are rounded to 16 bits.
+            eps = max(rounding(found.dtype), self.input_rounding) if found.is_floating_point() else 0.0
             budget = 2 * (self.rounded[name] - right).abs().max() + 4 * eps * right.abs().max() + 1e-6
             ratio = float((found - right).abs().max() / budget)
             # NaN compares false with everything, so it must be asked for.
@@ -100,9 +98,3 @@ class Reference:
         assert first.keys() == self.exact.keys()
         differs = same_bits(first, results(call, self.inputs))
         return Agreement(ok=False, worst=float("inf"), where=f"{differs}: two runs differ in their bits") if differs else self.judge(first)
-
-
-def check(operation: Operation, shape: Shape, dtype: torch.dtype, device: str, backend: str) -> Agreement:
-    """One op at one shape."""
-    inputs = operation.inputs(dtype, device, **shape)
-    return Reference(operation, inputs).check(lambda **tensors: operation.call(**tensors, backend=backend))

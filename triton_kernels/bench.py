@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels.agreement import Call, Reference, leaves_of, output_gradient, results
+from triton_kernels.agreement import Call, Reference, leaves_of, output_gradient, outputs_of, results
 from triton_kernels.configurations import Cost, Operation, Shape
+from triton_kernels.rows import dtype_name, shape_label, write_rows
 
 # Direction -> a function without arguments that runs it.
 Passes = dict[str, Callable[[], Any]]
@@ -34,19 +36,19 @@ HEAD_START = 1_000_000
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """One line: ms is a median; ns_per_head_token = ms over B x T x H where the shape has them; roofline = least time that FLOPs and bytes allow at
-    the measured ceilings, over ms; ratio = ms over ours."""
+    the measured ceilings, over ms; ratio = ms over ours. The ceilings are lines too, so that a roofline can be drawn from the table alone."""
 
     op: str
     source: str
     dtype: str
-    shape: str
-    direction: str
-    ms: float
-    ns_per_head_token: float
-    tflops: float
-    gbytes_per_s: float
-    roofline: float
-    ratio: float
+    shape: str = ""
+    direction: str = ""
+    ms: float = 0.0
+    ns_per_head_token: float = 0.0
+    tflops: float = 0.0
+    gbytes_per_s: float = 0.0
+    roofline: float = 1.0
+    ratio: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +59,22 @@ class Ceilings:
     bandwidth: float
 
     def rows(self, dtype: torch.dtype) -> list[Timing]:
-        """As lines of the table, so that a roofline can be drawn from it alone."""
-        numbers = {"matmul": (1e-12 * self.flops, 0.0), "copy": (0.0, 1e-9 * self.bandwidth)}
-        blank: dict[str, Any] = {"dtype": dtype_name(dtype), "shape": "", "direction": "", "ms": 0.0, "ns_per_head_token": 0.0}
-        blank |= {"roofline": 1.0, "ratio": 0.0}
-        return [Timing(op=CEILING, source=name, tflops=flops, gbytes_per_s=rate, **blank) for name, (flops, rate) in numbers.items()]
+        row = partial(Timing, op=CEILING, dtype=dtype_name(dtype))
+        return [row(source="matmul", tflops=1e-12 * self.flops), row(source="copy", gbytes_per_s=1e-9 * self.bandwidth)]
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """Measured, and printed with what they were measured on."""
+    size, elements = (1024, 2**25) if device == "cpu" else (8192, 2**29)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    x = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    matmul_ms, copy_ms = (median([elapsed_ms(run, device) for _ in range(12)][2:]) for run in (lambda: a @ b, lambda: y.copy_(x)))
+    flops, bandwidth = 2e3 * size**3 / matmul_ms, 2e3 * x.nbytes / copy_ms
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    speeds = f"matmul {flops * 1e-12:.2f} TFLOP/s, copy {bandwidth * 1e-9:.1f} GB/s"
+    print(f"{name}, torch {torch.__version__}, {dtype_name(dtype)}: {speeds}", flush=True)
+    return Ceilings(flops=flops, bandwidth=bandwidth)
 
 
 def elapsed_ms(run: Callable[[], Any], device: str) -> float:
@@ -78,36 +91,20 @@ def elapsed_ms(run: Callable[[], Any], device: str) -> float:
     return begin.elapsed_time(end)
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    size, elements = (1024, 2**25) if device == "cpu" else (8192, 2**29)
-    a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
-    x = torch.randn(elements, device=device, dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    matmul = median([elapsed_ms(lambda: a @ b, device) for _ in range(12)][2:])
-    copy = median([elapsed_ms(lambda: y.copy_(x), device) for _ in range(12)][2:])
-    return Ceilings(flops=2 * size**3 / (matmul * 1e-3), bandwidth=2 * x.nbytes / (copy * 1e-3))
-
-
 def passes(call: Call, inputs: dict[str, Any]) -> Passes:
     """forward, backward of the first output, and the two together, as functions without arguments; forward alone for an op without gradients."""
 
     def first_output() -> Tensor:
-        output = call(**inputs)
-        return output[0] if isinstance(output, tuple) else output
+        return outputs_of(call, inputs)[0]
 
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return first_output()
-
-    leaves = list(leaves_of(inputs).values())
-    graph = first_output()
+    leaves, graph, forward = list(leaves_of(inputs).values()), first_output(), torch.no_grad()(first_output)
     if not leaves or not graph.requires_grad:
         return {"forward": forward}
-    gradient = output_gradient(graph)
+    gradients = partial(torch.autograd.grad, inputs=leaves, grad_outputs=output_gradient(graph), allow_unused=True)
     return {
         "forward": forward,
-        "backward": lambda: torch.autograd.grad(graph, leaves, gradient, allow_unused=True, retain_graph=True),
-        "forward+backward": lambda: torch.autograd.grad(first_output(), leaves, gradient, allow_unused=True),
+        "backward": lambda: gradients(graph, retain_graph=True),
+        "forward+backward": lambda: gradients(first_output()),
     }
 
 
@@ -147,7 +144,7 @@ def time_operation(
     operation: Operation, shape: Shape, dtype: torch.dtype, device: str, ceilings: Ceilings, *, peers: bool, repeats: int
 ) -> list[Timing]:
     """Rows of ours, of every peer that runs here and agrees, and of a dense matmul."""
-    label = " ".join(f"{name}={size}" for name, size in shape.items())
+    label = shape_label(shape)
     ours = partial(operation.call, backend="torch" if device == "cpu" else "triton")
     rotation = [operation.inputs(dtype, device, **shape) for _ in range(ROTATION)]
     reference = Reference(operation, rotation[0])
@@ -156,30 +153,29 @@ def time_operation(
         print(f"{operation.name} {label}: no time, the check failed ({agreement.where}, {agreement.worst:.2f} of its budget)")
         return []
     sources = {"ours": [passes(ours, inputs) for inputs in rotation]}
-    if peers:
-        sources |= agreeing_peers(operation, label, rotation, reference, device)
+    sources |= agreeing_peers(operation, label, rotation, reference, device) if peers else {}
     del reference
     forward, backward = operation.cost(dtype.itemsize, **shape)
     costs = {"forward": forward}
     if backward is not None:
         both = Cost(flops=forward.flops + backward.flops, bytes=forward.bytes + backward.bytes)
         costs |= {"backward": backward, "forward+backward": both}
+    head_tokens = shape["B"] * shape["T"] * shape["H"] if {"B", "T", "H"} <= shape.keys() else float("inf")
     rows = []
     for direction, cost in costs.items():
         runs: dict[str, Sequence[Callable[[], Any]]] = {name: [each[direction] for each in turns] for name, turns in sources.items()}
         if peers and {"B", "T", "H", "K"} <= shape.keys():
             runs[DENSE] = [dense_matmul(shape, cost.flops, dtype, device)]
         medians = take_turns(runs, device, repeats)
-        least = max(cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
+        least_ms = 1e3 * max(cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
         for name, ms in medians.items():
             numbers = {
                 "ms": ms,
-                "ns_per_head_token": 1e6 * ms / (shape["B"] * shape["T"] * shape["H"]) if {"B", "T", "H"} <= shape.keys() else 0.0,
+                "ns_per_head_token": 1e6 * ms / head_tokens,
                 "tflops": cost.flops / ms * 1e-9,
                 "gbytes_per_s": cost.bytes / ms * 1e-6,
-                "roofline": 1e3 * least / ms,
-                "ratio": ms / medians["ours"],
             }
+            numbers |= {"roofline": least_ms / ms, "ratio": ms / medians["ours"]}
             rounded = {column: float(f"{number:.4g}") for column, number in numbers.items()}
             rows.append(Timing(op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded))
             print(format_timing(rows[-1]), flush=True)
@@ -193,33 +189,36 @@ def format_timing(row: Timing) -> str:
     )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def print_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measured, and printed with what they were measured on."""
-    ceilings = measure_ceilings(device, dtype)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    speeds = f"matmul {ceilings.flops * 1e-12:.2f} TFLOP/s, copy {ceilings.bandwidth * 1e-9:.1f} GB/s"
-    print(f"{name}, torch {torch.__version__}, {dtype_name(dtype)}: {speeds}", flush=True)
-    return ceilings
-
-
-def timed_shapes(operation: Operation, device: str) -> tuple[Shape, ...]:
-    return operation.bench_shapes if device == "cuda" else (operation.cpu_shape,) if operation.cpu_shape is not None else ()
-
-
-def run_bench(operations: list[Operation], *, peers: bool, repeats: int, dtypes: Sequence[torch.dtype] = ()) -> list[Timing]:
-    """Every op at its timed shapes on the GPU, or at its CPU shape where there is none."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
-    for dtype in dtypes or ((torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)):
-        ceilings = print_ceilings(device, dtype)
+def run_bench(
+    operations: list[Operation],
+    device: str,
+    dtypes: Sequence[torch.dtype],
+    *,
+    peers: bool,
+    repeats: int,
+    csv: Path | None = None,
+    until: float = float("inf"),
+) -> list[Timing]:
+    """Every op at its timed shapes, each op's first before any op's second. The rows so far are in `csv` after each; past `until` (seconds of the
+    monotonic clock) none is begun."""
+    rows: list[Timing] = []
+    for dtype in dtypes:
+        ceilings = measure_ceilings(device, dtype)
         rows += ceilings.rows(dtype)
-        for operation in operations:
-            for shape in timed_shapes(operation, device):
-                rows += time_operation(operation, shape, dtype, device, ceilings, peers=peers, repeats=repeats)
+        shapes_of_ops = [operation.bench_shapes if device == "cuda" else filter(None, [operation.cpu_shape]) for operation in operations]
+        for shapes in zip_longest(*shapes_of_ops):
+            for operation, shape in zip(operations, shapes):
+                if shape is None:
+                    continue
+                if time.monotonic() > until:
+                    print(f"{operation.name} {shape_label(shape)}: not timed, no time left")
+                    continue
+                try:
+                    rows += time_operation(operation, shape, dtype, device, ceilings, peers=peers, repeats=repeats)
+                except torch.OutOfMemoryError as error:
+                    print(f"{operation.name} {shape_label(shape)}: not timed, {error}")
+                if csv is not None:
+                    write_rows(csv, Timing, rows)
     return rows
 
 

@@ -29,16 +29,19 @@ def check_shape(op: str, name: str, x: torch.Tensor, expected: dict[str, int | N
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {layout}")
 
 
+def axes_of(name: str) -> list[str]:
+    """The axes that the name of a tensor ends in: k_BSGK has B, S, G and K, w_EDF2 has E, D and F2."""
+    return re.findall(r"[A-Z]\d*", name.rsplit("_", 1)[-1])
+
+
 def check_tensors(op: str, sizes: dict[str, int] | None = None, **tensors: torch.Tensor | None) -> dict[str, int]:
-    """Every tensor has the axes its name ends in (k_BSGK: B, S, G and K), a letter being one size throughout: that of `sizes`, or of the first tensor
-    it occurs in. Tensors that are None are passed over. Returns all sizes by letter."""
+    """Every tensor has the axes its name ends in, a letter being one size throughout: that of `sizes`, or of the first tensor it occurs in. Tensors
+    that are None are passed over. Returns all sizes by letter."""
     sizes = dict(sizes or {})
     for name, x in tensors.items():
-        if x is None:
-            continue
-        axes = re.findall(r"[A-Z]\d*", name.rsplit("_", 1)[-1])
-        check_shape(op, name, x, {axis: sizes.get(axis) for axis in axes})
-        sizes |= dict(zip(axes, x.shape))
+        if x is not None:
+            check_shape(op, name, x, {axis: sizes.get(axis) for axis in axes_of(name)})
+            sizes |= dict(zip(axes_of(name), x.shape))
     return sizes
 
 

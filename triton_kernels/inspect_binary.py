@@ -3,7 +3,6 @@
 import re
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,21 @@ OPCODES = {
 # Shared memory of one multiprocessor, bytes.
 SHARED_PER_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
 
 def report_binary(kernel: Any) -> dict[str, int]:
     """Take apart one compiled kernel (`triton.compiler.CompiledKernel`): registers and stack (bytes) per thread, shared memory (bytes) and warps per
     block, blocks resident at once on one multiprocessor, and how often each of OPCODES occurs."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
-        usage = run_tool("cuobjdump", "--dump-resource-usage", str(path))
-        sass = run_tool("nvdisasm", "-c", str(path))
-    registers, stack = int(find(r"REG:(\d+)", usage)), int(find(r"STACK:(\d+)", usage))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage, sass = (
+            subprocess.run([TOOLS / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage[:200]
+    registers, stack = map(int, match.groups())
     shared, warps = int(kernel.metadata.shared), int(kernel.metadata.num_warps)
     blocks = resident_blocks(registers, warps, shared, kernel.metadata.target.arch)
     counts = {name: len(re.findall(rf"\b{pattern}", sass)) for name, pattern in OPCODES.items()}
@@ -47,19 +51,3 @@ def resident_blocks(registers: int, warps: int, shared: int, architecture: int) 
     by_registers = 65536 // (registers_per_warp * warps)
     by_shared = SHARED_PER_PROCESSOR[architecture] // (shared + 1024)
     return min(by_registers, 64 // warps, by_shared, 32)
-
-
-def find(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    assert match is not None, f"{pattern} not in {text[:200]!r}"
-    return match.group(1)
-
-
-@cache
-def tool_path(name: str) -> str:
-    """cuobjdump and nvdisasm ship inside the Triton wheel."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def run_tool(name: str, *arguments: str) -> str:
-    return subprocess.run([tool_path(name), *arguments], check=True, capture_output=True, text=True).stdout

@@ -7,7 +7,7 @@ Torch's own operators do run, and are recorded too: on a GPU each is a launch th
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from triton_kernels.agreement import leaves_of, outputs_of
+
 # Name, multiprocessors and the largest shared memory of one block.
 DEVICES = {80: ("NVIDIA A100", 108, 163 * 1024), 90: ("NVIDIA H200", 132, 227 * 1024), 100: ("NVIDIA B200", 148, 227 * 1024)}
 
@@ -35,8 +37,8 @@ class Launch:
     """One kernel launch, or one torch operator (binary None). n_bytes: each distinct tensor it was given, once."""
 
     name: str
-    grid: tuple[int, ...]
     n_bytes: int
+    grid: tuple[int, ...] = ()
     binary: Any = None
 
 
@@ -45,21 +47,12 @@ class OfflineDriver:
 
     def __init__(self, architecture: int):
         _, processors, shared = DEVICES[architecture]
-        self.architecture = architecture
         properties = {"multiprocessor_count": processors, "max_shared_mem": shared, "warpSize": 32, "max_num_regs": 65536}
         self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
-
-    def get_current_device(self) -> int:
-        return self.architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+        self.get_current_device = lambda: architecture
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: GPUTarget("cuda", architecture, 32)
+        self.get_active_torch_device = lambda: torch.device("cpu")
 
 
 class OperatorRecorder(TorchDispatchMode):
@@ -79,19 +72,19 @@ class OperatorRecorder(TorchDispatchMode):
         returns = func._schema.returns
         is_view = len(returns) > 0 and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if not is_view and func._schema.name.split("::")[1] not in FREE_OPERATORS:
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-            self.launches.append(Launch(name=func._schema.name, grid=(), n_bytes=distinct_bytes(tensors)))
+            self.launches.append(Launch(name=func._schema.name, n_bytes=distinct_bytes(tree_leaves((args, kwargs, result)))))
         return result
 
 
-def distinct_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the tensors, one that comes twice counted once, and an axis of stride 0 (an expanded tensor) as one element."""
+def distinct_bytes(values: list[Any]) -> int:
+    """Bytes of the tensors among them, one that comes twice counted once, and an axis of stride 0 (an expanded tensor) as one element."""
     sizes: dict[int, int] = {}
-    for x in tensors:
-        touched = x.element_size()
-        for size, stride in zip(x.shape, x.stride()):
-            touched *= size if stride != 0 else min(size, 1)
-        sizes[x.data_ptr()] = max(sizes.get(x.data_ptr(), 0), touched)
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            touched = x.element_size()
+            for size, stride in zip(x.shape, x.stride()):
+                touched *= size if stride != 0 else min(size, 1)
+            sizes[x.data_ptr()] = max(sizes.get(x.data_ptr(), 0), touched)
     return sum(sizes.values())
 
 
@@ -100,24 +93,21 @@ def recording(architecture: int, *, compiles: bool = True) -> Iterator[list[Laun
     """Within the block, Triton compiles for `architecture` (or, without `compiles`, does not even that) and launches nothing; yields the list the
     launches go to, in their order."""
     launches: list[Launch] = []
-    compile_and_run, tune = JITFunction.run, Autotuner.run
-    previous = triton.runtime.driver._active  # pyright: ignore[reportAttributeAccessIssue]
+    compile_and_run = JITFunction.run
 
+    @functools.wraps(compile_and_run)
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         binary = compile_and_run(self, *args, grid=grid, warmup=True, **options) if compiles else None
         named = dict(zip(self.arg_names, args)) | options
         size = tuple(int(n) for n in (grid(named) if callable(grid) else grid))  # pyright: ignore[reportGeneralTypeIssues]
-        tensors = [getattr(x, "base", x) for x in named.values() if isinstance(getattr(x, "base", x), torch.Tensor)]
-        launches.append(Launch(name=self.fn.__name__, grid=size, n_bytes=distinct_bytes(tensors), binary=binary))
+        n_bytes = distinct_bytes([getattr(x, "base", x) for x in tree_leaves(named)])
+        launches.append(Launch(name=self.fn.__name__, grid=size, n_bytes=n_bytes, binary=binary))
         return binary
 
     def take_first(self: Autotuner, *args: Any, **options: Any) -> Any:
         # A peer's tuner would have to time its candidates: the first one listed stands for them all.
         return self.fn.run(*args, **options, **self.configs[0].all_kwargs())
 
-    triton.runtime.driver.set_active(OfflineDriver(architecture))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    JITFunction.run = functools.wraps(compile_and_run)(record)
-    Autotuner.run = take_first
     # What a peer asks torch about the device while it is imported and called.
     name, processors, shared = DEVICES[architecture]
     properties = SimpleNamespace(name=name, multi_processor_count=processors, shared_memory_per_block_optin=shared)
@@ -128,9 +118,22 @@ def recording(architecture: int, *, compiles: bool = True) -> Iterator[list[Laun
         "device": lambda index: nullcontext(),
         "current_device": lambda: architecture,
     }
-    try:
-        with OperatorRecorder(launches), mock.patch.multiple(torch.cuda, **pretended):
-            yield launches
-    finally:
-        JITFunction.run, Autotuner.run = compile_and_run, tune
-        triton.runtime.driver._active = previous  # pyright: ignore[reportAttributeAccessIssue]
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", OfflineDriver(architecture)),
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(Autotuner, "run", take_first),
+        mock.patch.multiple(torch.cuda, **pretended),
+        OperatorRecorder(launches),
+    ):
+        yield launches
+
+
+def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture: int, *, compiles: bool = True) -> dict[str, list[Launch]]:
+    """Launches of the forward, and of the backward of the first output where it has one."""
+    with recording(architecture, compiles=compiles) as launches:
+        first = outputs_of(call, inputs)[0]
+        n_forward, leaves = len(launches), list(leaves_of(inputs).values())
+        if not (leaves and first.requires_grad):
+            return {"forward": launches}
+        torch.autograd.grad(first, leaves, torch.empty_like(first), allow_unused=True)
+    return {"forward": launches[:n_forward], "backward": launches[n_forward:]}

@@ -1,21 +1,23 @@
-"""`python -m triton_kernels inspect`: every op compiled for a GPU that is not there, as a table; and the gate that CI holds it to.
+"""`python -m triton_kernels inspect`: every op compiled for a GPU that is not there, as a table; every option of its launch tables, for spills; and
+the gate that CI holds both to.
 
 A row is one launch, or ("total") one pass of an op: its launches, its torch operators, its bytes, and their ratio to the floor of `Operation.cost`.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from triton_kernels.configurations import Operation
+from triton_kernels.configurations import Operation, Option, every_option
 from triton_kernels.inspect_binary import report_binary
-from triton_kernels.inspect_recorder import Launch, recording
-from triton_kernels.rows import read_rows, write_rows
+from triton_kernels.inspect_recorder import Launch, record_passes
+from triton_kernels.rows import dtype_name, read_rows, shape_label, write_rows
 
 TOTAL = "total"
 # The tensor-core instruction of an architecture and its column.
@@ -24,7 +26,7 @@ TENSOR_CORES = {80: "hmma", 90: "hgmma", 100: "utcmma"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. In a total, launches and operators are counts, and the binary's columns hold the worst of its launches."""
+    """One line of the table. In a total, launches and operators are counts, and the binary's columns are empty."""
 
     op: str
     source: str
@@ -51,45 +53,87 @@ class Row:
     floor_ratio: float = 0.0
 
     @property
-    def key(self) -> tuple[str, str, int, str, str]:
-        return self.op, self.source, self.arch, self.direction, self.kernel
+    def subject(self) -> tuple[str, str, int]:
+        """What is inspected, and recorded, as a whole."""
+        return self.op, self.source, self.arch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spill:
+    """A kernel that does not fit into its registers: bytes of stack per thread, local loads and stores in its code."""
+
+    op: str
+    arch: int
+    dtype: str
+    shape: str
+    option: int
+    kernel: str
+    stack: int
+    local: int
+
+    @property
+    def subject(self) -> tuple[str, str, int]:
+        return self.op, "ours", self.arch
 
 
 def inspect_operation(operation: Operation, architecture: int, source: str = "ours") -> list[Row]:
     """Rows of forward and backward of one op at its inspected shape in bf16; `source` names a peer of the operation to inspect instead of ours."""
+    if source != "ours" and source not in operation.peers:
+        raise ValueError(f"no counterpart of {operation.name} in {source} is registered")
     call = partial(operation.call, backend="triton") if source == "ours" else operation.peers[source]
-    inputs = operation.inputs(torch.bfloat16, "cpu", **operation.inspect_shape)
-    forward, backward = operation.cost(2, **operation.inspect_shape)
-    passes = record_passes(call, inputs, architecture, backward=backward is not None)
+    passes = record_passes(call, operation.inputs(torch.bfloat16, "cpu", **operation.inspect_shape), architecture)
     rows: list[Row] = []
-    for direction, launches in passes.items():
-        floor = forward if direction == "forward" or backward is None else backward
-        common: dict[str, Any] = {"op": operation.name, "source": source, "arch": architecture, "direction": direction}
+    for (direction, launches), floor in zip(passes.items(), operation.cost(2, **operation.inspect_shape)):
+        assert floor is not None, f"{operation.name} has a backward that its cost does not know"
+        row: Any = partial(Row, op=operation.name, source=source, arch=architecture, direction=direction)
         kernels = [launch for launch in launches if launch.binary is not None]
         for launch in kernels:
-            ratio = round(launch.n_bytes / floor.bytes, 3)
-            report: dict[str, Any] = report_binary(launch.binary)
-            rows.append(Row(**common, **report, kernel=launch.name, programs=prod(launch.grid), bytes=launch.n_bytes, floor_ratio=ratio))
-        n_bytes, n_operators = sum(launch.n_bytes for launch in launches), len(launches) - len(kernels)
-        ratio = round(n_bytes / floor.bytes, 3)
-        rows.append(Row(**common, kernel=TOTAL, launches=len(kernels), operators=n_operators, bytes=n_bytes, floor_ratio=ratio))
+            traffic = {"bytes": launch.n_bytes, "floor_ratio": round(launch.n_bytes / floor.bytes, 3)}
+            rows.append(row(kernel=launch.name, programs=prod(launch.grid), **report_binary(launch.binary), **traffic))
+        n_bytes = sum(launch.n_bytes for launch in launches)
+        traffic = {"bytes": n_bytes, "floor_ratio": round(n_bytes / floor.bytes, 3)}
+        rows.append(row(kernel=TOTAL, launches=len(kernels), operators=len(launches) - len(kernels), **traffic))
     return rows
 
 
-def record_passes(
-    call: Callable[..., Any], inputs: dict[str, Any], architecture: int, *, backward: bool, compiles: bool = True
-) -> dict[str, list[Launch]]:
-    """Launches of the forward, and of the backward of the first output."""
-    with recording(architecture, compiles=compiles) as launches:
-        result = call(**inputs)
-        first = result[0] if isinstance(result, tuple) else result
-        passes = {"forward": list(launches)}
-        launches.clear()
-        if backward:
-            leaves = [x for x in inputs.values() if isinstance(x, torch.Tensor) and x.requires_grad]
-            torch.autograd.grad(first, leaves, torch.empty_like(first), allow_unused=True)
-            passes["backward"] = list(launches)
-    return passes
+def compile_options(
+    operation: Operation, architecture: int, dtypes: Sequence[torch.dtype], seen: set[Option] | None = None
+) -> Iterator[tuple[dict[str, Any], Launch]]:
+    """Compile the op at its checked shapes with every option of its launch tables; yields the launches and what they are of. With `seen`, only where
+    an option is used that it does not hold yet; those are added to it."""
+    call = partial(operation.call, backend="triton")
+    for dtype in dtypes:
+        for shape in operation.check_shapes:
+            inputs = operation.inputs(dtype, "cpu", **shape)
+            for number, used in every_option():
+                record_passes(call, inputs, architecture, compiles=False)
+                if seen is not None and used <= seen:
+                    continue
+                passes = record_passes(call, inputs, architecture)
+                where = {"op": operation.name, "arch": architecture, "dtype": dtype_name(dtype), "shape": shape_label(shape), "option": number}
+                yield from ((where, launch) for launch in chain(*passes.values()) if launch.binary is not None)
+                if seen is not None:
+                    seen |= used
+
+
+def find_spills(operations: list[Operation], architecture: int) -> list[Spill]:
+    """Those of all options of the tables that the checked shapes of `operations` reach, each compiled once in bf16 and, where fp32 has its own, in
+    fp32."""
+    seen: set[Option] = set()
+    found: dict[str, Spill] = {}
+    for operation in operations:
+        for where, launch in compile_options(operation, architecture, (torch.bfloat16, torch.float32), seen):
+            report = report_binary(launch.binary)
+            if report["stack"] or report["spills"]:
+                found.setdefault(launch.binary.hash, Spill(**where, kernel=launch.name, stack=report["stack"], local=report["spills"]))
+    print(f"sm_{architecture}: {len(seen)} options of launch tables compiled, {len(found)} kernels spill")
+    return list(found.values())
+
+
+def record(path: Path, kind: type, rows: Sequence[Any], inspected: set[tuple[str, str, int]]) -> None:
+    """Put `rows` (of class `kind`) in place of all rows of the inspected subjects; sorted, so that a diff shows what changed."""
+    kept = [row for row in read_rows(path, kind) if row.subject not in inspected]
+    write_rows(path, kind, sorted([*kept, *rows], key=lambda row: row.subject))
 
 
 def format_table(rows: list[Row]) -> str:
@@ -97,45 +141,39 @@ def format_table(rows: list[Row]) -> str:
     names = [f.name for f in fields(Row)]
     lines = [names]
     for row in rows:
-        values = asdict(row)
-        lines.append(["" if row.kernel == TOTAL and values[name] == 0 and name != "operators" else str(values[name]) for name in names])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if i < 5 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))) for line in lines
-    )
+        lines.append(["" if row.kernel == TOTAL and value == 0 and name != "operators" else str(value) for name, value in asdict(row).items()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(n) if i < 5 else cell.rjust(n) for i, (cell, n) in enumerate(zip(line, widths))) for line in lines)
 
 
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """Rows of other ops and architectures already in the file are kept, those inspected now replaced; sorted, so that a diff shows what changed."""
-    inspected = {(row.op, row.source, row.arch) for row in rows}
-    kept = [row for row in read_csv(path) if (row.op, row.source, row.arch) not in inspected] if path.exists() else []
-    write_rows(path, Row, sorted([*kept, *rows], key=lambda row: (row.op, row.source, row.arch, row.direction != "forward")))
-
-
-def read_csv(path: Path) -> list[Row]:
-    return read_rows(path, Row)
-
-
-def gate(rows: list[Row], recorded: list[Row], operations: dict[str, Operation]) -> list[str]:
+def gate(rows: list[Row], recorded: list[Row], operations: Mapping[str, Operation]) -> list[str]:
     """What is wrong with our rows: spills, products without the architecture's tensor cores, more launches, operators or bytes than recorded."""
-    totals = {row.key: row for row in recorded if row.kernel == TOTAL}
+    totals = {(*row.subject, row.direction): row for row in recorded if row.kernel == TOTAL}
     problems = []
     for row in rows:
-        where = f"{row.op} {row.direction} sm_{row.arch} {row.kernel}"
+        wrong: list[str] = []
         if row.source != "ours":
             continue
-        if row.kernel == TOTAL:
-            known = totals.get(row.key)
-            if known is None:
-                problems.append(f"{where}: not recorded yet; run inspect with --csv")
-                continue
-            for name in ("launches", "operators", "bytes"):
-                if getattr(row, name) > getattr(known, name):
-                    problems.append(f"{where}: {name} {getattr(row, name)}, recorded {getattr(known, name)}")
-            continue
-        if row.stack or row.spills:
-            problems.append(f"{where}: spills ({row.stack} bytes of stack, {row.spills} local loads and stores)")
-        instruction = TENSOR_CORES[row.arch]
-        if getattr(row, instruction) == 0 and row.kernel not in operations[row.op].without_products:
-            problems.append(f"{where}: no {instruction.upper()}, the product runs elsewhere")
+        if row.kernel != TOTAL:
+            if row.stack or row.spills:
+                wrong.append(f"spills ({row.stack} bytes of stack, {row.spills} local loads and stores)")
+            instruction = TENSOR_CORES[row.arch]
+            if getattr(row, instruction) == 0 and row.kernel not in operations[row.op].without_products:
+                wrong.append(f"no {instruction.upper()}, the product runs elsewhere")
+        elif (known := totals.get((*row.subject, row.direction))) is None:
+            wrong.append("not recorded yet; run inspect with --csv")
+        else:
+            counts = ((name, getattr(row, name), getattr(known, name)) for name in ("launches", "operators", "bytes"))
+            wrong += [f"{name} {count}, recorded {before}" for name, count, before in counts if count > before]
+        problems += [f"{row.op} {row.direction} sm_{row.arch} {row.kernel}: {problem}" for problem in wrong]
     return problems
+
+
+def new_spills(found: list[Spill], recorded: list[Spill]) -> list[str]:
+    """Spills that are not on record, or are worse than recorded."""
+
+    def worst_known(spill: Spill) -> int:
+        same = (known for known in recorded if (known.op, known.arch, known.dtype, known.kernel) == (spill.op, spill.arch, spill.dtype, spill.kernel))
+        return max((known.stack for known in same), default=0)
+
+    return [f"spills, not on record: {spill}" for spill in found if spill.stack > worst_known(spill)]

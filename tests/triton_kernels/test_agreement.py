@@ -1,19 +1,24 @@
 """The check that guards every benchmark: it passes right results, and names what is wrong about wrong ones."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from triton_kernels.agreement import Reference, check, results
+from triton_kernels.agreement import Agreement, Reference, results
 from triton_kernels.bench import CEILING, DENSE, PEER_TOLERANCE, Ceilings, Timing, plot_roofline, run_bench, time_operation
 from triton_kernels.configurations import Operation, operations, select_operations
 from triton_kernels.gpu_check import run_gpu_check
-from triton_kernels.rows import read_rows, write_rows
+from triton_kernels.rows import read_rows
 
 OPERATION = operations()["decayed_linear_attention/token"]
 SHAPE = {"B": 1, "T": 40, "H": 2, "K": 16, "V": 16}
+
+
+def check(operation: Operation, shape: dict[str, int], dtype: torch.dtype, device: str, backend: str) -> Agreement:
+    return Reference(operation, operation.inputs(dtype, device, **shape)).check(partial(operation.call, backend=backend))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,7 +82,7 @@ def small(operation: Operation) -> Operation:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_on_a_cpu_the_torch_reference_is_timed_beside_its_peers(tmp_path: Path) -> None:
-    rows = run_bench([small(OPERATION)], peers=True, repeats=1, dtypes=[torch.float32, torch.bfloat16])
+    rows = run_bench([small(OPERATION)], "cpu", (torch.float32, torch.bfloat16), peers=True, repeats=1, csv=tmp_path / "benchmark.csv")
     ceilings = [(row.source, row.dtype) for row in rows if row.op == CEILING]
     assert ceilings == [("matmul", "float32"), ("copy", "float32"), ("matmul", "bfloat16"), ("copy", "bfloat16")]
     timed = [row for row in rows if row.op != CEILING]
@@ -87,7 +92,6 @@ def test_on_a_cpu_the_torch_reference_is_timed_beside_its_peers(tmp_path: Path) 
             assert found.keys() == {"ours", "loop", DENSE}
             assert found["ours"].ratio == 1
             assert all(row.ms > 0 for row in found.values())
-    write_rows(tmp_path / "benchmark.csv", Timing, rows)
     assert read_rows(tmp_path / "benchmark.csv", Timing) == rows
     plot_roofline(rows, tmp_path / "roofline.svg")
     assert "TFLOP/s" in (tmp_path / "roofline.svg").read_text()

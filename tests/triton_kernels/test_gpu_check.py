@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from triton_kernels.bench import CEILING, Timing
-from triton_kernels.configurations import LaunchTable, Operation, forced_option, launch_table, launch_tables, operations, options_of
+from triton_kernels.configurations import Operation, all_options, every_option, launch_table, operations
 from triton_kernels.gpu_check import run_gpu_check
 from triton_kernels.rows import read_rows
 
@@ -73,28 +73,36 @@ def test_a_kernel_that_breaks_is_a_verdict_and_an_op_out_of_time_is_no_pass(tmp_
 
 
 def test_forcing_an_option_gives_it_alone_and_notes_it() -> None:
-    table = launch_table("BLOCK", {(80, 64): [(64, 8, 2), (32, 4, 2)], (90, 64): [(128, 8, 3)]})
-    assert [option.blocks["BLOCK"] for option in table.options(40, 80)] == [64, 32]
-    with forced_option(1) as forced:
-        assert [option.blocks["BLOCK"] for option in table.options(40, 80)] == [32]
-        assert forced.others == 0
-        assert [option.blocks["BLOCK"] for option in table.options(40, 90)] == [128]
-    assert forced.used == {(table, (80, 64), 1), (table, (90, 64), 0)}
-    with forced_option(0) as forced:
-        table.options(64, 89)
-    assert forced.others == 1
-    assert options_of(table, 80) == {(table, (80, 64), 0), (table, (80, 64), 1)}
-    assert options_of(table, 100) == {(table, (90, 64), 0)}
-    assert len(table.options(1, 80)) == 2
+    table = launch_table("BLOCK", (64,), sm_80=[[(64, 8, 2), (32, 4, 2)]], sm_90=[(128, 8, 3)])
+
+    def blocks(architecture: int) -> list[int]:
+        return [option.blocks["BLOCK"] for option in table.options(40, architecture)]
+
+    assert blocks(80) == [64, 32]
+    seen = []
+    for number, used in every_option():
+        seen.append((number, blocks(80), blocks(90)))
+        assert used == {(table, (80, 64), number), (table, (90, 64), 0)}
+    assert seen == [(0, [64], [128]), (1, [32], [128])]
+    assert [number for number, _ in every_option() if blocks(89)] == [0, 1]
+    assert [number for number, _ in every_option() if blocks(100)] == [0]
+    assert [number for number, _ in every_option()] == [0]
+    assert blocks(80) == [64, 32]
+    assert {option[1:] for option in all_options(80) if option[0] is table} == {((80, 64), 0), ((80, 64), 1)}
+    assert {option[1:] for option in all_options(100) if option[0] is table} == {((90, 64), 0)}
     with pytest.raises(ValueError, match="head width 65"):
         table.options(65, 90)
-    with pytest.raises(ValueError, match="zip"):
-        launch_table("BLOCK_M BLOCK_N", {(80, 64): [(64, 8, 2)]})
 
 
-def test_every_launch_table_of_every_op_is_known_by_name() -> None:
-    tables = launch_tables()
-    assert isinstance(tables["decayed_linear_attention.LAUNCHES"], LaunchTable)
-    assert len(set(tables.values())) == len(tables)
-    families = {name.split("/")[0] for name in operations()}
-    assert {name.split(".")[0] for name in tables} <= families
+@pytest.mark.parametrize(
+    ("blocks", "widths", "line", "error"),
+    [
+        ("BLOCK_M BLOCK_N", (64,), [(64, 8, 2)], ValueError),
+        ("BLOCK", (64, 128), [(64, 8, 2)], ValueError),
+        ("BLOCK", (64,), [[(64, 8, 2)] * 5], AssertionError),
+        ("BLOCK", (64,), [[]], AssertionError),
+    ],
+)
+def test_a_launch_table_with_too_few_or_too_many_values_is_refused(blocks: str, widths: tuple, line: list, error: type) -> None:
+    with pytest.raises(error):
+        launch_table(blocks, widths, sm_80=line)

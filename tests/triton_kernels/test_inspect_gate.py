@@ -12,8 +12,8 @@ import pytest
 
 from triton_kernels.configurations import operations
 from triton_kernels.inspect_binary import resident_blocks
-from triton_kernels.inspect_options import Spill, new_spills, read_spills, record_spills
-from triton_kernels.inspect_table import TOTAL, gate, read_csv, write_csv
+from triton_kernels.inspect_table import TOTAL, Row, Spill, gate, new_spills, record
+from triton_kernels.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "notes" / "kernels" / "inspect.csv"
@@ -42,7 +42,7 @@ BARS |= {"gated_delta_rule": (3, 2.5, 4, 3.5), "kimi_delta_attention": (4, 2.5, 
 
 @pytest.mark.parametrize("name", BARS)
 def test_what_is_recorded_keeps_to_the_bars(name: str) -> None:
-    rows = [row for row in read_csv(RECORDED) if (row.op, row.source, row.arch) == (name, "ours", 90)]
+    rows = [row for row in read_rows(RECORDED, Row) if (row.op, row.source, row.arch) == (name, "ours", 90)]
     totals = {row.direction: row for row in rows if row.kernel == TOTAL}
     limits = BARS[name]
     for direction, launches, ratio in (("forward", *limits[:2]), ("backward", *limits[2:])):
@@ -54,7 +54,7 @@ def test_what_is_recorded_keeps_to_the_bars(name: str) -> None:
 
 
 def test_every_op_is_on_record_for_every_architecture_and_none_spills() -> None:
-    rows = [row for row in read_csv(RECORDED) if row.source == "ours"]
+    rows = [row for row in read_rows(RECORDED, Row) if row.source == "ours"]
     assert {(row.op, row.arch) for row in rows} == {(name, architecture) for name in operations() for architecture in (80, 90, 100)}
     assert [row for row in rows if row.spills or row.stack] == []
 
@@ -62,14 +62,19 @@ def test_every_op_is_on_record_for_every_architecture_and_none_spills() -> None:
 def test_the_shapes_checked_on_a_device_reach_every_line_of_every_launch_table(compile_environment: dict[str, str]) -> None:
     program = """
 import torch
-from triton_kernels.configurations import launch_tables, operations, options_of
-from triton_kernels.inspect_options import compile_options
-for architecture in (80, 90, 100):
-    seen = set()
-    for operation in operations().values():
-        for _ in compile_options(operation, architecture, (torch.bfloat16, torch.float32), seen, compiles=False):
-            pass
-    missing = [(name, key, number) for name, table in launch_tables().items() for _, key, number in options_of(table, architecture) - seen]
+from functools import partial
+from triton_kernels.configurations import all_options, every_option, operations
+from triton_kernels.inspect_recorder import record_passes
+seen = {80: set(), 90: set(), 100: set()}
+for operation in operations().values():
+    call = partial(operation.call, backend="triton")
+    for inputs in (operation.inputs(dtype, "cpu", **shape) for dtype in (torch.bfloat16, torch.float32) for shape in operation.check_shapes):
+        for architecture in seen:
+            for _, used in every_option():
+                record_passes(call, inputs, architecture, compiles=False)
+                seen[architecture] |= used
+for architecture, reached in seen.items():
+    missing = [(key, table.lines[key][number]) for table, key, number in all_options(architecture) - reached]
     assert not missing, (architecture, missing)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=compile_environment, capture_output=True, text=True)
@@ -82,9 +87,9 @@ def test_a_spill_is_a_problem_unless_one_as_bad_is_on_record(tmp_path: Path) -> 
     assert new_spills([spill], [spill]) == []
     assert len(new_spills([dataclasses.replace(spill, stack=72)], [spill])) == 1
     path, other = tmp_path / "spills.csv", dataclasses.replace(spill, arch=80)
-    record_spills(path, [spill, other], [operations()["flash_attention"]], [80, 90])
-    record_spills(path, [], [operations()["flash_attention"]], [90])
-    assert read_spills(path) == [other]
+    record(path, Spill, [spill, other], {spill.subject, other.subject})
+    record(path, Spill, [], {spill.subject})
+    assert read_rows(path, Spill) == [other]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_a_spill_is_a_problem_unless_one_as_bad_is_on_record(tmp_path: Path) -> 
     ],
 )
 def test_the_gate_finds(change: dict, message: str) -> None:
-    recorded = [row for row in read_csv(RECORDED) if row.op == f"{OP}/token" and row.arch == 90 and row.source == "ours"]
+    recorded = [row for row in read_rows(RECORDED, Row) if row.op == f"{OP}/token" and row.arch == 90 and row.source == "ours"]
     assert gate(recorded, recorded, operations()) == []
     wanted = change.get("kernel", "backward_kernel")
     row = next(row for row in recorded if row.kernel == wanted)
@@ -108,17 +113,17 @@ def test_the_gate_finds(change: dict, message: str) -> None:
 
 
 def test_a_row_nobody_recorded_is_a_problem() -> None:
-    rows = [row for row in read_csv(RECORDED) if row.kernel == TOTAL and row.source == "ours"][:1]
+    rows = [row for row in read_rows(RECORDED, Row) if row.kernel == TOTAL and row.source == "ours"][:1]
     assert "not recorded" in gate(rows, [], operations())[0]
 
 
 def test_csv_round_trip_keeps_other_ops(tmp_path: Path) -> None:
-    rows = read_csv(RECORDED)
+    rows = read_rows(RECORDED, Row)
     path = tmp_path / "table.csv"
-    write_csv(path, rows)
-    first = [row for row in rows if row.op == rows[0].op and row.arch == rows[0].arch and row.source == rows[0].source]
-    write_csv(path, first)
-    assert sorted(map(str, read_csv(path))) == sorted(map(str, rows))
+    record(path, Row, rows, {row.subject for row in rows})
+    record(path, Row, [row for row in rows if row.subject == rows[0].subject], {rows[0].subject})
+    assert sorted(map(str, read_rows(path, Row))) == sorted(map(str, rows))
+    assert path.read_text() == RECORDED.read_text()
 
 
 def test_occupancy_is_the_tightest_limit() -> None:
