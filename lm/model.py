@@ -16,9 +16,9 @@ from attention import build_attention
 from attention.cache import HybridCache
 from attention.norm import RMSNorm
 from lm.config import ModelConfig
+from moe.backends import Choice, choose_backend
 from moe.layer import MoE
 from routing.router import PolicyConfig, Router, Routing
-from triton_kernels.grouped_mlp import Choice, choose_backend
 
 IGNORED_TARGET = -100
 # Adding many small updates to a bf16 residual stream loses them: measured, 0.15 nats at 100k tokens (notes/LOG.md).

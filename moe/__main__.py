@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
+from moe.backends import choose_backend
 from moe.bench import Shape
 from moe.bench_table import HEADER, environment, line, table, write_csv
 from moe.freed_memory import keep_freed_memory
-from triton_kernels.grouped_mlp import choose_backend
 
 WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.backends import compute_experts
 from routing.assignments import Assignments
-from triton_kernels.grouped_mlp import grouped_mlp
 
 Step = Callable[[], list[Tensor]]
 
@@ -66,9 +66,8 @@ class Problem:
         return [y_TD, *torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_N), self.dy_TD)]
 
     def grouped(self, backend: str) -> list[Tensor]:
-        rows = self.assignments
-        index = (rows.token_N, self.weight_N, rows.expert_offsets, rows.token_offsets, rows.row_of_slot_N)
-        return self.finish(grouped_mlp(self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, *index, backend=backend))
+        rows = dataclasses.replace(self.assignments, weight_N=self.weight_N)
+        return self.finish(compute_experts(self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, rows, backend=backend))
 
     def huggingface(self) -> list[Tensor]:
         """The grouped_mm experts of transformers 5, on the same weights and slots. Every token has the same number of them there."""

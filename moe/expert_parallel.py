@@ -2,7 +2,7 @@
 
 A token travels once to each process that holds any of its experts, with the list of those experts and their weights, and comes back as one
 weighted sum. So at most min(k, P) rows of width D move each way per token, where one row per expert would be k; the receiving process needs no
-code of its own, since the sum over a token's experts is what `grouped_mlp` computes anyway.
+code of its own, since the sum over a token's experts is what `compute_experts` gives anyway.
 
 Legend: T tokens of this process, D model width, E experts of all processes, F expert width, P processes, N rows of this process's tokens,
 S (token, process) pairs sent, M tokens received, R rows received.
@@ -15,9 +15,9 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from moe.backends import compute_experts
 from moe.experts import Experts
 from routing.assignments import Assignments
-from triton_kernels.grouped_mlp import grouped_mlp
 
 
 class ExpertParallelExperts(Experts):
@@ -48,17 +48,7 @@ class ExpertParallelExperts(Experts):
         exchange = _Exchange(assignments, self.mesh, self.n_local)
         x_MD = exchange.to_experts(_Copies.apply(x_TD, *exchange.sent_tokens), exchange.tokens_out, exchange.tokens_in)
         received = exchange.received_assignments(assignments)
-        y_MD = grouped_mlp(
-            x_MD,
-            self._local(self.w_gate_up_EDF2),
-            self._local(self.w_down_EFD),
-            received.token_N,
-            received.weight_N,
-            received.expert_offsets,
-            received.token_offsets,
-            received.row_of_slot_N,
-            backend=self.backend,
-        )
+        y_MD = compute_experts(x_MD, self._local(self.w_gate_up_EDF2), self._local(self.w_down_EFD), received, backend=self.backend)
         y_SD = exchange.to_experts(y_MD, exchange.tokens_in, exchange.tokens_out)
         return _sum_of_copies(y_SD, exchange.sent_tokens, x_TD.shape[0])
 

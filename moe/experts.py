@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.backends import compute_experts
 from routing.assignments import Assignments
-from triton_kernels.grouped_mlp import grouped_mlp
 
 
 class Experts(nn.Module):
@@ -32,17 +32,7 @@ class Experts(nn.Module):
             weight.data.copy_(draw * (scale * weight.shape[1] ** -0.5))
 
     def forward(self, x_TD: Tensor, assignments: Assignments) -> Tensor:
-        return grouped_mlp(
-            x_TD,
-            self.w_gate_up_EDF2,
-            self.w_down_EFD,
-            assignments.token_N,
-            assignments.weight_N,
-            assignments.expert_offsets,
-            assignments.token_offsets,
-            assignments.row_of_slot_N,
-            backend=self.backend,
-        )
+        return compute_experts(x_TD, self.w_gate_up_EDF2, self.w_down_EFD, assignments, backend=self.backend)
 
 
 class SharedExpert(nn.Module):

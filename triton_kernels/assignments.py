@@ -45,9 +45,9 @@ def sort_slots(
     if padded is False:
         raise ValueError("sort_slots: padded = False; the Triton kernels cannot know how many slots are kept, and leave the others as padding")
     # Imported here because machines without Triton (macOS) still have the torch backend.
-    from triton_kernels.assignments_triton import sort_slots_triton
+    from triton_kernels.assignments_triton import sort_slots_op
 
-    return Rows(*sort_slots_triton(expert_TK, weight_TK, keep_TK, n_experts))
+    return Rows(*sort_slots_op(weight_TK, expert_TK, keep_TK, n_experts)[:-1])
 
 
 def sort_slots_torch(expert_TK: Tensor, weight_TK: Tensor, keep_TK: Tensor | None, n_experts: int, padded: bool) -> Rows:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.flash_attention_blocks import wide
+from triton_kernels.registration import has_work, kernel_op
 
 BLOCK_P = 128
 SCAN = 512
@@ -96,61 +97,39 @@ def slot_gradient_kernel(dweight_N_ptr, row_ptr, keep_ptr, dweight_ptr, N, BLOCK
     tl.store(dweight_ptr + slot_P, tl.load(dweight_N_ptr + row_P, mask=kept_P, other=0.0), mask=slot_P < N)
 
 
-def sort_slots_triton(expert_TK: Tensor, weight_TK: Tensor, keep_TK: Tensor | None, n_experts: int) -> tuple[Tensor, ...]:
-    """The fields of `Rows`; the arguments are those of `sort_slots`, already checked."""
-    return torch.ops.hybrid_attention.sort_slots(weight_TK, expert_TK, keep_TK, n_experts)[:-1]
-
-
-@torch.library.custom_op("hybrid_attention::sort_slots", mutates_args=())
+@kernel_op("sort_slots")
 def sort_slots_op(
     weight: Tensor, expert: Tensor, keep: Tensor | None, n_experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Rows` in their order, and the row of each slot, which the gradient needs."""
-    outputs = _outputs(weight, expert, n_experts)
-    weight_N, token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N, row_N = outputs
-    K, N = expert.shape[1], expert.numel()
-    if N == 0:
+    (T, K), N = expert.shape, expert.numel()
+    sizes = (N, N, n_experts + 1, T + 1, N, N)
+    token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N, row_N = (expert.new_empty(size, dtype=torch.int64) for size in sizes)
+    weight_N = weight.new_empty(N)
+    if has_work(weight_N):
+        n_blocks, keep = triton.cdiv(N, BLOCK_P), keep if keep is None else keep.contiguous()
+        count = expert.new_empty(n_experts + 1, n_blocks, dtype=torch.int32)
+        start, expert = torch.empty_like(count, dtype=torch.int64), expert.contiguous()
+        buckets = triton.next_power_of_2(n_experts + 2)
+        count_kernel[(n_blocks,)](expert, keep, count, N, n_experts, n_blocks, BUCKETS=buckets, BLOCK_P=BLOCK_P)
+        scan_kernel[(n_experts + 1,)](count, start, expert_offsets, n_blocks, SCAN=SCAN)
+        sorted_by = (expert, weight.contiguous(), keep, start, expert_offsets)
+        rows = (weight_N, token_N, expert_N, token_offsets, row_of_slot_N, row_N)
+        place_kernel[(n_blocks,)](*sorted_by, *rows, N, K, n_experts, n_blocks, BLOCK_P=BLOCK_P)
+    elif has_work(expert_offsets):
         expert_offsets.zero_()
         token_offsets.zero_()
-        return outputs
-    keep = keep if keep is None else keep.contiguous()
-    weight, expert, n_blocks = weight.contiguous(), expert.contiguous(), triton.cdiv(N, BLOCK_P)
-    count = expert.new_empty(n_experts + 1, n_blocks, dtype=torch.int32)
-    start = torch.empty_like(count, dtype=torch.int64)
-    buckets = triton.next_power_of_2(n_experts + 2)
-    count_kernel[(n_blocks,)](expert, keep, count, N, n_experts, n_blocks, BUCKETS=buckets, BLOCK_P=BLOCK_P)
-    scan_kernel[(n_experts + 1,)](count, start, expert_offsets, n_blocks, SCAN=SCAN)
-    sorted_by = (expert, weight, keep, start, expert_offsets)
-    rows = (weight_N, token_N, expert_N, token_offsets, row_of_slot_N, row_N)
-    place_kernel[(n_blocks,)](*sorted_by, *rows, N, K, n_experts, n_blocks, BLOCK_P=BLOCK_P)
-    return outputs
+    return weight_N, token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N, row_N
 
 
-def _outputs(weight: Tensor, expert: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    N, T = expert.numel(), expert.shape[0]
-    token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N, row_N = (
-        expert.new_empty(size, dtype=torch.int64) for size in (N, N, n_experts + 1, T + 1, N, N)
-    )
-    return weight.new_empty(N), token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N, row_N
-
-
-@sort_slots_op.register_fake
-def _(weight, expert, keep, n_experts):
-    return _outputs(weight, expert, n_experts)
-
-
-@torch.library.custom_op("hybrid_attention::sort_slots_backward", mutates_args=())
+@kernel_op("sort_slots_backward")
 def sort_slots_backward_op(dweight_N: Tensor, row_N: Tensor, keep: Tensor | None, n_slots: int) -> Tensor:
-    dweight, N = dweight_N.new_empty(dweight_N.shape[0] // n_slots, n_slots), dweight_N.shape[0]
-    keep = keep if keep is None else keep.contiguous()
-    if N > 0:
+    N = dweight_N.shape[0]
+    dweight = dweight_N.new_empty(N // n_slots, n_slots)
+    if has_work(dweight):
+        keep = keep if keep is None else keep.contiguous()
         slot_gradient_kernel[(triton.cdiv(N, SCAN),)](dweight_N.contiguous(), row_N, keep, dweight, N, BLOCK=SCAN)
     return dweight
-
-
-@sort_slots_backward_op.register_fake
-def _(dweight_N, row_N, keep, n_slots):
-    return dweight_N.new_empty(dweight_N.shape[0] // n_slots, n_slots)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -162,10 +141,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dweight_N: Tensor | None, *_: None):
-    if dweight_N is None:
-        return None, None, None, None
-    row_N, keep = ctx.saved_tensors
-    return torch.ops.hybrid_attention.sort_slots_backward(dweight_N, row_N, keep, ctx.n_slots), None, None, None
+    return None if dweight_N is None else sort_slots_backward_op(dweight_N, *ctx.saved_tensors, ctx.n_slots), None, None, None
 
 
 sort_slots_op.register_autograd(_backward, setup_context=_save)

@@ -1,58 +1,57 @@
 """Grouped gated MLP: every expert's SwiGLU network on the rows assigned to it, weighted and added up per token.
 
-Legend: T tokens, D model width, E experts, F expert width, N assigned rows.
+Legend: T tokens, D model width, E experts, F expert width, F2 = 2F, N assigned rows.
 """
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels.grouped_mlp_cpu import grouped_mlp_cpu
-from triton_kernels.grouped_mlp_grouped_mm import grouped_mlp_grouped_mm, why_not
-from triton_kernels.grouped_mlp_megablocks import grouped_mlp_megablocks, why_not_megablocks
-from triton_kernels.grouped_mlp_torch import grouped_mlp_reference
+from triton_kernels.checks import check_backend, check_shape, check_tensors
 
-BACKENDS = ("auto", "reference", "cpu", "grouped_mm", "triton", "megablocks")
-
-# Triton's, which is imported late, is not among them.
-IMPLEMENTATIONS = {
-    "cpu": grouped_mlp_cpu,
-    "grouped_mm": grouped_mlp_grouped_mm,
-    "megablocks": grouped_mlp_megablocks,
-    "reference": grouped_mlp_reference,
-}
+OP = "grouped_mlp"
 
 
-class Choice(NamedTuple):
-    """A backend and why it was chosen, for people to read."""
+def grouped_mlp(
+    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor,
+    expert_offsets: Tensor, token_offsets: Tensor, row_of_slot_N: Tensor, *, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights of expert_n.
 
-    name: str
-    reason: str
+    x_TD             [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better
+    w_gate_up_EDF2   [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in
+    w_down_EFD       [E, F, D]
+    token_N          [N] int64; weight_N [N] floating point; expert_offsets [E+1], token_offsets [T+1], row_of_slot_N [N]: the fields of
+                     `routing.assignments.Assignments`, rows sorted by expert, padding behind expert_offsets[E] ignored
+
+    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for shapes that do not fit together, and for
+    what `why_not_triton` says. "torch" is a loop over experts; `moe.backends` knows faster ways without Triton.
+    """
+    backend = check_backend(backend, x_TD)
+    tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
+    check_grouped_mlp(*tensors, look=backend == "torch")
+    if backend == "torch":
+        return grouped_mlp_torch(*tensors[:6])
+    if (obstacle := why_not_triton(x_TD, w_down_EFD)) is not None:
+        raise ValueError(f"{OP}: {obstacle}")
+    # Imported here because machines without Triton (macOS) still have the torch backend.
+    from triton_kernels.grouped_mlp_triton import forward_op
+
+    keep_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, w_gate_up_EDF2, w_down_EFD, weight_N))
+    return forward_op(*tensors, keep_h)[0]
 
 
-def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> Choice:
-    """The one place that decides which implementation computes `grouped_mlp`. Raises ValueError if the one asked for cannot run here."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r} is not one of {', '.join(BACKENDS)}")
-    on_cpu, obstacle, without_triton = x_TD.device.type == "cpu", why_not(x_TD, w_down_EFD), why_not_triton(x_TD, w_down_EFD)
-    if backend == "cpu" and not on_cpu:
-        raise ValueError(f"backend = 'cpu' needs tensors on the CPU, these are on {x_TD.device}")
-    if backend == "grouped_mm" and obstacle is not None:
-        raise ValueError(f"backend = 'grouped_mm' cannot run: {obstacle}")
-    if backend == "triton" and without_triton is not None:
-        raise ValueError(f"backend = 'triton' cannot run: {without_triton}")
-    if backend == "megablocks" and (lacking := why_not_megablocks(x_TD)) is not None:
-        raise ValueError(f"backend = 'megablocks' cannot run: {lacking}")
-    if backend != "auto":
-        return Choice(backend, "asked for")
-    if on_cpu:
-        return Choice("cpu", "tensors are on the CPU")
-    if x_TD.is_cuda and without_triton is None:
-        return Choice("triton", "tensors are on a CUDA device")
-    if obstacle is None:
-        return Choice("grouped_mm", without_triton or f"the fastest one here that runs on {x_TD.device.type}")
-    return Choice("reference", obstacle)
+def grouped_mlp_torch(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor) -> Tensor:
+    """A loop over experts that says what the operation is, in any floating dtype, fp64 included."""
+    bounds = expert_offsets.tolist()
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    # Unbound once: indexing the packed weights in the loop would make each backward step write a full-size gradient.
+    for start, stop, w_gate_up_DF2, w_down_FD in zip(bounds, bounds[1:], w_gate_up_EDF2.unbind(), w_down_EFD.unbind()):
+        rows = slice(start, stop)
+        gate_NF, up_NF = (x_TD.index_select(0, token_N[rows]) @ w_gate_up_DF2.to(x_TD.dtype)).chunk(2, dim=-1)
+        out_ND = (F.silu(gate_NF) * up_NF) @ w_down_FD.to(x_TD.dtype)
+        y_TD = y_TD.index_add(0, token_N[rows], out_ND * weight_N[rows, None].to(y_TD.dtype))
+    return y_TD.to(x_TD.dtype)
 
 
 def why_not_triton(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
@@ -64,73 +63,20 @@ def why_not_triton(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
     return None
 
 
-def grouped_mlp(
-    x_TD: Tensor,
-    w_gate_up_EDF2: Tensor,
-    w_down_EFD: Tensor,
-    token_N: Tensor,
-    weight_N: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    row_of_slot_N: Tensor,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights of expert_n.
-
-    x_TD             [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better
-    w_gate_up_EDF2   [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in
-    w_down_EFD       [E, F, D]
-    token_N          [N] int64; weight_N [N] floating point; expert_offsets [E+1], token_offsets [T+1], row_of_slot_N [N]: the fields of
-                     `routing.assignments.Assignments`, rows sorted by expert, padding behind expert_offsets[E] ignored
-
-    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for shapes that do not fit together.
-    """
-    chosen = choose_backend(x_TD, w_down_EFD, backend).name
-    tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
-    _check(*tensors, look=x_TD.device.type == "cpu" and chosen != "triton")
-    if chosen == "triton":
-        # Imported here because machines without Triton (macOS) still have the other backends.
-        from triton_kernels.grouped_mlp_triton import grouped_mlp_triton
-
-        return grouped_mlp_triton(*tensors)
-    return IMPLEMENTATIONS[chosen](x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
-
-
-def _check(
-    x_TD: Tensor,
-    w_gate_up_EDF2: Tensor,
-    w_down_EFD: Tensor,
-    token_N: Tensor,
-    weight_N: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    row_of_slot_N: Tensor,
-    *,
-    look: bool,
-) -> None:
-    """Refuse shapes that do not fit and, where looking is free, offsets that would read past the rows."""
-    if x_TD.dim() != 2 or w_gate_up_EDF2.dim() != 3 or w_down_EFD.dim() != 3:
-        raise ValueError(
-            f"x, w_gate_up, w_down must be [T, D], [E, D, 2F], [E, F, D], got {[tuple(t.shape) for t in (x_TD, w_gate_up_EDF2, w_down_EFD)]}"
-        )
-    (n_tokens, d_model), (n_experts, d_expert, _) = x_TD.shape, w_down_EFD.shape
-    expected = {
-        "w_gate_up": (w_gate_up_EDF2, (n_experts, d_model, 2 * d_expert)),
-        "w_down": (w_down_EFD, (n_experts, d_expert, d_model)),
-        "weight": (weight_N, tuple(token_N.shape)),
-        "expert_offsets": (expert_offsets, (n_experts + 1,)),
-        "token_offsets": (token_offsets, (n_tokens + 1,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} (x is {tuple(x_TD.shape)})")
-    if look:
-        last_row, last_slot = int(expert_offsets[-1]), int(token_offsets[-1])
-        if int(expert_offsets[0]) != 0 or bool((expert_offsets.diff() < 0).any()):
-            raise ValueError(f"expert_offsets must start at 0 and never fall, got {expert_offsets.tolist()}")
-        if not last_row == last_slot <= min(token_N.shape[0], row_of_slot_N.shape[0]):
-            raise ValueError(
-                f"expert_offsets end at {last_row} and token_offsets at {last_slot}: they must agree and not exceed the {token_N.shape[0]} rows "
-                f"and {row_of_slot_N.shape[0]} slots"
-            )
+def check_grouped_mlp(
+    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor,
+    expert_offsets: Tensor, token_offsets: Tensor, row_of_slot_N: Tensor, *, look: bool,
+) -> None:  # fmt: skip
+    """Refuse shapes that do not fit and, if `look` and looking is free, offsets that would read past the rows."""
+    sizes = check_tensors(OP, x_TD=x_TD, w_down_EFD=w_down_EFD, token_N=token_N, weight_N=weight_N)
+    check_tensors(OP, sizes | {"F2": 2 * sizes["F"]}, w_gate_up_EDF2=w_gate_up_EDF2)
+    check_shape(OP, "expert_offsets", expert_offsets, {"E+1": sizes["E"] + 1})
+    check_shape(OP, "token_offsets", token_offsets, {"T+1": sizes["T"] + 1})
+    if not look or x_TD.device.type != "cpu":
+        return
+    last_row, last_slot, n_slots = int(expert_offsets[-1]), int(token_offsets[-1]), row_of_slot_N.shape[0]
+    if int(expert_offsets[0]) != 0 or bool((expert_offsets.diff() < 0).any()):
+        raise ValueError(f"{OP}: expert_offsets must start at 0 and never fall, got {expert_offsets.tolist()}")
+    if not last_row == last_slot <= min(sizes["N"], n_slots):
+        ends = f"expert_offsets end at {last_row} and token_offsets at {last_slot}"
+        raise ValueError(f"{OP}: {ends}: they must agree and not exceed the {sizes['N']} rows and {n_slots} slots")

@@ -1,122 +1,250 @@
-"""grouped_mlp on its Triton kernels, as operators that torch.compile and CUDA graphs see as one node each.
+"""grouped_mlp on Triton, three launches forward and five backward, as operators that torch.compile and CUDA graphs see as one node each.
 
-Nothing here waits for the device: grids follow from N, the bound on the number of rows that the shapes give. Saved for backward are x, the
-pre-activations h, and what the router made.
+Forward: H = [G U] = x[token] W_gate_up with A = silu(G) * U in its epilogue, A W_down, and the weighted sum of each token's rows. Backward from x
+and H alone, with dA' = W_down dy (not yet weighted) and w the row's weight:
+    dw = <dA', A>,   dU = w dA' * silu(G),   dG = w dA' * U * silu'(G),   dW_down = (w A)^T dy,   dW_gate_up = x^T [dG dU]
+so the experts' outputs are needed nowhere, and A is made again from H. x and dy are gathered inside the products.
 
-Legend: T tokens, D model width, E experts, F expert width, N assigned rows.
+Nothing here waits for the device. Which rows a program owns is found there: expert e has the program slots from expert_offsets[e] // BLOCK_M + e on,
+which are at least as many as it has blocks of rows, so the grid needs nothing but N, a bound on the number of rows that the shapes give.
+
+Legend: T tokens, N assigned rows, M rows and N columns of a tile, K depth of a product, D model width, E experts, F expert width, S rows of a token.
 """
 
-# Constants given as Python values are beyond a type checker.
-# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false
+# Jitted helpers that return tuples, and constants given as Python values, are beyond a type checker.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.grouped_mlp_backward import activation_gradient_kernel, weight_gradient_kernel
-from triton_kernels.grouped_mlp_configurations import ACTIVATION_GRADIENT, GATE_UP, ROW_PRODUCT, SUM_ROWS, SUM_WIDTH, WEIGHT_GRADIENT, Tables
-from triton_kernels.grouped_mlp_forward import combine_kernel, gate_up_kernel, row_product_kernel
+from triton_kernels.configurations import Tables
+from triton_kernels.expert_configurations import ACTIVATION_GRADIENT, GATE_UP, ROW_PRODUCT, SUM_ROWS, SUM_WIDTH, WEIGHT_GRADIENT
+from triton_kernels.flash_attention_blocks import product, wide
+from triton_kernels.registration import has_work, kernel_op
 
 
-def grouped_mlp_triton(
-    x_TD: Tensor,
-    w_gate_up_EDF2: Tensor,
-    w_down_EFD: Tensor,
-    token_N: Tensor,
-    weight_N: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    row_of_slot_N: Tensor,
-) -> Tensor:
-    """y_TD; the arguments are those of `grouped_mlp`, already checked."""
-    keep_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, w_gate_up_EDF2, w_down_EFD, weight_N))
-    tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
-    return torch.ops.hybrid_attention.grouped_mlp(*tensors, keep_h)[0]
+@triton.jit
+def load_tile(pointers, mask, CHECK: tl.constexpr):
+    """A tile with zeros outside the mask; a mask that can hide nothing is left out of the program altogether."""
+    if CHECK:
+        return tl.load(pointers, mask=mask, other=0.0)
+    else:
+        return tl.load(pointers)
 
 
-@torch.library.custom_op("hybrid_attention::grouped_mlp", mutates_args=())
+@triton.jit
+def store_tile(base, x_MN, n_rows, n_N, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
+    """The first n_rows rows, and of the columns n those below WIDTH."""
+    m_M = tl.arange(0, x_MN.shape[0])
+    tl.store(base + m_M[:, None] * STRIDE + n_N[None, :], x_MN.to(base.dtype.element_ty), mask=(m_M < n_rows)[:, None] & (n_N < WIDTH)[None, :])
+
+
+@triton.jit
+def expert_tile(expert_offsets_ptr, E, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(expert, its first row here (int64), how many rows of the tile are the expert's, the tile's place among those of WIDTH columns). Tiles of one
+    expert run side by side, to share it in L2."""
+    TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    slot = tl.program_id(0) // TILES
+    e_E = tl.arange(0, BLOCK_E)
+    slot_E = tl.load(expert_offsets_ptr + e_E, mask=e_E < E, other=0) // BLOCK_M + e_E
+    expert = tl.sum(((slot_E <= slot) & (e_E < E)).to(tl.int32)) - 1
+    begin, end = tl.load(expert_offsets_ptr + expert), tl.load(expert_offsets_ptr + expert + 1)
+    first = begin + (slot - begin // BLOCK_M - expert) * BLOCK_M
+    return expert, first, tl.minimum(tl.maximum(end - first, 0), BLOCK_M).to(tl.int32), tl.program_id(0) % TILES
+
+
+@triton.jit
+def expert_product(
+    left_ptr, row_M, w_ptr, expert, n_N,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """left[row_M] @ w[expert] at the columns n in fp32, and if PAIR at the columns WIDTH + n too. w is [E, DEPTH, WIDTH], or [E, DEPTH, 2 WIDTH] if
+    PAIR, or [E, WIDTH, DEPTH] if TRANSPOSED."""
+    W_WIDTH: tl.constexpr = 2 * WIDTH if PAIR else WIDTH
+    K_STRIDE: tl.constexpr = 1 if TRANSPOSED else W_WIDTH
+    k_K = tl.arange(0, BLOCK_K)
+    left_tile = left_ptr + row_M[:, None] * DEPTH + k_K[None, :]
+    w_tile = w_ptr + wide(expert) * (DEPTH * W_WIDTH) + k_K[:, None] * K_STRIDE + n_N[None, :] * (DEPTH if TRANSPOSED else 1)
+    CUT: tl.constexpr = DEPTH % BLOCK_K != 0
+    RAGGED: tl.constexpr = CUT or WIDTH % BLOCK_N != 0
+    out_MN = tl.zeros([row_M.shape[0], BLOCK_N], tl.float32)
+    second_MN = tl.zeros([row_M.shape[0], BLOCK_N], tl.float32)
+    for k in range(0, DEPTH, BLOCK_K):
+        w_mask = (k + k_K < DEPTH)[:, None] & (n_N < WIDTH)[None, :]
+        left_MK = load_tile(left_tile + k, (k + k_K < DEPTH)[None, :], CUT)
+        out_MN = product(left_MK, load_tile(w_tile + k * K_STRIDE, w_mask, RAGGED), out_MN)
+        if PAIR:
+            second_MN = product(left_MK, load_tile(w_tile + k * K_STRIDE + WIDTH, w_mask, RAGGED), second_MN)
+    return out_MN, second_MN
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr, w_ptr, token_ptr, expert_offsets_ptr, h_ptr, a_ptr, E,
+    D: tl.constexpr, F: tl.constexpr, KEEP_H: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """h = x[token] @ w, kept for backward only; a = silu(gate half of h) * up half."""
+    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
+    if n_rows <= 0:
+        return
+    m_M, n_N = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows past the expert's last read token 0, whose result is not stored.
+    token_M = tl.load(token_ptr + first + m_M, mask=m_M < n_rows, other=0)
+    gate_MN, up_MN = expert_product(x_ptr, token_M, w_ptr, expert, n_N, D, F, True, False, BLOCK_N, BLOCK_K)
+    if KEEP_H:
+        store_tile(h_ptr + first * (2 * F), gate_MN, n_rows, n_N, F, 2 * F)
+        store_tile(h_ptr + first * (2 * F) + F, up_MN, n_rows, n_N, F, 2 * F)
+    store_tile(a_ptr + first * F, gate_MN * tl.sigmoid(gate_MN) * up_MN, n_rows, n_N, F, F)
+
+
+@triton.jit
+def row_product_kernel(
+    rows_ptr, w_ptr, expert_offsets_ptr, out_ptr, E,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [N, WIDTH] = rows [N, DEPTH] @ w[expert], w being [E, DEPTH, WIDTH], or [E, WIDTH, DEPTH] if TRANSPOSED."""
+    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N)
+    if n_rows <= 0:
+        return
+    n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The expert's last row stands in for those past it, which may not exist.
+    row_M = tl.minimum(tl.arange(0, BLOCK_M), n_rows - 1)
+    out_MN, _ = expert_product(rows_ptr + first * DEPTH, row_M, w_ptr, expert, n_N, DEPTH, WIDTH, False, TRANSPOSED, BLOCK_N, BLOCK_K)
+    store_tile(out_ptr + first * WIDTH, out_MN, n_rows, n_N, WIDTH, WIDTH)
+
+
+@triton.jit
+def combine_kernel(
+    rows_ptr, weight_ptr, token_offsets_ptr, row_of_slot_ptr, y_ptr,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y [T, D]: the sum of each token's rows, in the order of its slots, times the rows' weights where there are any."""
+    token = wide(tl.program_id(0))
+    d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    begin, end = tl.load(token_offsets_ptr + token), tl.load(token_offsets_ptr + token + 1)
+    y_D = tl.zeros([BLOCK_D], tl.float32)
+    for slot in range(begin, end, BLOCK_S):
+        slot_S = slot + tl.arange(0, BLOCK_S)
+        row_S = tl.load(row_of_slot_ptr + slot_S, mask=slot_S < end, other=0)
+        row_SD = tl.load(rows_ptr + row_S[:, None] * D + d_D[None, :], mask=(slot_S < end)[:, None] & (d_D < D)[None, :], other=0.0).to(tl.float32)
+        if weight_ptr is not None:
+            row_SD *= tl.load(weight_ptr + row_S, mask=slot_S < end, other=0.0).to(tl.float32)[:, None]
+        y_D += tl.sum(row_SD, 0)
+    tl.store(y_ptr + token * D + d_D, y_D.to(y_ptr.dtype.element_ty), mask=d_D < D)
+
+
+@triton.jit
+def swiglu_gradient(da_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N, F: tl.constexpr):
+    """Store dh and w A of the columns n; returns the rows' sums of dA' * A over them."""
+    m_M = tl.arange(0, da_MN.shape[0])
+    mask = (m_M < n_rows)[:, None] & (n_N < F)[None, :]
+    h_tile = h_base + m_M[:, None] * (2 * F) + n_N[None, :]
+    gate_MN = tl.load(h_tile, mask=mask, other=0.0).to(tl.float32)
+    up_MN = tl.load(h_tile + F, mask=mask, other=0.0).to(tl.float32)
+    sigmoid_MN = tl.sigmoid(gate_MN)
+    silu_MN = gate_MN * sigmoid_MN
+    a_MN = silu_MN * up_MN
+    store_tile(aw_base, weight_M[:, None] * a_MN, n_rows, n_N, F, F)
+    store_tile(dh_base, weight_M[:, None] * da_MN * up_MN * (sigmoid_MN + silu_MN * (1 - sigmoid_MN)), n_rows, n_N, F, 2 * F)
+    store_tile(dh_base + F, weight_M[:, None] * da_MN * silu_MN, n_rows, n_N, F, 2 * F)
+    return tl.sum(da_MN * a_MN, 1)
+
+
+@triton.jit
+def activation_gradient_kernel(
+    dy_ptr, w_ptr, h_ptr, token_ptr, weight_ptr, expert_offsets_ptr, dh_ptr, aw_ptr, partial_ptr, N_ROWS, E,
+    D: tl.constexpr, F: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dh [N, 2F], aw = w A [N, F], and this tile's share of the rows' weight gradients, partial [tiles of F, N] in fp32. w_down is [E, F, D]."""
+    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
+    if n_rows <= 0:
+        return
+    m_M = tl.arange(0, BLOCK_M)
+    token_M = tl.load(token_ptr + first + m_M, mask=m_M < n_rows, other=0)
+    da_MN, _ = expert_product(dy_ptr, token_M, w_ptr, expert, tile * BLOCK_N + tl.arange(0, BLOCK_N), D, F, False, True, BLOCK_N, BLOCK_K)
+    h_base, dh_base, aw_base = h_ptr + first * (2 * F), dh_ptr + first * (2 * F), aw_ptr + first * F
+    weight_M = tl.load(weight_ptr + first + m_M, mask=m_M < n_rows, other=0.0).to(tl.float32)
+    # Two halves, one after the other: all columns at once do not fit into the registers.
+    low_MN, high_MN = tl.split(tl.permute(tl.reshape(da_MN, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+    n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    dweight_M = swiglu_gradient(low_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N, F)
+    dweight_M += swiglu_gradient(high_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N + BLOCK_N // 2, F)
+    tl.store(partial_ptr + wide(tile) * N_ROWS + first + m_M, dweight_M, mask=m_M < n_rows)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    left_ptr, right_ptr, token_ptr, expert_offsets_ptr, dw_ptr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATHER_LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dw [E, HEIGHT, WIDTH] = left^T @ right over each expert's rows, zero without any. One side has a row per assigned row, the other (left if
+    GATHER_LEFT) a row per token."""
+    UPRIGHT: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
+    ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    expert = program // (UPRIGHT * ACROSS)
+    first = program // ACROSS % UPRIGHT * BLOCK_M
+    m_M, n_N, k_K = first + tl.arange(0, BLOCK_M), program % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    begin = tl.load(expert_offsets_ptr + expert)
+    n_rows = (tl.load(expert_offsets_ptr + expert + 1) - begin).to(tl.int32)
+    dw_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, n_rows, BLOCK_K):
+        rows = (k + k_K < n_rows)[:, None]
+        row_K = begin + k + k_K
+        token_K = tl.load(token_ptr + row_K, mask=k + k_K < n_rows, other=0)
+        left_tile = left_ptr + (token_K if GATHER_LEFT else row_K)[:, None] * HEIGHT + m_M[None, :]
+        right_tile = right_ptr + (row_K if GATHER_LEFT else token_K)[:, None] * WIDTH + n_N[None, :]
+        left_KM = tl.load(left_tile, mask=rows & (m_M < HEIGHT)[None, :], other=0.0)
+        right_KN = tl.load(right_tile, mask=rows & (n_N < WIDTH)[None, :], other=0.0)
+        dw_MN = product(tl.trans(left_KM), right_KN, dw_MN)
+    store_tile(dw_ptr + wide(expert) * (HEIGHT * WIDTH) + first * WIDTH, dw_MN, HEIGHT - first, n_N, WIDTH, WIDTH)
+
+
+@kernel_op("grouped_mlp")
 def forward_op(
-    x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    token: Tensor,
-    weight: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    row_of_slot: Tensor,
-    keep_h: bool,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, token: Tensor, weight: Tensor, expert_offsets: Tensor,
+    token_offsets: Tensor, row_of_slot: Tensor, keep_h: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [T, D], h [N, 2F], or [0, 2F] if it need not be kept)."""
     N, (E, F, D) = token.shape[0], w_down.shape
-    h = x.new_empty(N if keep_h else 0, 2 * F)
-    if N == 0 or x.shape[0] == 0:
-        return torch.zeros_like(x, memory_format=torch.contiguous_format), h
-    w_gate_up, w_down = _as_rows(w_gate_up, x.dtype), _as_rows(w_down, x.dtype)
-    a, out = x.new_empty(N, F), x.new_empty(N, D)
-    grid, options = _row_tiles(GATE_UP, a, w_down, F)
-    gate_up_kernel[grid](x.contiguous(), w_gate_up, token, expert_offsets, h, a, E, D=D, F=F, KEEP_H=keep_h, **options)
-    grid, options = _row_tiles(ROW_PRODUCT, a, w_down, D)
-    row_product_kernel[grid](a, w_down, expert_offsets, out, E, DEPTH=F, WIDTH=D, TRANSPOSED=False, **options)
-    return _combine(out, weight, token_offsets, row_of_slot), h
+    y, h = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(N if keep_h else 0, 2 * F)
+    if has_work(y):
+        a = x.new_empty(N, F)
+        grid, options = _row_tiles(GATE_UP, a, E, D, F)
+        inputs = (x.contiguous(), _as_rows(w_gate_up, x), token, expert_offsets)
+        gate_up_kernel[grid](*inputs, h, a, E, D=D, F=F, KEEP_H=keep_h, **options)
+        _combine(_row_product(a, w_down, expert_offsets, D, transposed=False), weight.contiguous(), token_offsets, row_of_slot, y)
+    return y, h
 
 
-@forward_op.register_fake
-def _(x, w_gate_up, w_down, token, weight, expert_offsets, token_offsets, row_of_slot, keep_h):
-    h = x.new_empty(token.shape[0] if keep_h else 0, w_gate_up.shape[2])
-    return torch.empty_like(x, memory_format=torch.contiguous_format), h
-
-
-@torch.library.custom_op("hybrid_attention::grouped_mlp_row_gradients", mutates_args=())
-def row_gradients_op(
-    dy: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
-    token: Tensor,
-    weight: Tensor,
-    expert_offsets: Tensor,
-    token_offsets: Tensor,
-    row_of_slot: Tensor,
-    h: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, the rows' weight gradient, dh [N, 2F], activations times weight [N, F]); the last two are what the experts' gradients need."""
+@kernel_op("grouped_mlp_backward")
+def backward_op(
+    dy: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, token: Tensor, weight: Tensor, expert_offsets: Tensor,
+    token_offsets: Tensor, row_of_slot: Tensor, h: Tensor, experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, the rows' weight gradient, and if `experts` the gradients of both weights, in the dtype of each; zero for an expert without rows)."""
     N, (E, F, D) = token.shape[0], w_down.shape
-    dh, aw = torch.empty_like(h), h.new_empty(N, F)
-    if N == 0:
-        return torch.zeros_like(dy, memory_format=torch.contiguous_format), torch.zeros_like(weight), dh, aw
-    w_gate_up, w_down = _as_rows(w_gate_up, dy.dtype), _as_rows(w_down, dy.dtype)
-    grid, options = _row_tiles(ACTIVATION_GRADIENT, h, w_down, F)
+    dx, dh, aw = torch.empty_like(dy), torch.empty_like(h), h.new_empty(N, F)
+    grid, options = _row_tiles(ACTIVATION_GRADIENT, h, E, D, F)
     # Rows of padding belong to no program, and their weights' gradient is zero.
     partial = dy.new_zeros(triton.cdiv(F, options["BLOCK_N"]), N, dtype=torch.float32)
-    inputs = (dy, w_down, h, token, weight.contiguous(), expert_offsets)
-    activation_gradient_kernel[grid](*inputs, dh, aw, partial, N, E, D=D, F=F, **options)
-    dx_rows = dy.new_empty(N, D)
-    grid, options = _row_tiles(ROW_PRODUCT, dh, w_down, D)
-    row_product_kernel[grid](dh, w_gate_up, expert_offsets, dx_rows, E, DEPTH=2 * F, WIDTH=D, TRANSPOSED=True, **options)
-    return _combine(dx_rows, None, token_offsets, row_of_slot), partial.sum(0).to(weight.dtype), dh, aw
-
-
-@row_gradients_op.register_fake
-def _(dy, w_gate_up, w_down, token, weight, expert_offsets, token_offsets, row_of_slot, h):
-    return torch.empty_like(dy), torch.empty_like(weight), torch.empty_like(h), h.new_empty(h.shape[0], h.shape[1] // 2)
-
-
-@torch.library.custom_op("hybrid_attention::grouped_mlp_expert_gradients", mutates_args=())
-def expert_gradients_op(
-    dy: Tensor, x: Tensor, dh: Tensor, aw: Tensor, token: Tensor, expert_offsets: Tensor, w_gate_up: Tensor, w_down: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of w_gate_up [E, D, 2F] and w_down [E, F, D], in the dtype of each; those of experts without rows are zero."""
-    d_gate_up, d_down = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_gate_up, w_down))
-    options = _options(WEIGHT_GRADIENT, x.dtype, x.shape[1])
+    if has_work(dx):
+        inputs = (dy, _as_rows(w_down, dy), h, token, weight.contiguous(), expert_offsets)
+        activation_gradient_kernel[grid](*inputs, dh, aw, partial, N, E, D=D, F=F, **options)
+        _combine(_row_product(dh, w_gate_up, expert_offsets, D, transposed=True), None, token_offsets, row_of_slot, dx)
+    d_gate_up, d_down = (w.new_empty(w.shape if experts else 0) for w in (w_gate_up, w_down))
+    options = _options(WEIGHT_GRADIENT, x.dtype, D)
     for left, right, dw, gather_left in ((x.contiguous(), dh, d_gate_up, True), (aw, dy, d_down, False)):
-        E, height, width = dw.shape
-        grid = (E * triton.cdiv(height, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
-        weight_gradient_kernel[grid](left, right, token, expert_offsets, dw, HEIGHT=height, WIDTH=width, GATHER_LEFT=gather_left, **options)
-    return d_gate_up, d_down
-
-
-@expert_gradients_op.register_fake
-def _(dy, x, dh, aw, token, expert_offsets, w_gate_up, w_down):
-    d_gate_up, d_down = (torch.empty_like(w, memory_format=torch.contiguous_format) for w in (w_gate_up, w_down))
-    return d_gate_up, d_down
+        if has_work(dw):
+            _, height, width = dw.shape
+            grid = (E * triton.cdiv(height, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
+            weight_gradient_kernel[grid](left, right, token, expert_offsets, dw, HEIGHT=height, WIDTH=width, GATHER_LEFT=gather_left, **options)
+    return dx, partial.sum(0).to(weight.dtype), d_gate_up, d_down
 
 
 def _save(ctx, inputs, output) -> None:
@@ -125,24 +253,19 @@ def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy: Tensor, _h_gradient: Tensor | None):
-    x, w_gate_up, w_down, token, weight, expert_offsets, token_offsets, row_of_slot, h = ctx.saved_tensors
-    dy = dy.contiguous()
-    indices = (token, weight, expert_offsets, token_offsets, row_of_slot)
-    dx, dweight, dh, aw = torch.ops.hybrid_attention.grouped_mlp_row_gradients(dy, w_gate_up, w_down, *indices, h)
-    d_gate_up = d_down = None
+def _backward(ctx, dy: Tensor, _: None):
     # Experts that are frozen are half of the backward's work less.
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        d_gate_up, d_down = torch.ops.hybrid_attention.grouped_mlp_expert_gradients(dy, x, dh, aw, token, expert_offsets, w_gate_up, w_down)
-    return dx, d_gate_up, d_down, None, dweight, None, None, None, None
+    experts = any(ctx.needs_input_grad[1:3])
+    dx, dweight, *dw = backward_op(dy.contiguous(), *ctx.saved_tensors, experts)
+    return dx, *(dw if experts else (None, None)), None, dweight, None, None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def _as_rows(w: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_rows(w: Tensor, x: Tensor) -> Tensor:
     """Weights as the kernels read them: cast anew in each pass, because a cast copy saved for backward would outweigh all else that is."""
-    return w.to(dtype).contiguous()
+    return w.to(x.dtype).contiguous()
 
 
 def _options(tables: Tables, dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -150,18 +273,22 @@ def _options(tables: Tables, dtype: torch.dtype, width: int) -> dict[str, int]:
     return {**options.blocks, "num_warps": options.num_warps, "num_stages": options.num_stages}
 
 
-def _row_tiles(tables: Tables, rows: Tensor, w_down: Tensor, columns: int) -> tuple[tuple[int], dict[str, int]]:
+def _row_tiles(tables: Tables, rows: Tensor, E: int, D: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
     """(grid, launch options) of a kernel with tiles of `rows` and of so many columns; see `expert_tile` for the number of row tiles."""
-    E, _, D = w_down.shape
     options = _options(tables, rows.dtype, D) | {"BLOCK_E": triton.next_power_of_2(E)}
     return ((rows.shape[0] // options["BLOCK_M"] + E) * triton.cdiv(columns, options["BLOCK_N"]),), options
 
 
-def _combine(rows: Tensor, weight: Tensor | None, token_offsets: Tensor, row_of_slot: Tensor) -> Tensor:
-    T, D = token_offsets.shape[0] - 1, rows.shape[1]
-    y = rows.new_empty(T, D)
+def _row_product(rows: Tensor, w: Tensor, expert_offsets: Tensor, D: int, *, transposed: bool) -> Tensor:
+    """rows @ w[expert] [N, D], or by the transpose."""
+    (N, depth), E = rows.shape, w.shape[0]
+    grid, options = _row_tiles(ROW_PRODUCT, rows, E, D, D)
+    out = rows.new_empty(N, D)
+    row_product_kernel[grid](rows, _as_rows(w, rows), expert_offsets, out, E, DEPTH=depth, WIDTH=D, TRANSPOSED=transposed, **options)
+    return out
+
+
+def _combine(rows: Tensor, weight: Tensor | None, token_offsets: Tensor, row_of_slot: Tensor, y: Tensor) -> None:
+    T, D = y.shape
     block_d = min(triton.next_power_of_2(D), SUM_WIDTH)
-    sizes = {"D": D, "WEIGHTED": weight is not None, "BLOCK_S": SUM_ROWS, "BLOCK_D": block_d}
-    weight = weight if weight is None else weight.contiguous()
-    combine_kernel[(T, triton.cdiv(D, block_d))](rows, weight, token_offsets, row_of_slot, y, **sizes, num_warps=4)
-    return y
+    combine_kernel[T, triton.cdiv(D, block_d)](rows, weight, token_offsets, row_of_slot, y, D=D, BLOCK_S=SUM_ROWS, BLOCK_D=block_d, num_warps=4)

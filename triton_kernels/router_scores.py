@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from triton_kernels.checks import check_backend, check_shape
+from triton_kernels.checks import check_backend, check_tensors
 
 OP = "router_scores"
 SCORES = ("softmax", "sigmoid")
@@ -25,17 +25,9 @@ class Slots(NamedTuple):
 
 
 def router_scores(
-    logits_TE: Tensor,
-    bias_E: Tensor,
-    threshold: Tensor,
-    *,
-    k: int,
-    rule: str = "top_k",
-    score: str = "softmax",
-    renormalise: bool = True,
-    floor: int = 1,
-    backend: str = "auto",
-) -> Slots:
+    logits_TE: Tensor, bias_E: Tensor, threshold: Tensor, *, k: int, rule: str = "top_k", score: str = "softmax",
+    renormalise: bool = True, floor: int = 1, backend: str = "auto",
+) -> Slots:  # fmt: skip
     """The k experts of highest score + bias, of which those are kept whose level is at or below the threshold.
 
     logits_TE   fp32 or fp64; bias_E selects and never weighs; threshold: a scalar tensor, so that a budget's controller needs no host
@@ -45,20 +37,19 @@ def router_scores(
 
     Equal scores: the lower expert first in the Triton kernel; torch.topk promises no order. Raises ValueError for what does not fit.
     """
-    check_shape(OP, "logits_TE", logits_TE, {"T": None, "E": None})
-    check_shape(OP, "bias_E", bias_E, {"E": logits_TE.shape[1]})
+    E = check_tensors(OP, logits_TE=logits_TE, bias_E=bias_E)["E"]
     if threshold.numel() != 1 or score not in SCORES or rule not in RULES:
         raise ValueError(f"{OP}: threshold {list(threshold.shape)}, rule={rule!r}, score={score!r}; legal: a scalar, {RULES}, {SCORES}")
-    if not 0 <= floor <= k <= logits_TE.shape[1]:
-        raise ValueError(f"{OP}: floor={floor}, k={k}, E={logits_TE.shape[1]}; they must not fall, from 0 on")
+    if not 0 <= floor <= k <= E:
+        raise ValueError(f"{OP}: floor={floor}, k={k}, E={E}; they must not fall, from 0 on")
     if check_backend(backend, logits_TE) == "torch":
         return router_scores_torch(logits_TE, bias_E, threshold, k, rule, score, renormalise, floor)
     # Imported here because machines without Triton (macOS) still have the torch backend.
-    from triton_kernels.router_scores_triton import router_scores_triton
+    from triton_kernels.router_scores_triton import forward_op
 
     if logits_TE.dtype != torch.float32:
         raise ValueError(f"{OP}: logits are {logits_TE.dtype}; the Triton kernels take float32")
-    return Slots(*router_scores_triton(logits_TE, bias_E, threshold, k, RULES.index(rule), score == "softmax", renormalise, floor))
+    return Slots(*forward_op(logits_TE, bias_E, threshold, k, RULES.index(rule), score == "softmax", renormalise, floor))
 
 
 def router_scores_torch(logits_TE: Tensor, bias_E: Tensor, threshold: Tensor, k: int, rule: str, score: str, renormalise: bool, floor: int) -> Slots:

@@ -6,18 +6,28 @@ and Z = sum m s, a weight m s / Z has ds = m (dw - sum dw w) / Z; then softmax's
 Legend: T tokens, E experts, K slots per token, M tokens of a program.
 """
 
-# Constants given as Python values are beyond a type checker.
-# pyright: reportArgumentType=false, reportReturnType=false
+# Jitted helpers that return tuples, and constants given as Python values, are beyond a type checker.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.flash_attention_blocks import wide
+from triton_kernels.registration import has_work, kernel_op
 
 # Elements of a program's rows of experts.
 ELEMENTS = 1024
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@triton.jit
+def token_logits(logits_ptr, T, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """This program's (token_M, e_E, logit_ME): -inf where there is no expert, zero where there is no token, so that nothing there is NaN."""
+    token_M, e_E = wide(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    exists_ME = (token_M < T)[:, None] & (e_E < E)[None, :]
+    logit_ME = tl.load(logits_ptr + token_M[:, None] * E + e_E[None, :], mask=exists_ME, other=float("-inf"))
+    return token_M, e_E, tl.where((token_M < T)[:, None], logit_ME, 0.0)
 
 
 @triton.jit
@@ -36,12 +46,8 @@ def select_kernel(
     RULE: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """RULE: 0 top-k, 1 top-p, 2 threshold."""
-    token_M, e_E, k_K = wide(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    mask_ME = (token_M < T)[:, None] & (e_E < E)[None, :]
-    logit_ME = tl.load(logits_ptr + token_M[:, None] * E + e_E[None, :], mask=mask_ME, other=float("-inf"))
-    # Rows past the last token hold zeros instead, so that nothing in them is NaN.
-    logit_ME = tl.where((token_M < T)[:, None], logit_ME, 0.0)
-    score_ME = row_scores(logit_ME, SOFTMAX)
+    token_M, e_E, logit_ME = token_logits(logits_ptr, T, E, BLOCK_M, BLOCK_E)
+    k_K, score_ME = tl.arange(0, BLOCK_K), row_scores(logit_ME, SOFTMAX)
     mass_ME = row_scores(logit_ME, True) if RULE == 1 else score_ME
     selection_ME = tl.where((e_E < E)[None, :], score_ME + tl.load(bias_ptr + e_E, mask=e_E < E, other=0.0)[None, :], float("-inf"))
     threshold, mass_M, total_M = tl.load(threshold_ptr), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
@@ -74,10 +80,8 @@ def logit_gradient_kernel(
     logits_ptr, dweight_ptr, expert_ptr, keep_ptr, dlogits_ptr, T, E, K,
     SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    token_M, e_E = wide(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
-    mask_ME = (token_M < T)[:, None] & (e_E < E)[None, :]
-    logit_ME = tl.load(logits_ptr + token_M[:, None] * E + e_E[None, :], mask=mask_ME, other=float("-inf"))
-    score_ME = row_scores(tl.where((token_M < T)[:, None], logit_ME, 0.0), SOFTMAX)
+    token_M, e_E, logit_ME = token_logits(logits_ptr, T, E, BLOCK_M, BLOCK_E)
+    score_ME = row_scores(logit_ME, SOFTMAX)
     kept_ME, dscore_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32), tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for slot in range(0, K):
         place_M = token_M * K + slot
@@ -92,14 +96,7 @@ def logit_gradient_kernel(
         dlogit_ME = score_ME * (dscore_ME - tl.sum(dscore_ME * score_ME, 1)[:, None])
     else:
         dlogit_ME = dscore_ME * score_ME * (1 - score_ME)
-    tl.store(dlogits_ptr + token_M[:, None] * E + e_E[None, :], dlogit_ME, mask=mask_ME)
-
-
-def router_scores_triton(
-    logits_TE: Tensor, bias_E: Tensor, threshold: Tensor, k: int, rule: int, softmax: bool, renormalise: bool, floor: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Slots`; the arguments are those of `router_scores`, already checked."""
-    return torch.ops.hybrid_attention.router_scores(logits_TE, bias_E, threshold, k, rule, softmax, renormalise, floor)
+    tl.store(dlogits_ptr + token_M[:, None] * E + e_E[None, :], dlogit_ME, mask=(token_M < T)[:, None] & (e_E < E)[None, :])
 
 
 def _launch(logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -108,42 +105,29 @@ def _launch(logits: Tensor) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(logits.shape[0], block_m),), {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4}
 
 
-@torch.library.custom_op("hybrid_attention::router_scores", mutates_args=())
+@kernel_op("router_scores")
 def forward_op(
     logits: Tensor, bias: Tensor, threshold: Tensor, k: int, rule: int, softmax: bool, renormalise: bool, floor: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _outputs(logits, k)
-    (T, E), (grid, options) = logits.shape, _launch(logits)
-    if T * k > 0:
+    """The fields of `Slots`."""
+    T, E = logits.shape
+    weight, expert, keep, level = (logits.new_empty(T, k, dtype=d) for d in (logits.dtype, torch.int64, torch.bool, logits.dtype))
+    if has_work(weight):
+        grid, options = _launch(logits)
         constants = {"RULE": rule, "SOFTMAX": softmax, "RENORMALISE": renormalise, "BLOCK_K": triton.next_power_of_2(k)}
-        select_kernel[grid](logits.contiguous(), bias.contiguous(), threshold, *outputs, T, E, k, floor, **constants, **options)
-    return outputs
-
-
-def _outputs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, expert, keep, level = (logits.new_empty(logits.shape[0], k, dtype=d) for d in (logits.dtype, torch.int64, torch.bool, logits.dtype))
+        inputs = (logits.contiguous(), bias.contiguous(), threshold)
+        select_kernel[grid](*inputs, weight, expert, keep, level, T, E, k, floor, **constants, **options)
     return weight, expert, keep, level
 
 
-@forward_op.register_fake
-def _(logits, bias, threshold, k, rule, softmax, renormalise, floor):
-    return _outputs(logits, k)
-
-
-@torch.library.custom_op("hybrid_attention::router_scores_backward", mutates_args=())
+@kernel_op("router_scores_backward")
 def backward_op(dweight: Tensor, logits: Tensor, expert: Tensor, keep: Tensor, softmax: bool, renormalise: bool) -> Tensor:
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    (T, E), (grid, options) = logits.shape, _launch(logits)
-    if T > 0:
-        sizes = (T, E, expert.shape[1])
-        constants = {"SOFTMAX": softmax, "RENORMALISE": renormalise}
-        logit_gradient_kernel[grid](logits.contiguous(), dweight.contiguous(), expert, keep, dlogits, *sizes, **constants, **options)
+    if has_work(dlogits):
+        (grid, options), sizes = _launch(logits), (*logits.shape, expert.shape[1])
+        inputs = (logits.contiguous(), dweight.contiguous(), expert, keep)
+        logit_gradient_kernel[grid](*inputs, dlogits, *sizes, SOFTMAX=softmax, RENORMALISE=renormalise, **options)
     return dlogits
-
-
-@backward_op.register_fake
-def _(dweight, logits, expert, keep, softmax, renormalise):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -155,9 +139,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dweight: Tensor | None, *_: None):
-    if dweight is None:
-        return (None,) * 8
-    return torch.ops.hybrid_attention.router_scores_backward(dweight, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+    return None if dweight is None else backward_op(dweight, *ctx.saved_tensors, *ctx.options), *(None,) * 7
 
 
 forward_op.register_autograd(_backward, setup_context=_save)

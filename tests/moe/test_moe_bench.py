@@ -41,8 +41,8 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
         y_TD = original(*arguments, backend=backend)
         return y_TD * 1.5 if backend == "cpu" else y_TD
 
-    original = moe.bench.grouped_mlp
-    monkeypatch.setattr(moe.bench, "grouped_mlp", wrong)
+    original = moe.bench.compute_experts
+    monkeypatch.setattr(moe.bench, "compute_experts", wrong)
     rows = list(table(SMALL, dtypes=["float32"], weight_dtype="float32", loads=[1.0], ways=["cpu", "reference"], repeats=1))
     by_way = {row.way: row for row in rows if row.part == "experts"}
     assert by_way["cpu"].ms is None

@@ -1,4 +1,4 @@
-"""Grouped gated MLP for the CPU: batched products over blocks of experts of similar load, with backward written by hand.
+"""The experts on the CPU: batched products over blocks of experts of similar load, with backward written by hand.
 
 What it is built around, in the order it matters on a CPU:
 - Fresh memory is slow: the kernel clears every new page, 0.1 to 2 ms per MB. Apart from the pre-activations that backward needs and what a caller
@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from routing.assignments import Assignments
 
 # Scratch of one block: large enough to amortise the calls, small enough for a core's share of the cache.
 BLOCK_BYTES = 2**21
@@ -61,17 +63,17 @@ def expert_blocks(rows_E: list[int], row_bytes: int, quantum: int) -> list[Block
     return blocks
 
 
-def grouped_mlp_cpu(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor) -> Tensor:
-    """`grouped_mlp` on the CPU; arguments and result as there."""
-    rows_E = expert_offsets.diff()
+def experts_on_cpu(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, rows: Assignments) -> Tensor:
+    """`moe.backends.compute_experts` on the CPU; arguments and result as there."""
+    rows_E = rows.rows_per_expert_E()
     d_expert, d_model = w_down_EFD.shape[1:]
     quantum = 1 if x_TD.dtype in (torch.float32, torch.float64) else ROW_QUANTUM
     blocks = expert_blocks(rows_E.tolist(), (d_model + 3 * d_expert) * x_TD.element_size(), quantum)
     place_N = padded_places(blocks, rows_E)
     n_rows, n_padded = place_N.shape[0], blocks[-1].rows.stop if blocks else 0
-    token_P = token_N.new_zeros(n_padded).index_copy_(0, place_N, token_N[:n_rows])
-    weight_P = weight_N.new_zeros(n_padded).index_copy(0, place_N, weight_N[:n_rows])
-    y_TD = GroupedMlpCpu.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_P, weight_P, blocks)
+    token_P = rows.token_N.new_zeros(n_padded).index_copy_(0, place_N, rows.token_N[:n_rows])
+    weight_P = rows.weight_N.new_zeros(n_padded).index_copy(0, place_N, rows.weight_N[:n_rows])
+    y_TD = ExpertsOnCpu.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_P, weight_P, blocks)
     assert isinstance(y_TD, Tensor)
     return y_TD
 
@@ -131,7 +133,7 @@ class WeightScratch:
             gradient_EIO[e].copy_(product_GIO[i])
 
 
-class GroupedMlpCpu(torch.autograd.Function):
+class ExpertsOnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_P: Tensor, weight_P: Tensor, blocks: list[Block]) -> Tensor:
         x_TD = x_TD.contiguous()

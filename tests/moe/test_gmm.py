@@ -6,9 +6,8 @@ import types
 import pytest
 import torch
 
-from triton_kernels.grouped_mlp import choose_backend
-from triton_kernels.grouped_mlp_megablocks import grouped_mlp_megablocks
-from triton_kernels.grouped_mlp_torch import grouped_mlp_reference
+from moe.backends import BACKENDS, choose_backend
+from routing.assignments import Assignments
 
 
 class StrictGmm(torch.autograd.Function):
@@ -50,15 +49,20 @@ def _stand_in(monkeypatch):
 @pytest.mark.parametrize("n_padding", [0, 3])
 def test_agrees_with_the_reference_on_ragged_rows(n_padding, weight_dtype):
     generator = torch.Generator().manual_seed(0)
-    rows_E = torch.tensor([3, 0, 2, 0])
-    token_N = torch.tensor([0, 2, 4, 0, 1] + [0] * n_padding)
-    offsets = torch.nn.functional.pad(rows_E.cumsum(0), (1, 0))
     x_TD = torch.randn(5, 6, generator=generator, dtype=torch.float64).requires_grad_()
     gate_up = torch.randn(4, 6, 8, generator=generator, dtype=weight_dtype).requires_grad_()
     down = torch.randn(4, 4, 6, generator=generator, dtype=weight_dtype).requires_grad_()
-    weight_N = torch.rand(len(token_N), generator=generator, dtype=torch.float64).requires_grad_()
+    weight_N = torch.rand(5 + n_padding, generator=generator, dtype=torch.float64).requires_grad_()
+    rows = Assignments(
+        token_N=torch.tensor([0, 2, 4, 0, 1] + [0] * n_padding),
+        expert_N=torch.tensor([0, 0, 0, 2, 2] + [4] * n_padding),
+        weight_N=weight_N,
+        expert_offsets=torch.tensor([0, 3, 3, 5, 5]),
+        token_offsets=torch.tensor([0, 2, 3, 4, 4, 5]),
+        row_of_slot_N=torch.tensor([0, 3, 4, 1, 2]),
+    )
     inputs, dy_TD = (x_TD, gate_up, down, weight_N), torch.randn(5, 6, generator=generator, dtype=torch.float64)
-    got, expected = (f(x_TD, gate_up, down, token_N, weight_N, offsets) for f in (grouped_mlp_megablocks, grouped_mlp_reference))
+    got, expected = (BACKENDS[name].compute(x_TD, gate_up, down, rows) for name in ("megablocks", "reference"))
     torch.testing.assert_close(got, expected)
     for mine, theirs in zip(torch.autograd.grad(got, inputs, dy_TD), torch.autograd.grad(expected, inputs, dy_TD)):
         torch.testing.assert_close(mine, theirs)
