@@ -8,7 +8,7 @@ as many FLOPs. An op whose check against its fp64 reference fails on this machin
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
@@ -25,8 +25,10 @@ from triton_kernels.rows import dtype_name, shape_label, write_rows
 Passes = dict[str, Callable[[], Any]]
 
 CEILING, DENSE = "ceiling", "dense matmul"
-# Inputs of one op that take turns, turns that do not count, and what one source may take for the turns that do.
-ROTATION, WARM_UP, SOURCE_SECONDS = 3, 2, 3.0
+# Inputs of one op that take turns, turns that do not count (each input has one), and what one source may take for the turns that do.
+ROTATION, WARM_UP, SOURCE_SECONDS = 3, 3, 2.0
+# A turn of a slow source takes longer than this, so that at most three of them count: recurrences token by token, on a CPU.
+SLOW_MS = 1e3 * SOURCE_SECONDS / 3
 # A peer is only a measure of speed: it may round more than we may.
 PEER_TOLERANCE = 4.0
 # Clock cycles for which the device is kept busy before a timed call, so that the host has launched it all before it begins.
@@ -91,20 +93,18 @@ def elapsed_ms(run: Callable[[], Any], device: str) -> float:
     return begin.elapsed_time(end)
 
 
-def passes(call: Call, inputs: dict[str, Any]) -> Passes:
-    """forward, backward of the first output, and the two together, as functions without arguments; forward alone for an op without gradients."""
+def passes(call: Call, inputs: dict[str, Any], gradient: Tensor) -> Passes:
+    """forward, forward and backward of the first output, and the backward alone, whose graph is made at its first turn."""
 
     def first_output() -> Tensor:
         return outputs_of(call, inputs)[0]
 
-    leaves, graph, forward = list(leaves_of(inputs).values()), first_output(), torch.no_grad()(first_output)
-    if not leaves or not graph.requires_grad:
-        return {"forward": forward}
-    gradients = partial(torch.autograd.grad, inputs=leaves, grad_outputs=output_gradient(graph), allow_unused=True)
+    graph = cache(first_output)
+    gradients = partial(torch.autograd.grad, inputs=list(leaves_of(inputs).values()), grad_outputs=gradient, allow_unused=True)
     return {
-        "forward": forward,
-        "backward": lambda: gradients(graph, retain_graph=True),
+        "forward": torch.no_grad()(first_output),
         "forward+backward": lambda: gradients(first_output()),
+        "backward": lambda: gradients(graph(), retain_graph=True),
     }
 
 
@@ -116,28 +116,35 @@ def dense_matmul(shape: Shape, flops: float, dtype: torch.dtype, device: str) ->
     return lambda: x @ w
 
 
-def agreeing_peers(operation: Operation, label: str, rotation: list[dict[str, Any]], reference: Reference, device: str) -> dict[str, list[Passes]]:
-    """The passes, over the rotating inputs, of the peers that run here and compute the same; prints why another has no row."""
-    found: dict[str, list[Passes]] = {}
+def agreeing_peers(operation: Operation, label: str, reference: Reference, device: str) -> dict[str, Call]:
+    """The peers that run here and compute the same; prints why another has no row."""
+    found: dict[str, Call] = {}
     for name, call in (operation.cpu_peers if device == "cpu" else operation.peers).items():
         try:
             agreement = reference.judge(results(call, reference.inputs))
             if agreement.worst > PEER_TOLERANCE:
                 raise ArithmeticError(f"{agreement.worst:.1f} of the budget off the fp64 reference in {agreement.where}")
-            found[name] = [passes(call, inputs) for inputs in rotation]
+            found[name] = call
         except Exception as error:  # Whatever stops another library must not stop this table.
             print(f"{operation.name} {label}: no row for {name}, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
     return found
 
 
+def counting(times_ms: list[float]) -> list[float]:
+    """The turns of one source that count: all but the first of a slow one, all but WARM_UP of another."""
+    return times_ms[1 if min(times_ms, default=0.0) > SLOW_MS else WARM_UP :]
+
+
 def take_turns(runs: dict[str, Sequence[Callable[[], Any]]], device: str, repeats: int) -> dict[str, float]:
-    """Median ms of each source; one that is slow gets fewer turns, but at least one that counts."""
+    """Median ms of each source over at most `repeats` turns that count, and no more once they took SOURCE_SECONDS."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + WARM_UP):
-        for name, functions in runs.items():
-            if turn <= WARM_UP or sum(times[name]) < 1e3 * SOURCE_SECONDS:
-                times[name].append(elapsed_ms(functions[turn % len(functions)], device))
-    return {name: median(values[WARM_UP:]) for name, values in times.items()}
+    waiting = list(runs)
+    while waiting:
+        for name in waiting:
+            times[name].append(elapsed_ms(runs[name][len(times[name]) % len(runs[name])], device))
+        counted = {name: counting(times[name]) for name in waiting}
+        waiting = [name for name, ms in counted.items() if not ms or (len(ms) < repeats and sum(ms) < 1e3 * SOURCE_SECONDS)]
+    return {name: median(counting(ms)) for name, ms in times.items()}
 
 
 def time_operation(
@@ -152,30 +159,29 @@ def time_operation(
     if not agreement.ok:
         print(f"{operation.name} {label}: no time, the check failed ({agreement.where}, {agreement.worst:.2f} of its budget)")
         return []
-    sources = {"ours": [passes(ours, inputs) for inputs in rotation]}
-    sources |= agreeing_peers(operation, label, rotation, reference, device) if peers else {}
+    gradient = output_gradient(reference.rounded["output 0"])
+    calls = {"ours": ours} | (agreeing_peers(operation, label, reference, device) if peers else {})
     del reference
+    sources = {name: [passes(call, inputs, gradient) for inputs in rotation] for name, call in calls.items()}
     forward, backward = operation.cost(dtype.itemsize, **shape)
     costs = {"forward": forward}
     if backward is not None:
-        both = Cost(flops=forward.flops + backward.flops, bytes=forward.bytes + backward.bytes)
-        costs |= {"backward": backward, "forward+backward": both}
+        costs["forward+backward"] = Cost(flops=forward.flops + backward.flops, bytes=forward.bytes + backward.bytes)
+        costs["backward"] = backward
     head_tokens = shape["B"] * shape["T"] * shape["H"] if {"B", "T", "H"} <= shape.keys() else float("inf")
-    rows = []
+    rows, medians = [], {}
     for direction, cost in costs.items():
+        if direction == "backward":
+            # A slow peer has none: its forward would have to run again for it.
+            sources = {name: turns for name, turns in sources.items() if name == "ours" or medians[name] <= SLOW_MS}
         runs: dict[str, Sequence[Callable[[], Any]]] = {name: [each[direction] for each in turns] for name, turns in sources.items()}
         if peers and {"B", "T", "H", "K"} <= shape.keys():
             runs[DENSE] = [dense_matmul(shape, cost.flops, dtype, device)]
         medians = take_turns(runs, device, repeats)
         least_ms = 1e3 * max(cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
         for name, ms in medians.items():
-            numbers = {
-                "ms": ms,
-                "ns_per_head_token": 1e6 * ms / head_tokens,
-                "tflops": cost.flops / ms * 1e-9,
-                "gbytes_per_s": cost.bytes / ms * 1e-6,
-            }
-            numbers |= {"roofline": least_ms / ms, "ratio": ms / medians["ours"]}
+            numbers = {"ms": ms, "ns_per_head_token": 1e6 * ms / head_tokens, "roofline": least_ms / ms, "ratio": ms / medians["ours"]}
+            numbers |= {"tflops": 1e-9 * cost.flops / ms, "gbytes_per_s": 1e-6 * cost.bytes / ms}
             rounded = {column: float(f"{number:.4g}") for column, number in numbers.items()}
             rows.append(Timing(op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded))
             print(format_timing(rows[-1]), flush=True)

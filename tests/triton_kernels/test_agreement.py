@@ -1,6 +1,7 @@
 """The check that guards every benchmark: it passes right results, and names what is wrong about wrong ones."""
 
 import dataclasses
+import time
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,35 @@ def test_on_a_cpu_the_torch_reference_is_timed_beside_its_peers(tmp_path: Path) 
     assert read_rows(tmp_path / "benchmark.csv", Timing) == rows
     plot_roofline(rows, tmp_path / "roofline.svg")
     assert "TFLOP/s" in (tmp_path / "roofline.svg").read_text()
+
+
+def test_a_slow_peer_has_few_turns_and_no_row_for_its_backward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton_kernels.bench.SLOW_MS", 50.0)
+    monkeypatch.setattr("triton_kernels.bench.SOURCE_SECONDS", 0.15)
+    turns = []
+
+    def slow(**inputs):
+        turns.append(time.sleep(0.06))
+        return OPERATION.call(**inputs, backend="torch")[0]
+
+    operation = dataclasses.replace(small(OPERATION), cpu_peers={"slow": slow})
+    rows = time_operation(operation, SHAPE, torch.float32, "cpu", Ceilings(flops=1e9, bandwidth=1e9), peers=True, repeats=20)
+    assert {row.direction for row in rows if row.source == "slow"} == {"forward", "forward+backward"}
+    assert {row.direction for row in rows if row.source == "ours"} == {"forward", "forward+backward", "backward"}
+    # Checked once; for each of two directions one turn to warm up and at most three that count.
+    assert 5 <= len(turns) <= 9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_an_interrupted_benchmark_leaves_the_rows_it_has(tmp_path: Path) -> None:
+    def interrupt(**inputs):
+        raise KeyboardInterrupt
+
+    operations = [small(OPERATION), dataclasses.replace(small(OPERATION), call=interrupt)]
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(operations, "cpu", (torch.float32,), peers=False, repeats=1, csv=tmp_path / "benchmark.csv")
+    rows = read_rows(tmp_path / "benchmark.csv", Timing)
+    assert {row.op for row in rows} == {CEILING, OPERATION.name}
 
 
 def test_a_peer_that_breaks_or_disagrees_has_no_row_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
