@@ -7,8 +7,8 @@ reads anyway, rather than saved.
 Legend: N rows (all dimensions but the last), D width of the norm, M rows of a step, P programs.
 """
 
-# Jitted helpers that return tuples, and constants given as Python values, are beyond a type checker.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# Constants given as Python values are beyond a type checker.
+# pyright: reportArgumentType=false
 import torch
 import triton
 import triton.language as tl
@@ -23,47 +23,34 @@ BACKWARD_PROGRAMS = 264
 
 
 @triton.jit
-def normed_rows(x, gate, step, N, D, eps, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where the rows of a step lie and which entries there are; n and r of them; act(gate) and act'(gate)."""
-    row_M = step.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d_D = tl.arange(0, BLOCK_D)
-    offset_MD = row_M[:, None] * D + d_D[None, :]
-    mask_MD = (row_M < N)[:, None] & (d_D < D)[None, :]
-    x_MD = tl.load(x + offset_MD, mask=mask_MD, other=0.0).to(tl.float32)
-    gate_MD = tl.load(gate + offset_MD, mask=mask_MD, other=0.0).to(tl.float32)
-    r_M1 = (1 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / D + eps))[:, None]
-    sigmoid_MD = tl.sigmoid(gate_MD)
-    if SILU:
-        act_MD, slope_MD = gate_MD * sigmoid_MD, sigmoid_MD * (1 + gate_MD * (1 - sigmoid_MD))
-    else:
-        act_MD, slope_MD = sigmoid_MD, sigmoid_MD * (1 - sigmoid_MD)
-    return offset_MD, mask_MD, x_MD * r_M1, r_M1, act_MD, slope_MD
-
-
-@triton.jit
-def norm_forward_kernel(x, gate, weight, y, N, D, eps, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    offset_MD, mask_MD, n_MD, _, act_MD, _ = normed_rows(x, gate, tl.program_id(0), N, D, eps, SILU, BLOCK_M, BLOCK_D)
-    d_D = tl.arange(0, BLOCK_D)
-    weight_D = tl.load(weight + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-    tl.store(y + offset_MD, (n_MD * weight_D[None, :] * act_MD).to(y.dtype.element_ty), mask=mask_MD)
-
-
-@triton.jit
-def norm_backward_kernel(dy, x, gate, weight, dx, dgate, partial, N, D, eps, steps, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dx and dgate of this program's rows, and its share of dweight, partial [P, D] in fp32."""
+def norm_kernel(x, gate, weight, y, dy, dx, dgate, partial, N, D, eps, steps, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """y of this program's rows or, where there is a dy, their dx and dgate and its share of dweight, partial [P, D] in fp32."""
     d_D = tl.arange(0, BLOCK_D)
     weight_D = tl.load(weight + d_D, mask=d_D < D, other=0.0).to(tl.float32)
     dweight_D = tl.zeros([BLOCK_D], tl.float32)
-    first = tl.program_id(0) * steps
+    program = tl.program_id(0).to(tl.int64)
     for step in range(0, steps):
-        offset_MD, mask_MD, n_MD, r_M1, act_MD, slope_MD = normed_rows(x, gate, first + step, N, D, eps, SILU, BLOCK_M, BLOCK_D)
-        dy_MD = tl.load(dy + offset_MD, mask=mask_MD, other=0.0).to(tl.float32)
-        u_MD = dy_MD * weight_D[None, :] * act_MD
-        dx_MD = r_M1 * (u_MD - n_MD * (tl.sum(u_MD * n_MD, 1) / D)[:, None])
-        tl.store(dx + offset_MD, dx_MD.to(dx.dtype.element_ty), mask=mask_MD)
-        tl.store(dgate + offset_MD, (dy_MD * n_MD * weight_D[None, :] * slope_MD).to(dgate.dtype.element_ty), mask=mask_MD)
-        dweight_D += tl.sum(dy_MD * n_MD * act_MD, 0)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * D + d_D, dweight_D, mask=d_D < D)
+        row_M = (program * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offset_MD = row_M[:, None] * D + d_D[None, :]
+        mask_MD = (row_M < N)[:, None] & (d_D < D)[None, :]
+        x_MD = tl.load(x + offset_MD, mask=mask_MD, other=0.0).to(tl.float32)
+        gate_MD = tl.load(gate + offset_MD, mask=mask_MD, other=0.0).to(tl.float32)
+        r_M1 = (1 / tl.sqrt(tl.sum(x_MD * x_MD, 1) / D + eps))[:, None]
+        n_MD = x_MD * r_M1
+        sigmoid_MD = tl.sigmoid(gate_MD)
+        act_MD = gate_MD * sigmoid_MD if SILU else sigmoid_MD
+        if dy is None:
+            tl.store(y + offset_MD, (n_MD * weight_D[None, :] * act_MD).to(y.dtype.element_ty), mask=mask_MD)
+        else:
+            slope_MD = sigmoid_MD * (1 + gate_MD * (1 - sigmoid_MD)) if SILU else sigmoid_MD * (1 - sigmoid_MD)
+            dy_MD = tl.load(dy + offset_MD, mask=mask_MD, other=0.0).to(tl.float32)
+            u_MD = dy_MD * weight_D[None, :] * act_MD
+            dx_MD = r_M1 * (u_MD - n_MD * (tl.sum(u_MD * n_MD, 1) / D)[:, None])
+            tl.store(dx + offset_MD, dx_MD.to(dx.dtype.element_ty), mask=mask_MD)
+            tl.store(dgate + offset_MD, (dy_MD * n_MD * weight_D[None, :] * slope_MD).to(dgate.dtype.element_ty), mask=mask_MD)
+            dweight_D += tl.sum(dy_MD * n_MD * act_MD, 0)
+    if dy is not None:
+        tl.store(partial + program * D + d_D, dweight_D, mask=d_D < D)
 
 
 def step_sizes(x: Tensor) -> tuple[int, int, dict[str, int]]:
@@ -80,7 +67,8 @@ def forward_op(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) 
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_work(y):
         N, steps, blocks = step_sizes(x)
-        norm_forward_kernel[(steps,)](x.contiguous(), gate.contiguous(), weight.contiguous(), y, N, x.shape[-1], eps, SILU=silu, **blocks)
+        inputs = (t.contiguous() for t in (x, gate, weight))
+        norm_kernel[(steps,)](*inputs, y, None, None, None, None, N, x.shape[-1], eps, 1, SILU=silu, **blocks)
     return y
 
 
@@ -93,8 +81,8 @@ def backward_op(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float,
     N, steps, blocks = step_sizes(x)
     steps_each = triton.cdiv(steps, BACKWARD_PROGRAMS)
     partial_PD = x.new_empty(triton.cdiv(steps, steps_each), x.shape[-1], dtype=torch.float32)
-    inputs = (t.contiguous() for t in (dy, x, gate, weight))
-    norm_backward_kernel[(len(partial_PD),)](*inputs, dx, dgate, partial_PD, N, x.shape[-1], eps, steps_each, SILU=silu, **blocks)
+    x, gate, weight_D, dy = (t.contiguous() for t in (x, gate, weight, dy))
+    norm_kernel[(len(partial_PD),)](x, gate, weight_D, None, dy, dx, dgate, partial_PD, N, x.shape[-1], eps, steps_each, SILU=silu, **blocks)
     return dx, dgate, partial_PD.sum(0).to(weight.dtype)
 
 

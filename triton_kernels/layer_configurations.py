@@ -112,7 +112,7 @@ OPERATIONS = (
         cpu_shape={"B": 2, "T": 2048, "H": 8, "D": 64},
         peers={"fla": peers.fla_norm, "torch rms_norm": peers.torch_norm},
         cpu_peers={"torch rms_norm": peers.torch_norm},
-        without_products=frozenset({"norm_forward_kernel", "norm_backward_kernel"}),
+        without_products=frozenset({"norm_kernel"}),
     ),
     _delta("gated_delta_net", "silu", False),
     _delta("kimi_delta_attention", "sigmoid", True),
