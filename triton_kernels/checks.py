@@ -57,16 +57,21 @@ def check_dtype(op: str, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{op}: {name} is on {x.device} but {first_name} is on {first.device}")
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether a check may look at values: on a CPU only, for reading them from a GPU would make the host wait; nor while compiling, where there are
+    none yet. The offline recorder, whose CPU tensors stand for a GPU's, says no."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor | None, batch: int, tokens: int) -> None:
-    """Packed sequences: int64 offsets [S+1] from 0 to T, never falling, with one batch row. The values are looked at on a CPU only: reading
-    them from a GPU would make the host wait for it; nor while compiling, where there are none yet."""
+    """Packed sequences: int64 offsets [S+1] from 0 to T, never falling, with one batch row."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(f"{op}: cu_seqlens must be int64 [S+1] with S >= 1, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
     if batch != 1:
         raise ValueError(f"{op}: with cu_seqlens the sequences are packed into one row, so B must be 1, got B={batch}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != tokens or any(a > b for a, b in pairwise(offsets)):
             raise ValueError(f"{op}: cu_seqlens must rise from 0 to T={tokens}, got {offsets}")

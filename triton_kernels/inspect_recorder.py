@@ -3,13 +3,14 @@
 A driver that claims an architecture but owns no device takes Triton's place for one, and `JITFunction.run` becomes its own warm-up path: every
 kernel of the op, forward and backward, is compiled for that architecture and nothing is launched. Tensors live on the CPU and hold whatever
 `torch.empty` left in them, so an op whose launches depend on its numbers cannot be recorded (and would have to wait for the device anyway).
-Torch's own operators do run, and are recorded too: on a GPU each is a launch that reads and writes memory.
+Torch's own operators do run, and are recorded too: on a GPU each is a launch that reads and writes memory. One that hands a value to the host is
+refused by name, because there the host would wait for the device, unless it is a peer's.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,13 +24,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from triton_kernels import checks
 from triton_kernels.agreement import leaves_of, outputs_of
 
 # Name, multiprocessors and the largest shared memory of one block.
 DEVICES = {80: ("NVIDIA A100", 108, 163 * 1024), 90: ("NVIDIA H200", 132, 227 * 1024), 100: ("NVIDIA B200", 148, 227 * 1024)}
 
 # Operators that move no bytes, besides views.
-FREE_OPERATORS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "is_same_size", "_local_scalar_dense")
+FREE_OPERATORS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "is_same_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +58,16 @@ class OfflineDriver:
 
 
 class OperatorRecorder(TorchDispatchMode):
-    """Notes every torch operator that would be a launch, those inside our registered ops included."""
+    """Notes every torch operator that would be a launch, those inside our registered ops included; unless `may_wait`, refuses those that wait."""
 
-    def __init__(self, launches: list[Launch]):
+    def __init__(self, launches: list[Launch], may_wait: bool):
         super().__init__()
         self.launches = launches
+        self.may_wait = may_wait
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not self.may_wait and reads_values(func, args):
+            refuse(func._schema.name)
         definition = OPDEFS.get(func._schema.name)
         if definition is not None:
             # A registered op is opaque to a dispatch mode: run its body under the mode instead, so that its own operators are seen.
@@ -74,6 +79,17 @@ class OperatorRecorder(TorchDispatchMode):
         if not is_view and func._schema.name.split("::")[1] not in FREE_OPERATORS:
             self.launches.append(Launch(name=func._schema.name, n_bytes=distinct_bytes(tree_leaves((args, kwargs, result)))))
         return result
+
+
+def reads_values(func: Any, args: tuple) -> bool:
+    """Whether what the operator returns, or the shape of it, depends on values in a way that the host must know: item, nonzero, a boolean index."""
+    if func._schema.name.startswith("aten::index"):
+        return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1]))
+    return any(tag in func.tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+
+
+def refuse(name: str, *_: Any, **__: Any) -> None:
+    raise RuntimeError(f"{name} reads values of a tensor: on a GPU the host would wait for them")
 
 
 def distinct_bytes(values: list[Any]) -> int:
@@ -89,13 +105,13 @@ def distinct_bytes(values: list[Any]) -> int:
 
 
 @contextmanager
-def recording(architecture: int, *, compiles: bool = True) -> Iterator[list[Launch]]:
+def recording(architecture: int, *, compiles: bool = True, may_wait: bool = False) -> Iterator[list[Launch]]:
     """Within the block, Triton compiles for `architecture` (or, without `compiles`, does not even that) and launches nothing; yields the list the
-    launches go to, in their order."""
+    launches go to, in their order. RuntimeError where the host would wait for the device, unless it `may_wait`."""
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
 
-    @functools.wraps(compile_and_run)
+    @wraps(compile_and_run)
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         binary = compile_and_run(self, *args, grid=grid, warmup=True, **options) if compiles else None
         named = dict(zip(self.arg_names, args)) | options
@@ -118,19 +134,25 @@ def recording(architecture: int, *, compiles: bool = True) -> Iterator[list[Laun
         "device": lambda index: nullcontext(),
         "current_device": lambda: architecture,
     }
+    # What would leave the device without passing through an operator; and no check may look at values, though these tensors lie on the CPU.
+    leaving: dict[str, Any] = {name: getattr(torch.Tensor, name) for name in ("tolist", "numpy", "cpu")}
+    if not may_wait:
+        leaving = {name: partial(refuse, f"Tensor.{name}") for name in leaving}
     with (
+        mock.patch.multiple(torch.Tensor, **leaving),
+        mock.patch.object(checks, "readable", return_value=False),
         mock.patch.object(triton.runtime.driver, "_active", OfflineDriver(architecture)),
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(Autotuner, "run", take_first),
         mock.patch.multiple(torch.cuda, **pretended),
-        OperatorRecorder(launches),
+        OperatorRecorder(launches, may_wait),
     ):
         yield launches
 
 
-def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture: int, *, compiles: bool = True) -> dict[str, list[Launch]]:
-    """Launches of the forward, and of the backward of the first output where it has one."""
-    with recording(architecture, compiles=compiles) as launches:
+def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture: int, **options: bool) -> dict[str, list[Launch]]:
+    """Launches of the forward, and of the backward of the first output where it has one; `options` are those of `recording`."""
+    with recording(architecture, **options) as launches:
         first = outputs_of(call, inputs)[0]
         n_forward, leaves = len(launches), list(leaves_of(inputs).values())
         if not (leaves and first.requires_grad):

@@ -81,7 +81,8 @@ def inspect_operation(operation: Operation, architecture: int, source: str = "ou
     if source != "ours" and source not in operation.peers:
         raise ValueError(f"no counterpart of {operation.name} in {source} is registered")
     call = partial(operation.call, backend="triton") if source == "ours" else operation.peers[source]
-    passes = record_passes(call, operation.inputs(torch.bfloat16, "cpu", **operation.inspect_shape), architecture)
+    inputs = operation.inputs(torch.bfloat16, "cpu", **operation.inspect_shape)
+    passes = record_passes(call, inputs, architecture, may_wait=source != "ours")
     rows: list[Row] = []
     for (direction, launches), floor in zip(passes.items(), operation.cost(2, **operation.inspect_shape)):
         assert floor is not None, f"{operation.name} has a backward that its cost does not know"

@@ -59,7 +59,13 @@ def test_every_op_is_on_record_for_every_architecture_and_none_spills() -> None:
     assert [row for row in rows if row.spills or row.stack] == []
 
 
-def test_the_shapes_checked_on_a_device_reach_every_line_of_every_launch_table(compile_environment: dict[str, str]) -> None:
+def run_program(program: str, environment: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_op_waits_for_the_device_and_the_checked_shapes_reach_every_option(compile_environment: dict[str, str]) -> None:
+    # Every operation, forward and backward, at every shape with every option: the recorder refuses what hands a value to the host.
     program = """
 import torch
 from functools import partial
@@ -71,14 +77,58 @@ for operation in operations().values():
     for inputs in (operation.inputs(dtype, "cpu", **shape) for dtype in (torch.bfloat16, torch.float32) for shape in operation.check_shapes):
         for architecture in seen:
             for _, used in every_option():
-                record_passes(call, inputs, architecture, compiles=False)
+                passes = record_passes(call, inputs, architecture, compiles=False)
+                assert passes.keys() == ({"forward", "backward"} if operation.cost(2, **operation.inspect_shape)[1] else {"forward"}), operation.name
                 seen[architecture] |= used
 for architecture, reached in seen.items():
     missing = [(key, table.lines[key][number]) for table, key, number in all_options(architecture) - reached]
     assert not missing, (architecture, missing)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=compile_environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_program(program, compile_environment)
+
+
+def test_the_recorder_names_what_waits_for_the_device(compile_environment: dict[str, str]) -> None:
+    program = """
+import torch
+from triton_kernels.checks import check_cu_seqlens
+from triton_kernels.inspect_recorder import recording
+waits = {
+    "aten::_local_scalar_dense": lambda x: x[0].item(),
+    "aten::_local_scalar_dense ": lambda x: [0] if x.any() else [1],
+    "aten::nonzero": lambda x: x.nonzero(),
+    "aten::index": lambda x: x[x > 1],
+    "aten::index_put_": lambda x: x.clone().index_put_((x > 1,), x[:1]),
+    "aten::masked_select": lambda x: x.masked_select(x > 1),
+    "aten::repeat_interleave": lambda x: x.repeat_interleave(x),
+    "aten::equal": lambda x: torch.equal(x, x),
+    "Tensor.tolist": lambda x: x.tolist(),
+    "Tensor.cpu": lambda x: x.cpu(),
+    "Tensor.numpy": lambda x: x.numpy(),
+}
+op = torch.library.custom_op("test::reads", lambda x: x.new_full((), x.sum().item()), mutates_args=(), schema="(Tensor x) -> Tensor")
+waits["aten::item"] = op
+for name, wait in waits.items():
+    with recording(90):
+        try:
+            wait(torch.arange(3))
+        except RuntimeError as error:
+            assert str(error).startswith(name.strip() + " reads values"), (name, error)
+        else:
+            raise AssertionError(name)
+offsets = torch.tensor([0, 9, 7])
+with recording(90) as launches:
+    assert torch.arange(3)[torch.tensor([2, 0])].shape == (2,)
+    check_cu_seqlens("op", offsets, 1, 7)
+with recording(90, may_wait=True):
+    assert offsets.tolist() == [0, 9, 7] and offsets[1].item() == 9
+try:
+    check_cu_seqlens("op", offsets, 1, 7)
+except ValueError as error:
+    assert "must rise" in str(error)
+else:
+    raise AssertionError
+"""
+    run_program(program, compile_environment)
 
 
 def test_a_spill_is_a_problem_unless_one_as_bad_is_on_record(tmp_path: Path) -> None:
