@@ -4,42 +4,35 @@ Channel c and channel c + P/2 of the P rotated channels form a pair that turns b
 key depends on their distance only. Keys are turned by this op, where they are written: once for all the queries, layers and decode steps that read
 them. Queries are turned inside flash_attention, which is the only one to read them.
 
-Legend: B batch, T tokens, H heads, K head width, P rotated channels, P2 = P / 2.
+Legend: B batch, T tokens, H heads, K head width, P half of the rotated channels.
 """
 
 import torch
 from torch import Tensor
 
-from triton_kernels.checks import check_backend, check_dtype, check_shape
+from triton_kernels.checks import check_backend, check_dtype, check_tensors
 
 OP = "rotate"
 Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_tables(position_T: Tensor, *, rotary_dim: int, base: float) -> Rotary:
-    """Cosine and sine [T, P2] of the angles at any positions (for packed sequences: those inside each sequence), in fp64.
+    """Cosine and sine [T, rotary_dim / 2] of the angles at any positions (for packed sequences: those inside each sequence), in fp64.
 
-    Angles grow with the position: in fp32 those at 256K tokens would be off by about 0.01 radian.
-    """
+    Angles grow with the position: in fp32 those at 256K tokens would be off by about 0.01 radian."""
     exponent_P = torch.arange(0, rotary_dim, 2, device=position_T.device, dtype=torch.float64) / max(1, rotary_dim)
     angle_TP = position_T.to(torch.float64)[:, None] * base**-exponent_P
     return angle_TP.cos(), angle_TP.sin()
 
 
 def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
-    """Turns the first P channels of every head.
+    """Turns the first 2 P channels of every head of x_BTHK (queries or keys), computing in fp32 (fp64 for fp64 inputs).
 
-    Args:
-        x_BTHK: queries or keys. Computed in fp32 (fp64 for fp64 inputs), returned in the dtype of x.
-        rotary: cosine and sine [T, P2] of each token's angles, P2 <= K / 2; without gradients.
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
-
-    Returns:
-        [B, T, H, K]; differentiable in x. Raises ValueError for shapes and dtypes that do not fit.
-    """
-    check_shape(OP, "x_BTHK", x_BTHK, {"B": None, "T": None, "H": None, "K": None})
+    rotary: cosine and sine [T, P] of each token's angles, 2 P <= K; without gradients. backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+    Returns [B, T, H, K] in the dtype of x, differentiable in x. Raises ValueError for shapes and dtypes that do not fit."""
+    sizes = check_tensors(OP, x_BTHK=x_BTHK)
     check_dtype(OP, {"x_BTHK": x_BTHK})
-    check_rotary(OP, rotary, x_BTHK.shape[1], x_BTHK.shape[3])
+    check_rotary(OP, rotary, sizes["T"], sizes["K"])
     if rotary[0].shape[1] == 0:
         return x_BTHK
     if check_backend(backend, x_BTHK) == "torch":
@@ -64,9 +57,8 @@ def rotate_torch(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
 
 def check_rotary(op: str, rotary: Rotary, T: int, K: int) -> None:
     """Raises ValueError, naming the table, its shape and what is legal."""
-    cos_TP, sin_TP = rotary
-    check_shape(op, "rotary cosines", cos_TP, {"T": T, "P/2": None})
-    check_shape(op, "rotary sines", sin_TP, {"T": T, "P/2": cos_TP.shape[1]})
-    check_dtype(op, {"rotary cosines": cos_TP, "rotary sines": sin_TP})
-    if 2 * cos_TP.shape[1] > K:
-        raise ValueError(f"{op}: rotary cosines of {cos_TP.shape[1]} columns turn {2 * cos_TP.shape[1]} channels, heads have K={K}")
+    tables = {"rotary_cosines_TP": rotary[0], "rotary_sines_TP": rotary[1]}
+    half = check_tensors(op, {"T": T}, **tables)["P"]
+    check_dtype(op, tables)
+    if 2 * half > K:
+        raise ValueError(f"{op}: rotary cosines of {half} columns turn {2 * half} channels, heads have K={K}")

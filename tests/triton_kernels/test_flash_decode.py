@@ -149,21 +149,21 @@ def test_latent_cache_values_may_be_a_view_of_the_keys(backend):
 
 
 def test_the_operator_is_registered_soundly():
-    from triton_kernels.flash_decode_triton import flash_decode_triton
+    from triton_kernels.flash_decode_triton import decode_op
 
     q, k, v = random_cache(2, 20, 4, 2, 32, 16, torch.float32)
     arguments = (q, k, v, torch.tensor([20, 3]), 0.2, None, None, None, None, None)
-    torch.library.opcheck(flash_decode_triton, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(decode_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"q_BHK": torch.zeros(2, 8)}, "q_BHK has shape"),
-        ({"k_cache": torch.zeros(3, 5, 2, 8)}, "k_cache has shape"),
-        ({"v_cache": torch.zeros(2, 6, 2, 8)}, "v_cache has shape"),
+        ({"k_cache": torch.zeros(3, 5, 2, 8)}, "k_cache_BSGK has shape"),
+        ({"v_cache": torch.zeros(2, 6, 2, 8)}, "v_cache_BSGV has shape"),
         ({"k_cache": torch.zeros(2, 5, 3, 8), "v_cache": torch.zeros(2, 5, 3, 8)}, "multiple of G"),
-        ({"k_cache": torch.zeros(2, 5, 2, 8).half()}, "k_cache is torch.float16"),
+        ({"k_cache": torch.zeros(2, 5, 2, 8).half()}, "k_cache_BSGK is torch.float16"),
         ({"k_cache": torch.zeros(2, 5, 2, 8).to(torch.int8)}, "without k_scale"),
         ({"k_scale": torch.zeros(2, 5, 2)}, "with k_scale"),
         ({"lengths_B": torch.tensor([1, 2, 3])}, "lengths_B has shape"),

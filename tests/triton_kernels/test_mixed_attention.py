@@ -176,7 +176,7 @@ def test_the_operators_are_registered_soundly():
         ({"linear_q": torch.zeros(1, 8, 2, 16)}, "linear_q_BTJK has shape"),
         ({"linear_k": torch.zeros(1, 9, 3, 16)}, "linear_k_BTJK has shape"),
         ({"linear_v": torch.zeros(1, 9, 2, 16).half()}, "linear_v_BTJV is torch.float16"),
-        ({"log_decay": torch.zeros(3)}, "log_decay has shape"),
+        ({"log_decay": torch.zeros(3)}, "log_decay_J has shape"),
         ({"sinks_H": torch.zeros(3)}, "sinks_H has shape"),
         ({"initial_state_NJKV": torch.zeros(2, 2, 16, 16)}, "initial_state_NJKV has shape"),
         ({"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens must rise from 0 to T=9"),

@@ -125,11 +125,11 @@ def test_the_operator_is_registered_soundly():
 @pytest.mark.parametrize(
     ("cos", "sin", "message"),
     [
-        (torch.zeros(4, 2), torch.zeros(4, 2), r"cosines has shape \[4, 2\], expected \[T=5"),
-        (torch.zeros(5, 2), torch.zeros(5, 3), "sines has shape"),
+        (torch.zeros(4, 2), torch.zeros(4, 2), r"cosines_TP has shape \[4, 2\], expected \[T=5"),
+        (torch.zeros(5, 2), torch.zeros(5, 3), "sines_TP has shape"),
         (torch.zeros(5, 5), torch.zeros(5, 5), "turn 10 channels, heads have K=8"),
-        (torch.zeros(5, 2), torch.zeros(5, 2).double(), "sines is torch.float64"),
-        (torch.zeros(5, 2).long(), torch.zeros(5, 2).long(), "cosines is torch.int64"),
+        (torch.zeros(5, 2), torch.zeros(5, 2).double(), "sines_TP is torch.float64"),
+        (torch.zeros(5, 2).long(), torch.zeros(5, 2).long(), "cosines_TP is torch.int64"),
     ],
 )
 def test_wrong_tables_are_refused_by_name(cos, sin, message):
