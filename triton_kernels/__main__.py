@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from triton_kernels.configurations import Operation, select_operations
+from triton_kernels.configurations import Operation, read_rows, select_operations
 
 RECORDED, SPILLS = Path("notes/kernels/inspect.csv"), Path("notes/kernels/spills.csv")
 
@@ -67,7 +67,6 @@ def run_check(selected: list[Operation], options: argparse.Namespace) -> int:
 
 def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
     from triton_kernels.inspect_table import Row, Spill, find_spills, format_table, gate, inspect_operation, new_spills, record
-    from triton_kernels.rows import read_rows
 
     rows: list[Row] = []
     for operation in selected:

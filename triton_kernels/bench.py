@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.agreement import Call, Reference, leaves_of, output_gradient, outputs_of, results
-from triton_kernels.configurations import Cost, Operation, Shape
-from triton_kernels.rows import dtype_name, shape_label, write_rows
+from triton_kernels.configurations import Cost, Operation, Shape, dtype_name, shape_label, write_rows
 
 # Direction -> a function without arguments that runs it.
 Passes = dict[str, Callable[[], Any]]
@@ -180,51 +179,45 @@ def time_operation(
         medians = take_turns(runs, device, repeats)
         least_ms = 1e3 * max(cost.flops / ceilings.flops, cost.bytes / ceilings.bandwidth)
         for name, ms in medians.items():
-            numbers = {"ms": ms, "ns_per_head_token": 1e6 * ms / head_tokens, "roofline": least_ms / ms, "ratio": ms / medians["ours"]}
-            numbers |= {"tflops": 1e-9 * cost.flops / ms, "gbytes_per_s": 1e-6 * cost.bytes / ms}
+            numbers = {
+                "ms": ms,
+                "ns_per_head_token": 1e6 * ms / head_tokens,
+                "tflops": 1e-9 * cost.flops / ms,
+                "gbytes_per_s": 1e-6 * cost.bytes / ms,
+                "roofline": least_ms / ms,
+                "ratio": ms / medians["ours"],
+            }
             rounded = {column: float(f"{number:.4g}") for column, number in numbers.items()}
-            rows.append(Timing(op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded))
-            print(format_timing(rows[-1]), flush=True)
+            row = Timing(op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded)
+            print(
+                f"{row.op:34s} {row.dtype:9s} {label:30s} {direction:17s} {name:16s} {ms:10.4f} ms  {row.ns_per_head_token:9.3f} ns  "
+                f"{row.tflops:8.3f} TFLOP/s {row.gbytes_per_s:8.1f} GB/s  roofline {row.roofline:5.3f}  x{row.ratio:.2f}",
+                flush=True,
+            )
+            rows.append(row)
     return rows
 
 
-def format_timing(row: Timing) -> str:
-    return (
-        f"{row.op:34s} {row.dtype:9s} {row.shape:30s} {row.direction:17s} {row.source:16s} {row.ms:10.4f} ms  {row.ns_per_head_token:9.3f} ns  "
-        f"{row.tflops:8.3f} TFLOP/s {row.gbytes_per_s:8.1f} GB/s  roofline {row.roofline:5.3f}  x{row.ratio:.2f}"
-    )
-
-
 def run_bench(
-    operations: list[Operation],
-    device: str,
-    dtypes: Sequence[torch.dtype],
-    *,
-    peers: bool,
-    repeats: int,
-    csv: Path | None = None,
-    until: float = float("inf"),
+    operations: list[Operation], device: str, dtypes: Sequence[torch.dtype], *, csv: Path | None = None, until: float = float("inf"), **options: Any
 ) -> list[Timing]:
-    """Every op at its timed shapes, each op's first before any op's second. The rows so far are in `csv` after each; past `until` (seconds of the
-    monotonic clock) none is begun."""
+    """Every op at its timed shapes, each op's first before any op's second; `options` are those of `time_operation`. After each, `csv` holds the
+    rows so far; past `until` (seconds of the monotonic clock) none is begun."""
     rows: list[Timing] = []
     for dtype in dtypes:
         ceilings = measure_ceilings(device, dtype)
         rows += ceilings.rows(dtype)
         shapes_of_ops = [operation.bench_shapes if device == "cuda" else filter(None, [operation.cpu_shape]) for operation in operations]
-        for shapes in zip_longest(*shapes_of_ops):
-            for operation, shape in zip(operations, shapes):
-                if shape is None:
-                    continue
+        turns = [turn for shapes in zip_longest(*shapes_of_ops) for turn in zip(operations, shapes) if turn[1] is not None]
+        for operation, shape in turns:
+            try:
                 if time.monotonic() > until:
-                    print(f"{operation.name} {shape_label(shape)}: not timed, no time left")
-                    continue
-                try:
-                    rows += time_operation(operation, shape, dtype, device, ceilings, peers=peers, repeats=repeats)
-                except torch.OutOfMemoryError as error:
-                    print(f"{operation.name} {shape_label(shape)}: not timed, {error}")
-                if csv is not None:
-                    write_rows(csv, Timing, rows)
+                    raise TimeoutError("no time left")
+                rows += time_operation(operation, shape, dtype, device, ceilings, **options)
+            except (TimeoutError, torch.OutOfMemoryError) as error:
+                print(f"{operation.name} {shape_label(shape)}: not timed, {error}")
+            if csv is not None:
+                write_rows(csv, Timing, rows)
     return rows
 
 
@@ -240,10 +233,10 @@ def plot_roofline(rows: list[Timing], path: Path) -> None:
         axes.plot(intensity, [min(matmul.tflops, 1e-3 * copy.gbytes_per_s * x) for x in intensity], label=f"ceiling, {dtype}")
         for direction, marker in (("forward", "o"), ("backward", "s")):
             ours = [row for row in rows if (row.source, row.dtype, row.direction) == ("ours", dtype, direction)]
-            places = [(1e3 * row.tflops / row.gbytes_per_s, row.tflops) for row in ours]
-            axes.scatter(*zip(*places), marker=marker, label=f"{direction}, {dtype}")
-            for row, place in zip(ours, places):
-                axes.annotate(f"{row.op} {row.shape}", place, fontsize=5)
+            places = {f"{row.op} {row.shape}": (1e3 * row.tflops / row.gbytes_per_s, row.tflops) for row in ours}
+            axes.scatter(*zip(*places.values()), marker=marker, label=f"{direction}, {dtype}")
+            for label, place in places.items():
+                axes.annotate(label, place, fontsize=5)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of the least traffic", ylabel="TFLOP/s")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every tool of this folder (inspect, bench, gpu-check) knows about the ops, as data.
+"""What every tool of this folder (inspect, bench, gpu-check) knows about the ops, as data; and how they write tables.
 
 A file `triton_kernels/<op>_configurations.py` registers its op by exposing OPERATIONS: tuple[Operation, ...], one entry per variant worth a row;
 `operations()` finds the files by their names. Its `launch_table`s hold the options of its kernels. It must not import a module that holds
@@ -7,9 +7,10 @@ A file `triton_kernels/<op>_configurations.py` registers its op by exposing OPER
 Letters: B batch, T tokens, H heads, K key width, V value width.
 """
 
+import csv
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,26 @@ def select_operations(names: list[str] | None) -> list[Operation]:
         if not any(name in (full, full.split("/")[0]) for full in chosen):
             raise ValueError(f"--op {name} is unknown, legal are: {', '.join(operations())}")
     return list(chosen.values())
+
+
+def shape_label(shape: Shape) -> str:
+    return " ".join(f"{name}={size}" for name, size in shape.items())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def write_rows(path: Path, kind: type, rows: Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(kind)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_rows(path: Path, kind: type) -> list[Any]:
+    """The inverse for fields of type str, int and float; no rows where there is no file."""
+    types: dict[str, Any] = {f.name: f.type for f in fields(kind)}
+    lines = csv.DictReader(path.read_text().splitlines()) if path.exists() else ()
+    return [kind(**{name: types[name](value) for name, value in line.items()}) for line in lines]

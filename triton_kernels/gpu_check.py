@@ -19,8 +19,7 @@ import torch
 
 from triton_kernels.agreement import Agreement, Call, Reference, output_gradient, results, same_bits
 from triton_kernels.bench import plot_roofline, run_bench
-from triton_kernels.configurations import Operation, current_architecture, every_option, operations
-from triton_kernels.rows import dtype_name, shape_label, write_rows
+from triton_kernels.configurations import Operation, current_architecture, dtype_name, every_option, operations, shape_label, write_rows
 
 # Triton's interpreter computes bf16 wrongly.
 DTYPES = {"cuda": (torch.bfloat16, torch.float16, torch.float32), "cpu": (torch.float16, torch.float32)}

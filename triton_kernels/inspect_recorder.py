@@ -1,4 +1,4 @@
-"""Record what an op would launch on a GPU that is not there.
+"""Record what an op would launch on a GPU that is not there, and report what the compiler made of each kernel.
 
 A driver that claims an architecture but owns no device takes Triton's place for one, and `JITFunction.run` becomes its own warm-up path: every
 kernel of the op, forward and backward, is compiled for that architecture and nothing is launched. Tensors live on the CPU and hold whatever
@@ -7,10 +7,14 @@ Torch's own operators do run, and are recorded too: on a GPU each is a launch th
 refused by name, because there the host would wait for the device, unless it is a peer's.
 """
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, wraps
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,8 +31,22 @@ from triton.runtime.jit import JITFunction
 from triton_kernels import checks
 from triton_kernels.agreement import leaves_of, outputs_of
 
-# Name, multiprocessors and the largest shared memory of one block.
+# Name, multiprocessors and the largest shared memory of one block, in bytes: 1 KiB less than a multiprocessor has.
 DEVICES = {80: ("NVIDIA A100", 108, 163 * 1024), 90: ("NVIDIA H200", 132, 227 * 1024), 100: ("NVIDIA B200", 148, 227 * 1024)}
+
+# SASS opcodes by what they tell. Hopper's tensor cores are HGMMA, Blackwell's UTC*MMA; HMMA is Ampere's, and the slow way on the later ones.
+OPCODES = {
+    "hgmma": r"HGMMA",
+    "hmma": r"HMMA",
+    "utcmma": r"UTC\w*MMA",
+    "ldgsts": r"LDGSTS",
+    "utmaldg": r"UTMALDG",
+    "ldg128": r"LDG\.[\w.]*128",
+    "mufu": r"MUFU",
+    "spills": r"(?:LDL|STL)\b",
+}
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # Operators that move no bytes, besides views.
 FREE_OPERATORS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "is_same_size")
@@ -44,17 +62,17 @@ class Launch:
     binary: Any = None
 
 
-class OfflineDriver:
+def offline_driver(architecture: int) -> SimpleNamespace:
     """The part of a Triton driver that compiling needs. The architecture doubles as the device number, so that caches never mix two of them."""
-
-    def __init__(self, architecture: int):
-        _, processors, shared = DEVICES[architecture]
-        properties = {"multiprocessor_count": processors, "max_shared_mem": shared, "warpSize": 32, "max_num_regs": 65536}
-        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
-        self.get_current_device = lambda: architecture
-        self.get_current_stream = lambda device: 0
-        self.get_current_target = lambda: GPUTarget("cuda", architecture, 32)
-        self.get_active_torch_device = lambda: torch.device("cpu")
+    _, processors, shared = DEVICES[architecture]
+    properties = {"multiprocessor_count": processors, "max_shared_mem": shared, "warpSize": 32, "max_num_regs": 65536}
+    return SimpleNamespace(
+        utils=SimpleNamespace(get_device_properties=lambda device: properties),
+        get_current_device=lambda: architecture,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 class OperatorRecorder(TorchDispatchMode):
@@ -141,7 +159,7 @@ def recording(architecture: int, *, compiles: bool = True, may_wait: bool = Fals
     with (
         mock.patch.multiple(torch.Tensor, **leaving),
         mock.patch.object(checks, "readable", return_value=False),
-        mock.patch.object(triton.runtime.driver, "_active", OfflineDriver(architecture)),
+        mock.patch.object(triton.runtime.driver, "_active", offline_driver(architecture)),
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(Autotuner, "run", take_first),
         mock.patch.multiple(torch.cuda, **pretended),
@@ -159,3 +177,30 @@ def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture
             return {"forward": launches}
         torch.autograd.grad(first, leaves, torch.empty_like(first), allow_unused=True)
     return {"forward": launches[:n_forward], "backward": launches[n_forward:]}
+
+
+def report_binary(kernel: Any) -> dict[str, int]:
+    """Take apart one compiled kernel (`triton.compiler.CompiledKernel`): registers and stack (bytes) per thread, shared memory (bytes) and warps per
+    block, blocks resident at once on one multiprocessor, and how often each of OPCODES occurs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        usage, sass = (
+            subprocess.run([TOOLS / tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage[:200]
+    registers, stack = map(int, match.groups())
+    shared, warps = int(kernel.metadata.shared), int(kernel.metadata.num_warps)
+    blocks = resident_blocks(registers, warps, shared, kernel.metadata.target.arch)
+    counts = {name: len(re.findall(rf"\b{pattern}", sass)) for name, pattern in OPCODES.items()}
+    return {"registers": registers, "stack": stack, "shared": shared, "warps": warps, "blocks": blocks} | counts
+
+
+def resident_blocks(registers: int, warps: int, shared: int, architecture: int) -> int:
+    """Blocks one multiprocessor holds: the least of what 64 K registers (given out by 256 per warp), 64 warps, the shared memory (1 KiB more per
+    block than asked for) and 32 block slots allow."""
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 65536 // (registers_per_warp * warps)
+    by_shared = (DEVICES[architecture][2] + 1024) // (shared + 1024)
+    return min(by_registers, 64 // warps, by_shared, 32)

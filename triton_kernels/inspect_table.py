@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from triton_kernels.configurations import Operation, Option, every_option
-from triton_kernels.inspect_binary import report_binary
-from triton_kernels.inspect_recorder import Launch, record_passes
-from triton_kernels.rows import dtype_name, read_rows, shape_label, write_rows
+from triton_kernels.configurations import Operation, Option, dtype_name, every_option, read_rows, shape_label, write_rows
+from triton_kernels.inspect_recorder import Launch, record_passes, report_binary
 
 TOTAL = "total"
 # The tensor-core instruction of an architecture and its column.

@@ -10,9 +10,8 @@ import torch
 
 from triton_kernels.agreement import Agreement, Reference, results
 from triton_kernels.bench import CEILING, DENSE, PEER_TOLERANCE, Ceilings, Timing, plot_roofline, run_bench, time_operation
-from triton_kernels.configurations import Operation, operations, select_operations
+from triton_kernels.configurations import Operation, operations, read_rows, select_operations
 from triton_kernels.gpu_check import run_gpu_check
-from triton_kernels.rows import read_rows
 
 OPERATION = operations()["decayed_linear_attention/token"]
 SHAPE = {"B": 1, "T": 40, "H": 2, "K": 16, "V": 16}

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from triton_kernels.bench import CEILING, Timing
-from triton_kernels.configurations import Operation, all_options, every_option, launch_table, operations
+from triton_kernels.configurations import Operation, all_options, every_option, launch_table, operations, read_rows
 from triton_kernels.gpu_check import run_gpu_check
-from triton_kernels.rows import read_rows
 
 TINY = {"B": 1, "T": 20, "H": 2, "K": 16, "V": 16}
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from triton_kernels.configurations import operations
-from triton_kernels.inspect_binary import resident_blocks
+from triton_kernels.configurations import operations, read_rows
+from triton_kernels.inspect_recorder import resident_blocks
 from triton_kernels.inspect_table import TOTAL, Row, Spill, gate, new_spills, record
-from triton_kernels.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "notes" / "kernels" / "inspect.csv"
