@@ -8,13 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from triton_kernels.assignments import sort_slots
-from triton_kernels.configurations import Cost, Operation, Tables, launch_table, random_inputs
+from triton_kernels.configurations import Cost, Operation, launch_table, random_inputs
+from triton_kernels.expert_slots import router_scores, sort_slots
 from triton_kernels.grouped_mlp import grouped_mlp
 from triton_kernels.peers import torch_grouped_mm
-from triton_kernels.router_scores import router_scores
 
 # The sum over a token's rows: rows and channels of a step.
 SUM_ROWS, SUM_WIDTH = 8, 512
@@ -24,25 +22,18 @@ BLOCKS = "BLOCK_M BLOCK_N BLOCK_K"
 WIDTHS = (1024, 2**20)
 # fp32 products run on the plain multipliers: small blocks, one table for every architecture and kernel.
 SINGLE = launch_table(BLOCKS, WIDTHS[1:], sm_80=[(32, 32, 32, 4, 2)])
-
-
-def _tables(*, sm_80: tuple[int, ...], sm_90: list[tuple[int, ...]]) -> Tables:
-    return launch_table(BLOCKS, WIDTHS, sm_80=[sm_80, sm_80], sm_90=sm_90), SINGLE
-
-
 # Of gate and up, BLOCK_N counts either.
-GATE_UP = _tables(sm_80=(64, 64, 32, 4, 3), sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)])
-ROW_PRODUCT = _tables(sm_80=(128, 64, 32, 4, 3), sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)])
-ACTIVATION_GRADIENT = _tables(sm_80=(128, 64, 32, 8, 3), sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)])
-WEIGHT_GRADIENT = _tables(sm_80=(64, 128, 32, 4, 3), sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)])
+GATE_UP = launch_table(BLOCKS, WIDTHS, sm_80=[(64, 64, 32, 4, 3)] * 2, sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]), SINGLE
+ROW_PRODUCT = launch_table(BLOCKS, WIDTHS, sm_80=[(128, 64, 32, 4, 3)] * 2, sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]), SINGLE
+ACTIVATION_GRADIENT = launch_table(BLOCKS, WIDTHS, sm_80=[(128, 64, 32, 8, 3)] * 2, sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]), SINGLE
+WEIGHT_GRADIENT = launch_table(BLOCKS, WIDTHS, sm_80=[(64, 128, 32, 4, 3)] * 2, sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]), SINGLE
 
 
-def _mlp_inputs(dtype: torch.dtype, device: str, *, T: int, D: int, E: int, F: int, k: int, ragged: int = 0, **_: int) -> dict[str, Any]:
+def _mlp_inputs(dtype: torch.dtype, device: str, *, T: int, D: int, E: int, F: int, k: int, ragged: int = 0) -> dict[str, Any]:
     """Every token draws k experts; ragged: it keeps 0 to k of them, the rest stays as padding behind the last expert."""
     generator = torch.Generator().manual_seed(0)
     expert_TK = torch.rand(T, E, generator=generator).topk(k, dim=-1)[1]
-    kept_T1 = torch.randint(0, k + 1, (T, 1), generator=generator) if ragged else k
-    keep_TK = (torch.arange(k) < kept_T1).expand(T, k)
+    keep_TK = (torch.arange(k) < torch.randint(0, k + 1, (T, 1), generator=generator)) if ragged else None
     rows = sort_slots(expert_TK, torch.rand(T, k, generator=generator) / k, keep_TK, n_experts=E, padded=True, backend="torch")._asdict()
     del rows["expert_N"]
     drawn = random_inputs(0, dtype, device, {"T": T, "D": D, "E": E, "F": F, "F2": 2 * F}, "x_TD", "w_gate_up_EDF2", "w_down_EFD")
@@ -51,7 +42,7 @@ def _mlp_inputs(dtype: torch.dtype, device: str, *, T: int, D: int, E: int, F: i
     return drawn | {name: x.to(device).requires_grad_(name == "weight_N") for name, x in rows.items()}
 
 
-def _mlp_cost(element_size: int, *, T: int, D: int, E: int, F: int, k: int, ragged: int = 0, **_: int) -> tuple[Cost, Cost]:
+def _mlp_cost(element_size: int, *, T: int, D: int, E: int, F: int, k: int, ragged: int = 0) -> tuple[Cost, Cost]:
     """x, y, the experts, and the pre-activations that are saved; the rows' indices are small beside them."""
     rows = T * k / (2 if ragged else 1)
     experts, pre_activations = 3 * E * D * F, 2 * rows * F
@@ -59,7 +50,7 @@ def _mlp_cost(element_size: int, *, T: int, D: int, E: int, F: int, k: int, ragg
     return forward, Cost(flops=12 * rows * D * F, bytes=element_size * (3 * T * D + 2 * experts + pre_activations))
 
 
-def _slot_inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int, kept: int = 100, **_: int) -> dict[str, Any]:
+def _sort_inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int, kept: int = 100) -> dict[str, Any]:
     """Distinct experts per token; `kept` percent of the slots are used."""
     generator = torch.Generator().manual_seed(0)
     weight_TK, expert_TK = torch.rand(T, E, generator=generator).topk(K, dim=-1)
@@ -67,34 +58,40 @@ def _slot_inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int, kep
     return {"expert_TK": expert_TK.to(device), "weight_TK": weight_TK.to(device, dtype).requires_grad_(), "keep_TK": keep_TK, "n_experts": E}
 
 
-def _slot_cost(element_size: int, *, T: int, E: int, K: int, kept: int = 100, **_: int) -> tuple[Cost, Cost]:
+def _sort_cost(element_size: int, *, T: int, E: int, K: int, kept: int = 100) -> tuple[Cost, Cost]:
     """Integers are of 8 bytes: the slots' experts, and five of the results. Additions and comparisons are not counted as FLOPs."""
-    slots = T * K
-    read = element_size + 8 + (kept < 100)
-    return Cost(flops=0, bytes=slots * (read + element_size + 24) + 8 * (T + E)), Cost(flops=0, bytes=slots * (2 * element_size + 8 + (kept < 100)))
+    both = T * K * (2 * element_size + 8)
+    return Cost(flops=0, bytes=both + T * K * (24 + (kept < 100)) + 8 * (T + E)), Cost(flops=0, bytes=both)
 
 
-def _sorted_slots(**inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(sort_slots(**inputs, padded=True))
-
-
-def _score_inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int, **_: int) -> dict[str, Any]:
+def _score_inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int) -> dict[str, Any]:
     """fp32 whatever the dtype asked for: a router's logits are."""
     drawn = random_inputs(0, torch.float32, device, {"T": T, "E": E}, "logits_TE")
     return drawn | {"bias_E": torch.linspace(-1e-3, 1e-3, E).to(device), "threshold": torch.tensor(0.4).to(device), "k": K}
 
 
-def _score_cost(element_size: int, *, T: int, E: int, K: int, **_: int) -> tuple[Cost, Cost]:
+def _score_cost(element_size: int, *, T: int, E: int, K: int) -> tuple[Cost, Cost]:
     return Cost(flops=10 * T * E, bytes=T * (4 * E + 17 * K)), Cost(flops=12 * T * E, bytes=T * (8 * E + 13 * K))
 
 
-def _routing_shapes(K: int, **kept: int) -> dict[str, Any]:
+def _slots_operation(name: str, call: Any, inputs: Any, cost: Any, kernels: str, K: int, **kept: int) -> Operation:
     usual = {"T": 4096, "E": 80, "K": K, **kept}
-    odd = ({"T": 1, "E": 5, "K": 3}, {"T": 257, "E": 80, "K": 12}, {"T": 3000, "E": 300, "K": 20})
-    return {"inspect_shape": usual, "check_shapes": tuple(x | kept for x in odd), "bench_shapes": (usual, usual | {"T": 65536}), "cpu_shape": usual}
+    return Operation(
+        name=name,
+        call=call,
+        inputs=inputs,
+        cost=cost,
+        inspect_shape=usual,
+        check_shapes=({"T": 1, "E": 5, "K": 3, **kept}, {"T": 257, "E": 80, "K": 12, **kept}, {"T": 3000, "E": 300, "K": 20, **kept}),
+        bench_shapes=(usual, usual | {"T": 65536}),
+        cpu_shape=usual,
+        without_products=frozenset(kernels.split()),
+    )
 
 
 MLP = {"D": 512, "E": 80, "F": 256, "k": 12}
+SORT = (partial(sort_slots, padded=True), _sort_inputs, _sort_cost, "count_kernel scan_kernel place_kernel slot_gradient_kernel")
+SCORES = (_score_inputs, _score_cost, "select_kernel logit_gradient_kernel")
 
 OPERATIONS = (
     Operation(
@@ -115,26 +112,8 @@ OPERATIONS = (
         cpu_peers={"grouped_mm": torch_grouped_mm},
         without_products=frozenset({"combine_kernel"}),
     ),
-    *(
-        Operation(
-            name=name,
-            call=_sorted_slots,
-            inputs=_slot_inputs,
-            cost=_slot_cost,
-            **shapes,
-            without_products=frozenset({"count_kernel", "scan_kernel", "place_kernel", "slot_gradient_kernel"}),
-        )
-        for name, shapes in (("assignments", _routing_shapes(12)), ("assignments/ragged", _routing_shapes(24, kept=50)))
-    ),
-    *(
-        Operation(
-            name=f"router_scores/{rule}",
-            call=partial(router_scores, rule=rule, score=score),
-            inputs=_score_inputs,
-            cost=_score_cost,
-            **_routing_shapes(K),
-            without_products=frozenset({"select_kernel", "logit_gradient_kernel"}),
-        )
-        for rule, score, K in (("top_k", "sigmoid", 12), ("top_p", "softmax", 24))
-    ),
+    _slots_operation("assignments", *SORT, K=12),
+    _slots_operation("assignments/ragged", *SORT, K=24, kept=50),
+    _slots_operation("router_scores/top_k", partial(router_scores, rule="top_k", score="sigmoid"), *SCORES, K=12),
+    _slots_operation("router_scores/top_p", partial(router_scores, rule="top_p", score="softmax"), *SCORES, K=24),
 )

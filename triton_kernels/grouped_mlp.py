@@ -24,8 +24,8 @@ def grouped_mlp(
     token_N          [N] int64; weight_N [N] floating point; expert_offsets [E+1], token_offsets [T+1], row_of_slot_N [N]: the fields of
                      `routing.assignments.Assignments`, rows sorted by expert, padding behind expert_offsets[E] ignored
 
-    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for shapes that do not fit together, and for
-    what `why_not_triton` says. "torch" is a loop over experts; `moe.backends` knows faster ways without Triton.
+    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for what does not fit together, or not
+    into the kernels (`why_not_triton`). "torch" is a loop over experts; `moe.backends` knows faster ways without Triton.
     """
     backend = check_backend(backend, x_TD)
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)

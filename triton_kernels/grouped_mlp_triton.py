@@ -1,4 +1,4 @@
-"""grouped_mlp on Triton, three launches forward and five backward, as operators that torch.compile and CUDA graphs see as one node each.
+"""grouped_mlp on Triton: three launches forward, five backward.
 
 Forward: H = [G U] = x[token] W_gate_up with A = silu(G) * U in its epilogue, A W_down, and the weighted sum of each token's rows. Backward from x
 and H alone, with dA' = W_down dy (not yet weighted) and w the row's weight:
@@ -22,15 +22,6 @@ from triton_kernels.configurations import Tables
 from triton_kernels.expert_configurations import ACTIVATION_GRADIENT, GATE_UP, ROW_PRODUCT, SUM_ROWS, SUM_WIDTH, WEIGHT_GRADIENT
 from triton_kernels.flash_attention_blocks import product, wide
 from triton_kernels.registration import has_work, kernel_op
-
-
-@triton.jit
-def load_tile(pointers, mask, CHECK: tl.constexpr):
-    """A tile with zeros outside the mask; a mask that can hide nothing is left out of the program altogether."""
-    if CHECK:
-        return tl.load(pointers, mask=mask, other=0.0)
-    else:
-        return tl.load(pointers)
 
 
 @triton.jit
@@ -63,27 +54,26 @@ def expert_product(
     PAIR, or [E, WIDTH, DEPTH] if TRANSPOSED."""
     W_WIDTH: tl.constexpr = 2 * WIDTH if PAIR else WIDTH
     K_STRIDE: tl.constexpr = 1 if TRANSPOSED else W_WIDTH
+    # A mask that can hide nothing is left out of the program altogether.
+    CUT: tl.constexpr = DEPTH % BLOCK_K != 0
+    RAGGED: tl.constexpr = CUT or WIDTH % BLOCK_N != 0
     k_K = tl.arange(0, BLOCK_K)
     left_tile = left_ptr + row_M[:, None] * DEPTH + k_K[None, :]
     w_tile = w_ptr + wide(expert) * (DEPTH * W_WIDTH) + k_K[:, None] * K_STRIDE + n_N[None, :] * (DEPTH if TRANSPOSED else 1)
-    CUT: tl.constexpr = DEPTH % BLOCK_K != 0
-    RAGGED: tl.constexpr = CUT or WIDTH % BLOCK_N != 0
-    out_MN = tl.zeros([row_M.shape[0], BLOCK_N], tl.float32)
-    second_MN = tl.zeros([row_M.shape[0], BLOCK_N], tl.float32)
+    out_MN, second_MN = tl.zeros([row_M.shape[0], BLOCK_N], tl.float32), tl.zeros([row_M.shape[0], BLOCK_N], tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
-        w_mask = (k + k_K < DEPTH)[:, None] & (n_N < WIDTH)[None, :]
-        left_MK = load_tile(left_tile + k, (k + k_K < DEPTH)[None, :], CUT)
-        out_MN = product(left_MK, load_tile(w_tile + k * K_STRIDE, w_mask, RAGGED), out_MN)
+        left_MK = tl.load(left_tile + k, mask=(k + k_K < DEPTH)[None, :] if CUT else None, other=0.0 if CUT else None)
+        w_mask = (k + k_K < DEPTH)[:, None] & (n_N < WIDTH)[None, :] if RAGGED else None
+        out_MN = product(left_MK, tl.load(w_tile + k * K_STRIDE, mask=w_mask, other=0.0 if RAGGED else None), out_MN)
         if PAIR:
-            second_MN = product(left_MK, load_tile(w_tile + k * K_STRIDE + WIDTH, w_mask, RAGGED), second_MN)
+            second_MN = product(left_MK, tl.load(w_tile + k * K_STRIDE + WIDTH, mask=w_mask, other=0.0 if RAGGED else None), second_MN)
     return out_MN, second_MN
 
 
 @triton.jit
 def gate_up_kernel(
     x_ptr, w_ptr, token_ptr, expert_offsets_ptr, h_ptr, a_ptr, E,
-    D: tl.constexpr, F: tl.constexpr, KEEP_H: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, KEEP_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """h = x[token] @ w, kept for backward only; a = silu(gate half of h) * up half."""
     expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
@@ -118,8 +108,7 @@ def row_product_kernel(
 
 @triton.jit
 def combine_kernel(
-    rows_ptr, weight_ptr, token_offsets_ptr, row_of_slot_ptr, y_ptr,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows_ptr, weight_ptr, token_offsets_ptr, row_of_slot_ptr, y_ptr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """y [T, D]: the sum of each token's rows, in the order of its slots, times the rows' weights where there are any."""
     token = wide(tl.program_id(0))
@@ -156,8 +145,7 @@ def swiglu_gradient(da_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N, F: t
 @triton.jit
 def activation_gradient_kernel(
     dy_ptr, w_ptr, h_ptr, token_ptr, weight_ptr, expert_offsets_ptr, dh_ptr, aw_ptr, partial_ptr, N_ROWS, E,
-    D: tl.constexpr, F: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dh [N, 2F], aw = w A [N, F], and this tile's share of the rows' weight gradients, partial [tiles of F, N] in fp32. w_down is [E, F, D]."""
     expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
@@ -187,8 +175,7 @@ def weight_gradient_kernel(
     UPRIGHT: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
-    expert = program // (UPRIGHT * ACROSS)
-    first = program // ACROSS % UPRIGHT * BLOCK_M
+    expert, first = program // (UPRIGHT * ACROSS), program // ACROSS % UPRIGHT * BLOCK_M
     m_M, n_N, k_K = first + tl.arange(0, BLOCK_M), program % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     begin = tl.load(expert_offsets_ptr + expert)
     n_rows = (tl.load(expert_offsets_ptr + expert + 1) - begin).to(tl.int32)
@@ -216,7 +203,8 @@ def forward_op(
     if has_work(y):
         a = x.new_empty(N, F)
         grid, options = _row_tiles(GATE_UP, a, E, D, F)
-        inputs = (x.contiguous(), _as_rows(w_gate_up, x), token, expert_offsets)
+        # Weights are cast anew in each pass, because a cast copy saved for backward would outweigh all else that is.
+        inputs = (x.contiguous(), w_gate_up.to(x.dtype).contiguous(), token, expert_offsets)
         gate_up_kernel[grid](*inputs, h, a, E, D=D, F=F, KEEP_H=keep_h, **options)
         _combine(_row_product(a, w_down, expert_offsets, D, transposed=False), weight.contiguous(), token_offsets, row_of_slot, y)
     return y, h
@@ -234,7 +222,7 @@ def backward_op(
     # Rows of padding belong to no program, and their weights' gradient is zero.
     partial = dy.new_zeros(triton.cdiv(F, options["BLOCK_N"]), N, dtype=torch.float32)
     if has_work(dx):
-        inputs = (dy, _as_rows(w_down, dy), h, token, weight.contiguous(), expert_offsets)
+        inputs = (dy, w_down.to(dy.dtype).contiguous(), h, token, weight.contiguous(), expert_offsets)
         activation_gradient_kernel[grid](*inputs, dh, aw, partial, N, E, D=D, F=F, **options)
         _combine(_row_product(dh, w_gate_up, expert_offsets, D, transposed=True), None, token_offsets, row_of_slot, dx)
     d_gate_up, d_down = (w.new_empty(w.shape if experts else 0) for w in (w_gate_up, w_down))
@@ -263,11 +251,6 @@ def _backward(ctx, dy: Tensor, _: None):
 forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def _as_rows(w: Tensor, x: Tensor) -> Tensor:
-    """Weights as the kernels read them: cast anew in each pass, because a cast copy saved for backward would outweigh all else that is."""
-    return w.to(x.dtype).contiguous()
-
-
 def _options(tables: Tables, dtype: torch.dtype, width: int) -> dict[str, int]:
     options = tables[dtype == torch.float32].options(width)[0]
     return {**options.blocks, "num_warps": options.num_warps, "num_stages": options.num_stages}
@@ -283,8 +266,8 @@ def _row_product(rows: Tensor, w: Tensor, expert_offsets: Tensor, D: int, *, tra
     """rows @ w[expert] [N, D], or by the transpose."""
     (N, depth), E = rows.shape, w.shape[0]
     grid, options = _row_tiles(ROW_PRODUCT, rows, E, D, D)
-    out = rows.new_empty(N, D)
-    row_product_kernel[grid](rows, _as_rows(w, rows), expert_offsets, out, E, DEPTH=depth, WIDTH=D, TRANSPOSED=transposed, **options)
+    out, w = rows.new_empty(N, D), w.to(rows.dtype).contiguous()
+    row_product_kernel[grid](rows, w, expert_offsets, out, E, DEPTH=depth, WIDTH=D, TRANSPOSED=transposed, **options)
     return out
 
 

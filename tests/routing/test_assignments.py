@@ -86,7 +86,7 @@ def test_more_than_int16_experts():
 
 
 def test_shapes_that_disagree_are_refused():
-    with pytest.raises(ValueError, match=r"one shape \[T, K\]"):
+    with pytest.raises(ValueError, match=r"weight_TK has shape \[2, 2\], expected \[T=2, K=3\]"):
         Assignments.from_slots(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 2), n_experts=4)
 
 

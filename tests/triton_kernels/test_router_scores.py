@@ -9,7 +9,7 @@ from routing.router import Router, RouterConfig
 from routing.threshold import ScoreThreshold
 from routing.top_k import TopK
 from routing.top_p import TopP
-from triton_kernels.router_scores import router_scores
+from triton_kernels.expert_slots import router_scores
 
 
 def draw(T, E, dtype=torch.float64, seed=0):
@@ -71,13 +71,15 @@ def test_equal_scores_go_to_the_lower_expert():
 
 
 def test_the_operators_are_registered_soundly():
-    from triton_kernels.router_scores_triton import backward_op, forward_op
+    from triton_kernels.expert_slots_triton import scores_backward_op, scores_op
 
     logits, bias = draw(5, 7, torch.float32)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(forward_op, (logits, bias, torch.tensor(0.5), 3, 1, True, True, 1), test_utils=(*tests, "test_autograd_registration"))
-    weight, expert, keep, _ = forward_op(logits.detach(), bias, torch.tensor(0.5), 3, 1, True, True, 1)
-    torch.library.opcheck(backward_op, (weight, logits.detach(), expert, keep, True, True), test_utils=tests)
+    torch.library.opcheck(
+        scores_op, (logits, bias, torch.tensor(0.5), 3, "top_p", "softmax", True, 1), test_utils=(*tests, "test_autograd_registration")
+    )
+    weight, expert, keep, _ = scores_op(logits.detach(), bias, torch.tensor(0.5), 3, "top_p", "softmax", True, 1)
+    torch.library.opcheck(scores_backward_op, (weight, logits.detach(), expert, keep, "softmax", True), test_utils=tests)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_kernels.assignments import sort_slots
+from triton_kernels.expert_slots import sort_slots
 
 
 def draw(T, E, K, kept, dtype=torch.float32, seed=0):
@@ -39,7 +39,7 @@ def test_many_blocks_and_experts(T, E, K, kept, dtype):
 
 
 def test_one_expert_gets_all_and_a_prefix_sum_of_several_steps(monkeypatch):
-    monkeypatch.setattr("triton_kernels.assignments_triton.SCAN", 4)
+    monkeypatch.setattr("triton_kernels.expert_slots_triton.SCAN", 4)
     expert_TK, weight_TK, keep_TK = draw(500, 3, 2, 0.5)
     assert_equal(torch.full_like(expert_TK, 2), weight_TK, keep_TK, 3)
     assert_equal(expert_TK, weight_TK, keep_TK, 3)
@@ -52,11 +52,13 @@ def test_slots_that_are_views():
 
 
 def test_the_operator_is_registered_soundly():
-    from triton_kernels.assignments_triton import sort_slots_op
+    from triton_kernels.expert_slots_triton import sort_backward_op, sort_op
 
     expert_TK, weight_TK, keep_TK = draw(10, 5, 3, 0.5)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(sort_slots_op, (weight_TK, expert_TK, keep_TK, 5), test_utils=tests)
+    torch.library.opcheck(sort_op, (weight_TK, expert_TK, keep_TK, 5), test_utils=tests)
+    weight_N, *_, row_TK = sort_op(weight_TK.detach(), expert_TK, keep_TK, 5)
+    torch.library.opcheck(sort_backward_op, (weight_N, row_TK), test_utils=tests[:2])
 
 
 def test_taking_slots_out_is_not_for_the_kernels():
