@@ -12,7 +12,7 @@ Legend: T tokens, N assigned rows, M rows and N columns of a tile, K depth of a 
 """
 
 # Jitted helpers that return tuples, and constants given as Python values, are beyond a type checker.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 import torch
 import triton
 import triton.language as tl

@@ -60,14 +60,18 @@ def assert_close_to_reference(mask_TE, *, d_model, d_expert, dtype, backend="cpu
         dtype=torch.float64,
         **{k: v for k, v in options.items() if k != "weight_dtype"},
     )
-    got = run(mask_TE, d_model=d_model, d_expert=d_expert, backend=backend, dtype=dtype, **options)
+    got, loop = (run(mask_TE, d_model=d_model, d_expert=d_expert, backend=name, dtype=dtype, **options) for name in (backend, "reference"))
     for name in NAMES:
-        expected = reference[name]
+        expected = reference[name].detach()
         assert got[name].shape == expected.shape
         assert got[name].isfinite().all(), name
-        # Relative to the whole tensor's size: single elements may cancel to almost nothing.
-        error = (got[name].double() - expected).norm() / expected.norm().clamp_min(1e-30)
-        assert error < TOLERANCE[dtype], f"{name}: relative error {float(error):.2e}"
+
+        def error(found, expected=expected) -> float:
+            # Relative to the whole tensor's size: single elements may cancel to almost nothing. So may all of a tensor of two or three.
+            return float((found.detach().double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+        budget = TOLERANCE[dtype] + 2 * error(loop[name])
+        assert error(got[name]) < budget, f"{name}: relative error {error(got[name]):.2e}, budget {budget:.2e}"
 
 
 @pytest.fixture(autouse=True)
