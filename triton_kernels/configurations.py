@@ -79,11 +79,10 @@ class LaunchTable:
 
     def line(self, width: int, architecture: int) -> tuple[int, int]:
         """The key of the line that serves head widths up to `width`; ValueError when none does."""
-        known = sorted({listed for listed, _ in self.lines})
-        chosen = max((listed for listed in known if listed <= architecture), default=known[0])
-        widths = sorted(listed for a, listed in self.lines if a == chosen)
-        if width > widths[-1]:
-            raise ValueError(f"head width {width} is wider than the kernels' widest, {widths[-1]}")
+        chosen = max((a for a, _ in self.lines if a <= architecture), default=min(a for a, _ in self.lines))
+        widths = [listed for a, listed in self.lines if a == chosen]
+        if width > max(widths):
+            raise ValueError(f"head width {width} is wider than the kernels' widest, {max(widths)}")
         return chosen, min(listed for listed in widths if listed >= width)
 
     def options(self, width: int, architecture: int | None = None) -> tuple[LaunchOptions, ...]:

@@ -41,20 +41,18 @@ class Verdict:
 
 
 def verdicts(operation: Operation, device: str) -> Iterator[Verdict]:
-    """Every dtype, checked shape and option, then what must hold of the op as a whole."""
+    """Every dtype, checked shape and option, and in one of them what must hold of the op as a whole."""
     call = partial(operation.call, backend="triton")
+    aspects = {"torch.compile": compiled} | ({"CUDA graph": captured, "no synchronisation": unsynchronised} if device == "cuda" else {})
     for dtype in DTYPES[device]:
         for shape in operation.check_shapes:
             common = {"op": operation.name, "shape": shape_label(shape), "dtype": dtype_name(dtype)}
             reference = Reference(operation, operation.inputs(dtype, device, **shape))
             for number, _ in every_option():
                 yield Verdict(**common, aspect=f"option {number}", **asdict(attempt(reference.check, call)))
-    dtype, shape = DTYPES[device][0], operation.check_shapes[-1]
-    common = {"op": operation.name, "shape": shape_label(shape), "dtype": dtype_name(dtype)}
-    reference = Reference(operation, operation.inputs(dtype, device, **shape))
-    for name, aspect in {"torch.compile": compiled, "CUDA graph": captured, "no synchronisation": unsynchronised}.items():
-        if device == "cuda" or aspect is compiled:
-            yield Verdict(**common, aspect=name, **asdict(attempt(aspect, reference, call)))
+            if dtype == DTYPES[device][0] and shape == operation.check_shapes[-1]:
+                for name, aspect in aspects.items():
+                    yield Verdict(**common, aspect=name, **asdict(attempt(aspect, reference, call)))
 
 
 def attempt(check: Call, *arguments: Any) -> Agreement:
