@@ -53,7 +53,7 @@ MIXED_FORWARD: Tables = (
         sm_90=[(64, 64, 32, 64, 4, 3), (64, 64, 32, 64, 4, 2), (64, 32, 16, 16, 8, 2)],
         sm_100=[(64, 64, 32, 64, 8, 2), (64, 64, 16, 64, 4, 2), (64, 64, 16, 64, 8, 2)],
     ),
-    MIXED_BLOCKS(sm_80=[(32, 32, 16, 32, 8, 1), (32, 32, 16, 16, 4, 1), (16, 32, 16, 16, 4, 1)]),
+    MIXED_BLOCKS(sm_80=[(32, 32, 16, 16, 8, 1), (16, 16, 16, 16, 8, 1), (16, 16, 16, 16, 8, 1)]),
 )
 
 # Decoding: two programs for each of 132 processors, and what counts those that have finished (see `split_counters`) by device and stream. A CPU's

@@ -8,8 +8,8 @@ denominator, with no value, so that a head may attend to nothing.
 In the torch form everything goes through scaled_dot_product_attention, whose CPU kernel never stores the T x S scores. A window is cut into blocks of
 queries that each see two blocks of keys: its cost is T * W and not T^2. FlexAttention would say this more shortly, but has no CPU backward.
 
-Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P half of the rotated channels, C queries of a block,
-N blocks.
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P half of the rotated channels, C queries of a
+block, N blocks.
 """
 
 import math

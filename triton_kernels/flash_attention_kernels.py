@@ -98,6 +98,9 @@ def query_gradient_kernel(
         for key in range(runs[run], runs[run + 1], BLOCK_N):
             key_N = key + tl.arange(0, BLOCK_N)
             k_NK, v_NV = load_keys(call, batch, head // FORM.GROUP, start + key, key_N < n_keys, FORM, run != 1)
+            if q_MK.dtype == tl.float32:
+                # Without it the compiler keeps the operands of all steps' products in registers, on the plain multipliers as many as their widths.
+                tl.debug_barrier()
             p_MN = tl.exp2(product(q_MK, tl.trans(k_NK), None) * call.scale_log2 - lse_M[:, None])
             if run != 1:
                 position_M = position + tl.arange(0, BLOCK_M)

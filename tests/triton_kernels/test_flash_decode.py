@@ -148,6 +148,25 @@ def test_latent_cache_values_may_be_a_view_of_the_keys(backend):
     torch.testing.assert_close(ours, dense_decode(q, latent, values, lengths_B), rtol=1e-5, atol=1e-5)
 
 
+def test_the_last_split_clears_its_counters_and_every_run_gives_the_same_bits():
+    from triton_kernels.attention_configurations import COUNTERS
+
+    q, k, v = random_cache(2, 300, 4, 2, 64, 64, torch.float16)
+    lengths_B = torch.tensor([300, 70])
+    runs = [flash_decode(q, k, v, lengths_B, backend="triton") for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+    assert all(not counters.any() for counters in COUNTERS.values())
+
+
+@pytest.mark.parametrize("B", [1, 140])
+def test_caches_of_few_and_of_many_sequences(B):
+    """Many heads fill a device by themselves: they are not split, and need no counters."""
+    q, k, v = random_cache(B, 40, 2, 2, 16, 16, torch.float32)
+    lengths_B = torch.arange(B) % 41
+    torch.testing.assert_close(flash_decode(q, k, v, lengths_B, backend="triton"), dense_decode(q, k, v, lengths_B), rtol=1e-5, atol=1e-5)
+
+
 def test_the_operator_is_registered_soundly():
     from triton_kernels.flash_decode_triton import decode_op
 
