@@ -49,8 +49,11 @@ def causal_conv1d(
     check_dtype(OP, {"x_BTD": x_BTD})
     check_cu_seqlens(OP, cu_seqlens, B, T)
     S = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    tail_SDR = x_BTD.new_zeros(S, D, W - 1) if initial_tail is None else initial_tail.to(x_BTD.dtype)
-    check_shape(OP, "initial_tail", tail_SDR, {"S": S, "D": D, "W-1": W - 1})
+    if initial_tail is None:
+        tail_SRD = x_BTD.new_zeros(S, W - 1, D)
+    else:
+        check_shape(OP, "initial_tail", initial_tail, {"S": S, "D": D, "W-1": W - 1})
+        tail_SRD = initial_tail.to(x_BTD.dtype).transpose(1, 2)
     if check_backend(backend, x_BTD) == "torch":
         convolve = causal_conv1d_torch
     elif x_BTD.dtype == torch.float64:
@@ -58,7 +61,8 @@ def causal_conv1d(
     else:
         # Imported here because machines without Triton (macOS) still have the torch backend.
         from triton_kernels.causal_conv1d_triton import forward_op as convolve
-    return convolve(x_BTD, weight_DW, bias_D, tail_SDR, cu_seqlens, activation == "silu"), last_inputs(x_BTD, tail_SDR, cu_seqlens)
+    y_BTD = convolve(x_BTD, weight_DW, bias_D, tail_SRD, cu_seqlens, activation == "silu")
+    return y_BTD, last_inputs(x_BTD, tail_SRD, cu_seqlens).transpose(1, 2)
 
 
 def causal_conv1d_step(
@@ -69,30 +73,29 @@ def causal_conv1d_step(
     return y_B1D[:, 0], tail_BDW1
 
 
-def last_inputs(x_BTD: Tensor, tail_SDR: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last W - 1 inputs of each sequence [S, D, R], its tail counted as earlier inputs; nothing is read by the host."""
-    T, R = x_BTD.shape[1], tail_SDR.shape[2]
+def last_inputs(x_BTD: Tensor, tail_SRD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last W - 1 inputs of each sequence [S, R, D], its tail counted as earlier inputs; nothing is read by the host."""
+    T, R = x_BTD.shape[1], tail_SRD.shape[1]
     if cu_seqlens is None:
-        recent_BDT = x_BTD[:, max(T - R, 0) :].transpose(1, 2)
-        return recent_BDT if T >= R else torch.cat([tail_SDR, recent_BDT], 2)[:, :, T:]
+        return x_BTD[:, T - R :] if T >= R else torch.cat([tail_SRD, x_BTD], 1)[:, T:]
     if T == 0:
-        return tail_SDR.clone()
+        return tail_SRD.clone()
     # Counted from the first entry of the sequence's tail: its own inputs are R and what follows.
     place_SR = cu_seqlens.diff()[:, None] + torch.arange(R, device=x_BTD.device)
     from_x_SRD = x_BTD[0][(cu_seqlens[:-1, None] + place_SR - R).clamp(min=0)]
-    from_tail_SDR = tail_SDR.gather(2, place_SR.clamp(max=R - 1)[:, None].expand_as(tail_SDR))
-    return torch.where((place_SR >= R)[:, None], from_x_SRD.transpose(1, 2), from_tail_SDR)
+    from_tail_SRD = tail_SRD.gather(1, place_SR.clamp(max=R - 1)[:, :, None].expand_as(tail_SRD))
+    return torch.where((place_SR >= R)[:, :, None], from_x_SRD, from_tail_SRD)
 
 
-def causal_conv1d_torch(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, tail_SDR: Tensor, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d_torch(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, tail_SRD: Tensor, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
     if cu_seqlens is None:
-        return Convolution.apply(torch.cat([tail_SDR.transpose(1, 2), x_BTD], 1), weight_DW, bias_D, silu)
+        return Convolution.apply(torch.cat([tail_SRD, x_BTD], 1), weight_DW, bias_D, silu)
     # One row with every sequence's tail in front of it; what the tails' own rows give is left out of y.
-    (T, D), (S, R) = x_BTD.shape[1:], tail_SDR.shape[::2]
+    (T, D), (S, R) = x_BTD.shape[1:], tail_SRD.shape[:2]
     token_T, sequence_S, entry_R = (torch.arange(n, device=x_BTD.device) for n in (T, S, R))
     row_T = token_T + (torch.bucketize(token_T, cu_seqlens[1:], right=True) + 1) * R
     row_SR = (cu_seqlens[:-1] + sequence_S * R)[:, None] + entry_R
-    x_LD = x_BTD.new_zeros(T + S * R, D).index_copy(0, row_T, x_BTD[0]).index_copy(0, row_SR.flatten(), tail_SDR.transpose(1, 2).flatten(0, 1))
+    x_LD = x_BTD.new_zeros(T + S * R, D).index_copy(0, row_T, x_BTD[0]).index_copy(0, row_SR.flatten(), tail_SRD.flatten(0, 1))
     return Convolution.apply(x_LD[None], weight_DW, bias_D, silu).index_select(1, row_T - R)
 
 

@@ -48,10 +48,10 @@ def place_rows(block, cu_seqlens, n_rows, T, n_sequences, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def input_rows(x, tail, row_M, sequence_M, first_M, channel_C, mask_MC, D, W: tl.constexpr):
-    """x at the rows, in fp32; before a sequence's first row that is an entry of its tail [S, D, W - 1]."""
+    """x at the rows, in fp32; before a sequence's first row that is an entry of its tail [S, W - 1, D]."""
     inside_M1 = (row_M >= first_M)[:, None]
     x_MC = tl.load(x + row_M[:, None] * D + channel_C[None, :], mask=mask_MC & inside_M1, other=0.0)
-    offset_MC = (sequence_M[:, None] * D + channel_C[None, :]) * (W - 1) + (row_M - first_M + W - 1)[:, None]
+    offset_MC = (sequence_M * (W - 1) + row_M - first_M + W - 1)[:, None] * D + channel_C[None, :]
     return x_MC.to(tl.float32) + tl.load(tail + offset_MC, mask=mask_MC & (inside_M1 == 0), other=0.0).to(tl.float32)
 
 
@@ -86,7 +86,7 @@ def convolution_backward_kernel(
     dy, x, weight, bias, tail, cu_seqlens, dx, dtail, partial, n_rows, T, D, n_sequences,
     W: tl.constexpr, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx [B, T, D], or dtail [S, D, W - 1], from the W outputs that each input reached, and this block's share of dweight and dbias, partial
+    """dx [B, T, D], or dtail [S, W - 1, D], from the W outputs that each input reached, and this block's share of dweight and dbias, partial
     [P, W + 1, D] in fp32."""
     block = tl.program_id(0)
     row_M, sequence_M, first_M, past_M = place_rows(block, cu_seqlens, n_rows, T, n_sequences, BLOCK_M)
@@ -104,9 +104,9 @@ def convolution_backward_kernel(
             dz_MC *= sigmoid_MC * (1 + z_MC * (1 - sigmoid_MC))
         dx_MC += dz_MC * tl.load(weight + channel_C * W + w, mask=channels, other=0.0).to(tl.float32)[None, :]
     if block * BLOCK_M >= n_rows:
-        entry_M1 = (row_M - first_M + W - 1)[:, None]
-        offset_MC = (sequence_M[:, None] * D + channel_C[None, :]) * (W - 1) + entry_M1
-        tl.store(dtail + offset_MC, dx_MC.to(dtail.dtype.element_ty), mask=(entry_M1 >= 0) & channels[None, :])
+        entry_M = row_M - first_M + W - 1
+        offset_MC = (sequence_M * (W - 1) + entry_M)[:, None] * D + channel_C[None, :]
+        tl.store(dtail + offset_MC, dx_MC.to(dtail.dtype.element_ty), mask=(entry_M >= 0)[:, None] & channels[None, :])
     else:
         mask_MC = (row_M < past_M)[:, None] & channels[None, :]
         tl.store(dx + row_M[:, None] * D + channel_C[None, :], dx_MC.to(dx.dtype.element_ty), mask=mask_MC)

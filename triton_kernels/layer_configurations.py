@@ -16,8 +16,9 @@ from triton_kernels.linear_decode import delta_decode, lightning_decode
 
 
 def _conv_inputs(dtype: torch.dtype, device: str, **sizes: int) -> dict[str, Any]:
-    tail = random_inputs(1, dtype, device, sizes | {"W": sizes["W"] - 1}, "tail_BDW")
-    return random_inputs(0, dtype, device, sizes, "x_BTD", "weight_DW", "bias_D") | {"initial_tail": tail["tail_BDW"]}
+    """The tail lies as the kernels read it, and as a call without one makes it: the channels side by side."""
+    tail_BRD = random_inputs(1, dtype, device, sizes | {"R": sizes["W"] - 1}, "tail_BRD")["tail_BRD"].detach()
+    return random_inputs(0, dtype, device, sizes, "x_BTD", "weight_DW", "bias_D") | {"initial_tail": tail_BRD.transpose(1, 2).requires_grad_()}
 
 
 def _conv_cost(element_size: int, *, B: int, T: int, D: int, W: int) -> tuple[Cost, Cost]:
