@@ -1,32 +1,138 @@
-"""Kernels of flash_attention: forward, the queries' gradient, then the keys' and values', each a program's own sum in a fixed order.
+"""Kernels of flash_attention: forward, the queries' gradient, then the keys' and values', each a program's own sum in a fixed order; and that of
+`rotate`, which turns keys where they are written.
+
+A query at position p sees the keys (p - window, p] when causal, all of them otherwise. For a block of queries the keys fall into three runs:
+blocks cut by the window's left edge, blocks seen whole (no mask is computed there), and blocks cut by the diagonal or by the end.
 
 With P = exp(scale s - lse), delta_i = <do_i, o_i> and dP = dO V^T:  dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
 Scores are computed twice in the backward, once per kernel, because a single pass would have to add to dQ from many programs at once: atomics, whose
 order is not the same in two runs. The last kernel works on transposed scores from the start, so that no tensor core result is ever transposed
 (a form that Triton up to 3.7.0 miscompiles on Hopper).
 
-Legend: M queries, N keys of a block, K key width, V value width (padded to powers of two), H query heads. `lse` and `delta` are [B, H, T].
+Legend: M queries, N keys of a block, K key width, V value width (padded to powers of two), H query heads, P half of the rotated channels, F folds of
+the channels, W channels that do not turn. `lse` and `delta` are [B, H, T].
 """
 
 # A jitted helper that returns a tuple looks like a function that never returns to a type checker.
 # pyright: reportGeneralTypeIssues=false
+import math
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
-from triton_kernels.flash_attention_blocks import (
-    LOG2E,
-    key_runs,
-    load_block,
-    load_keys,
-    load_queries,
-    locate,
-    product,
-    query_runs,
-    rotate_tile,
-    store_block,
-    visible,
-    wide,
-)
+from triton_kernels.flash_attention_blocks import load_block, product, store_block, wide
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+# What every kernel of one call is given: q, k, v as Rows, tables [T, P], sizes; scale_log2 is for scores in units of log 2.
+Call = namedtuple("Call", "q k v cu_seqlens cos sin T S H n_sequences n_blocks window scale scale_log2")
+# Its constants: widths, what they are padded to (powers of two), query heads per key head, rotated channels (a power of two, or 0).
+Form = namedtuple("Form", "K V BLOCK_K BLOCK_V GROUP ROTARY CAUSAL WINDOW")
+
+
+@triton.jit
+def locate(call, n_heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, first_program=0):
+    """(batch row, head, first token of the sequence (int64), its queries, its keys, this program's block in it).
+
+    Programs run over the blocks of a head first, so that neighbours share its keys in L2. LAST_FIRST starts with the last block, which is
+    the longest when causal. Packed, sequence n owns the slots from cu_seqlens[n] // BLOCK + n on: at least as many as it has blocks, found
+    without a table and without the host. The slots left over hold a block past the sequence's end. Programs below first_program are not counted.
+    """
+    program = tl.program_id(0) - first_program
+    slot = program % call.n_blocks
+    head = (program // call.n_blocks) % n_heads
+    batch = program // call.n_blocks // n_heads
+    if call.cu_seqlens is not None:
+        n_started = 0
+        for first in range(0, call.n_sequences, 128):
+            n = first + tl.arange(0, 128)
+            slot_N = tl.load(call.cu_seqlens + n, mask=n < call.n_sequences, other=0) // BLOCK + n
+            n_started += tl.sum(((slot_N <= slot) & (n < call.n_sequences)).to(tl.int32))
+        sequence = n_started - 1
+        start = tl.load(call.cu_seqlens + sequence)
+        length = (tl.load(call.cu_seqlens + sequence + 1) - start).to(tl.int32)
+        return batch, head, start, length, length, (slot - start // BLOCK - sequence).to(tl.int32)
+    else:
+        return batch, head, wide(0), call.T, call.S, call.n_blocks - 1 - slot if LAST_FIRST else slot
+
+
+@triton.jit
+def key_runs(first_position, n_keys, window, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(a, b, c, d): the queries at [first_position, + BLOCK_M) see keys [a, d); of the steps of BLOCK_N from a, those in [b, c) are seen whole."""
+    past = tl.minimum(first_position + BLOCK_M, n_keys) if FORM.CAUSAL else n_keys
+    past_whole = first_position + 1 if FORM.CAUSAL else n_keys
+    first = 0 * n_keys
+    whole = first
+    if FORM.WINDOW:
+        first = tl.maximum(first_position - window + 1, 0)
+        whole = tl.minimum(first + tl.cdiv(tl.maximum(past - window - first, 0), BLOCK_N) * BLOCK_N, past)
+    past_whole = whole + tl.maximum(past_whole - whole, 0) // BLOCK_N * BLOCK_N
+    return first, whole, tl.minimum(past_whole, past), past
+
+
+@triton.jit
+def query_runs(first_key, offset, n_queries, window, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
+    """(a, b, c): queries [a, c) see some of the keys [first_key, + BLOCK_N), and those of [b, c) all of them. ONE: all count as cut (b = c)."""
+    first = 0 * n_queries
+    whole = first
+    past = n_queries
+    if FORM.CAUSAL:
+        first = tl.minimum(tl.maximum(first_key - offset, 0), n_queries)
+        if FORM.WINDOW:
+            past = tl.minimum(tl.maximum(first_key + BLOCK_N + window - 1 - offset, first), n_queries)
+        cut = tl.maximum(first_key + BLOCK_N - 1 - offset - first, 0)
+        whole = past if ONE else tl.minimum(first + tl.cdiv(cut, BLOCK_M) * BLOCK_M, past)
+    return first, whole, past
+
+
+@triton.jit
+def visible(position, key, n_keys, window, FORM: tl.constexpr):
+    """The mask of a block, for positions and keys that broadcast against each other."""
+    seen = key < n_keys
+    if FORM.CAUSAL:
+        seen = seen & (key <= position)
+    if FORM.WINDOW:
+        seen = seen & (key > position - window)
+    return seen
+
+
+@triton.jit
+def load_queries(call, batch, head, row, inside_M, FORM: tl.constexpr):
+    """The block of queries from `row` on, turned."""
+    q_MK = load_block(call.q, batch, row, head, inside_M, FORM.K, FORM.BLOCK_K)
+    if FORM.ROTARY > 0:
+        q_MK = rotate_tile(q_MK, call, row, inside_M, FORM.ROTARY, False).to(q_MK.dtype)
+    return q_MK
+
+
+@triton.jit
+def load_keys(call, batch, group, row, inside_N, FORM: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Keys and values of one step."""
+    k_NK = load_block(call.k, batch, row, group, inside_N, FORM.K, FORM.BLOCK_K, CHECK_ROWS)
+    return k_NK, load_block(call.v, batch, row, group, inside_N, FORM.V, FORM.BLOCK_V, CHECK_ROWS)
+
+
+@triton.jit
+def rotate_tile(x_MK, call, row, inside_M, ROTARY: tl.constexpr, BACK: tl.constexpr):
+    """x in fp32, its first ROTARY channels turned by the tables' rows from `row` on (BACK: turned back, as gradients are).
+
+    The channels are folded into halves that lie in the same registers of a tensor core's result, so that no channel has to be fetched.
+    """
+    M: tl.constexpr = x_MK.shape[0]
+    HALF: tl.constexpr = ROTARY // 2
+    FOLDS: tl.constexpr = x_MK.shape[1] // ROTARY
+    first_MFP, second_MFP = tl.split(tl.permute(tl.reshape(x_MK.to(tl.float32), [M, FOLDS, 2, HALF]), (0, 1, 3, 2)))
+    # Rows past the end read row 0 rather than nothing: a mask would cost registers.
+    angle_MFP = tl.where(inside_M, row + tl.arange(0, M), 0)[:, None, None] * HALF + tl.arange(0, HALF)[None, None, :]
+    if FOLDS == 1:
+        cos_MFP, sin_MFP = tl.load(call.cos + angle_MFP), tl.load(call.sin + angle_MFP)
+    else:
+        turns_MFP = (tl.arange(0, FOLDS) == 0)[None, :, None]
+        cos_MFP, sin_MFP = tl.load(call.cos + angle_MFP, mask=turns_MFP, other=1.0), tl.load(call.sin + angle_MFP, mask=turns_MFP, other=0.0)
+    sin_MFP = -sin_MFP if BACK else sin_MFP
+    turned_MFP2 = tl.join(first_MFP * cos_MFP - second_MFP * sin_MFP, second_MFP * cos_MFP + first_MFP * sin_MFP)
+    return tl.reshape(tl.permute(turned_MFP2, (0, 1, 3, 2)), [M, FOLDS * ROTARY])
 
 
 @triton.jit
@@ -151,3 +257,23 @@ def key_value_gradient_kernel(
             dk_NK = product(ds_NM.to(q_MK.dtype), q_MK, dk_NK)
     store_block(dk, batch, start + first, group, dk_NK * call.scale, key_N < n_keys, FORM.K)
     store_block(dv, batch, start + first, group, dv_NV, key_N < n_keys, FORM.V)
+
+
+@triton.jit
+def rotate_kernel(
+    x, cos, sin, y, T, H, n_blocks,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """y [B, T, H, K]: a program turns a block of tokens of one head, and copies the channels that do not turn."""
+    program = tl.program_id(0)
+    head, t, batch = program % H, program // H % n_blocks * BLOCK_M, program // H // n_blocks
+    inside_M = t + tl.arange(0, BLOCK_M) < T
+    first_MP = load_block(x, batch, t, head, inside_M, HALF, BLOCK_P).to(tl.float32)
+    second_MP = load_block(x, batch, t, head, inside_M, HALF, BLOCK_P, column=HALF).to(tl.float32)
+    cos_MP = load_block(cos, 0, t, 0, inside_M, HALF, BLOCK_P)
+    sin_MP = load_block(sin, 0, t, 0, inside_M, HALF, BLOCK_P) * (-1 if BACK else 1)
+    store_block(y, batch, t, head, first_MP * cos_MP - second_MP * sin_MP, inside_M, HALF)
+    store_block(y, batch, t, head, second_MP * cos_MP + first_MP * sin_MP, inside_M, HALF, column=HALF)
+    if 2 * HALF < WIDTH:
+        rest_MW = load_block(x, batch, t, head, inside_M, WIDTH - 2 * HALF, BLOCK_W, column=2 * HALF)
+        store_block(y, batch, t, head, rest_MW, inside_M, WIDTH - 2 * HALF, column=2 * HALF)

@@ -1,6 +1,6 @@
-"""flash_attention on its Triton kernels, as operators that torch.compile and CUDA graphs see as one node each.
+"""flash_attention and rotate on their Triton kernels, as operators that torch.compile and CUDA graphs see as one node each.
 
-Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P2 half of the rotated channels.
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P half of the rotated channels.
 """
 
 from typing import Any
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from triton_kernels.attention_configurations import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT
 from triton_kernels.configurations import Tables
-from triton_kernels.flash_attention_blocks import LOG2E, Call, Form, Rows
-from triton_kernels.flash_attention_kernels import forward_kernel, key_value_gradient_kernel, query_gradient_kernel
+from triton_kernels.flash_attention_blocks import Rows
+from triton_kernels.flash_attention_kernels import LOG2E, Call, Form, forward_kernel, key_value_gradient_kernel, query_gradient_kernel, rotate_kernel
 from triton_kernels.registration import has_work, kernel_op
 
 MAX_ROW_STRIDE = 2**23
+# Pairs of channels of a program of `rotate`.
+ROTATED_PAIRS = 1024
 
 
 def rows(x: Tensor | None) -> Rows | None:
@@ -129,3 +131,29 @@ def sink_gradient(sinks_H: Tensor | None, lse_BHT: Tensor, delta_BHT: Tensor) ->
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
+
+
+@kernel_op("rotate")
+def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """x [B, T, H, K] turned by the tables [T, P], or turned back."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if has_work(y):
+        (B, T, H, K), half = x.shape, cos.shape[1]
+        tables = [rows(table.float().contiguous()[None, :, None]) for table in (cos, sin)]
+        constants = {"WIDTH": K, "HALF": half, "BACK": back, "BLOCK_P": padded(half), "BLOCK_W": padded(K - 2 * half)}
+        block_m = max(1, ROTATED_PAIRS // padded(half))
+        n_blocks = -(-T // block_m)
+        rotate_kernel[(B * n_blocks * H,)](rows(readable(x)), *tables, rows(y), T, H, n_blocks, BLOCK_M=block_m, **constants)
+    return y
+
+
+def _save_tables(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, cos, sin, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _turn_back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return rotate_op(dy, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+rotate_op.register_autograd(_turn_back, setup_context=_save_tables)

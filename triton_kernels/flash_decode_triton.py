@@ -20,7 +20,8 @@ from torch import Tensor
 
 from triton_kernels.attention_configurations import COUNTERS, SPLIT, TARGET_PROGRAMS
 from triton_kernels.configurations import current_architecture
-from triton_kernels.flash_attention_blocks import LOG2E, product, wide
+from triton_kernels.flash_attention_blocks import product, wide
+from triton_kernels.flash_attention_kernels import LOG2E
 from triton_kernels.flash_attention_triton import padded, rows
 from triton_kernels.registration import has_work, kernel_op
 

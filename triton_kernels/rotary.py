@@ -40,7 +40,7 @@ def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
     if x_BTHK.dtype == torch.float64:
         raise ValueError(f"{OP}: x_BTHK is float64; the Triton kernel takes float32, float16 and bfloat16")
     # Imported here because machines without Triton (macOS) still have the torch backend.
-    from triton_kernels.rotary_triton import rotate_op
+    from triton_kernels.flash_attention_triton import rotate_op
 
     return rotate_op(x_BTHK, *rotary, False)
 

@@ -115,7 +115,7 @@ def test_rotation_keeps_lengths_and_the_unrotated_channels():
 
 
 def test_the_operator_is_registered_soundly():
-    from triton_kernels.rotary_triton import rotate_op
+    from triton_kernels.flash_attention_triton import rotate_op
 
     tables = rotary_tables(torch.arange(5), rotary_dim=8, base=10.0)
     arguments = (torch.randn(1, 5, 2, 16, requires_grad=True), *tables, False)
