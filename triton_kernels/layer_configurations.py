@@ -37,30 +37,26 @@ def _norm_cost(element_size: int, *, B: int, T: int, H: int, D: int) -> tuple[Co
     return Cost(flops=12 * elements, bytes=3 * element_size * elements), Cost(flops=30 * elements, bytes=5 * element_size * elements)
 
 
-def _delta_inputs(dtype: torch.dtype, device: str, *, W: int, per_channel: bool, **sizes: int) -> dict[str, Any]:
+def _decode_inputs(dtype: torch.dtype, device: str, *, per_channel: bool | None, **sizes: int) -> dict[str, Any]:
+    """per_channel: whether a delta layer's decay is; None for lightning, which reads no more than its projection and its decays."""
     H, K, V = (sizes[letter] for letter in "HKV")
     sizes |= {"X": H * (2 * K + V), "C": H * K if per_channel else H}
-    drawn = random_inputs(0, dtype, device, sizes | {"W": W - 1}, "qkv_BX", "gate_BHV", "a_BC", "b_BH", "tail_BXW")
-    drawn |= random_inputs(1, torch.float32, device, sizes | {"W": W}, "conv_XW", "A_log_H", "dt_bias_C", "norm_V", "state_BHKV")
+    drawn = random_inputs(0, dtype, device, sizes, "qkv_BX") | random_inputs(1, torch.float32, device, sizes, "state_BHKV")
+    if per_channel is None:
+        drawn["log_decay_H"] = -(2.0 ** (-8 * (torch.arange(H, device=device) + 1) / H))
+    else:
+        drawn |= random_inputs(2, dtype, device, sizes | {"W": sizes["W"] - 1}, "gate_BHV", "a_BC", "b_BH", "tail_BXW")
+        drawn |= random_inputs(3, torch.float32, device, sizes, "conv_XW", "A_log_H", "dt_bias_C", "norm_V")
     return {name.removesuffix("_BC").removesuffix("_C"): x.detach() for name, x in drawn.items()}
 
 
-def _delta_cost(element_size: int, *, per_channel: bool, B: int, H: int, K: int, V: int, W: int) -> tuple[Cost, None]:
+def _decode_cost(element_size: int, *, per_channel: bool | None, B: int, H: int, K: int, V: int, W: int = 1) -> tuple[Cost, None]:
     """The state and the tail read and written; the other inputs and the output once."""
+    if per_channel is None:
+        return Cost(flops=5 * B * H * K * V, bytes=8 * B * H * K * V + element_size * 2 * B * H * (K + V) + 4 * H), None
     X, channels = H * (2 * K + V), H * K if per_channel else H
     activations = B * (X * (1 + 2 * (W - 1)) + 2 * H * V + channels + H)
     return Cost(flops=8 * B * H * K * V, bytes=8 * B * H * K * V + element_size * activations + 4 * (X * W + H + channels + V)), None
-
-
-def _lightning_inputs(dtype: torch.dtype, device: str, **sizes: int) -> dict[str, Any]:
-    H, K, V = (sizes[letter] for letter in "HKV")
-    drawn = random_inputs(0, dtype, device, sizes | {"X": H * (2 * K + V)}, "qkv_BX") | random_inputs(1, torch.float32, device, sizes, "state_BHKV")
-    slopes = 2.0 ** (-8 * (torch.arange(H, device=device) + 1) / H)
-    return {name: x.detach() for name, x in drawn.items()} | {"log_decay_H": -slopes}
-
-
-def _lightning_cost(element_size: int, *, B: int, H: int, K: int, V: int) -> tuple[Cost, None]:
-    return Cost(flops=5 * B * H * K * V, bytes=8 * B * H * K * V + element_size * 2 * B * H * (K + V) + 4 * H), None
 
 
 def _with_memory(decode: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -68,24 +64,19 @@ def _with_memory(decode: Any, **inputs: Any) -> tuple[torch.Tensor, ...]:
     return decode(**inputs), *(inputs[name] for name in ("state_BHKV", "tail_BXW") if name in inputs)
 
 
-def _decode(name: str, decode: Any, inputs: Any, cost: Any, **more: int) -> Operation:
+def _decode(name: str, decode: Any, per_channel: bool | None, **more: int) -> Operation:
     shape = {"B": 8, "H": 16, "K": 128, "V": 128, **more}
     return Operation(
         name=f"linear_decode/{name}",
         call=partial(_with_memory, decode),
-        inputs=inputs,
-        cost=cost,
+        inputs=partial(_decode_inputs, per_channel=per_channel),
+        cost=partial(_decode_cost, per_channel=per_channel),
         inspect_shape=shape,
         check_shapes=tuple({**shape, "B": 3, "H": 3, "K": K, "V": V} for K, V in ((32, 32), (64, 128), (100, 48), (256, 256))),
         bench_shapes=tuple({**shape, "B": B} for B in (1, 8, 64)),
         cpu_shape={**shape, "H": 8, "K": 64, "V": 64},
         without_products=frozenset({"delta_decode_kernel", "lightning_decode_kernel"}),
     )
-
-
-def _delta(name: str, activation: str, per_channel: bool) -> Operation:
-    decode = partial(delta_decode, eps=1e-5, activation=activation)
-    return _decode(name, decode, partial(_delta_inputs, per_channel=per_channel), partial(_delta_cost, per_channel=per_channel), W=4)
 
 
 OPERATIONS = (
@@ -115,7 +106,7 @@ OPERATIONS = (
         cpu_peers={"torch rms_norm": peers.torch_norm},
         without_products=frozenset({"norm_kernel"}),
     ),
-    _delta("gated_delta_net", "silu", False),
-    _delta("kimi_delta_attention", "sigmoid", True),
-    _decode("lightning", lightning_decode, _lightning_inputs, _lightning_cost),
+    _decode("gated_delta_net", partial(delta_decode, eps=1e-5, activation="silu"), False, W=4),
+    _decode("kimi_delta_attention", partial(delta_decode, eps=1e-5, activation="sigmoid"), True, W=4),
+    _decode("lightning", lightning_decode, None),
 )

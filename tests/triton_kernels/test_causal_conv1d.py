@@ -150,6 +150,53 @@ def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengt
         assert (x.double() - exact[name]).abs().max() <= budget, name
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 1), st.integers(0, 19)), min_size=1, max_size=6).filter(any),
+    W=st.sampled_from([2, 3, 4]),
+    activation=st.sampled_from(["silu", None]),
+)
+def test_kernels_on_packed_sequences_of_any_length_equal_the_formula_in_the_same_bits_each_time(lengths, W, activation):
+    options = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0), "activation": activation}
+    inputs = random_inputs(1, sum(lengths), 3, W, len(lengths), True, True, torch.float32)
+    exact = outputs_and_gradients(plain_convolution, {name: x.detach().double().requires_grad_() for name, x in inputs.items()}, **options)
+    first, second = (outputs_and_gradients(causal_conv1d, inputs, backend="triton", **options) for _ in range(2))
+    assert_same({name: x.double() for name, x in first.items()}, exact, tolerance=1e-5)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("T", "cu_seqlens"), [(0, None), (0, [0, 0, 0]), (1, None), (1, [0, 0, 1])])
+def test_no_token_and_one_token(T, cu_seqlens, backend):
+    """The tail passes through, shifted by what there is, and so do its gradients; parameters that met nothing have a gradient of zero."""
+    inputs = random_inputs(2 if cu_seqlens is None else 1, T, 5, 4, 2, True, True, torch.float32)
+    offsets = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    ours = outputs_and_gradients(causal_conv1d, inputs, backend=backend, cu_seqlens=offsets)
+    if T == 1:
+        return assert_same(ours, outputs_and_gradients(plain_convolution, inputs, cu_seqlens=offsets), tolerance=1e-5)
+    assert ours["y"].shape == ours["x_BTD"].shape == inputs["x_BTD"].shape
+    assert torch.equal(ours["tail"], inputs["initial_tail"])
+    assert not ours["weight_DW"].any()
+    assert not ours["bias_D"].any()
+    upstream = torch.randn(ours["tail"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    assert torch.equal(ours["initial_tail"], upstream)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_read_inputs_wherever_they_lie(packed):
+    """Every second token, some channels of a wider projection, channels before tokens: the bits of the dense input."""
+    wide = torch.randn(1, 44, 9, generator=torch.Generator().manual_seed(0))
+    _, weight, bias, tail = (x.detach() for x in random_inputs(1, 1, 5, 4, 2 if packed else 1, True, True, torch.float32).values())
+    options = {"bias_D": bias, "initial_tail": tail, "cu_seqlens": torch.tensor([0, 3, 22]) if packed else None, "backend": "triton"}
+    dense = wide[:, ::2, 2:7].contiguous()
+    results = []
+    for x in (dense, wide[:, ::2, 2:7], dense.transpose(1, 2).contiguous().transpose(1, 2)):
+        x = x.detach().requires_grad_()
+        y, last = causal_conv1d(x, weight, **options)
+        results.append((y, last, *torch.autograd.grad((y, last), x, (dense.cos(), last.cos()))))
+    assert all(torch.equal(ours, right) for other in results[1:] for ours, right in zip(other, results[0]))
+
+
 def test_kernels_let_no_future_and_no_neighbour_through():
     """Bits before a change stay the same, in outputs and in gradients, and so do those of the other packed sequence."""
     inputs = {name: x.detach() for name, x in random_inputs(1, 60, 4, 4, 2, True, True, torch.float32).items()}
@@ -169,7 +216,8 @@ def test_kernels_let_no_future_and_no_neighbour_through():
 def test_the_operator_is_registered_soundly():
     from triton_kernels.causal_conv1d_triton import backward_op, forward_op
 
-    x, weight, bias, tail = (t.contiguous() for t in random_inputs(2, 5, 6, 4, 2, True, True, torch.float32).values())
+    x, weight, bias, tail = random_inputs(2, 5, 6, 4, 2, True, True, torch.float32).values()
+    tail = tail.detach().transpose(1, 2).requires_grad_()
     arguments = (x, weight, bias, tail, None, True)
     torch.library.opcheck(forward_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
     detached = [t.detach() for t in (x, x, weight, bias, tail)]

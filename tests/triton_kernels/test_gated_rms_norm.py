@@ -91,4 +91,7 @@ def test_non_contiguous_rows_and_none():
     x, gate, weight = (t.detach() for t in random_inputs((8, 6, 32), torch.float32))
     ours = gated_rms_norm(x.transpose(0, 1), gate.transpose(0, 1), weight, eps=1e-6, backend="triton")
     torch.testing.assert_close(ours, gated_rms_norm(x, gate, weight, eps=1e-6, backend="torch").transpose(0, 1))
-    assert gated_rms_norm(x[:0], gate[:0], weight, eps=1e-6, backend="triton").shape == (0, 6, 32)
+    empty = [x[:0].requires_grad_(), gate[:0].requires_grad_(), weight.requires_grad_()]
+    results = output_and_gradients(gated_rms_norm, empty, eps=1e-6, backend="triton")
+    assert results["y"].shape == results["x"].shape == results["gate"].shape == (0, 6, 32)
+    assert torch.equal(results["weight"], torch.zeros(32))

@@ -126,6 +126,14 @@ def test_projections_are_read_where_they_lie():
         assert torch.equal(strided, dense)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_batch_of_nothing_is_nothing(backend):
+    x = draw(0, 2, 16, 8, 4, True, dtype=torch.float32)
+    y, state, tail = run(x, eps=EPS, activation="sigmoid", backend=backend)
+    assert (y.shape, state.shape, tail.shape) == ((0, 2, 8), (0, 2, 16, 8), (0, 80, 3))
+    assert lightning_decode(x["qkv_BX"], x["A_log_H"], state_BHKV=state, backend=backend).shape == (0, 2, 8)
+
+
 def test_the_operators_are_registered_soundly():
     from triton_kernels.linear_decode_triton import delta_decode_op, lightning_decode_op
 
