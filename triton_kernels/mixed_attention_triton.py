@@ -35,21 +35,21 @@ linear_scan = decayed_linear_attention_kernels.forward_kernel
 
 # Of the linear heads: tensors, their strides by token and head, and what is known beforehand.
 Linear = namedtuple("Linear", "q k v gate o initial final cu_seqlens strides T J n_head_rows scale")
-LinearForm = namedtuple("LinearForm", "K V BLOCK_IN HAS_GATE HAS_INITIAL PACKED PRECISION")
+LinearForm = namedtuple("LinearForm", "K V BLOCK_IN HAS_GATE HAS_INITIAL PACKED")
 StateForm = namedtuple("StateForm", "K V BLOCK_K BLOCK_V")
 
 
 @triton.jit
 def mixed_forward_kernel(
     softmax, sinks, o, lse, linear, n_scans, FORM: tl.constexpr, LINEAR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o and lse of the softmax heads, o and the final state of the linear heads."""
     if tl.program_id(0) < n_scans:
         linear_scan(
             linear.q, linear.k, linear.v, linear.gate, linear.o, linear.initial, linear.final, linear.final, linear.final, linear.cu_seqlens,
             wide(linear.T), linear.J, linear.n_head_rows, 1, (LINEAR.V + BLOCK - 1) // BLOCK, *linear.strides, linear.scale,
-            LINEAR.K, LINEAR.V, LINEAR.BLOCK_IN, BLOCK, CHUNK, True, LINEAR.HAS_GATE, LINEAR.HAS_INITIAL, LINEAR.PACKED, LINEAR.PRECISION,
+            LINEAR.K, LINEAR.V, LINEAR.BLOCK_IN, BLOCK, CHUNK, True, LINEAR.HAS_GATE, LINEAR.HAS_INITIAL, LINEAR.PACKED, PRECISION,
         )  # fmt: skip
     else:
         softmax_block(softmax, sinks, o, lse, FORM, BLOCK_M, BLOCK_N, n_scans)
@@ -84,10 +84,10 @@ def forward_op(
         tensors = [None if x is None else addressable(x) for x in (linear_q, linear_k, linear_v, log_decay)]
         strides = tuple(stride for x in tensors for stride in token_strides(x))
         linear = Linear(*tensors, linear_o, initial, final, cu_seqlens, strides, T, J, n_states * J, linear_scale)
-        form = LinearForm(K, V, block_of(K), log_decay is not None, initial is not None, cu_seqlens is not None, "ieee" if single else "tf32")
+        form = LinearForm(K, V, block_of(K), log_decay is not None, initial is not None, cu_seqlens is not None)
         mixed_forward_kernel[(n_scans + n_blocks * H * B,)](
             softmax, sinks, rows(o), lse, linear, n_scans, FORM=call.form, LINEAR=form,
-            **blocks, num_warps=options.num_warps, num_stages=options.num_stages,
+            PRECISION="ieee" if single else "tf32", **blocks, num_warps=options.num_warps, num_stages=options.num_stages,
         )  # fmt: skip
     return o, lse, linear_o, final
 
