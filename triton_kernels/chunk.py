@@ -2,25 +2,53 @@
 
 Chunks hold C tokens each; every sequence starts on a chunk of its own and pads its last one with zeros. Without `cu_seqlens` each batch row is one
 sequence; with it B is 1 and the chunks of the packed sequences follow one another. A block is a few consecutive chunks of every head: it is loaded
-from the token layout, worked on while it is small enough for the cache, and stored back, so that no operand is ever copied as a whole.
-Letters: B batch, T tokens, H heads, n chunks of a block, M = B * H, C chunk length, D any width.
+from the token layout into scratch memory that all blocks share, worked on while it lies in the cache, and stored back.
+Letters: B batch, T tokens, G query/key heads, H heads, n chunks of a block, M = B * H, C chunk length, D any width.
 """
 
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
 
-# Bytes of one operand of a block. Larger temporaries leave the cache, are returned to the system, and their pages faulted in again at every use.
-BLOCK_BYTES = 1 << 19
+# Bytes of one operand of a block: a handful of them stay in a core's cache.
+BLOCK_BYTES = 1 << 20
+
+
+class Scratch:
+    """Memory by name, the same for every block and call: a fresh temporary is faulted in page by page, which takes longer than the work on it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Uninitialised; valid until the same name is asked for again."""
+        size, known = prod(shape), self.memory.get((name, dtype))
+        if known is None or known.numel() < size:
+            known = self.memory[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+        return known[:size].view(shape)
+
+
+_of_thread = threading.local()
+
+
+def scratch_on(device: torch.device) -> Scratch:
+    """The calling thread's own, a few dozen times BLOCK_BYTES; while compiling a new one, whose memory the compiler plans."""
+    if torch.compiler.is_compiling():
+        return Scratch(device)
+    return _of_thread.__dict__.setdefault(str(device), Scratch(device))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """`starts` and `ends` name the rows of the state tensor whose sequence starts or ends at a chunk of the block. Its tokens follow one another;
-    `rows` says which of its n * C rows they fill, None where they fill all."""
+    """`chunks` are its places in the order of all chunks. `starts` and `ends` name the rows of the state tensor whose sequence starts or ends at a
+    chunk of the block. Its tokens follow one another; `rows` says which of its n * C rows they fill, None where they fill all."""
 
+    chunks: slice
     n_chunks: int
     chunk_size: int
     starts: dict[int, slice]
@@ -28,22 +56,29 @@ class Block:
     tokens: slice
     rows: Tensor | None
 
-    def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, T, H, ...] -> [n, B * H, C, ...] in `dtype`, zeros in the padding."""
-        x = x[:, self.tokens]
+    def load(self, x: Tensor, out: Tensor) -> Tensor:
+        """[B, T, G, ...] -> out [n, B * H, C, ...] in its dtype, every head H / G times, zeros in the padding."""
+        tokens = x[:, self.tokens]
         if self.rows is not None:
-            tokens, x = x, x.new_zeros(x.shape[0], self.n_chunks * self.chunk_size, *x.shape[2:])
-            x[:, self.rows] = tokens
-        chunks = x.unflatten(1, (self.n_chunks, self.chunk_size)).movedim(0, 1).transpose(2, 3)
-        return torch.empty(chunks.shape, dtype=dtype, device=x.device).copy_(chunks).flatten(1, 2)
+            padded = x.new_zeros(x.shape[0], self.n_chunks * self.chunk_size, *x.shape[2:])
+            padded[:, self.rows] = tokens
+            tokens = padded
+        chunks = self.chunked(tokens)
+        out.unflatten(1, (*chunks.shape[1:3], -1)).copy_(chunks[:, :, :, None])
+        return out
 
     def store(self, out: Tensor, x: Tensor) -> None:
-        """The inverse of `load`, into the tokens of `out` [B, T, H, ...]."""
-        chunks = x.unflatten(1, (out.shape[0], out.shape[2])).movedim(1, 0).transpose(2, 3)
+        """The adjoint of `load`: x [n, B * H, C, ...] into the tokens of out [B, T, G, ...], summed over the heads that share one of G."""
+        heads = x.unflatten(1, (out.shape[0], out.shape[2], -1))
+        chunks = heads.squeeze(3) if heads.shape[3] == 1 else heads.sum(3)
         if self.rows is None:
-            out[:, self.tokens].unflatten(1, chunks.shape[1:3]).copy_(chunks)
+            self.chunked(out[:, self.tokens]).copy_(chunks)
         else:
-            out[:, self.tokens] = chunks.flatten(1, 2)[:, self.rows].to(out.dtype)
+            out[:, self.tokens] = chunks.movedim(1, 0).transpose(2, 3).flatten(1, 2)[:, self.rows].to(out.dtype)
+
+    def chunked(self, tokens: Tensor) -> Tensor:
+        """[B, n * C, G, ...] seen as [n, B, G, C, ...]."""
+        return tokens.unflatten(1, (self.n_chunks, self.chunk_size)).movedim(0, 1).transpose(2, 3)
 
 
 def chunk_blocks(n_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, bytes_per_chunk: int) -> list[Block]:
@@ -66,6 +101,7 @@ def chunk_blocks(n_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, byte
         rows = [i * chunk_size + row for i, (_, size) in enumerate(here) for row in range(size)]
         blocks.append(
             Block(
+                chunks=slice(chunk0, chunk0 + len(here)),
                 n_chunks=len(here),
                 chunk_size=chunk_size,
                 starts={n - chunk0: states for n, states in starts.items() if chunk0 <= n < chunk0 + step},

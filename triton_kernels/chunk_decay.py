@@ -2,128 +2,132 @@
 
 Everything is an exponential of a difference that is at most 0, so nothing overflows and the hidden half of a chunk gives no 0 * inf. Exponentials
 are powers of two: on a CPU exp2 is 4 to 25 times faster than exp.
-Letters: n chunks of a block, M = B * H, C chunk length, P pairs of neighbouring sub-chunks, s their length, K key width.
+Letters: n chunks of a block, M = B * H, r kinds of rows that read (queries; queries and keys), C chunk length, P pairs of neighbouring sub-chunks,
+s their length, K key width.
 """
 
 from math import e, log2
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Sub-chunks of this length are computed pair by pair.
-EXACT = 4
+from triton_kernels.chunk import Scratch
 
 
-class Decay(Protocol):
-    # With c the inclusive cumulative log-decay: e^c and e^{c_C - c} [n, M, C, 1 or K], e^{c_C} [n, M, 1 or K, 1].
-    from_start: Tensor
-    to_end: Tensor
-    whole: Tensor
-
-    def scores(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """sum_d rows_id keys_jd e^{c_id - c_jd} [n, M, C, C] for j <= i, else 0; rows and keys are [n, M, C, K]."""
-        ...
-
-    def scores_backward(self, dscores: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of rows and keys; takes `dscores` for its own."""
-        ...
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b of [n, M, ., .] stacks as one batch, whose operands are read in place (torch.matmul would copy transposed ones)."""
+    if out.dtype == a.dtype:
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    else:
+        out.flatten(0, 1).copy_(torch.bmm(a.flatten(0, 1), b.flatten(0, 1)))
+    return out
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of [n, M, ., .] stacks, as one batch that is read in place (torch.matmul would copy transposed operands)."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a @ b; `out` may be wider than the product's dtype."""
+    a_X, b_X, out_X = a.flatten(0, 1), b.flatten(0, 1), out.flatten(0, 1)
+    if out.dtype == a.dtype:
+        out_X.baddbmm_(a_X, b_X)
+    else:
+        out_X.add_(torch.bmm(a_X, b_X))
+    return out
 
 
 class ScalarDecay:
-    """One decay per token and head: e^{c_i - c_j} multiplies the scores from outside."""
+    """One decay per token and head: e^{c_i - c_j} multiplies the scores from outside.
 
-    def __init__(self, g_nMC: Tensor, within: Tensor | None = None):
-        """within: e^{c_i - c_j} [n or 1, M or 1, C, C] where it is known already, as it is for a fixed decay."""
+    With c the inclusive cumulative log-decay, from_start = e^c and to_end = e^{c_C - c} are [n, M, C, 1 or K], whole = e^{c_C} is [n, M, 1 or K, 1].
+    """
+
+    def __init__(self, g_nMC: Tensor, scratch: Scratch, within: Tensor | None = None):
+        """within: e^{c_i - c_j} [1, M, C, C] where it is known already, as it is for a fixed decay."""
         c = g_nMC.cumsum(-1) * log2(e)
         self.from_start, self.to_end, self.whole = c.exp2()[..., None], (c[..., -1:] - c).exp2_()[..., None], c[..., -1:, None].exp2()
-        self.within = decay_within(g_nMC) if within is None else within
+        if within is None:
+            within = decay_within(c, scratch("decay within", c.dtype, *c.shape, c.shape[-1]))
+        self.within = within[:, :, None]
 
-    def scores(self, rows: Tensor, keys: Tensor) -> Tensor:
-        return product(rows, keys.mT).mul_(self.within.to(rows.dtype))
+    def scores(self, rows_nMrCK: Tensor, keys_nMCK: Tensor, out_nMrCC: Tensor) -> Tensor:
+        """sum_d rows_id keys_jd e^{c_id - c_jd} for j <= i; what stands above the diagonal is 0."""
+        product(rows_nMrCK.flatten(2, 3), keys_nMCK.mT, out_nMrCC.flatten(2, 3))
+        return out_nMrCC.mul_(self.within.to(out_nMrCC.dtype))
 
-    def scores_backward(self, dscores: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        dscores.mul_(self.within.to(dscores.dtype))
-        return product(dscores, keys), product(dscores.mT, rows)
+    def scores_backward(self, d_nMrCC: Tensor, rows_nMrCK: Tensor, keys_nMCK: Tensor, drows_nMrCK: Tensor, dkeys_nMCK: Tensor) -> None:
+        """Adds the gradients of rows and keys to drows and dkeys; takes d, the scores' gradient, for its own."""
+        d_nMRC = d_nMrCC.mul_(self.within.to(d_nMrCC.dtype)).flatten(2, 3)
+        add_product(drows_nMrCK.flatten(2, 3), d_nMRC, keys_nMCK)
+        add_product(dkeys_nMCK, d_nMRC.mT, rows_nMrCK.flatten(2, 3))
 
 
-def decay_within(g_nMC: Tensor) -> Tensor:
-    """e^{c_i - c_j} [n, M, C, C], 0 above the diagonal."""
-    c, C = g_nMC.cumsum(-1) * log2(e), g_nMC.shape[-1]
+def decay_within(c: Tensor, out: Tensor) -> Tensor:
+    """2^{c_i - c_j} [..., C, C], 0 above the diagonal, of cumulative log2-decays [..., C]."""
+    torch.sub(c[..., :, None], c[..., None, :], out=out)
     # Masked before the exponential: above the diagonal it would overflow.
-    hidden_CC = torch.full((C, C), -torch.inf, dtype=c.dtype, device=c.device).triu_(1)
-    return (c[..., :, None] + hidden_CC).sub_(c[..., None, :]).exp2_()
+    hidden_CC = torch.full(out.shape[-2:], -torch.inf, dtype=c.dtype, device=c.device).triu_(1)
+    return out.add_(hidden_CC).exp2_()
 
 
 class ChannelDecay:
-    """One decay per key channel. It stands inside the dot product, and e^{c_i} e^{-c_j} would overflow, so the triangle is cut by halving: each
-    later half meets its earlier half through products anchored at the later half's first row, which makes both exponents at most 0 and lets
-    no row see the decays of its future."""
+    """One decay per key channel. It stands inside the dot product, and e^{c_i} e^{-c_j} would overflow, so the triangle is cut by halving down to
+    single rows: each later half meets its earlier half through a product anchored at the later half's first row, which makes both exponents at most
+    0 and lets no row see the decays of its future."""
 
-    def __init__(self, g_nMCK: Tensor):
-        c = g_nMCK.cumsum(2) * log2(e)
-        self.c, self.exact = c, min(EXACT, c.shape[2])
-        self.from_start, self.to_end, self.whole = c.exp2(), (c[:, :, -1:] - c).exp2_(), c[:, :, -1, :, None].exp2()
+    def __init__(self, g_nMCK: Tensor, scratch: Scratch):
+        c = g_nMCK.cumsum(2).mul_(log2(e))
+        self.scratch = scratch
+        self.from_start = torch.exp2(c, out=scratch("from start", c.dtype, *c.shape))
+        self.to_end = torch.sub(c[:, :, -1:], c, out=scratch("to end", c.dtype, *c.shape)).exp2_()
+        self.whole = c[:, :, -1, :, None].exp2()
         self.levels: list[tuple[int, Tensor, Tensor]] = []
         half = c.shape[2] // 2
-        while half >= self.exact:
+        while half > 0:
             early, late = halves(c, half)
-            anchor = late[:, :, :, :1]
-            self.levels.append((half, (late - anchor).exp2_(), (anchor - early).exp2_()))
+            anchor = late[..., :1, :]
+            to_late, from_early = scratch(f"level {half}", c.dtype, 2, *late.shape).unbind()
+            torch.sub(late, anchor, out=to_late)
+            torch.sub(anchor, early, out=from_early)
+            self.levels.append((half, to_late.exp2_(), from_early.exp2_()))
             half //= 2
 
-    def scores(self, rows: Tensor, keys: Tensor) -> Tensor:
-        n, M, C, _ = rows.shape
-        out = rows.new_zeros(n, M, C, C)
-        for half, late, early in self.levels:
-            decayed_rows = (halves(rows, half)[1] * late).to(rows.dtype)
-            decayed_keys = (halves(keys, half)[0] * early).to(rows.dtype)
-            off_diagonal(out, half).copy_(torch.bmm(decayed_rows.flatten(0, 2), decayed_keys.flatten(0, 2).mT).unflatten(0, (n, M, -1)))
-        diagonal, row_blocks = blocks(out, self.exact), rows.unflatten(2, (-1, self.exact))
-        for j, decayed in enumerate(self.exact_columns(keys)):
-            diagonal[..., j:, j] = (row_blocks[..., j:, :] * decayed).sum(-1)
-        return out
+    def operands(self, half: int, late: Tensor, early: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The later rows [X, r s, K] and the earlier keys [X, s, K] of every pair, decayed to and from the pair's anchor; X = n M P."""
+        n, M, r, _, K = rows.shape
+        late_rows = self.scratch("late rows", rows.dtype, n, M, late.shape[2], r, half, K)
+        early_keys = self.scratch("early keys", keys.dtype, *early.shape)
+        late_rows.copy_(halves(rows, half)[1].transpose(2, 3)).mul_(late[:, :, :, None])
+        early_keys.copy_(halves(keys, half)[0]).mul_(early)
+        return late_rows.flatten(0, 2).flatten(1, 2), early_keys.flatten(0, 2)
 
-    def scores_backward(self, dscores: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        drows, dkeys = torch.zeros_like(self.c), torch.zeros_like(self.c)
+    def scores(self, rows_nMrCK: Tensor, keys_nMCK: Tensor, out_nMrCC: Tensor) -> Tensor:
+        out_nMrCC.zero_()
+        out_nMrCC.diagonal(dim1=-2, dim2=-1).copy_((rows_nMrCK * keys_nMCK[:, :, None]).sum(-1))
         for half, late, early in self.levels:
-            d = off_diagonal(dscores, half).flatten(0, 2)
-            decayed_rows = (halves(rows, half)[1] * late).to(rows.dtype).flatten(0, 2)
-            decayed_keys = (halves(keys, half)[0] * early).to(rows.dtype).flatten(0, 2)
-            halves(drows, half)[1].addcmul_(torch.bmm(d, decayed_keys).view_as(late), late)
-            halves(dkeys, half)[0].addcmul_(torch.bmm(d.mT, decayed_rows).view_as(late), early)
-        diagonal = blocks(dscores, self.exact)
-        row_blocks, key_blocks, drow_blocks, dkey_blocks = (x.unflatten(2, (-1, self.exact)) for x in (rows, keys, drows, dkeys))
-        for j, decay in enumerate(self.exact_columns(None)):
-            d = decay * diagonal[..., j:, j, None]
-            drow_blocks[..., j:, :] += d * key_blocks[..., j : j + 1, :]
-            dkey_blocks[..., j, :] += (d * row_blocks[..., j:, :]).sum(3)
-        return drows, dkeys
+            late_rows, early_keys = self.operands(half, late, early, rows_nMrCK, keys_nMCK)
+            scores = torch.bmm(late_rows, early_keys.mT).view(*late.shape[:3], -1, half, half)
+            off_diagonal(out_nMrCC, half).copy_(scores.transpose(2, 3))
+        return out_nMrCC
 
-    def exact_columns(self, keys: Tensor | None):
-        """For key j of the smallest sub-chunks: e^{c_i - c_j} for its rows i >= j, times key j where keys are given."""
-        c = self.c.unflatten(2, (-1, self.exact))
-        for j in range(self.exact):
-            decay = (c[..., j:, :] - c[..., j : j + 1, :]).exp2_()
-            yield decay if keys is None else decay.mul_(keys.unflatten(2, (-1, self.exact))[..., j : j + 1, :])
+    def scores_backward(self, d_nMrCC: Tensor, rows_nMrCK: Tensor, keys_nMCK: Tensor, drows_nMrCK: Tensor, dkeys_nMCK: Tensor) -> None:
+        diagonal = d_nMrCC.diagonal(dim1=-2, dim2=-1)[..., None]
+        drows_nMrCK.addcmul_(diagonal, keys_nMCK[:, :, None])
+        dkeys_nMCK.add_((rows_nMrCK * diagonal).sum(2))
+        for half, late, early in self.levels:
+            late_rows, early_keys = self.operands(half, late, early, rows_nMrCK, keys_nMCK)
+            d = off_diagonal(d_nMrCC, half).transpose(2, 3).flatten(0, 2).flatten(1, 2)
+            # With one row in each half these are no products worth a matmul.
+            dlate = d * early_keys if half == 1 else torch.bmm(d, early_keys)
+            dearly = (d * late_rows).sum(1) if half == 1 else torch.bmm(d.mT, late_rows)
+            halves(drows_nMrCK, half)[1].transpose(2, 3).addcmul_(dlate.view(*late.shape[:3], -1, *late.shape[3:]), late[:, :, :, None])
+            halves(dkeys_nMCK, half)[0].addcmul_(dearly.view_as(early), early)
 
 
 def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """[n, M, C, K] -> earlier and later halves [n, M, P, s, K]."""
-    early, late = x.unflatten(2, (-1, 2, half)).unbind(3)
+    """[..., C, K] -> earlier and later halves [..., P, s, K]."""
+    early, late = x.unflatten(-2, (-1, 2, half)).unbind(-3)
     return early, late
 
 
 def off_diagonal(scores: Tensor, half: int) -> Tensor:
-    """[n, M, C, C] -> the scores of later rows with earlier keys [n, M, P, s, s]."""
-    return scores.unflatten(3, (-1, 2, half)).unflatten(2, (-1, 2, half))[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).movedim(-1, 2)
-
-
-def blocks(scores: Tensor, size: int) -> Tensor:
-    """[n, M, C, C] -> diagonal blocks [n, M, P, s, s]."""
-    return scores.unflatten(3, (-1, size)).unflatten(2, (-1, size)).diagonal(dim1=2, dim2=4).movedim(-1, 2)
+    """[..., C, C] -> the blocks where later halves meet their earlier halves [..., P, s, s]."""
+    pairs = scores.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))[..., 1, :, :, 0, :]
+    return pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)

@@ -7,7 +7,8 @@ Letters: B batch, T tokens, H heads, K key width, V value width, S sequences (B 
 
 import torch
 
-from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
+from triton_kernels.checks import check_backend, check_dtype, check_shape, check_tensors
+from triton_kernels.gated_delta_rule import check_sequences, delta_step
 
 OP = "decayed_linear_attention"
 
@@ -33,25 +34,18 @@ def decayed_linear_attention(
 
     Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2401.04658 (lightning), 2307.08621 (RetNet), 2312.06635 (GLA).
     """
-    check_shape(OP, "q_BTHK", q_BTHK, {"B": None, "T": None, "H": None, "K": None})
-    batch, tokens, heads, key_width = q_BTHK.shape
-    check_shape(OP, "k_BTHK", k_BTHK, {"B": batch, "T": tokens, "H": heads, "K": key_width})
-    check_shape(OP, "v_BTHV", v_BTHV, {"B": batch, "T": tokens, "H": heads, "V": None})
+    sizes = check_tensors(OP, q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV)
     check_dtype(OP, {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV})
-    check_cu_seqlens(OP, cu_seqlens, batch, tokens)
     if chunk_size < 1:
         raise ValueError(f"{OP}: chunk_size={chunk_size}, must be at least 1")
-    n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     if log_decay is not None:
-        check_shape(OP, "log_decay", log_decay, {"H": heads} if log_decay.dim() == 1 else {"B": batch, "T": tokens, "H": heads})
-    if initial_state_BHKV is not None:
-        check_shape(OP, "initial_state_BHKV", initial_state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": v_BTHV.shape[3]})
-        initial_state_BHKV = initial_state_BHKV.to(torch.promote_types(q_BTHK.dtype, torch.float32))
+        check_shape(OP, "log_decay", log_decay, {axis: sizes[axis] for axis in ("H" if log_decay.dim() == 1 else "BTH")})
+    initial = check_sequences(OP, sizes, q_BTHK.dtype, cu_seqlens, initial_state_BHKV)
     if check_backend(backend, q_BTHK) == "triton":
         from triton_kernels.decayed_linear_attention_triton import decayed_linear_attention_triton as implementation
     else:
-        from triton_kernels.decayed_linear_attention_torch import decayed_linear_attention_torch as implementation
-    return implementation(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_state_BHKV, scale=scale, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
+        from triton_kernels.linear_attention_torch import decayed_linear_attention_torch as implementation
+    return implementation(q_BTHK, k_BTHK, v_BTHV, log_decay, initial, scale=scale, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
 
 
 def decayed_linear_attention_step(
@@ -59,16 +53,9 @@ def decayed_linear_attention_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token of `decayed_linear_attention`: q, k [B, H, K], v [B, H, V], log_decay None, [H] or [B, H]. Returns o [B, H, V] in v's dtype and the
     new state [B, H, K, V] in the state's dtype (fp32)."""
-    check_shape(OP, "q_BHK", q_BHK, {"B": None, "H": None, "K": None})
-    batch, heads, key_width = q_BHK.shape
-    check_shape(OP, "k_BHK", k_BHK, {"B": batch, "H": heads, "K": key_width})
-    check_shape(OP, "v_BHV", v_BHV, {"B": batch, "H": heads, "V": None})
-    check_shape(OP, "state_BHKV", state_BHKV, {"B": batch, "H": heads, "K": key_width, "V": v_BHV.shape[-1]})
+    sizes = check_tensors(OP, q_BHK=q_BHK, k_BHK=k_BHK, v_BHV=v_BHV, state_BHKV=state_BHKV)
     check_dtype(OP, {"q_BHK": q_BHK, "k_BHK": k_BHK, "v_BHV": v_BHV})
-    state = state_BHKV
     if log_decay is not None:
-        check_shape(OP, "log_decay", log_decay, {"H": heads} if log_decay.dim() == 1 else {"B": batch, "H": heads})
-        state = state * log_decay.to(state.dtype).exp()[..., None, None]
-    state = state + k_BHK.to(state.dtype)[..., :, None] * v_BHV.to(state.dtype)[..., None, :]
-    out_BHV = (q_BHK.to(state.dtype)[..., None, :] @ state).squeeze(-2) * scale
-    return out_BHV.to(v_BHV.dtype), state
+        check_shape(OP, "log_decay", log_decay, {axis: sizes[axis] for axis in ("H" if log_decay.dim() == 1 else "BH")})
+        log_decay = log_decay[..., None]
+    return delta_step(q_BHK, k_BHK, v_BHV, log_decay, None, state_BHKV, scale=scale)

@@ -1,143 +1,159 @@
 """The delta rules on their Triton kernels, as operators that torch.compile and CUDA graphs see as one node each.
 
 Forward: prepare (chunks in parallel), scan. Backward: both scans in one launch, then the gradients (chunks in parallel; with a decay per key channel
-also blocks of channels, and a launch for their row sums). The gate, none, [B, T, H] or [B, T, H, K], chooses the kernels around the scan.
-Letters: B batch, T tokens, G query/key heads, H value heads, K key width, V value width, S sequences, C chunk length.
+also blocks of channels, and a launch for their row sums). Where heads are few a scan is two launches, see `delta_scan.py`.
+Letters: B batch, T tokens, G query/key heads, H value heads, K key width, V value width, S sequences, C chunk length, N segments.
 """
 
-# A launch's options are keywords that no kernel lists, and the two kernels of a choice differ in them, which a type checker cannot know.
+# A launch's options are keywords that no kernel lists, which a type checker cannot know.
 # pyright: reportCallIssue=false, reportArgumentType=false
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from triton_kernels import gated_delta_rule_configurations as scalar_tables
-from triton_kernels import gated_delta_rule_gradients as scalar_gradients
-from triton_kernels import gated_delta_rule_prepare as scalar_prepare
-from triton_kernels import kimi_delta_attention_configurations as channel_tables
-from triton_kernels import kimi_delta_attention_gradients as channel_gradients
-from triton_kernels import kimi_delta_attention_prepare as channel_prepare
-from triton_kernels.delta_launch import SINGLE_CHUNK, DeltaCall, addressable, block_of, cdiv, check_triton_call, token_strides
+from triton_kernels.configurations import LaunchOptions, Tables
+from triton_kernels.delta_gradients import finish_kernel, gradient_kernel
+from triton_kernels.delta_prepare import prepare_kernel
 from triton_kernels.delta_scan import scan_kernel
+from triton_kernels.linear_attention_configurations import CHANNELS, FINISH_ROWS, GRADIENTS, PREPARE, SCAN_BACKWARD, SCAN_FORWARD, SCAN_SEGMENTS
+from triton_kernels.linear_attention_launch import (
+    MIN_PROGRAMS,
+    LinearCall,
+    addressable,
+    block_of,
+    cdiv,
+    choose_segments,
+    launch_options,
+    power_of_two,
+    token_strides,
+)
+from triton_kernels.registration import has_work, kernel_op
 
-Tensor = torch.Tensor
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+CHUNK_SIZES = (16, 32, 64)
+# fp32 products run on the plain multipliers, which take their operands from registers: longer chunks spill.
+SINGLE_CHUNK = 16
+MAX_WIDTH = 128
 
 
-def is_channel(g: Tensor | None) -> bool:
-    return g is not None and g.dim() == 4
+class DeltaCall(LinearCall):
+    """Sizes and launch options of one call; g is None, [B, T, H] or, with a decay per channel, [B, T, H, K]."""
+
+    def __init__(self, q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int):
+        super().__init__(q, v, cu_seqlens)
+        self.channel = g is not None and g.dim() == 4
+        self.chunk, self.n_slots = chunk_size, self.slots(chunk_size)
+        # Slices of a scan are 32 columns wide, or 16, which nearly fill the device for 15 heads and more.
+        wide, narrow = (self.head_rows * cdiv(self.V, width) for width in (32, 16))
+        self.segments = choose_segments(wide, self.chunks(chunk_size), 1.0) if narrow < 0.9 * MIN_PROGRAMS else 1
+        self.constants |= {"CHUNK": chunk_size, "GROUP": self.H // self.G, "CHANNEL": self.channel}
+        # The fold of segments takes halves of the key width, and no product takes less than 16.
+        self.constants["BLOCK_K"] = max(32, block_of(self.K)) if self.segments > 1 else block_of(self.K)
+        self.chunk_sizes = (self.T, self.B * self.T, self.n_slots, self.H, self.S)
+        self.scan_sizes = (self.T, self.B * self.T, self.n_slots, self.H, self.head_rows, self.segments)
+
+    def options(self, tables: Tables) -> tuple[LaunchOptions, ...]:
+        return tables[self.is_single + 2 * self.channel].options(self.width)
+
+    def scan(self, tables: Tables, forward: bool, *tensors: Tensor | None, strides: tuple[int, ...]) -> None:
+        """One launch, or two over segments: first their own states and transitions, then everything else."""
+        for first in (True, False) if self.segments > 1 else (False,):
+            of_k, of_v, segments = (int(forward), 1, self.segments - 1) if first else (0, 1 if forward else 2, self.segments)
+            options, slices = self.widest_slices(self.options(SCAN_SEGMENTS if self.segments > 1 and not first else tables), of_k, of_v, segments)
+            scan_kernel[(self.head_rows * segments * slices,)](
+                *tensors, *self.scan_sizes, *strides, V=self.V, FORWARD=forward, FIRST=first, **self.constants, **launch_options(options)
+            )
+
+    def operands(self, q: Tensor, k: Tensor, attention: Tensor, inverse: Tensor, factors: Tensor, whole: Tensor) -> tuple[tuple[Any, ...], ...]:
+        """What reads and writes the state: matrices read_q, read_k and write, or q and k with a factor per row for each of the three."""
+        matrices, row_factors = (factors, (None, None, None)) if self.channel else ((q, k, None), factors)
+        return tuple(matrices), (attention, inverse, *row_factors, whole)
+
+    def sum_groups(self, grad_BTHK: Tensor) -> Tensor:
+        """[B, T, G, K]: the gradient of q or k, summed over the value heads that share it."""
+        return grad_BTHK if self.H == self.G else grad_BTHK.unflatten(2, (self.G, -1)).sum(3)
 
 
-def scan_operands(q: Tensor, k: Tensor, factors: Tensor, channel: bool) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """What reads and writes the state: matrices (read_q, read_k, write), or q and k with a factor per row for each of the three."""
-    read_q, read_k, write = factors
-    return ((read_q, read_k, write), (None, None, None)) if channel else ((q, k, None), (read_q, read_k, write))
-
-
-@torch.library.custom_op("triton_kernels::delta_rule", mutates_args=())
+@kernel_op("delta_rule")
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, scale: float,
     normalize_qk: bool, chunk_size: int,
-) -> Six:  # fmt: skip
-    """(o, final state, attention [H, B T, C], inverse [H, B T, C], row factors [3, H, B T], decays of whole chunks [H, slots]); with a decay per
-    channel the factors are matrices [3, B, T, H, K] and the last is [H, slots, K]."""
-    outputs = forward_op_fake(q, k, v, g, beta, initial, cu_seqlens, scale, normalize_qk, chunk_size)
-    o, final, attention, inverse, factors, whole = outputs
-    call, channel = DeltaCall(q, v, cu_seqlens, chunk_size), is_channel(g)
-    if call.empty:
-        return o, torch.zeros_like(final) if initial is None else initial.clone(), attention, inverse, factors, whole
+) -> Eight:  # fmt: skip
+    """(o, final state, attention [H, B T, C], inverse [H, B T, C], row factors [3, H, B T], decays of whole chunks [H, slots], states of segments on
+    their own [N - 1, S, H, K, V], transitions [N - 1, S, H, K, K]); with a decay per channel the factors are matrices [3, B, T, H, K] and the decays
+    are [H, slots, K]."""
+    call = DeltaCall(q, v, g, cu_seqlens, chunk_size)
+    rows, single = call.B * call.T, {"dtype": torch.float32}
+    o, final = v.new_empty(v.shape), v.new_empty(call.S, call.H, call.K, call.V, **single)
+    attention, inverse = (v.new_empty(call.H, rows, chunk_size) for _ in range(2))
+    factors = v.new_empty(3, *v.shape[:3], call.K) if call.channel else v.new_empty(3, call.H, rows, **single)
+    whole = v.new_empty((call.H, call.n_slots, call.K) if call.channel else (call.H, call.n_slots), **single)
+    own, transition = (v.new_empty(call.segments - 1, call.S, call.H, call.K, width, **single) for width in (call.V, call.K))
+    outputs = (o, final, attention, inverse, factors, whole, own, transition)
+    if not has_work(final):
+        return outputs
     q, k, v = addressable(q), addressable(k), addressable(v)
-    tables = channel_tables if channel else scalar_tables
-    grid, options = call.chunk_launch(tables.PREPARE, call.H)
-    options |= {"LEVELS": chunk_size.bit_length() - 1} if channel else {"HAS_GATE": g is not None}
-    (channel_prepare if channel else scalar_prepare).prepare_kernel[grid](
-        q, k, g, beta, attention, inverse, *factors, whole, cu_seqlens, *call.scan_sizes[:4], call.S, call.H, *token_strides(q, k), scale,
-        NORMALIZE=normalize_qk, **options,
-    )  # fmt: skip
-    matrices, row_factors = scan_operands(q, k, factors, channel)
-    grid, options = call.scan_launch(tables.SCAN_FORWARD, 1)
-    scan_kernel[grid](
-        *matrices, v, None, attention, inverse, *row_factors, whole, initial, None, o, final, None, None, None, None, None, cu_seqlens,
-        *call.scan_sizes, *token_strides(*matrices, v, None),
-        CHANNEL=channel, FORWARD=True, HAS_INITIAL=initial is not None, HAS_DFINAL=False, **options,
+    if o.numel() > 0:
+        prepare_kernel[(call.n_slots * call.H,)](
+            q, k, g, beta, attention, inverse, *factors, whole, cu_seqlens, *call.chunk_sizes, *token_strides(q, k), scale,
+            NORMALIZE=normalize_qk, BLOCK_S=power_of_two(call.S), **call.constants, **launch_options(call.options(PREPARE)[0]),
+        )  # fmt: skip
+    matrices, factors = call.operands(q, k, attention, inverse, factors, whole)
+    segments = (own, transition, None) if call.segments > 1 else (None, None, None)
+    call.scan(
+        SCAN_FORWARD, True, *matrices, v, None, *factors, initial, None, *segments, o, final, None, None, None, None, None, cu_seqlens,
+        strides=token_strides(*matrices, v, None),
     )  # fmt: skip
     return outputs
 
 
-@forward_op.register_fake
-def forward_op_fake(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-    normalize_qk: bool, chunk_size: int,
-) -> Six:  # fmt: skip
-    call, channel = DeltaCall(q, v, cu_seqlens, chunk_size), is_channel(g)
-    rows = call.B * call.T
-    return (
-        v.new_empty(v.shape),
-        v.new_empty(call.S, call.H, call.K, call.V, dtype=torch.float32),
-        v.new_empty(call.H, rows, chunk_size),
-        v.new_empty(call.H, rows, chunk_size),
-        v.new_empty(3, *v.shape[:3], call.K) if channel else v.new_empty(3, call.H, rows, dtype=torch.float32),
-        v.new_empty((call.H, call.slots, call.K) if channel else (call.H, call.slots), dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("triton_kernels::delta_rule_backward", mutates_args=())
+@kernel_op("delta_rule_backward")
 def backward_op(
     do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial: Tensor | None,
-    cu_seqlens: Tensor | None, attention: Tensor, inverse: Tensor, factors: Tensor, whole: Tensor, scale: float, normalize_qk: bool, chunk_size: int,
+    cu_seqlens: Tensor | None, attention: Tensor, inverse: Tensor, factors: Tensor, whole: Tensor, own: Tensor, transition: Tensor,
+    scale: float, normalize_qk: bool, chunk_size: int,
 ) -> Six:  # fmt: skip
     """(dq, dk, dv, dg, dbeta, dinitial); dg and dinitial are empty where there is no gate or no initial state."""
-    outputs = backward_op_fake(do, dfinal, q, k, v, g, beta, initial, cu_seqlens, attention, inverse, factors, whole, scale, normalize_qk, chunk_size)
-    dq, dk, dv, dg, dbeta, dinitial = outputs
-    call, channel = DeltaCall(q, v, cu_seqlens, chunk_size), is_channel(g)
-    if call.empty:
-        return dq, dk, dv, dg, dbeta, torch.zeros_like(dinitial) if dfinal is None else dfinal.clone()
+    call = DeltaCall(q, v, g, cu_seqlens, chunk_size)
+    dq, dk, dv, dbeta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), beta.new_empty(beta.shape)
+    dg = beta.new_empty((0,)) if g is None else g.new_empty(g.shape)
+    dinitial = beta.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32)
+    if not has_work(whole) and not has_work(dinitial):
+        return dq, dk, dv, dg, dbeta, dinitial
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
-    tables = channel_tables if channel else scalar_tables
     errors = torch.empty_like(dv)
-    states, dstates = (v.new_empty(call.H, call.slots, call.K, call.V) for _ in range(2))
-    matrices, row_factors = scan_operands(q, k, factors, channel)
-    grid, options = call.scan_launch(tables.SCAN_BACKWARD, 2)
-    scan_kernel[grid](
-        *matrices, v, do, attention, inverse, *row_factors, whole, initial, dfinal, None, None, errors, states, dv, dstates, dinitial, cu_seqlens,
-        *call.scan_sizes, *token_strides(*matrices, v, do),
-        CHANNEL=channel, FORWARD=False, HAS_INITIAL=initial is not None, HAS_DFINAL=dfinal is not None, **options,
+    states, dstates = (v.new_empty(call.H, call.n_slots, call.K, call.V) for _ in range(2))
+    matrices, factors = call.operands(q, k, attention, inverse, factors, whole)
+    segments = (own, transition, torch.empty_like(own)) if call.segments > 1 else (None, None, None)
+    call.scan(
+        SCAN_BACKWARD, False, *matrices, v, do, *factors, initial, dfinal, *segments, None, None, errors, states, dv, dstates, dinitial, cu_seqlens,
+        strides=token_strides(*matrices, v, do),
     )  # fmt: skip
+    if dv.numel() == 0:
+        return dq, dk, dv, dg, dbeta, dinitial
     # Per value head; with a decay per channel also before the sums over the channels, and therefore in fp32.
-    blocks = cdiv(call.K, channel_tables.CHANNELS) if channel else 1
-    head_dq, head_dk = (v.new_empty(*v.shape[:3], call.K, dtype=torch.float32 if channel else v.dtype) for _ in range(2))
-    block_dbeta = v.new_empty(blocks, *v.shape[:3], dtype=torch.float32) if channel else dbeta
-    grid, options = call.chunk_launch(tables.GRADIENTS, call.H * blocks)
-    options |= {"LEVELS": chunk_size.bit_length() - 1, "CHANNELS": channel_tables.CHANNELS} if channel else {"HAS_GATE": g is not None}
-    (channel_gradients if channel else scalar_gradients).gradient_kernel[grid](
-        q, k, g, beta, do, errors, dv, states, dstates, head_dq, head_dk, dg, block_dbeta, cu_seqlens, *call.scan_sizes[:4], call.S, call.H,
-        *token_strides(q, k, do), scale, NORMALIZE=normalize_qk, V=call.V, **options,
+    channels = CHANNELS if call.channel else block_of(call.K)
+    blocks = cdiv(call.K, channels)
+    head_dq, head_dk = (v.new_empty(*v.shape[:3], call.K, dtype=torch.float32 if call.channel else v.dtype) for _ in range(2))
+    block_dbeta = v.new_empty(blocks, *v.shape[:3], dtype=torch.float32) if call.channel else dbeta
+    gradient_kernel[(call.n_slots * call.H * blocks,)](
+        q, k, g, beta, do, errors, dv, states, dstates, head_dq, head_dk, dg, block_dbeta, cu_seqlens, *call.chunk_sizes, *token_strides(q, k, do),
+        scale, V=call.V, CHANNELS=channels, NORMALIZE=normalize_qk, BLOCK_S=power_of_two(call.S), **call.constants,
+        **launch_options(call.options(GRADIENTS)[0]),
     )  # fmt: skip
-    if not channel:
+    if not call.channel:
         return call.sum_groups(head_dq), call.sum_groups(head_dk), dv, dg, dbeta, dinitial
-    channel_gradients.finish_kernel[(cdiv(call.B * call.T, channel_tables.FINISH_ROWS) * call.G,)](
+    finish_kernel[(cdiv(call.B * call.T, FINISH_ROWS) * call.G,)](
         q, k, head_dq, head_dk, block_dbeta, dq, dk, dbeta, call.B * call.T, call.H, *token_strides(q, k), K=call.K, BLOCK_K=block_of(call.K),
-        N_BLOCKS=blocks, ROWS=channel_tables.FINISH_ROWS, GROUP=call.H // call.G, NORMALIZE=normalize_qk, num_warps=4,
+        N_BLOCKS=blocks, ROWS=FINISH_ROWS, GROUP=call.H // call.G, NORMALIZE=normalize_qk, num_warps=4,
     )  # fmt: skip
-    return outputs
+    return dq, dk, dv, dg, dbeta, dinitial
 
 
-@backward_op.register_fake
-def backward_op_fake(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, initial: Tensor | None,
-    cu_seqlens: Tensor | None, attention: Tensor, inverse: Tensor, factors: Tensor, whole: Tensor, scale: float, normalize_qk: bool, chunk_size: int,
-) -> Six:  # fmt: skip
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        beta.new_empty((0,)) if g is None else g.new_empty(g.shape),
-        beta.new_empty(beta.shape),
-        beta.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32),
-    )
-
-
-def setup_context(ctx: Any, inputs: tuple, output: Six) -> None:
+def setup_context(ctx: Any, inputs: tuple, output: Eight) -> None:
     *tensors, cu_seqlens, scale, normalize_qk, chunk_size = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, *output[2:])
     ctx.options = (scale, normalize_qk, chunk_size)
@@ -161,7 +177,11 @@ def delta_rule_triton(
     scale: float, normalize_qk: bool, cu_seqlens: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernels behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H, K]), whose arguments these are."""
-    check_triton_call(op, q_BTGK, v_BTHV, chunk_size)
+    width = max(q_BTGK.shape[3], v_BTHV.shape[3])
+    if width > MAX_WIDTH or q_BTGK.dtype == torch.float64:
+        raise ValueError(f"{op}: {q_BTGK.dtype} heads of width {width}; the Triton kernels take float32, float16 and bfloat16 up to {MAX_WIDTH}")
+    if chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"{op}: chunk_size={chunk_size}; the Triton kernels take {CHUNK_SIZES}")
     chunk_size = min(chunk_size, SINGLE_CHUNK) if q_BTGK.dtype == torch.float32 else chunk_size
     log_decay, initial_SHKV = (None if x is None else x.contiguous() for x in (log_decay, initial_SHKV))
     o, final, *_ = forward_op(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH.contiguous(), initial_SHKV, cu_seqlens, scale, normalize_qk, chunk_size)

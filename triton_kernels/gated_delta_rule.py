@@ -6,14 +6,16 @@ Letters: B batch, T tokens, G query/key heads, H value heads (a multiple of G), 
 by `cu_seqlens`).
 """
 
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_shape
+from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_tensors
 from triton_kernels.chunk_rule import inverse_length
-from triton_kernels.gated_delta_rule_torch import gated_delta_rule_torch
+from triton_kernels.linear_attention_torch import delta_rule_torch
 
 OP = "gated_delta_rule"
 
@@ -42,20 +44,10 @@ def gated_delta_rule(
 
     Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2412.06464 (gate), 2406.06484 (WY form), 2411.12537 (beta to 2).
     """
-    check_delta_inputs(OP, q_BTGK, k_BTGK, v_BTHV, beta_BTH, cu_seqlens, chunk_size)
-    batch, tokens, heads, _ = v_BTHV.shape
-    key_width = q_BTGK.shape[3]
-    if log_decay_BTH is not None:
-        check_shape(OP, "log_decay_BTH", log_decay_BTH, {"B": batch, "T": tokens, "H": heads})
-    options: dict[str, Any] = {"scale": key_width**-0.5 if scale is None else scale, "normalize_qk": normalize_qk}
-    options |= {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
-    initial = initial_state(OP, initial_state_BHKV, cu_seqlens, key_width, v_BTHV)
-    if check_backend(backend, q_BTGK) == "triton":
-        # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
-        from triton_kernels.delta_triton import delta_rule_triton
-
-        return delta_rule_triton(OP, q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
-    return gated_delta_rule_torch(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial, **options)
+    sizes = check_delta_inputs(OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTH=log_decay_BTH, beta_BTH=beta_BTH)
+    inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial_state_BHKV)
+    options = {"scale": scale, "normalize_qk": normalize_qk, "cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
+    return run_delta_rule(OP, delta_rule_torch, sizes, *inputs, backend=backend, **options)
 
 
 def gated_delta_rule_step(
@@ -70,69 +62,69 @@ def gated_delta_rule_step(
     normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One token of `gated_delta_rule`. Returns o [B, H, V] in v's dtype and the new state [B, H, K, V] in the state's dtype (fp32)."""
-    check_delta_step(OP, q_BGK, k_BGK, v_BHV, beta_BH, state_BHKV)
-    decay = None
-    if log_decay_BH is not None:
-        check_shape(OP, "log_decay_BH", log_decay_BH, {"B": v_BHV.shape[0], "H": v_BHV.shape[1]})
-        decay = log_decay_BH[..., None]
+    check_delta_inputs(OP, q_BGK=q_BGK, k_BGK=k_BGK, v_BHV=v_BHV, log_decay_BH=log_decay_BH, beta_BH=beta_BH, state_BHKV=state_BHKV)
+    decay = None if log_decay_BH is None else log_decay_BH[..., None]
     return delta_step(q_BGK, k_BGK, v_BHV, decay, beta_BH, state_BHKV, scale=scale, normalize_qk=normalize_qk)
 
 
 def delta_step(
-    q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, log_decay: Tensor | None, beta_BH: Tensor, state: Tensor, *, scale: float | None, normalize_qk: bool
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    log_decay: Tensor | None,
+    beta_BH: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float | None,
+    normalize_qk: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, for a log_decay of [B, H, 1] or [B, H, K]."""
+    """The recurrence itself, for a log_decay that broadcasts to [B, H, K]; without beta nothing is corrected (decayed linear attention)."""
     dtype = state.dtype
-    q, k = q_BGK.to(dtype), k_BGK.to(dtype)
+    q, k, written_BHV = q_BGK.to(dtype), k_BGK.to(dtype), v_BHV.to(dtype)
     if normalize_qk:
         q, k = q * inverse_length(q), k * inverse_length(k)
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    group = v_BHV.shape[1] // q.shape[1]
-    q, k = (x.repeat_interleave(group, 1) for x in (q, k))
+    q, k = (x.repeat_interleave(v_BHV.shape[1] // x.shape[1], 1) for x in (q, k))
     if log_decay is not None:
         state = state * log_decay.to(dtype).exp()[..., None]
-    error_BHV = v_BHV.to(dtype) - (k[..., None, :] @ state).squeeze(-2)
-    state = state + k[..., None] * (beta_BH.to(dtype)[..., None] * error_BHV)[..., None, :]
+    if beta_BH is not None:
+        written_BHV = beta_BH.to(dtype)[..., None] * (written_BHV - (k[..., None, :] @ state).squeeze(-2))
+    state = state + k[..., None] * written_BHV[..., None, :]
     return (q[..., None, :] @ state).squeeze(-2).to(v_BHV.dtype), state
 
 
-def check_delta_inputs(op: str, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, beta_BTH: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> None:
-    """What both delta rules refuse."""
-    check_shape(op, "q_BTGK", q_BTGK, {"B": None, "T": None, "G": None, "K": None})
-    batch, tokens, groups, key_width = q_BTGK.shape
-    check_shape(op, "k_BTGK", k_BTGK, {"B": batch, "T": tokens, "G": groups, "K": key_width})
-    check_shape(op, "v_BTHV", v_BTHV, {"B": batch, "T": tokens, "H": None, "V": None})
-    heads = v_BTHV.shape[2]
-    check_grouping(op, heads, groups)
-    check_shape(op, "beta_BTH", beta_BTH, {"B": batch, "T": tokens, "H": heads})
-    check_dtype(op, {"q": q_BTGK, "k": k_BTGK, "v": v_BTHV})
-    check_cu_seqlens(op, cu_seqlens, batch, tokens)
+def check_delta_inputs(op: str, **tensors: Tensor | None) -> dict[str, int]:
+    """What both delta rules refuse. q, k and v come first: the heads of all others follow from theirs. Returns the sizes by letter."""
+    q_k_v: dict[str, Any] = dict(islice(tensors.items(), 3))
+    sizes = check_tensors(op, **q_k_v)
+    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+        raise ValueError(f"{op}: {sizes['H']} value heads are not a multiple of {sizes['G']} query/key heads")
+    check_dtype(op, {name[0]: x for name, x in q_k_v.items()})
+    return check_tensors(op, sizes, **tensors)
+
+
+def check_sequences(op: str, sizes: dict[str, int], dtype: torch.dtype, cu_seqlens: Tensor | None, initial_state_BHKV: Tensor | None) -> Tensor | None:
+    """The offsets, and the initial state, one per sequence, which is returned in the state's dtype: fp32, or fp64 for fp64 inputs."""
+    check_cu_seqlens(op, cu_seqlens, sizes["B"], sizes["T"])
+    n_states = sizes["B"] if cu_seqlens is None else cu_seqlens.numel() - 1
+    check_tensors(op, {**sizes, "B": n_states}, initial_state_BHKV=initial_state_BHKV)
+    return None if initial_state_BHKV is None else initial_state_BHKV.to(torch.promote_types(dtype, torch.float32))
+
+
+def run_delta_rule(
+    op: str, torch_form: Callable[..., tuple[Tensor, Tensor]], sizes: dict[str, int], *tensors: Tensor | None, backend: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Either delta rule on the backend that is asked for. `tensors` ends in the initial state; `sizes` are those of the shapes by letter."""
+    *inputs, initial = tensors
+    q: Any = inputs[0]
+    chunk_size = options["chunk_size"]
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
+    initial = check_sequences(op, sizes, q.dtype, options["cu_seqlens"], initial)
+    options["scale"] = sizes["K"] ** -0.5 if options["scale"] is None else options["scale"]
+    if check_backend(backend, q) == "triton":
+        # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
+        from triton_kernels.delta_triton import delta_rule_triton
 
-
-def check_delta_step(op: str, q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, beta_BH: Tensor, state_BHKV: Tensor) -> None:
-    check_shape(op, "q_BGK", q_BGK, {"B": None, "G": None, "K": None})
-    batch, groups, key_width = q_BGK.shape
-    check_shape(op, "k_BGK", k_BGK, {"B": batch, "G": groups, "K": key_width})
-    check_shape(op, "v_BHV", v_BHV, {"B": batch, "H": None, "V": None})
-    heads = v_BHV.shape[1]
-    check_grouping(op, heads, groups)
-    check_shape(op, "beta_BH", beta_BH, {"B": batch, "H": heads})
-    check_shape(op, "state_BHKV", state_BHKV, {"B": batch, "H": heads, "K": key_width, "V": v_BHV.shape[2]})
-    check_dtype(op, {"q": q_BGK, "k": k_BGK, "v": v_BHV})
-
-
-def check_grouping(op: str, heads: int, groups: int) -> None:
-    if groups == 0 or heads % groups:
-        raise ValueError(f"{op}: {heads} value heads are not a multiple of {groups} query/key heads")
-
-
-def initial_state(op: str, state_BHKV: Tensor | None, cu_seqlens: Tensor | None, key_width: int, v_BTHV: Tensor) -> Tensor | None:
-    """The given initial state in the state's dtype: fp32, or fp64 for fp64 inputs."""
-    if state_BHKV is None:
-        return None
-    batch, _, heads, value_width = v_BTHV.shape
-    n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    check_shape(op, "initial_state_BHKV", state_BHKV, {"B": n_states, "H": heads, "K": key_width, "V": value_width})
-    return state_BHKV.to(torch.promote_types(v_BTHV.dtype, torch.float32))
+        return delta_rule_triton(op, *inputs, initial, **options)
+    return torch_form(*inputs, initial, **options)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels.gated_delta_rule_torch import gated_delta_rule_recurrence
+from triton_kernels.linear_attention_torch import linear_attention_recurrence
 
 
 def imported(path: str) -> Any:
@@ -55,7 +55,7 @@ def loop_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_de
 
 def loop_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Tensor, beta_BTH: Tensor | None = None) -> Tensor:
     initial_BHKV = log_decay.new_zeros(q_BTHK.shape[0], *q_BTHK.shape[2:], v_BTHV.shape[3])
-    return gated_delta_rule_recurrence(q_BTHK.float(), k_BTHK.float(), v_BTHV.float(), log_decay, beta_BTH, initial_BHKV)[0].to(v_BTHV.dtype)
+    return linear_attention_recurrence(q_BTHK.float(), k_BTHK.float(), v_BTHV.float(), log_decay, beta_BTH, initial_BHKV)[0].to(v_BTHV.dtype)
 
 
 def fla_delta(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, beta_BTH: Tensor, normalize_qk: bool) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from triton_kernels.decayed_linear_attention import decayed_linear_attention, decayed_linear_attention_step
-from triton_kernels.decayed_linear_attention_torch import decayed_linear_attention_recurrence, token_log_decay
+from triton_kernels.linear_attention_torch import linear_attention_recurrence, token_log_decay
 
 EMPTY_AND_SHORT = [0, 0, 1, 40, 40, 63]
 
@@ -48,7 +48,7 @@ def assert_kernels_equal_recurrence(
         )
 
     def definition(x):
-        return decayed_linear_attention_recurrence(x[0], x[1], x[2], token_log_decay(x[3], x[0]), x[4], scale=0.3, cu_seqlens=cu_seqlens)
+        return linear_attention_recurrence(x[0], x[1], x[2], token_log_decay(x[3], x[0]), None, x[4], scale=0.3, cu_seqlens=cu_seqlens)
 
     expected = outputs_and_gradients(definition, exact, with_final)
     reference = outputs_and_gradients(run("torch"), low, with_final)
@@ -71,16 +71,12 @@ def test_odd_lengths(tokens: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("gate", ["none", "fixed"])
 def test_long_sequence_in_segments_and_slots(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton_kernels import decayed_linear_attention_triton
-
-    monkeypatch.setattr(decayed_linear_attention_triton, "MIN_SEGMENT", 80)
+    monkeypatch.setattr("triton_kernels.decayed_linear_attention_triton.choose_segments", lambda *_: 3)
     assert_kernels_equal_recurrence((1, 257, 1, 16, 16), gate, torch.float32)
 
 
 def test_segments_of_a_token_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton_kernels import decayed_linear_attention_triton
-
-    monkeypatch.setattr(decayed_linear_attention_triton, "MIN_SEGMENT", 40)
+    monkeypatch.setattr("triton_kernels.decayed_linear_attention_triton.choose_segments", lambda *_: 3)
     assert_kernels_equal_recurrence((1, 137, 2, 16, 16), "token", torch.float32)
 
 

@@ -25,7 +25,7 @@ def run(name: str, inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def laid_out_otherwise(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers with three more channels beside every row and a gap between the rows of the first axis, as slices of fused projections have."""
+    """The same numbers with three more channels beside every row and a gap between the rows of the first axis, like slices of fused projections."""
     if x.dim() < 2 or not x.is_floating_point():
         return x
     room = torch.full((2 * x.shape[0], *x.shape[1:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from triton_kernels.gated_delta_rule_torch import gated_delta_rule_recurrence
+from triton_kernels.linear_attention_torch import linear_attention_recurrence
 from triton_kernels.kimi_delta_attention import kimi_delta_attention, kimi_delta_attention_step
 
 RULES = ("gated", "plain", "kimi")
@@ -48,7 +48,7 @@ def define(tensors, normalize_qk: bool, cu_seqlens: torch.Tensor | None):
     if normalize_qk:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     q, k = ((x * f).repeat_interleave(group, 2) for x, f in ((q, q.shape[-1] ** -0.5), (k, 1.0)))
-    return gated_delta_rule_recurrence(q, k, v, torch.zeros_like(beta) if g is None else g, beta, state, cu_seqlens)
+    return linear_attention_recurrence(q, k, v, torch.zeros_like(beta) if g is None else g, beta, state, cu_seqlens=cu_seqlens)
 
 
 def assert_close(rule: str, tensors, backend: str, cu_seqlens: torch.Tensor | None = None, normalize_qk: bool = True, **options) -> None:
@@ -103,7 +103,7 @@ def test_reference_across_many_blocks_in_fp32(rule):
 
 def test_inverse_survives_repeated_keys():
     # beta = 2 and equal keys: powers of the matrix reach 1e24, its inverse stays at 2.
-    from triton_kernels.chunk_inverse import invert_unit_lower
+    from triton_kernels.chunk_rule import invert_unit_lower
 
     a = 2 * torch.ones(1, 64, 64).tril(-1)
     expected = torch.linalg.inv(torch.eye(64, dtype=torch.float64) + a)
@@ -235,3 +235,45 @@ def test_kernels_name_what_they_cannot_do():
     tensors = draw("gated", 1, 9, 1, 1, (16, 16), 1, torch.float32)
     with pytest.raises(ValueError, match="chunk_size=8"):
         run("gated", tensors, "triton", chunk_size=8)
+
+
+@pytest.mark.parametrize("lengths", [None, [0, 40, 1, 0, 17]])
+@pytest.mark.parametrize("rule", KERNEL_RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_segments_equal_the_recurrence(rule, lengths, dtype, monkeypatch):
+    # More segments than some sequences have chunks: 4, each a scan of its own in two passes.
+    monkeypatch.setattr("triton_kernels.delta_triton.choose_segments", lambda *_: 4)
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    tokens, n_states = (100, 2) if lengths is None else (sum(lengths), len(lengths))
+    tensors = draw(rule, 2 if lengths is None else 1, tokens, 1, 2, (24, 40), n_states, dtype)
+    assert_close(rule, tensors, "triton", cu_seqlens, chunk_size=16)
+
+
+@pytest.mark.parametrize("rule", KERNEL_RULES)
+def test_segments_repeat_bit_for_bit_and_see_no_future(rule, monkeypatch):
+    monkeypatch.setattr("triton_kernels.delta_triton.choose_segments", lambda *_: 3)
+    tensors = draw(rule, 1, 90, 1, 1, (16, 16), 1, torch.float32)
+    changed = [None if x is None else x.detach().clone().requires_grad_() for x in tensors]
+    with torch.no_grad():
+        for x in changed[:5]:
+            if x is not None:
+                x[:, 50:] *= 0.5
+    results = []
+    for xs in (tensors, tensors, changed):
+        out, _ = run(rule, xs, "triton", chunk_size=16, normalize_qk=True)
+        results.append((out[:, :50], *torch.autograd.grad(out[:, :50].sum(), [x for x in xs if x is not None])))
+    assert all(torch.equal(a, b) for a, b in zip(*results[:2]))
+    assert all(torch.equal(a[:, :50], b[:, :50]) for a, b in zip(*results[1:]))
+
+
+def test_when_a_sequence_is_cut(monkeypatch):
+    from triton_kernels.linear_attention_launch import choose_segments
+
+    # Heads of four slices each and 64 chunks: a few heads win, sixteen would not, nor does a short sequence.
+    assert [choose_segments(4 * heads, 64, 1.0) for heads in (1, 4, 8, 32)] == [11, 9, 5, 1]
+    assert choose_segments(16, 8, 1.0) == 1
+    for tokens, heads, segments in ((4096, 16, 1), (4096, 4, 9), (256, 4, 1)):
+        from triton_kernels.delta_triton import DeltaCall
+
+        q = torch.empty(1, tokens, heads, 128, device="meta", dtype=torch.bfloat16)
+        assert DeltaCall(q, q, None, None, 64).segments == segments
