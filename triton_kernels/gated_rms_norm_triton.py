@@ -56,9 +56,9 @@ def norm_kernel(x, gate, weight, y, dy, dx, dgate, partial, N, D, eps, steps, SI
 def step_sizes(x: Tensor) -> tuple[int, int, dict[str, int]]:
     """(N, steps over the N rows, their block sizes and warps): a step is about STEP_ELEMENTS, and a row never leaves its program."""
     D = x.shape[-1]
-    N, block_d = x.numel() // D, max(16, triton.next_power_of_2(D))
+    N, block_d = x.numel() // D, max(16, 1 << (D - 1).bit_length())
     block_m = max(1, STEP_ELEMENTS // block_d)
-    return N, triton.cdiv(N, block_m), {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 512))}
+    return N, -(-N // block_m), {"BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": min(16, max(4, block_d // 512))}
 
 
 @kernel_op("gated_rms_norm")

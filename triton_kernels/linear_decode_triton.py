@@ -132,8 +132,8 @@ def lightning_decode_kernel(
 
 def tiles(key_width: int, value_width: int, widest: int = PROGRAM_ENTRIES) -> dict[str, int]:
     """Constants of a launch over heads of these widths, in blocks of at most `widest` value columns."""
-    block_k = triton.next_power_of_2(key_width)
-    block_v = min(triton.next_power_of_2(value_width), PROGRAM_ENTRIES // block_k, widest)
+    block_k = 1 << (key_width - 1).bit_length()
+    block_v = min(1 << (value_width - 1).bit_length(), PROGRAM_ENTRIES // block_k, widest)
     # 128 entries per thread: two programs of 128 x 128 then share a processor. Wider keys leave room for half as many.
     warps = max(1, block_k * block_v // (32 * (128 if block_k <= 128 else 64)))
     return {"K": key_width, "V": value_width, "BLOCK_K": block_k, "BLOCK_V": block_v, "num_warps": warps}
