@@ -106,7 +106,7 @@ Option = tuple[LaunchTable, tuple[int, int], int]
 _tables: list[LaunchTable] = []
 
 
-def launch_table(blocks: str, widths: Any, **lines: Sequence[Any]) -> LaunchTable:
+def launch_table(blocks: str, widths: Sequence[int], **lines: Sequence[Any]) -> LaunchTable:
     """A table as data: for each architecture (sm_90=[...]) and each of `widths` one option, or a list of them; an option is a value for each name in
     `blocks`, then warps, then stages."""
 
@@ -114,8 +114,6 @@ def launch_table(blocks: str, widths: Any, **lines: Sequence[Any]) -> LaunchTabl
         return LaunchOptions(blocks=dict(zip(blocks.split(), values[:-2], strict=True)), num_warps=values[-2], num_stages=values[-1])
 
     keyed = {(int(name.removeprefix("sm_")), width): options for name, line in lines.items() for width, options in zip(widths, line, strict=True)}
-    if isinstance(widths, dict):  # The older form, on its way out.
-        keyed = widths
     _tables.append(LaunchTable(lines={key: tuple(map(option, found if isinstance(found, list) else [found])) for key, found in keyed.items()}))
     return _tables[-1]
 
@@ -155,12 +153,11 @@ def current_architecture() -> int:
     return 80 if knobs.runtime.interpret else int(driver.active.get_current_target().arch)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def random_inputs(seed: int, dtype: torch.dtype, device: str, sizes: Any, *names: str) -> dict[str, torch.Tensor]:
+def random_inputs(seed: int, dtype: torch.dtype, device: str, sizes: Shape, *names: str) -> dict[str, torch.Tensor]:
     """Standard normal leaf tensors whose axes are the letters their names end in (q_BTHK), drawn on the CPU in fp32 so that every device and dtype
     sees the same numbers."""
     generator = torch.Generator().manual_seed(seed)
-    # Without names, the older form, on its way out: sizes are shapes by name.
-    shapes = {name: [sizes[axis] for axis in axes_of(name)] for name in names} if names else sizes
+    shapes = {name: [sizes[axis] for axis in axes_of(name)] for name in names}
     return {name: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for name, shape in shapes.items()}
 
 
