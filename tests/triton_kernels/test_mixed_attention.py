@@ -50,6 +50,7 @@ def assert_as_exact_as_torch(tensors, **options):
         if right.numel() == 0:
             continue
         # The gradient of a fixed decay is one number per head: the sum of a term per token that largely cancel.
+        # The gradient of a fixed decay is one number per head: the sum of a term per token that largely cancel.
         largest = right.abs().max() * (T if name == "log_decay" else 1) + 1
         budget = 2 * (by_torch[name].double() - right).abs().sum() / right.numel() ** 0.5 + 16 * torch.finfo(tensors["q"].dtype).eps * largest
         # Written so that a NaN fails.
