@@ -43,7 +43,7 @@ def results(tensors, **options):
 def assert_as_exact_as_torch(tensors, **options):
     in_fp64 = {name: None if x is None else x.detach().double().requires_grad_() for name, x in tensors.items()}
     exact, by_torch = results(in_fp64, backend="torch", **options), results(tensors, backend="torch", **options)
-    # The gradient of a fixed decay adds up, over the tokens, sums of <q, dq> - <k, dk> that largely cancel: independent roundings of the sum of the sizes.
+    # The gradient of a fixed decay adds up, over the tokens, sums of <q, dq> - <k, dk> that largely cancel: roundings of the sum of their sizes.
     sizes = sum((in_fp64[f"linear_{name}"] * exact[f"linear_{name}"]).sum(-1).abs() for name in "qk")
     cancelled = sizes.sum((0, 1)).max() * sizes.shape[1] ** 0.5 if sizes.numel() > 0 else 0
     for name, x in results(tensors, backend="triton", **options).items():
