@@ -96,36 +96,37 @@ def inspect_operation(operation: Operation, architecture: int, source: str = "ou
 
 
 def compile_options(
-    operation: Operation, architecture: int, dtypes: Sequence[torch.dtype], seen: set[Option] | None = None
+    operation: Operation, architecture: int, dtypes: Sequence[torch.dtype], seen: set[tuple[torch.dtype, Option]] | None = None
 ) -> Iterator[tuple[dict[str, Any], Launch]]:
     """Compile the op at its checked shapes with every option of its launch tables; yields the launches and what they are of. With `seen`, only where
-    an option is used that it does not hold yet; those are added to it."""
+    an option is used that it does not hold yet for the dtype, or none at all; those are added to it."""
     call = partial(operation.call, backend="triton")
     for dtype in dtypes:
         for shape in operation.check_shapes:
             inputs = operation.inputs(dtype, "cpu", **shape)
             for number, used in every_option():
                 record_passes(call, inputs, architecture, compiles=False)
-                if seen is not None and used <= seen:
+                options = {(dtype, option) for option in used}
+                if seen is not None and options and options <= seen:
                     continue
                 passes = record_passes(call, inputs, architecture)
                 where = {"op": operation.name, "arch": architecture, "dtype": dtype_name(dtype), "shape": shape_label(shape), "option": number}
                 yield from ((where, launch) for launch in chain(*passes.values()) if launch.binary is not None)
                 if seen is not None:
-                    seen |= used
+                    seen |= options
 
 
 def find_spills(operations: list[Operation], architecture: int) -> list[Spill]:
-    """Those of all options of the tables that the checked shapes of `operations` reach, each compiled once in bf16 and, where fp32 has its own, in
-    fp32."""
-    seen: set[Option] = set()
+    """Those of all options of the tables that the checked shapes of `operations` reach, each compiled once in bf16 and once in fp32; kernels without a
+    table are compiled at every checked shape."""
+    seen: set[tuple[torch.dtype, Option]] = set()
     found: dict[str, Spill] = {}
     for operation in operations:
         for where, launch in compile_options(operation, architecture, (torch.bfloat16, torch.float32), seen):
             report = report_binary(launch.binary)
             if report["stack"] or report["spills"]:
                 found.setdefault(launch.binary.hash, Spill(**where, kernel=launch.name, stack=report["stack"], local=report["spills"]))
-    print(f"sm_{architecture}: {len(seen)} options of launch tables compiled, {len(found)} kernels spill")
+    print(f"sm_{architecture}: {len(seen)} options of launch tables compiled, each dtype counted, {len(found)} kernels spill")
     return list(found.values())
 
 
