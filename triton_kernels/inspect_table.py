@@ -117,7 +117,7 @@ def compile_options(
 
 
 def find_spills(operations: list[Operation], architecture: int) -> list[Spill]:
-    """Those of all options of the tables that the checked shapes of `operations` reach, each compiled once in bf16 and once in fp32; kernels without a
+    """Those of all options of the tables that the checked shapes of `operations` reach, each compiled in bf16 and in fp32; kernels without a
     table are compiled at every checked shape."""
     seen: set[tuple[torch.dtype, Option]] = set()
     found: dict[str, Spill] = {}
