@@ -212,12 +212,11 @@ def gate_gradient_kernel(
 ):
     """dg_t = sum_{t <= r < end} (<q_r, dq_r> - <k_r, dk_r>) + <S_end, dS_end>, with `end` the end of the slot of ROWS tokens that t lies in.
 
-    With c the cumulative log-decay, a token's row contributes the first term to dc_r, and dg_t is the sum of dc from t to the end. Summed over a whole
+    With c the cumulative log-decay, a token's row contributes the first term to dc_r, and dg_t is the sum of dc from t to the end. Over a whole
     sequence the rounding errors of all later tokens pile up; so the sum runs to the end of a slot of a few chunks only, and everything beyond it is
     one number, the state times its gradient there.
     """
-    slot, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first, n_rows, sequence = place_chunk(cu_seqlens, slot, n_tokens, n_sequences, ROWS, BLOCK_S, PACKED)
+    slot, head, sequence, first, n_rows = place_chunk(cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, ROWS, BLOCK_S, PACKED)
     rows = tl.arange(0, ROWS)
     inside = rows < n_rows
     dc = tl.zeros([ROWS], tl.float32)
@@ -227,7 +226,7 @@ def gate_gradient_kernel(
     beyond = tl.zeros([], tl.float32)
     if n_rows > ROWS:
         state = anchors + (head * n_slots + slot) * SIZE
-        beyond = inner_product(state, state + n_heads.to(tl.int64) * n_slots * SIZE, SIZE, BLOCK_SIZE)
+        beyond = inner_product(state, state + (head * 0 + n_heads) * n_slots * SIZE, SIZE, BLOCK_SIZE)
     elif dfinal is not None:
         state_row = (sequence * n_heads + head) * SIZE
         beyond = inner_product(final + state_row, dfinal + state_row, SIZE, BLOCK_SIZE)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from triton_kernels.decayed_linear_attention_kernels import backward_kernel, forward_kernel, gate_gradient_kernel
 from triton_kernels.linear_attention_configurations import ANCHOR, DECAYED
-from triton_kernels.linear_attention_launch import LinearCall, addressable, block_of, cdiv, choose_segments, launch_options, power_of_two, token_strides
+from triton_kernels.linear_attention_launch import LinearCall, addressable, block_of, cdiv, choose_segments, launch_options, token_strides
 from triton_kernels.registration import has_work, kernel_op
 
 # Starting from a segment's state costs a step of adding it, a quarter of a chunk's.
@@ -98,9 +98,9 @@ def backward_op(
         )  # fmt: skip
     if gate_gradient and dgate.numel() > 0:
         size = scan.K * scan.V
-        gate_gradient_kernel[(n_slots, scan.H)](
+        gate_gradient_kernel[(n_slots * scan.H,)](
             dots, anchors, final, dfinal, dgate, cu_seqlens, scan.T, all_tokens, n_slots, scan.H, scan.S, SIZE=size,
-            BLOCK_SIZE=min(2048, block_of(size)), K_SLICES=scan.k_slices, ROWS=slot_rows, BLOCK_S=power_of_two(scan.S), PACKED=scan.is_packed,
+            BLOCK_SIZE=min(2048, block_of(size)), K_SLICES=scan.k_slices, ROWS=slot_rows, BLOCK_S=scan.block_s, PACKED=scan.is_packed,
         )  # fmt: skip
     return dq, dk, dv, dgate, dinitial
 

@@ -18,9 +18,7 @@ latter is left to the caller.
 import triton
 import triton.language as tl
 
-from triton_kernels.linear_attention_tiles import (
-    channel_decays, chunk_decays, decay_within, inverse_length, level_decays, load_tile, normalization, place_chunk, same_pair, tile_mask,
-)
+from triton_kernels.linear_attention_tiles import channel_decays, chunk_decays, decay_within, level_decays, load_tile, normalization, place_chunk
 
 
 @triton.jit
@@ -47,10 +45,10 @@ def add_decayed(out, z, x_tile, c, rows, SIGN: tl.constexpr, STRICT: tl.constexp
         z = z.to(dtype)
         size = 1
         while size < CHUNK:
-            decay, late = level_decays(c, rows, size)
+            decay, late, pairs = level_decays(c, rows, size)
             receives = (late if SIGN > 0 else ~late)[:, None]
             given = tl.where(receives, 0.0, x * decay).to(dtype)
-            product = tl.dot(tl.where(same_pair(rows, size), z, 0.0).to(dtype), given, input_precision=PRECISION)
+            product = tl.dot(tl.where(pairs, z, 0.0).to(dtype), given, input_precision=PRECISION)
             out += tl.where(receives, product * decay, 0.0)
             size *= 2
         return out
@@ -85,10 +83,8 @@ def gradient_kernel(
     """dq and dk of a value head [tokens, H, K], the gate's and beta's gradient. CHANNEL: dq and dk are those of the normalised q and k, in fp32, and
     beta's is one for each block of channels."""
     N_BLOCKS: tl.constexpr = (K + CHANNELS - 1) // CHANNELS
-    block = tl.program_id(0) % N_BLOCKS
-    slot = (tl.program_id(0) // N_BLOCKS // n_heads).to(tl.int64)
-    head = (tl.program_id(0) // N_BLOCKS % n_heads).to(tl.int64)
-    token0, n_rows, _ = place_chunk(cu_seqlens, slot, n_tokens, n_sequences, CHUNK, BLOCK_S, PACKED)
+    block, program = tl.program_id(0) % N_BLOCKS, tl.program_id(0) // N_BLOCKS
+    slot, head, _, token0, n_rows = place_chunk(cu_seqlens, program, n_tokens, n_sequences, n_heads, CHUNK, BLOCK_S, PACKED)
     if n_rows <= 0:
         return
     rows = tl.arange(0, CHUNK)
@@ -113,7 +109,7 @@ def gradient_kernel(
         c, c_last = chunk_decays(None if gate is None else gate + token_head, rows, n_heads, inside, CHUNK)
         from_start, to_end = tl.exp2(c)[:, None], tl.exp2(c_last - c)[:, None]
     tile = token_head * K + rows[:, None] * (n_heads * K) + columns[None, :]
-    mask = tile_mask(inside, columns, K)
+    mask = inside[:, None] & (columns < K)[None, :]
 
     # What the keys wrote: U. The weights carry the factor of the row that read.
     u = row_product(errors, v_stride, dstates, V, rows, columns, inside, columns < K, V, CHANNELS, CHUNK, BLOCK, PRECISION)
@@ -175,11 +171,11 @@ def finish_tile(x, x_stride, grads, out, row0, rows, inside, head, n_heads, K: t
     for member in range(0, GROUP):
         grad += load_tile(grads + (row0 * n_heads + head * GROUP + member) * K, rows, n_heads * K, columns, inside, K)
     if NORMALIZE:
-        x_tile = load_tile(x, rows, x_stride, columns, inside, K)
-        grad = normalized_gradient(grad, x_tile, inverse_length(x_tile))
+        length = normalization(x, rows, x_stride, inside, K, BLOCK_K, ROWS, True)
+        grad = normalized_gradient(grad, load_tile(x, rows, x_stride, columns, inside, K), length)
     groups = n_heads // GROUP
     tile = (row0 * groups + head) * K + rows[:, None] * (groups * K) + columns[None, :]
-    tl.store(out + tile, grad, mask=tile_mask(inside, columns, K))
+    tl.store(out + tile, grad, mask=inside[:, None] & (columns < K)[None, :])
 
 
 @triton.jit

@@ -11,9 +11,7 @@ With a decay per channel (CHANNEL) these are matrices [tokens, H, K] and whole i
 import triton
 import triton.language as tl
 
-from triton_kernels.linear_attention_tiles import (
-    channel_decays, chunk_decays, decay_within, level_decays, load_tile, normalization, place_chunk, same_pair, tile_mask,
-)
+from triton_kernels.linear_attention_tiles import channel_decays, chunk_decays, decay_within, level_decays, load_tile, normalization, place_chunk
 
 
 @triton.jit
@@ -42,8 +40,7 @@ def channel_scores(f_q, f_k, q_tile, k_tile, c, rows, dtype: tl.constexpr, CHUNK
     f_q += tl.where(rows[:, None] == rows[None, :], tl.sum(q_tile * k_tile, 1)[:, None], 0.0)
     size = 1
     while size < CHUNK:
-        decay, late = level_decays(c, rows, size)
-        pairs = same_pair(rows, size)
+        decay, late, pairs = level_decays(c, rows, size)
         early = tl.trans(tl.where(late[:, None], 0.0, k_tile * decay).to(dtype))
         f_q += tl.where(pairs, tl.dot(tl.where(late[:, None], q_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0)
         f_k += tl.where(pairs, tl.dot(tl.where(late[:, None], k_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0)
@@ -53,14 +50,14 @@ def channel_scores(f_q, f_k, q_tile, k_tile, c, rows, dtype: tl.constexpr, CHUNK
 
 @triton.jit
 def prepare_kernel(
-    q, k, gate, beta, attention, inverse, read_q, read_k, write, whole, cu_seqlens,
-    n_tokens: tl.int64, n_all_tokens: tl.int64, n_slots, n_heads, n_sequences, q_stride, q_head, k_stride, k_head, scale,
+    q, k, gate, beta, attention, inverse, factors, whole, cu_seqlens, sizes, strides, scale,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
     NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    slot = (tl.program_id(0) // n_heads).to(tl.int64)
-    head = (tl.program_id(0) % n_heads).to(tl.int64)
-    token0, n_rows, _ = place_chunk(cu_seqlens, slot, n_tokens, n_sequences, CHUNK, BLOCK_S, PACKED)
+    read_q, read_k, write = factors
+    n_tokens, n_all_tokens, n_slots, n_heads, n_sequences = sizes
+    q_stride, q_head, k_stride, k_head = strides
+    slot, head, _, token0, n_rows = place_chunk(cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, CHUNK, BLOCK_S, PACKED)
     if n_rows <= 0:
         return
     rows = tl.arange(0, CHUNK)
@@ -84,7 +81,7 @@ def prepare_kernel(
             q_tile, k_tile = q_tile.to(tl.float32), k_tile.to(tl.float32)
             c, c_last = channel_decays(gate + row_k, rows, n_heads * K, columns, inside, K)
             tile = row_k + rows[:, None] * (n_heads * K) + columns[None, :]
-            mask = tile_mask(inside, columns, K)
+            mask = inside[:, None] & (columns < K)[None, :]
             from_start = tl.exp2(c)
             tl.store(read_q + tile, q_tile * from_start * q_factor[:, None], mask=mask)
             tl.store(read_k + tile, k_tile * from_start * k_factor[:, None], mask=mask)

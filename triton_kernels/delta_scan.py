@@ -123,25 +123,24 @@ def scan_gradients(operands, strides, do, do_stride, dv, dstates, dv_stride, dst
 
 @triton.jit
 def start_state(start, own, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST: tl.constexpr, TRANSPOSED: tl.constexpr,
-                K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """What the nth segment of the scan starts from: `start` (or zero) before the first, then the fold of the segments between."""
-    k_columns = tl.arange(0, BLOCK_K)
-    tile = head_row * (K * V) + k_columns[:, None] * V + columns[None, :]
+                K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
+    """What the nth segment of the scan starts from: `start` (or zero) before the first, then the fold of the segments between, in fp32."""
+    HALF: tl.constexpr = BLOCK_K // 2
+    k_columns, m_columns = tl.arange(0, BLOCK_K), tl.arange(0, HALF)
+    tile = k_columns[:, None] * V + columns[None, :]
     mask = tile_mask(k_columns < K, columns, V)
     state = tl.zeros([BLOCK_K, BLOCK], tl.float32)
     if start is not None:
-        state = tl.load(start + tile, mask=mask & (nth == 0), other=0.0)
+        state = tl.load(start + head_row * (K * V) + tile, mask=mask & (nth == 0), other=0.0)
     if own is not None and not FIRST:
-        state += tl.load(own + tile, mask=mask & (nth > 0), other=0.0)
-        HALF: tl.constexpr = BLOCK_K // 2
-        m_columns = tl.arange(0, HALF)
+        state += tl.load(own + head_row * (K * V) + tile, mask=mask & (nth > 0), other=0.0)
         row, column = (1, K) if TRANSPOSED else (K, 1)
-        # One stage: a second matrix on its way would take the room of a second program.
+        # One stage, and half the matrix at a time: more of it would take all registers, or the room of a second program.
         for before in tl.range(1, nth, num_stages=1):
             segment = n_segments - 1 - before if TRANSPOSED else before
             m = transition + (segment * n_head_rows + head_row) * (K * K) + k_columns[:, None] * row + m_columns[None, :] * column
             upper, lower = tl.split(tl.permute(tl.reshape(state, [2, HALF, BLOCK]), (1, 2, 0)))
-            state = tl.load(own + before * n_head_rows * (K * V) + tile, mask=mask, other=0.0)
+            state = tl.load(own + (before * n_head_rows + head_row) * (K * V) + tile, mask=mask, other=0.0)
             m_tile = tl.load(m, mask=tile_mask(k_columns < K, m_columns, K), other=0.0)
             state = tl.dot(m_tile, upper, state, input_precision="tf32x3")
             m_tile = tl.load(m + HALF * column, mask=tile_mask(k_columns < K, HALF + m_columns, K), other=0.0)
@@ -151,15 +150,16 @@ def start_state(start, own, transition, head_row, n_head_rows, nth, n_segments, 
 
 @triton.jit
 def scan_kernel(
-    q, k, w, v, do, attention, inverse, read_q, read_k, write, whole, initial, dfinal, own, transition, down,
-    out, final, errors, states, dv, dstates, dinitial, cu_seqlens,
-    n_tokens: tl.int64, n_all_tokens: tl.int64, n_slots, n_heads, n_head_rows: tl.int64, n_segments,
-    q_stride, q_head, k_stride, k_head, w_stride, w_head, v_stride, v_head, do_stride, do_head,
+    operands, strides, v, do, initial, dfinal, segments, out, final, errors, states, dv, dstates, dinitial, cu_seqlens, sizes,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
     FORWARD: tl.constexpr, FIRST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """FORWARD: O and the final state; else the two scans the gradients need, as two roles of one launch, because neither waits for the other.
     FIRST: instead own [segments - 1, S, H, K, V] and transition [segments - 1, S, H, K, K], or down, that of the gradients."""
+    q, k, w, attention, inverse, read_q, read_k, write, whole = operands
+    q_stride, q_head, k_stride, k_head, w_stride, w_head, v_stride, v_head, do_stride, do_head = strides
+    own, transition, down = segments
+    n_tokens, n_all_tokens, n_slots, n_heads, n_head_rows, n_segments = sizes
     V_SLICES: tl.constexpr = (V + BLOCK - 1) // BLOCK
     SLICES: tl.constexpr = V_SLICES + ((K + BLOCK - 1) // BLOCK if FORWARD and FIRST else 0)
     ROLES: tl.constexpr = 1 if FORWARD or FIRST else 2
@@ -198,19 +198,17 @@ def scan_kernel(
     columns = slice_ * BLOCK + tl.arange(0, BLOCK)
     k_columns = tl.arange(0, BLOCK_K)
     tile = head_row * (K * V) + k_columns[:, None] * V + columns[None, :]
-    own_tile = nth * n_head_rows * (K * V) + tile
+    own_row = nth * n_head_rows
     mask = tile_mask(k_columns < K, columns, V)
-    # Columns from here on are those of M, the first segment's, which nothing needs, excepted.
+    # Columns from here on are those of M, except the first segment's, which nothing needs.
     m_columns = columns - V_SLICES * BLOCK
-    if FIRST and FORWARD:
+    if FIRST and FORWARD:  # noqa: SIM102 (known to the compiler, unlike the program's role)
         if (slice_ >= V_SLICES) & (segment == 0):
             return
 
-    if FORWARD or not FIRST:
+    if FORWARD or not FIRST:  # noqa: SIM102
         if role == 0:
-            state = start_state(
-                initial, own, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST, False, K, V, BLOCK_K, BLOCK, PRECISION,
-            )
+            state = start_state(initial, own, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST, False, K, V, BLOCK_K, BLOCK)
             if FIRST:
                 state += tl.where(k_columns[:, None] == m_columns[None, :], 1.0, 0.0)
             if out is not None:
@@ -218,29 +216,27 @@ def scan_kernel(
             if errors is not None:
                 errors += row_v
                 states += slot_states
+            v += first * v_stride + head * v_head
             state = scan_states(
-                operands, strides, v + first * v_stride + head * v_head, v_stride, out, errors, states, v_row_stride, state, n_rows, columns,
-                K, V, BLOCK_K, CHUNK, CHANNEL, PRECISION,
+                operands, strides, v, v_stride, out, errors, states, v_row_stride, state, n_rows, columns, K, V, BLOCK_K, CHUNK, CHANNEL, PRECISION,
             )
             if FIRST:
-                m_tile = (nth * n_head_rows + head_row) * (K * K) + k_columns[:, None] * K + m_columns[None, :]
-                tl.store(own + own_tile, state, mask=mask)
+                m_tile = (own_row + head_row) * (K * K) + k_columns[:, None] * K + m_columns[None, :]
+                tl.store(own + own_row * (K * V) + tile, state, mask=mask)
                 tl.store(transition + m_tile, state, mask=tile_mask(k_columns < K, m_columns, K) & (m_columns >= 0)[None, :])
             elif final is not None:
                 tl.store(final + tile, state, mask=mask & (nth == n_segments - 1))
-    if not FORWARD:
+    if not FORWARD:  # noqa: SIM102
         if role == 1:
-            dstate = start_state(
-                dfinal, down, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST, True, K, V, BLOCK_K, BLOCK, PRECISION,
-            )
+            dstate = start_state(dfinal, down, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST, True, K, V, BLOCK_K, BLOCK)
             if not FIRST:
                 dv += row_v
                 dstates += slot_states
+            do += first * do_stride + head * do_head
             dstate = scan_gradients(
-                operands, strides, do + first * do_stride + head * do_head, do_stride, dv, dstates, v_row_stride, dstate, n_rows, columns,
-                K, V, BLOCK_K, CHUNK, CHANNEL, PRECISION,
+                operands, strides, do, do_stride, dv, dstates, v_row_stride, dstate, n_rows, columns, K, V, BLOCK_K, CHUNK, CHANNEL, PRECISION,
             )
             if FIRST:
-                tl.store(down + own_tile, dstate, mask=mask)
+                tl.store(down + own_row * (K * V) + tile, dstate, mask=mask)
             elif initial is not None:
                 tl.store(dinitial + tile, dstate, mask=mask & (segment == 0))

@@ -17,17 +17,7 @@ from triton_kernels.delta_gradients import finish_kernel, gradient_kernel
 from triton_kernels.delta_prepare import prepare_kernel
 from triton_kernels.delta_scan import scan_kernel
 from triton_kernels.linear_attention_configurations import CHANNELS, FINISH_ROWS, GRADIENTS, PREPARE, SCAN_BACKWARD, SCAN_FORWARD, SCAN_SEGMENTS
-from triton_kernels.linear_attention_launch import (
-    MIN_PROGRAMS,
-    LinearCall,
-    addressable,
-    block_of,
-    cdiv,
-    choose_segments,
-    launch_options,
-    power_of_two,
-    token_strides,
-)
+from triton_kernels.linear_attention_launch import MIN_PROGRAMS, LinearCall, addressable, cdiv, choose_segments, launch_options, token_strides
 from triton_kernels.registration import has_work, kernel_op
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -51,26 +41,30 @@ class DeltaCall(LinearCall):
         self.segments = choose_segments(wide, self.chunks(chunk_size), 1.0) if narrow < 0.9 * MIN_PROGRAMS else 1
         self.constants |= {"CHUNK": chunk_size, "GROUP": self.H // self.G, "CHANNEL": self.channel}
         # The fold of segments takes halves of the key width, and no product takes less than 16.
-        self.constants["BLOCK_K"] = max(32, block_of(self.K)) if self.segments > 1 else block_of(self.K)
+        self.constants["BLOCK_K"] = max(32, self.block_k) if self.segments > 1 else self.block_k
         self.chunk_sizes = (self.T, self.B * self.T, self.n_slots, self.H, self.S)
         self.scan_sizes = (self.T, self.B * self.T, self.n_slots, self.H, self.head_rows, self.segments)
 
     def options(self, tables: Tables) -> tuple[LaunchOptions, ...]:
         return tables[self.is_single + 2 * self.channel].options(self.width)
 
-    def scan(self, tables: Tables, forward: bool, *tensors: Tensor | None, strides: tuple[int, ...]) -> None:
+    def scan(self, tables: Tables, forward: bool, *arguments: Any) -> None:
         """One launch, or two over segments: first their own states and transitions, then everything else."""
-        for first in (True, False) if self.segments > 1 else (False,):
-            of_k, of_v, segments = (int(forward), 1, self.segments - 1) if first else (0, 1 if forward else 2, self.segments)
-            options, slices = self.widest_slices(self.options(SCAN_SEGMENTS if self.segments > 1 and not first else tables), of_k, of_v, segments)
+        # (tables, first pass, slices of K and of V per head, segments) of each launch.
+        launches = [(tables, False, (0, 1 if forward else 2), 1)]
+        if self.segments > 1:
+            launches = [(tables, True, (int(forward), 1), self.segments - 1), (SCAN_SEGMENTS, *launches[0][1:3], self.segments)]
+        for table, first, of_k_and_v, segments in launches:
+            options, slices = self.widest_slices(self.options(table), *of_k_and_v, segments)
             scan_kernel[(self.head_rows * segments * slices,)](
-                *tensors, *self.scan_sizes, *strides, V=self.V, FORWARD=forward, FIRST=first, **self.constants, **launch_options(options)
+                *arguments, self.scan_sizes, V=self.V, FORWARD=forward, FIRST=first, **self.constants, **launch_options(options)
             )
 
-    def operands(self, q: Tensor, k: Tensor, attention: Tensor, inverse: Tensor, factors: Tensor, whole: Tensor) -> tuple[tuple[Any, ...], ...]:
-        """What reads and writes the state: matrices read_q, read_k and write, or q and k with a factor per row for each of the three."""
-        matrices, row_factors = (factors, (None, None, None)) if self.channel else ((q, k, None), factors)
-        return tuple(matrices), (attention, inverse, *row_factors, whole)
+    def operands(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor | None, *prepared: Tensor) -> tuple[tuple[Any, ...], ...]:
+        """What reads and writes the state: matrices read_q, read_k and write, or q and k with a factor per row for each of the three; its strides."""
+        attention, inverse, factors, whole = prepared
+        matrices, row_factors = (tuple(factors), (None, None, None)) if self.channel else ((q, k, None), tuple(factors))
+        return (*matrices, attention, inverse, *row_factors, whole), token_strides(*matrices, v, do)
 
     def sum_groups(self, grad_BTHK: Tensor) -> Tensor:
         """[B, T, G, K]: the gradient of q or k, summed over the value heads that share it."""
@@ -98,15 +92,12 @@ def forward_op(
     q, k, v = addressable(q), addressable(k), addressable(v)
     if o.numel() > 0:
         prepare_kernel[(call.n_slots * call.H,)](
-            q, k, g, beta, attention, inverse, *factors, whole, cu_seqlens, *call.chunk_sizes, *token_strides(q, k), scale,
-            NORMALIZE=normalize_qk, BLOCK_S=power_of_two(call.S), **call.constants, **launch_options(call.options(PREPARE)[0]),
+            q, k, g, beta, attention, inverse, tuple(factors), whole, cu_seqlens, call.chunk_sizes, token_strides(q, k), scale,
+            NORMALIZE=normalize_qk, BLOCK_S=call.block_s, **call.constants, **launch_options(call.options(PREPARE)[0]),
         )  # fmt: skip
-    matrices, factors = call.operands(q, k, attention, inverse, factors, whole)
+    operands = call.operands(q, k, v, None, attention, inverse, factors, whole)
     segments = (own, transition, None) if call.segments > 1 else (None, None, None)
-    call.scan(
-        SCAN_FORWARD, True, *matrices, v, None, *factors, initial, None, *segments, o, final, None, None, None, None, None, cu_seqlens,
-        strides=token_strides(*matrices, v, None),
-    )  # fmt: skip
+    call.scan(SCAN_FORWARD, True, *operands, v, None, initial, None, segments, o, final, None, None, None, None, None, cu_seqlens)
     return outputs
 
 
@@ -126,28 +117,25 @@ def backward_op(
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     errors = torch.empty_like(dv)
     states, dstates = (v.new_empty(call.H, call.n_slots, call.K, call.V) for _ in range(2))
-    matrices, factors = call.operands(q, k, attention, inverse, factors, whole)
+    operands = call.operands(q, k, v, do, attention, inverse, factors, whole)
     segments = (own, transition, torch.empty_like(own)) if call.segments > 1 else (None, None, None)
-    call.scan(
-        SCAN_BACKWARD, False, *matrices, v, do, *factors, initial, dfinal, *segments, None, None, errors, states, dv, dstates, dinitial, cu_seqlens,
-        strides=token_strides(*matrices, v, do),
-    )  # fmt: skip
+    call.scan(SCAN_BACKWARD, False, *operands, v, do, initial, dfinal, segments, None, None, errors, states, dv, dstates, dinitial, cu_seqlens)
     if dv.numel() == 0:
         return dq, dk, dv, dg, dbeta, dinitial
     # Per value head; with a decay per channel also before the sums over the channels, and therefore in fp32.
-    channels = CHANNELS if call.channel else block_of(call.K)
+    channels = CHANNELS if call.channel else call.block_k
     blocks = cdiv(call.K, channels)
     head_dq, head_dk = (v.new_empty(*v.shape[:3], call.K, dtype=torch.float32 if call.channel else v.dtype) for _ in range(2))
     block_dbeta = v.new_empty(blocks, *v.shape[:3], dtype=torch.float32) if call.channel else dbeta
     gradient_kernel[(call.n_slots * call.H * blocks,)](
         q, k, g, beta, do, errors, dv, states, dstates, head_dq, head_dk, dg, block_dbeta, cu_seqlens, *call.chunk_sizes, *token_strides(q, k, do),
-        scale, V=call.V, CHANNELS=channels, NORMALIZE=normalize_qk, BLOCK_S=power_of_two(call.S), **call.constants,
+        scale, V=call.V, CHANNELS=channels, NORMALIZE=normalize_qk, BLOCK_S=call.block_s, **call.constants,
         **launch_options(call.options(GRADIENTS)[0]),
     )  # fmt: skip
     if not call.channel:
         return call.sum_groups(head_dq), call.sum_groups(head_dk), dv, dg, dbeta, dinitial
     finish_kernel[(cdiv(call.B * call.T, FINISH_ROWS) * call.G,)](
-        q, k, head_dq, head_dk, block_dbeta, dq, dk, dbeta, call.B * call.T, call.H, *token_strides(q, k), K=call.K, BLOCK_K=block_of(call.K),
+        q, k, head_dq, head_dk, block_dbeta, dq, dk, dbeta, call.B * call.T, call.H, *token_strides(q, k), K=call.K, BLOCK_K=call.block_k,
         N_BLOCKS=blocks, ROWS=FINISH_ROWS, GROUP=call.H // call.G, NORMALIZE=normalize_qk, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv, dg, dbeta, dinitial

@@ -6,7 +6,6 @@ Letters: B batch, T tokens, G query/key heads, H value heads (a multiple of G), 
 by `cu_seqlens`).
 """
 
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -45,9 +44,8 @@ def gated_delta_rule(
     Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2412.06464 (gate), 2406.06484 (WY form), 2411.12537 (beta to 2).
     """
     sizes = check_delta_inputs(OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTH=log_decay_BTH, beta_BTH=beta_BTH)
-    inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, initial_state_BHKV)
-    options = {"scale": scale, "normalize_qk": normalize_qk, "cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
-    return run_delta_rule(OP, delta_rule_torch, sizes, *inputs, backend=backend, **options)
+    inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH)
+    return run_delta_rule(OP, sizes, *inputs, initial_state_BHKV, scale, normalize_qk, cu_seqlens, chunk_size, backend)
 
 
 def gated_delta_rule_step(
@@ -103,7 +101,7 @@ def check_delta_inputs(op: str, **tensors: Tensor | None) -> dict[str, int]:
     return check_tensors(op, sizes, **tensors)
 
 
-def check_sequences(op: str, sizes: dict[str, int], dtype: torch.dtype, cu_seqlens: Tensor | None, initial_state_BHKV: Tensor | None) -> Tensor | None:
+def check_sequences(op: str, sizes: dict[str, int], dtype: torch.dtype, cu_seqlens: Tensor | None, initial_state_BHKV: Any) -> Tensor | None:
     """The offsets, and the initial state, one per sequence, which is returned in the state's dtype: fp32, or fp64 for fp64 inputs."""
     check_cu_seqlens(op, cu_seqlens, sizes["B"], sizes["T"])
     n_states = sizes["B"] if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -112,19 +110,18 @@ def check_sequences(op: str, sizes: dict[str, int], dtype: torch.dtype, cu_seqle
 
 
 def run_delta_rule(
-    op: str, torch_form: Callable[..., tuple[Tensor, Tensor]], sizes: dict[str, int], *tensors: Tensor | None, backend: str, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Either delta rule on the backend that is asked for. `tensors` ends in the initial state; `sizes` are those of the shapes by letter."""
-    *inputs, initial = tensors
-    q: Any = inputs[0]
-    chunk_size = options["chunk_size"]
+    op: str, sizes: dict[str, int], q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor, initial: Tensor | None,
+    scale: float | None, normalize_qk: bool, cu_seqlens: Tensor | None, chunk_size: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Either delta rule on the backend that is asked for; `sizes` are those of the shapes by letter."""
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
-    initial = check_sequences(op, sizes, q.dtype, options["cu_seqlens"], initial)
-    options["scale"] = sizes["K"] ** -0.5 if options["scale"] is None else options["scale"]
+    initial = check_sequences(op, sizes, q.dtype, cu_seqlens, initial)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    options: dict[str, Any] = {"scale": scale, "normalize_qk": normalize_qk, "cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
     if check_backend(backend, q) == "triton":
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
         from triton_kernels.delta_triton import delta_rule_triton
 
-        return delta_rule_triton(op, *inputs, initial, **options)
-    return torch_form(*inputs, initial, **options)
+        return delta_rule_triton(op, q, k, v, log_decay, beta, initial, **options)
+    return delta_rule_torch(q, k, v, log_decay, beta, initial, **options)

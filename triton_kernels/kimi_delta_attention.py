@@ -8,7 +8,6 @@ Letters as in `gated_delta_rule.py`.
 from torch import Tensor
 
 from triton_kernels.gated_delta_rule import check_delta_inputs, delta_step, run_delta_rule
-from triton_kernels.linear_attention_torch import delta_rule_torch
 
 OP = "kimi_delta_attention"
 
@@ -34,9 +33,8 @@ def kimi_delta_attention(
     Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Kimi Linear, arXiv 2510.26692.
     """
     sizes = check_delta_inputs(OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTHK=log_decay_BTHK, beta_BTH=beta_BTH)
-    inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH, initial_state_BHKV)
-    options = {"scale": scale, "normalize_qk": normalize_qk, "cu_seqlens": cu_seqlens, "chunk_size": chunk_size}
-    return run_delta_rule(OP, delta_rule_torch, sizes, *inputs, backend=backend, **options)
+    inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH)
+    return run_delta_rule(OP, sizes, *inputs, initial_state_BHKV, scale, normalize_qk, cu_seqlens, chunk_size, backend)
 
 
 def kimi_delta_attention_step(

@@ -103,12 +103,8 @@ def delta_cost(element_size: int, *, gate: str | None, B: int, T: int, G: int, H
     return Cost(flops=forward_flops, bytes=forward), Cost(flops=backward_flops, bytes=backward)
 
 
-def decayed_shapes(*shapes: tuple[int, ...]) -> tuple[dict[str, int], ...]:
-    return tuple(dict(zip("BTHKV", shape, strict=True)) for shape in shapes)
-
-
-def delta_shapes(*shapes: tuple[int, ...]) -> tuple[dict[str, int], ...]:
-    return tuple(dict(zip("BTGHKV", shape, strict=True)) for shape in shapes)
+def shapes(letters: str, *sizes: tuple[int, ...]) -> tuple[dict[str, int], ...]:
+    return tuple(dict(zip(letters, shape, strict=True)) for shape in sizes)
 
 
 def decayed_operation(gate: str) -> Operation:
@@ -119,10 +115,10 @@ def decayed_operation(gate: str) -> Operation:
         call=decayed_linear_attention,
         inputs=partial(decayed_inputs, gate=gate),
         cost=partial(decayed_cost, gate=gate),
-        inspect_shape=decayed_shapes((1, 4096, 16, 128, 128))[0],
-        check_shapes=decayed_shapes(*check),
-        bench_shapes=decayed_shapes((4, 4096, 16, 128, 128), (1, 4096, 16, 128, 128), (8, 2048, 16, 64, 64), (1, 65536, 16, 128, 128)),
-        cpu_shape=decayed_shapes((1, 2048, 8, 64, 64))[0],
+        inspect_shape=shapes("BTHKV", (1, 4096, 16, 128, 128))[0],
+        check_shapes=shapes("BTHKV", *check),
+        bench_shapes=shapes("BTHKV", (4, 4096, 16, 128, 128), (1, 4096, 16, 128, 128), (8, 2048, 16, 64, 64), (1, 65536, 16, 128, 128)),
+        cpu_shape=shapes("BTHKV", (1, 2048, 8, 64, 64))[0],
         peers={"fla": peers.fla_simple_gla} | transformers,
         cpu_peers={"loop": peers.loop_linear_attention} | transformers,
         without_products=frozenset({"gate_gradient_kernel"}),
@@ -131,7 +127,7 @@ def decayed_operation(gate: str) -> Operation:
 
 def delta_operation(name: str, gate: str | None, heads: int, *check_shapes: tuple[int, ...]) -> Operation:
     """`heads` value heads on 16 query/key heads."""
-    shape = delta_shapes((1, 4096, 16, heads, 128, 128))[0]
+    shape = shapes("BTGHKV", (1, 4096, 16, heads, 128, 128))[0]
     transformers = {"transformers": peers.transformers_delta} if gate else {}
     return Operation(
         name=name,
@@ -139,9 +135,9 @@ def delta_operation(name: str, gate: str | None, heads: int, *check_shapes: tupl
         inputs=partial(delta_inputs, gate=gate),
         cost=partial(delta_cost, gate=gate),
         inspect_shape=shape,
-        check_shapes=delta_shapes(*check_shapes),
+        check_shapes=shapes("BTGHKV", *check_shapes),
         bench_shapes=({**shape, "B": 4}, shape, {**shape, "T": 32768}),
-        cpu_shape=delta_shapes((1, 2048, 8, 8, 64, 64))[0],
+        cpu_shape=shapes("BTGHKV", (1, 2048, 8, 8, 64, 64))[0],
         peers={"fla": peers.fla_delta} | (transformers if gate == "g_BTH" else {}),
         cpu_peers={"loop": peers.loop_delta} | transformers,
         without_products=frozenset({"finish_kernel"}),

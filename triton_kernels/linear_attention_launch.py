@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels.configurations import LaunchOptions, Tables
+from triton_kernels.configurations import LaunchOptions
 
 # A launch should keep every multiprocessor of an H200 busy.
 MIN_PROGRAMS = 132
@@ -57,7 +57,7 @@ class LinearCall:
     def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None):
         (self.B, self.T, self.H, self.V), (self.G, self.K) = v.shape, q.shape[2:]
         self.S = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.is_packed = cu_seqlens is not None
+        self.is_packed, self.block_s, self.block_k = cu_seqlens is not None, power_of_two(self.S), block_of(self.K)
         self.head_rows = self.S * self.H
         self.width = max(self.K, self.V)
         # The tables' first lines are for 2-byte elements: fp32 tiles need twice the room, and their products run on the plain multipliers.

@@ -21,11 +21,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def place_sequence(cu_seqlens, sequence, n_tokens, PACKED: tl.constexpr):
-    """(first token, rows) of a sequence."""
+    """(first token, rows) of a sequence, both int64 as its number is."""
     if PACKED:
         first = tl.load(cu_seqlens + sequence)
         return first, tl.load(cu_seqlens + sequence + 1) - first
-    return sequence * n_tokens, n_tokens
+    else:
+        return sequence * n_tokens, sequence * 0 + n_tokens
 
 
 @triton.jit
@@ -34,8 +35,9 @@ def first_slot(first, sequence, n_rows, CHUNK: tl.constexpr, PACKED: tl.constexp
 
 
 @triton.jit
-def place_chunk(cu_seqlens, slot, n_tokens, n_sequences, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, PACKED: tl.constexpr):
-    """(first token of the chunk, rows from there to the sequence's end, sequence) of a slot; rows <= 0 where no chunk lies."""
+def place_chunk(cu_seqlens, program, n_tokens, n_sequences, n_heads, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr, PACKED: tl.constexpr):
+    """Slots, each with all heads: (slot, head, sequence, first token of the chunk, rows from there to the sequence's end, <= 0 where none lies)."""
+    slot, head = (program // n_heads).to(tl.int64), (program % n_heads).to(tl.int64)
     if PACKED:
         # The last sequence whose slots start no later.
         sequences = tl.arange(0, BLOCK_S)
@@ -45,7 +47,7 @@ def place_chunk(cu_seqlens, slot, n_tokens, n_sequences, CHUNK: tl.constexpr, BL
         sequence = slot // tl.cdiv(n_tokens, CHUNK)
     first, n_rows = place_sequence(cu_seqlens, sequence, n_tokens, PACKED)
     row0 = (slot - first_slot(first, sequence, n_rows, CHUNK, PACKED)) * CHUNK
-    return first + row0, n_rows - row0, sequence
+    return slot, head, sequence, first + row0, n_rows - row0
 
 
 @triton.jit
@@ -64,18 +66,13 @@ def load_tile(base, rows, stride, columns, inside, width, EXACT: tl.constexpr = 
 
 
 @triton.jit
-def inverse_length(x):
-    """1 / length of each row, finite for rows of zeros."""
-    x = x.to(tl.float32)
-    return tl.rsqrt(tl.sum(x * x, 1) + 1e-6)
-
-
-@triton.jit
 def normalization(x, rows, stride, inside, K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr):
-    """What the rows of q or k are multiplied by [CHUNK]: their inverse lengths, or ones."""
+    """What the rows of q or k are multiplied by [CHUNK]: 1 / their length, finite for rows of zeros, or ones."""
     if NORMALIZE:
-        return inverse_length(load_tile(x, rows, stride, tl.arange(0, BLOCK_K), inside, K))
-    return tl.zeros([CHUNK], tl.float32) + 1.0
+        tile = load_tile(x, rows, stride, tl.arange(0, BLOCK_K), inside, K).to(tl.float32)
+        return tl.rsqrt(tl.sum(tile * tile, 1) + 1e-6)
+    else:
+        return tl.zeros([CHUNK], tl.float32) + 1.0
 
 
 @triton.jit
@@ -108,14 +105,9 @@ def decay_within(c, position, sign, STRICT: tl.constexpr = False):
 
 @triton.jit
 def level_decays(c, rows, size):
-    """For sub-chunks of `size` rows: the decay between each row and its pair's anchor [CHUNK, K], and whether a row is in the later half [CHUNK]."""
+    """For sub-chunks of `size` rows: the decay between each row and its pair's anchor [CHUNK, K], whether a row is in the later half [CHUNK], and
+    whether a row and a column lie in the same pair [CHUNK, CHUNK]."""
     anchor_row = (rows & -(2 * size)) + size
     anchor = tl.gather(c, tl.broadcast_to(anchor_row[:, None], c.shape), 0)
     late = (rows & size) != 0
-    return tl.exp2(tl.where(late[:, None], c - anchor, anchor - c)), late
-
-
-@triton.jit
-def same_pair(rows, size):
-    """[CHUNK, CHUNK]: row and column lie in the same pair of sub-chunks of `size` rows."""
-    return (rows[:, None] ^ rows[None, :]) < 2 * size
+    return tl.exp2(tl.where(late[:, None], c - anchor, anchor - c)), late, (rows[:, None] ^ rows[None, :]) < 2 * size

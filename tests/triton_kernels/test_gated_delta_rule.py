@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from triton_kernels.linear_attention_torch import linear_attention_recurrence
 from triton_kernels.kimi_delta_attention import kimi_delta_attention, kimi_delta_attention_step
+from triton_kernels.linear_attention_torch import linear_attention_recurrence
 
 RULES = ("gated", "plain", "kimi")
 # How many units of rounding an output or a gradient may be off, relative to its largest entry.
@@ -57,7 +57,8 @@ def assert_close(rule: str, tensors, backend: str, cu_seqlens: torch.Tensor | No
     assert out.dtype == tensors[2].dtype
     assert final.dtype == tensors[5].dtype
     expected_out, expected_final = define(tensors, normalize_qk, cu_seqlens)
-    weight, final_weight = torch.randn_like(out), torch.randn_like(final)
+    generator = torch.Generator().manual_seed(0)
+    weight, final_weight = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (out, final))
     grads = torch.autograd.grad((out * weight).sum() + (final * final_weight).sum(), leaves)
     loss = (expected_out * weight).sum() + (expected_final * final_weight).sum()
     expected = torch.autograd.grad(loss, leaves, materialize_grads=True)
