@@ -60,11 +60,10 @@ MIXED_FORWARD: Tables = (
 # are for the interpreter and the offline tools.
 TARGET_PROGRAMS = 264
 COUNTERS = {(torch.device("cpu"), 0): torch.zeros(TARGET_PROGRAMS, dtype=torch.int32)}
-SPLIT = launch_table(
-    "BLOCK_N",
-    (64, 128, 256, 1024),
-    sm_80=[(64, 4, 3), (64, 4, 3), (32, 4, 2), (16, 4, 1)],
-    sm_100=[(64, 4, 3), (32, 4, 3), (32, 4, 2), (16, 4, 1)],
+WIDTHS = (64, 128, 256, 1024)
+SPLIT: Tables = (
+    launch_table("BLOCK_N", WIDTHS, sm_80=[(64, 4, 3), (64, 4, 3), (32, 4, 2), (16, 4, 1)], sm_100=[(64, 4, 3), (32, 4, 3), (32, 4, 2), (16, 4, 1)]),
+    launch_table("BLOCK_N", WIDTHS, sm_80=[(32, 4, 2), (32, 8, 1), (16, 8, 2), (16, 16, 1)]),
 )
 
 

@@ -165,7 +165,7 @@ class DecodeCall:
         (B, H, V), (G, K) = o.shape, k.shape[2:]
         page, columns = (0, 0) if block_table is None else (k.shape[1], block_table.shape[1])
         S = page * columns or k.shape[1]
-        options = SPLIT.options(max(K, V))[0]
+        options = SPLIT[q.dtype == torch.float32].options(max(K, V))[0]
         # As many splits as fill the device, by the capacity of the cache: the lengths themselves are on the device, unread. But no more than
         # leave the last program less to put together than it has read.
         n_keys = S if window is None else min(S, window)
