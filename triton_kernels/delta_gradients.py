@@ -104,10 +104,10 @@ def gradient_kernel(
     b = tl.load(beta + token_head + rows * n_heads, mask=inside, other=0.0).to(tl.float32)
     if CHANNEL:
         c, c_last = channel_decays(gate + token_head * K, rows, n_heads * K, columns, inside, K)
-        from_start, to_end = tl.exp2(c), tl.exp2(c_last[None, :] - c)
+        to_end = tl.exp2(c_last[None, :] - c)
     else:
         c, c_last = chunk_decays(None if gate is None else gate + token_head, rows, n_heads, inside, CHUNK)
-        from_start, to_end = tl.exp2(c)[:, None], tl.exp2(c_last - c)[:, None]
+        to_end = tl.exp2(c_last - c)[:, None]
     tile = token_head * K + rows[:, None] * (n_heads * K) + columns[None, :]
     mask = inside[:, None] & (columns < K)[None, :]
 
@@ -125,6 +125,7 @@ def gradient_kernel(
     u *= b[:, None]
 
     # What the keys read: -dL_k. The weights carry b_j / |k_j| of the key; a row's own factor comes at the end.
+    from_start = tl.exp2(c) if CHANNEL else tl.exp2(c)[:, None]
     dl = row_product(dv, v_stride, states, V, rows, columns, inside, columns < K, V, CHANNELS, CHUNK, BLOCK, PRECISION)
     z = row_product(dv, v_stride, errors, v_stride, rows, rows, inside, inside, V, CHUNK, CHUNK, BLOCK, PRECISION)
     k_tile = load_tile(k, rows, k_stride, columns, inside, K)

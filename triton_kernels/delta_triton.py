@@ -17,7 +17,16 @@ from triton_kernels.delta_gradients import finish_kernel, gradient_kernel
 from triton_kernels.delta_prepare import prepare_kernel
 from triton_kernels.delta_scan import scan_kernel
 from triton_kernels.linear_attention_configurations import CHANNELS, FINISH_ROWS, GRADIENTS, PREPARE, SCAN_BACKWARD, SCAN_FORWARD, SCAN_SEGMENTS
-from triton_kernels.linear_attention_launch import MIN_PROGRAMS, LinearCall, addressable, cdiv, choose_segments, launch_options, token_strides
+from triton_kernels.linear_attention_launch import (
+    MIN_PROGRAMS,
+    LinearCall,
+    addressable,
+    block_of,
+    cdiv,
+    choose_segments,
+    launch_options,
+    token_strides,
+)
 from triton_kernels.registration import has_work, kernel_op
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -127,10 +136,12 @@ def backward_op(
     blocks = cdiv(call.K, channels)
     head_dq, head_dk = (v.new_empty(*v.shape[:3], call.K, dtype=torch.float32 if call.channel else v.dtype) for _ in range(2))
     block_dbeta = v.new_empty(blocks, *v.shape[:3], dtype=torch.float32) if call.channel else dbeta
+    options = launch_options(call.options(GRADIENTS)[0])
+    # At least two blocks of V: with one there is no loop, and all of the kernel's loads move to its front.
+    options["BLOCK"] = min(options["BLOCK"], max(16, block_of(call.V) // 2))
     gradient_kernel[(call.n_slots * call.H * blocks,)](
         q, k, g, beta, do, errors, dv, states, dstates, head_dq, head_dk, dg, block_dbeta, cu_seqlens, *call.chunk_sizes, *token_strides(q, k, do),
-        scale, V=call.V, CHANNELS=channels, NORMALIZE=normalize_qk, BLOCK_S=call.block_s, **call.constants,
-        **launch_options(call.options(GRADIENTS)[0]),
+        scale, V=call.V, CHANNELS=channels, NORMALIZE=normalize_qk, BLOCK_S=call.block_s, **call.constants, **options,
     )  # fmt: skip
     if not call.channel:
         return call.sum_groups(head_dq), call.sum_groups(head_dk), dv, dg, dbeta, dinitial
