@@ -34,11 +34,13 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """decay makes the decays of a block from its log-decays [n, M, C] or [n, M, C, K]."""
+    """decay makes the decays of a block from its log-decays [n, M, C] or [n, M, C, K]; `whole_chunks` are those of a block without padding where it
+    is the same for all of them, one chunk [1, M, C] standing for n."""
 
     decay: Callable[[Tensor, Scratch], ScalarDecay | ChannelDecay]
     scale: float
     normalize_qk: bool = False
+    whole_chunks: ScalarDecay | None = None
 
 
 class Operands:
@@ -47,7 +49,10 @@ class Operands:
     def __init__(self, block: Block, q: Tensor, k: Tensor, g: Tensor, beta: Tensor | None, rule: Rule, scratch: Scratch, dtype: torch.dtype):
         n, M, C, K = block.n_chunks, q.shape[0] * g.shape[2], block.chunk_size, q.shape[3]
         exact = torch.promote_types(dtype, torch.float32)
-        self.decay = rule.decay(block.load(g, scratch("gates", exact, n, M, C, *g.shape[3:])), scratch)
+        if rule.whole_chunks is not None and block.rows is None:
+            self.decay = rule.whole_chunks
+        else:
+            self.decay = rule.decay(block.load(g, scratch("gates", exact, n, M, C, *g.shape[3:])), scratch)
         readers = [q] if beta is None else [q, k]
         # Queries, and keys where they read too, as one stack of rows.
         rows = scratch("rows", exact, n, M, len(readers), C, K)
@@ -85,7 +90,7 @@ class ChunkedRule(torch.autograd.Function):
         blocks = chunk_blocks(T, chunk, cu_seqlens, B * H * chunk * max(K, V) * dtype.itemsize)
         N, M, r, scratch = blocks[-1].chunks.stop if blocks else 0, B * H, 1 if beta is None else 2, scratch_on(q.device)
         out, finals, state = torch.empty_like(v), initial.clone(), initial
-        attention_NMCC, states_NMKV = v.new_empty(N, M, chunk, chunk, dtype=dtype), v.new_empty(N, M, K, V, dtype=dtype)
+        attention_NMCC, states_NMKV = v.new_empty(N, M, chunk, chunk, dtype=dtype), v.new_empty(N + 1, M, K, V, dtype=dtype)
         inverse_NMCC = errors_NMCV = None
         if beta is not None:
             inverse_NMCC, errors_NMCV = torch.empty_like(attention_NMCC), v.new_empty(N, M, chunk, V, dtype=dtype)
@@ -93,6 +98,7 @@ class ChunkedRule(torch.autograd.Function):
             n = block.n_chunks
             x = Operands(block, q, k, g, beta, rule, scratch, dtype)
             attention, states = attention_NMCC[block.chunks], states_NMKV[block.chunks]
+            after = states_NMKV[block.chunks.start + 1 : block.chunks.stop + 1]
             values = block.load(v, scratch("values", dtype, n, M, chunk, V))
             # Errors of the correction would come back multiplied by its inverse, so scores with one are never rounded to bf16.
             if errors_NMCV is None or inverse_NMCC is None:
@@ -105,18 +111,19 @@ class ChunkedRule(torch.autograd.Function):
                 inverse = inverse_NMCC[block.chunks].copy_(invert_unit_lower(scores[:, :, 1].flatten(0, 1)).unflatten(0, (n, M)))
                 errors = product(inverse, values, errors_NMCV[block.chunks])
                 minus_w = product(inverse, x.read[:, :, 1], scratch("minus w", dtype, n, M, chunk, K)).neg_()
-            # Where nothing is corrected, what is written to the state does not wait for it.
-            updates = scratch("updates", dtype, n, M, K, V)
+            # What the chunks write to the state, where the state after them will lie; where nothing is corrected, it does not wait for the state.
+            updates = after if dtype == exact else scratch("updates", dtype, n, M, K, V)
             if minus_w is None:
                 product(x.write.mT, errors, updates)
-            for i in range(n):
+            wholes = x.decay.whole.expand(n, *x.decay.whole.shape[1:])
+            for i, (before, error, update, whole, next_) in enumerate(zip(states, errors, updates, wholes, after)):
                 if i in block.starts:
                     state = initial[block.starts[i]].flatten(0, 1)
-                states[i].copy_(state)
+                    before.copy_(state)
                 if minus_w is not None:
-                    errors[i].baddbmm_(minus_w[i], states[i])
-                    torch.bmm(x.write[i].mT, errors[i], out=updates[i])
-                state = torch.addcmul(updates[i].to(exact), x.decay.whole[i], state)
+                    error.baddbmm_(minus_w[i], before)
+                    torch.bmm(x.write[i].mT, error, out=update)
+                state = advance(state, whole, update, next_)
                 if i in block.ends:
                     finals[block.ends[i]] = state.unflatten(0, (-1, H))
             out_nMCV = product(attention, errors, scratch("out", dtype, n, M, chunk, V))
@@ -132,7 +139,7 @@ class ChunkedRule(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         dg = g.new_empty(g.shape) if ctx.needs_input_grad[3] else None
         dbeta = None if beta is None else torch.empty_like(beta)
-        dstate = dinitial = dfinals.clone()
+        dstate, dinitial = None, dfinals.clone()
         for block in reversed(ctx.blocks):
             x = Operands(block, q, k, g, beta, rule, scratch, dtype)
             attention, states = attention_NMCC[block.chunks], states_NMKV[block.chunks]
@@ -142,18 +149,25 @@ class ChunkedRule(torch.autograd.Function):
             douts = block.load(dout, y[:, :, 0]).mul_(rule.scale)
             errors = block.load(v, scratch("values", dtype, n, M, C, V)) if errors_NMCV is None else errors_NMCV[block.chunks]
             derrors = product(attention.mT, douts, scratch("derrors", dtype, n, M, C, V))
-            updates = product(x.read[:, :, 0].mT, douts, scratch("updates", dtype, n, M, K, V))
-            dnext, minus_w = scratch("dnext", dtype, n, M, K, V), None
+            # The gradients of the state before the first chunk and after each.
+            dstates, minus_w = scratch("dstates", dtype, n + 1, M, K, V), None
+            dnext, same = dstates[1:], dtype == exact
+            if dstate is not None:
+                dstates[n].copy_(dstate)
+                dstate = dstates[n] if same else dstate
+            updates = product(x.read[:, :, 0].mT, douts, dstates[:n] if same else scratch("updates", dtype, n, M, K, V))
             if inverse_NMCC is not None:
                 minus_w = product(inverse_NMCC[block.chunks], x.read[:, :, 1], scratch("minus w", dtype, n, M, C, K)).neg_()
-            for i in reversed(range(n)):
+            wholes = x.decay.whole.expand(n, *x.decay.whole.shape[1:])
+            for i, (before, after, derror, update, whole) in reversed(list(enumerate(zip(dstates, dnext, derrors, updates, wholes)))):
                 if i in block.ends:
                     dstate = dfinals[block.ends[i]].flatten(0, 1)
-                dnext[i].copy_(dstate)
+                    after.copy_(dstate)
+                assert dstate is not None
                 if minus_w is not None:
-                    derrors[i].baddbmm_(x.write[i], dnext[i])
-                    updates[i].baddbmm_(minus_w[i].mT, derrors[i])
-                dstate = torch.addcmul(updates[i].to(exact), x.decay.whole[i], dstate)
+                    derror.baddbmm_(x.write[i], after)
+                    update.baddbmm_(minus_w[i].mT, derror)
+                dstate = advance(dstate, whole, update, before)
                 if i in block.starts:
                     dinitial[block.starts[i]] = dstate.unflatten(0, (-1, dinitial.shape[1]))
             if inverse_NMCC is None:
@@ -199,6 +213,15 @@ def chunked_rule(
         n_states = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         initial = v.new_zeros(n_states, v.shape[2], q.shape[3], v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32))
     return ChunkedRule.apply(q, k, v, g, beta, initial, cu_seqlens, chunk_size, rule)  # pyright: ignore
+
+
+def advance(state: Tensor, whole: Tensor, update: Tensor, place: Tensor) -> Tensor:
+    """whole * state + update in the dtype of `state`; left at `place` too, in the dtype found there."""
+    if place.dtype == state.dtype:
+        return torch.addcmul(update, whole, state, out=place)
+    state = torch.addcmul(update.to(state.dtype), whole, state)
+    place.copy_(state)
+    return state
 
 
 def inverse_length(x: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ Letters: B batch, T tokens, G query/key heads, H value heads, C chunk length, K 
 
 from functools import partial
 from itertools import pairwise
-from math import e, log2
 
 import torch
 from torch import Tensor
 
-from triton_kernels.chunk_decay import ChannelDecay, ScalarDecay, decay_within
+from triton_kernels.chunk import Scratch
+from triton_kernels.chunk_decay import ChannelDecay, ScalarDecay
 from triton_kernels.chunk_rule import Rule, chunked_rule
 
 # Longer chunks do more arithmetic, and their matrices [C, C] leave a core's first cache.
@@ -26,14 +26,14 @@ def decayed_linear_attention_torch(
     scale: float, cu_seqlens: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
-    g_BTH, chunk, within = token_log_decay(log_decay, q_BTHK), min(chunk_size, MAX_CHUNK), None
+    g_BTH, chunk, decay, whole_chunks = token_log_decay(log_decay, q_BTHK), min(chunk_size, MAX_CHUNK), ScalarDecay, None
     if log_decay is None or log_decay.dim() == 1:
         # One decay per head: all chunks share one matrix, which is most of the exponentials.
-        B, _, H, _ = q_BTHK.shape
+        (B, _, H, _), exact = q_BTHK.shape, torch.promote_types(q_BTHK.dtype, torch.float32)
         g_H = torch.zeros(H, device=q_BTHK.device) if log_decay is None else log_decay.detach()
-        c_MC = log2(e) * g_H.to(torch.promote_types(q_BTHK.dtype, torch.float32)).repeat(B)[:, None] * torch.arange(1, chunk + 1, device=g_H.device)
-        within = decay_within(c_MC[None], c_MC.new_empty(1, *c_MC.shape, chunk))
-    rule = Rule(decay=partial(ScalarDecay, within=within), scale=scale)
+        whole_chunks = ScalarDecay(g_H.to(exact).repeat(B)[None, :, None].expand(1, B * H, chunk), Scratch(q_BTHK.device))
+        decay = partial(ScalarDecay, within=whole_chunks.within[:, :, 0])
+    rule = Rule(decay=decay, scale=scale, whole_chunks=whole_chunks)
     return chunked_rule(q_BTHK, k_BTHK, v_BTHV, g_BTH, None, initial_SHKV, cu_seqlens, chunk, rule)
 
 
