@@ -57,7 +57,7 @@ def why_not_gmm(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
 def experts_by_gmm(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, rows: Assignments) -> Tensor:
     """`moe.backends.compute_experts` by grouped_gemm.
 
-    The layout is that package's: gmm(a, b, batch_sizes, trans_b=False) with a [n, I] and b [E, I, O] contiguous, and batch_sizes int64 [E] on the CPU,
+    The layout is that package's: gmm(a, b, batch_sizes, trans_b=False) with a [n, I], b [E, I, O] contiguous and batch_sizes int64 [E] on the CPU,
     so every call waits for the device once. n is their sum: padding rows are cut off."""
     from grouped_gemm import ops  # pyright: ignore[reportMissingImports]
 

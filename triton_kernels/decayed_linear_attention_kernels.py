@@ -12,7 +12,7 @@ Letters: IN width of query and key, OUT width of value. Offsets to rows are int6
 """
 
 # fmt: off
-# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 import triton
 import triton.language as tl
 

@@ -1,5 +1,6 @@
 """Blocks of rows as the kernels of many ops read and write them. Legend: R rows and W channels of a tile."""
 
+# pyright: reportArgumentType=false
 from collections import namedtuple
 
 import triton

@@ -14,7 +14,7 @@ the channels, W channels that do not turn. `lse` and `delta` are [B, H, T].
 """
 
 # A jitted helper that returns a tuple looks like a function that never returns to a type checker.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 import math
 from collections import namedtuple
 

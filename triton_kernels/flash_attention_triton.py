@@ -32,7 +32,7 @@ def readable(x: Tensor) -> Tensor:
 
 def padded(width: int) -> int:
     """Channels of a tile: a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 class AttentionCall:

@@ -75,7 +75,7 @@ def check_decode(
     scale: float | None,
 ) -> float:  # fmt: skip
     """The scale of the logits; raises ValueError. `caches` and `scales` of keys and values by names that say their axes; no scales: not quantised."""
-    sizes = check_tensors(op, q_BHK=q_BHK, **caches, **scales, lengths_B=lengths_B, sinks_H=sinks_H)
+    sizes = check_tensors(op, None, q_BHK=q_BHK, **caches, **scales, lengths_B=lengths_B, sinks_H=sinks_H)
     check_dtype(op, {"q_BHK": q_BHK})
     for (name, cache), scale_name in zip(caches.items(), scales or (None, None)):
         has_scale = scale_name is not None and scales[scale_name] is not None

@@ -9,7 +9,7 @@ Legend: B sequences, H query heads, G key/value heads, K key width, V value widt
 """
 
 # The launch's constexpr parameters are plain values to the caller, and a jitted helper that returns a tuple is beyond a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
 from collections import namedtuple
 from math import isqrt
 

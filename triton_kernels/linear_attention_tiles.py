@@ -11,7 +11,7 @@ the later half of a pair of sub-chunks meets the earlier half, both measured fro
 most 0, whatever the gate, and no row sees the decays of its future. A level is a product of whole matrices with the other pairs masked out.
 """
 
-# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # fmt: off
 import triton
 import triton.language as tl

@@ -8,7 +8,7 @@ Legend: B batch, T tokens, S keys, H query heads, G key/value heads, J linear he
 """
 
 # The launches' constexpr parameters are plain values to the caller.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from collections import namedtuple
 from typing import Any
 
