@@ -1,21 +1,22 @@
 """The chunked view of a batch of sequences that every linear-attention reference works in.
 
 Chunks hold C tokens each; every sequence starts on a chunk of its own and pads its last one with zeros. Without `cu_seqlens` each batch row is one
-sequence; with it B is 1 and the chunks of the packed sequences follow one another. A block is a few consecutive chunks of every head: it is loaded
-from the token layout into scratch memory that all blocks share, worked on while it lies in the cache, and stored back.
-Letters: B batch, T tokens, G query/key heads, H heads, n chunks of a block, M = B * H, C chunk length, D any width.
+sequence; with it B is 1 and the chunks of the packed sequences follow one another. The work goes over blocks, a few consecutive chunks of all heads:
+what a block needs is loaded into scratch memory that all blocks share, worked on while it lies in the cache, and stored back.
+Letters: B batch, T tokens, G query/key heads, H heads, R = H / G, N chunks, n chunks of a block, M = B * H, X = n * M, C chunk length, D any width.
 """
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Bytes of one operand of a block: a handful of them stay in a core's cache.
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 19
 
 
 class Scratch:
@@ -24,13 +25,30 @@ class Scratch:
     def __init__(self, device: torch.device):
         self.device = device
         self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
+        self.derived: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
 
     def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Uninitialised; valid until the same name is asked for again."""
-        size, known = prod(shape), self.memory.get((name, dtype))
-        if known is None or known.numel() < size:
-            known = self.memory[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
-        return known[:size].view(shape)
+        """Uninitialised; valid until the same name is asked for again. The same tensor for the same shape."""
+        known = self.views.get((name, dtype, shape))
+        if known is None:
+            size, memory = prod(shape), self.memory.get((name, dtype))
+            if memory is None or memory.numel() < size:
+                self.views.clear()
+                self.derived.clear()
+                memory = self.memory[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
+            known = self.views[name, dtype, shape] = memory[:size].view(shape)
+        return known
+
+    def once(self, derive: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
+        """derive(x, *arguments), views of a tensor of this memory, kept: making views of a block takes as long as working on it."""
+        if torch.compiler.is_compiling():
+            return derive(x, *arguments)
+        key = (derive, id(x), arguments)
+        known = self.derived.get(key)
+        if known is None or known[0] is not x:
+            known = self.derived[key] = (x, derive(x, *arguments))
+        return known[1]
 
 
 _of_thread = threading.local()
@@ -43,71 +61,69 @@ def scratch_on(device: torch.device) -> Scratch:
     return _of_thread.__dict__.setdefault(str(device), Scratch(device))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """`chunks` are its places in the order of all chunks. `starts` and `ends` name the rows of the state tensor whose sequence starts or ends at a
-    chunk of the block. Its tokens follow one another; `rows` says which of its n * C rows they fill, None where they fill all."""
+class Chunks:
+    """Where tokens lie among N chunks. `rows` says which of the N * C rows they fill, None where they fill all. `starts` and `ends` name the rows of
+    the state tensor whose sequence starts or ends at a chunk. The host reads cu_seqlens: this is for the torch references only."""
 
-    chunks: slice
-    n_chunks: int
-    chunk_size: int
-    starts: dict[int, slice]
-    ends: dict[int, slice]
-    tokens: slice
-    rows: Tensor | None
+    def __init__(self, n_tokens: int, size: int, cu_seqlens: Tensor | None):
+        offsets = [0, n_tokens] if cu_seqlens is None else cu_seqlens.tolist()
+        self.n, self.size = 0, size
+        self.starts: dict[int, slice] = {}
+        self.ends: dict[int, slice] = {}
+        rows = [torch.arange(0)]
+        for sequence, (first, last) in enumerate(pairwise(offsets)):
+            if first < last:
+                states = slice(None) if cu_seqlens is None else slice(sequence, sequence + 1)
+                rows.append(torch.arange(last - first) + self.n * size)
+                self.starts[self.n] = states
+                self.n += -(-(last - first) // size)
+                self.ends[self.n - 1] = states
+        self.rows = torch.cat(rows) if self.n * size > n_tokens else None
 
-    def load(self, x: Tensor, out: Tensor) -> Tensor:
-        """[B, T, G, ...] -> out [n, B * H, C, ...] in its dtype, every head H / G times, zeros in the padding."""
-        tokens = x[:, self.tokens]
+    def blocks(self, bytes_per_chunk: int) -> list[slice]:
+        step = max(1, BLOCK_BYTES // bytes_per_chunk)
+        return [slice(first, min(first + step, self.n)) for first in range(0, self.n, step)]
+
+    def view(self, x: Tensor, heads: int = 0) -> Tensor:
+        """[B, T, G, ...] seen as [N, B, G, R, C, ...], every head H / G times (once if `heads` is 0); a copy where there is padding, of zeros."""
         if self.rows is not None:
-            padded = x.new_zeros(x.shape[0], self.n_chunks * self.chunk_size, *x.shape[2:])
-            padded[:, self.rows] = tokens
-            tokens = padded
-        chunks = self.chunked(tokens)
-        out.unflatten(1, (*chunks.shape[1:3], -1)).copy_(chunks[:, :, :, None])
-        return out
+            padded = x.new_zeros(x.shape[0], self.n * self.size, *x.shape[2:])
+            padded[:, self.rows] = x
+            x = padded
+        chunked = x.unflatten(1, (self.n, self.size)).movedim(0, 1).transpose(2, 3)[:, :, :, None]
+        return chunked.expand(-1, -1, -1, max(1, heads // x.shape[2]), *chunked.shape[4:])
 
-    def store(self, out: Tensor, x: Tensor) -> None:
-        """The adjoint of `load`: x [n, B * H, C, ...] into the tokens of out [B, T, G, ...], summed over the heads that share one of G."""
-        heads = x.unflatten(1, (out.shape[0], out.shape[2], -1))
-        chunks = heads.squeeze(3) if heads.shape[3] == 1 else heads.sum(3)
-        if self.rows is None:
-            self.chunked(out[:, self.tokens]).copy_(chunks)
-        else:
-            out[:, self.tokens] = chunks.movedim(1, 0).transpose(2, 3).flatten(1, 2)[:, self.rows].to(out.dtype)
+    def empty(self, x: Tensor) -> Tensor:
+        """To be filled through `store` and read by `tokens`; laid out as `view` of the tokens of x."""
+        return x.new_empty(x.shape[0], self.n * self.size, *x.shape[2:]).unflatten(1, (self.n, self.size)).movedim(0, 1).transpose(2, 3)
 
-    def chunked(self, tokens: Tensor) -> Tensor:
-        """[B, n * C, G, ...] seen as [n, B, G, C, ...]."""
-        return tokens.unflatten(1, (self.n_chunks, self.chunk_size)).movedim(0, 1).transpose(2, 3)
+    def tokens(self, stored: Tensor) -> Tensor:
+        """[N, B, G, C, ...] -> [B, T, G, ...]."""
+        x = stored.transpose(2, 3).movedim(1, 0).flatten(1, 2)
+        return x if self.rows is None else x[:, self.rows]
 
 
-def chunk_blocks(n_tokens: int, chunk_size: int, cu_seqlens: Tensor | None, bytes_per_chunk: int) -> list[Block]:
-    """T tokens in chunks of C, in blocks of about BLOCK_BYTES per operand. The host reads cu_seqlens: this is for the torch references only."""
-    offsets = [0, n_tokens] if cu_seqlens is None else cu_seqlens.tolist()
-    # (first token, tokens) of each chunk.
-    chunks: list[tuple[int, int]] = []
-    starts: dict[int, slice] = {}
-    ends: dict[int, slice] = {}
-    for sequence, (first, last) in enumerate(pairwise(offsets)):
-        if first < last:
-            states = slice(None) if cu_seqlens is None else slice(sequence, sequence + 1)
-            starts[len(chunks)] = states
-            chunks += [(token, min(chunk_size, last - token)) for token in range(first, last, chunk_size)]
-            ends[len(chunks) - 1] = states
-    step = max(1, BLOCK_BYTES // bytes_per_chunk)
-    blocks = []
-    for chunk0 in range(0, len(chunks), step):
-        here = chunks[chunk0 : chunk0 + step]
-        rows = [i * chunk_size + row for i, (_, size) in enumerate(here) for row in range(size)]
-        blocks.append(
-            Block(
-                chunks=slice(chunk0, chunk0 + len(here)),
-                n_chunks=len(here),
-                chunk_size=chunk_size,
-                starts={n - chunk0: states for n, states in starts.items() if chunk0 <= n < chunk0 + step},
-                ends={n - chunk0: states for n, states in ends.items() if chunk0 <= n < chunk0 + step},
-                tokens=slice(here[0][0], here[0][0] + len(rows)),
-                rows=torch.tensor(rows) if len(rows) < len(here) * chunk_size else None,
-            )
-        )
-    return blocks
+def into(out: Tensor, operation: Callable[..., Tensor], *operands: Any) -> Tensor:
+    """out = operation(*operands), without a temporary; the compiler, which makes none, refuses an `out` that is not contiguous."""
+    return out.copy_(operation(*operands)) if torch.compiler.is_compiling() else operation(*operands, out=out)
+
+
+def load(chunked: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
+    """factor times chunks [n, B, G, R, C, ...] -> out [X, C, ...] in its dtype."""
+    if factor != 1 and out.dtype == chunked.dtype:
+        into(out.view(chunked.shape), torch.mul, chunked, factor)
+    else:
+        out.view(chunked.shape).copy_(chunked)
+        if factor != 1:
+            out.mul_(factor)
+    return out
+
+
+def store(x: Tensor, chunked: Tensor, factor: float = 1.0) -> None:
+    """The adjoint of `load`, times `factor`: x [X, C, ...] into chunks [n, B, G, C, ...], summed over the R heads that share one of G."""
+    heads = x.view(*chunked.shape[:3], -1, *chunked.shape[3:])
+    heads = heads[:, :, :, 0] if heads.shape[3] == 1 else heads.sum(3)
+    if factor == 1:
+        chunked.copy_(heads)
+    else:
+        into(chunked, torch.mul, heads, factor)

@@ -1,70 +1,71 @@
-"""What a gate means inside the chunks of a block, for the torch references: the one thing that differs between the linear-attention ops.
+"""What a gate means inside chunks, for the torch references: the one thing that differs between the linear-attention ops.
 
 Everything is an exponential of a difference that is at most 0, so nothing overflows and the hidden half of a chunk gives no 0 * inf. Exponentials
 are powers of two: on a CPU exp2 is 4 to 25 times faster than exp.
-Letters: n chunks of a block, M = B * H, r kinds of rows that read (queries; queries and keys), C chunk length, P pairs of neighbouring sub-chunks,
-s their length, K key width.
+Letters: X chunks times heads, r kinds of rows that read (queries; queries and keys), C chunk length, P pairs of neighbouring sub-chunks, s their
+length, K key width.
 """
 
+from dataclasses import dataclass
 from math import e, log2
 
 import torch
 from torch import Tensor
 
-from triton_kernels.chunk import Scratch
+from triton_kernels.chunk import Scratch, into
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b of [n, M, ., .] stacks as one batch, whose operands are read in place (torch.matmul would copy transposed ones)."""
-    if out.dtype == a.dtype:
-        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
-    else:
-        out.flatten(0, 1).copy_(torch.bmm(a.flatten(0, 1), b.flatten(0, 1)))
-    return out
+    """out = a @ b, rounded to the dtype of `out`."""
+    return torch.bmm(a, b, out=out) if out.dtype == a.dtype else out.copy_(torch.bmm(a, b))
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a @ b; `out` may be wider than the product's dtype."""
-    a_X, b_X, out_X = a.flatten(0, 1), b.flatten(0, 1), out.flatten(0, 1)
-    if out.dtype == a.dtype:
-        out_X.baddbmm_(a_X, b_X)
-    else:
-        out_X.add_(torch.bmm(a_X, b_X))
-    return out
+def add_product(out: Tensor, a: Tensor, b: Tensor, factor: int = 1) -> Tensor:
+    """out += factor a @ b; `out` may be wider than the product's dtype."""
+    return out.baddbmm_(a, b, alpha=factor) if out.dtype == a.dtype else out.add_(torch.bmm(a, b), alpha=factor)
 
 
+@dataclass(frozen=True)
 class ScalarDecay:
     """One decay per token and head: e^{c_i - c_j} multiplies the scores from outside.
 
-    With c the inclusive cumulative log-decay, from_start = e^c and to_end = e^{c_C - c} are [n, M, C, 1 or K], whole = e^{c_C} is [n, M, 1 or K, 1].
-    """
+    With c the inclusive cumulative log-decay, from_start = e^c and to_end = e^{c_C - c} are [X, C, 1 or K], whole = e^{c_C} is [X, 1 or K, 1].
+    `within` = e^{c_i - c_j} may be one chunk's [M, C, C], which the others share."""
 
-    def __init__(self, g_nMC: Tensor, scratch: Scratch, within: Tensor | None = None):
-        """within: e^{c_i - c_j} [1, M, C, C] where it is known already, as it is for a fixed decay."""
-        c = g_nMC.cumsum(-1) * log2(e)
-        self.from_start, self.to_end, self.whole = c.exp2()[..., None], (c[..., -1:] - c).exp2_()[..., None], c[..., -1:, None].exp2()
-        if within is None:
-            within = decay_within(c, scratch("decay within", c.dtype, *c.shape, c.shape[-1]))
-        self.within = within[:, :, None]
+    from_start: Tensor
+    to_end: Tensor
+    whole: Tensor
+    within: Tensor
 
-    def scores(self, rows_nMrCK: Tensor, keys_nMCK: Tensor, out_nMrCC: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, g_XC: Tensor, scratch: Scratch) -> "ScalarDecay":
+        c = g_XC.cumsum(1).mul_(log2(e))
+        within = torch.sub(c[:, :, None], c[:, None, :], out=scratch("decay within", c.dtype, *c.shape, c.shape[1]))
+        # Masked before the exponential: above the diagonal it would overflow.
+        within.add_(torch.full(within.shape[1:], -torch.inf, dtype=c.dtype, device=c.device).triu_(1)).exp2_()
+        return cls(c.exp2()[..., None], (c[:, -1:] - c).exp2_()[..., None], c[:, -1:, None].exp2(), within)
+
+    def repeated(self, n_chunks: int) -> "ScalarDecay":
+        """One chunk's, for each of n."""
+        return ScalarDecay(*(x.repeat(n_chunks, 1, 1) for x in (self.from_start, self.to_end, self.whole)), self.within)
+
+    def first(self, X: int) -> "ScalarDecay":
+        return ScalarDecay(self.from_start[:X], self.to_end[:X], self.whole[:X], self.within)
+
+    def decayed(self, scores_XrCC: Tensor) -> Tensor:
+        scores = scores_XrCC.view(-1, len(self.within), *scores_XrCC.shape[1:])
+        return scores.mul_(self.within[:, None].to(scores.dtype)).flatten(0, 1)
+
+    def scores(self, rows_XrCK: Tensor, keys_XCK: Tensor, out_XrCC: Tensor) -> Tensor:
         """sum_d rows_id keys_jd e^{c_id - c_jd} for j <= i; what stands above the diagonal is 0."""
-        product(rows_nMrCK.flatten(2, 3), keys_nMCK.mT, out_nMrCC.flatten(2, 3))
-        return out_nMrCC.mul_(self.within.to(out_nMrCC.dtype))
+        product(rows_XrCK.flatten(1, 2), keys_XCK.mT, out_XrCC.flatten(1, 2))
+        return self.decayed(out_XrCC)
 
-    def scores_backward(self, d_nMrCC: Tensor, rows_nMrCK: Tensor, keys_nMCK: Tensor, drows_nMrCK: Tensor, dkeys_nMCK: Tensor) -> None:
+    def scores_backward(self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor) -> None:
         """Adds the gradients of rows and keys to drows and dkeys; takes d, the scores' gradient, for its own."""
-        d_nMRC = d_nMrCC.mul_(self.within.to(d_nMrCC.dtype)).flatten(2, 3)
-        add_product(drows_nMrCK.flatten(2, 3), d_nMRC, keys_nMCK)
-        add_product(dkeys_nMCK, d_nMRC.mT, rows_nMrCK.flatten(2, 3))
-
-
-def decay_within(c: Tensor, out: Tensor) -> Tensor:
-    """2^{c_i - c_j} [..., C, C], 0 above the diagonal, of cumulative log2-decays [..., C]."""
-    torch.sub(c[..., :, None], c[..., None, :], out=out)
-    # Masked before the exponential: above the diagonal it would overflow.
-    hidden_CC = torch.full(out.shape[-2:], -torch.inf, dtype=c.dtype, device=c.device).triu_(1)
-    return out.add_(hidden_CC).exp2_()
+        d_XRC = self.decayed(d_XrCC).flatten(1, 2)
+        add_product(drows_XrCK.flatten(1, 2), d_XRC, keys_XCK)
+        add_product(dkeys_XCK, d_XRC.mT, rows_XrCK.flatten(1, 2))
 
 
 class ChannelDecay:
@@ -72,62 +73,67 @@ class ChannelDecay:
     single rows: each later half meets its earlier half through a product anchored at the later half's first row, which makes both exponents at most
     0 and lets no row see the decays of its future."""
 
-    def __init__(self, g_nMCK: Tensor, scratch: Scratch):
-        c = g_nMCK.cumsum(2).mul_(log2(e))
-        self.scratch = scratch
+    def __init__(self, g_XCK: Tensor, scratch: Scratch):
+        c = torch.cumsum(g_XCK, 1, out=scratch("cumulative", g_XCK.dtype, *g_XCK.shape)).mul_(log2(e))
+        self.scratch, last = scratch, c[:, -1:]
         self.from_start = torch.exp2(c, out=scratch("from start", c.dtype, *c.shape))
-        self.to_end = torch.sub(c[:, :, -1:], c, out=scratch("to end", c.dtype, *c.shape)).exp2_()
-        self.whole = c[:, :, -1, :, None].exp2()
+        self.to_end = torch.sub(last, c, out=scratch("to end", c.dtype, *c.shape)).exp2_()
+        self.whole = last.mT.exp2()
         self.levels: list[tuple[int, Tensor, Tensor]] = []
-        half = c.shape[2] // 2
+        half = c.shape[1] // 2
         while half > 0:
-            early, late = halves(c, half)
-            anchor = late[..., :1, :]
-            to_late, from_early = scratch(f"level {half}", c.dtype, 2, *late.shape).unbind()
-            torch.sub(late, anchor, out=to_late)
-            torch.sub(anchor, early, out=from_early)
-            self.levels.append((half, to_late.exp2_(), from_early.exp2_()))
+            decay = scratch(f"level {half}", c.dtype, *c.shape)
+            (early, late, anchor), (from_early, to_late, _) = scratch.once(halves, c, half), scratch.once(halves, decay, half)
+            into(to_late, torch.sub, late, anchor)
+            into(from_early, torch.sub, anchor, early)
+            decay.exp2_()
+            self.levels.append((half, to_late, from_early))
             half //= 2
 
-    def operands(self, half: int, late: Tensor, early: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The later rows [X, r s, K] and the earlier keys [X, s, K] of every pair, decayed to and from the pair's anchor; X = n M P."""
-        n, M, r, _, K = rows.shape
-        late_rows = self.scratch("late rows", rows.dtype, n, M, late.shape[2], r, half, K)
-        early_keys = self.scratch("early keys", keys.dtype, *early.shape)
-        late_rows.copy_(halves(rows, half)[1].transpose(2, 3)).mul_(late[:, :, :, None])
-        early_keys.copy_(halves(keys, half)[0]).mul_(early)
-        return late_rows.flatten(0, 2).flatten(1, 2), early_keys.flatten(0, 2)
+    def operands(self, half: int, to_late: Tensor, from_early: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The later rows [X, P, r, s, K] and the earlier keys [X, P, s, K] of every pair, decayed to and from the pair's anchor."""
+        once, shape = self.scratch.once, to_late.shape
+        late_rows = self.scratch("late rows", rows.dtype, *shape[:2], rows.shape[1], *shape[2:])
+        into(once(torch.transpose, late_rows, 1, 2), torch.mul, once(halves, rows, half)[1], to_late[:, None])
+        early_keys = torch.mul(once(halves, keys, half)[0], from_early, out=self.scratch("early keys", keys.dtype, *shape))
+        return once(flat_pairs, late_rows), once(flat_pairs, early_keys)
 
-    def scores(self, rows_nMrCK: Tensor, keys_nMCK: Tensor, out_nMrCC: Tensor) -> Tensor:
-        out_nMrCC.zero_()
-        out_nMrCC.diagonal(dim1=-2, dim2=-1).copy_((rows_nMrCK * keys_nMCK[:, :, None]).sum(-1))
-        for half, late, early in self.levels:
-            late_rows, early_keys = self.operands(half, late, early, rows_nMrCK, keys_nMCK)
-            scores = torch.bmm(late_rows, early_keys.mT).view(*late.shape[:3], -1, half, half)
-            off_diagonal(out_nMrCC, half).copy_(scores.transpose(2, 3))
-        return out_nMrCC
+    def scores(self, rows_XrCK: Tensor, keys_XCK: Tensor, out_XrCC: Tensor) -> Tensor:
+        out_XrCC.zero_()
+        out_XrCC.diagonal(dim1=-2, dim2=-1).copy_((rows_XrCK * keys_XCK[:, None]).sum(-1))
+        for half, to_late, from_early in self.levels:
+            late_rows, early_keys = self.operands(half, to_late, from_early, rows_XrCK, keys_XCK)
+            blocks = self.scratch.once(off_diagonal, out_XrCC, half)
+            blocks.copy_(torch.bmm(late_rows, early_keys.mT).view(blocks.shape))
+        return out_XrCC
 
-    def scores_backward(self, d_nMrCC: Tensor, rows_nMrCK: Tensor, keys_nMCK: Tensor, drows_nMrCK: Tensor, dkeys_nMCK: Tensor) -> None:
-        diagonal = d_nMrCC.diagonal(dim1=-2, dim2=-1)[..., None]
-        drows_nMrCK.addcmul_(diagonal, keys_nMCK[:, :, None])
-        dkeys_nMCK.add_((rows_nMrCK * diagonal).sum(2))
-        for half, late, early in self.levels:
-            late_rows, early_keys = self.operands(half, late, early, rows_nMrCK, keys_nMCK)
-            d = off_diagonal(d_nMrCC, half).transpose(2, 3).flatten(0, 2).flatten(1, 2)
+    def scores_backward(self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor) -> None:
+        once, diagonal = self.scratch.once, d_XrCC.diagonal(dim1=-2, dim2=-1)[..., None]
+        drows_XrCK.addcmul_(diagonal, keys_XCK[:, None])
+        dkeys_XCK.add_((rows_XrCK * diagonal).sum(1))
+        for half, to_late, from_early in self.levels:
+            late_rows, early_keys = self.operands(half, to_late, from_early, rows_XrCK, keys_XCK)
+            d = once(off_diagonal, d_XrCC, half).reshape(len(late_rows), -1, half)
             # With one row in each half these are no products worth a matmul.
             dlate = d * early_keys if half == 1 else torch.bmm(d, early_keys)
             dearly = (d * late_rows).sum(1) if half == 1 else torch.bmm(d.mT, late_rows)
-            halves(drows_nMrCK, half)[1].transpose(2, 3).addcmul_(dlate.view(*late.shape[:3], -1, *late.shape[3:]), late[:, :, :, None])
-            halves(dkeys_nMCK, half)[0].addcmul_(dearly.view_as(early), early)
+            dlate_XrPsK = dlate.view(*to_late.shape[:2], -1, *to_late.shape[2:]).transpose(1, 2)
+            once(halves, drows_XrCK, half)[1].addcmul_(dlate_XrPsK, to_late[:, None])
+            once(halves, dkeys_XCK, half)[0].addcmul_(dearly.view(to_late.shape), from_early)
 
 
-def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """[..., C, K] -> earlier and later halves [..., P, s, K]."""
-    early, late = x.unflatten(-2, (-1, 2, half)).unbind(-3)
-    return early, late
+def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., C, K] -> earlier and later halves [..., P, s, K], and the first rows of the later ones."""
+    early, late = x.view(*x.shape[:-2], -1, 2, half, x.shape[-1]).unbind(-3)
+    return early, late, late[..., :1, :]
 
 
-def off_diagonal(scores: Tensor, half: int) -> Tensor:
-    """[..., C, C] -> the blocks where later halves meet their earlier halves [..., P, s, s]."""
-    pairs = scores.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))[..., 1, :, :, 0, :]
-    return pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+def flat_pairs(x: Tensor) -> Tensor:
+    """[X, P, ..., K] -> [X P, ..., K] with one axis between."""
+    return x.view(x.shape[0] * x.shape[1], -1, x.shape[-1])
+
+
+def off_diagonal(scores_XrCC: Tensor, half: int) -> Tensor:
+    """[X, r, C, C] -> the blocks where later halves meet their earlier halves [X, P, r, s, s]."""
+    pairs = scores_XrCC.unflatten(-1, (-1, 2, half)).unflatten(-4, (-1, 2, half))[..., 1, :, :, 0, :]
+    return pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, 1)

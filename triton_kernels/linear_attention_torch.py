@@ -7,7 +7,6 @@
 Letters: B batch, T tokens, G query/key heads, H value heads, C chunk length, K key width, V value width, S sequences.
 """
 
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -26,14 +25,13 @@ def decayed_linear_attention_torch(
     scale: float, cu_seqlens: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
-    g_BTH, chunk, decay, whole_chunks = token_log_decay(log_decay, q_BTHK), min(chunk_size, MAX_CHUNK), ScalarDecay, None
+    g_BTH, chunk, fixed_decay = token_log_decay(log_decay, q_BTHK), min(chunk_size, MAX_CHUNK), None
     if log_decay is None or log_decay.dim() == 1:
         # One decay per head: all chunks share one matrix, which is most of the exponentials.
         (B, _, H, _), exact = q_BTHK.shape, torch.promote_types(q_BTHK.dtype, torch.float32)
         g_H = torch.zeros(H, device=q_BTHK.device) if log_decay is None else log_decay.detach()
-        whole_chunks = ScalarDecay(g_H.to(exact).repeat(B)[None, :, None].expand(1, B * H, chunk), Scratch(q_BTHK.device))
-        decay = partial(ScalarDecay, within=whole_chunks.within[:, :, 0])
-    rule = Rule(decay=decay, scale=scale, whole_chunks=whole_chunks)
+        fixed_decay = ScalarDecay.of(g_H.to(exact).repeat(B)[:, None].repeat(1, chunk), Scratch(q_BTHK.device))
+    rule = Rule(decay=ScalarDecay.of, scale=scale, fixed_decay=fixed_decay)
     return chunked_rule(q_BTHK, k_BTHK, v_BTHV, g_BTH, None, initial_SHKV, cu_seqlens, chunk, rule)
 
 
@@ -43,7 +41,7 @@ def delta_rule_torch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H, K])."""
     g = beta_BTH.new_zeros(()).expand(beta_BTH.shape) if log_decay is None else log_decay
-    rule = Rule(decay=ScalarDecay if g.dim() == 3 else ChannelDecay, scale=scale, normalize_qk=normalize_qk)
+    rule = Rule(decay=ScalarDecay.of if g.dim() == 3 else ChannelDecay, scale=scale, normalize_qk=normalize_qk)
     return chunked_rule(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, initial_SHKV, cu_seqlens, min(chunk_size, MAX_CHUNK), rule)
 
 

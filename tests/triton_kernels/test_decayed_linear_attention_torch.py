@@ -61,6 +61,15 @@ def test_packed_sequences_equal_the_recurrence(gate: str, lengths: list[int], ch
     assert_equals_recurrence(gate, sum(lengths), chunk_size, cu_seqlens, -1.0)
 
 
+@pytest.mark.parametrize("gate", ["none", "fixed", "data"])
+@pytest.mark.parametrize("lengths", [[64], [70], [30, 0, 1, 40]])
+def test_across_many_blocks(gate: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks of 8 a block: each takes its state and its scratch memory from the one before."""
+    monkeypatch.setattr("triton_kernels.chunk.BLOCK_BYTES", 2 * 2 * HEADS * 8 * KEY_WIDTH * 8)
+    cu_seqlens = None if len(lengths) == 1 else torch.tensor([0, *lengths]).cumsum(0)
+    assert_equals_recurrence(gate, sum(lengths), 8, cu_seqlens, -0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_keeps_an_fp32_state_and_stays_near_fp64(dtype: torch.dtype) -> None:
     q, k, v, g, state = make_inputs("data", 1, 100, 1, dtype)

@@ -53,6 +53,13 @@ def into_pool(k_BSGK, v_BSGV, page, seed=0):
     return *pools, order.reshape(B, n_pages)
 
 
+def quantise(x, dtype):
+    """(x in bytes, one scale per token and head)."""
+    scale = x.abs().amax(-1) / (127 if dtype == torch.int8 else torch.finfo(dtype).max)
+    units = x / scale[..., None]
+    return (units.round() if dtype == torch.int8 else units).to(dtype), scale
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 45), min_size=1, max_size=3),
@@ -109,33 +116,41 @@ def test_kernels_are_as_exact_as_torch(S, lengths, H, G, K, V, page, options, dt
 @pytest.mark.parametrize("quantised", [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_quantised_caches_equal_the_cache_they_stand_for(quantised, backend):
     q, k, v = random_cache(2, 90, 4, 2, 32, 32, torch.float32)
-    largest = 127 if quantised == torch.int8 else torch.finfo(quantised).max
     lengths_B = torch.tensor([90, 31])
-    stored, scales, dequantised = [], [], []
-    for x in (k, v):
-        scale_BSG = x.abs().amax(-1) / largest
-        units = x / scale_BSG[..., None]
-        stored.append((units.round() if quantised == torch.int8 else units).to(quantised))
-        scales.append(scale_BSG)
-        dequantised.append(stored[-1].float() * scale_BSG[..., None])
+    stored, scales = zip(*(quantise(x, quantised) for x in (k, v)))
+    dequantised = (x.float() * scale[..., None] for x, scale in zip(stored, scales))
     ours = flash_decode(q, *stored, lengths_B, k_scale=scales[0], v_scale=scales[1], backend=backend)
     torch.testing.assert_close(ours, dense_decode(q, *dequantised, lengths_B), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("window", [None, 20])
-def test_prefill_and_decode_equal_the_full_attention(backend, window):
-    """Token by token over a growing cache, and over a ring buffer when there is a window: the rows of the full causal attention."""
-    _, k, v = random_cache(1, 60, 4, 2, 32, 32, torch.float32)
-    q_BTHK = torch.randn(1, 60, 4, 32, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("kind", ["growing", "ring", "windowed", "paged", "latent", torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_prefill_and_decode_equal_the_full_attention(backend, kind):
+    """Token by token over every kind of cache: the rows of the full causal attention over the keys and values that the cache stands for."""
+    T, G, window = 60, 1 if kind == "latent" else 2, 20 if kind in ("ring", "windowed") else None
+    _, k, v = random_cache(1, T, 4, G, 32, 32, torch.float32)
+    q_BTHK = torch.randn(1, T, 4, 32, generator=torch.Generator().manual_seed(3))
+    v = k[..., :24] if kind == "latent" else v
+    stored, scales = [k, v], {}
+    if isinstance(kind, torch.dtype):
+        (stored[0], scales["k_scale"]), (stored[1], scales["v_scale"]) = quantise(k, kind), quantise(v, kind)
+        k, v = (x.float() * scale[..., None] for x, scale in zip(stored, scales.values()))
     full_BTHV = flash_attention(q_BTHK, k, v, window=window)
-    size = window or 60
-    k_ring, v_ring = (torch.full((1, size, 2, 32), torch.nan) for _ in range(2))
-    for t in range(60):
-        k_ring[:, t % size], v_ring[:, t % size] = k[:, t], v[:, t]
-        if t in (0, 1, 19, 20, 33, 59):
-            o_BHV = flash_decode(q_BTHK[:, t], k_ring, v_ring, torch.tensor([t + 1]), backend=backend)
-            torch.testing.assert_close(o_BHV, full_BTHV[:, t], rtol=1e-5, atol=1e-5)
+    for t in (0, 1, 19, 20, 33, T - 1):
+        lengths_B, options = torch.tensor([t + 1]), {"window": window if kind == "windowed" else None}
+        # What is not written yet is NaN, of bytes the scales; a ring holds the last 20 tokens, in the rows they fell into.
+        k_cache, v_cache = stored if scales else spoil(*stored, lengths_B)
+        unwritten_BSG = torch.arange(T)[None, :, None] > t
+        options |= {name: scale.masked_fill(unwritten_BSG, torch.nan) for name, scale in scales.items()}
+        if kind == "ring":
+            rows = [max((s for s in range(t + 1) if s % 20 == row), default=T - 1) for row in range(20)]
+            k_cache, v_cache = k_cache[:, rows], v_cache[:, rows]
+        elif kind == "latent":
+            v_cache = k_cache[..., :24]
+        elif kind == "paged":
+            k_cache, v_cache, options["block_table_BN"] = into_pool(k_cache, v_cache, 16, seed=t)
+        o_BHV = flash_decode(q_BTHK[:, t], k_cache, v_cache, lengths_B, backend=backend, **options)
+        torch.testing.assert_close(o_BHV, full_BTHV[:, t], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

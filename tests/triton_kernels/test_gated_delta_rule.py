@@ -97,9 +97,12 @@ def test_reference_on_packed_sequences(rule, lengths, chunk_size):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_reference_across_many_blocks_in_fp32(rule):
-    # 600 tokens of 4 heads 64 wide are several cache-sized blocks, and chunks end in the middle of the last.
-    assert_close(rule, draw(rule, 1, 600, 4, 4, (64, 64), 1, torch.float32), "torch")
+@pytest.mark.parametrize("lengths", [[600], [130, 0, 1, 200]])
+def test_reference_across_many_blocks_in_fp32(rule, lengths, monkeypatch):
+    """Blocks of two chunks, of 4 heads 64 wide, whose scratch memory each takes from the one before; the last one is shorter."""
+    monkeypatch.setattr("triton_kernels.chunk.BLOCK_BYTES", 2 * 4 * 32 * 64 * 4)
+    cu_seqlens = None if len(lengths) == 1 else torch.tensor([0, *lengths]).cumsum(0)
+    assert_close(rule, draw(rule, 1, sum(lengths), 4, 4, (64, 64), len(lengths), torch.float32), "torch", cu_seqlens)
 
 
 def test_inverse_survives_repeated_keys():
