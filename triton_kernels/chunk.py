@@ -108,10 +108,10 @@ def into(out: Tensor, operation: Callable[..., Tensor], *operands: Any) -> Tenso
     return out.copy_(operation(*operands)) if torch.compiler.is_compiling() else operation(*operands, out=out)
 
 
-def load(chunked: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
-    """factor times chunks [n, B, G, R, C, ...] -> out [X, C, ...] in its dtype."""
-    if factor != 1 and out.dtype == chunked.dtype:
-        into(out.view(chunked.shape), torch.mul, chunked, factor)
+def load(chunked: Tensor, out: Tensor, factor: float | Tensor = 1.0) -> Tensor:
+    """factor (a number, or [X, C, 1]) times chunks [n, B, G, R, C, ...] -> out [X, ..., C, ...] in its dtype."""
+    if isinstance(factor, Tensor):
+        into(out.view(chunked.shape), torch.mul, chunked, factor.view(*chunked.shape[:5], 1))
     else:
         out.view(chunked.shape).copy_(chunked)
         if factor != 1:
@@ -119,11 +119,13 @@ def load(chunked: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
     return out
 
 
-def store(x: Tensor, chunked: Tensor, factor: float = 1.0) -> None:
-    """The adjoint of `load`, times `factor`: x [X, C, ...] into chunks [n, B, G, C, ...], summed over the R heads that share one of G."""
+def store(x: Tensor, chunked: Tensor, factor: float | Tensor = 1.0) -> None:
+    """The adjoint of `load`: factor times x [X, C, ...] into chunks [n, B, G, C, ...], summed over the R heads that share one of G."""
     heads = x.view(*chunked.shape[:3], -1, *chunked.shape[3:])
     heads = heads[:, :, :, 0] if heads.shape[3] == 1 else heads.sum(3)
-    if factor == 1:
-        chunked.copy_(heads)
-    else:
+    if isinstance(factor, Tensor):
+        into(chunked, torch.mul, heads, factor.view(*heads.shape[:4], 1))
+    elif factor != 1:
         into(chunked, torch.mul, heads, factor)
+    else:
+        chunked.copy_(heads)

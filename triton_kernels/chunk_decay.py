@@ -25,17 +25,23 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, factor: int = 1) -> Tensor:
     return out.baddbmm_(a, b, alpha=factor) if out.dtype == a.dtype else out.add_(torch.bmm(a, b), alpha=factor)
 
 
+# Bits by which a fixed decay may shrink a chunk and still be taken out of its scores: the rest of fp32's exponent is left to what is multiplied.
+FIXED_BITS = 60
+
+
 @dataclass(frozen=True)
 class ScalarDecay:
     """One decay per token and head: e^{c_i - c_j} multiplies the scores from outside.
 
-    With c the inclusive cumulative log-decay, from_start = e^c and to_end = e^{c_C - c} are [X, C, 1 or K], whole = e^{c_C} is [X, 1 or K, 1].
-    `within` = e^{c_i - c_j} may be one chunk's [M, C, C], which the others share."""
+    With c the inclusive cumulative log-decay, from_start = e^c and to_end = e^{c_C - c} are [X, C, 1 or K], whole = e^{c_C} is [X, 1 or K, 1] and
+    within = e^{c_i - c_j} is [X, C, C]. `applied`: rows and keys come multiplied by from_start and to_end, and `within` is what is left, e^{-c_C};
+    it may be one chunk's [M, C, C], which the others share."""
 
     from_start: Tensor
     to_end: Tensor
     whole: Tensor
     within: Tensor
+    applied: bool = False
 
     @classmethod
     def of(cls, g_XC: Tensor, scratch: Scratch) -> "ScalarDecay":
@@ -45,12 +51,21 @@ class ScalarDecay:
         within.add_(torch.full(within.shape[1:], -torch.inf, dtype=c.dtype, device=c.device).triu_(1)).exp2_()
         return cls(c.exp2()[..., None], (c[:, -1:] - c).exp2_()[..., None], c[:, -1:, None].exp2(), within)
 
+    @classmethod
+    def fixed(cls, g_M: Tensor, chunk: int) -> "ScalarDecay | None":
+        """One chunk's, the same for all, to be applied to rows and keys; None where it is too strong for that."""
+        c = g_M[:, None] * torch.arange(1, chunk + 1, device=g_M.device) * log2(e)
+        if float(c.amin()) < -FIXED_BITS:
+            return None
+        within = (-c[:, -1:, None]).exp2().expand(-1, chunk, chunk).tril()
+        return cls(c.exp2()[..., None], (c[:, -1:] - c).exp2()[..., None], c[:, -1:, None].exp2(), within, True)
+
     def repeated(self, n_chunks: int) -> "ScalarDecay":
         """One chunk's, for each of n."""
-        return ScalarDecay(*(x.repeat(n_chunks, 1, 1) for x in (self.from_start, self.to_end, self.whole)), self.within)
+        return ScalarDecay(*(x.repeat(n_chunks, 1, 1) for x in (self.from_start, self.to_end, self.whole)), self.within, self.applied)
 
     def first(self, X: int) -> "ScalarDecay":
-        return ScalarDecay(self.from_start[:X], self.to_end[:X], self.whole[:X], self.within)
+        return ScalarDecay(self.from_start[:X], self.to_end[:X], self.whole[:X], self.within, self.applied)
 
     def decayed(self, scores_XrCC: Tensor) -> Tensor:
         scores = scores_XrCC.view(-1, len(self.within), *scores_XrCC.shape[1:])
@@ -72,6 +87,8 @@ class ChannelDecay:
     """One decay per key channel. It stands inside the dot product, and e^{c_i} e^{-c_j} would overflow, so the triangle is cut by halving down to
     single rows: each later half meets its earlier half through a product anchored at the later half's first row, which makes both exponents at most
     0 and lets no row see the decays of its future."""
+
+    applied = False
 
     def __init__(self, g_XCK: Tensor, scratch: Scratch):
         c = torch.cumsum(g_XCK, 1, out=scratch("cumulative", g_XCK.dtype, *g_XCK.shape)).mul_(log2(e))

@@ -35,8 +35,7 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """decay makes the decays of a block from its log-decays [X, C] or [X, C, K]; a `fixed_decay`, of one chunk, is that of every chunk but a padded
-    one."""
+    """decay makes the decays of a block from its log-decays [X, C] or [X, C, K]. A `fixed_decay` of one chunk stands for all where none is padded."""
 
     decay: Callable[[Tensor, Scratch], ScalarDecay | ChannelDecay]
     scale: float
@@ -68,20 +67,23 @@ class Operands:
         scratch, dtype, exact, q, k = inputs.scratch, inputs.dtype, inputs.exact, inputs.q[block], inputs.k[block]
         self.here = slice(block.start * inputs.M, block.stop * inputs.M)
         self.X, C, K = q.shape[:4].numel(), *q.shape[4:]
-        if inputs.g is None:
-            assert inputs.fixed_decay is not None
+        self.lengths = self.b = None
+        if inputs.fixed_decay is not None:
             self.decay = inputs.fixed_decay.first(self.X)
-        else:
-            self.decay = inputs.rule.decay(load(inputs.g[block], scratch("gates", exact, self.X, *inputs.g.shape[4:])), scratch)
+            self.rows = self.read = load(q, scratch("read", dtype, self.X, 1, C, K), self.decay.from_start)
+            self.weighted = self.write = load(k, scratch("write", dtype, self.X, C, K), self.decay.to_end)
+            return
+        assert inputs.g is not None
+        self.decay = inputs.rule.decay(load(inputs.g[block], scratch("gates", exact, self.X, *inputs.g.shape[4:])), scratch)
         readers = [q] if inputs.beta is None else [q, k]
         # Queries, and keys where they read too, as one stack of rows.
         rows = scratch("rows", exact, self.X, len(readers), C, K)
         for kind, x in enumerate(readers):
             load(x, rows[:, kind])
-        self.lengths = inverse_length(rows) if inputs.rule.normalize_qk else None
-        if self.lengths is not None:
+        if inputs.rule.normalize_qk:
+            self.lengths = inverse_length(rows)
             rows.mul_(self.lengths)
-        weighted, self.b = scratch("weighted", exact, self.X, C, K), None
+        weighted = scratch("weighted", exact, self.X, C, K)
         if inputs.beta is None:
             load(k, weighted)
         else:
@@ -193,7 +195,9 @@ class ChunkedRule(torch.autograd.Function):
             store(dvalues, dv[block])
 
             # What was written, U: read by later chunks, then by the queries and the keys of this one.
-            dwritten = product(errors, dnext.mT, scratch("dwritten", exact, X, C, K)).mul_(x.decay.to_end)
+            dwritten = product(errors, dnext.mT, scratch("dwritten", exact, X, C, K))
+            if not x.decay.applied:
+                dwritten.mul_(x.decay.to_end)
             dc_end = None
             if dg is not None:
                 # Rows of dS' S', as what the chunk began with and what it wrote.
@@ -201,7 +205,8 @@ class ChunkedRule(torch.autograd.Function):
             y_XRV = y.flatten(1, 2)
             drows = scratch("drows", exact, X, r, C, K)
             product(y_XRV, states.mT, drows.flatten(1, 2))
-            drows.mul_(x.decay.from_start[:, None])
+            if not x.decay.applied:
+                drows.mul_(x.decay.from_start[:, None])
             dscores = scratch("dscores", dtype, X, r, C, C)
             product(y_XRV, errors.mT, dscores.flatten(1, 2))
             dscores[:, 1:].diagonal(dim1=2, dim2=3).zero_()
@@ -216,8 +221,9 @@ class ChunkedRule(torch.autograd.Function):
                 drows[:, 1].addcmul_(x.b, dwritten)
             if x.lengths is not None:
                 drows.sub_(x.exact_rows * (drows * x.exact_rows).sum(-1, keepdim=True)).mul_(x.lengths)
-            store(drows[:, 0], dq[block])
-            store(dwritten if beta is None else drows[:, 1], dk[block])
+            of_q, of_k = (x.decay.from_start, x.decay.to_end) if x.decay.applied else (1.0, 1.0)
+            store(drows[:, 0], dq[block], of_q)
+            store(dwritten if beta is None else drows[:, 1], dk[block], of_k)
         grads = (None if x is None else chunks.tokens(x) for x in (dq, dk, dv, dg, dbeta))
         return *grads, dinitial, None, None, None
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from triton_kernels.chunk import Scratch
+from triton_kernels.checks import readable
 from triton_kernels.chunk_decay import ChannelDecay, ScalarDecay
 from triton_kernels.chunk_rule import Rule, chunked_rule
 
@@ -26,11 +26,10 @@ def decayed_linear_attention_torch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
     g_BTH, chunk, fixed_decay = token_log_decay(log_decay, q_BTHK), min(chunk_size, MAX_CHUNK), None
-    if log_decay is None or log_decay.dim() == 1:
+    if g_BTH.stride(1) == 0 and not g_BTH.requires_grad and readable(q_BTHK):
         # One decay per head: all chunks share one matrix, which is most of the exponentials.
-        (B, _, H, _), exact = q_BTHK.shape, torch.promote_types(q_BTHK.dtype, torch.float32)
-        g_H = torch.zeros(H, device=q_BTHK.device) if log_decay is None else log_decay.detach()
-        fixed_decay = ScalarDecay.of(g_H.to(exact).repeat(B)[:, None].repeat(1, chunk), Scratch(q_BTHK.device))
+        exact = torch.promote_types(q_BTHK.dtype, torch.float32)
+        fixed_decay = ScalarDecay.fixed(g_BTH[:, 0].flatten().to(exact), chunk) if g_BTH.numel() else None
     rule = Rule(decay=ScalarDecay.of, scale=scale, fixed_decay=fixed_decay)
     return chunked_rule(q_BTHK, k_BTHK, v_BTHV, g_BTH, None, initial_SHKV, cu_seqlens, chunk, rule)
 
