@@ -113,7 +113,7 @@ def _attention(name: str, shape: dict[str, int], *check_shapes: dict[str, int]) 
         inspect_shape=shape,
         check_shapes=check_shapes,
         bench_shapes=(shape, {**shape, "B": 4}, {**shape, "T": 16384}) if plain else (shape,),
-        cpu_shape={**shape, "T": 2048, "H": 8, "G": max(1, shape["G"] // 2), "K": 64, "V": 64},
+        cpu_shapes=({**shape, "T": 2048, "H": 8, "G": max(1, shape["G"] // 2), "K": 64, "V": 64},),
         peers=others,
         cpu_peers={"dense formula": peers.dense_attention, "SDPA": peers.sdpa(None)} if window is None and plain else {},
     )
@@ -160,7 +160,7 @@ def _decode(name: str, shape: dict[str, int], *check_shapes: dict[str, int]) -> 
         inspect_shape=shape,
         check_shapes=check_shapes,
         bench_shapes=(shape, {**shape, "B": 16}, {**shape, "S": 65536}),
-        cpu_shape={**shape, "S": 4096},
+        cpu_shapes=({**shape, "S": 4096},),
         peers=sdpa | ({"flash-attn": peers.flash_attn_decode} if plain else {}),
         cpu_peers=sdpa,
         # Memory bound: a step's products are a few rows of query heads against keys that are read once.
@@ -217,7 +217,7 @@ def _mixed(name: str, shape: dict[str, int], *check_shapes: dict[str, int]) -> O
         inspect_shape=shape,
         check_shapes=check_shapes,
         bench_shapes=(shape, {**shape, "T": 16384}),
-        cpu_shape={**shape, "T": 2048, "H": 4, "G": 2, "J": 4, "K": 64},
+        cpu_shapes=({**shape, "T": 2048, "H": 4, "G": 2, "J": 4, "K": 64},),
         peers={"separate launches": separate_launches},
         without_products=frozenset({"gate_gradient_kernel"}),
     )
@@ -288,7 +288,7 @@ OPERATIONS = (
         inspect_shape=MIXED_DECODE,
         check_shapes=tuple({**MIXED_DECODE, "B": 3, "S": S, "J": 3, "K": K} for S, K in ((257, 64), (100, 128), (300, 256))),
         bench_shapes=tuple({**MIXED_DECODE, "B": B} for B in (1, 4, 32)),
-        cpu_shape={**MIXED_DECODE, "S": 4096},
+        cpu_shapes=({**MIXED_DECODE, "S": 4096},),
         # Memory bound: rows of query heads against keys, vectors with states, all of it read once.
         without_products=frozenset({"mixed_decode_kernel"}),
     ),

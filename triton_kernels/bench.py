@@ -207,7 +207,7 @@ def run_bench(
     for dtype in dtypes:
         ceilings = measure_ceilings(device, dtype)
         rows += ceilings.rows(dtype)
-        shapes_of_ops = [operation.bench_shapes if device == "cuda" else filter(None, [operation.cpu_shape]) for operation in operations]
+        shapes_of_ops = [operation.bench_shapes if device == "cuda" else operation.cpu_shapes for operation in operations]
         turns = [turn for shapes in zip_longest(*shapes_of_ops) for turn in zip(operations, shapes) if turn[1] is not None]
         for operation, shape in turns:
             try:

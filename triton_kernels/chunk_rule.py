@@ -22,6 +22,7 @@ queries and keys), C chunk length, K key width, V value width, S sequences.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -121,27 +122,29 @@ class ChunkedRule(torch.autograd.Function):
             here, X = x.here, x.X
             attention, states = attention_YCC[here], states_YKV[here]
             values = load(inputs.v[block], scratch("values", dtype, X, C, V))
+            # What the chunks write to the state lies where the state after them will.
+            updates = states_YKV[here.start + M : here.stop + M] if dtype == exact else scratch("updates", dtype, X, K, V)
+            updates_MKV = states_MKV[block.start + 1 : block.stop + 1] if dtype == exact else split(updates, M)
             if errors_YCV is None or inverse_YCC is None:
                 x.decay.scores(x.rows, x.weighted, attention[:, None])
-                errors, removed = values, None
+                errors, corrections = values, repeat(None)
+                product(x.write.mT, errors, updates)
             else:
                 # Errors of the correction would come back multiplied by its inverse, so scores with one are never rounded to bf16.
                 scores = x.decay.scores(x.exact_rows, x.exact_weighted, scratch("scores", exact, X, 2, C, C))
                 attention.copy_(scores[:, 0])
                 inverse = inverse_YCC[here].copy_(invert_unit_lower(scores[:, 1]))
                 errors = product(inverse, values, errors_YCV[here])
-                removed = split(product(inverse, x.read[:, 1], scratch("removed", dtype, X, C, K)), M)
-            updates = scratch("updates", dtype, X, K, V)
-            if removed is None:
-                product(x.write.mT, errors, updates)
-            parts = zip(split(updates, M), x.decay.whole.split(M), errors.split(M), split(x.write, M))
-            for i, (update, whole, error, write) in enumerate(parts, block.start):
+                removed = product(inverse, x.read[:, 1], scratch("removed", dtype, X, C, K))
+                corrections = zip(split(removed, M), errors.split(M), split(x.write, M))
+            for i, (update, whole, correction) in enumerate(zip(updates_MKV, x.decay.whole.split(M), corrections), block.start):
                 if i in chunks.starts:
                     state = initial[chunks.starts[i]].flatten(0, 1)
                     states_MKV[i].copy_(state)
-                if removed is not None:
-                    error.baddbmm_(removed[i - block.start], states_MKV[i], alpha=-1)
-                    torch.bmm(write.mT, error, out=update)
+                if correction is not None:
+                    reads, error, writes = correction
+                    error.baddbmm_(reads, states_MKV[i], alpha=-1)
+                    torch.bmm(writes.mT, error, out=update)
                 state = advance(state, whole, update, states_MKV[i + 1])
                 if i in chunks.ends:
                     finals[chunks.ends[i]] = state.unflatten(0, (-1, v.shape[2]))
@@ -166,24 +169,25 @@ class ChunkedRule(torch.autograd.Function):
             do = load(douts[block], y[:, 0], ctx.rule.scale)
             errors = load(inputs.v[block], scratch("values", dtype, X, C, V)) if errors_YCV is None else errors_YCV[x.here]
             derrors = product(attention.mT, do, scratch("derrors", dtype, X, C, V))
-            removed = None
+            corrections = repeat(None)
             if inverse_YCC is not None:
-                removed = split(product(inverse_YCC[x.here], x.read[:, 1], scratch("removed", dtype, X, C, K)), M)
+                removed = product(inverse_YCC[x.here], x.read[:, 1], scratch("removed", dtype, X, C, K))
+                corrections = zip(split(removed, M), split(derrors, M), split(x.write, M))
             # The gradients of the states before the first chunk and after each, which in the states' own dtype begin as their updates.
-            dstates = scratch("dstates", dtype, X + M, K, V)
+            dstates, same = scratch("dstates", dtype, X + M, K, V), dtype == exact
             dnext, dstates_MKV = dstates[M:], split(dstates, M)
             dstates_MKV[-1].copy_(dstate)
-            same = dtype == exact
             dstate = dstates_MKV[-1] if same else dstate
             updates = product(x.read[:, 0].mT, do, scratch("dstates" if same else "updates", dtype, X, K, V))
-            parts = zip(dstates_MKV, dstates_MKV[1:], split(updates, M), x.decay.whole.split(M), split(derrors, M), split(x.write, M))
-            for i, (before, after, update, whole, derror, write) in reversed(list(enumerate(parts, block.start))):
+            parts = zip(dstates_MKV, dstates_MKV[1:], split(updates, M), x.decay.whole.split(M), corrections)
+            for i, (before, after, update, whole, correction) in reversed(list(enumerate(parts, block.start))):
                 if i in chunks.ends:
                     dstate = dfinals[chunks.ends[i]].flatten(0, 1)
                     after.copy_(dstate)
-                if removed is not None:
-                    derror.baddbmm_(write, after)
-                    update.baddbmm_(removed[i - block.start].mT, derror, alpha=-1)
+                if correction is not None:
+                    reads, derror, writes = correction
+                    derror.baddbmm_(writes, after)
+                    update.baddbmm_(reads.mT, derror, alpha=-1)
                 dstate = advance(dstate, whole, update, before)
                 if i in chunks.starts:
                     dinitial[chunks.starts[i]] = dstate.unflatten(0, (-1, dinitial.shape[1]))

@@ -48,7 +48,7 @@ class Operation:
     inspect_shape: Shape
     check_shapes: tuple[Shape, ...]
     bench_shapes: tuple[Shape, ...] = ()
-    cpu_shape: Shape | None = None
+    cpu_shapes: tuple[Shape, ...] = ()
     # name -> a function of the same inputs that returns the same first output through another library (`peers.py`).
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     cpu_peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)

@@ -84,7 +84,7 @@ def _slots_operation(name: str, call: Any, inputs: Any, cost: Any, kernels: str,
         inspect_shape=usual,
         check_shapes=({"T": 1, "E": 5, "K": 3, **kept}, {"T": 257, "E": 80, "K": 12, **kept}, {"T": 3000, "E": 300, "K": 20, **kept}),
         bench_shapes=(usual, usual | {"T": 65536}),
-        cpu_shape=usual,
+        cpu_shapes=(usual,),
         without_products=frozenset(kernels.split()),
     )
 
@@ -107,7 +107,7 @@ OPERATIONS = (
             {"T": 300, "D": 2048, "E": 4, "F": 768, "k": 4},
         ),
         bench_shapes=({"T": 4096, **MLP}, {"T": 16384, **MLP}, {"T": 4096, "D": 2048, "E": 80, "F": 768, "k": 12}),
-        cpu_shape={"T": 1024, **MLP},
+        cpu_shapes=({"T": 1024, **MLP},),
         peers={"grouped_mm": torch_grouped_mm},
         cpu_peers={"grouped_mm": torch_grouped_mm},
         without_products=frozenset({"combine_kernel"}),

@@ -74,7 +74,7 @@ def _decode(name: str, decode: Any, per_channel: bool | None, **more: int) -> Op
         inspect_shape=shape,
         check_shapes=tuple({**shape, "B": 3, "H": 3, "K": K, "V": V} for K, V in ((32, 32), (64, 128), (100, 48), (256, 256))),
         bench_shapes=tuple({**shape, "B": B} for B in (1, 8, 64)),
-        cpu_shape={**shape, "H": 8, "K": 64, "V": 64},
+        cpu_shapes=({**shape, "H": 8, "K": 64, "V": 64},),
         without_products=frozenset({"delta_decode_kernel", "lightning_decode_kernel"}),
     )
 
@@ -88,7 +88,7 @@ OPERATIONS = (
         inspect_shape={"B": 1, "T": 4096, "D": 2048, "W": 4},
         check_shapes=tuple({"B": 2, "T": T, "D": D, "W": W} for T, D, W in ((1, 64, 4), (63, 100, 2), (257, 256, 3), (1000, 512, 4))),
         bench_shapes=({"B": 4, "T": 4096, "D": 2048, "W": 4}, {"B": 1, "T": 32768, "D": 2048, "W": 4}),
-        cpu_shape={"B": 2, "T": 2048, "D": 512, "W": 4},
+        cpu_shapes=({"B": 2, "T": 2048, "D": 512, "W": 4},),
         peers={"fla": peers.fla_conv1d, "torch conv1d": peers.torch_conv1d},
         cpu_peers={"torch conv1d": peers.torch_conv1d},
         without_products=frozenset({"convolution_forward_kernel", "convolution_backward_kernel"}),
@@ -101,7 +101,7 @@ OPERATIONS = (
         inspect_shape={"B": 1, "T": 4096, "H": 16, "D": 128},
         check_shapes=tuple({"B": 2, "T": T, "H": 3, "D": D} for T, D in ((1, 64), (63, 100), (257, 128), (100, 2048))),
         bench_shapes=({"B": 4, "T": 4096, "H": 16, "D": 128}, {"B": 1, "T": 4096, "H": 1, "D": 4096}),
-        cpu_shape={"B": 2, "T": 2048, "H": 8, "D": 64},
+        cpu_shapes=({"B": 2, "T": 2048, "H": 8, "D": 64},),
         peers={"fla": peers.fla_norm, "torch rms_norm": peers.torch_norm},
         cpu_peers={"torch rms_norm": peers.torch_norm},
         without_products=frozenset({"norm_kernel"}),

@@ -77,7 +77,7 @@ def test_no_time_for_an_op_that_fails_its_check(capsys: pytest.CaptureFixture[st
 
 
 def small(operation: Operation) -> Operation:
-    return dataclasses.replace(operation, check_shapes=(SHAPE,), cpu_shape=SHAPE)
+    return dataclasses.replace(operation, check_shapes=(SHAPE,), cpu_shapes=(SHAPE,))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -144,8 +144,7 @@ def test_a_peer_that_breaks_or_disagrees_has_no_row_and_says_why(capsys: pytest.
 @pytest.mark.parametrize("name", sorted(name for name, operation in operations().items() if operation.cpu_peers))
 def test_every_cpu_peer_computes_the_same_as_the_op(name: str) -> None:
     operation = operations()[name]
-    assert operation.cpu_shape is not None
-    few = {axis: min(size, {"T": 70, "S": 70, "D": 32}.get(axis, size)) for axis, size in operation.cpu_shape.items()}
+    few = {axis: min(size, {"T": 70, "S": 70, "D": 32}.get(axis, size)) for axis, size in operation.cpu_shapes[0].items()}
     inputs = operation.inputs(torch.float32, "cpu", **few)
     reference = Reference(operation, inputs)
     for peer, call in operation.cpu_peers.items():

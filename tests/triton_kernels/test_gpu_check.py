@@ -15,7 +15,7 @@ TINY = {"B": 1, "T": 20, "H": 2, "K": 16, "V": 16}
 
 
 def tiny(name: str, *shapes: dict[str, int]) -> Operation:
-    return dataclasses.replace(operations()[name], check_shapes=shapes, cpu_shape=shapes[0])
+    return dataclasses.replace(operations()[name], check_shapes=shapes, cpu_shapes=shapes[:1])
 
 
 def correctness(folder: Path) -> list[dict[str, str]]:
