@@ -1,7 +1,9 @@
-"""The architecture as a test: imports point down the layers, and our packages are the ones in this checkout."""
+"""The architecture as a test: imports point down the layers, our packages are the ones in this checkout, files and the kernels stay short."""
 
 import ast
 import importlib
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,21 @@ def test_files_stay_readable(package):
     lengths = {path.relative_to(ROOT): path.read_text().count("\n") for path in sorted((ROOT / package).rglob("*.py"))}
     too_long = {str(path): lines for path, lines in lengths.items() if lines > 300}
     assert not too_long, f"files hold one idea in at most 300 lines: {too_long}"
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings, as counters of lines of code count."""
+    text, held = path.read_text(), set()
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in layout:
+            held |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+            held -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(held)
+
+
+def test_the_kernels_stay_few():
+    total = sum(code_lines(path) for path in (ROOT / "triton_kernels").glob("*.py"))
+    assert total < 5000, f"triton_kernels has {total} lines of code"
