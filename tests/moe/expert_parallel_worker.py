@@ -3,6 +3,7 @@
 Runs every case, and leaves outputs and gradients of its own part in FOLDER/RANK.pt.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -90,6 +91,9 @@ def main(folder: Path, rank: int, world_size: int) -> None:
             refusals.append(str(error))
     torch.save({"results": results, "refusals": refusals}, folder / f"{rank}.pt")
     dist.destroy_process_group()
+    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in some dozen runs; all results are written.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
