@@ -91,7 +91,7 @@ def main(folder: Path, rank: int, world_size: int) -> None:
             refusals.append(str(error))
     torch.save({"results": results, "refusals": refusals}, folder / f"{rank}.pt")
     dist.destroy_process_group()
-    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in some dozen runs; all results are written.
+    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in a while; all results are written.
     sys.stdout.flush()
     os._exit(0)
 

@@ -110,7 +110,7 @@ def main(folder: Path, rank: int, world_size: int, n_expert: int, jobs: list[str
         if whole is not None:
             torch.save(whole.state_dict(), folder / f"{place}.pt")
     dist.destroy_process_group()
-    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in some dozen runs; all results are written.
+    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in a while; all results are written.
     sys.stdout.flush()
     os._exit(0)
 
