@@ -90,12 +90,16 @@ class Chunks:
             padded = x.new_zeros(x.shape[0], self.n * self.size, *x.shape[2:])
             padded[:, self.rows] = x
             x = padded
-        chunked = x.unflatten(1, (self.n, self.size)).movedim(0, 1).transpose(2, 3)[:, :, :, None]
+        chunked = self.chunked(x)[:, :, :, None]
         return chunked.expand(-1, -1, -1, max(1, heads // x.shape[2]), *chunked.shape[4:])
 
     def empty(self, x: Tensor) -> Tensor:
         """To be filled through `store` and read by `tokens`; laid out as `view` of the tokens of x."""
-        return x.new_empty(x.shape[0], self.n * self.size, *x.shape[2:]).unflatten(1, (self.n, self.size)).movedim(0, 1).transpose(2, 3)
+        return self.chunked(x.new_empty(x.shape[0], self.n * self.size, *x.shape[2:]))
+
+    def chunked(self, x: Tensor) -> Tensor:
+        """[B, N * C, G, ...] seen as [N, B, G, C, ...]."""
+        return x.unflatten(1, (self.n, self.size)).movedim(0, 1).transpose(2, 3)
 
     def tokens(self, stored: Tensor) -> Tensor:
         """[N, B, G, C, ...] -> [B, T, G, ...]."""

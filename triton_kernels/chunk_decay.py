@@ -65,8 +65,10 @@ class ScalarDecay:
         return ScalarDecay(*(x.repeat(n_chunks, 1, 1) for x in (self.from_start, self.to_end, self.whole)), self.within, self.applied)
 
     def first(self, X: int) -> "ScalarDecay":
-        parts = (x[:X] for x in (self.from_start, self.to_end, self.whole))
-        return self if len(self.whole) == X else ScalarDecay(*parts, self.within, self.applied)
+        """That of the first X rows."""
+        if len(self.whole) == X:
+            return self
+        return ScalarDecay(self.from_start[:X], self.to_end[:X], self.whole[:X], self.within, self.applied)
 
     def decayed(self, scores_XrCC: Tensor) -> Tensor:
         scores = scores_XrCC.view(-1, len(self.within), *scores_XrCC.shape[1:])
