@@ -66,6 +66,11 @@ def rounding(dtype: torch.dtype) -> float:
     return 2.0**-20 if dtype == torch.float32 else torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
+def largest_error(found: Tensor, right: Tensor) -> Tensor:
+    """In fp64, as booleans cannot be subtracted. The same infinity is no error, NaN remains one."""
+    return (found.double() - right).masked_fill(found == right, 0.0).abs().max()
+
+
 class Reference:
     """What an op's torch reference computes from the inputs in fp64, and in the inputs' own dtype as the measure of what may be lost."""
 
@@ -80,13 +85,13 @@ class Reference:
         """`actual`: the results of a call on the same inputs, or of a peer that returns the first output alone."""
         worst, where = 0.0, ""
         for name, found in actual.items():
-            right = self.exact[name]
+            right = self.exact[name].double()
             if right.numel() == 0:
                 continue
             # An fp32 result of 16-bit inputs comes of products whose operands are rounded to 16 bits.
             eps = max(rounding(found.dtype), self.input_rounding) if found.is_floating_point() else 0.0
-            budget = 2 * (self.rounded[name] - right).abs().max() + 4 * eps * right.abs().max() + 1e-6
-            ratio = float((found - right).abs().max() / budget)
+            budget = 2 * largest_error(self.rounded[name], right) + 4 * eps * right.masked_fill(right.isinf(), 0.0).abs().max() + 1e-6
+            ratio = float(largest_error(found, right) / budget)
             # NaN compares false with everything, so it must be asked for.
             if ratio != ratio or ratio > worst:
                 worst, where = (float("inf") if ratio != ratio else ratio), name

@@ -65,6 +65,8 @@ def attempt(check: Call, *arguments: Any) -> Agreement:
 
 def compiled(reference: Reference, call: Call) -> Agreement:
     """Traced whole, forward and backward, from the fake implementations; what a code generator would make of the rest is not our matter."""
+    # The compiler keeps what it made of one op as a variant of the next, and gives up after eight.
+    torch.compiler.reset()
     return reference.judge(results(torch.compile(call, backend="aot_eager", fullgraph=True), reference.inputs))
 
 

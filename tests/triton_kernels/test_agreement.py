@@ -52,6 +52,20 @@ def test_integers_must_be_equal() -> None:
     assert check(operation, SHAPE, torch.float32, "cpu", "triton").where == "output 1"
 
 
+def test_infinities_and_booleans_must_be_equal_and_do_not_widen_the_budget() -> None:
+    def check_second(right: list[float], found: list[float]) -> Agreement:
+        def call(backend: str, **inputs):
+            return OPERATION.call(**inputs, backend="torch")[0], torch.tensor(right if backend == "torch" else found)
+
+        return check(dataclasses.replace(OPERATION, call=call), SHAPE, torch.float32, "cpu", "triton")
+
+    assert check_second([-torch.inf, 1.0], [-torch.inf, 1.0]).ok
+    assert check_second([True, False], [True, False]).ok
+    for wrong in ([-torch.inf, 1.1], [-1e30, 1.0], [torch.inf, 1.0], [torch.nan, 1.0]):
+        assert check_second([-torch.inf, 1.0], wrong).where.startswith("output 1")
+    assert check_second([True, False], [True, True]).where == "output 1"
+
+
 def test_an_op_that_updates_its_state_in_place_starts_from_the_same_state_each_time() -> None:
     def draw(dtype: torch.dtype, device: str, **shape: int):
         return {"state": torch.ones(4, dtype=dtype)}

@@ -43,6 +43,27 @@ def test_the_whole_flow_on_the_interpreter(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "roofline.svg").exists()
 
 
+@pytest.mark.slow
+def test_every_op_passes_in_one_run(tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them in one process, as on a GPU: what one leaves behind (the compiler's variants, for one) must not be the next one's failure."""
+    monkeypatch.setattr("triton_kernels.gpu_check.DTYPES", {"cpu": (torch.float16,)})
+    largest = {"B": 2, "T": 33, "S": 48, "H": 4, "G": 2, "J": 2, "K": 32, "V": 32, "D": 48, "F": 32, "P": 16, "C": 16, "sequences": 3}
+    selected = []
+    for name, operation in operations().items():
+        smaller = {"T": 5, "E": 9, "K": 3} if name.startswith(("assignments", "router_scores")) else largest
+        shape = {letter: min(size, smaller.get(letter, size)) for letter, size in operation.check_shapes[0].items()}
+        if "/window" in name:
+            shape["W"] = 16
+        if shape.get("H", 0) % shape.get("G", 1):
+            shape["H"] = 2 * shape["G"]
+        shape_for_time = {letter: min(size, shape.get(letter, size)) for letter, size in operation.cpu_shapes[0].items()}
+        selected.append(dataclasses.replace(operation, check_shapes=(shape,), cpu_shapes=(shape_for_time,), cpu_peers={}))
+    assert run_gpu_check(selected, tmp_path, device="cpu"), capsys.readouterr().out
+    lines = correctness(tmp_path)
+    assert {(line["op"], line["aspect"]) for line in lines} == {(op.name, aspect) for op in selected for aspect in ("option 0", "torch.compile")}
+    assert {row.op for row in read_rows(tmp_path / "benchmark.csv", Timing)} == {CEILING} | {op.name for op in selected}
+
+
 def test_a_wrong_kernel_is_found_and_not_timed(tmp_path: Path, no_plot: None) -> None:
     operation = tiny("decayed_linear_attention/fixed", TINY)
 
