@@ -65,14 +65,6 @@ def causal_conv1d(
     return y_BTD, last_inputs(x_BTD, tail_SRD, cu_seqlens).transpose(1, 2)
 
 
-def causal_conv1d_step(
-    x_BD: Tensor, weight_DW: Tensor, tail_BDW1: Tensor, *, bias_D: Tensor | None = None, activation: str | None = "silu"
-) -> tuple[Tensor, Tensor]:
-    """One token: (y_BD, the new tail), equal to `causal_conv1d` of that token after `tail_BDW1`."""
-    y_B1D, tail_BDW1 = causal_conv1d(x_BD[:, None], weight_DW, bias_D=bias_D, activation=activation, initial_tail=tail_BDW1)
-    return y_B1D[:, 0], tail_BDW1
-
-
 def last_inputs(x_BTD: Tensor, tail_SRD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The last W - 1 inputs of each sequence [S, R, D], its tail counted as earlier inputs; nothing is read by the host."""
     T, R = x_BTD.shape[1], tail_SRD.shape[1]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of one operand of a block: a handful of them stay in a core's cache.
-BLOCK_BYTES = 1 << 19
+# Bytes of a block's rows, its largest operand: a handful of such operands stay in the cores' caches.
+BLOCK_BYTES = 1 << 20
 
 
 class Scratch:

@@ -13,17 +13,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.chunk import Scratch, into
-
-
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b, rounded to the dtype of `out`."""
-    return torch.bmm(a, b, out=out) if out.dtype == a.dtype else out.copy_(torch.bmm(a, b))
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, factor: int = 1) -> Tensor:
-    """out += factor a @ b; `out` may be wider than the product's dtype."""
-    return out.baddbmm_(a, b, alpha=factor) if out.dtype == a.dtype else out.add_(torch.bmm(a, b), alpha=factor)
-
+from triton_kernels.products import add_product, product
 
 # Bits by which a fixed decay may shrink a chunk and still be taken out of its scores: the rest of fp32's exponent is left to what is multiplied.
 FIXED_BITS = 60
@@ -120,26 +110,33 @@ class ChannelDecay:
 
     def scores(self, rows_XrCK: Tensor, keys_XCK: Tensor, out_XrCC: Tensor) -> Tensor:
         out_XrCC.zero_()
-        out_XrCC.diagonal(dim1=-2, dim2=-1).copy_((rows_XrCK * keys_XCK[:, None]).sum(-1))
+        products = torch.mul(rows_XrCK, keys_XCK[:, None], out=self.scratch("diagonal", rows_XrCK.dtype, *rows_XrCK.shape))
+        out_XrCC.diagonal(dim1=-2, dim2=-1).copy_(products.sum(-1))
         for half, to_late, from_early in self.levels:
             late_rows, early_keys = self.operands(half, to_late, from_early, rows_XrCK, keys_XCK)
             blocks = self.scratch.once(off_diagonal, out_XrCC, half)
-            blocks.copy_(torch.bmm(late_rows, early_keys.mT).view(blocks.shape))
+            found = self.scratch("blocks", late_rows.dtype, *late_rows.shape[:2], half)
+            blocks.copy_(product(late_rows, early_keys.mT, found).view(blocks.shape))
         return out_XrCC
 
     def scores_backward(self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor) -> None:
-        once, diagonal = self.scratch.once, d_XrCC.diagonal(dim1=-2, dim2=-1)[..., None]
+        once, scratch, diagonal = self.scratch.once, self.scratch, d_XrCC.diagonal(dim1=-2, dim2=-1)[..., None]
         drows_XrCK.addcmul_(diagonal, keys_XCK[:, None])
-        dkeys_XCK.add_((rows_XrCK * diagonal).sum(1))
+        dkeys_XCK.add_(torch.mul(rows_XrCK, diagonal, out=scratch("diagonal", rows_XrCK.dtype, *rows_XrCK.shape)).sum(1))
         for half, to_late, from_early in self.levels:
             late_rows, early_keys = self.operands(half, to_late, from_early, rows_XrCK, keys_XCK)
             d = once(off_diagonal, d_XrCC, half).reshape(len(late_rows), -1, half)
-            # With one row in each half these are no products worth a matmul.
-            dlate = d * early_keys if half == 1 else torch.bmm(d, early_keys)
-            dearly = (d * late_rows).sum(1) if half == 1 else torch.bmm(d.mT, late_rows)
-            dlate_XrPsK = dlate.view(*to_late.shape[:2], -1, *to_late.shape[2:]).transpose(1, 2)
+            dlate, dearly = scratch("late gradient", d.dtype, *late_rows.shape), scratch("early gradient", d.dtype, *early_keys.shape)
+            if half == 1:
+                # With one row in each half these are no products worth a matmul.
+                torch.mul(d, early_keys, out=dlate)
+                torch.sum(late_rows.mul_(d), 1, keepdim=True, out=dearly)
+            else:
+                product(d, early_keys, dlate)
+                product(d.mT, late_rows, dearly)
+            dlate_XrPsK = once(of_rows, dlate, *to_late.shape[:3])
             once(halves, drows_XrCK, half)[1].addcmul_(dlate_XrPsK, to_late[:, None])
-            once(halves, dkeys_XCK, half)[0].addcmul_(dearly.view(to_late.shape), from_early)
+            once(halves, dkeys_XCK, half)[0].addcmul_(once(torch.Tensor.view, dearly, *to_late.shape), from_early)
 
 
 def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +148,11 @@ def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor]:
 def flat_pairs(x: Tensor) -> Tensor:
     """[X, P, ..., K] -> [X P, ..., K] with one axis between."""
     return x.view(x.shape[0] * x.shape[1], -1, x.shape[-1])
+
+
+def of_rows(x: Tensor, X: int, P: int, s: int) -> Tensor:
+    """[X P, r s, K] -> [X, r, P, s, K]."""
+    return x.view(X, P, -1, s, x.shape[-1]).transpose(1, 2)
 
 
 def off_diagonal(scores_XrCC: Tensor, half: int) -> Tensor:

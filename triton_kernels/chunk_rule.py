@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from triton_kernels.chunk import Chunks, Scratch, into, load, scratch_on, store
-from triton_kernels.chunk_decay import ChannelDecay, ScalarDecay, add_product, product
+from triton_kernels.chunk_decay import ChannelDecay, ScalarDecay
+from triton_kernels.products import add_product, product
 
 EPSILON = 1e-6
 
@@ -53,7 +54,8 @@ class Inputs:
         self.rule, self.scratch, self.M = rule, scratch_on(q.device), v.shape[0] * v.shape[2]
         self.q, self.k, self.v = chunks.view(q, v.shape[2]), chunks.view(k, v.shape[2]), chunks.view(v)
         self.beta = None if beta is None else chunks.view(beta)
-        self.blocks = chunks.blocks(self.M * chunks.size * max(q.shape[3], v.shape[3]) * self.dtype.itemsize)
+        kinds = 1 if beta is None else 2
+        self.blocks = chunks.blocks(self.M * kinds * chunks.size * max(q.shape[3], v.shape[3]) * self.dtype.itemsize)
         self.g = self.fixed_decay = None
         if rule.fixed_decay is None or chunks.rows is not None:
             self.g = chunks.view(g)
@@ -162,6 +164,7 @@ class ChunkedRule(torch.autograd.Function):
         dq, dk, dv = (chunks.empty(x) for x in (q, k, v))
         dg, dbeta = chunks.empty(g) if ctx.needs_input_grad[3] else None, None if beta is None else chunks.empty(beta)
         dstate, dinitial, split = dfinals.new_zeros(()), dfinals.clone(), partial(scratch.once, torch.split)
+        times, later_CC = partial(multiplied, scratch, exact), v.new_ones(chunks.size, chunks.size, dtype=exact).triu_()
         for block in reversed(inputs.blocks):
             x = Operands(inputs, block)
             attention, states, (X, r, C, K), V = attention_YCC[x.here], states_YKV[x.here], x.rows.shape, v.shape[3]
@@ -205,7 +208,8 @@ class ChunkedRule(torch.autograd.Function):
             dc_end = None
             if dg is not None:
                 # Rows of dS' S', as what the chunk began with and what it wrote.
-                dc_end = (dnext * states).sum(-1).mul_(x.decay.whole[..., 0]).add_((x.exact_weighted * dwritten).sum(1))
+                dc_end = times(dnext, states).sum(-1).mul_(x.decay.whole[..., 0])
+                dc_end += times(x.exact_weighted, dwritten).sum(1)
             y_XRV = y.flatten(1, 2)
             drows = scratch("drows", exact, X, r, C, K)
             product(y_XRV, states.mT, drows.flatten(1, 2))
@@ -213,18 +217,22 @@ class ChunkedRule(torch.autograd.Function):
                 drows.mul_(x.decay.from_start[:, None])
             dscores = scratch("dscores", dtype, X, r, C, C)
             product(y_XRV, errors.mT, dscores.flatten(1, 2))
-            dscores[:, 1:].diagonal(dim1=2, dim2=3).zero_()
+            if beta is not None:
+                dscores[:, 1].diagonal(dim1=1, dim2=2).zero_()
             x.decay.scores_backward(dscores, x.rows, x.weighted, drows, dwritten)
             if dg is not None and dc_end is not None:
-                dc = (x.exact_rows * drows).sum(1).addcmul_(x.exact_weighted, dwritten, value=-1)
+                dc = torch.sum(times(x.exact_rows, drows), 1, out=scratch("dc", exact, X, C, K)).addcmul_(x.exact_weighted, dwritten, value=-1)
                 dc[:, -1] += dc_end
-                dc = dc if g.dim() == 4 else dc.sum(-1)
-                store(dc.flip(1).cumsum(1).flip(1), dg[block])
+                dc = dc if g.dim() == 4 else dc.sum(-1, keepdim=True)
+                # From a row to the chunk's end.
+                dgate = product(later_CC.expand(X, C, C), dc, scratch("dgate", exact, *dc.shape))
+                store(dgate if g.dim() == 4 else dgate[..., 0], dg[block])
             if dbeta is not None and x.b is not None:
-                store((x.exact_rows[:, 1] * dwritten).sum(-1), dbeta[block])
+                store(times(x.exact_rows[:, 1], dwritten).sum(-1), dbeta[block])
                 drows[:, 1].addcmul_(x.b, dwritten)
             if x.lengths is not None:
-                drows.sub_(x.exact_rows * (drows * x.exact_rows).sum(-1, keepdim=True)).mul_(x.lengths)
+                along = times(x.exact_rows, drows).sum(-1, keepdim=True)
+                drows.sub_(times(x.exact_rows, along)).mul_(x.lengths)
             of_q, of_k = (x.decay.from_start, x.decay.to_end) if x.decay.applied else (1.0, 1.0)
             store(drows[:, 0], dq[block], of_q)
             store(dwritten if beta is None else drows[:, 1], dk[block], of_k)
@@ -249,6 +257,11 @@ def advance(state: Tensor, whole: Tensor, update: Tensor, place: Tensor) -> Tens
     state = torch.addcmul(update.to(state.dtype), whole, state)
     place.copy_(state)
     return state
+
+
+def multiplied(scratch: Scratch, dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a * b, valid until the next one."""
+    return torch.mul(a, b, out=scratch("multiplied", dtype, *a.shape))
 
 
 def inverse_length(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Letters: B batch, T tokens, H heads, K key width, V value width, S sequences (B 
 import torch
 
 from triton_kernels.checks import check_backend, check_dtype, check_shape, check_tensors
-from triton_kernels.gated_delta_rule import check_sequences, delta_step
+from triton_kernels.gated_delta_rule import check_sequences
 
 OP = "decayed_linear_attention"
 
@@ -46,16 +46,3 @@ def decayed_linear_attention(
     else:
         from triton_kernels.linear_attention_torch import decayed_linear_attention_torch as implementation
     return implementation(q_BTHK, k_BTHK, v_BTHV, log_decay, initial, scale=scale, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
-
-
-def decayed_linear_attention_step(
-    q_BHK: torch.Tensor, k_BHK: torch.Tensor, v_BHV: torch.Tensor, log_decay: torch.Tensor | None, state_BHKV: torch.Tensor, *, scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of `decayed_linear_attention`: q, k [B, H, K], v [B, H, V], log_decay None, [H] or [B, H]. Returns o [B, H, V] in v's dtype and the
-    new state [B, H, K, V] in the state's dtype (fp32)."""
-    sizes = check_tensors(OP, q_BHK=q_BHK, k_BHK=k_BHK, v_BHV=v_BHV, state_BHKV=state_BHKV)
-    check_dtype(OP, {"q_BHK": q_BHK, "k_BHK": k_BHK, "v_BHV": v_BHV})
-    if log_decay is not None:
-        check_shape(OP, "log_decay", log_decay, {axis: sizes[axis] for axis in ("H" if log_decay.dim() == 1 else "BH")})
-        log_decay = log_decay[..., None]
-    return delta_step(q_BHK, k_BHK, v_BHV, log_decay, None, state_BHKV, scale=scale)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_cu_seqlens, check_dtype, check_tensors
-from triton_kernels.chunk_rule import inverse_length
 from triton_kernels.linear_attention_torch import delta_rule_torch
 
 OP = "gated_delta_rule"
@@ -46,49 +45,6 @@ def gated_delta_rule(
     sizes = check_delta_inputs(OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTH=log_decay_BTH, beta_BTH=beta_BTH)
     inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH)
     return run_delta_rule(OP, sizes, *inputs, initial_state_BHKV, scale, normalize_qk, cu_seqlens, chunk_size, backend)
-
-
-def gated_delta_rule_step(
-    q_BGK: Tensor,
-    k_BGK: Tensor,
-    v_BHV: Tensor,
-    log_decay_BH: Tensor | None,
-    beta_BH: Tensor,
-    state_BHKV: Tensor,
-    *,
-    scale: float | None = None,
-    normalize_qk: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One token of `gated_delta_rule`. Returns o [B, H, V] in v's dtype and the new state [B, H, K, V] in the state's dtype (fp32)."""
-    check_delta_inputs(OP, q_BGK=q_BGK, k_BGK=k_BGK, v_BHV=v_BHV, log_decay_BH=log_decay_BH, beta_BH=beta_BH, state_BHKV=state_BHKV)
-    decay = None if log_decay_BH is None else log_decay_BH[..., None]
-    return delta_step(q_BGK, k_BGK, v_BHV, decay, beta_BH, state_BHKV, scale=scale, normalize_qk=normalize_qk)
-
-
-def delta_step(
-    q_BGK: Tensor,
-    k_BGK: Tensor,
-    v_BHV: Tensor,
-    log_decay: Tensor | None,
-    beta_BH: Tensor | None,
-    state: Tensor,
-    *,
-    scale: float | None,
-    normalize_qk: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, for a log_decay that broadcasts to [B, H, K]; without beta nothing is corrected (decayed linear attention)."""
-    dtype = state.dtype
-    q, k, written_BHV = q_BGK.to(dtype), k_BGK.to(dtype), v_BHV.to(dtype)
-    if normalize_qk:
-        q, k = q * inverse_length(q), k * inverse_length(k)
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    q, k = (x.repeat_interleave(v_BHV.shape[1] // x.shape[1], 1) for x in (q, k))
-    if log_decay is not None:
-        state = state * log_decay.to(dtype).exp()[..., None]
-    if beta_BH is not None:
-        written_BHV = beta_BH.to(dtype)[..., None] * (written_BHV - (k[..., None, :] @ state).squeeze(-2))
-    state = state + k[..., None] * written_BHV[..., None, :]
-    return (q[..., None, :] @ state).squeeze(-2).to(v_BHV.dtype), state
 
 
 def check_delta_inputs(op: str, **tensors: Tensor | None) -> dict[str, int]:

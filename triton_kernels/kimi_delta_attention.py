@@ -7,7 +7,7 @@ Letters as in `gated_delta_rule.py`.
 
 from torch import Tensor
 
-from triton_kernels.gated_delta_rule import check_delta_inputs, delta_step, run_delta_rule
+from triton_kernels.gated_delta_rule import check_delta_inputs, run_delta_rule
 
 OP = "kimi_delta_attention"
 
@@ -35,19 +35,3 @@ def kimi_delta_attention(
     sizes = check_delta_inputs(OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTHK=log_decay_BTHK, beta_BTH=beta_BTH)
     inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH)
     return run_delta_rule(OP, sizes, *inputs, initial_state_BHKV, scale, normalize_qk, cu_seqlens, chunk_size, backend)
-
-
-def kimi_delta_attention_step(
-    q_BGK: Tensor,
-    k_BGK: Tensor,
-    v_BHV: Tensor,
-    log_decay_BHK: Tensor,
-    beta_BH: Tensor,
-    state_BHKV: Tensor,
-    *,
-    scale: float | None = None,
-    normalize_qk: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """One token of `kimi_delta_attention`. Returns o [B, H, V] in v's dtype and the new state [B, H, K, V] in the state's dtype (fp32)."""
-    check_delta_inputs(OP, q_BGK=q_BGK, k_BGK=k_BGK, v_BHV=v_BHV, log_decay_BHK=log_decay_BHK, beta_BH=beta_BH, state_BHKV=state_BHKV)
-    return delta_step(q_BGK, k_BGK, v_BHV, log_decay_BHK, beta_BH, state_BHKV, scale=scale, normalize_qk=normalize_qk)

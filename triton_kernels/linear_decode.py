@@ -16,9 +16,10 @@ from torch import Tensor
 
 from triton_kernels.causal_conv1d import WIDTHS, causal_conv1d
 from triton_kernels.checks import check_backend, check_dtype, check_shape, check_tensors
-from triton_kernels.decayed_linear_attention import decayed_linear_attention_step
-from triton_kernels.gated_delta_rule import delta_step
+from triton_kernels.chunk_rule import inverse_length
+from triton_kernels.gated_delta_rule import check_delta_inputs
 from triton_kernels.gated_rms_norm import ACTIVATIONS, gated_rms_norm
+from triton_kernels.linear_attention_torch import linear_attention_recurrence
 
 MAX_WIDTH = 256
 
@@ -68,7 +69,7 @@ def delta_decode(
     qkv_B1X, tail = causal_conv1d(qkv_BX[:, None], conv_XW.to(qkv_BX.dtype), initial_tail=tail_BXW, backend="torch")
     log_decay = decay_gate(a, A_log_H, dt_bias)
     beta_BH = b_BH.to(log_decay.dtype).sigmoid()
-    o_BHV, state = delta_step(*split_heads(qkv_B1X[:, 0], (H, K, V)), log_decay, beta_BH, state_BHKV, scale=None, normalize_qk=True)
+    o_BHV, state = linear_attention_step(*split_heads(qkv_B1X[:, 0], (H, K, V)), log_decay, beta_BH, state_BHKV, normalize_qk=True)
     state_BHKV.copy_(state.detach())
     tail_BXW.copy_(tail.detach())
     return gated_rms_norm(o_BHV, gate_BHV, norm_V, eps=eps, activation=activation, backend="torch")
@@ -89,9 +90,34 @@ def lightning_decode(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: Tensor,
         from triton_kernels.linear_decode_triton import lightning_decode_op
 
         return lightning_decode_op(qkv_BX, log_decay_H, state_BHKV)
-    o_BHV, state = decayed_linear_attention_step(*split_heads(F.silu(qkv_BX), (H, K, V)), log_decay_H, state_BHKV)
+    log_decay_BH1 = log_decay_H[:, None].expand(len(qkv_BX), H, 1)
+    o_BHV, state = linear_attention_step(*split_heads(F.silu(qkv_BX), (H, K, V)), log_decay_BH1, None, state_BHKV, scale=1.0)
     state_BHKV.copy_(state.detach())
     return o_BHV
+
+
+def linear_attention_step(
+    q_BGK: Tensor, k_BGK: Tensor, v_BHV: Tensor, log_decay: Tensor | None, beta_BH: Tensor | None, state_BHKV: Tensor, *,
+    scale: float | None = None, normalize_qk: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token of `gated_delta_rule`, `kimi_delta_attention` or, without beta, `decayed_linear_attention`, by the recurrence itself.
+
+    log_decay is [B, H, 1], [B, H, K] or None; scale is K^-1/2 unless given. Returns o [B, H, V] in v's dtype and the new state in the state's dtype
+    (fp32, or fp64); gradients flow to every tensor. Raises ValueError for shapes and dtypes that do not fit.
+    """
+    op, H = "linear_attention_step", v_BHV.shape[1]
+    sizes = check_delta_inputs(op, q_BGK=q_BGK, k_BGK=k_BGK, v_BHV=v_BHV, beta_BH=beta_BH, state_BHKV=state_BHKV)
+    if log_decay is None:
+        log_decay = state_BHKV.new_zeros(len(v_BHV), H, 1)
+    elif log_decay.shape[2:] != (1,):
+        check_tensors(op, sizes, log_decay_BHK=log_decay)
+    q_BGK, k_BGK = q_BGK.to(state_BHKV.dtype), k_BGK.to(state_BHKV.dtype)
+    if normalize_qk:
+        q_BGK, k_BGK = q_BGK * inverse_length(q_BGK), k_BGK * inverse_length(k_BGK)
+    q_BHK, k_BHK = (x.repeat_interleave(H // x.shape[1], 1) for x in (q_BGK, k_BGK))
+    tokens = (None if x is None else x[:, None].to(state_BHKV.dtype) for x in (q_BHK, k_BHK, v_BHV, log_decay, beta_BH))
+    o_B1HV, state_BHKV = linear_attention_recurrence(*tokens, state_BHKV, scale=q_BGK.shape[-1] ** -0.5 if scale is None else scale)
+    return o_B1HV[:, 0].to(v_BHV.dtype), state_BHKV
 
 
 def decay_gate(a: Tensor, A_log_H: Tensor, dt_bias: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from triton_kernels.causal_conv1d import causal_conv1d
 
 
 def plain_convolution(x_BTD, weight_DW, bias_D=None, activation="silu", initial_tail=None, cu_seqlens=None):
@@ -93,8 +93,8 @@ def test_a_sequence_may_be_continued_anywhere_and_token_by_token(T, cut, W):
     head, middle = causal_conv1d(**inputs | {"x_BTD": inputs["x_BTD"][:, :cut]})
     pieces = [head]
     for t in range(cut, T):
-        y, middle = causal_conv1d_step(inputs["x_BTD"][:, t], inputs["weight_DW"], middle, bias_D=inputs["bias_D"])
-        pieces.append(y[:, None])
+        y, middle = causal_conv1d(**inputs | {"x_BTD": inputs["x_BTD"][:, t : t + 1], "initial_tail": middle})
+        pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-12, atol=1e-12)
     assert torch.equal(middle, tail)
 

@@ -6,8 +6,9 @@ The error budget comes from the data: a kernel may be off by twice what the torc
 import pytest
 import torch
 
-from triton_kernels.decayed_linear_attention import decayed_linear_attention, decayed_linear_attention_step
+from triton_kernels.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.linear_attention_torch import linear_attention_recurrence, token_log_decay
+from triton_kernels.linear_decode import linear_attention_step
 
 EMPTY_AND_SHORT = [0, 0, 1, 40, 40, 63]
 
@@ -128,7 +129,7 @@ def test_prefill_then_steps_equal_the_full_form() -> None:
     prefix, running = decayed_linear_attention(q[:, :17], k[:, :17], v[:, :17], g[:, :17], initial_state_BHKV=state, chunk_size=16, backend="triton")
     outputs = [prefix]
     for t in range(17, 20):
-        out, running = decayed_linear_attention_step(q[:, t], k[:, t], v[:, t], g[:, t], running)
+        out, running = linear_attention_step(q[:, t], k[:, t], v[:, t], g[:, t, :, None], None, running, scale=1.0)
         outputs.append(out[:, None])
     torch.testing.assert_close(torch.cat(outputs, 1), full)
     torch.testing.assert_close(running, final)

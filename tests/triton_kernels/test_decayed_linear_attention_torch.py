@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_kernels.decayed_linear_attention import decayed_linear_attention, decayed_linear_attention_step
+from triton_kernels.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.linear_attention_torch import linear_attention_recurrence, token_log_decay
+from triton_kernels.linear_decode import linear_attention_step
 
 HEADS, KEY_WIDTH, VALUE_WIDTH = 2, 5, 3
 # A fixed decay has one value per head, and takes a shorter way than a learnt one, which has a gradient.
@@ -93,7 +94,8 @@ def test_prefill_then_steps_equal_the_full_form(gate: str) -> None:
     outputs, running = decayed_linear_attention(q[:, :split], k[:, :split], v[:, :split], prefix_g, scale=0.5, initial_state_BHKV=state, chunk_size=8)
     outputs = [outputs]
     for t in range(split, 21):
-        step, running = decayed_linear_attention_step(q[:, t], k[:, t], v[:, t], g[:, t] if gate == "data" else g, running, scale=0.5)
+        decay = g[:, t, :, None] if gate == "data" else None if g is None else g[:, None].expand(2, -1, 1)
+        step, running = linear_attention_step(q[:, t], k[:, t], v[:, t], decay, None, running, scale=0.5)
         outputs.append(step[:, None])
     torch.testing.assert_close(torch.cat(outputs, 1), full)
     torch.testing.assert_close(running, final)

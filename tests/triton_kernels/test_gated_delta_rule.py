@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
-from triton_kernels.kimi_delta_attention import kimi_delta_attention, kimi_delta_attention_step
+from triton_kernels.gated_delta_rule import gated_delta_rule
+from triton_kernels.kimi_delta_attention import kimi_delta_attention
 from triton_kernels.linear_attention_torch import linear_attention_recurrence
+from triton_kernels.linear_decode import linear_attention_step
 
 RULES = ("gated", "plain", "kimi")
 # How many units of rounding an output or a gradient may be off, relative to its largest entry.
@@ -100,7 +101,7 @@ def test_reference_on_packed_sequences(rule, lengths, chunk_size):
 @pytest.mark.parametrize("lengths", [[600], [130, 0, 1, 200]])
 def test_reference_across_many_blocks_in_fp32(rule, lengths, monkeypatch):
     """Blocks of two chunks, of 4 heads 64 wide, whose scratch memory each takes from the one before; the last one is shorter."""
-    monkeypatch.setattr("triton_kernels.chunk.BLOCK_BYTES", 2 * 4 * 32 * 64 * 4)
+    monkeypatch.setattr("triton_kernels.chunk.BLOCK_BYTES", 2 * 2 * 4 * 32 * 64 * 4)
     cu_seqlens = None if len(lengths) == 1 else torch.tensor([0, *lengths]).cumsum(0)
     assert_close(rule, draw(rule, 1, sum(lengths), 4, 4, (64, 64), len(lengths), torch.float32), "torch", cu_seqlens)
 
@@ -188,9 +189,9 @@ def test_prefill_and_decode_equal_the_whole(rule, backend):
     start = [None if x is None else x[:, :18] for x in (q, k, v, g, beta)]
     out, state = run(rule, (*start, state), backend, normalize_qk=True, chunk_size=16)
     outs = [out]
-    step = kimi_delta_attention_step if rule == "kimi" else gated_delta_rule_step
     for t in range(18, 21):
-        out, state = step(q[:, t], k[:, t], v[:, t], None if g is None else g[:, t], beta[:, t], state, normalize_qk=True)
+        decay = None if g is None else g[:, t] if rule == "kimi" else g[:, t, :, None]
+        out, state = linear_attention_step(q[:, t], k[:, t], v[:, t], decay, beta[:, t], state, normalize_qk=True)
         outs.append(out[:, None])
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(state, whole_final, atol=2e-5, rtol=1e-5)

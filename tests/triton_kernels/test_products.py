@@ -1,0 +1,64 @@
+"""The torch forms' products: the same numbers whichever library multiplies, and its permission gone when the product is done."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from triton_kernels import products
+from triton_kernels.products import add_product, onednn_is_exact, product
+
+SETTINGS = torch.backends.mkldnn.matmul
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(64, 32, 64, 64), (3, 5, 7, 2)])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_products_are_what_their_inputs_say(dtype: torch.dtype, sizes: tuple[int, int, int, int], out_dtype: torch.dtype | None) -> None:
+    X, M, K, N = sizes
+    a, b, c = torch.randn(X, M, K).to(dtype), torch.randn(X, N, K).to(dtype).mT, torch.randn(X, M, N)
+    out_dtype = out_dtype or dtype
+    right, rounding = a.double() @ b.double(), torch.finfo(min(dtype, out_dtype, key=lambda d: d.itemsize)).eps
+    assert (product(a, b, torch.full((X, M, N), torch.nan, dtype=out_dtype)) - right).abs().max() <= 4 * rounding * right.abs().max()
+    c = c.to(out_dtype)
+    right = c.double() - 2 * right
+    assert (add_product(c, a, b, -2) - right).abs().max() <= 8 * rounding * right.abs().max()
+    assert SETTINGS.fp32_precision == "none"
+
+
+def test_rounding_is_noticed_and_then_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_with_tiles(operation, *operands, **options):
+        return operation(*(x.bfloat16().float() for x in operands), **options)
+
+    monkeypatch.setattr(products, "_by_onednn", as_with_tiles)
+    assert not onednn_is_exact.__wrapped__()
+    monkeypatch.setattr(products, "onednn_is_exact", lambda: False)
+    x = torch.full((64, 32, 64), 1 + 2.0**-12)
+    assert torch.equal(product(x, torch.eye(64).repeat(64, 1, 1), torch.empty_like(x)), x)
+
+
+@pytest.mark.parametrize("before", ["none", "ieee"])
+def test_the_permission_ends_with_the_product(before: str) -> None:
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        seen.append(SETTINGS.fp32_precision)
+        raise RuntimeError("out of memory")
+
+    seen: list[str] = []
+    try:
+        SETTINGS.fp32_precision = before
+        with pytest.raises(RuntimeError, match="out of memory"):
+            products._by_onednn(breaks, torch.zeros(1))
+        assert seen == ["bf16"]
+        assert SETTINGS.fp32_precision == before
+    finally:
+        SETTINGS.fp32_precision = "none"
+
+
+def test_threads_leave_the_setting_as_it_was() -> None:
+    a, b = torch.randn(64, 32, 64), torch.randn(64, 64, 64)
+    right = torch.bmm(a, b)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: product(a, b, torch.empty_like(right)), range(200)):
+            torch.testing.assert_close(found, right)
+    assert SETTINGS.fp32_precision == "none"
+    assert torch.get_float32_matmul_precision() == "highest"
