@@ -22,22 +22,22 @@ BLOCK_BYTES = 1 << 20
 class Scratch:
     """Memory by name, the same for every block and call: a fresh temporary is faulted in page by page, which takes longer than the work on it."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.memory: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.memory: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.derived: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
 
-    def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    def __call__(self, name: str, *shape: int) -> Tensor:
         """Uninitialised; valid until the same name is asked for again. The same tensor for the same shape."""
-        known = self.views.get((name, dtype, shape))
+        known = self.views.get((name, shape))
         if known is None:
-            size, memory = prod(shape), self.memory.get((name, dtype))
+            size, memory = prod(shape), self.memory.get(name)
             if memory is None or memory.numel() < size:
                 self.views.clear()
                 self.derived.clear()
-                memory = self.memory[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
-            known = self.views[name, dtype, shape] = memory[:size].view(shape)
+                memory = self.memory[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+            known = self.views[name, shape] = memory[:size].view(shape)
         return known
 
     def once(self, derive: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
@@ -54,11 +54,11 @@ class Scratch:
 _of_thread = threading.local()
 
 
-def scratch_on(device: torch.device) -> Scratch:
+def scratch_on(device: torch.device, dtype: torch.dtype) -> Scratch:
     """The calling thread's own, a few dozen times BLOCK_BYTES; while compiling a new one, whose memory the compiler plans."""
     if torch.compiler.is_compiling():
-        return Scratch(device)
-    return _of_thread.__dict__.setdefault(str(device), Scratch(device))
+        return Scratch(device, dtype)
+    return _of_thread.__dict__.setdefault(f"{device} {dtype}", Scratch(device, dtype))
 
 
 class Chunks:

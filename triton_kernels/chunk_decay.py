@@ -36,7 +36,7 @@ class ScalarDecay:
     @classmethod
     def of(cls, g_XC: Tensor, scratch: Scratch) -> "ScalarDecay":
         c = g_XC.cumsum(1).mul_(log2(e))
-        within = torch.sub(c[:, :, None], c[:, None, :], out=scratch("decay within", c.dtype, *c.shape, c.shape[1]))
+        within = torch.sub(c[:, :, None], c[:, None, :], out=scratch("decay within", *c.shape, c.shape[1]))
         # Masked before the exponential: above the diagonal it would overflow.
         within.add_(torch.full(within.shape[1:], -torch.inf, dtype=c.dtype, device=c.device).triu_(1)).exp2_()
         return cls(c.exp2()[..., None], (c[:, -1:] - c).exp2_()[..., None], c[:, -1:, None].exp2(), within)
@@ -62,7 +62,7 @@ class ScalarDecay:
 
     def decayed(self, scores_XrCC: Tensor) -> Tensor:
         scores = scores_XrCC.view(-1, len(self.within), *scores_XrCC.shape[1:])
-        return scores.mul_(self.within[:, None].to(scores.dtype)).flatten(0, 1)
+        return scores.mul_(self.within[:, None]).flatten(0, 1)
 
     def scores(self, rows_XrCK: Tensor, keys_XCK: Tensor, out_XrCC: Tensor) -> Tensor:
         """sum_d rows_id keys_jd e^{c_id - c_jd} for j <= i; what stands above the diagonal is 0."""
@@ -84,15 +84,15 @@ class ChannelDecay:
     applied = False
 
     def __init__(self, g_XCK: Tensor, scratch: Scratch):
-        c = torch.cumsum(g_XCK, 1, out=scratch("cumulative", g_XCK.dtype, *g_XCK.shape)).mul_(log2(e))
+        c = torch.cumsum(g_XCK, 1, out=scratch("cumulative", *g_XCK.shape)).mul_(log2(e))
         self.scratch, last = scratch, c[:, -1:]
-        self.from_start = torch.exp2(c, out=scratch("from start", c.dtype, *c.shape))
-        self.to_end = torch.sub(last, c, out=scratch("to end", c.dtype, *c.shape)).exp2_()
+        self.from_start = torch.exp2(c, out=scratch("from start", *c.shape))
+        self.to_end = torch.sub(last, c, out=scratch("to end", *c.shape)).exp2_()
         self.whole = last.mT.exp2()
         self.levels: list[tuple[int, Tensor, Tensor]] = []
         half = c.shape[1] // 2
         while half > 0:
-            decay = scratch(f"level {half}", c.dtype, *c.shape)
+            decay = scratch(f"level {half}", *c.shape)
             (early, late, anchor), (from_early, to_late, _) = scratch.once(halves, c, half), scratch.once(halves, decay, half)
             into(to_late, torch.sub, late, anchor)
             into(from_early, torch.sub, anchor, early)
@@ -103,30 +103,30 @@ class ChannelDecay:
     def operands(self, half: int, to_late: Tensor, from_early: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The later rows [X, P, r, s, K] and the earlier keys [X, P, s, K] of every pair, decayed to and from the pair's anchor."""
         once, shape = self.scratch.once, to_late.shape
-        late_rows = self.scratch("late rows", rows.dtype, *shape[:2], rows.shape[1], *shape[2:])
+        late_rows = self.scratch("late rows", *shape[:2], rows.shape[1], *shape[2:])
         into(once(torch.transpose, late_rows, 1, 2), torch.mul, once(halves, rows, half)[1], to_late[:, None])
-        early_keys = torch.mul(once(halves, keys, half)[0], from_early, out=self.scratch("early keys", keys.dtype, *shape))
+        early_keys = torch.mul(once(halves, keys, half)[0], from_early, out=self.scratch("early keys", *shape))
         return once(flat_pairs, late_rows), once(flat_pairs, early_keys)
 
     def scores(self, rows_XrCK: Tensor, keys_XCK: Tensor, out_XrCC: Tensor) -> Tensor:
         out_XrCC.zero_()
-        products = torch.mul(rows_XrCK, keys_XCK[:, None], out=self.scratch("diagonal", rows_XrCK.dtype, *rows_XrCK.shape))
+        products = torch.mul(rows_XrCK, keys_XCK[:, None], out=self.scratch("diagonal", *rows_XrCK.shape))
         out_XrCC.diagonal(dim1=-2, dim2=-1).copy_(products.sum(-1))
         for half, to_late, from_early in self.levels:
             late_rows, early_keys = self.operands(half, to_late, from_early, rows_XrCK, keys_XCK)
             blocks = self.scratch.once(off_diagonal, out_XrCC, half)
-            found = self.scratch("blocks", late_rows.dtype, *late_rows.shape[:2], half)
+            found = self.scratch("blocks", *late_rows.shape[:2], half)
             blocks.copy_(product(late_rows, early_keys.mT, found).view(blocks.shape))
         return out_XrCC
 
     def scores_backward(self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor) -> None:
         once, scratch, diagonal = self.scratch.once, self.scratch, d_XrCC.diagonal(dim1=-2, dim2=-1)[..., None]
         drows_XrCK.addcmul_(diagonal, keys_XCK[:, None])
-        dkeys_XCK.add_(torch.mul(rows_XrCK, diagonal, out=scratch("diagonal", rows_XrCK.dtype, *rows_XrCK.shape)).sum(1))
+        dkeys_XCK.add_(torch.mul(rows_XrCK, diagonal, out=scratch("diagonal", *rows_XrCK.shape)).sum(1))
         for half, to_late, from_early in self.levels:
             late_rows, early_keys = self.operands(half, to_late, from_early, rows_XrCK, keys_XCK)
             d = once(off_diagonal, d_XrCC, half).reshape(len(late_rows), -1, half)
-            dlate, dearly = scratch("late gradient", d.dtype, *late_rows.shape), scratch("early gradient", d.dtype, *early_keys.shape)
+            dlate, dearly = scratch("late gradient", *late_rows.shape), scratch("early gradient", *early_keys.shape)
             if half == 1:
                 # With one row in each half these are no products worth a matmul.
                 torch.mul(d, early_keys, out=dlate)

@@ -49,13 +49,12 @@ class Inputs:
     """A call's tensors in chunks, q and k for every value head, and the scratch memory of its blocks; no log-decays where a fixed decay does."""
 
     def __init__(self, chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, rule: Rule):
-        self.exact = torch.promote_types(v.dtype, torch.float32)
-        self.dtype = v.dtype if v.dtype == torch.bfloat16 else self.exact
-        self.rule, self.scratch, self.M = rule, scratch_on(q.device), v.shape[0] * v.shape[2]
+        self.rule, self.M = rule, v.shape[0] * v.shape[2]
+        self.scratch = scratch_on(q.device, torch.promote_types(v.dtype, torch.float32))
         self.q, self.k, self.v = chunks.view(q, v.shape[2]), chunks.view(k, v.shape[2]), chunks.view(v)
         self.beta = None if beta is None else chunks.view(beta)
         kinds = 1 if beta is None else 2
-        self.blocks = chunks.blocks(self.M * kinds * chunks.size * max(q.shape[3], v.shape[3]) * self.dtype.itemsize)
+        self.blocks = chunks.blocks(self.M * kinds * chunks.size * max(q.shape[3], v.shape[3]) * self.scratch.dtype.itemsize)
         self.g = self.fixed_decay = None
         if rule.fixed_decay is None or chunks.rows is not None:
             self.g = chunks.view(g)
@@ -67,43 +66,39 @@ class Operands:
     """What forward and backward make of a block's inputs, before any state is known. `here`: its rows among those of all chunks."""
 
     def __init__(self, inputs: Inputs, block: slice):
-        scratch, dtype, exact, q, k = inputs.scratch, inputs.dtype, inputs.exact, inputs.q[block], inputs.k[block]
+        scratch, q, k = inputs.scratch, inputs.q[block], inputs.k[block]
         self.here = slice(block.start * inputs.M, block.stop * inputs.M)
         self.X, C, K = q.shape[:4].numel(), *q.shape[4:]
         self.lengths = self.b = None
         if inputs.fixed_decay is not None:
             self.decay = inputs.fixed_decay.first(self.X)
-            self.rows = self.read = load(q, scratch("read", dtype, self.X, 1, C, K), self.decay.from_start)
-            self.weighted = self.write = load(k, scratch("write", dtype, self.X, C, K), self.decay.to_end)
+            self.rows = self.read = load(q, scratch("read", self.X, 1, C, K), self.decay.from_start)
+            self.weighted = self.write = load(k, scratch("write", self.X, C, K), self.decay.to_end)
             return
         assert inputs.g is not None
-        self.decay = inputs.rule.decay(load(inputs.g[block], scratch("gates", exact, self.X, *inputs.g.shape[4:])), scratch)
+        self.decay = inputs.rule.decay(load(inputs.g[block], scratch("gates", self.X, *inputs.g.shape[4:])), scratch)
         readers = [q] if inputs.beta is None else [q, k]
         # Queries, and keys where they read too, as one stack of rows.
-        rows = scratch("rows", exact, self.X, len(readers), C, K)
+        rows = scratch("rows", self.X, len(readers), C, K)
         for kind, x in enumerate(readers):
             load(x, rows[:, kind])
         if inputs.rule.normalize_qk:
             self.lengths = inverse_length(rows)
             rows.mul_(self.lengths)
-        weighted = scratch("weighted", exact, self.X, C, K)
+        weighted = scratch("weighted", self.X, C, K)
         if inputs.beta is None:
             load(k, weighted)
         else:
-            self.b = load(inputs.beta[block], scratch("beta", exact, self.X, C))[..., None]
+            self.b = load(inputs.beta[block], scratch("beta", self.X, C))[..., None]
             torch.mul(rows[:, 1], self.b, out=weighted)
-        # As they are, and rounded for the products.
-        self.exact_rows, self.exact_weighted = rows, weighted
         self.rows, self.weighted = rows, weighted
-        if dtype != exact:
-            self.rows, self.weighted = scratch("rows", dtype, *rows.shape).copy_(rows), scratch("weighted", dtype, *weighted.shape).copy_(weighted)
-        self.read = torch.mul(rows, self.decay.from_start[:, None], out=scratch("read", dtype, *rows.shape))
-        self.write = torch.mul(weighted, self.decay.to_end, out=scratch("write", dtype, *weighted.shape))
+        self.read = torch.mul(rows, self.decay.from_start[:, None], out=scratch("read", *rows.shape))
+        self.write = torch.mul(weighted, self.decay.to_end, out=scratch("write", *weighted.shape))
 
 
 class ChunkedRule(torch.autograd.Function):
     """Autograd would keep a matrix [C, C] per product and several graph nodes per chunk; here only what the backward cannot cheaply make again is
-    kept. The state and the gates are in fp32 (fp64 for fp64 inputs), and so are the products of all inputs but bf16, whose products are in bf16."""
+    kept. All of it is in fp32 (fp64 for fp64 inputs): 16-bit products would not make up for what rounding and small calls cost."""
 
     @staticmethod
     def forward(
@@ -113,8 +108,8 @@ class ChunkedRule(torch.autograd.Function):
         chunks = Chunks(v.shape[1], chunk, cu_seqlens)
         inputs = Inputs(chunks, q, k, v, g, beta, rule)
         N, M, C, K, V = chunks.n, inputs.M, chunk, *initial.shape[2:]
-        dtype, exact, scratch = inputs.dtype, inputs.exact, inputs.scratch
-        out, finals, state = chunks.empty(v), initial.clone(), initial
+        scratch, dtype = inputs.scratch, inputs.scratch.dtype
+        out, finals = chunks.empty(v), initial.clone()
         # Of all chunks, M rows of each; the state before every chunk and after the last.
         attention_YCC, states_YKV = v.new_empty(N * M, C, C, dtype=dtype), v.new_empty((N + 1) * M, K, V, dtype=dtype)
         inverse_YCC, errors_YCV = (None, None) if beta is None else (torch.empty_like(attention_YCC), v.new_empty(N * M, C, V, dtype=dtype))
@@ -123,34 +118,31 @@ class ChunkedRule(torch.autograd.Function):
             x = Operands(inputs, block)
             here, X = x.here, x.X
             attention, states = attention_YCC[here], states_YKV[here]
-            values = load(inputs.v[block], scratch("values", dtype, X, C, V))
-            # What the chunks write to the state lies where the state after them will.
-            updates = states_YKV[here.start + M : here.stop + M] if dtype == exact else scratch("updates", dtype, X, K, V)
-            updates_MKV = states_MKV[block.start + 1 : block.stop + 1] if dtype == exact else split(updates, M)
+            values = load(inputs.v[block], scratch("values", X, C, V))
             if errors_YCV is None or inverse_YCC is None:
                 x.decay.scores(x.rows, x.weighted, attention[:, None])
                 errors, corrections = values, repeat(None)
-                product(x.write.mT, errors, updates)
+                # What a chunk writes to the state lies where the state after it will.
+                product(x.write.mT, errors, states_YKV[here.start + M : here.stop + M])
             else:
-                # Errors of the correction would come back multiplied by its inverse, so scores with one are never rounded to bf16.
-                scores = x.decay.scores(x.exact_rows, x.exact_weighted, scratch("scores", exact, X, 2, C, C))
+                scores = x.decay.scores(x.rows, x.weighted, scratch("scores", X, 2, C, C))
                 attention.copy_(scores[:, 0])
                 inverse = inverse_YCC[here].copy_(invert_unit_lower(scores[:, 1]))
                 errors = product(inverse, values, errors_YCV[here])
-                removed = product(inverse, x.read[:, 1], scratch("removed", dtype, X, C, K))
+                removed = product(inverse, x.read[:, 1], scratch("removed", X, C, K))
                 corrections = zip(split(removed, M), errors.split(M), split(x.write, M))
-            for i, (update, whole, correction) in enumerate(zip(updates_MKV, x.decay.whole.split(M), corrections), block.start):
+            parts = zip(states_MKV[block], states_MKV[block.start + 1 : block.stop + 1], x.decay.whole.split(M), corrections)
+            for i, (before, after, whole, correction) in enumerate(parts, block.start):
                 if i in chunks.starts:
-                    state = initial[chunks.starts[i]].flatten(0, 1)
-                    states_MKV[i].copy_(state)
+                    before.copy_(initial[chunks.starts[i]].flatten(0, 1))
                 if correction is not None:
                     reads, error, writes = correction
-                    error.baddbmm_(reads, states_MKV[i], alpha=-1)
-                    torch.bmm(writes.mT, error, out=update)
-                state = advance(state, whole, update, states_MKV[i + 1])
+                    error.baddbmm_(reads, before, alpha=-1)
+                    torch.bmm(writes.mT, error, out=after)
+                after.addcmul_(whole, before)
                 if i in chunks.ends:
-                    finals[chunks.ends[i]] = state.unflatten(0, (-1, v.shape[2]))
-            out_XCV = product(attention, errors, scratch("out", dtype, X, C, V))
+                    finals[chunks.ends[i]] = after.unflatten(0, (-1, v.shape[2]))
+            out_XCV = product(attention, errors, scratch("out", X, C, V))
             store(add_product(out_XCV, x.read[:, 0], states), out[block], rule.scale)
         ctx.save_for_backward(q, k, v, g, beta, attention_YCC, states_YKV, inverse_YCC, errors_YCV)
         ctx.chunks, ctx.rule = chunks, rule
@@ -160,79 +152,78 @@ class ChunkedRule(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dfinals: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, g, beta, attention_YCC, states_YKV, inverse_YCC, errors_YCV = ctx.saved_tensors
         chunks, inputs = ctx.chunks, Inputs(ctx.chunks, q, k, v, g, beta, ctx.rule)
-        M, dtype, exact, scratch, douts = inputs.M, inputs.dtype, inputs.exact, inputs.scratch, chunks.view(dout)
+        M, scratch, douts = inputs.M, inputs.scratch, chunks.view(dout)
         dq, dk, dv = (chunks.empty(x) for x in (q, k, v))
         dg, dbeta = chunks.empty(g) if ctx.needs_input_grad[3] else None, None if beta is None else chunks.empty(beta)
         dstate, dinitial, split = dfinals.new_zeros(()), dfinals.clone(), partial(scratch.once, torch.split)
-        times, later_CC = partial(multiplied, scratch, exact), v.new_ones(chunks.size, chunks.size, dtype=exact).triu_()
+        times, later_CC = partial(multiplied, scratch), v.new_ones(chunks.size, chunks.size, dtype=scratch.dtype).triu_()
         for block in reversed(inputs.blocks):
             x = Operands(inputs, block)
             attention, states, (X, r, C, K), V = attention_YCC[x.here], states_YKV[x.here], x.rows.shape, v.shape[3]
-            y = scratch("y", dtype, X, r, C, V)
+            y = scratch("y", X, r, C, V)
             do = load(douts[block], y[:, 0], ctx.rule.scale)
-            errors = load(inputs.v[block], scratch("values", dtype, X, C, V)) if errors_YCV is None else errors_YCV[x.here]
-            derrors = product(attention.mT, do, scratch("derrors", dtype, X, C, V))
+            errors = load(inputs.v[block], scratch("values", X, C, V)) if errors_YCV is None else errors_YCV[x.here]
+            derrors = product(attention.mT, do, scratch("derrors", X, C, V))
             corrections = repeat(None)
             if inverse_YCC is not None:
-                removed = product(inverse_YCC[x.here], x.read[:, 1], scratch("removed", dtype, X, C, K))
+                removed = product(inverse_YCC[x.here], x.read[:, 1], scratch("removed", X, C, K))
                 corrections = zip(split(removed, M), split(derrors, M), split(x.write, M))
-            # The gradients of the states before the first chunk and after each, which in the states' own dtype begin as their updates.
-            dstates, same = scratch("dstates", dtype, X + M, K, V), dtype == exact
+            # The gradients of the states before the first chunk and after each, which begin as what the chunk adds to them.
+            dstates = scratch("dstates", X + M, K, V)
             dnext, dstates_MKV = dstates[M:], split(dstates, M)
             dstates_MKV[-1].copy_(dstate)
-            dstate = dstates_MKV[-1] if same else dstate
-            updates = product(x.read[:, 0].mT, do, scratch("dstates" if same else "updates", dtype, X, K, V))
-            parts = zip(dstates_MKV, dstates_MKV[1:], split(updates, M), x.decay.whole.split(M), corrections)
-            for i, (before, after, update, whole, correction) in reversed(list(enumerate(parts, block.start))):
+            product(x.read[:, 0].mT, do, scratch("dstates", X, K, V))
+            parts = zip(dstates_MKV, dstates_MKV[1:], x.decay.whole.split(M), corrections)
+            for i, (before, after, whole, correction) in reversed(list(enumerate(parts, block.start))):
                 if i in chunks.ends:
-                    dstate = dfinals[chunks.ends[i]].flatten(0, 1)
-                    after.copy_(dstate)
+                    after.copy_(dfinals[chunks.ends[i]].flatten(0, 1))
                 if correction is not None:
                     reads, derror, writes = correction
                     derror.baddbmm_(writes, after)
-                    update.baddbmm_(reads.mT, derror, alpha=-1)
-                dstate = advance(dstate, whole, update, before)
+                    before.baddbmm_(reads.mT, derror, alpha=-1)
+                before.addcmul_(whole, after)
                 if i in chunks.starts:
-                    dinitial[chunks.starts[i]] = dstate.unflatten(0, (-1, dinitial.shape[1]))
+                    dinitial[chunks.starts[i]] = before.unflatten(0, (-1, dinitial.shape[1]))
+            dstate = dstates_MKV[0]
             if inverse_YCC is None:
                 dvalues = add_product(derrors, x.write, dnext)
             else:
-                dvalues = product(inverse_YCC[x.here].mT, derrors, scratch("values", dtype, X, C, V))
+                dvalues = product(inverse_YCC[x.here].mT, derrors, scratch("values", X, C, V))
                 into(y[:, 1], torch.neg, dvalues)
             store(dvalues, dv[block])
 
             # What was written, U: read by later chunks, then by the queries and the keys of this one.
-            dwritten = product(errors, dnext.mT, scratch("dwritten", exact, X, C, K))
+            dwritten = product(errors, dnext.mT, scratch("dwritten", X, C, K))
             if not x.decay.applied:
                 dwritten.mul_(x.decay.to_end)
             dc_end = None
             if dg is not None:
                 # Rows of dS' S', as what the chunk began with and what it wrote.
                 dc_end = times(dnext, states).sum(-1).mul_(x.decay.whole[..., 0])
-                dc_end += times(x.exact_weighted, dwritten).sum(1)
+                dc_end += times(x.weighted, dwritten).sum(1)
             y_XRV = y.flatten(1, 2)
-            drows = scratch("drows", exact, X, r, C, K)
+            drows = scratch("drows", X, r, C, K)
             product(y_XRV, states.mT, drows.flatten(1, 2))
             if not x.decay.applied:
                 drows.mul_(x.decay.from_start[:, None])
-            dscores = scratch("dscores", dtype, X, r, C, C)
+            dscores = scratch("dscores", X, r, C, C)
             product(y_XRV, errors.mT, dscores.flatten(1, 2))
             if beta is not None:
                 dscores[:, 1].diagonal(dim1=1, dim2=2).zero_()
             x.decay.scores_backward(dscores, x.rows, x.weighted, drows, dwritten)
             if dg is not None and dc_end is not None:
-                dc = torch.sum(times(x.exact_rows, drows), 1, out=scratch("dc", exact, X, C, K)).addcmul_(x.exact_weighted, dwritten, value=-1)
+                dc = torch.sum(times(x.rows, drows), 1, out=scratch("dc", X, C, K)).addcmul_(x.weighted, dwritten, value=-1)
                 dc[:, -1] += dc_end
                 dc = dc if g.dim() == 4 else dc.sum(-1, keepdim=True)
                 # From a row to the chunk's end.
-                dgate = product(later_CC.expand(X, C, C), dc, scratch("dgate", exact, *dc.shape))
+                dgate = product(later_CC.expand(X, C, C), dc, scratch("dgate", *dc.shape))
                 store(dgate if g.dim() == 4 else dgate[..., 0], dg[block])
             if dbeta is not None and x.b is not None:
-                store(times(x.exact_rows[:, 1], dwritten).sum(-1), dbeta[block])
+                store(times(x.rows[:, 1], dwritten).sum(-1), dbeta[block])
                 drows[:, 1].addcmul_(x.b, dwritten)
             if x.lengths is not None:
-                along = times(x.exact_rows, drows).sum(-1, keepdim=True)
-                drows.sub_(times(x.exact_rows, along)).mul_(x.lengths)
+                along = times(x.rows, drows).sum(-1, keepdim=True)
+                drows.sub_(times(x.rows, along)).mul_(x.lengths)
             of_q, of_k = (x.decay.from_start, x.decay.to_end) if x.decay.applied else (1.0, 1.0)
             store(drows[:, 0], dq[block], of_q)
             store(dwritten if beta is None else drows[:, 1], dk[block], of_k)
@@ -250,18 +241,9 @@ def chunked_rule(
     return ChunkedRule.apply(q, k, v, g, beta, initial, cu_seqlens, chunk_size, rule)  # pyright: ignore
 
 
-def advance(state: Tensor, whole: Tensor, update: Tensor, place: Tensor) -> Tensor:
-    """whole * state + update in the dtype of `state`; left at `place` too, in the dtype found there."""
-    if place.dtype == state.dtype:
-        return torch.addcmul(update, whole, state, out=place)
-    state = torch.addcmul(update.to(state.dtype), whole, state)
-    place.copy_(state)
-    return state
-
-
-def multiplied(scratch: Scratch, dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+def multiplied(scratch: Scratch, a: Tensor, b: Tensor) -> Tensor:
     """a * b, valid until the next one."""
-    return torch.mul(a, b, out=scratch("multiplied", dtype, *a.shape))
+    return torch.mul(a, b, out=scratch("multiplied", *a.shape))
 
 
 def inverse_length(x: Tensor) -> Tensor:

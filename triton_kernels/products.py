@@ -21,13 +21,13 @@ _lock = threading.Lock()
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b, rounded to the dtype of `out`."""
-    return _run(torch.bmm, a, b, out=out) if out.dtype == a.dtype else out.copy_(torch.bmm(a, b))
+    """out = a @ b."""
+    return _run(torch.bmm, a, b, out=out)
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, factor: int = 1) -> Tensor:
-    """out += factor a @ b; `out` may be wider than the product's dtype."""
-    return _run(out.baddbmm_, a, b, alpha=factor) if out.dtype == a.dtype else out.add_(torch.bmm(a, b), alpha=factor)
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a @ b."""
+    return _run(out.baddbmm_, a, b)
 
 
 def _run(operation: Callable[..., Tensor], a: Tensor, b: Tensor, **options: Any) -> Tensor:
