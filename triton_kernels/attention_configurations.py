@@ -114,7 +114,7 @@ def _attention(name: str, shape: dict[str, int], *check_shapes: dict[str, int]) 
         check_shapes=check_shapes,
         # Few heads where the sequence is long: the check before the timing holds all scores in fp64.
         bench_shapes=(shape, {**shape, "B": 4}, {**shape, "T": 16384, "H": shape["H"] // 4, "G": max(1, shape["G"] // 4)}) if plain else (shape,),
-        cpu_shapes=({**shape, "T": 2048, "H": 8, "G": max(1, shape["G"] // 2), "K": 64, "V": 64},),
+        cpu_shapes=({**shape, "T": 2048, "H": 8, "G": max(1, shape["G"] // 2), "K": 64, "V": 64} | ({"P": 64} if "P" in shape else {}),),
         peers=others,
         cpu_peers={"dense formula": peers.dense_attention, "SDPA": peers.sdpa(None)} if window is None and plain else {},
     )

@@ -45,3 +45,13 @@ def test_two_runs_give_the_same_bits_wherever_the_inputs_lie(name: str) -> None:
     for result, x in first.items():
         assert not x.isnan().any(), result
         assert torch.equal(x, second[result]), result
+
+
+@pytest.mark.parametrize("name", operations())
+def test_every_listed_shape_is_one_that_the_op_takes(name: str) -> None:
+    """Also those that are only timed: of each, a piece of the tokens."""
+    operation = operations()[name]
+    few = {"B": 2, "T": 64, "S": 64, "D": 256, "E": 32}
+    for shape in (operation.inspect_shape, *operation.check_shapes, *operation.bench_shapes, *operation.cpu_shapes):
+        sizes = {axis: min(size, few.get(axis, size)) for axis, size in shape.items()}
+        operation.call(**operation.inputs(torch.float32, "cpu", **sizes), backend="torch")
