@@ -42,8 +42,6 @@ class Scratch:
 
     def once(self, derive: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
         """derive(x, *arguments), views of a tensor of this memory, kept: making views of a block takes as long as working on it."""
-        if torch.compiler.is_compiling():
-            return derive(x, *arguments)
         key = (derive, id(x), arguments)
         known = self.derived.get(key)
         if known is None or known[0] is not x:
@@ -55,9 +53,7 @@ _of_thread = threading.local()
 
 
 def scratch_on(device: torch.device, dtype: torch.dtype) -> Scratch:
-    """The calling thread's own, a few dozen times BLOCK_BYTES; while compiling a new one, whose memory the compiler plans."""
-    if torch.compiler.is_compiling():
-        return Scratch(device, dtype)
+    """The calling thread's own, a few dozen times BLOCK_BYTES."""
     return _of_thread.__dict__.setdefault(f"{device} {dtype}", Scratch(device, dtype))
 
 
@@ -107,15 +103,10 @@ class Chunks:
         return x if self.rows is None else x[:, self.rows]
 
 
-def into(out: Tensor, operation: Callable[..., Tensor], *operands: Any) -> Tensor:
-    """out = operation(*operands), without a temporary; the compiler, which makes none, refuses an `out` that is not contiguous."""
-    return out.copy_(operation(*operands)) if torch.compiler.is_compiling() else operation(*operands, out=out)
-
-
 def load(chunked: Tensor, out: Tensor, factor: float | Tensor = 1.0) -> Tensor:
     """factor (a number, or [X, C, 1]) times chunks [n, B, G, R, C, ...] -> out [X, ..., C, ...] in its dtype."""
     if isinstance(factor, Tensor):
-        into(out.view(chunked.shape), torch.mul, chunked, factor.view(*chunked.shape[:5], 1))
+        torch.mul(chunked, factor.view(*chunked.shape[:5], 1), out=out.view(chunked.shape))
     else:
         out.view(chunked.shape).copy_(chunked)
         if factor != 1:
@@ -128,8 +119,8 @@ def store(x: Tensor, chunked: Tensor, factor: float | Tensor = 1.0) -> None:
     heads = x.view(*chunked.shape[:3], -1, *chunked.shape[3:])
     heads = heads[:, :, :, 0] if heads.shape[3] == 1 else heads.sum(3)
     if isinstance(factor, Tensor):
-        into(chunked, torch.mul, heads, factor.view(*heads.shape[:4], 1))
+        torch.mul(heads, factor.view(*heads.shape[:4], 1), out=chunked)
     elif factor != 1:
-        into(chunked, torch.mul, heads, factor)
+        torch.mul(heads, factor, out=chunked)
     else:
         chunked.copy_(heads)

@@ -12,7 +12,7 @@ from math import e, log2
 import torch
 from torch import Tensor
 
-from triton_kernels.chunk import Scratch, into
+from triton_kernels.chunk import Scratch
 from triton_kernels.products import add_product, product
 
 # Bits by which a fixed decay may shrink a chunk and still be taken out of its scores: the rest of fp32's exponent is left to what is multiplied.
@@ -94,8 +94,8 @@ class ChannelDecay:
         while half > 0:
             decay = scratch(f"level {half}", *c.shape)
             (early, late, anchor), (from_early, to_late, _) = scratch.once(halves, c, half), scratch.once(halves, decay, half)
-            into(to_late, torch.sub, late, anchor)
-            into(from_early, torch.sub, anchor, early)
+            torch.sub(late, anchor, out=to_late)
+            torch.sub(anchor, early, out=from_early)
             decay.exp2_()
             self.levels.append((half, to_late, from_early))
             half //= 2
@@ -104,7 +104,7 @@ class ChannelDecay:
         """The later rows [X, P, r, s, K] and the earlier keys [X, P, s, K] of every pair, decayed to and from the pair's anchor."""
         once, shape = self.scratch.once, to_late.shape
         late_rows = self.scratch("late rows", *shape[:2], rows.shape[1], *shape[2:])
-        into(once(torch.transpose, late_rows, 1, 2), torch.mul, once(halves, rows, half)[1], to_late[:, None])
+        torch.mul(once(halves, rows, half)[1], to_late[:, None], out=once(torch.transpose, late_rows, 1, 2))
         early_keys = torch.mul(once(halves, keys, half)[0], from_early, out=self.scratch("early keys", *shape))
         return once(flat_pairs, late_rows), once(flat_pairs, early_keys)
 

@@ -19,8 +19,6 @@ Letters: B batch, T tokens, G query/key heads, H value heads, n chunks of a bloc
 queries and keys), C chunk length, K key width, V value width, S sequences.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -28,38 +26,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_kernels.chunk import Chunks, Scratch, into, load, scratch_on, store
+from triton_kernels.checks import readable
+from triton_kernels.chunk import Chunks, Scratch, load, scratch_on, store
 from triton_kernels.chunk_decay import ChannelDecay, ScalarDecay
 from triton_kernels.products import add_product, product
+from triton_kernels.registration import has_work, kernel_op
 
 EPSILON = 1e-6
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """decay makes the decays of a block from its log-decays [X, C] or [X, C, K]. A `fixed_decay` of one chunk stands for all where none is padded."""
-
-    decay: Callable[[Tensor, Scratch], ScalarDecay | ChannelDecay]
-    scale: float
-    normalize_qk: bool = False
-    fixed_decay: ScalarDecay | None = None
-
-
 class Inputs:
-    """A call's tensors in chunks, q and k for every value head, and the scratch memory of its blocks; no log-decays where a fixed decay does."""
+    """A call's tensors in chunks, q and k for every value head, and the scratch memory of its blocks. A decay of one number per head is made once for
+    all chunks where none is padded and it is weak enough; then there are no log-decays."""
 
-    def __init__(self, chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, rule: Rule):
-        self.rule, self.M = rule, v.shape[0] * v.shape[2]
+    def __init__(self, chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, normalize_qk: bool):
+        (B, T, H), kinds = v.shape[:3], 1 if beta is None else 2
+        self.normalize_qk, self.M = normalize_qk, B * H
         self.scratch = scratch_on(q.device, torch.promote_types(v.dtype, torch.float32))
-        self.q, self.k, self.v = chunks.view(q, v.shape[2]), chunks.view(k, v.shape[2]), chunks.view(v)
+        self.q, self.k, self.v = chunks.view(q, H), chunks.view(k, H), chunks.view(v)
         self.beta = None if beta is None else chunks.view(beta)
-        kinds = 1 if beta is None else 2
         self.blocks = chunks.blocks(self.M * kinds * chunks.size * max(q.shape[3], v.shape[3]) * self.scratch.dtype.itemsize)
         self.g = self.fixed_decay = None
-        if rule.fixed_decay is None or chunks.rows is not None:
-            self.g = chunks.view(g)
-        elif self.blocks:
-            self.fixed_decay = rule.fixed_decay.repeated(self.blocks[0].stop)
+        if g.dim() == 1 and chunks.rows is None and readable(g):
+            fixed = ScalarDecay.fixed(g.to(self.scratch.dtype).repeat(B), chunks.size)
+            self.fixed_decay = None if fixed is None else fixed.repeated(self.blocks[0].stop)
+        if self.fixed_decay is None:
+            self.g = chunks.view(g.expand(B, T, H) if g.dim() == 1 else g)
 
 
 class Operands:
@@ -76,13 +68,14 @@ class Operands:
             self.weighted = self.write = load(k, scratch("write", self.X, C, K), self.decay.to_end)
             return
         assert inputs.g is not None
-        self.decay = inputs.rule.decay(load(inputs.g[block], scratch("gates", self.X, *inputs.g.shape[4:])), scratch)
+        g = load(inputs.g[block], scratch("gates", self.X, *inputs.g.shape[4:]))
+        self.decay = ScalarDecay.of(g, scratch) if g.dim() == 2 else ChannelDecay(g, scratch)
         readers = [q] if inputs.beta is None else [q, k]
         # Queries, and keys where they read too, as one stack of rows.
         rows = scratch("rows", self.X, len(readers), C, K)
         for kind, x in enumerate(readers):
             load(x, rows[:, kind])
-        if inputs.rule.normalize_qk:
+        if inputs.normalize_qk:
             self.lengths = inverse_length(rows)
             rows.mul_(self.lengths)
         weighted = scratch("weighted", self.X, C, K)
@@ -96,149 +89,175 @@ class Operands:
         self.write = torch.mul(weighted, self.decay.to_end, out=scratch("write", *weighted.shape))
 
 
-class ChunkedRule(torch.autograd.Function):
-    """Autograd would keep a matrix [C, C] per product and several graph nodes per chunk; here only what the backward cannot cheaply make again is
-    kept. All of it is in fp32 (fp64 for fp64 inputs): 16-bit products would not make up for what rounding and small calls cost."""
+@kernel_op("chunked_linear_attention")
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor, cu_seqlens: Tensor | None, chunk: int, scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, finals), and what the backward cannot cheaply make again: attention and states of every chunk, and of a correction its inverse and the
+    errors. Autograd would keep a matrix [C, C] per product and several graph nodes per chunk, and the compiler would unroll the chunks.
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor, cu_seqlens: Tensor | None, chunk: int, rule: Rule
-    ):
-        """q, k [B, T, G, K], v [B, T, H, V], g [B, T, H] or [B, T, H, K], beta [B, T, H] or None for no correction, initial [S, H, K, V]."""
-        chunks = Chunks(v.shape[1], chunk, cu_seqlens)
-        inputs = Inputs(chunks, q, k, v, g, beta, rule)
-        N, M, C, K, V = chunks.n, inputs.M, chunk, *initial.shape[2:]
-        scratch, dtype = inputs.scratch, inputs.scratch.dtype
-        out, finals = chunks.empty(v), initial.clone()
-        # Of all chunks, M rows of each; the state before every chunk and after the last.
-        attention_YCC, states_YKV = v.new_empty(N * M, C, C, dtype=dtype), v.new_empty((N + 1) * M, K, V, dtype=dtype)
-        inverse_YCC, errors_YCV = (None, None) if beta is None else (torch.empty_like(attention_YCC), v.new_empty(N * M, C, V, dtype=dtype))
-        states_MKV, split = states_YKV.split(M), partial(scratch.once, torch.split)
-        for block in inputs.blocks:
-            x = Operands(inputs, block)
-            here, X = x.here, x.X
-            attention, states = attention_YCC[here], states_YKV[here]
-            values = load(inputs.v[block], scratch("values", X, C, V))
-            if errors_YCV is None or inverse_YCC is None:
-                x.decay.scores(x.rows, x.weighted, attention[:, None])
-                errors, corrections = values, repeat(None)
-                # What a chunk writes to the state lies where the state after it will.
-                product(x.write.mT, errors, states_YKV[here.start + M : here.stop + M])
-            else:
-                scores = x.decay.scores(x.rows, x.weighted, scratch("scores", X, 2, C, C))
-                attention.copy_(scores[:, 0])
-                inverse = inverse_YCC[here].copy_(invert_unit_lower(scores[:, 1]))
-                errors = product(inverse, values, errors_YCV[here])
-                removed = product(inverse, x.read[:, 1], scratch("removed", X, C, K))
-                corrections = zip(split(removed, M), errors.split(M), split(x.write, M))
-            parts = zip(states_MKV[block], states_MKV[block.start + 1 : block.stop + 1], x.decay.whole.split(M), corrections)
-            for i, (before, after, whole, correction) in enumerate(parts, block.start):
-                if i in chunks.starts:
-                    before.copy_(initial[chunks.starts[i]].flatten(0, 1))
-                if correction is not None:
-                    reads, error, writes = correction
-                    error.baddbmm_(reads, before, alpha=-1)
-                    torch.bmm(writes.mT, error, out=after)
-                after.addcmul_(whole, before)
-                if i in chunks.ends:
-                    finals[chunks.ends[i]] = after.unflatten(0, (-1, v.shape[2]))
-            out_XCV = product(attention, errors, scratch("out", X, C, V))
-            store(add_product(out_XCV, x.read[:, 0], states), out[block], rule.scale)
-        ctx.save_for_backward(q, k, v, g, beta, attention_YCC, states_YKV, inverse_YCC, errors_YCV)
-        ctx.chunks, ctx.rule = chunks, rule
-        return chunks.tokens(out), finals
+    q, k [B, T, G, K], v [B, T, H, V], g [B, T, H], [B, T, H, K] or, without a gradient, [H]; beta [B, T, H] or None for no correction; initial
+    [S, H, K, V]. Everything is computed in fp32 (fp64 for fp64 inputs): 16-bit products would not make up for what rounding and small calls cost."""
+    (B, T, H, V), K, C = v.shape, q.shape[3], chunk
+    # As many chunks as there may be: how many, only the values of cu_seqlens say. M rows of each; the state before every chunk and after the last.
+    M, n_most = B * H, -(-T // C) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    finals = initial.clone(memory_format=torch.contiguous_format)
+    attention_YCC, states_YKV = initial.new_empty(n_most * M, C, C), initial.new_empty((n_most + 1) * M, K, V)
+    inverse_YCC, errors_YCV = (initial.new_empty(0 if beta is None else n_most * M, C, width) for width in (C, V))
+    if not has_work(v):
+        return v.new_empty(v.shape), finals, attention_YCC, states_YKV, inverse_YCC, errors_YCV
+    chunks = Chunks(T, chunk, cu_seqlens)
+    inputs, out = Inputs(chunks, q, k, v, g, beta, normalize_qk), chunks.empty(v)
+    scratch, states_MKV = inputs.scratch, states_YKV.split(M)
+    split = partial(scratch.once, torch.split)
+    for block in inputs.blocks:
+        x = Operands(inputs, block)
+        here, X = x.here, x.X
+        attention, states = attention_YCC[here], states_YKV[here]
+        values = load(inputs.v[block], scratch("values", X, C, V))
+        if beta is None:
+            x.decay.scores(x.rows, x.weighted, attention[:, None])
+            errors, corrections = values, repeat(None)
+            # What a chunk writes to the state lies where the state after it will.
+            product(x.write.mT, errors, states_YKV[here.start + M : here.stop + M])
+        else:
+            scores = x.decay.scores(x.rows, x.weighted, scratch("scores", X, 2, C, C))
+            attention.copy_(scores[:, 0])
+            inverse = inverse_YCC[here].copy_(invert_unit_lower(scores[:, 1]))
+            errors = product(inverse, values, errors_YCV[here])
+            removed = product(inverse, x.read[:, 1], scratch("removed", X, C, K))
+            corrections = zip(split(removed, M), errors.split(M), split(x.write, M))
+        parts = zip(states_MKV[block], states_MKV[block.start + 1 : block.stop + 1], x.decay.whole.split(M), corrections)
+        for i, (before, after, whole, correction) in enumerate(parts, block.start):
+            if i in chunks.starts:
+                before.copy_(initial[chunks.starts[i]].flatten(0, 1))
+            if correction is not None:
+                reads, error, writes = correction
+                error.baddbmm_(reads, before, alpha=-1)
+                torch.bmm(writes.mT, error, out=after)
+            after.addcmul_(whole, before)
+            if i in chunks.ends:
+                finals[chunks.ends[i]] = after.unflatten(0, (-1, v.shape[2]))
+        out_XCV = product(attention, errors, scratch("out", X, C, V))
+        store(add_product(out_XCV, x.read[:, 0], states), out[block], scale)
+    return chunks.tokens(out), finals, attention_YCC, states_YKV, inverse_YCC, errors_YCV
 
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, dfinals: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, g, beta, attention_YCC, states_YKV, inverse_YCC, errors_YCV = ctx.saved_tensors
-        chunks, inputs = ctx.chunks, Inputs(ctx.chunks, q, k, v, g, beta, ctx.rule)
-        M, scratch, douts = inputs.M, inputs.scratch, chunks.view(dout)
-        dq, dk, dv = (chunks.empty(x) for x in (q, k, v))
-        dg, dbeta = chunks.empty(g) if ctx.needs_input_grad[3] else None, None if beta is None else chunks.empty(beta)
-        dstate, dinitial, split = dfinals.new_zeros(()), dfinals.clone(), partial(scratch.once, torch.split)
-        times, later_CC = partial(multiplied, scratch), v.new_ones(chunks.size, chunks.size, dtype=scratch.dtype).triu_()
-        for block in reversed(inputs.blocks):
-            x = Operands(inputs, block)
-            attention, states, (X, r, C, K), V = attention_YCC[x.here], states_YKV[x.here], x.rows.shape, v.shape[3]
-            y = scratch("y", X, r, C, V)
-            do = load(douts[block], y[:, 0], ctx.rule.scale)
-            errors = load(inputs.v[block], scratch("values", X, C, V)) if errors_YCV is None else errors_YCV[x.here]
-            derrors = product(attention.mT, do, scratch("derrors", X, C, V))
-            corrections = repeat(None)
-            if inverse_YCC is not None:
-                removed = product(inverse_YCC[x.here], x.read[:, 1], scratch("removed", X, C, K))
-                corrections = zip(split(removed, M), split(derrors, M), split(x.write, M))
-            # The gradients of the states before the first chunk and after each, which begin as what the chunk adds to them.
-            dstates = scratch("dstates", X + M, K, V)
-            dnext, dstates_MKV = dstates[M:], split(dstates, M)
-            dstates_MKV[-1].copy_(dstate)
-            product(x.read[:, 0].mT, do, scratch("dstates", X, K, V))
-            parts = zip(dstates_MKV, dstates_MKV[1:], x.decay.whole.split(M), corrections)
-            for i, (before, after, whole, correction) in reversed(list(enumerate(parts, block.start))):
-                if i in chunks.ends:
-                    after.copy_(dfinals[chunks.ends[i]].flatten(0, 1))
-                if correction is not None:
-                    reads, derror, writes = correction
-                    derror.baddbmm_(writes, after)
-                    before.baddbmm_(reads.mT, derror, alpha=-1)
-                before.addcmul_(whole, after)
-                if i in chunks.starts:
-                    dinitial[chunks.starts[i]] = before.unflatten(0, (-1, dinitial.shape[1]))
-            dstate = dstates_MKV[0]
-            if inverse_YCC is None:
-                dvalues = add_product(derrors, x.write, dnext)
-            else:
-                dvalues = product(inverse_YCC[x.here].mT, derrors, scratch("values", X, C, V))
-                into(y[:, 1], torch.neg, dvalues)
-            store(dvalues, dv[block])
 
-            # What was written, U: read by later chunks, then by the queries and the keys of this one.
-            dwritten = product(errors, dnext.mT, scratch("dwritten", X, C, K))
-            if not x.decay.applied:
-                dwritten.mul_(x.decay.to_end)
-            dc_end = None
-            if dg is not None:
-                # Rows of dS' S', as what the chunk began with and what it wrote.
-                dc_end = times(dnext, states).sum(-1).mul_(x.decay.whole[..., 0])
-                dc_end += times(x.weighted, dwritten).sum(1)
-            y_XRV = y.flatten(1, 2)
-            drows = scratch("drows", X, r, C, K)
-            product(y_XRV, states.mT, drows.flatten(1, 2))
-            if not x.decay.applied:
-                drows.mul_(x.decay.from_start[:, None])
-            dscores = scratch("dscores", X, r, C, C)
-            product(y_XRV, errors.mT, dscores.flatten(1, 2))
-            if beta is not None:
-                dscores[:, 1].diagonal(dim1=1, dim2=2).zero_()
-            x.decay.scores_backward(dscores, x.rows, x.weighted, drows, dwritten)
-            if dg is not None and dc_end is not None:
-                dc = torch.sum(times(x.rows, drows), 1, out=scratch("dc", X, C, K)).addcmul_(x.weighted, dwritten, value=-1)
-                dc[:, -1] += dc_end
-                dc = dc if g.dim() == 4 else dc.sum(-1, keepdim=True)
-                # From a row to the chunk's end.
-                dgate = product(later_CC.expand(X, C, C), dc, scratch("dgate", *dc.shape))
-                store(dgate if g.dim() == 4 else dgate[..., 0], dg[block])
-            if dbeta is not None and x.b is not None:
-                store(times(x.rows[:, 1], dwritten).sum(-1), dbeta[block])
-                drows[:, 1].addcmul_(x.b, dwritten)
-            if x.lengths is not None:
-                along = times(x.rows, drows).sum(-1, keepdim=True)
-                drows.sub_(times(x.rows, along)).mul_(x.lengths)
-            of_q, of_k = (x.decay.from_start, x.decay.to_end) if x.decay.applied else (1.0, 1.0)
-            store(drows[:, 0], dq[block], of_q)
-            store(dwritten if beta is None else drows[:, 1], dk[block], of_k)
-        grads = (None if x is None else chunks.tokens(x) for x in (dq, dk, dv, dg, dbeta))
-        return *grads, dinitial, None, None, None
+@kernel_op("chunked_linear_attention_backward")
+def backward_op(
+    dout: Tensor, dfinals: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, cu_seqlens: Tensor | None,
+    attention_YCC: Tensor, states_YKV: Tensor, inverse_YCC: Tensor, errors_YCV: Tensor, scale: float, normalize_qk: bool, gate_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dg, dbeta, dinitial); dg and dbeta are empty where there is none."""
+    dinitial, no_gradient = dfinals.clone(memory_format=torch.contiguous_format), dfinals.new_empty(0)
+    if not has_work(v):
+        wanted = (q, k, v, g if gate_gradient else no_gradient, no_gradient if beta is None else beta)
+        return *(x.new_zeros(x.shape) for x in wanted), dinitial  # pyright: ignore[reportReturnType]
+    chunks = Chunks(v.shape[1], attention_YCC.shape[1], cu_seqlens)
+    inputs, douts = Inputs(chunks, q, k, v, g, beta, normalize_qk), chunks.view(dout)
+    dq, dk, dv = (chunks.empty(x) for x in (q, k, v))
+    dg, dbeta = chunks.empty(g) if gate_gradient else None, None if beta is None else chunks.empty(beta)
+    M, scratch, dstate = inputs.M, inputs.scratch, dfinals.new_zeros(())
+    split, times = partial(scratch.once, torch.split), partial(multiplied, scratch)
+    later_CC = dfinals.new_ones(chunks.size, chunks.size).triu_()
+    for block in reversed(inputs.blocks):
+        x = Operands(inputs, block)
+        attention, states, (X, r, C, K), V = attention_YCC[x.here], states_YKV[x.here], x.rows.shape, v.shape[3]
+        y = scratch("y", X, r, C, V)
+        do = load(douts[block], y[:, 0], scale)
+        errors = load(inputs.v[block], scratch("values", X, C, V)) if beta is None else errors_YCV[x.here]
+        derrors = product(attention.mT, do, scratch("derrors", X, C, V))
+        corrections = repeat(None)
+        if beta is not None:
+            removed = product(inverse_YCC[x.here], x.read[:, 1], scratch("removed", X, C, K))
+            corrections = zip(split(removed, M), split(derrors, M), split(x.write, M))
+        # The gradients of the states before the first chunk and after each, which begin as what the chunk adds to them.
+        dstates = scratch("dstates", X + M, K, V)
+        dnext, dstates_MKV = dstates[M:], split(dstates, M)
+        dstates_MKV[-1].copy_(dstate)
+        product(x.read[:, 0].mT, do, scratch("dstates", X, K, V))
+        parts = zip(dstates_MKV, dstates_MKV[1:], x.decay.whole.split(M), corrections)
+        for i, (before, after, whole, correction) in reversed(list(enumerate(parts, block.start))):
+            if i in chunks.ends:
+                after.copy_(dfinals[chunks.ends[i]].flatten(0, 1))
+            if correction is not None:
+                reads, derror, writes = correction
+                derror.baddbmm_(writes, after)
+                before.baddbmm_(reads.mT, derror, alpha=-1)
+            before.addcmul_(whole, after)
+            if i in chunks.starts:
+                dinitial[chunks.starts[i]] = before.unflatten(0, (-1, dinitial.shape[1]))
+        dstate = dstates_MKV[0]
+        if beta is None:
+            dvalues = add_product(derrors, x.write, dnext)
+        else:
+            dvalues = product(inverse_YCC[x.here].mT, derrors, scratch("values", X, C, V))
+            torch.neg(dvalues, out=y[:, 1])
+        store(dvalues, dv[block])
+
+        # What was written, U: read by later chunks, then by the queries and the keys of this one.
+        dwritten = product(errors, dnext.mT, scratch("dwritten", X, C, K))
+        if not x.decay.applied:
+            dwritten.mul_(x.decay.to_end)
+        dc_end = None
+        if dg is not None:
+            # Rows of dS' S', as what the chunk began with and what it wrote.
+            dc_end = times(dnext, states).sum(-1).mul_(x.decay.whole[..., 0])
+            dc_end += times(x.weighted, dwritten).sum(1)
+        y_XRV = y.flatten(1, 2)
+        drows = scratch("drows", X, r, C, K)
+        product(y_XRV, states.mT, drows.flatten(1, 2))
+        if not x.decay.applied:
+            drows.mul_(x.decay.from_start[:, None])
+        dscores = scratch("dscores", X, r, C, C)
+        product(y_XRV, errors.mT, dscores.flatten(1, 2))
+        if beta is not None:
+            dscores[:, 1].diagonal(dim1=1, dim2=2).zero_()
+        x.decay.scores_backward(dscores, x.rows, x.weighted, drows, dwritten)
+        if dg is not None and dc_end is not None:
+            dc = torch.sum(times(x.rows, drows), 1, out=scratch("dc", X, C, K)).addcmul_(x.weighted, dwritten, value=-1)
+            dc[:, -1] += dc_end
+            dc = dc if g.dim() == 4 else dc.sum(-1, keepdim=True)
+            # From a row to the chunk's end.
+            dgate = product(later_CC.expand(X, C, C), dc, scratch("dgate", *dc.shape))
+            store(dgate if g.dim() == 4 else dgate[..., 0], dg[block])
+        if dbeta is not None and x.b is not None:
+            store(times(x.rows[:, 1], dwritten).sum(-1), dbeta[block])
+            drows[:, 1].addcmul_(x.b, dwritten)
+        if x.lengths is not None:
+            along = times(x.rows, drows).sum(-1, keepdim=True)
+            drows.sub_(times(x.rows, along)).mul_(x.lengths)
+        of_q, of_k = (x.decay.from_start, x.decay.to_end) if x.decay.applied else (1.0, 1.0)
+        store(drows[:, 0], dq[block], of_q)
+        store(dwritten if beta is None else drows[:, 1], dk[block], of_k)
+    dg, dbeta = (no_gradient.clone() if x is None else chunks.tokens(x) for x in (dg, dbeta))
+    return chunks.tokens(dq), chunks.tokens(dk), chunks.tokens(dv), dg, dbeta, dinitial
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, g, beta, _, cu_seqlens, _, ctx.scale, ctx.normalize_qk = inputs
+    ctx.save_for_backward(q, k, v, g, beta, cu_seqlens, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward(ctx: Any, dout: Tensor, dfinals: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    gate_gradient, corrected = ctx.needs_input_grad[3], ctx.saved_tensors[4] is not None
+    dq, dk, dv, dg, dbeta, dinitial = backward_op(dout, dfinals, *ctx.saved_tensors, ctx.scale, ctx.normalize_qk, gate_gradient)
+    return dq, dk, dv, dg if gate_gradient else None, dbeta if corrected else None, dinitial, None, None, None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def chunked_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int, rule: Rule
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """`ChunkedRule` with a state of zeros where none is given."""
+    """(out, finals) of `forward_op`, from a state of zeros where none is given."""
     if initial is None:
         n_states = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         initial = v.new_zeros(n_states, v.shape[2], q.shape[3], v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32))
-    return ChunkedRule.apply(q, k, v, g, beta, initial, cu_seqlens, chunk_size, rule)  # pyright: ignore
+    return forward_op(q, k, v, g, beta, initial, cu_seqlens, **options)[:2]
 
 
 def multiplied(scratch: Scratch, a: Tensor, b: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from triton_kernels.checks import readable
-from triton_kernels.chunk_decay import ChannelDecay, ScalarDecay
-from triton_kernels.chunk_rule import Rule, chunked_rule
+from triton_kernels.chunk_rule import chunked_rule
 
 # Longer chunks do more arithmetic, and their matrices [C, C] leave a core's first cache.
 MAX_CHUNK = 32
@@ -25,13 +23,11 @@ def decayed_linear_attention_torch(
     scale: float, cu_seqlens: Tensor | None, chunk_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
-    g_BTH, chunk, fixed_decay = token_log_decay(log_decay, q_BTHK), min(chunk_size, MAX_CHUNK), None
-    if g_BTH.stride(1) == 0 and not g_BTH.requires_grad and readable(q_BTHK):
-        # One decay per head: all chunks share one matrix, which is most of the exponentials.
-        exact = torch.promote_types(q_BTHK.dtype, torch.float32)
-        fixed_decay = ScalarDecay.fixed(g_BTH[:, 0].flatten().to(exact), chunk) if g_BTH.numel() else None
-    rule = Rule(decay=ScalarDecay.of, scale=scale, fixed_decay=fixed_decay)
-    return chunked_rule(q_BTHK, k_BTHK, v_BTHV, g_BTH, None, initial_SHKV, cu_seqlens, chunk, rule)
+    g = q_BTHK.new_zeros(q_BTHK.shape[2], dtype=torch.float32) if log_decay is None else log_decay
+    # One number per head without a gradient takes a shorter way.
+    g = token_log_decay(g, q_BTHK) if g.requires_grad else g
+    options = {"chunk": min(chunk_size, MAX_CHUNK), "scale": scale, "normalize_qk": False}
+    return chunked_rule(q_BTHK, k_BTHK, v_BTHV, g, None, initial_SHKV, cu_seqlens, **options)
 
 
 def delta_rule_torch(
@@ -40,8 +36,8 @@ def delta_rule_torch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H, K])."""
     g = beta_BTH.new_zeros(()).expand(beta_BTH.shape) if log_decay is None else log_decay
-    rule = Rule(decay=ScalarDecay.of if g.dim() == 3 else ChannelDecay, scale=scale, normalize_qk=normalize_qk)
-    return chunked_rule(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, initial_SHKV, cu_seqlens, min(chunk_size, MAX_CHUNK), rule)
+    options = {"chunk": min(chunk_size, MAX_CHUNK), "scale": scale, "normalize_qk": normalize_qk}
+    return chunked_rule(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, initial_SHKV, cu_seqlens, **options)
 
 
 def token_log_decay(log_decay: Tensor | None, q_BTHK: Tensor) -> Tensor:

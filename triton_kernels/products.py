@@ -33,7 +33,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _run(operation: Callable[..., Tensor], a: Tensor, b: Tensor, **options: Any) -> Tensor:
     size = a.shape[1] * a.shape[2] * b.shape[2]
     worth_it = size >= LEAST_OF_ONE and size * a.shape[0] >= LEAST and a.dtype == torch.float32 and a.device.type == "cpu"
-    if worth_it and not torch.compiler.is_compiling() and onednn_is_exact():
+    if worth_it and onednn_is_exact():
         return _by_onednn(operation, a, b, **options)
     return operation(a, b, **options)
 
