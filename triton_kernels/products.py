@@ -21,12 +21,12 @@ _lock = threading.Lock()
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b."""
+    """out = a @ b: a [X, M, K], b [X, K, N], out [X, M, N], contiguous, all of one dtype."""
     return _run(torch.bmm, a, b, out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a @ b."""
+    """out += a @ b, shaped as in `product`."""
     return _run(out.baddbmm_, a, b)
 
 
