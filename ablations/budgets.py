@@ -1,7 +1,9 @@
-"""How exactly budgets hold: the mean number of experts per token that was asked for, and what was used, in training and at inference.
+"""How exactly budgets hold: the mean number of experts per token that was asked for, and what was used, in training and
+at inference.
 
-In training a controller holds it, step by step; at inference thresholds calibrated on text that is neither trained on nor measured do, at the
-method's own number and, with the same weights in memory, at every other. Computed from the runs of a comparison.
+In training a controller holds it, step by step; at inference thresholds calibrated on text that is neither trained on
+nor measured do, at the method's own number and, with the same weights in memory, at every other. Computed from the runs
+of a comparison.
 """
 
 import csv
@@ -58,25 +60,54 @@ def budget_rows(records: Records, *, last_steps: int) -> list[BudgetRow]:
 
 def budget_text(rows: Sequence[BudgetRow], *, last_steps: int) -> str:
     """One line per branch: its own budget in training and at inference, and the worst of the others."""
-    lines = [f"{'method':<20} {'seed':>4} {'asked':>6} {'in training':>12} {'error':>8} {'at inference':>13} {'error':>8}   worst other budget"]
+    lines = [
+        f"{'method':<20} {'seed':>4} {'asked':>6} {'in training':>12} {'error':>8} {'at inference':>13} {'error':>8}  "
+        " worst other budget"
+    ]
     for own in (row for row in rows if row.trained is not None):
-        others = [row for row in rows if row.trained is None and (row.method, row.trunk_seed, row.branch_seed) == _run(own)]
+        others = [
+            row for row in rows if row.trained is None and (row.method, row.trunk_seed, row.branch_seed) == _run(own)
+        ]
         worst = max(others, key=lambda row: abs(row.used_error_percent), default=None)
-        other = "" if worst is None else f"asked {worst.asked:g}, used {worst.used:.3f} ({worst.used_error_percent:+.2f} %)"
-        lines.append(
-            f"{own.method:<20} {own.branch_seed:>4} {own.asked:>6g} {own.trained:>12.3f} {own.trained_error_percent:>+7.2f}% "
-            f"{own.used:>13.3f} {own.used_error_percent:>+7.2f}%   {other}"
+        other = (
+            "" if worst is None else f"asked {worst.asked:g}, used {worst.used:.3f} ({worst.used_error_percent:+.2f} %)"
         )
-    return "\n".join([*lines, "", f"in training: mean of the last {last_steps} steps; at inference: validation text, thresholds set on other text."])
+        lines.append(
+            f"{own.method:<20} {own.branch_seed:>4} {own.asked:>6g} {own.trained:>12.3f}"
+            f" {own.trained_error_percent:>+7.2f}% {own.used:>13.3f} {own.used_error_percent:>+7.2f}%   {other}"
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            (
+                f"in training: mean of the last {last_steps} steps; at inference: validation text, thresholds set on"
+                " other text."
+            ),
+        ]
+    )
 
 
 def write_budgets(rows: Sequence[BudgetRow], path: Path) -> None:
     """All rows in full precision."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("method", "trunk_seed", "branch_seed", "asked", "trained", "trained_error_percent", "used", "used_error_percent"))
+        writer.writerow(
+            (
+                "method",
+                "trunk_seed",
+                "branch_seed",
+                "asked",
+                "trained",
+                "trained_error_percent",
+                "used",
+                "used_error_percent",
+            )
+        )
         for row in rows:
-            writer.writerow((*_run(row), row.asked, row.trained, row.trained_error_percent, row.used, row.used_error_percent))
+            writer.writerow(
+                (*_run(row), row.asked, row.trained, row.trained_error_percent, row.used, row.used_error_percent)
+            )
 
 
 def _run(row: BudgetRow) -> tuple[str, int, int]:

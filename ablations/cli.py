@@ -1,4 +1,5 @@
-"""The commands: `python -m ablations list | compare | report | budgets | difficulty`, and `python -m ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | report | budgets | difficulty`, and `python -m
+ablations.<method>`."""
 
 import logging
 import sys
@@ -42,7 +43,8 @@ def list_command() -> None:
 
 
 def compare_command(methods: Names, options: FlatOptions) -> None:
-    """Compare methods with the baseline on shared trunks; print the table and write the report. What is finished is not run again.
+    """Compare methods with the baseline on shared trunks; print the table and write the report. What is finished is not
+    run again.
 
     Args:
         methods: names as `list` shows them; the baseline is always one of them.
@@ -62,7 +64,8 @@ def report_command(folder: tyro.conf.Positional[Path]) -> None:
 
 
 def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) -> None:
-    """How exactly methods hold the mean number of experts: asked, in training, at inference, at other budgets of the same weights.
+    """How exactly methods hold the mean number of experts: asked, in training, at inference, at other budgets of the
+    same weights.
 
     Args:
         methods: names as `list` shows them; by default all whose number of experts depends on the token.
@@ -84,7 +87,8 @@ def difficulty_command(
     analysis: Annotated[AnalysisOptions, tyro.conf.OmitArgPrefixes],
     phase: Literal["all", "train", "analyse"] = "all",
 ) -> None:
-    """Do harder tokens get more experts, and does it pay? Train the models of the study, then measure. What is finished is not trained again.
+    """Do harder tokens get more experts, and does it pay? Train the models of the study, then measure. What is finished
+    is not trained again.
 
     Args:
         phase: "train" or "analyse" alone; the analysis needs `--out` only, and also works on what is trained so far.
@@ -97,11 +101,17 @@ def difficulty_command(
 
 def run_alone(method: Method) -> None:
     """`python -m ablations.<method>`: this method against the baseline."""
-    guarded(lambda: compare(find_methods([method.name]), tyro.cli(Options, prog=f"python -m ablations.{method.name}", description=method.question)))
+    guarded(
+        lambda: compare(
+            find_methods([method.name]),
+            tyro.cli(Options, prog=f"python -m ablations.{method.name}", description=method.question),
+        )
+    )
 
 
 def guarded(command: Callable[[], object]) -> None:
-    """Runs a command; a user's mistake, a full disk or a loss that is not finite ends it with one line, a stop signal with its exit code."""
+    """Runs a command; a user's mistake, a full disk or a loss that is not finite ends it with one line, a stop signal
+    with its exit code."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         command()

@@ -5,7 +5,8 @@
     <out>/branches/<name>_<hash>/ one per method, trunk seed and branch seed, shared likewise
     <out>/comparisons/<hash>/     comparison.json, table.csv, report.html, figures/
 
-All names are functions of what was asked, so the same command finds what it has finished, and another command what both share.
+All names are functions of what was asked, so the same command finds what it has finished, and another command what both
+share.
 """
 
 import dataclasses
@@ -71,7 +72,11 @@ class SharedExecution(Execution):
     def folder_of(self, branch: Branch) -> Path:
         # The budgets a branch is evaluated at are part of its result, though not of its weights.
         identity = [self.plan.branch_identity(branch), self.budget_batches]
-        return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}_{fingerprint(identity)[:8]}"
+        return (
+            self.root
+            / "branches"
+            / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}_{fingerprint(identity)[:8]}"
+        )
 
     @property
     def finished(self) -> bool:
@@ -87,13 +92,20 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     corpus = prepare(options.corpus, options.out / "corpus")
     baseline = options.model.config(corpus.tokenizer.vocab_size)
     facts = corpus_facts(corpus)
-    branches = [(method.name, method.change(baseline), seed + method.seed_shift) for seed in range(options.seeds) for method in methods]
-    plans = [make_plan(options.staging, facts, baseline, branches, trunk_seed=trunk) for trunk in range(options.trunk_seeds)]
+    branches = [
+        (method.name, method.change(baseline), seed + method.seed_shift)
+        for seed in range(options.seeds)
+        for method in methods
+    ]
+    plans = [
+        make_plan(options.staging, facts, baseline, branches, trunk_seed=trunk) for trunk in range(options.trunk_seeds)
+    ]
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
 
 
 def compare(methods: list[Method], options: Options) -> Path | None:
-    """Runs the comparison, prints its table and returns the path of its report; None after a dry run. Raises what `run_comparison` does."""
+    """Runs the comparison, prints its table and returns the path of its report; None after a dry run. Raises what
+    `run_comparison` does."""
     folder = run_comparison(methods, options)
     return None if folder is None else show(folder)
 
@@ -113,7 +125,11 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
         if not execution.finished:
             print(f"trunk {execution.plan.trunk_seed}: {with_budgets(estimate(execution), execution, job)}", flush=True)
     if options.dry_run:
-        print(json.dumps({"options": to_dict(options), "environment": environment(job.plans[0].corpus.content_hash)}, indent=2))
+        print(
+            json.dumps(
+                {"options": to_dict(options), "environment": environment(job.plans[0].corpus.content_hash)}, indent=2
+            )
+        )
         return None
     job.folder.mkdir(parents=True, exist_ok=True)
     save_json(job.folder / COMPARISON_FILE, describe_comparison(job, executions, plan))
@@ -158,7 +174,9 @@ def show(folder: Path) -> Path:
 def plan_text(job: Job) -> str:
     """What will run, for people."""
     n_branches = sum(len(plan.branches) for plan in job.plans)
-    lines = [f"methods {len(job.methods)}, branch seeds {job.options.seeds}, trunks {len(job.plans)}: {n_branches} branches"]
+    lines = [
+        f"methods {len(job.methods)}, branch seeds {job.options.seeds}, trunks {len(job.plans)}: {n_branches} branches"
+    ]
     lines += [f"  {method.name:<22} {method.question}" for method in job.methods]
     # Trunks differ in their seed only.
     return "\n".join([*lines, describe(job.plans[0])])
@@ -188,7 +206,12 @@ def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: 
         plan=plan_text,
         command=shlex.join(["python", *sys.orig_argv[1:]]),
         trunks=tuple(
-            RunReference(method="trunk", trunk_seed=execution.plan.trunk_seed, branch_seed=0, folder=relative(execution.trunk_folder))
+            RunReference(
+                method="trunk",
+                trunk_seed=execution.plan.trunk_seed,
+                branch_seed=0,
+                folder=relative(execution.trunk_folder),
+            )
             for execution in executions
         ),
         branches=tuple(

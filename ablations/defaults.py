@@ -27,8 +27,8 @@ class ModelOptions:
     Attributes:
         n_layers: blocks.
         d_model: width of the residual stream.
-        layer_plan: one letter per layer, repeated to the depth: F full, S sliding window, R full with the keys and values of the F below,
-            L lightning, G gated DeltaNet.
+        layer_plan: one letter per layer, repeated to the depth: F full, S sliding window, R full with the keys and
+            values of the F below, L lightning, G gated DeltaNet.
         n_heads, n_kv_heads, head_dim: query heads, key/value heads and their width.
         window: tokens that a sliding-window layer sees.
         n_experts: experts per layer.
@@ -58,7 +58,9 @@ class ModelOptions:
             d_model=self.d_model,
             n_layers=self.n_layers,
             layer_plan=self.layer_plan,
-            attention=AttentionConfig(n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim, window=self.window),
+            attention=AttentionConfig(
+                n_heads=self.n_heads, n_kv_heads=self.n_kv_heads, head_dim=self.head_dim, window=self.window
+            ),
             moe=MoEConfig(
                 n_experts=self.n_experts,
                 d_expert=self.d_expert,
@@ -91,8 +93,12 @@ class Options:
     budget_batches: int = 2
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: STAGING)
-    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: CorpusConfig(valid_share=0.08))
-    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ExecutionConfig)
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=lambda: CorpusConfig(valid_share=0.08)
+    )
+    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=ExecutionConfig
+    )
 
     def __post_init__(self) -> None:
         for name in ("seeds", "trunk_seeds", "budget_batches"):

@@ -1,4 +1,5 @@
-"""Difficulty head: a linear head predicts how many experts pay off for a token, the mean held at the baseline's number."""
+"""Difficulty head: a linear head predicts how many experts pay off for a token, the mean held at the baseline's
+number."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy

@@ -1,6 +1,7 @@
 """How each figure is drawn, from the rows of its csv alone.
 
-Series are named where they end, not in a legend; the baseline is ink, `no_op` grey, and a method keeps its colour through the whole report.
+Series are named where they end, not in a legend; the baseline is ink, `no_op` grey, and a method keeps its colour
+through the whole report.
 """
 
 from itertools import groupby
@@ -28,12 +29,27 @@ def differences(rows: list[tuple]) -> Figure:
     axes.axvline(0, color=INK, linewidth=1)
     for y, (method, points) in enumerate(groups.items()):
         _, mean, low, high = points[0]
-        axes.scatter([point[1] for point in points[1:]], [y + 0.24] * (len(points) - 1), s=10, color=colour[method], alpha=0.6, linewidths=0)
+        axes.scatter(
+            [point[1] for point in points[1:]],
+            [y + 0.24] * (len(points) - 1),
+            s=10,
+            color=colour[method],
+            alpha=0.6,
+            linewidths=0,
+        )
         if low is not None:
             axes.plot([low, high], [y, y], color=colour[method], linewidth=2.4)
         axes.plot([mean], [y], "o", color=colour[method], markersize=6.5)
         number = f"{mean:+.4f}" if low is None else f"{mean:+.4f} ± {mean - low:.4f}"
-        axes.annotate(number, (1, y), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points", va="center", color=MUTED)
+        axes.annotate(
+            number,
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=MUTED,
+        )
     axes.set_yticks(range(len(groups)), list(groups))
     for tick, method in zip(axes.get_yticklabels(), groups):
         tick.set_color(colour[method])
@@ -96,7 +112,13 @@ def histogram(rows: list[tuple]) -> Figure:
     colour = colours(list(groups))
     most = max(row[1] for row in rows)
     for axes, (method, points) in zip(panels, groups.items()):
-        axes.bar([experts for experts, _ in points], [share for _, share in points], width=0.84, color=colour[method], linewidth=0)
+        axes.bar(
+            [experts for experts, _ in points],
+            [share for _, share in points],
+            width=0.84,
+            color=colour[method],
+            linewidth=0,
+        )
         mean = sum(experts * share for experts, share in points)
         axes.plot([mean], [0], "^", color=colour[method], markersize=5, clip_on=False, zorder=3)
         axes.set_xlim(-0.7, most + 0.7)
@@ -114,9 +136,17 @@ def routers(rows: list[tuple]) -> Figure:
     # Room for the names of all series beside each panel.
     figure, panels = new_figure(0.6 + 3 * max(1.1, 0.19 * len(groups)), rows=3)
     colour = {**colours([name for name in groups if name != "trunk"]), "trunk": MUTED}
-    for column, (axes, quantity) in enumerate(zip(panels, ("experts per token", "dead experts", "entropy, nats")), start=1):
+    for column, (axes, quantity) in enumerate(
+        zip(panels, ("experts per token", "dead experts", "entropy, nats")), start=1
+    ):
         for name, points in groups.items():
-            axes.plot([point[0] for point in points], [point[column] for point in points], marker="o", markersize=3.5, color=colour[name])
+            axes.plot(
+                [point[0] for point in points],
+                [point[column] for point in points],
+                marker="o",
+                markersize=3.5,
+                color=colour[name],
+            )
         axes.set_ylabel(quantity)
         label_ends(axes, [(name, points[-1][column], colour[name]) for name, points in groups.items()])
     panels[-1].set_xlabel("layer")
@@ -131,7 +161,15 @@ def costs(rows: list[tuple]) -> Figure:
         left = 0.0
         total = sum(flops for _, flops, _ in parts)
         for index, (part, flops, _) in enumerate(parts):
-            axes.barh(y, flops, left=left, height=0.52, color=INK if y else SERIES[0], alpha=1 - 0.6 * index / len(parts), linewidth=0)
+            axes.barh(
+                y,
+                flops,
+                left=left,
+                height=0.52,
+                color=INK if y else SERIES[0],
+                alpha=1 - 0.6 * index / len(parts),
+                linewidth=0,
+            )
             if flops > 0.12 * max(sum(f for _, f, _ in group) for group in groups.values()):
                 axes.text(left + flops / 2, y - 0.33, part, ha="center", va="bottom", color=MUTED, fontsize=8)
             left += flops
@@ -148,7 +186,9 @@ def costs(rows: list[tuple]) -> Figure:
     return figure
 
 
-def draw_bands(axes: Axes, groups: dict[str, list[tuple]], colour: dict[str, str], marker: str = "") -> list[tuple[str, float, str]]:
+def draw_bands(
+    axes: Axes, groups: dict[str, list[tuple]], colour: dict[str, str], marker: str = ""
+) -> list[tuple[str, float, str]]:
     """Lines with bands from rows (x, mean, low, high); returns (name, last mean, colour) for `label_ends`."""
     ends = []
     for name, points in groups.items():

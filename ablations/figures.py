@@ -1,6 +1,8 @@
-"""The figures of a report as data: each is a small table, drawn from that table only, so the csv beside a figure is what was plotted.
+"""The figures of a report as data: each is a small table, drawn from that table only, so the csv beside a figure is
+what was plotted.
 
-Bands over seeds show the range from the lowest to the highest run, not a confidence interval: with three seeds that is what is known of them.
+Bands over seeds show the range from the lowest to the highest run, not a confidence interval: with three seeds that is
+what is known of them.
 """
 
 import csv
@@ -61,8 +63,10 @@ def differences(records: Records) -> Figure:
     return Figure(
         name="differences",
         title="Difference from the baseline",
-        caption="Validation bits per byte, method minus baseline, paired by seed; left of zero is better. "
-        "Bar: 95 % interval of the mean. Small dots: single runs.",
+        caption=(
+            "Validation bits per byte, method minus baseline, paired by seed; left of zero is better. "
+            "Bar: 95 % interval of the mean. Small dots: single runs."
+        ),
         columns=("method", "what", "difference", "low", "high"),
         rows=rows,
         draw=drawing.differences,
@@ -72,14 +76,21 @@ def differences(records: Records) -> Figure:
 def loss_curves(records: Records) -> Figure:
     """Training loss over the whole token budget: the trunk, then every method's branches."""
     comparison = records.comparison
-    rows: Rows = [("trunk", *point) for point in band([curve(run, comparison) for run in records.trunks.values()], TRUNK_BINS)]
+    rows: Rows = [
+        ("trunk", *point) for point in band([curve(run, comparison) for run in records.trunks.values()], TRUNK_BINS)
+    ]
     for method in records.methods:
         runs = records.branches[method].values()
-        rows += [(method, *point) for point in band([curve(run, comparison, comparison.trunk_tokens) for run in runs], BRANCH_BINS)]
+        rows += [
+            (method, *point)
+            for point in band([curve(run, comparison, comparison.trunk_tokens) for run in runs], BRANCH_BINS)
+        ]
     return Figure(
         name="loss_curves",
         title="Training loss",
-        caption="Bits per byte of the training batches against tokens seen. Line: mean over seeds; band: range over seeds.",
+        caption=(
+            "Bits per byte of the training batches against tokens seen. Line: mean over seeds; band: range over seeds."
+        ),
         columns=("series", "tokens", "mean", "low", "high"),
         rows=rows,
         draw=drawing.loss_curves,
@@ -87,7 +98,8 @@ def loss_curves(records: Records) -> Figure:
 
 
 def branch_differences(records: Records) -> Figure:
-    """Training loss of a branch minus that of the baseline's branch with the same seed, which sees the same batches in the same order."""
+    """Training loss of a branch minus that of the baseline's branch with the same seed, which sees the same batches in
+    the same order."""
     baseline = records.branches[records.comparison.baseline]
     # A method that shifts its seeds sees other batches: nothing to subtract batch by batch.
     shifted = {method.name for method in records.comparison.methods if method.kind == "seed"}
@@ -96,12 +108,18 @@ def branch_differences(records: Records) -> Figure:
         if method in shifted:
             continue
         pairs = [(run, baseline[key]) for key, run in records.branches[method].items() if key in baseline]
-        rows += [(method, *point) for point in band([curve_difference(*pair, records.comparison) for pair in pairs], DIFFERENCE_BINS)]
+        rows += [
+            (method, *point)
+            for point in band([curve_difference(*pair, records.comparison) for pair in pairs], DIFFERENCE_BINS)
+        ]
     return Figure(
         name="branch_differences",
         title="Branches against the baseline, batch by batch",
-        caption="Training bits per byte of each branch minus those of the baseline's branch with the same seed, which sees the same batches "
-        "(no_op sees others and is left out). Below zero is better. Line: mean over seeds; band: range over seeds.",
+        caption=(
+            "Training bits per byte of each branch minus those of the baseline's branch with the same seed, which sees"
+            " the same batches (no_op sees others and is left out). Below zero is better. Line: mean over seeds; band:"
+            " range over seeds."
+        ),
         columns=("method", "tokens", "mean", "low", "high"),
         rows=rows,
         draw=drawing.branch_differences,
@@ -121,8 +139,11 @@ def loss_against_experts(records: Records) -> Figure:
     return Figure(
         name="loss_against_experts",
         title="Loss against experts used",
-        caption=f"The trained weights run with other mean numbers of experts per token in {records.comparison.trained_blocks}: bits per byte of the "
-        f"first {tokens:,} tokens of the validation text. Line: mean over seeds; band: range over seeds.",
+        caption=(
+            "The trained weights run with other mean numbers of experts per token in"
+            f" {records.comparison.trained_blocks}: bits per byte of the first {tokens:,} tokens of the validation"
+            " text. Line: mean over seeds; band: range over seeds."
+        ),
         columns=("method", "mean_experts", "mean", "low", "high"),
         rows=rows,
         draw=drawing.loss_against_experts,
@@ -141,7 +162,10 @@ def histogram(records: Records) -> Figure:
     return Figure(
         name="experts_per_token",
         title="Experts per token",
-        caption="Share of the validation text's (token, layer) pairs that used each number of experts, all seeds together; the tick marks the mean.",
+        caption=(
+            "Share of the validation text's (token, layer) pairs that used each number of experts, all seeds together;"
+            " the tick marks the mean."
+        ),
         columns=("method", "experts", "share"),
         rows=rows,
         draw=drawing.histogram,
@@ -151,16 +175,25 @@ def histogram(records: Records) -> Figure:
 def routers(records: Records) -> Figure:
     """What the routers of each layer did when training ended."""
     rows: Rows = []
-    for name, runs in {"trunk": records.trunks, **{method: records.branches[method] for method in records.methods}}.items():
+    for name, runs in {
+        "trunk": records.trunks,
+        **{method: records.branches[method] for method in records.methods},
+    }.items():
         last = [run.diagnostics[-1].layers for run in runs.values() if run.diagnostics]
         for layers in zip(*last):
-            values = ([layer.realised for layer in layers], [layer.dead_experts for layer in layers], [layer.entropy for layer in layers])
+            values = (
+                [layer.realised for layer in layers],
+                [layer.dead_experts for layer in layers],
+                [layer.entropy for layer in layers],
+            )
             rows.append((name, layers[0].layer, *(statistics.fmean(value) for value in values)))
     return Figure(
         name="routers",
         title="Routers by layer",
-        caption="In the last step of training, mean over seeds: experts per token, experts that no token of the step used, and the entropy of the "
-        "router's probabilities. The trunk has all layers, a branch those that it trains.",
+        caption=(
+            "In the last step of training, mean over seeds: experts per token, experts that no token of the step used,"
+            " and the entropy of the router's probabilities. The trunk has all layers, a branch those that it trains."
+        ),
         columns=("series", "layer", "mean_experts", "dead_experts", "entropy"),
         rows=rows,
         draw=drawing.routers,
@@ -175,7 +208,10 @@ def costs(records: Records) -> Figure:
     return Figure(
         name="costs",
         title="What it cost",
-        caption=f"FLOPs of this comparison (branches per method: {ledger.seeds}) and of training each method once from scratch.",
+        caption=(
+            f"FLOPs of this comparison (branches per method: {ledger.seeds}) and of training each method once from"
+            " scratch."
+        ),
         columns=("way", "part", "flops", "seconds"),
         rows=rows,
         draw=drawing.costs,
@@ -185,11 +221,16 @@ def costs(records: Records) -> Figure:
 def curve(run: Run, comparison: Comparison, offset: int = 0) -> list[tuple[int, float]]:
     """(tokens seen, training bits per byte) of every step; `offset` tokens were seen before the first."""
     to_bits_per_byte = 1 / (math.log(2) * comparison.bytes_per_token)
-    return [(offset + step * comparison.tokens_per_step, loss * to_bits_per_byte) for step, loss in enumerate(run.losses, 1)]
+    return [
+        (offset + step * comparison.tokens_per_step, loss * to_bits_per_byte) for step, loss in enumerate(run.losses, 1)
+    ]
 
 
 def curve_difference(run: Run, baseline: Run, comparison: Comparison) -> list[tuple[int, float]]:
-    return [(tokens, y - reference) for (tokens, y), (_, reference) in zip(curve(run, comparison), curve(baseline, comparison))]
+    return [
+        (tokens, y - reference)
+        for (tokens, y), (_, reference) in zip(curve(run, comparison), curve(baseline, comparison))
+    ]
 
 
 def band(curves: list[list[tuple[int, float]]], bins: int) -> Rows:

@@ -1,4 +1,5 @@
-"""Every expert learns its own bar (in the manner of DynMoE, arXiv 2405.14297), the mean held at the baseline's number."""
+"""Every expert learns its own bar (in the manner of DynMoE, arXiv 2405.14297), the mean held at the baseline's
+number."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy

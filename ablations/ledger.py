@@ -1,9 +1,9 @@
 """The cost ledger: what the staged comparison cost, and what training every method from scratch would have cost.
 
-Staged: trunks, caching, branches and evaluation as recorded by the runs (a re-run that skips finished work adds nothing).
-From scratch: for each method, the FLOPs per token of training its whole network (its own measured mean of experts) times the tokens of trunk plus
-branch. Its seconds are an estimate, FLOPs divided by the speed at which the trunk was measured to train; evaluation is left out of it, so the
-comparison leans against the staged side.
+Staged: trunks, caching, branches and evaluation as recorded by the runs (a re-run that skips finished work adds
+nothing). From scratch: for each method, the FLOPs per token of training its whole network (its own measured mean of
+experts) times the tokens of trunk plus branch. Its seconds are an estimate, FLOPs divided by the speed at which the
+trunk was measured to train; evaluation is left out of it, so the comparison leans against the staged side.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ PHASES = ("trunk", "caching", "branches", "evaluation")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Costs in FLOPs and seconds. `phases` add up to `staged`; `per_method` are single full trainings, `seeds` how often each would be repeated."""
+    """Costs in FLOPs and seconds. `phases` add up to `staged`; `per_method` are single full trainings, `seeds` how
+    often each would be repeated."""
 
     phases: dict[str, Cost]
     per_method: dict[str, Cost]
@@ -59,13 +60,21 @@ def read_ledger(records: Records) -> Ledger:
         results = records.results[method].values()
         flops = tokens * sum(result.scratch_flops for result in results) / len(results)
         per_method[method] = Cost(flops=flops, seconds=flops / speed)
-    return Ledger(phases=phases, per_method=per_method, seeds=len(records.comparison.trunk_seeds) * len(records.comparison.branch_seeds))
+    return Ledger(
+        phases=phases,
+        per_method=per_method,
+        seeds=len(records.comparison.trunk_seeds) * len(records.comparison.branch_seeds),
+    )
 
 
 def ledger_rows(ledger: Ledger) -> list[tuple[str, float, float]]:
     """(what, FLOPs, seconds), in the order they are printed."""
     n = len(ledger.per_method)
-    costs = [*ledger.phases.items(), ("staged, total", ledger.staged), (f"from scratch, {n} methods once (estimate)", ledger.scratch_once)]
+    costs = [
+        *ledger.phases.items(),
+        ("staged, total", ledger.staged),
+        (f"from scratch, {n} methods once (estimate)", ledger.scratch_once),
+    ]
     if ledger.seeds > 1:
         costs.append((f"from scratch, {n} methods x {ledger.seeds} seeds (estimate)", ledger.scratch_all_seeds))
     return [(what, cost.flops, cost.seconds) for what, cost in costs]
@@ -77,7 +86,10 @@ def ledger_text(ledger: Ledger) -> str:
     for what, flops, seconds in ledger_rows(ledger):
         lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / ledger.staged.flops:>9.0f}%")
     n, repeats = len(ledger.per_method), f" ({ledger.seeds} seeds each)" if ledger.seeds > 1 else ""
-    lines.append(f"{n} methods{repeats} cost {100 * ledger.share_of_once:.0f} % of the FLOPs of training {n} methods from scratch once each.")
+    lines.append(
+        f"{n} methods{repeats} cost {100 * ledger.share_of_once:.0f} % of the FLOPs of training {n} methods from"
+        " scratch once each."
+    )
     return "\n".join(lines)
 
 

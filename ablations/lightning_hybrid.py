@@ -5,7 +5,9 @@ from ablations.method import Method, with_plan
 
 METHOD = Method(
     name="lightning_hybrid",
-    question="Does linear attention with a fixed decay in three layers of four do as well as full attention everywhere?",
+    question=(
+        "Does linear attention with a fixed decay in three layers of four do as well as full attention everywhere?"
+    ),
     change=lambda model: with_plan(model, "LLLF"),
 )
 

@@ -1,7 +1,9 @@
-"""What is measured on a trained branch, beside its validation loss: costs, experts used, and the same weights under other budgets.
+"""What is measured on a trained branch, beside its validation loss: costs, experts used, and the same weights under
+other budgets.
 
-A policy with a budget (top-p, null experts) is recalibrated to each mean number of experts on text that no stage saw; any other policy is run as
-top-k with that k. Budgets change the blocks above the boundary only: the frozen part is the trunk's and keeps its policy.
+A policy with a budget (top-p, null experts) is recalibrated to each mean number of experts on text that no stage saw;
+any other policy is run as top-k with that k. Budgets change the blocks above the boundary only: the frozen part is the
+trunk's and keeps its policy.
 """
 
 import dataclasses
@@ -31,7 +33,8 @@ class Measurement:
         baseline, method: models as if nothing were frozen.
         pairing_seed: the branch seed before the method shifted it.
         calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`.
-        budget_batches: how many validation batches each budget is evaluated on, evenly spaced: a text's domains lie one after the other.
+        budget_batches: how many validation batches each budget is evaluated on, evenly spaced: a text's domains lie one
+            after the other.
     """
 
     baseline: ModelConfig
@@ -49,7 +52,10 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
     used, composed = run.evaluation.mean_experts, run.model.config
     cost = model_cost(composed, length=length, mean_experts=run.mean_experts[:boundary] + used)
     trained_with = statistics.fmean(run.mean_experts[boundary:])
-    histogram = [sum(counts) for counts in zip(*(padded(block, composed.moe.n_experts + 1) for block in run.evaluation.experts_histogram))]
+    histogram = [
+        sum(counts)
+        for counts in zip(*(padded(block, composed.moe.n_experts + 1) for block in run.evaluation.experts_histogram))
+    ]
     while histogram[-1] == 0:
         histogram.pop()
     budgets, budget_tokens, budget_flops = other_budgets(run, setting)
@@ -74,7 +80,8 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
 
 
 def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPoint, ...], int, float]:
-    """The weights at each budget, on some of the validation batches; and the tokens of one evaluation and the FLOPs of all."""
+    """The weights at each budget, on some of the validation batches; and the tokens of one evaluation and the FLOPs of
+    all."""
     boundary, n_batches = run.boundary, min(setting.budget_batches, len(run.valid))
     chosen = [index * len(run.valid) // n_batches for index in range(n_batches)]
     n_bytes = text_bytes(setting.corpus, chosen, run.plan.tokens_per_batch)
@@ -84,7 +91,11 @@ def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPo
         evaluation = evaluate(run.model, (run.valid[index] for index in chosen), n_bytes=n_bytes, boundary=boundary)
         mean = statistics.fmean(evaluation.mean_experts)
         points.append(BudgetPoint(asked_experts=experts, mean_experts=mean, bits_per_byte=evaluation.bits_per_byte))
-        cost = model_cost(run.model.config, length=run.plan.seq_len, mean_experts=run.mean_experts[:boundary] + evaluation.mean_experts)
+        cost = model_cost(
+            run.model.config,
+            length=run.plan.seq_len,
+            mean_experts=run.mean_experts[:boundary] + evaluation.mean_experts,
+        )
         tokens = evaluation.tokens
         flops += cost.flops(first=boundary) * (tokens + calibration_tokens)
     return tuple(points), tokens, flops

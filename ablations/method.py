@@ -15,7 +15,8 @@ class Method:
     Attributes:
         name: of the file it lives in, without `.py`.
         question: what the comparison will answer, in one sentence that ends with a question mark.
-        change: from the baseline's model to the method's; below a frozen boundary the trunk's layers stay, whatever it returns.
+        change: from the baseline's model to the method's; below a frozen boundary the trunk's layers stay, whatever it
+            returns.
         seed_shift: added to every branch seed; not zero only where the point is to see other seeds.
     """
 

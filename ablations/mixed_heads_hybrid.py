@@ -1,11 +1,15 @@
-"""Softmax heads and lightning heads side by side in every layer, half of each (parallel heads as in Hymba, arXiv 2411.13676)."""
+"""Softmax heads and lightning heads side by side in every layer, half of each (parallel heads as in Hymba, arXiv
+2411.13676)."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, with_plan
 
 METHOD = Method(
     name="mixed_heads_hybrid",
-    question="Do softmax and linear heads side by side in every layer, half of each, do as well as full attention everywhere?",
+    question=(
+        "Do softmax and linear heads side by side in every layer, half of each, do as well as full attention"
+        " everywhere?"
+    ),
     change=lambda model: with_plan(model, "M"),
 )
 

@@ -1,4 +1,5 @@
-"""Random-k training (Matryoshka, arXiv 2509.26520): the number of experts is drawn anew for each step, and is the baseline's at evaluation."""
+"""Random-k training (Matryoshka, arXiv 2509.26520): the number of experts is drawn anew for each step, and is the
+baseline's at evaluation."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy

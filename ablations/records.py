@@ -1,7 +1,8 @@
 """What a comparison leaves on disk, read back: table, figures and report are computed from this and from nothing else.
 
-The folder of a comparison holds `comparison.json`: what was compared, and where the run folders lie (relative to it; see `staged_training.record`).
-Comparisons share trunks and branches, so the runs lie beside it and not in it. A branch without `result.json` is unfinished.
+The folder of a comparison holds `comparison.json`: what was compared, and where the run folders lie (relative to it;
+see `staged_training.record`). Comparisons share trunks and branches, so the runs lie beside it and not in it. A branch
+without `result.json` is unfinished.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ class MethodSummary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunReference:
-    """Where a run lies. `method` is "trunk" for a trunk; `branch_seed` is the seed it is paired by, which a method may shift for its draws."""
+    """Where a run lies. `method` is "trunk" for a trunk; `branch_seed` is the seed it is paired by, which a method may
+    shift for its draws."""
 
     method: str
     trunk_seed: int
@@ -87,7 +89,8 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BudgetPoint:
-    """The same weights evaluated at another mean number of experts per token (in the layers above the boundary), as asked for and as used."""
+    """The same weights evaluated at another mean number of experts per token (in the layers above the boundary), as
+    asked for and as used."""
 
     asked_experts: float
     mean_experts: float
@@ -104,9 +107,11 @@ class Measurements:
         experts_histogram: how many (token, layer) pairs above the boundary used 0, 1, 2, ... experts.
         budgets: the same weights at other budgets, ascending in experts.
         active_parameters, forward_flops: per token, of the whole network with the measured experts.
-        scratch_flops: per token, forward and backward of the whole network: what this method costs when nothing is frozen.
+        scratch_flops: per token, forward and backward of the whole network: what this method costs when nothing is
+            frozen.
         cache_bytes_4k, cache_bytes_64k: cache of one sequence of 4,096 and of 65,536 tokens, divided by its tokens.
-        budget_tokens, budget_flops: how much of the validation text each budget was evaluated on, and what all of them cost.
+        budget_tokens, budget_flops: how much of the validation text each budget was evaluated on, and what all of them
+            cost.
     """
 
     method: str

@@ -26,7 +26,9 @@ def all_methods() -> dict[str, Method]:
             continue
         method = importlib.import_module(f"ablations.{path.stem}").METHOD
         if method.name != path.stem:
-            raise ValueError(f"ablations/{path.name} defines a method named {method.name!r}; a method bears the name of its file")
+            raise ValueError(
+                f"ablations/{path.name} defines a method named {method.name!r}; a method bears the name of its file"
+            )
         methods[method.name] = method
     return dict(sorted(methods.items(), key=lambda item: (item[0] != BASELINE, item[0] != "no_op", item[0])))
 

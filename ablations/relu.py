@@ -1,4 +1,5 @@
-"""ReLU routing (arXiv 2412.14711), the mean number of positive logits held at the baseline's number by a shift common to all."""
+"""ReLU routing (arXiv 2412.14711), the mean number of positive logits held at the baseline's number by a shift common
+to all."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy

@@ -1,4 +1,5 @@
-"""ReLU routing as published (arXiv 2412.14711): an L1 penalty steers the number of positive logits towards the baseline's number."""
+"""ReLU routing as published (arXiv 2412.14711): an L1 penalty steers the number of positive logits towards the
+baseline's number."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy

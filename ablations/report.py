@@ -1,7 +1,8 @@
-"""One self-contained HTML file for a comparison: no network, readable on a phone, light and dark, with a csv beside every figure.
+"""One self-contained HTML file for a comparison: no network, readable on a phone, light and dark, with a csv beside
+every figure.
 
-Everything comes from the run folders through `records.read_records`. The csv files lie in `figures/` beside the report and, so that the file can be
-sent alone, inside it as data links too.
+Everything comes from the run folders through `records.read_records`. The csv files lie in `figures/` beside the report
+and, so that the file can be sent alone, inside it as data links too.
 """
 
 import base64
@@ -23,7 +24,8 @@ CSS_FILE = Path(__file__).with_name("report.css")
 
 
 def write_report(records: Records) -> Path:
-    """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder; returns the path of the report."""
+    """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder; returns the path of the
+    report."""
     figures = all_figures(records)
     (records.folder / "figures").mkdir(exist_ok=True)
     write_table_csv(records, records.folder / TABLE_FILE)
@@ -38,6 +40,7 @@ def page(records: Records, figures: list[Figure]) -> str:
     """The report as HTML; the csv files must have been written."""
     rows, ledger = table_rows(records), read_ledger(records)
     title = headline(records, rows)
+    environment = html.escape(json.dumps(records.environment, indent=2))
     body = [
         '<p class="kicker">Comparison of methods on one staged trunk</p>',
         f"<h1>{html.escape(title)}</h1>",
@@ -56,20 +59,30 @@ def page(records: Records, figures: list[Figure]) -> str:
         "<h2>Plan and environment</h2>",
         f"<pre>{html.escape(records.comparison.plan)}</pre>",
         f"<p>Repeated by</p><pre>{html.escape(records.comparison.command)}</pre>",
-        f"<details><summary>environment</summary><pre>{html.escape(json.dumps(records.environment, indent=2))}</pre></details>",
+        f"<details><summary>environment</summary><pre>{environment}</pre></details>",
     ]
     style = theme() + CSS_FILE.read_text(encoding="utf-8")
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head>\n<body><main>\n" + "\n".join(body) + "\n</main></body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width,'
+        f' initial-scale=1"><title>{html.escape(title)}</title><style>{style}</style></head>\n<body><main>\n'
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
     )
 
 
 def headline(records: Records, rows: list[Row]) -> str:
     """The finding in one sentence, without claiming more than the verdicts do."""
     named = {kind: [row.method for row in rows if row.verdict == kind] for kind in (BETTER, WORSE, NOT_SEPARABLE)}
-    found = [f"{enumeration(methods)} {'is' if len(methods) == 1 else 'are'} {kind}" for kind, methods in named.items() if methods]
-    return f"Against {records.comparison.baseline}, {'; '.join(found) or 'nothing can be said yet: no method has two paired runs'}."
+    found = [
+        f"{enumeration(methods)} {'is' if len(methods) == 1 else 'are'} {kind}"
+        for kind, methods in named.items()
+        if methods
+    ]
+    return (
+        f"Against {records.comparison.baseline},"
+        f" {'; '.join(found) or 'nothing can be said yet: no method has two paired runs'}."
+    )
 
 
 def enumeration(names: list[str]) -> str:
@@ -105,7 +118,9 @@ def table(rows: list[Row], xz_bits_per_byte: float) -> str:
         lines.append("".join(line))
     lines.append(f'<td>xz -9, same text</td><td data-label="{HEADINGS[1]}">{xz_bits_per_byte:.4f}</td>')
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table class="result"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="result"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def figure_block(records: Records, figure: Figure) -> str:
@@ -125,14 +140,25 @@ def cost_table(ledger: Ledger) -> str:
     for what, flops, seconds in ledger_rows(ledger):
         row_class = ' class="sum"' if what.startswith("staged") else ""
         share = f"{100 * flops / ledger.staged.flops:.0f} %"
-        lines.append(f"<tr{row_class}><td>{html.escape(what)}</td><td>{flops:.3g}</td><td>{duration(seconds)}</td><td>{share}</td></tr>")
+        lines.append(
+            f"<tr{row_class}><td>{html.escape(what)}</td><td>{flops:.3g}</td><td>{duration(seconds)}</td><td>{share}</td></tr>"
+        )
     head = "<tr><th></th><th>FLOPs</th><th>time</th><th>of staged</th></tr>"
-    note = "From scratch: every method's whole network for the same tokens, evaluation left out; time is FLOPs divided by the trunk's measured speed."
-    return f'<div class="scroll"><table class="cost">{head}{"".join(lines)}</table></div><ul class=notes><li>{note}</li></ul>'
+    note = (
+        "From scratch: every method's whole network for the same tokens, evaluation left out; time is FLOPs divided by"
+        " the trunk's measured speed."
+    )
+    return (
+        f'<div class="scroll"><table class="cost">{head}{"".join(lines)}</table></div><ul'
+        f" class=notes><li>{note}</li></ul>"
+    )
 
 
 def methods(records: Records) -> str:
-    entries = (f"<dt>{html.escape(m.name)}</dt><dd>{html.escape(m.question)} Changes: {m.kind}.</dd>" for m in records.comparison.methods)
+    entries = (
+        f"<dt>{html.escape(m.name)}</dt><dd>{html.escape(m.question)} Changes: {m.kind}.</dd>"
+        for m in records.comparison.methods
+    )
     return f'<dl class="methods">{"".join(entries)}</dl>'
 
 

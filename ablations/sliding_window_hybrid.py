@@ -5,7 +5,10 @@ from ablations.method import Method, with_plan
 
 METHOD = Method(
     name="sliding_window_hybrid",
-    question="Does full attention in one layer of four, and a sliding window in the others, do as well as full attention everywhere?",
+    question=(
+        "Does full attention in one layer of four, and a sliding window in the others, do as well as full attention"
+        " everywhere?"
+    ),
     change=lambda model: with_plan(model, "SSSF"),
 )
 

@@ -2,10 +2,11 @@
 
 Values are validation bits per byte, so lower is better. A run is named by its pair (trunk seed, branch seed).
 
-With one trunk the unit of replication is the branch seed: intervals hold the noise of the branch's data order and of the method's own draws, on
-that trunk, and say nothing about other trunks. With several trunks the runs are nested, value = mean + trunk + branch, and branches of one trunk
-share its deviation; counting them as independent would make intervals too narrow. The unit is then the mean over a trunk's branches, whose spread
-holds both kinds of noise (the usual analysis of a balanced nested design: the interval of the mean depends on the trunk means only).
+With one trunk the unit of replication is the branch seed: intervals hold the noise of the branch's data order and of
+the method's own draws, on that trunk, and say nothing about other trunks. With several trunks the runs are nested,
+value = mean + trunk + branch, and branches of one trunk share its deviation; counting them as independent would make
+intervals too narrow. The unit is then the mean over a trunk's branches, whose spread holds both kinds of noise (the
+usual analysis of a balanced nested design: the interval of the mean depends on the trunk means only).
 """
 
 import math
@@ -25,7 +26,8 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean over `n` units with the half width of its confidence interval, None where n = 1 leaves the noise unknown."""
+    """A mean over `n` units with the half width of its confidence interval, None where n = 1 leaves the noise
+    unknown."""
 
     mean: float
     half_width: float | None
@@ -41,7 +43,8 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of independent `values`: mean ± t_{(1+c)/2, n-1} · s / sqrt(n), s with n - 1 degrees of freedom.
+    """Student's t interval of the mean of independent `values`: mean ± t_{(1+c)/2, n-1} · s / sqrt(n), s with n - 1
+    degrees of freedom.
 
     Raises ValueError for no values, for a value that is not finite, and for a confidence outside (0, 1).
     """
@@ -75,7 +78,9 @@ def mean_interval(values: Mapping[RunKey, float], confidence: float = 0.95) -> I
     return t_interval(units(values), confidence)
 
 
-def paired_difference(method: Mapping[RunKey, float], baseline: Mapping[RunKey, float], confidence: float = 0.95) -> Interval:
+def paired_difference(
+    method: Mapping[RunKey, float], baseline: Mapping[RunKey, float], confidence: float = 0.95
+) -> Interval:
     """Mean of method - baseline over the runs that both have, paired by trunk seed and branch seed.
 
     Raises ValueError where no pair exists.
@@ -87,7 +92,8 @@ def paired_difference(method: Mapping[RunKey, float], baseline: Mapping[RunKey, 
 
 
 def verdict(difference: Interval) -> str:
-    """`better` where the whole interval of the difference lies below zero, `worse` above, else `not separable`; none from a single unit.
+    """`better` where the whole interval of the difference lies below zero, `worse` above, else `not separable`; none
+    from a single unit.
 
     An interval that only touches zero is not separable, so two identical methods never earn a verdict.
     """
@@ -104,12 +110,17 @@ def noise_statement(n_trunks: int, n_branches: int) -> str:
     """One sentence for the reader: which noise the intervals of a comparison hold."""
     if n_trunks > 1:
         return (
-            f"Intervals are 95 % t-intervals over {n_trunks} trunks (each the mean of {n_branches} branch seed{'s' * (n_branches > 1)}): "
-            "they hold trunk noise (initial weights, trunk data order) and branch noise (branch data order, fresh weights, the method's draws)."
+            f"Intervals are 95 % t-intervals over {n_trunks} trunks (each the mean of {n_branches} branch"
+            f" seed{'s' * (n_branches > 1)}): they hold trunk noise (initial weights, trunk data order) and branch"
+            " noise (branch data order, fresh weights, the method's draws)."
         )
     if n_branches > 1:
         return (
-            f"Intervals are 95 % t-intervals over {n_branches} branch seeds on one trunk: they hold branch noise (branch data order, fresh weights, "
-            "the method's draws) and not trunk noise; another trunk may shift or reorder the methods (--trunk-seeds N measures that)."
+            f"Intervals are 95 % t-intervals over {n_branches} branch seeds on one trunk: they hold branch noise"
+            " (branch data order, fresh weights, the method's draws) and not trunk noise; another trunk may shift or"
+            " reorder the methods (--trunk-seeds N measures that)."
         )
-    return "One seed per method: no interval and no verdict can be given (--seeds N, or --trunk-seeds N, measures the noise)."
+    return (
+        "One seed per method: no interval and no verdict can be given (--seeds N, or --trunk-seeds N, measures the"
+        " noise)."
+    )

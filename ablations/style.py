@@ -1,7 +1,8 @@
 """How figures look: palette, type, and SVG that follows the page's light or dark theme.
 
-Figures are drawn in the light palette. `svg` then replaces each colour by a CSS variable of the same meaning, so the page can give it another value
-in the dark. Series colours start from the colour-blind-safe set of Okabe and Ito (jfly.uni-koeln.de/color), darkened where it is too pale on white.
+Figures are drawn in the light palette. `svg` then replaces each colour by a CSS variable of the same meaning, so the
+page can give it another value in the dark. Series colours start from the colour-blind-safe set of Okabe and Ito
+(jfly.uni-koeln.de/color), darkened where it is too pale on white.
 """
 
 import html
@@ -19,8 +20,18 @@ SERIES = ("#0072b2", "#d55e00", "#00896a", "#a8508a", "#b57a00", "#2f9bd6", "#7a
 DARK_INK, DARK_MUTED, DARK_GRID = "#e8eaed", "#9aa1ab", "#343a43"
 DARK_SERIES = ("#56b4f5", "#ff8c42", "#35cfa5", "#e79ccb", "#f0c04a", "#9ad8ff", "#cfae9d")
 
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)}}
-DARK = {"--ink": DARK_INK, "--muted": DARK_MUTED, "--grid": DARK_GRID, **{f"--series-{i}": colour for i, colour in enumerate(DARK_SERIES)}}
+VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    **{colour: f"--series-{i}" for i, colour in enumerate(SERIES)},
+}
+DARK = {
+    "--ink": DARK_INK,
+    "--muted": DARK_MUTED,
+    "--grid": DARK_GRID,
+    **{f"--series-{i}": colour for i, colour in enumerate(DARK_SERIES)},
+}
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -53,7 +64,8 @@ WIDTH = 5.4
 
 
 def colours(methods: list[str]) -> dict[str, str]:
-    """One colour per method, the same in every figure: ink for the baseline (the first), grey for `no_op`, then the series colours in turn."""
+    """One colour per method, the same in every figure: ink for the baseline (the first), grey for `no_op`, then the
+    series colours in turn."""
     others = [method for method in methods[1:] if method != "no_op"]
     named = {method: SERIES[index % len(SERIES)] for index, method in enumerate(others)}
     return {methods[0]: INK, "no_op": MUTED, **named}
@@ -66,7 +78,8 @@ def new_figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def spread(values: list[float], gap: float) -> list[float]:
-    """Positions for labels at `values`: in the same order, at least `gap` apart, moved as little as a pass over clusters allows."""
+    """Positions for labels at `values`: in the same order, at least `gap` apart, moved as little as a pass over
+    clusters allows."""
     order = sorted(range(len(values)), key=lambda index: values[index])
     # Clusters of labels that touch are laid out around the mean of what they label, and merged while they overlap.
     clusters: list[list[int]] = []
@@ -90,7 +103,8 @@ def _top(cluster: list[int], values: list[float], gap: float) -> float:
 
 
 def label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
-    """Names series at the right edge: `ends` are (name, y, colour) in data units; labels that would touch are moved apart."""
+    """Names series at the right edge: `ends` are (name, y, colour) in data units; labels that would touch are moved
+    apart."""
     low, high = axes.get_ylim()
     height = axes.get_position().height * axes.figure.get_figheight()  # pyright: ignore[reportAttributeAccessIssue]
     gap = (high - low) * 0.17 / height
@@ -98,21 +112,37 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
     for (name, _, colour), place in zip(ends, places):
         # The y position is in data units, the x position a fixed distance from the edge of the panel.
         axes.annotate(
-            name, (1, place), xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points",
-            va="center", ha="left", color=colour, annotation_clip=False,
-        )  # fmt: skip
+            name,
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left",
+            color=colour,
+            annotation_clip=False,
+        )
 
 
 def svg(draw: Callable[[], Figure], label: str) -> str:
-    """What `draw` draws as an inline SVG element without external references, its colours CSS variables; `label` is read by screen readers."""
+    """What `draw` draws as an inline SVG element without external references, its colours CSS variables; `label` is
+    read by screen readers."""
     buffer = io.StringIO()
     # The salt makes the ids of clip paths and markers unique to this figure within the page, and the same in every run.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         draw().savefig(buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # Out goes what a page already has or must not have twice: metadata, a global style, namespaces, names of groups, the font.
+    # Out goes what a page already has or must not have twice: metadata, a global style, namespaces, names of groups,
+    # the font.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"|(?<=<g) id="[^"]*"|font-family: [^;"]*;? ?', "", text)
-    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{html.escape(label)}">', text, count=1)
-    return re.sub(r"#[0-9a-f]{6}", lambda match: f"var({VARIABLES[match[0]]})" if match[0] in VARIABLES else match[0], text)
+    text = re.sub(
+        r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{html.escape(label)}">',
+        text,
+        count=1,
+    )
+    return re.sub(
+        r"#[0-9a-f]{6}", lambda match: f"var({VARIABLES[match[0]]})" if match[0] in VARIABLES else match[0], text
+    )

@@ -19,7 +19,8 @@ class Row:
 
     Attributes:
         bits_per_byte: validation text, lower is better.
-        mean_experts: real experts per token in the layers above the boundary, at evaluation; asked_experts: what it was asked to be.
+        mean_experts: real experts per token in the layers above the boundary, at evaluation; asked_experts: what it was
+            asked to be.
         active_parameters, forward_flops: per token, whole network.
         cache_bytes_4k, cache_bytes_64k: per token of a sequence of that length.
         tokens_per_second: at the median step of all branches.
@@ -47,7 +48,8 @@ def table_rows(records: Records) -> list[Row]:
         results = records.results[method]
         losses = {key: result.bits_per_byte for key, result in results.items()}
         is_baseline = method == records.comparison.baseline
-        # A method whose finished runs share no seed with the baseline's (an interrupted comparison) has nothing to be paired with yet.
+        # A method whose finished runs share no seed with the baseline's (an interrupted comparison) has nothing to be
+        # paired with yet.
         difference = None if is_baseline or not losses.keys() & baseline.keys() else paired_difference(losses, baseline)
         seconds = [seconds for run in records.branches[method].values() for seconds in run.seconds]
 
@@ -73,7 +75,18 @@ def table_rows(records: Records) -> list[Row]:
     return rows
 
 
-HEADINGS = ("method", "bits/byte", "difference", "verdict", "experts", "active", "FLOPs/token", "KV/token 4K", "KV/token 64K", "tokens/s")
+HEADINGS = (
+    "method",
+    "bits/byte",
+    "difference",
+    "verdict",
+    "experts",
+    "active",
+    "FLOPs/token",
+    "KV/token 4K",
+    "KV/token 64K",
+    "tokens/s",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -100,16 +113,31 @@ def footnotes(records: Records) -> list[str]:
     notes = [
         f"bits/byte: validation text of {comparison.valid_bytes:,} bytes, lower is better.",
         noise_statement(len(comparison.trunk_seeds), len(comparison.branch_seeds)),
-        "difference: method minus baseline, paired by seed; a verdict is at 95 %, so of twenty methods without effect about one earns one.",
-        f"experts: real experts per token in {comparison.trained_blocks}{above}, and how far off what was asked; thresholds are set on text that is "
-        "neither trained on nor measured. Active parameters and FLOPs/token (forward): the whole network.",
+        (
+            "difference: method minus baseline, paired by seed; a verdict is at 95 %, so of twenty methods without"
+            " effect about one earns one."
+        ),
+        (
+            f"experts: real experts per token in {comparison.trained_blocks}{above}, and how far off what was asked;"
+            " thresholds are set on text that is neither trained on nor measured. Active parameters and FLOPs/token"
+            " (forward): the whole network."
+        ),
         "tokens/s: training a branch" + (", the frozen prefix read from the cache." if comparison.boundary else "."),
     ]
     if comparison.fresh:
-        notes.append(f"Blocks from {comparison.boundary} on are fresh in every branch, the baseline's too, because a method changes them.")
+        notes.append(
+            f"Blocks from {comparison.boundary} on are fresh in every branch, the baseline's too, because a method"
+            " changes them."
+        )
     if "no_op" in records.methods:
-        notes.append("no_op: the baseline once more with other branch seeds, so its data order differs too; what separates them is noise.")
-        notes.append("The other methods share the baseline's data order seed by seed; it cancels in their differences: narrower intervals.")
+        notes.append(
+            "no_op: the baseline once more with other branch seeds, so its data order differs too; what separates them"
+            " is noise."
+        )
+        notes.append(
+            "The other methods share the baseline's data order seed by seed; it cancels in their differences: narrower"
+            " intervals."
+        )
     planned = len(comparison.trunk_seeds) * len(comparison.branch_seeds)
     finished = {method.name: len(records.results.get(method.name, ())) for method in comparison.methods}
     if unfinished := [f"{method} {count} of {planned}" for method, count in finished.items() if count < planned]:
@@ -123,7 +151,10 @@ def table_text(records: Records) -> str:
     body = [HEADINGS, *(cells(row) for row in table_rows(records)), xz]
     widths = [max(len(line[column]) for line in body) for column in range(len(HEADINGS))]
     # Names and verdicts read from the left, numbers line up at the right.
-    lines = ["  ".join(c.ljust(w) if i in (0, 3) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip() for line in body]
+    lines = [
+        "  ".join(c.ljust(w) if i in (0, 3) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in body
+    ]
     lines.insert(1, "-" * max(len(line) for line in lines))
     return "\n".join([*lines, "", *footnotes(records), "", ledger_text(read_ledger(records))])
 
@@ -137,17 +168,40 @@ def write_csv(records: Records, path: Path) -> None:
 
 
 CSV_COLUMNS = (
-    "method", "runs", "bits_per_byte", "bits_per_byte_half_width", "difference", "difference_half_width", "verdict", "mean_experts", "asked_experts",
-    "active_parameters", "forward_flops_per_token", "cache_bytes_per_token_4k", "cache_bytes_per_token_64k", "tokens_per_second",
-)  # fmt: skip
+    "method",
+    "runs",
+    "bits_per_byte",
+    "bits_per_byte_half_width",
+    "difference",
+    "difference_half_width",
+    "verdict",
+    "mean_experts",
+    "asked_experts",
+    "active_parameters",
+    "forward_flops_per_token",
+    "cache_bytes_per_token_4k",
+    "cache_bytes_per_token_64k",
+    "tokens_per_second",
+)
 
 
 def csv_row(row: Row) -> tuple:
     difference = (None, None) if row.difference is None else (row.difference.mean, row.difference.half_width)
     return (
-        row.method, row.runs, row.bits_per_byte.mean, row.bits_per_byte.half_width, *difference, row.verdict, row.mean_experts, row.asked_experts,
-        row.active_parameters, row.forward_flops, row.cache_bytes_4k, row.cache_bytes_64k, row.tokens_per_second,
-    )  # fmt: skip
+        row.method,
+        row.runs,
+        row.bits_per_byte.mean,
+        row.bits_per_byte.half_width,
+        *difference,
+        row.verdict,
+        row.mean_experts,
+        row.asked_experts,
+        row.active_parameters,
+        row.forward_flops,
+        row.cache_bytes_4k,
+        row.cache_bytes_64k,
+        row.tokens_per_second,
+    )
 
 
 def with_interval(interval: Interval, signed: bool = False) -> str:

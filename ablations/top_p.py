@@ -1,4 +1,5 @@
-"""Top-p routing: as many experts as a token needs to gather a probability mass (arXiv 2403.07652), the mean held at the baseline's number."""
+"""Top-p routing: as many experts as a token needs to gather a probability mass (arXiv 2403.07652), the mean held at the
+baseline's number."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy

@@ -21,7 +21,9 @@ LAYERS = {
 }
 
 
-def build_attention(letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> AttentionLayer:
+def build_attention(
+    letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int
+) -> AttentionLayer:
     """The attention layer that `letter` stands for, with weights yet to be drawn by `init_weights`.
 
     Raises:

@@ -15,11 +15,12 @@ STATE_ELEMENT_SIZE = 4
 
 
 class HybridCache:
-    """One state per layer: growing K/V (F), ring buffer (S), alias (R, r), fixed state (L), fixed state and convolution tail (G, K),
-    K/V and fixed state (M).
+    """One state per layer: growing K/V (F), ring buffer (S), alias (R, r), fixed state (L), fixed state and convolution
+    tail (G, K), K/V and fixed state (M).
 
-    Everything is allocated at once for `max_length` tokens, so `nbytes()` is what `cache_bytes` says for that length and does not change while
-    decoding. A forward with a cache is for inference: what the cache holds carries no gradients.
+    Everything is allocated at once for `max_length` tokens, so `nbytes()` is what `cache_bytes` says for that length
+    and does not change while decoding. A forward with a cache is for inference: what the cache holds carries no
+    gradients.
 
     Args:
         config, plan: those of the model.
@@ -76,13 +77,17 @@ class HybridCache:
         return sum(layer.nbytes() for layer in self.layers)
 
     def reorder(self, index_B: Tensor) -> None:
-        """Sequence i becomes what sequence index_B[i] was, in every layer; the batch takes the length of the index (beams, samples of one prompt).
+        """Sequence i becomes what sequence index_B[i] was, in every layer; the batch takes the length of the index
+        (beams, samples of one prompt).
 
         Raises:
             ValueError: for an index that is not a 1-dimensional integer tensor of sequences in the batch.
         """
         if index_B.dim() != 1 or index_B.dtype not in (torch.int64, torch.int32) or len(index_B) == 0:
-            raise ValueError(f"reorder: index of shape {tuple(index_B.shape)} and dtype {index_B.dtype}; legal: a 1-dimensional integer tensor")
+            raise ValueError(
+                f"reorder: index of shape {tuple(index_B.shape)} and dtype {index_B.dtype}; legal: a 1-dimensional"
+                " integer tensor"
+            )
         lowest, highest = int(index_B.min()), int(index_B.max())
         if lowest < 0 or highest >= self.batch_size:
             raise ValueError(f"reorder: index from {lowest} to {highest}; legal: from 0 to {self.batch_size - 1}")
@@ -93,7 +98,8 @@ class HybridCache:
     def crop(self, length: int) -> None:
         """Forgets the tokens from `length` on, in every layer or, where one cannot, in none.
 
-        Full attention can always; a ring buffer until it has overwritten what it would need; a linear state only back to 0 tokens.
+        Full attention can always; a ring buffer until it has overwritten what it would need; a linear state only back
+        to 0 tokens.
 
         Raises:
             ValueError: naming the layer that cannot and why, or a length that is not between 0 and the tokens seen.
@@ -107,12 +113,14 @@ class HybridCache:
             layer.crop(length)
 
 
-def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_size: int = 1, element_size: int = 2) -> list[int]:
+def cache_bytes(
+    config: AttentionConfig, plan: LayerPlan, length: int, batch_size: int = 1, element_size: int = 2
+) -> list[int]:
     """Bytes that each layer's state takes for `length` tokens, from the configuration alone.
 
-    Per sequence, with G key/value heads of width K and s bytes per element: 2 G K s length for F, 2 G K s min(length, window) for S, 0 for R and r
-    (the owner pays), and whatever the length 4 H K V for L, the same and X (W - 1) s for the convolution tail for G and K.
-    M is F or S and L, each with its share of the heads.
+    Per sequence, with G key/value heads of width K and s bytes per element: 2 G K s length for F, 2 G K s min(length,
+    window) for S, 0 for R and r (the owner pays), and whatever the length 4 H K V for L, the same and X (W - 1) s for
+    the convolution tail for G and K. M is F or S and L, each with its share of the heads.
 
     Args:
         element_size: the s above, bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
@@ -143,7 +151,9 @@ def cache_bytes(config: AttentionConfig, plan: LayerPlan, length: int, batch_siz
     return [batch_size * per_sequence[letter] for letter in plan.letters]
 
 
-def _mixed_state(config: AttentionConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> MixedState:
+def _mixed_state(
+    config: AttentionConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+) -> MixedState:
     (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
     heads = (G, config.head_dim)
     if config.mixed_window is None:

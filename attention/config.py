@@ -20,7 +20,8 @@ class AttentionConfig:
         linear_heads: heads of a linear layer; n_heads by default.
         linear_key_dim: key width of a linear layer's head; head_dim by default.
         linear_value_dim: value width of a linear layer's head; head_dim by default.
-        mixed_linear_heads: how many of a mixed layer's n_heads are linear; half of them by default. Its softmax heads keep their share of n_kv_heads.
+        mixed_linear_heads: how many of a mixed layer's n_heads are linear; half of them by default. Its softmax heads
+            keep their share of n_kv_heads.
         mixed_window: how many tokens a mixed layer's softmax heads see, the current one included; None for all.
         conv_width: taps of the short convolution before a G or K layer's delta rule, 2 to 4.
         chunk_size: tokens per chunk of the linear layers' chunked form, a power of two; changes speed, not results.
@@ -60,14 +61,24 @@ class AttentionConfig:
         if self.chunk_size & (self.chunk_size - 1) != 0:
             raise ValueError(f"AttentionConfig.chunk_size: {self.chunk_size}; legal: a power of two")
         if self.n_heads % self.n_kv_heads != 0:
-            raise ValueError(f"AttentionConfig.n_kv_heads: {self.n_kv_heads}; legal: a divisor of n_heads={self.n_heads}")
+            raise ValueError(
+                f"AttentionConfig.n_kv_heads: {self.n_kv_heads}; legal: a divisor of n_heads={self.n_heads}"
+            )
         if not 0 <= self.rotary_fraction <= 1:
-            raise ValueError(f"AttentionConfig.rotary_fraction: {self.rotary_fraction}; legal: from 0 (no positions) to 1 (the whole head)")
+            raise ValueError(
+                f"AttentionConfig.rotary_fraction: {self.rotary_fraction}; legal: from 0 (no positions) to 1 (the whole"
+                " head)"
+            )
         if self.head_dim % 2 != 0:
-            raise ValueError(f"AttentionConfig.head_dim: {self.head_dim}; legal: even, because the rotary embedding turns pairs")
+            raise ValueError(
+                f"AttentionConfig.head_dim: {self.head_dim}; legal: even, because the rotary embedding turns pairs"
+            )
         rotated = self.rotary_fraction * self.head_dim
         if abs(rotated - self.rotary_dim) > 1e-6 or self.rotary_dim % 2 != 0:
-            raise ValueError(f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels per head; legal: an even number")
+            raise ValueError(
+                f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels per head; legal:"
+                " an even number"
+            )
         for name in ("rope_base", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")
@@ -80,24 +91,32 @@ class AttentionConfig:
     @property
     def linear_shape(self) -> tuple[int, int, int]:
         """Heads, key width and value width of a linear layer."""
-        return self.linear_heads or self.n_heads, self.linear_key_dim or self.head_dim, self.linear_value_dim or self.head_dim
+        return (
+            self.linear_heads or self.n_heads,
+            self.linear_key_dim or self.head_dim,
+            self.linear_value_dim or self.head_dim,
+        )
 
     @property
     def mixed_heads(self) -> tuple[int, int, int]:
         """Softmax heads, key/value heads and linear heads of a mixed layer.
 
         Raises:
-            ValueError: where that leaves a kind without a head, or softmax heads that its key/value heads do not divide.
+            ValueError: where that leaves a kind without a head, or softmax heads that its key/value heads do not
+                divide.
         """
         linear = self.n_heads // 2 if self.mixed_linear_heads is None else self.mixed_linear_heads
         softmax = self.n_heads - linear
         if not 1 <= linear < self.n_heads:
-            raise ValueError(f"AttentionConfig.mixed_linear_heads: {linear} of n_heads={self.n_heads}; legal: at least one head of either kind")
+            raise ValueError(
+                f"AttentionConfig.mixed_linear_heads: {linear} of n_heads={self.n_heads}; legal: at least one head of"
+                " either kind"
+            )
         kv = max(1, softmax * self.n_kv_heads // self.n_heads)
         if softmax % kv != 0:
             raise ValueError(
-                f"AttentionConfig.mixed_linear_heads: {linear} leaves {softmax} softmax heads for {kv} of n_kv_heads={self.n_kv_heads}; "
-                "legal: softmax heads that they divide"
+                f"AttentionConfig.mixed_linear_heads: {linear} leaves {softmax} softmax heads for {kv} of"
+                f" n_kv_heads={self.n_kv_heads}; legal: softmax heads that they divide"
             )
         return softmax, kv, linear
 

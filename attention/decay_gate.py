@@ -1,4 +1,5 @@
-"""The gate that decides how fast a delta-rule layer forgets: g = -exp(A_log) softplus(a + dt_bias), a log-decay (arXiv 2405.21060, 2412.06464).
+"""The gate that decides how fast a delta-rule layer forgets: g = -exp(A_log) softplus(a + dt_bias), a log-decay (arXiv
+2405.21060, 2412.06464).
 
 Legend: B batch, T tokens, H heads, K gate channels per head.
 """
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from triton_kernels.linear_decode import decay_gate
 
-# Where decays start: exp(A_log) is uniform in the first range and softplus(dt_bias) log-uniform in the second, as in Mamba-2 (arXiv 2405.21060).
+# Where decays start: exp(A_log) is uniform in the first range and softplus(dt_bias) log-uniform in the second, as in
+# Mamba-2 (arXiv 2405.21060).
 DECAY_RATE = (1.0, 16.0)
 TIME_STEP = (1e-3, 1e-1)
 

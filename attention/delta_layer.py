@@ -1,4 +1,5 @@
-"""What the layers with a delta rule (G, K) share: short convolution, recurrence and gated norm, from a cache or without one.
+"""What the layers with a delta rule (G, K) share: short convolution, recurrence and gated norm, from a cache or without
+one.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, X convolution channels, W convolution width.
 """
@@ -58,7 +59,9 @@ class DeltaLayer(AttentionLayer):
         with torch.no_grad():
             self.conv_XW.copy_(uniform(self.conv_XW.shape, -bound, bound, generator))
 
-    def mix(self, qkv_BTX: Tensor, gate_BTX: Tensor, a_BTX: Tensor, b_BTH: Tensor, state: RecurrentState | None) -> Tensor:
+    def mix(
+        self, qkv_BTX: Tensor, gate_BTX: Tensor, a_BTX: Tensor, b_BTH: Tensor, state: RecurrentState | None
+    ) -> Tensor:
         """From the projections to the input of the output projection [B, T, H * V]; brings the state up to date."""
         (B, T, _), (H, K, V) = qkv_BTX.shape, self.config.linear_shape
         gate_BTHV = gate_BTX.view(B, T, H, V)
@@ -80,9 +83,19 @@ class DeltaLayer(AttentionLayer):
         qkv_BTX, tail = causal_conv1d(qkv_BTX, self.conv_XW.to(qkv_BTX.dtype), activation="silu", initial_tail=tail)
         q, k, v = qkv_BTX.split([H * K, H * K, H * V], dim=-1)
         log_decay = self.decay_gate(a_BTX)
-        inputs = (q.view(B, T, H, K), k.view(B, T, H, K), v.view(B, T, H, V), log_decay, b_BTH.to(log_decay.dtype).sigmoid())
+        inputs = (
+            q.view(B, T, H, K),
+            k.view(B, T, H, K),
+            v.view(B, T, H, V),
+            log_decay,
+            b_BTH.to(log_decay.dtype).sigmoid(),
+        )
         before = None if state is None else state.state_BHKV
-        o_BTHV, last_BHKV = self.rule(*inputs, normalize_qk=True, chunk_size=self.config.chunk_size, initial_state_BHKV=before)
+        o_BTHV, last_BHKV = self.rule(
+            *inputs, normalize_qk=True, chunk_size=self.config.chunk_size, initial_state_BHKV=before
+        )
         if state is not None:
             state.update(T, last_BHKV, tail)
-        return gated_rms_norm(o_BTHV, gate_BTHV, self.norm.weight, eps=self.norm.eps, activation=self.activation).flatten(2)
+        return gated_rms_norm(
+            o_BTHV, gate_BTHV, self.norm.weight, eps=self.norm.eps, activation=self.activation
+        ).flatten(2)

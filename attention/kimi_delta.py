@@ -1,8 +1,8 @@
 """Kimi delta attention (KDA, arXiv 2510.26692): gated DeltaNet whose every key channel forgets at a pace of its own.
 
     S_t = (I - beta_t k_t k_t^T) Diag(e^{g_t}) S_{t-1} + beta_t k_t v_t^T,  o_t = S_t^T q_t / sqrt(K)
-    q, k, v = SiLU(conv(x W)), q and k of unit length;  g = -exp(A_log) softplus(x W_down W_up + dt_bias),  beta = sigmoid(x W_b)
-    y = W_o(RMSNorm(o) * sigmoid(x W_down' W_up')), the norm per head
+    q, k, v = SiLU(conv(x W)), q and k of unit length;  g = -exp(A_log) softplus(x W_down W_up + dt_bias),  beta =
+    sigmoid(x W_b) y = W_o(RMSNorm(o) * sigmoid(x W_down' W_up')), the norm per head
 
 Decay and output gate pass through a bottleneck as wide as one head: K for the decay, V for the gate.
 
@@ -30,7 +30,9 @@ class KimiDeltaAttention(DeltaLayer):
         self.to_gate = Projection(V, H * V)
         self.to_decay = Projection(K, H * K)
 
-    def forward(self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+    def forward(
+        self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None
+    ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         qkv_BTX, gate_BTV, decay_BTK, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
         y_BTX = self.mix(qkv_BTX, self.to_gate(gate_BTV), self.to_decay(decay_BTK), b_BTH, state)

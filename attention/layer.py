@@ -17,13 +17,14 @@ class AttentionLayer(nn.Module):
 
         y_BTD, kv = layer(x_BTD, start=0, state=None, shared=None)
 
-    x_BTD holds the tokens at positions start .. start + T - 1; `state` is this layer's entry of a `HybridCache`, updated in place; `shared` is the
-    kv that the owning layer returned in this same forward (R and r only). y_BTD has the dtype of x; kv is what F and S offer for reuse, else None.
-    Parameters are fp32 and cast to the dtype of x at use; norms, gates, decays and recurrent states are computed in fp32.
+    x_BTD holds the tokens at positions start .. start + T - 1; `state` is this layer's entry of a `HybridCache`,
+    updated in place; `shared` is the kv that the owning layer returned in this same forward (R and r only). y_BTD has
+    the dtype of x; kv is what F and S offer for reuse, else None. Parameters are fp32 and cast to the dtype of x at
+    use; norms, gates, decays and recurrent states are computed in fp32.
 
     Raises:
-        ValueError: for an input of another width, a `start` that is not the cache's length, a cache that is too short, of another batch size or of
-            another kind of layer, and for missing or misplaced `shared`; names the layer.
+        ValueError: for an input of another width, a `start` that is not the cache's length, a cache that is too short,
+            of another batch size or of another kind of layer, and for missing or misplaced `shared`; names the layer.
     """
 
     state_type: type[LayerState] | type[MixedState] | type[Alias]
@@ -33,7 +34,8 @@ class AttentionLayer(nn.Module):
         self.letter = letter
         self.d_model = d_model
         self.layer_index = layer_index
-        # Each layer adds its output to the residual stream twice with its experts: this keeps the sum's variance independent of the depth.
+        # Each layer adds its output to the residual stream twice with its experts: this keeps the sum's variance
+        # independent of the depth.
         self.output_gain = (2 * n_layers) ** -0.5
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -44,7 +46,9 @@ class AttentionLayer(nn.Module):
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
 
-    def forward(self, x_BTD: Tensor, *, start: int = 0, state=None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+    def forward(
+        self, x_BTD: Tensor, *, start: int = 0, state=None, shared: KV | None = None
+    ) -> tuple[Tensor, KV | None]:
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -63,14 +67,25 @@ class AttentionLayer(nn.Module):
         if state is None:
             return
         if not isinstance(state, self.state_type):
-            raise self.refuse(f"state is a {type(state).__name__}; legal: a {self.state_type.__name__}, from a HybridCache of the same plan")
+            raise self.refuse(
+                f"state is a {type(state).__name__}; legal: a {self.state_type.__name__}, from a HybridCache of the"
+                " same plan"
+            )
         B, T, _ = x_BTD.shape
         if state.batch_size != B:
             raise self.refuse(f"input has batch size {B}, the cache {state.batch_size}; legal: the same")
         if isinstance(state, Alias):
             if start + T != state.length:
-                raise self.refuse(f"tokens {start} to {start + T - 1} after the owner of the keys took {state.length}; legal: first the owner")
+                raise self.refuse(
+                    f"tokens {start} to {start + T - 1} after the owner of the keys took {state.length}; legal: first"
+                    " the owner"
+                )
         elif start != state.length:
-            raise self.refuse(f"start={start}, but the cache has seen {state.length} tokens; legal: start={state.length}")
+            raise self.refuse(
+                f"start={start}, but the cache has seen {state.length} tokens; legal: start={state.length}"
+            )
         if start + T > state.max_length:
-            raise self.refuse(f"tokens {start} to {start + T - 1} do not fit a cache made for {state.max_length}; legal: a longer max_length")
+            raise self.refuse(
+                f"tokens {start} to {start + T - 1} do not fit a cache made for {state.max_length}; legal: a longer"
+                " max_length"
+            )

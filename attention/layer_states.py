@@ -1,10 +1,10 @@
 """What one layer remembers of the tokens it has seen: the entries of a `HybridCache`.
 
-Every state is allocated once, at its full size, so that its bytes are known before the first token and do not move afterwards. States hold no
-gradients: what is stored is detached, because a cache is for inference.
+Every state is allocated once, at its full size, so that its bytes are known before the first token and do not move
+afterwards. States hold no gradients: what is stored is detached, because a cache is for inference.
 
-Legend: B batch, T tokens, S keys, G key/value heads, H linear heads, K key width, V value width, C capacity in tokens, X convolution channels,
-W convolution width.
+Legend: B batch, T tokens, S keys, G key/value heads, H linear heads, K key width, V value width, C capacity in tokens,
+X convolution channels, W convolution width.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,8 @@ from torch import Tensor
 
 
 class KV(NamedTuple):
-    """Keys and values in order of position, the newest last; what an F or S layer hands to the layers that reuse them."""
+    """Keys and values in order of position, the newest last; what an F or S layer hands to the layers that reuse
+    them."""
 
     k_BSGK: Tensor
     v_BSGV: Tensor
@@ -54,7 +55,8 @@ class LayerState:
         """Forgets the tokens from `length` on.
 
         Raises:
-            ValueError: where `length` is not between 0 and the tokens seen, or the state no longer holds what it needs for that.
+            ValueError: where `length` is not between 0 and the tokens seen, or the state no longer holds what it needs
+                for that.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"crop to {length} tokens of {self.length} seen; legal: from 0 to {self.length}")
@@ -65,15 +67,23 @@ class LayerState:
     def _check(self, name: str, new: Tensor) -> None:
         held = self.tensors[name]
         if new.dtype != held.dtype or new.device != held.device:
-            raise ValueError(f"cache holds {name} as {held.dtype} on {held.device}, got {new.dtype} on {new.device}; legal: the same")
+            raise ValueError(
+                f"cache holds {name} as {held.dtype} on {held.device}, got {new.dtype} on {new.device}; legal: the same"
+            )
 
 
 class GrowingKV(LayerState):
     """Keys and values of every token seen (F)."""
 
-    def __init__(self, batch_size: int, max_length: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, batch_size: int, max_length: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (batch_size, max_length, *heads)
-        super().__init__(max_length, k=torch.empty(shape, dtype=dtype, device=device), v=torch.empty(shape, dtype=dtype, device=device))
+        super().__init__(
+            max_length,
+            k=torch.empty(shape, dtype=dtype, device=device),
+            v=torch.empty(shape, dtype=dtype, device=device),
+        )
 
     def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
         """Appends T tokens; returns the keys and values of all tokens so far, as views."""
@@ -91,16 +101,29 @@ class GrowingKV(LayerState):
 class RingKV(LayerState):
     """Keys and values of the last `window` tokens (S): the token at position p lies in slot p modulo the capacity."""
 
-    def __init__(self, batch_size: int, max_length: int, window: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        max_length: int,
+        window: int,
+        heads: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         self.capacity = min(window, max_length)
         shape = (batch_size, self.capacity, *heads)
-        super().__init__(max_length, k=torch.empty(shape, dtype=dtype, device=device), v=torch.empty(shape, dtype=dtype, device=device))
+        super().__init__(
+            max_length,
+            k=torch.empty(shape, dtype=dtype, device=device),
+            v=torch.empty(shape, dtype=dtype, device=device),
+        )
 
     def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
         """Adds T tokens; returns all keys and values that any of the T may see.
 
-        For a single token that is the ring itself, as a view. Its slots are rotated then, which attention of one query over keys that it sees
-        all of does not notice. Several tokens need their predecessors in order, and before they are overwritten: a copy.
+        For a single token that is the ring itself, as a view. Its slots are rotated then, which attention of one query
+        over keys that it sees all of does not notice. Several tokens need their predecessors in order, and before they
+        are overwritten: a copy.
         """
         T = k_BTGK.shape[1]
         for name, new in (("k", k_BTGK), ("v", v_BTGV)):
@@ -136,14 +159,24 @@ class RingKV(LayerState):
     def refusal_to_crop(self, length: int) -> str | None:
         if length in (0, self.length) or self.length <= self.capacity:
             return None
-        return f"the ring buffer of {self.capacity} tokens has overwritten tokens that the window before token {length} needs"
+        return (
+            f"the ring buffer of {self.capacity} tokens has overwritten tokens that the window before token {length}"
+            " needs"
+        )
 
 
 class RecurrentState(LayerState):
-    """The fp32 matrix per head of a linear layer (L, G, K), and the last W - 1 inputs of its short convolution where it has one (G, K)."""
+    """The fp32 matrix per head of a linear layer (L, G, K), and the last W - 1 inputs of its short convolution where it
+    has one (G, K)."""
 
     def __init__(
-        self, batch_size: int, max_length: int, shape: tuple[int, int, int], conv: tuple[int, int] | None, dtype: torch.dtype, device: torch.device
+        self,
+        batch_size: int,
+        max_length: int,
+        shape: tuple[int, int, int],
+        conv: tuple[int, int] | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         tensors = {"state": torch.zeros((batch_size, *shape), dtype=torch.float32, device=device)}
         if conv is not None:
@@ -176,11 +209,15 @@ class RecurrentState(LayerState):
     def refusal_to_crop(self, length: int) -> str | None:
         if length in (0, self.length):
             return None
-        return "a linear-attention state is a sum over all tokens seen and cannot forget some of them; start again from 0, or keep a copy"
+        return (
+            "a linear-attention state is a sum over all tokens seen and cannot forget some of them; start again from 0,"
+            " or keep a copy"
+        )
 
 
 class MixedState:
-    """Keys and values of the softmax heads (growing or a ring) beside the matrices of the linear heads (M); both take every token."""
+    """Keys and values of the softmax heads (growing or a ring) beside the matrices of the linear heads (M); both take
+    every token."""
 
     def __init__(self, kv: GrowingKV | RingKV, recurrent: RecurrentState) -> None:
         self.kv = kv
@@ -218,7 +255,8 @@ class MixedState:
 
 
 class Alias:
-    """The entry of a layer that reuses another's keys and values (R, r): holds nothing and follows its owner, which `reorder` and `crop` act on."""
+    """The entry of a layer that reuses another's keys and values (R, r): holds nothing and follows its owner, which
+    `reorder` and `crop` act on."""
 
     def __init__(self, owner: GrowingKV | RingKV) -> None:
         self.owner = owner

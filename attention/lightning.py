@@ -1,4 +1,5 @@
-"""Lightning attention: linear attention with a fixed decay per head and layer (arXiv 2401.04658, as in MiniMax-01, arXiv 2501.08313).
+"""Lightning attention: linear attention with a fixed decay per head and layer (arXiv 2401.04658, as in MiniMax-01,
+arXiv 2501.08313).
 
     S_t = e^{-s_h} S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t,  q, k, v = SiLU(x W),  y = W_o(sigmoid(x W_g) * RMSNorm(o))
     s_h = (2^{-8/H})^{h+1} (1 - l / (L - 1 + 1e-5) + 1e-5)
@@ -44,7 +45,9 @@ class LightningAttention(AttentionLayer):
         self.norm = RMSNorm(H * V, eps=config.norm_eps)
         self.register_buffer("log_decay_H", -lightning_slopes(H, layer_index, n_layers), persistent=False)
 
-    def forward(self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+    def forward(
+        self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None
+    ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         B, T, _ = x_BTD.shape
         H, K, V = self.config.linear_shape

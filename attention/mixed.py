@@ -1,12 +1,15 @@
 """Mixed attention: softmax heads and linear heads side by side in one layer, each seeing the same input.
 
-The softmax heads (full, or in a sliding window) are those of an F or S layer, fewer; the linear heads are those of a lightning layer:
+The softmax heads (full, or in a sliding window) are those of an F or S layer, fewer; the linear heads are those of a
+lightning layer:
 
     y = W_o [softmax heads * sigmoid(x W_g) (optional);  sigmoid(x W_g') * RMSNorm(linear heads)]
 
-The norm over the linear heads brings both kinds to one scale, which Hymba (arXiv 2411.13676), whose heads are of two kinds too, found necessary.
+The norm over the linear heads brings both kinds to one scale, which Hymba (arXiv 2411.13676), whose heads are of two
+kinds too, found necessary.
 
-Legend: B batch, T tokens, D model width, H softmax heads, G key/value heads, J linear heads, K key width, V value width.
+Legend: B batch, T tokens, D model width, H softmax heads, G key/value heads, J linear heads, K key width, V value
+width.
 """
 
 import torch
@@ -36,7 +39,8 @@ class MixedAttention(AttentionLayer):
         self.config = config
         (H, G, J), (_, linear_K, linear_V), K = config.mixed_heads, config.linear_shape, config.head_dim
         self.linear_shape = (J, linear_K, linear_V)
-        # Queries, output gate, keys and values of the softmax heads; then queries, keys and values, and the output gate, of the linear heads.
+        # Queries, output gate, keys and values of the softmax heads; then queries, keys and values, and the output
+        # gate, of the linear heads.
         gate_width = H * K if config.output_gate else 0
         self.widths = [H * K, gate_width, G * K, G * K, J * (2 * linear_K + linear_V), J * linear_V]
         self.to_inner = Projection(d_model, sum(self.widths))
@@ -52,7 +56,9 @@ class MixedAttention(AttentionLayer):
         if self.sink_H is not None:
             nn.init.zeros_(self.sink_H)
 
-    def forward(self, x_BTD: Tensor, *, start: int = 0, state: MixedState | None = None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+    def forward(
+        self, x_BTD: Tensor, *, start: int = 0, state: MixedState | None = None, shared: KV | None = None
+    ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         B, T, _ = x_BTD.shape
         q, gate, k, v, linear_qkv, linear_gate = self.to_inner(x_BTD).split(self.widths, dim=-1)
@@ -64,7 +70,9 @@ class MixedAttention(AttentionLayer):
         if state is not None and T == 1:
             lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
             memory = {"state_BJKV": state.recurrent.state_BHKV, "sinks_H": self.sink_H}
-            o_BHK, linear_o_BJV = mixed_decode(q_BTHK[:, 0], *kv, lengths_B, linear_qkv[:, 0], self.log_decay_J, **memory)
+            o_BHK, linear_o_BJV = mixed_decode(
+                q_BTHK[:, 0], *kv, lengths_B, linear_qkv[:, 0], self.log_decay_J, **memory
+            )
             o_BTHK, linear_o_BTJV = o_BHK[:, None], linear_o_BJV[:, None]
             state.recurrent.length += 1
         else:
@@ -83,5 +91,7 @@ class MixedAttention(AttentionLayer):
         o_BTX = o_BTHK.flatten(2)
         if self.config.output_gate:
             o_BTX = o_BTX * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().to(o_BTX.dtype)
-        linear_o_BTX = gated_rms_norm(linear_o_BTJV.flatten(2), linear_gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
+        linear_o_BTX = gated_rms_norm(
+            linear_o_BTJV.flatten(2), linear_gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid"
+        )
         return self.to_out(torch.cat([o_BTX, linear_o_BTX], dim=-1)), None

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32 (fp64 for fp64 inputs), returned in the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32 (fp64 for fp64 inputs), returned in
+    the dtype of x."""
 
     def __init__(self, width: int, *, eps: float = 1e-5) -> None:
         super().__init__()

@@ -34,7 +34,8 @@ class LayerPlan:
         """Repeats the pattern `text` to `n_layers` layers: "SSSF" at 6 layers is S S S F S S.
 
         Raises:
-            ValueError: for an empty pattern, fewer than 1 layer, an unknown letter, or R (r) with no F (S) below it; names the letter and its place.
+            ValueError: for an empty pattern, fewer than 1 layer, an unknown letter, or R (r) with no F (S) below it;
+                names the letter and its place.
         """
         if not text:
             raise ValueError(f"layer plan {text!r} is empty; legal: a pattern of the letters {_legal()}")
@@ -42,7 +43,10 @@ class LayerPlan:
             raise ValueError(f"layer plan {text!r}: n_layers={n_layers}; legal: at least 1")
         for place, letter in enumerate(text):
             if letter not in LETTERS:
-                raise ValueError(f"layer plan {text!r}: unknown letter {letter!r} at place {place} (counted from 0); legal: {_legal()}")
+                raise ValueError(
+                    f"layer plan {text!r}: unknown letter {letter!r} at place {place} (counted from 0); legal:"
+                    f" {_legal()}"
+                )
         letters = tuple(text[index % len(text)] for index in range(n_layers))
         source: list[int] = []
         newest: dict[str, int] = {}
@@ -50,7 +54,10 @@ class LayerPlan:
             newest[letter] = index
             owner = OWNER.get(letter, letter)
             if owner not in newest:
-                raise ValueError(f"layer plan {text!r}: {letter!r} at place {index} (counted from 0) needs {owner!r} below it: {LETTERS[letter]}")
+                raise ValueError(
+                    f"layer plan {text!r}: {letter!r} at place {index} (counted from 0) needs {owner!r} below it:"
+                    f" {LETTERS[letter]}"
+                )
             source.append(newest[owner])
         return cls(letters=letters, source=tuple(source))
 

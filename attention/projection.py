@@ -10,7 +10,8 @@ class Projection(nn.Linear):
 
     Args:
         d_in, d_out: widths of input and output.
-        gain: the weights are normal with standard deviation gain / sqrt(d_in), so that a unit-variance input gives variance gain^2.
+        gain: the weights are normal with standard deviation gain / sqrt(d_in), so that a unit-variance input gives
+            variance gain^2.
     """
 
     def __init__(self, d_in: int, d_out: int, *, gain: float = 1.0) -> None:
@@ -18,7 +19,8 @@ class Projection(nn.Linear):
         self.gain = gain
 
     def draw(self, generator: torch.Generator) -> None:
-        """Fresh weights from the generator, drawn on its device: a model on a GPU starts from the same numbers as one on the CPU."""
+        """Fresh weights from the generator, drawn on its device: a model on a GPU starts from the same numbers as one
+        on the CPU."""
         with torch.no_grad():
             fresh = torch.randn(self.weight.shape, generator=generator, device=generator.device)
             self.weight.copy_(fresh * (self.gain * self.in_features**-0.5))

@@ -1,7 +1,8 @@
 """Softmax attention: full or in a sliding window, with keys and values of its own (F, S) or another layer's (R, r).
 
-Grouped key/value heads (GQA, arXiv 2305.13245), RMSNorm of query and key heads (QK-norm), rotary positions, optionally a sigmoid output gate
-(arXiv 2505.06708) and a sink logit per head (arXiv 2508.10925). Sharing keys and values between layers: arXiv 2405.12981, 2412.01253.
+Grouped key/value heads (GQA, arXiv 2305.13245), RMSNorm of query and key heads (QK-norm), rotary positions, optionally
+a sigmoid output gate (arXiv 2505.06708) and a sink logit per head (arXiv 2508.10925). Sharing keys and values between
+layers: arXiv 2405.12981, 2412.01253.
 
 Legend: B batch, T tokens, S keys, D model width, H query heads, G key/value heads, K head width.
 """
@@ -44,7 +45,9 @@ class SoftmaxAttention(AttentionLayer):
         if self.sink_H is not None:
             nn.init.zeros_(self.sink_H)
 
-    def forward(self, x_BTD: Tensor, *, start: int = 0, state=None, shared: KV | None = None) -> tuple[Tensor, KV | None]:
+    def forward(
+        self, x_BTD: Tensor, *, start: int = 0, state=None, shared: KV | None = None
+    ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         B, T, _ = x_BTD.shape
         K = self.config.head_dim
@@ -53,8 +56,11 @@ class SoftmaxAttention(AttentionLayer):
         rotary = rotary_tables(position_T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base)
         if self.owns_kv:
             if shared is not None:
-                raise self.refuse("was given the keys and values of another layer; legal: shared=None, only R and r reuse them")
-            # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that reads them.
+                raise self.refuse(
+                    "was given the keys and values of another layer; legal: shared=None, only R and r reuse them"
+                )
+            # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that
+            # reads them.
             kv = KV(rotate(self.k_norm(k.view(B, T, -1, K)), rotary), v.view(B, T, -1, K))
             kv = state.update(*kv) if state is not None else kv
         else:
@@ -68,8 +74,13 @@ class SoftmaxAttention(AttentionLayer):
 
     def _check_shared(self, shared: KV | None, B: int, T: int, state: Alias | None) -> KV:
         if shared is None:
-            raise self.refuse(f"shared is missing; legal: the keys and values that the {OWNER[self.letter]} layer below returned for these tokens")
+            raise self.refuse(
+                f"shared is missing; legal: the keys and values that the {OWNER[self.letter]} layer below returned for"
+                " these tokens"
+            )
         S = shared.k_BSGK.shape[1]
         if shared.k_BSGK.shape[0] != B or S < T or (state is None and S != T):
-            raise self.refuse(f"shared keys of shape {tuple(shared.k_BSGK.shape)} for {B} x {T} tokens; legal: those of the same call")
+            raise self.refuse(
+                f"shared keys of shape {tuple(shared.k_BSGK.shape)} for {B} x {T} tokens; legal: those of the same call"
+            )
         return shared

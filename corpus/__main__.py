@@ -1,4 +1,5 @@
-"""`python -m corpus prepare` makes a tokenizer and packed tokens; `python -m corpus show` describes a prepared folder."""
+"""`python -m corpus prepare` makes a tokenizer and packed tokens; `python -m corpus show` describes a prepared
+folder."""
 
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 for input that cannot be used, after one line that says why."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"prepare": prepare_command, "show": show_command}, prog="python -m corpus", description=__doc__, args=arguments
+            {"prepare": prepare_command, "show": show_command},
+            prog="python -m corpus",
+            description=__doc__,
+            args=arguments,
         )
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder to fill; when the block ends without an error it is synced to disk and renamed to `folder`.
+    """Yields a temporary folder to fill; when the block ends without an error it is synced to disk and renamed to
+    `folder`.
 
     Raises OSError if `folder` exists by then and is not empty; the temporary folder is gone after any error.
     """

@@ -1,8 +1,9 @@
-"""From sources to two lists of documents: exact duplicates removed, split into train and valid, in an order that depends on nothing but the texts.
+"""From sources to two lists of documents: exact duplicates removed, split into train and valid, in an order that
+depends on nothing but the texts.
 
-A document's SHA-256 decides everything: equal hashes are duplicates, the first 8 bytes choose the split, and the whole hash is the sort key (a
-shuffle that needs no seed). So neither the order nor the names of the input files matter, and a document stays in its split when others are added.
-All texts are held in memory.
+A document's SHA-256 decides everything: equal hashes are duplicates, the first 8 bytes choose the split, and the whole
+hash is the sort key (a shuffle that needs no seed). So neither the order nor the names of the input files matter, and a
+document stays in its split when others are added. All texts are held in memory.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ class Documents:
 def load_documents(data: Sequence[str], *, text_field: str, valid_share: float) -> Documents:
     """Documents of the user's paths, or of the Python standard library if there are none.
 
-    `valid_share`: the expected share of documents held out, between 0 and 1. `content_hash`: SHA-256 over the sorted document hashes.
-    Raises ValueError if nothing usable is found, or if either side of the split is empty.
+    `valid_share`: the expected share of documents held out, between 0 and 1. `content_hash`: SHA-256 over the sorted
+    document hashes. Raises ValueError if nothing usable is found, or if either side of the split is empty.
     """
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must lie between 0 and 1 (both excluded), got {valid_share}")
@@ -49,8 +50,9 @@ def load_documents(data: Sequence[str], *, text_field: str, valid_share: float) 
     if n_valid == 0 or n_valid == len(digests):
         empty = "validation" if n_valid == 0 else "training"
         raise ValueError(
-            f"the {empty} split is empty: valid_share={valid_share} of {len(digests)} distinct documents; give more documents or another share "
-            "(a document is held out whole, so one long text must be cut into several files or lines first)"
+            f"the {empty} split is empty: valid_share={valid_share} of {len(digests)} distinct documents; give more"
+            " documents or another share (a document is held out whole, so one long text must be cut into several"
+            " files or lines first)"
         )
     texts = [text_of_digest[digest] for digest in digests]
     return Documents(

@@ -1,10 +1,12 @@
 """Token streams on disk: plain little-endian binary shards and one JSON index, read by memory map.
 
-All documents of a split form one stream, each after its boundary token; a position in it is one integer, whatever the shards.
+All documents of a split form one stream, each after its boundary token; a position in it is one integer, whatever the
+shards.
 
     index.json                  format, dtype, counts, and size and SHA-256 of each file below
     tokens_00000.bin ...        uint16, or uint32 where the vocabulary needs it
-    document_offsets.bin        int64, where each document's boundary token stands, and the length of the stream at the end
+    document_offsets.bin        int64, where each document's boundary token stands, and the length of the stream at the
+                                end
 """
 
 import hashlib
@@ -20,8 +22,16 @@ OFFSETS = "document_offsets.bin"
 OFFSETS_DTYPE = "<i8"
 
 
-def pack(folder: Path, documents: Iterable[tuple[Sequence[int], int]], *, vocab_size: int, boundary_id: int, shard_tokens: int) -> "PackedTokens":
-    """Write a stream of (ids without boundary, UTF-8 bytes of the text) into `folder`, which must not exist; a shard holds `shard_tokens` tokens.
+def pack(
+    folder: Path,
+    documents: Iterable[tuple[Sequence[int], int]],
+    *,
+    vocab_size: int,
+    boundary_id: int,
+    shard_tokens: int,
+) -> "PackedTokens":
+    """Write a stream of (ids without boundary, UTF-8 bytes of the text) into `folder`, which must not exist; a shard
+    holds `shard_tokens` tokens.
 
     The index is written last. For a folder that appears at once, complete and synced, see `corpus.atomic`.
     """
@@ -40,7 +50,10 @@ def pack(folder: Path, documents: Iterable[tuple[Sequence[int], int]], *, vocab_
             n_bytes += n_document_bytes
             yield tokens.astype(dtype)
 
-    shards = [_write(folder / f"tokens_{number:05d}.bin", tokens) for number, tokens in enumerate(_rechunk(with_boundaries(), shard_tokens))]
+    shards = [
+        _write(folder / f"tokens_{number:05d}.bin", tokens)
+        for number, tokens in enumerate(_rechunk(with_boundaries(), shard_tokens))
+    ]
     if not shards:
         raise ValueError("no documents to pack")
     index = {
@@ -79,7 +92,8 @@ def _write(path: Path, array: np.ndarray) -> dict[str, object]:
 
 
 class ShardedTokens:
-    """The shards as one sequence: `len`, an index or a slice (step 1). A slice within one shard is a view of the memory map."""
+    """The shards as one sequence: `len`, an index or a slice (step 1). A slice within one shard is a view of the memory
+    map."""
 
     def __init__(self, shards: list[np.ndarray]):
         self._shards = shards
@@ -113,8 +127,9 @@ class ShardedTokens:
 class PackedTokens:
     """A packed stream, opened for reading.
 
-    `.tokens`: see `ShardedTokens`. `.document_offsets`: int64 [documents + 1], document d being tokens[offsets[d] : offsets[d + 1]], boundary first.
-    `.n_bytes`: UTF-8 bytes of all texts. Raises ValueError, naming the file, if one is missing or does not have its size.
+    `.tokens`: see `ShardedTokens`. `.document_offsets`: int64 [documents + 1], document d being tokens[offsets[d] :
+    offsets[d + 1]], boundary first. `.n_bytes`: UTF-8 bytes of all texts. Raises ValueError, naming the file, if one is
+    missing or does not have its size.
     """
 
     def __init__(self, folder: str | Path):
@@ -129,17 +144,24 @@ class PackedTokens:
             n_tokens: int = index["n_tokens"]
             dtype: str = index["dtype"]
             offsets, shards = index["document_offsets"], index["shards"]
-            self._files = [(self.folder / entry["file"], int(entry["size"]), str(entry["sha256"])) for entry in (offsets, *shards)]
+            self._files = [
+                (self.folder / entry["file"], int(entry["size"]), str(entry["sha256"])) for entry in (offsets, *shards)
+            ]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{index_path}: no readable index of packed tokens here ({error})") from error
         for path, expected, _ in self._files:
             size = path.stat().st_size if path.is_file() else None
             if size != expected:
-                raise ValueError(f"{path}: {'missing' if size is None else f'{size} bytes'}, the index says {expected} bytes")
+                raise ValueError(
+                    f"{path}: {'missing' if size is None else f'{size} bytes'}, the index says {expected} bytes"
+                )
         offsets_file, *shard_files = [path for path, _, _ in self._files]
         self.document_offsets: np.ndarray = np.memmap(offsets_file, dtype=OFFSETS_DTYPE, mode="r")
         self.tokens = ShardedTokens([np.memmap(path, dtype=dtype, mode="r") for path in shard_files])
-        if not len(self.tokens) == self.document_offsets[-1] == n_tokens or len(self.document_offsets) != self.n_documents + 1:
+        if (
+            not len(self.tokens) == self.document_offsets[-1] == n_tokens
+            or len(self.document_offsets) != self.n_documents + 1
+        ):
             raise ValueError(f"{index_path}: the counts do not agree with the files")
 
     def __len__(self) -> int:
@@ -157,4 +179,6 @@ class PackedTokens:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != expected:
-                raise ValueError(f"{path}: content differs from its checksum; delete {self.folder} and prepare the corpus again")
+                raise ValueError(
+                    f"{path}: content differs from its checksum; delete {self.folder} and prepare the corpus again"
+                )

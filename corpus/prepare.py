@@ -1,4 +1,5 @@
-"""From text to packed tokens, once: documents, tokenizer, train and valid streams, cached under a folder named by what went in."""
+"""From text to packed tokens, once: documents, tokenizer, train and valid streams, cached under a folder named by what
+went in."""
 
 import dataclasses
 import hashlib
@@ -37,7 +38,10 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.tokenizer_file is not None:
-            raise ValueError(f"vocab_size={self.vocab_size} and tokenizer_file={self.tokenizer_file} exclude each other: the file has its own size")
+            raise ValueError(
+                f"vocab_size={self.vocab_size} and tokenizer_file={self.tokenizer_file} exclude each other: the file"
+                " has its own size"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,8 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
-    """What was prepared. Hashes are SHA-256: of the documents (in any order, under any name), of the tokenizer's pieces and scores, of its file."""
+    """What was prepared. Hashes are SHA-256: of the documents (in any order, under any name), of the tokenizer's pieces
+    and scores, of its file."""
 
     config: CorpusConfig
     content_hash: str
@@ -78,8 +83,8 @@ class PreparedCorpus:
 def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
     """Read the documents; open the prepared corpus for exactly these under `root`, or make it.
 
-    The documents are read and hashed, and the cached files verified, each time, so a stale or damaged cache is never used.
-    Raises ValueError for unusable input (see `load_documents`, `Tokenizer.train`) and for a damaged cache.
+    The documents are read and hashed, and the cached files verified, each time, so a stale or damaged cache is never
+    used. Raises ValueError for unusable input (see `load_documents`, `Tokenizer.train`) and for a damaged cache.
     """
     tokenizer = None if config.tokenizer_file is None else Tokenizer.load(config.tokenizer_file)
     documents = load_documents(config.data, text_field=config.text_field, valid_share=config.valid_share)
@@ -94,7 +99,9 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
                 raise
     prepared = open_prepared(folder)
     if prepared.manifest.content_hash != documents.content_hash:
-        raise ValueError(f"{folder}: the manifest speaks of other documents; delete the folder and prepare the corpus again")
+        raise ValueError(
+            f"{folder}: the manifest speaks of other documents; delete the folder and prepare the corpus again"
+        )
     prepared.train.verify()
     prepared.valid.verify()
     return prepared
@@ -110,12 +117,16 @@ def open_prepared(folder: str | Path) -> PreparedCorpus:
         raise ValueError(f"{path}: no readable corpus manifest here ({error})") from error
     model = folder / "tokenizer.model"
     if not model.is_file() or _file_hash(model) != manifest.tokenizer_file_hash:
-        raise ValueError(f"{model}: missing, or not the tokenizer of the manifest; delete {folder} and prepare the corpus again")
+        raise ValueError(
+            f"{model}: missing, or not the tokenizer of the manifest; delete {folder} and prepare the corpus again"
+        )
     tokenizer = Tokenizer.load(model)
     train, valid = PackedTokens(folder / "train"), PackedTokens(folder / "valid")
     for packed, counts in ((train, manifest.train), (valid, manifest.valid)):
         if _counts(packed) != counts:
-            raise ValueError(f"{packed.folder}: not the counts of the manifest; delete {folder} and prepare the corpus again")
+            raise ValueError(
+                f"{packed.folder}: not the counts of the manifest; delete {folder} and prepare the corpus again"
+            )
     return PreparedCorpus(folder=folder, tokenizer=tokenizer, train=train, valid=valid, manifest=manifest)
 
 
@@ -134,7 +145,9 @@ def _cache_key(config: CorpusConfig, documents: Documents, tokenizer: Tokenizer 
 
 def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
-        tokenizer = Tokenizer.train(documents.train, DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size)
+        tokenizer = Tokenizer.train(
+            documents.train, DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
+        )
     tokenizer.save(folder / "tokenizer.model")
     counts: dict[str, SplitCounts] = {}
     for split, texts in (("train", documents.train), ("valid", documents.valid)):

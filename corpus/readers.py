@@ -1,4 +1,5 @@
-"""One reader per file type; each yields documents and, for what cannot be used, its place and the reason. Bad data never raises.
+"""One reader per file type; each yields documents and, for what cannot be used, its place and the reason. Bad data
+never raises.
 
 Places are `path` (whole file), `path:line` or `path:row`, counted from 1.
 """
@@ -36,7 +37,8 @@ def place_of(path: Path) -> str:
 
 
 def read_file(path: Path, *, text_field: str) -> Iterator[Document | Skipped]:
-    """Documents of one file, by its suffix. ValueError for an unknown suffix; ImportError if its optional package is missing."""
+    """Documents of one file, by its suffix. ValueError for an unknown suffix; ImportError if its optional package is
+    missing."""
     suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"{place_of(path)}: unknown file type; legal are {', '.join(SUFFIXES)}")
@@ -67,8 +69,11 @@ def _checked(text: Any, place: str) -> Document | Skipped:
     return Document(text)
 
 
-def _read_jsonl(path: Path, text_field: str, chunks_of: Callable[[Path], Iterator[bytes]]) -> Iterator[Document | Skipped]:
-    """Blank lines are passed over; a stream that breaks off loses its rest, from the first line that did not arrive whole."""
+def _read_jsonl(
+    path: Path, text_field: str, chunks_of: Callable[[Path], Iterator[bytes]]
+) -> Iterator[Document | Skipped]:
+    """Blank lines are passed over; a stream that breaks off loses its rest, from the first line that did not arrive
+    whole."""
     number = 0
     try:
         for number, line in enumerate(_lines(chunks_of(path)), start=1):
@@ -117,7 +122,8 @@ def _gzip_chunks(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """All frames of the file. The library's own stream reader ends quietly at a truncated frame; this raises EOFError."""
+    """All frames of the file. The library's own stream reader ends quietly at a truncated frame; this raises
+    EOFError."""
     try:
         import zstandard
     except ImportError as error:
@@ -150,7 +156,9 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document | Skipped]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if text_field not in file.schema_arrow.names:
-                yield Skipped(place_of(path), f"no column {text_field!r}; it has {', '.join(map(repr, file.schema_arrow.names))}")
+                yield Skipped(
+                    place_of(path), f"no column {text_field!r}; it has {', '.join(map(repr, file.schema_arrow.names))}"
+                )
                 return
             for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
                 for value in batch.column(0):

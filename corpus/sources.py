@@ -1,4 +1,5 @@
-"""Where documents come from: the Python standard library of the running interpreter, or the user's own files and folders."""
+"""Where documents come from: the Python standard library of the running interpreter, or the user's own files and
+folders."""
 
 import os
 import sysconfig
@@ -9,19 +10,23 @@ from corpus.readers import Document, Skipped, place_of, read_file, read_text, su
 
 # Installed packages are not the standard library; tests are mostly literals and near-copies of each other.
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-# The generated character tables in encodings/ all define one of these two names, and nothing written by hand there does.
+# The generated character tables in encodings/ all define one of these two names, and nothing written by hand there
+# does.
 ENCODING_TABLE_NAMES = (b"decoding_table", b"decoding_map")
 
 
 def read_standard_library(root: Path | None = None) -> Iterator[Document | Skipped]:
     """One document per .py file (docstrings included), sorted by path.
 
-    Left out: `EXCLUDED_FOLDERS`, the generated tables in encodings/, empty files. `root` defaults to the running interpreter's library.
+    Left out: `EXCLUDED_FOLDERS`, the generated tables in encodings/, empty files. `root` defaults to the running
+    interpreter's library.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in _walk(root, excluded_folders=EXCLUDED_FOLDERS) if path.suffix == ".py"]
     if not paths:
-        raise ValueError(f"no .py file in {root}: this Python keeps its standard library elsewhere; give your own text with --data")
+        raise ValueError(
+            f"no .py file in {root}: this Python keeps its standard library elsewhere; give your own text with --data"
+        )
     for path in paths:
         if path.stat().st_size == 0 or _is_encoding_table(path):
             continue
@@ -29,10 +34,12 @@ def read_standard_library(root: Path | None = None) -> Iterator[Document | Skipp
 
 
 def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | Skipped]:
-    """Documents of files and folders, in the order given; a folder is walked in sorted order and gives its files of a known type.
+    """Documents of files and folders, in the order given; a folder is walked in sorted order and gives its files of a
+    known type.
 
     Hidden files and folders are left out. `text_field`: the column or key that holds the text in .jsonl and .parquet.
-    Raises ValueError for a path that does not exist, a file of unknown type, or a folder with nothing to read, before anything is read.
+    Raises ValueError for a path that does not exist, a file of unknown type, or a folder with nothing to read, before
+    anything is read.
     """
     paths: list[Path] = []
     for name in data:

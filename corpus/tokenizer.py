@@ -1,13 +1,14 @@
 """SentencePiece BPE that gives every Unicode string back exactly, and document boundaries that no text can spell.
 
-Decoding is a table lookup: every id stands for fixed bytes, whatever its neighbours. Hence the UTF-8 bytes of any stretch of tokens are a sum over
-the table, and a stream can be decoded id by id.
+Decoding is a table lookup: every id stands for fixed bytes, whatever its neighbours. Hence the UTF-8 bytes of any
+stretch of tokens are a sum over the table, and a stream can be decoded id by id.
 
-SentencePiece writes a space as U+2581, so the character U+2581 itself would come back as a space. It is therefore never shown to SentencePiece: text
-is cut at it and the ids of its three UTF-8 bytes are put in its place. No other character pays for this.
+SentencePiece writes a space as U+2581, so the character U+2581 itself would come back as a space. It is therefore never
+shown to SentencePiece: text is cut at it and the ids of its three UTF-8 bytes are put in its place. No other character
+pays for this.
 
-Settings as in Yi (arXiv 2403.04652, section 2.2); BPE: Sennrich et al., arXiv 1508.07909; SentencePiece: Kudo and Richardson, arXiv 1808.06226.
-Legend: V vocabulary.
+Settings as in Yi (arXiv 2403.04652, section 2.2); BPE: Sennrich et al., arXiv 1508.07909; SentencePiece: Kudo and
+Richardson, arXiv 1808.06226. Legend: V vocabulary.
 """
 
 import codecs
@@ -30,17 +31,28 @@ PIECE_CHARACTERS = 4096
 CHARACTER_COVERAGE = 0.9999
 # The 256 bytes, and as symbols of their own the unknown token, the document boundary, the space and the barrier below.
 N_RESERVED = 260
-# SentencePiece drops a training sentence that holds U+2585 (its own mark), and takes a tab as a place where no merge may cross.
+# SentencePiece drops a training sentence that holds U+2585 (its own mark), and takes a tab as a place where no merge
+# may cross.
 _LEARNING_BARRIER = "\t"
 _NEVER_LEARNT = (SPACE_MARK, "\u2585")
-_PROBES = ("a", " a", "a  b ", "\n\r\n\t\0", "\ufb01 \u2460 A\u030a \uff21", "\u4f60\u597d\uff0c\u3000", "\U0001f600 <s></s><unk><0x41>")
+_PROBES = (
+    "a",
+    " a",
+    "a  b ",
+    "\n\r\n\t\0",
+    "\ufb01 \u2460 A\u030a \uff21",
+    "\u4f60\u597d\uff0c\u3000",
+    "\U0001f600 <s></s><unk><0x41>",
+)
 
 
 class Tokenizer:
-    """A SentencePiece model whose ids decode by table. `boundary_id` marks the start of a document and is never produced by `encode`."""
+    """A SentencePiece model whose ids decode by table. `boundary_id` marks the start of a document and is never
+    produced by `encode`."""
 
     def __init__(self, model: bytes, *, name: str = "tokenizer"):
-        """`model`: the bytes of a SentencePiece file. Raises ValueError, naming `name`, if it cannot give every string back."""
+        """`model`: the bytes of a SentencePiece file. Raises ValueError, naming `name`, if it cannot give every string
+        back."""
         try:
             # Given nothing at all in the constructor, SentencePiece would stay uninitialised without a word.
             self._processor = sentencepiece.SentencePieceProcessor()
@@ -52,31 +64,40 @@ class Tokenizer:
         self.vocab_size: int = processor.vocab_size()
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if not all(processor.is_byte(id) for id in byte_ids):
-            raise ValueError(f"{name}: has no byte pieces, so unknown characters would be lost; train it with byte_fallback=true")
+            raise ValueError(
+                f"{name}: has no byte pieces, so unknown characters would be lost; train it with byte_fallback=true"
+            )
         self._bytes_of_id = [self._piece_bytes(id) for id in range(self.vocab_size)]
         for byte, id in enumerate(byte_ids):
             self._bytes_of_id[id] = bytes([byte])
         self._space_mark_ids = [byte_ids[byte] for byte in SPACE_MARK.encode()]
         self.n_bytes_V = np.array([len(piece) for piece in self._bytes_of_id], dtype=np.int64)
-        self.boundary_id: int = next((id for id in (processor.bos_id(), processor.eos_id()) if id >= 0 and processor.is_control(id)), -1)
+        self.boundary_id: int = next(
+            (id for id in (processor.bos_id(), processor.eos_id()) if id >= 0 and processor.is_control(id)), -1
+        )
         if self.boundary_id < 0:
             raise ValueError(f"{name}: has no bos or eos control symbol to mark document boundaries with")
         for probe in _PROBES:
             if (got := self.decode(self.encode(probe))) != probe:
                 raise ValueError(
-                    f"{name}: {probe!r} comes back as {got!r}; it needs normalization_rule_name=identity, byte_fallback=true, "
-                    "add_dummy_prefix=false and remove_extra_whitespaces=false"
+                    f"{name}: {probe!r} comes back as {got!r}; it needs normalization_rule_name=identity,"
+                    " byte_fallback=true, add_dummy_prefix=false and remove_extra_whitespaces=false"
                 )
 
     @classmethod
     def train(cls, texts: Sequence[str], vocab_size: int) -> "Tokenizer":
-        """Learn merges from the first `TRAINING_BYTES` of `texts`. The same texts give the same tokenizer, whatever the number of cores.
+        """Learn merges from the first `TRAINING_BYTES` of `texts`. The same texts give the same tokenizer, whatever the
+        number of cores.
 
-        Single characters get at most half of the free vocabulary as long as merges can fill the other half (matters for Chinese); rarer characters
-        are spelt in bytes. Raises ValueError if the vocabulary is too small to hold the bytes, or larger than the text can fill.
+        Single characters get at most half of the free vocabulary as long as merges can fill the other half (matters for
+        Chinese); rarer characters are spelt in bytes. Raises ValueError if the vocabulary is too small to hold the
+        bytes, or larger than the text can fill.
         """
         if vocab_size <= N_RESERVED:
-            raise ValueError(f"vocab_size must be at least {N_RESERVED + 1} (256 bytes and {N_RESERVED - 256} symbols come first), got {vocab_size}")
+            raise ValueError(
+                f"vocab_size must be at least {N_RESERVED + 1} (256 bytes and {N_RESERVED - 256} symbols come first),"
+                f" got {vocab_size}"
+            )
         pieces = list(_training_pieces(texts))
         n_free = vocab_size - N_RESERVED
         try:
@@ -102,7 +123,8 @@ class Tokenizer:
         Path(path).write_bytes(self._model)
 
     def hash(self) -> str:
-        """SHA-256 of the (piece, score) list: what the tokenizer does, where the file's bytes also depend on how it was trained."""
+        """SHA-256 of the (piece, score) list: what the tokenizer does, where the file's bytes also depend on how it was
+        trained."""
         processor = self._processor
         pairs = [(processor.id_to_piece(id), processor.get_score(id)) for id in range(self.vocab_size)]
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -118,7 +140,9 @@ class Tokenizer:
             _refuse_surrogates(text)
             segments += text.split(SPACE_MARK)
         # A batch starts a pool of threads, which costs far more than one short text.
-        ids_of_segment = iter([self._processor.encode(segments[0])] if len(segments) == 1 else self._processor.encode(segments))
+        ids_of_segment = iter(
+            [self._processor.encode(segments[0])] if len(segments) == 1 else self._processor.encode(segments)
+        )
         batch: list[list[int]] = []
         for text in texts:
             ids = next(ids_of_segment)
@@ -150,7 +174,8 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text of a growing sequence: `push` each id as it comes, `flush` at the end; what they return adds up to `Tokenizer.decode`."""
+    """Text of a growing sequence: `push` each id as it comes, `flush` at the end; what they return adds up to
+    `Tokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -169,7 +194,10 @@ def _refuse_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: it is not Unicode") from error
+        raise ValueError(
+            f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: it is not"
+            " Unicode"
+        ) from error
 
 
 def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
@@ -204,7 +232,8 @@ def _learn(sentences: Iterator[str], vocab_size: int) -> bytes:
 
 
 def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Cut before a line break where there is one: SentencePiece strips line breaks from the end of a sentence, but not from its start."""
+    """Cut before a line break where there is one: SentencePiece strips line breaks from the end of a sentence, but not
+    from its start."""
     left = TRAINING_BYTES
     for text in texts:
         start = 0
@@ -222,7 +251,8 @@ def _training_pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _hide_characters(pieces: Sequence[str], *, alphabet_limit: int) -> Iterator[str]:
-    """The pieces with characters that must not be learnt replaced by barriers: SentencePiece's own marks, and what exceeds the alphabet."""
+    """The pieces with characters that must not be learnt replaced by barriers: SentencePiece's own marks, and what
+    exceeds the alphabet."""
     counts: Counter[str] = Counter()
     for piece in pieces:
         counts.update(piece)

@@ -1,6 +1,8 @@
-"""`python -m demos.terminal`: watch a model spend experts. Generated text, every token coloured by the number of experts behind it.
+"""`python -m demos.terminal`: watch a model spend experts. Generated text, every token coloured by the number of
+experts behind it.
 
-The number is that of the forward pass which predicted the token: the work that went into choosing it, averaged over the layers whose number varies.
+The number is that of the forward pass which predicted the token: the work that went into choosing it, averaged over the
+layers whose number varies.
 """
 
 import dataclasses
@@ -39,7 +41,8 @@ class DemoConfig:
         max_new_tokens: how many at the most.
         budget: mean experts per token in every layer, the number of each token chosen by top-p; as trained by default.
         colours: "auto" colours a terminal unless NO_COLOR is set; without colours the number stands behind each token.
-        trace: also record everything in this folder: the text, every token's experts and their weights in every layer (`lm.generation_trace`).
+        trace: also record everything in this folder: the text, every token's experts and their weights in every layer
+            (`lm.generation_trace`).
         replay: show such a folder again, without a model.
         sampling: temperature, top-p, seed.
     """
@@ -55,7 +58,9 @@ class DemoConfig:
 
 
 def main(config: DemoConfig) -> None:
-    colours = config.colours == "always" or (config.colours == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    colours = config.colours == "always" or (
+        config.colours == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
     recorded = replay(config.replay) if config.replay else record(config)
     head = next(recorded)
     palette = Palette(head["low"], head["high"], colours)
@@ -78,7 +83,12 @@ def record(config: DemoConfig) -> Iterator[dict]:
         for router in model.routers():
             if router.policy.budget is None:
                 # Twice the mean leaves hard tokens room above it.
-                router.set_policy(TopP(target_mean=config.budget, cap=min(router.n_experts, max(TopP.cap, math.ceil(2 * config.budget)))))
+                router.set_policy(
+                    TopP(
+                        target_mean=config.budget,
+                        cap=min(router.n_experts, max(TopP.cap, math.ceil(2 * config.budget))),
+                    )
+                )
         set_budget(model, config.budget, calibration_BT)
     layers = variable_layers(model) or tuple(range(model.config.n_layers))
     usual_N = experts_per_token(model, calibration_BT, layers)
@@ -90,7 +100,9 @@ def record(config: DemoConfig) -> Iterator[dict]:
     prompt = [tokenizer.boundary_id, *tokenizer.encode(config.prompt)]
     steps = []
     with traced_generation(model, config.trace, prompt=prompt) as write:
-        for step in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id):
+        for step in generate(
+            model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id
+        ):
             steps.append(step)
             piece = decoder.push(step.token)
             write(step.token, piece)
@@ -103,7 +115,9 @@ def record(config: DemoConfig) -> Iterator[dict]:
         # The first step is the prefill of the prompt.
         milliseconds=1000 * statistics.median(step.seconds for step in (steps[1:] or steps)),
         cache_bytes=steps[-1].cache_bytes,
-        full_attention_bytes=kv_bytes(dataclasses.replace(model.config, layer_plan="F"), max(len(prompt) + config.max_new_tokens - 1, 1)),
+        full_attention_bytes=kv_bytes(
+            dataclasses.replace(model.config, layer_plan="F"), max(len(prompt) + config.max_new_tokens - 1, 1)
+        ),
     )
     shown = {"head": head, "layers": layers, "summary": dataclasses.asdict(summary)}
     if config.trace is not None:
@@ -112,7 +126,8 @@ def record(config: DemoConfig) -> Iterator[dict]:
 
 
 def replay(folder: Path) -> Iterator[dict]:
-    """The events of `record`, from what it left in a folder: the numbers of experts are counted again, from the rows on record.
+    """The events of `record`, from what it left in a folder: the numbers of experts are counted again, from the rows on
+    record.
 
     Raises:
         ValueError: when the folder holds no generation that this demo recorded.
@@ -129,7 +144,8 @@ def replay(folder: Path) -> Iterator[dict]:
 
 
 def newest_model(root: Path) -> Path:
-    """The most recently finished model below `root`; one trained with top-p where there is any, because its numbers differ by token."""
+    """The most recently finished model below `root`; one trained with top-p where there is any, because its numbers
+    differ by token."""
     found = sorted(root.glob("**/model/weights.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ValueError(f"no trained model under {root}/: run `make ablation` first, or give --run")

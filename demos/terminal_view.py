@@ -1,8 +1,10 @@
-"""How the terminal demo looks: text coloured by the experts each token used, a legend, a summary line. Pure functions of numbers and strings."""
+"""How the terminal demo looks: text coloured by the experts each token used, a legend, a summary line. Pure functions
+of numbers and strings."""
 
 import dataclasses
 
-# Five steps of a colour-blind-safe sequential scale (ColorBrewer YlGnBu) as 256-colour backgrounds, light to dark, with a readable foreground.
+# Five steps of a colour-blind-safe sequential scale (ColorBrewer YlGnBu) as 256-colour backgrounds, light to dark, with
+# a readable foreground.
 SCALE = ((230, 16), (151, 16), (79, 16), (32, 231), (24, 231))
 
 
@@ -39,7 +41,9 @@ class Palette:
             return "experts per token: the number in brackets behind each token"
         width = (self.high - self.low) / len(SCALE)
         bounds = [self.low + width * step for step in range(len(SCALE))]
-        return "experts per token: " + " ".join(f"\x1b[48;5;{b}m\x1b[38;5;{f}m {low:4.1f}+ \x1b[0m" for low, (b, f) in zip(bounds, SCALE))
+        return "experts per token: " + " ".join(
+            f"\x1b[48;5;{b}m\x1b[38;5;{f}m {low:4.1f}+ \x1b[0m" for low, (b, f) in zip(bounds, SCALE)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

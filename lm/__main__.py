@@ -24,7 +24,8 @@ class GenerateConfig:
         run: folder of a trained model, or of the run that trained it.
         prompt: text to continue; empty begins a new document.
         max_new_tokens: how many at the most; a document may end earlier.
-        trace: folder to record every token's experts and their weights in, layer by layer, and the text; see `lm.generation_trace`.
+        trace: folder to record every token's experts and their weights in, layer by layer, and the text; see
+            `lm.generation_trace`.
         sampling: temperature, top-p, seed.
     """
 
@@ -44,18 +45,24 @@ def run_generate(config: GenerateConfig) -> None:
     prompt = [tokenizer.boundary_id, *tokenizer.encode(config.prompt)]
     started, count, cache_bytes = time.perf_counter(), 0, 0
     with traced_generation(model, config.trace, prompt=prompt) as record:
-        for step in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id):
+        for step in generate(
+            model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id
+        ):
             piece = decoder.push(step.token)
             print(piece, end="", flush=True)
             record(step.token, piece)
             count, cache_bytes = count + 1, step.cache_bytes
     print(decoder.flush())
-    print(f"[{count} tokens, {count / (time.perf_counter() - started):.0f} tokens/s, cache {cache_bytes:,} bytes]", file=sys.stderr)
+    print(
+        f"[{count} tokens, {count / (time.perf_counter() - started):.0f} tokens/s, cache {cache_bytes:,} bytes]",
+        file=sys.stderr,
+    )
 
 
 def main() -> None:
     config = tyro.cli(
-        Annotated[GenerateConfig, tyro.conf.subcommand("generate")] | Annotated[BenchConfig, tyro.conf.subcommand("bench")],  # pyright: ignore
+        Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench")],  # pyright: ignore
         prog="python -m lm",
         description=__doc__,
     )

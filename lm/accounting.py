@@ -1,8 +1,8 @@
 """What a model costs, from its configuration: parameters, FLOPs, cache bytes, bytes read per decoded token.
 
-One multiply-add is 2 FLOPs. Only products count (norms, activations, softmax and routing scores' sorting do not): the backward of a product
-costs two products of the same size, so backward = 2 x forward wherever weights and inputs both need gradients.
-Parameters are counted on a model built on the meta device, so they cannot disagree with the real one.
+One multiply-add is 2 FLOPs. Only products count (norms, activations, softmax and routing scores' sorting do not): the
+backward of a product costs two products of the same size, so backward = 2 x forward wherever weights and inputs both
+need gradients. Parameters are counted on a model built on the meta device, so they cannot disagree with the real one.
 
 Legend: K key width, V value width, C chunk length.
 """
@@ -51,7 +51,8 @@ class ModelCost:
 
     @property
     def active_parameters(self) -> float:
-        """Parameters that take part in a product for one token: experts used, shared weights and the head; not the embedding table."""
+        """Parameters that take part in a product for one token: experts used, shared weights and the head; not the
+        embedding table."""
         return sum(layer.active_parameters for layer in self.layers) + self.head_parameters
 
     @property
@@ -70,7 +71,9 @@ class ModelCost:
 
     def prefix_share(self, boundary: int) -> float:
         """Share of all parameters that lie in the embedding and blocks [0, boundary)."""
-        return (self.embedding_parameters + sum(layer.total_parameters for layer in self.layers[:boundary])) / self.total_parameters
+        return (
+            self.embedding_parameters + sum(layer.total_parameters for layer in self.layers[:boundary])
+        ) / self.total_parameters
 
 
 def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[float, ...]) -> ModelCost:
@@ -90,13 +93,16 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
         in_use = mean * experts / config.moe_of(index).n_experts
         # Weights of two or more dimensions are products; norms and per-head constants are not.
         products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - experts + in_use
-        layers.append(LayerCost(letter, total, total - experts + in_use, 2 * products + mixing_flops(config, index, length)))
+        layers.append(
+            LayerCost(letter, total, total - experts + in_use, 2 * products + mixing_flops(config, index, length))
+        )
     head = model.head_VD.numel()
     return ModelCost(model.embedding_VD.numel(), tuple(layers), head + _count(model.norm), 2.0 * head)
 
 
 def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
-    """Forward FLOPs per token of mixing across tokens, without the projections, averaged over a causal sequence of `length` tokens.
+    """Forward FLOPs per token of mixing across tokens, without the projections, averaged over a causal sequence of
+    `length` tokens.
 
     Raises:
         ValueError: for a layer letter without a formula.
@@ -118,23 +124,28 @@ def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
     if letter in "LM":
         return heads * (state + 2 * chunk * (key + value)) + (softmax_flops if letter == "M" else 0)
     if letter in "GK":
-        # Inside a chunk: k k^T, q k^T and W = T K (K wide), U = T V and P N (V wide), the triangular inverse; on the state: W S, Q S, K^T N.
+        # Inside a chunk: k k^T, q k^T and W = T K (K wide), U = T V and P N (V wide), the triangular inverse; on the
+        # state: W S, Q S, K^T N.
         return heads * (state + 2 * key * value + 2 * chunk * (3 * key + 2 * value) + 2 * chunk**2 / 3)
     raise ValueError(f"layer {layer}: no FLOP formula for letter {letter!r}; {nearest(letter, 'FSRrLGKM')}")
 
 
 def kv_bytes(config: ModelConfig, length: int) -> int:
-    """Bytes of the whole cache of one sequence after `length` tokens: keys and values, ring buffers, linear states, convolution tails."""
+    """Bytes of the whole cache of one sequence after `length` tokens: keys and values, ring buffers, linear states,
+    convolution tails."""
     return sum(cache_bytes(config.attention, config.plan, length, element_size=getattr(torch, config.dtype).itemsize))
 
 
 def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float:
-    """Bytes one decode step has to read for one sequence: active weights in `config.dtype`, the embedding row and the cache."""
+    """Bytes one decode step has to read for one sequence: active weights in `config.dtype`, the embedding row and the
+    cache."""
     element_size = getattr(torch, config.dtype).itemsize
     cost = model_cost(config, length=length, mean_experts=mean_experts)
     per_layer = cache_bytes(config.attention, config.plan, length, element_size=element_size)
     # A layer that shares another's keys and values owns no bytes but reads the owner's.
-    return element_size * (cost.active_parameters + config.d_model) + sum(per_layer[owner] for owner in config.plan.source)
+    return element_size * (cost.active_parameters + config.d_model) + sum(
+        per_layer[owner] for owner in config.plan.source
+    )
 
 
 @functools.lru_cache(maxsize=64)

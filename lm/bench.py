@@ -1,4 +1,5 @@
-"""`python -m lm bench`: training, prefill and decode speed, as tokens per second and as a share of this machine's dense matmul speed.
+"""`python -m lm bench`: training, prefill and decode speed, as tokens per second and as a share of this machine's dense
+matmul speed.
 
 Legend: B batch, T tokens.
 """
@@ -48,11 +49,16 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceiling = matmul_speed(config.model.dtype, device)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {config.model.dtype}; dense matmul {ceiling / 1e9:.0f} GFLOP/s")
+    print(
+        f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {config.model.dtype}; dense matmul"
+        f" {ceiling / 1e9:.0f} GFLOP/s"
+    )
 
     model = LanguageModel(config.model).init_weights(seed=0).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens_BT = torch.randint(config.model.vocab_size, (config.batch_size, config.length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens_BT = torch.randint(
+        config.model.vocab_size, (config.batch_size, config.length + 1), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     experts: list[float] = []
 
     def train_step() -> None:
@@ -74,8 +80,17 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     cost = model_cost(config.model, length=config.length, mean_experts=tuple(experts))
     rows = [_row("training", n_tokens / seconds, cost.training_flops, ceiling)]
     model.eval()
-    rows.append(_row("prefill", n_tokens / median_seconds(prefill, config.repeats, device), cost.forward_flops, ceiling))
-    steps = list(generate(model, tokens_BT[0, : config.length].tolist(), max_new_tokens=config.decode_tokens, sampling=SamplingConfig()))
+    rows.append(
+        _row("prefill", n_tokens / median_seconds(prefill, config.repeats, device), cost.forward_flops, ceiling)
+    )
+    steps = list(
+        generate(
+            model,
+            tokens_BT[0, : config.length].tolist(),
+            max_new_tokens=config.decode_tokens,
+            sampling=SamplingConfig(),
+        )
+    )
     # The first step is the prefill of the prompt; the second still warms up.
     seconds = statistics.median(step.seconds for step in steps[2:])
     rows.append(_row("decode, 1 sequence", 1 / seconds, cost.forward_flops, ceiling))
@@ -83,7 +98,10 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     read = decode_bytes(config.model, config.length, mean_experts)
     print(f"{'':20} {'tokens/s':>10} {'GFLOP/token':>12} {'GFLOP/s':>9} {'of dense':>9}")
     for row in rows:
-        print(f"{row['part']:20} {row['tokens_per_second']:>10} {row['gflop_per_token']:>12} {row['gflop_per_second']:>9} {row['share_of_dense']:>9}")
+        print(
+            f"{row['part']:20} {row['tokens_per_second']:>10} {row['gflop_per_token']:>12} {row['gflop_per_second']:>9}"
+            f" {row['share_of_dense']:>9}"
+        )
     print(f"a decode step reads {read / 1e6:.2f} MB ({read / seconds / 1e9:.2f} GB/s)")
     print("the experts alone, against dense products of the same FLOPs: python -m moe bench")
     if config.csv:

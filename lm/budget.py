@@ -10,7 +10,8 @@ from lm.evaluate import evaluating
 from lm.model import LanguageModel
 from routing.top_k import TopK
 
-# Thresholds set on this many tokens, from many places of a text, hold the mean on the rest of it to 1 % (notes/005-routing.md).
+# Thresholds set on this many tokens, from many places of a text, hold the mean on the rest of it to 1 %
+# (notes/005-routing.md).
 CALIBRATION_TOKENS = 32768
 
 
@@ -18,8 +19,8 @@ CALIBRATION_TOKENS = 32768
 def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, boundary: int = 0) -> int:
     """Makes every block from `boundary` on use `mean_experts` per token on average.
 
-    A policy with a threshold (top-p, null experts) has it calibrated, exactly so on `inputs` (ties aside): one forward calibrates all layers, each
-    on what the calibrated layers below give it. A policy with a fixed number becomes top-k.
+    A policy with a threshold (top-p, null experts) has it calibrated, exactly so on `inputs` (ties aside): one forward
+    calibrates all layers, each on what the calibrated layers below give it. A policy with a fixed number becomes top-k.
 
     Args:
         inputs: text to calibrate on, a few thousand tokens_BT, or with a boundary the x_BTD that enters it.
@@ -28,7 +29,8 @@ def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, bou
         How many tokens that took to calibrate.
 
     Raises:
-        ValueError: for a mean out of the policy's reach (no threshold is changed then), or one that is no whole number where the number is fixed.
+        ValueError: for a mean out of the policy's reach (no threshold is changed then), or one that is no whole number
+            where the number is fixed.
     """
     targets = {}
     for layer, router in enumerate(model.routers(boundary), start=boundary):
@@ -39,12 +41,16 @@ def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, bou
         elif mean_experts == int(mean_experts):
             router.set_policy(TopK(k=int(mean_experts)))
         else:
-            raise ValueError(f"mean_experts: {mean_experts}, must be a whole number: every token of layer {layer} gets the same number of experts")
+            raise ValueError(
+                f"mean_experts: {mean_experts}, must be a whole number: every token of layer {layer} gets the same"
+                " number of experts"
+            )
     return _calibrate(model, targets, inputs, boundary)
 
 
 def calibrate_to_targets(model: LanguageModel, inputs: Tensor, *, boundary: int = 0) -> int:
-    """Sets every threshold from block `boundary` on so that the policy's own target is met exactly on `inputs` (ties aside), see `set_budget`.
+    """Sets every threshold from block `boundary` on so that the policy's own target is met exactly on `inputs` (ties
+    aside), see `set_budget`.
 
     Training leaves a threshold where the last steps' noise put it, for text that the weights have learnt from.
 
@@ -61,7 +67,8 @@ def calibrate_to_targets(model: LanguageModel, inputs: Tensor, *, boundary: int 
 
 @torch.no_grad()
 def _calibrate(model: LanguageModel, targets: dict[int, float], inputs: Tensor, boundary: int) -> int:
-    """One forward that sets the thresholds of the layers in `targets`, all of them or, where one is out of reach, none."""
+    """One forward that sets the thresholds of the layers in `targets`, all of them or, where one is out of reach,
+    none."""
     if not targets:
         return 0
     routers = model.routers()

@@ -21,7 +21,8 @@ class ModelConfig:
         layer_plan: one letter per layer, see `attention.plan`; `SSSF` is three sliding-window layers and a full one.
         attention: heads, widths, window, rotary embedding; shared by all layers.
         moe: number and width of the experts, router; of every block not named by the next two.
-        lower_moe, n_lower: the first `n_lower` blocks have `lower_moe` instead: what a branch with another routing method kept from its trunk.
+        lower_moe, n_lower: the first `n_lower` blocks have `lower_moe` instead: what a branch with another routing
+            method kept from its trunk.
         norm_eps: added to the mean square in every RMSNorm.
         dtype: of activations and of weights as they enter a product; parameters stay fp32.
 
@@ -48,7 +49,10 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.{name}: {getattr(self, name)}, must be at least 1")
         if not 0 <= self.n_lower <= self.n_layers or (self.lower_moe is None) != (self.n_lower == 0):
             has = "no lower_moe" if self.lower_moe is None else "a lower_moe"
-            raise ValueError(f"ModelConfig.n_lower: {self.n_lower} with {has}; give both or neither, at most n_layers={self.n_layers}")
+            raise ValueError(
+                f"ModelConfig.n_lower: {self.n_lower} with {has}; give both or neither, at most"
+                f" n_layers={self.n_layers}"
+            )
         LayerPlan.parse(self.layer_plan, self.n_layers)
 
     @property

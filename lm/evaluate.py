@@ -1,7 +1,8 @@
-"""Evaluation in bits per UTF-8 byte: how well the model compresses text, comparable across tokenizers and with any compressor.
+"""Evaluation in bits per UTF-8 byte: how well the model compresses text, comparable across tokenizers and with any
+compressor.
 
-bits per byte = (sum of token losses in nats) / (bytes x ln 2). Per-token losses depend on the tokenizer and are not reported.
-Legend: B batch, T tokens, D model width.
+bits per byte = (sum of token losses in nats) / (bytes x ln 2). Per-token losses depend on the tokenizer and are not
+reported. Legend: B batch, T tokens, D model width.
 """
 
 import contextlib
@@ -38,12 +39,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, n_bytes: int, boundary: int = 0) -> Evaluation:
+def evaluate(
+    model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, n_bytes: int, boundary: int = 0
+) -> Evaluation:
     """Runs the model over the batches, as in inference (policies use their evaluation behaviour).
 
     Args:
-        batches: pairs of inputs and targets_BT. Inputs are tokens_BT, or, with a boundary, the x_BTD that enters block `boundary`.
-            Targets of `IGNORED_TARGET` are padding: neither their loss nor their experts count.
+        batches: pairs of inputs and targets_BT. Inputs are tokens_BT, or, with a boundary, the x_BTD that enters block
+            `boundary`. Targets of `IGNORED_TARGET` are padding: neither their loss nor their experts count.
         n_bytes: UTF-8 bytes of the text behind the targets.
         boundary: first block to run.
 
@@ -56,7 +59,8 @@ def evaluate(model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, 
     with evaluating(model):
         for inputs, targets_BT in batches:
             output = model.suffix(inputs, boundary) if boundary else model(inputs)
-            # Summed in fp64, batch by batch: the total of millions of losses must not depend on their order to the digits we print.
+            # Summed in fp64, batch by batch: the total of millions of losses must not depend on their order to the
+            # digits we print.
             nats += token_losses(output.logits_BTV, targets_BT).double().sum().item()
             counted_T = (targets_BT != IGNORED_TARGET).flatten()
             tokens += int(counted_T.sum())

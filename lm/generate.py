@@ -57,9 +57,15 @@ class GeneratedToken:
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, prompt: Sequence[int], *, max_new_tokens: int, sampling: SamplingConfig, stop: int | None = None
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    stop: int | None = None,
 ) -> Iterator[GeneratedToken]:
-    """Streams tokens that follow `prompt`; ends before the token `stop` (the document boundary) or after `max_new_tokens`.
+    """Streams tokens that follow `prompt`; ends before the token `stop` (the document boundary) or after
+    `max_new_tokens`.
 
     Raises:
         ValueError: for an empty prompt (give the boundary token to start a document) or a token outside the vocabulary.

@@ -1,12 +1,13 @@
-"""A generation on record: the text beside what `RouterTrace` writes of the routers, and both read back as experts per generated token.
+"""A generation on record: the text beside what `RouterTrace` writes of the routers, and both read back as experts per
+generated token.
 
     with traced_generation(model, folder, prompt=prompt) as record:
         for step in generate(model, prompt, ...):
             record(step.token, decoder.push(step.token))
     text, experts_NL = read_generation(folder)
 
-The folder holds the rows (`routing.trace`) and `text.json`. Forward 0 of the rows is the prefill of the prompt, each later one a generated token fed
-back, so generated token n (from 0) was predicted by the last position of forward n.
+The folder holds the rows (`routing.trace`) and `text.json`. Forward 0 of the rows is the prefill of the prompt, each
+later one a generated token fed back, so generated token n (from 0) was predicted by the last position of forward n.
 
 Legend: N generated tokens, L layers.
 """
@@ -41,7 +42,9 @@ class TracedText:
 
 
 @contextlib.contextmanager
-def traced_generation(model: LanguageModel, folder: Path | None, *, prompt: Sequence[int]) -> Iterator[Callable[[int, str], None]]:
+def traced_generation(
+    model: LanguageModel, folder: Path | None, *, prompt: Sequence[int]
+) -> Iterator[Callable[[int, str], None]]:
     """Records the forwards inside the block, and the tokens the block reports; nothing where `folder` is None.
 
     Raises:
@@ -57,7 +60,12 @@ def traced_generation(model: LanguageModel, folder: Path | None, *, prompt: Sequ
     with RouterTrace(model, folder) if folder is not None else contextlib.nullcontext():
         yield record
     if folder is not None:
-        save_json(folder / TEXT, TracedText(n_layers=model.config.n_layers, prompt=tuple(prompt), tokens=tuple(tokens), pieces=tuple(pieces)))
+        save_json(
+            folder / TEXT,
+            TracedText(
+                n_layers=model.config.n_layers, prompt=tuple(prompt), tokens=tuple(tokens), pieces=tuple(pieces)
+            ),
+        )
 
 
 def read_generation(folder: Path) -> tuple[TracedText, np.ndarray]:

@@ -50,7 +50,9 @@ class Block(nn.Module):
         letter = config.plan.letters[layer_index]
         self.n_layers, self.dtype = config.n_layers, getattr(torch, config.dtype)
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = build_attention(letter, config.attention, d_model=config.d_model, layer_index=layer_index, n_layers=config.n_layers)
+        self.attention = build_attention(
+            letter, config.attention, d_model=config.d_model, layer_index=layer_index, n_layers=config.n_layers
+        )
         self.moe_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.moe = MoE(config.moe_of(layer_index), d_model=config.d_model, layer_index=layer_index)
 
@@ -61,14 +63,17 @@ class Block(nn.Module):
         self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
 
     def forward(self, x_BTD: Tensor, *, start: int, state, shared) -> tuple[Tensor, object, Routing]:
-        attended_BTD, kv = self.attention(self.attention_norm(x_BTD).to(self.dtype), start=start, state=state, shared=shared)
+        attended_BTD, kv = self.attention(
+            self.attention_norm(x_BTD).to(self.dtype), start=start, state=state, shared=shared
+        )
         x_BTD = x_BTD + attended_BTD
         mixed_TD, routing = self.moe(self.moe_norm(x_BTD).to(self.dtype).flatten(0, 1))
         return x_BTD + mixed_TD.view_as(x_BTD), kv, routing
 
 
 class LanguageModel(nn.Module):
-    """Embedding, blocks, norm, head. Parameters and the residual stream are fp32; `config.dtype` is what products compute in.
+    """Embedding, blocks, norm, head. Parameters and the residual stream are fp32; `config.dtype` is what products
+    compute in.
 
     The blocks can be cut at a boundary: `prefix` runs the embedding and the blocks below, `suffix` the rest, and
     `suffix(prefix(tokens, b), b)` equals the whole. Staged training stores what crosses the boundary.
@@ -83,10 +88,12 @@ class LanguageModel(nn.Module):
         self.head_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 
     def init_weights(self, seed: int, layers: Iterable[int] | None = None) -> "LanguageModel":
-        """Fresh weights from `seed`, each block from a generator of its own: block i's weights do not depend on the other blocks.
+        """Fresh weights from `seed`, each block from a generator of its own: block i's weights do not depend on the
+        other blocks.
 
         Args:
-            layers: re-initialise only these blocks (embedding, norm and head keep their weights); all and everything by default.
+            layers: re-initialise only these blocks (embedding, norm and head keep their weights); all and everything by
+                default.
         """
         for index in range(self.config.n_layers) if layers is None else layers:
             cast(Block, self.blocks[index]).init_weights(_generator(seed, index))
@@ -145,7 +152,9 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
         """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
-        return HybridCache(self.config.attention, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device)
+        return HybridCache(
+            self.config.attention, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device
+        )
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -160,22 +169,29 @@ class LanguageModel(nn.Module):
         x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
         return Output(functional.linear(self.norm(x_BTD).to(self._dtype), self.head_VD.to(self._dtype)), routings)
 
-    def _run_blocks(self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None) -> tuple[Tensor, dict[int, object], tuple[Routing, ...]]:
+    def _run_blocks(
+        self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None
+    ) -> tuple[Tensor, dict[int, object], tuple[Routing, ...]]:
         source = self.config.plan.source
         start = cache.length if cache is not None else 0
         kv: dict[int, object] = {}
         routings = []
         for index in range(first, last):
             state = cache.layers[index] if cache is not None else None
-            # An R layer reads the K/V of the layer that owns them; every other layer is its own source and reads nothing.
-            x_BTD, kv[index], routing = self.blocks[index](x_BTD, start=start, state=state, shared=kv.get(source[index]))
+            # An R layer reads the K/V of the layer that owns them; every other layer is its own source and reads
+            # nothing.
+            x_BTD, kv[index], routing = self.blocks[index](
+                x_BTD, start=start, state=state, shared=kv.get(source[index])
+            )
             routings.append(routing)
         return x_BTD, kv, tuple(routings)
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross-entropy of every token in nats, fp32 [B, T]; 0 where the target is `IGNORED_TARGET`."""
-    losses = functional.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="none")
+    losses = functional.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+    )
     return losses.view_as(targets_BT)
 
 

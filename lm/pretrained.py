@@ -1,7 +1,8 @@
-"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`, `calibration.safetensors`. Nothing is ever unpickled.
+"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`, `calibration.safetensors`.
+Nothing is ever unpickled.
 
-The calibration file holds a few thousand tokens of training text, so that a budget can be set exactly wherever the model goes.
-Legend: B batch, T tokens.
+The calibration file holds a few thousand tokens of training text, so that a budget can be set exactly wherever the
+model goes. Legend: B batch, T tokens.
 """
 
 from pathlib import Path
@@ -19,7 +20,8 @@ CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE = "config.json", "weights.safetensor
 
 
 def save_pretrained(folder: Path, model: LanguageModel, calibration_BT: Tensor | None = None) -> None:
-    """Writes config, weights and calibration tokens (int64 [B, T]) into `folder`; the weights file comes last and appears whole or not at all."""
+    """Writes config, weights and calibration tokens (int64 [B, T]) into `folder`; the weights file comes last and
+    appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / CONFIG_FILE, model.config)
     if calibration_BT is not None:
@@ -42,12 +44,16 @@ def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> Languag
     try:
         stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): the file is damaged, export the run again") from error
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} cannot be read ({error}): the file is damaged, export the run again"
+        ) from error
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if shapes != expected:
         wrong = [name for name in sorted(expected | shapes) if expected.get(name) != shapes.get(name)]
-        raise ValueError(f"{folder}: weights and config disagree on {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
+        raise ValueError(
+            f"{folder}: weights and config disagree on {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
+        )
     model.load_state_dict(stored)
     return model.to(device).eval()
 

@@ -1,7 +1,8 @@
 """Config dataclasses to JSON and back, strictly.
 
-Every config of this project is a frozen dataclass. A run stores it resolved as JSON; reading it back refuses what the dataclass does not know,
-because a misspelt key that is silently dropped is an experiment that silently did something else.
+Every config of this project is a frozen dataclass. A run stores it resolved as JSON; reading it back refuses what the
+dataclass does not know, because a misspelt key that is silently dropped is an experiment that silently did something
+else.
 """
 
 import dataclasses
@@ -26,7 +27,11 @@ def to_dict(config: Any) -> Any:
         stored = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            tag = {"type": type(value).__name__} if _alternatives(hints[field.name]) and dataclasses.is_dataclass(value) else {}
+            tag = (
+                {"type": type(value).__name__}
+                if _alternatives(hints[field.name]) and dataclasses.is_dataclass(value)
+                else {}
+            )
             stored[field.name] = {**tag, **to_dict(value)} if tag else to_dict(value)
         return stored
     if isinstance(config, Mapping):
@@ -40,7 +45,8 @@ def from_dict(cls: type[Config], stored: Mapping[str, Any], place: str = "") -> 
     """Inverse of `to_dict`. `place` names where the mapping came from in error messages.
 
     Raises:
-        ValueError: for an unknown key (with the nearest legal one), an unknown "type" or a missing key, naming the place.
+        ValueError: for an unknown key (with the nearest legal one), an unknown "type" or a missing key, naming the
+            place.
     """
     place = place or cls.__name__
     hints = typing.get_type_hints(cls)

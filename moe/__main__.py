@@ -1,4 +1,5 @@
-"""`python -m moe bench`: how far the expert layer is from dense products of the same FLOPs on this machine, and what fewer experts save."""
+"""`python -m moe bench`: how far the expert layer is from dense products of the same FLOPs on this machine, and what
+fewer experts save."""
 
 import argparse
 from pathlib import Path
@@ -15,31 +16,64 @@ WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m moe", description=__doc__)
-    command = parser.add_subparsers(dest="command", required=True).add_parser("bench", help="time forward + backward of the expert layer")
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "bench", help="time forward + backward of the expert layer"
+    )
     defaults = Shape()
     for name in ("tokens", "d_model", "n_experts", "d_expert", "k"):
         command.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     command.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    command.add_argument("--weight-dtype", default="float32", choices=["float32", "bfloat16"], help="of the stored weights under bf16 activations")
-    command.add_argument("--load", nargs="+", type=float, default=[1.0, 4.5], help="rows of the busiest expert over the mean")
+    command.add_argument(
+        "--weight-dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the stored weights under bf16 activations",
+    )
+    command.add_argument(
+        "--load", nargs="+", type=float, default=[1.0, 4.5], help="rows of the busiest expert over the mean"
+    )
     command.add_argument("--threads", type=int, default=None)
     command.add_argument("--repeats", type=int, default=3)
     command.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    command.add_argument("--csv", type=Path, default=None, help="also write the table, with what it depends on, to this file")
-    command.add_argument("--return-memory", action="store_true", help="let the C library return freed memory after each step, its default")
+    command.add_argument(
+        "--csv", type=Path, default=None, help="also write the table, with what it depends on, to this file"
+    )
+    command.add_argument(
+        "--return-memory",
+        action="store_true",
+        help="let the C library return freed memory after each step, its default",
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     kept = not options.return_memory and keep_freed_memory()
-    shape = Shape(tokens=options.tokens, d_model=options.d_model, n_experts=options.n_experts, d_expert=options.d_expert, k=options.k)
-    print("backend chosen by auto: {} ({})".format(*choose_backend(torch.empty(0), torch.empty(1, shape.d_expert, shape.d_model))))
+    shape = Shape(
+        tokens=options.tokens,
+        d_model=options.d_model,
+        n_experts=options.n_experts,
+        d_expert=options.d_expert,
+        k=options.k,
+    )
+    print(
+        "backend chosen by auto: {} ({})".format(
+            *choose_backend(torch.empty(0), torch.empty(1, shape.d_expert, shape.d_model))
+        )
+    )
     columns = environment(kept, options.weight_dtype, options.repeats)
-    print(f"{shape}, forward + backward, medians of {options.repeats}; " + ", ".join(f"{name} {value}" for name, value in columns.items()))
+    print(
+        f"{shape}, forward + backward, medians of {options.repeats}; "
+        + ", ".join(f"{name} {value}" for name, value in columns.items())
+    )
     print(HEADER)
     rows = []
     for row in table(
-        shape, dtypes=options.dtype, weight_dtype=options.weight_dtype, loads=options.load, ways=options.ways, repeats=options.repeats
-    ):  # fmt: skip
+        shape,
+        dtypes=options.dtype,
+        weight_dtype=options.weight_dtype,
+        loads=options.load,
+        ways=options.ways,
+        repeats=options.repeats,
+    ):
         rows.append(row)
         print(line(row), flush=True)
     if options.csv:

@@ -23,7 +23,8 @@ class Choice(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """compute(x_TD, w_gate_up_EDF2, w_down_EFD, rows) -> y_TD; why_not(x_TD, w_down_EFD): why it cannot run on these tensors, or None."""
+    """compute(x_TD, w_gate_up_EDF2, w_down_EFD, rows) -> y_TD; why_not(x_TD, w_down_EFD): why it cannot run on these
+    tensors, or None."""
 
     compute: Callable[[Tensor, Tensor, Tensor, Assignments], Tensor]
     why_not: Callable[[Tensor, Tensor], str | None]
@@ -47,7 +48,8 @@ BACKENDS = {
 
 
 def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> Choice:
-    """The one place that decides what computes the experts. Raises ValueError if the backend asked for cannot run here."""
+    """The one place that decides what computes the experts. Raises ValueError if the backend asked for cannot run
+    here."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend = {backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend != "auto":
@@ -64,15 +66,19 @@ def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> C
     return Choice("reference", obstacle)
 
 
-def compute_experts(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, rows: Assignments, *, backend: str = "auto") -> Tensor:
-    """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights of expert_n.
+def compute_experts(
+    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, rows: Assignments, *, backend: str = "auto"
+) -> Tensor:
+    """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights
+    of expert_n.
 
     x_TD             [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better
     w_gate_up_EDF2   [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in
     w_down_EFD       [E, F, D]
     backend          "auto" or a name in BACKENDS, see `choose_backend`
 
-    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and rows.weight_N. Raises ValueError for shapes that do not fit together.
+    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and rows.weight_N. Raises ValueError for shapes
+    that do not fit together.
     """
     chosen = choose_backend(x_TD, w_down_EFD, backend).name
     # Those that are `grouped_mlp` check for themselves.

@@ -1,4 +1,5 @@
-"""One problem and every way to compute it: forward and backward of the experts, dense products of the same FLOPs, and how they are timed.
+"""One problem and every way to compute it: forward and backward of the experts, dense products of the same FLOPs, and
+how they are timed.
 
 Legend: T tokens, D model width, E experts, F expert width, K experts per token, N = T * K assigned rows.
 """
@@ -32,21 +33,31 @@ class Shape:
 
 
 class Problem:
-    """One layer's inputs and the ways to compute it. Every way returns y and the gradients of x, both weights and the rows' weights."""
+    """One layer's inputs and the ways to compute it. Every way returns y and the gradients of x, both weights and the
+    rows' weights."""
 
     def __init__(self, shape: Shape, *, dtype: torch.dtype, weight_dtype: torch.dtype, skew: float):
         generator = torch.Generator().manual_seed(0)
         tokens, d_model, n_experts, d_expert = shape.tokens, shape.d_model, shape.n_experts, shape.d_expert
         self.shape, self.dtype = shape, dtype
         self.x_TD = torch.randn(tokens, d_model, generator=generator).to(dtype).requires_grad_()
-        self.w_gate_up_EDF2 = (torch.randn(n_experts, d_model, 2 * d_expert, generator=generator) * d_model**-0.5).to(weight_dtype).requires_grad_()
-        self.w_down_EFD = (torch.randn(n_experts, d_expert, d_model, generator=generator) * d_expert**-0.5).to(weight_dtype).requires_grad_()
+        self.w_gate_up_EDF2 = (
+            (torch.randn(n_experts, d_model, 2 * d_expert, generator=generator) * d_model**-0.5)
+            .to(weight_dtype)
+            .requires_grad_()
+        )
+        self.w_down_EFD = (
+            (torch.randn(n_experts, d_expert, d_model, generator=generator) * d_expert**-0.5)
+            .to(weight_dtype)
+            .requires_grad_()
+        )
         self.skew = skew
         self.dy_TD = torch.randn(tokens, d_model, generator=generator).to(dtype)
         self.route(seed=0)
 
     def route(self, seed: int) -> None:
-        """Draw the assignments anew, as every training step does: numbers of rows that never repeat are part of the cost on a CPU."""
+        """Draw the assignments anew, as every training step does: numbers of rows that never repeat are part of the
+        cost on a CPU."""
         shape = self.shape
         score_TE = torch.rand(shape.tokens, shape.n_experts, generator=torch.Generator().manual_seed(seed))
         if self.skew > 1.0:
@@ -63,25 +74,32 @@ class Problem:
         self.weight_N = assignments.weight_N.detach().requires_grad_()
 
     def finish(self, y_TD: Tensor) -> list[Tensor]:
-        return [y_TD, *torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_N), self.dy_TD)]
+        return [
+            y_TD,
+            *torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_N), self.dy_TD),
+        ]
 
     def grouped(self, backend: str) -> list[Tensor]:
         rows = dataclasses.replace(self.assignments, weight_N=self.weight_N)
         return self.finish(compute_experts(self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, rows, backend=backend))
 
     def huggingface(self) -> list[Tensor]:
-        """The grouped_mm experts of transformers 5, on the same weights and slots. Every token has the same number of them there."""
+        """The grouped_mm experts of transformers 5, on the same weights and slots. Every token has the same number of
+        them there."""
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         experts = HuggingFaceExperts(self.w_gate_up_EDF2.to(self.dtype), self.w_down_EFD.to(self.dtype))
         y_TD = grouped_mm_experts_forward(experts, self.x_TD, self.expert_TK, self.weight_TK.to(self.dtype))
-        gradients = torch.autograd.grad(y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_TK), self.dy_TD)
+        gradients = torch.autograd.grad(
+            y_TD, (self.x_TD, self.w_gate_up_EDF2, self.w_down_EFD, self.weight_TK), self.dy_TD
+        )
         d_weight_N = torch.empty_like(self.weight_N)
         d_weight_N[self.assignments.row_of_slot_N] = gradients[3].reshape(-1)
         return [y_TD, *gradients[:3], d_weight_N]
 
     def indexed_loop(self) -> list[Tensor]:
-        """The plain loop of many model files: it indexes the packed weight, so each backward step writes a gradient of full size."""
+        """The plain loop of many model files: it indexes the packed weight, so each backward step writes a gradient of
+        full size."""
         rows = self.assignments
         y_TD = torch.zeros_like(self.x_TD)
         for e, (start, stop) in enumerate(zip(rows.expert_offsets.tolist(), rows.expert_offsets.tolist()[1:])):
@@ -96,7 +114,12 @@ class Problem:
         n_rows, d_model, d_expert = self.shape.tokens * self.shape.k, self.shape.d_model, self.shape.d_expert
         x_ND, a_NF = torch.randn(n_rows, d_model).to(self.dtype), torch.randn(n_rows, d_expert).to(self.dtype)
         w_DF2, w_FD = torch.randn(d_model, 2 * d_expert).to(self.dtype), torch.randn(d_expert, d_model).to(self.dtype)
-        h_NF2, y_ND, da_NF, dx_ND = x_ND.new_empty(n_rows, 2 * d_expert), torch.empty_like(x_ND), torch.empty_like(a_NF), torch.empty_like(x_ND)
+        h_NF2, y_ND, da_NF, dx_ND = (
+            x_ND.new_empty(n_rows, 2 * d_expert),
+            torch.empty_like(x_ND),
+            torch.empty_like(a_NF),
+            torch.empty_like(x_ND),
+        )
         dw_DF2, dw_FD = torch.empty_like(w_DF2), torch.empty_like(w_FD)
 
         def step() -> list[Tensor]:
@@ -112,9 +135,17 @@ class Problem:
 
 
 class HuggingFaceExperts(torch.nn.Module):
-    """What `transformers.integrations.moe` expects of a module of experts: packed weights [E, D, 2F] and [E, F, D], gate and up side by side."""
+    """What `transformers.integrations.moe` expects of a module of experts: packed weights [E, D, 2F] and [E, F, D],
+    gate and up side by side."""
 
-    is_transposed, is_concatenated, has_gate, has_bias, has_post_expert_norm, _is_expert_parallel = True, True, True, False, False, False
+    is_transposed, is_concatenated, has_gate, has_bias, has_post_expert_norm, _is_expert_parallel = (
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    )
 
     def __init__(self, gate_up_EDF2: Tensor, down_EFD: Tensor):
         super().__init__()
@@ -127,7 +158,10 @@ class HuggingFaceExperts(torch.nn.Module):
 
 def largest_error(got: list[Tensor], expected: list[Tensor]) -> float:
     """Largest relative error in norm over output and gradients."""
-    return max(float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30)) for a, b in zip(got, expected))
+    return max(
+        float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30))
+        for a, b in zip(got, expected)
+    )
 
 
 def measure(steps: dict[str, Step], repeats: int, before_turn: Callable[[int], None]) -> dict[str, float]:

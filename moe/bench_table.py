@@ -33,7 +33,8 @@ class Row:
     part          "experts": gather, products, SwiGLU and combine. "layer": the router and its losses too
     load          rows of the busiest expert over the mean
     mean_experts  per token
-    ms            median; None where the result does not agree with the reference in `error` (largest relative error over output and gradients)
+    ms            median; None where the result does not agree with the reference in `error` (largest relative error
+                  over output and gradients)
     of_dense      over the time of dense products of the same FLOPs (at the full k, for a layer with fewer experts too)
     of_full_k     over the time of the same way at the full k
     """
@@ -51,10 +52,19 @@ class Row:
 
 
 def timed(
-    problem: Problem, part: str, steps: dict[str, Step], errors: dict[str, float], means: dict[str, float], *, repeats: int, load: float,
-    before_turn: Callable[[int], None] = lambda _: None, full: str | None = None,
-) -> list[Row]:  # fmt: skip
-    """Rows of `steps`, timed in turns; a step whose error is too large gets none. full: the step that the others' times are compared with."""
+    problem: Problem,
+    part: str,
+    steps: dict[str, Step],
+    errors: dict[str, float],
+    means: dict[str, float],
+    *,
+    repeats: int,
+    load: float,
+    before_turn: Callable[[int], None] = lambda _: None,
+    full: str | None = None,
+) -> list[Row]:
+    """Rows of `steps`, timed in turns; a step whose error is too large gets none. full: the step that the others' times
+    are compared with."""
     tolerance, name = TOLERANCE[problem.dtype], str(problem.dtype).removeprefix("torch.")
     right = {way: step for way, step in steps.items() if errors.get(way, 0.0) <= tolerance}
     times = measure(right, repeats, before_turn)
@@ -73,7 +83,9 @@ def timed(
     return rows
 
 
-def ways_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, load: float, ways: Sequence[str], repeats: int) -> list[Row]:
+def ways_rows(
+    shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, load: float, ways: Sequence[str], repeats: int
+) -> list[Row]:
     """Every way on the same problem, beside dense products."""
     problem = Problem(shape, dtype=dtype, weight_dtype=weight_dtype, skew=load)
     expected = Problem(shape, dtype=torch.float32, weight_dtype=torch.float32, skew=load).grouped("reference")
@@ -86,8 +98,11 @@ def ways_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, load:
 
 
 def fewer_experts_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, repeats: int) -> list[Row]:
-    """The experts alone and the whole layer at k, k/2 and k/4, and with a number that varies from token to token around k/2 (top-p)."""
-    policies: dict[str, TopK | TopP] = {f"k = {k}": TopK(k=k) for k in (max(round(shape.k * share), 1) for share in FEWER)}
+    """The experts alone and the whole layer at k, k/2 and k/4, and with a number that varies from token to token around
+    k/2 (top-p)."""
+    policies: dict[str, TopK | TopP] = {
+        f"k = {k}": TopK(k=k) for k in (max(round(shape.k * share), 1) for share in FEWER)
+    }
     half = max(shape.k / 2, 1.0)
     policies[f"top-p, mean {half:g}"] = TopP(target_mean=half, floor=1, cap=min(2 * shape.k, shape.n_experts))
     problem = Problem(shape, dtype=dtype, weight_dtype=weight_dtype, skew=1.0)
@@ -127,7 +142,9 @@ def layer_step(layer: MoE, problem: Problem) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [problem.x_TD, *layer.parameters()]))
 
 
-def table(shape: Shape, *, dtypes: Sequence[str], weight_dtype: str, loads: Sequence[float], ways: Sequence[str], repeats: int) -> Iterator[Row]:
+def table(
+    shape: Shape, *, dtypes: Sequence[str], weight_dtype: str, loads: Sequence[float], ways: Sequence[str], repeats: int
+) -> Iterator[Row]:
     for dtype in dtypes:
         # Weights in fp32 are the masters of training; activations in fp32 have no others.
         pair = getattr(torch, dtype), getattr(torch, weight_dtype if dtype == "bfloat16" else "float32")
@@ -136,7 +153,10 @@ def table(shape: Shape, *, dtypes: Sequence[str], weight_dtype: str, loads: Sequ
         yield from fewer_experts_rows(shape, *pair, repeats)
 
 
-HEADER = f"{'part':15} {'dtype':9} {'load':>5}  {'way':14} {'experts':>7} {'ms':>9} {'of dense':>9} {'of full k':>9} {'GFLOP/s':>9} {'error':>9}"
+HEADER = (
+    f"{'part':15} {'dtype':9} {'load':>5}  {'way':14} {'experts':>7} {'ms':>9} {'of dense':>9} {'of full k':>9}"
+    f" {'GFLOP/s':>9} {'error':>9}"
+)
 
 
 def line(row: Row) -> str:
@@ -162,7 +182,11 @@ def environment(kept_memory: bool, weight_dtype: str, repeats: int) -> dict[str,
 
 def cpu_name() -> str:
     file = Path("/proc/cpuinfo")
-    names = [part.split(":", 1)[1].strip() for part in file.read_text().splitlines() if part.startswith("model name")] if file.exists() else []
+    names = (
+        [part.split(":", 1)[1].strip() for part in file.read_text().splitlines() if part.startswith("model name")]
+        if file.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 

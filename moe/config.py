@@ -7,8 +7,8 @@ from routing.router import RouterConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """n_experts routed experts of hidden width d_expert, beside one shared expert of width d_shared that every token passes (0: none).
-    backend: of the expert computation, see `moe.backends.choose_backend`."""
+    """n_experts routed experts of hidden width d_expert, beside one shared expert of width d_shared that every token
+    passes (0: none). backend: of the expert computation, see `moe.backends.choose_backend`."""
 
     n_experts: int = 80
     d_expert: int = 256

@@ -1,22 +1,26 @@
 """The experts on the CPU: batched products over blocks of experts of similar load, with backward written by hand.
 
 What it is built around, in the order it matters on a CPU:
-- Fresh memory is slow: the kernel clears every new page, 0.1 to 2 ms per MB. Apart from the pre-activations that backward needs and what a caller
-  receives, nothing of the size of all rows exists: everything else lives in scratch of one block, sized to stay in cache, and the outputs of
-  a block are added to their tokens at once, in fp32.
-- bf16 calls are slow: 80 small products one by one take three to five times as long as one batched product. Experts are sorted by load and cut
-  into blocks; within a block all are padded to the same number of rows, of weight zero, and every operation runs once per block. Experts with rows
-  enough to fill the scratch are blocks of their own: at that size, and for fp32 without a row of padding, this is the plain loop.
-- New shapes are slow in bf16: oneDNN builds a program per shape and keeps 1,024 of them, and the numbers of rows per expert never repeat.
-  Rounded up to a multiple of `ROW_QUANTUM`, in blocks of one size, they do. fp32 products build no programs and are not rounded.
-- Weights of another dtype than the activations (fp32 masters under bf16 activations) are cast per block, and their gradients are written once,
-  from scratch; experts without rows, which are most of them when one token is decoded, are not even read.
+- Fresh memory is slow: the kernel clears every new page, 0.1 to 2 ms per MB. Apart from the pre-activations that
+  backward needs and what a caller receives, nothing of the size of all rows exists: everything else lives in scratch of
+  one block, sized to stay in cache, and the outputs of a block are added to their tokens at once, in fp32.
+- bf16 calls are slow: 80 small products one by one take three to five times as long as one batched product. Experts are
+  sorted by load and cut into blocks; within a block all are padded to the same number of rows, of weight zero, and
+  every operation runs once per block. Experts with rows enough to fill the scratch are blocks of their own: at that
+  size, and for fp32 without a row of padding, this is the plain loop.
+- New shapes are slow in bf16: oneDNN builds a program per shape and keeps 1,024 of them, and the numbers of rows per
+  expert never repeat. Rounded up to a multiple of `ROW_QUANTUM`, in blocks of one size, they do. fp32 products build no
+  programs and are not rounded.
+- Weights of another dtype than the activations (fp32 masters under bf16 activations) are cast per block, and their
+  gradients are written once, from scratch; experts without rows, which are most of them when one token is decoded, are
+  not even read.
 
 The order of additions depends on the assignments alone, so the same inputs give the same bits.
-Backward: with A the activation and dA' = W_down dy (not yet weighted), the gradient of a row's weight is <dA', A>; expert outputs are never kept.
+Backward: with A the activation and dA' = W_down dy (not yet weighted), the gradient of a row's weight is <dA', A>;
+expert outputs are never kept.
 
-Legend: T tokens, D model width, E experts, F expert width, N assigned rows, P padded rows, G experts of a block, M rows of each of them,
-n = G * M the rows of one block, I and O the inner and outer width of a weight.
+Legend: T tokens, D model width, E experts, F expert width, N assigned rows, P padded rows, G experts of a block, M rows
+of each of them, n = G * M the rows of one block, I and O the inner and outer width of a weight.
 """
 
 from typing import Any, NamedTuple
@@ -86,7 +90,9 @@ def padded_places(blocks: list[Block], rows_E: Tensor) -> Tensor:
             starts_E[e] = rows.start + i * height
     start_E = torch.tensor(starts_E)
     n_rows = int(rows_E.sum())
-    return torch.arange(n_rows) + torch.repeat_interleave(start_E - (rows_E.cumsum(0) - rows_E), rows_E, output_size=n_rows)
+    return torch.arange(n_rows) + torch.repeat_interleave(
+        start_E - (rows_E.cumsum(0) - rows_E), rows_E, output_size=n_rows
+    )
 
 
 class TokenSum:
@@ -135,13 +141,25 @@ class WeightScratch:
 
 class ExpertsOnCpu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_P: Tensor, weight_P: Tensor, blocks: list[Block]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        w_gate_up_EDF2: Tensor,
+        w_down_EFD: Tensor,
+        token_P: Tensor,
+        weight_P: Tensor,
+        blocks: list[Block],
+    ) -> Tensor:
         x_TD = x_TD.contiguous()
         dtype, (d_expert, d_model) = x_TD.dtype, w_down_EFD.shape[1:]
         most_rows = max((block.rows.stop - block.rows.start for block in blocks), default=0)
         wide, narrow = x_TD.new_empty(most_rows, d_model), x_TD.new_empty(most_rows, d_expert)
         h_PF2, row_weight_P1 = x_TD.new_empty(token_P.shape[0], 2 * d_expert), weight_P.to(dtype)[:, None]
-        gate_up, down, y = WeightScratch(blocks, w_gate_up_EDF2, dtype), WeightScratch(blocks, w_down_EFD, dtype), TokenSum(x_TD, most_rows)
+        gate_up, down, y = (
+            WeightScratch(blocks, w_gate_up_EDF2, dtype),
+            WeightScratch(blocks, w_down_EFD, dtype),
+            TokenSum(x_TD, most_rows),
+        )
         for experts, rows, height in blocks:
             n, shape = rows.stop - rows.start, (len(experts), height, -1)
             x_n, a_n, h_n = wide[:n], narrow[:n], h_PF2[rows]
@@ -168,7 +186,11 @@ class ExpertsOnCpu(torch.autograd.Function):
         most_rows = max((block.rows.stop - block.rows.start for block in blocks), default=0)
         wide, narrow = x_TD.new_empty(2, most_rows, d_model), x_TD.new_empty(6, most_rows, d_expert)
         d_gate_up, d_down = torch.empty_like(w_gate_up_EDF2), torch.empty_like(w_down_EFD)
-        gate_up, down, dx = WeightScratch(blocks, w_gate_up_EDF2, dtype), WeightScratch(blocks, w_down_EFD, dtype), TokenSum(x_TD, most_rows)
+        gate_up, down, dx = (
+            WeightScratch(blocks, w_gate_up_EDF2, dtype),
+            WeightScratch(blocks, w_down_EFD, dtype),
+            TokenSum(x_TD, most_rows),
+        )
         d_weight_P, row_weight_P1 = torch.empty_like(weight_P, dtype=dtype), weight_P.to(dtype)[:, None]
         for experts, rows, height in blocks:
             n, shape = rows.stop - rows.start, (len(experts), height, -1)

@@ -1,11 +1,13 @@
-"""Expert parallelism: the experts of a layer are spread over processes; tokens travel to them and back (GShard, arXiv 2006.16668).
+"""Expert parallelism: the experts of a layer are spread over processes; tokens travel to them and back (GShard, arXiv
+2006.16668).
 
-A token travels once to each process that holds any of its experts, with the list of those experts and their weights, and comes back as one
-weighted sum. So at most min(k, P) rows of width D move each way per token, where one row per expert would be k; the receiving process needs no
-code of its own, since the sum over a token's experts is what `compute_experts` gives anyway.
+A token travels once to each process that holds any of its experts, with the list of those experts and their weights,
+and comes back as one weighted sum. So at most min(k, P) rows of width D move each way per token, where one row per
+expert would be k; the receiving process needs no code of its own, since the sum over a token's experts is what
+`compute_experts` gives anyway.
 
-Legend: T tokens of this process, D model width, E experts of all processes, F expert width, P processes, N rows of this process's tokens,
-S (token, process) pairs sent, M tokens received, R rows received.
+Legend: T tokens of this process, D model width, E experts of all processes, F expert width, P processes, N rows of this
+process's tokens, S (token, process) pairs sent, M tokens received, R rows received.
 """
 
 import torch
@@ -23,10 +25,12 @@ from routing.assignments import Assignments
 class ExpertParallelExperts(Experts):
     """Takes the place of `experts`: process p of the mesh keeps and computes the experts [p E/P, (p + 1) E/P).
 
-    Weights are DTensors, `Shard(0)` over the mesh, under the names they had; every process must hold the same `experts` beforehand. All processes
-    of the mesh call forward and backward together, each with tokens of its own, as many as it likes.
+    Weights are DTensors, `Shard(0)` over the mesh, under the names they had; every process must hold the same `experts`
+    beforehand. All processes of the mesh call forward and backward together, each with tokens of its own, as many as it
+    likes.
 
-    The gradient of a weight is the mean over the processes' losses, not their sum: as data parallelism (FSDP) leaves it for all other weights.
+    The gradient of a weight is the mean over the processes' losses, not their sum: as data parallelism (FSDP) leaves it
+    for all other weights.
 
     Raises ValueError if the mesh is not one-dimensional or its size does not divide the number of experts.
     """
@@ -35,20 +39,35 @@ class ExpertParallelExperts(Experts):
         nn.Module.__init__(self)
         n_experts = experts.w_down_EFD.shape[0]
         if mesh.ndim != 1:
-            raise ValueError(f"expert parallelism runs over one dimension of a mesh, this one has {mesh.ndim}: {mesh.mesh_dim_names}")
+            raise ValueError(
+                f"expert parallelism runs over one dimension of a mesh, this one has {mesh.ndim}: {mesh.mesh_dim_names}"
+            )
         if n_experts % mesh.size():
-            raise ValueError(f"n_experts = {n_experts} cannot be divided evenly over {mesh.size()} processes of expert parallelism")
-        self.backend, self.mesh, self.n_processes, self.n_local = experts.backend, mesh, mesh.size(), n_experts // mesh.size()
+            raise ValueError(
+                f"n_experts = {n_experts} cannot be divided evenly over {mesh.size()} processes of expert parallelism"
+            )
+        self.backend, self.mesh, self.n_processes, self.n_local = (
+            experts.backend,
+            mesh,
+            mesh.size(),
+            n_experts // mesh.size(),
+        )
         # Without a source rank nothing is sent: each process cuts its part out of weights that are the same everywhere.
-        self.w_gate_up_EDF2 = nn.Parameter(distribute_tensor(experts.w_gate_up_EDF2.detach(), mesh, [Shard(0)], src_data_rank=None))
-        self.w_down_EFD = nn.Parameter(distribute_tensor(experts.w_down_EFD.detach(), mesh, [Shard(0)], src_data_rank=None))
+        self.w_gate_up_EDF2 = nn.Parameter(
+            distribute_tensor(experts.w_gate_up_EDF2.detach(), mesh, [Shard(0)], src_data_rank=None)
+        )
+        self.w_down_EFD = nn.Parameter(
+            distribute_tensor(experts.w_down_EFD.detach(), mesh, [Shard(0)], src_data_rank=None)
+        )
 
     def forward(self, x_TD: Tensor, assignments: Assignments) -> Tensor:
         """y_TD as the experts of one process would compute it, up to the order of the sum over a token's experts."""
         exchange = _Exchange(assignments, self.mesh, self.n_local)
         x_MD = exchange.to_experts(_Copies.apply(x_TD, *exchange.sent_tokens), exchange.tokens_out, exchange.tokens_in)
         received = exchange.received_assignments(assignments)
-        y_MD = compute_experts(x_MD, self._local(self.w_gate_up_EDF2), self._local(self.w_down_EFD), received, backend=self.backend)
+        y_MD = compute_experts(
+            x_MD, self._local(self.w_gate_up_EDF2), self._local(self.w_down_EFD), received, backend=self.backend
+        )
         y_SD = exchange.to_experts(y_MD, exchange.tokens_in, exchange.tokens_out)
         return _sum_of_copies(y_SD, exchange.sent_tokens, x_TD.shape[0])
 
@@ -89,12 +108,15 @@ class _Exchange:
         self.place_N = (needed_PT.cumsum(dim=1) - 1)[owner_N, self.token_N]
 
     def to_experts(self, values: Tensor, out: list[int], into: list[int]) -> Tensor:
-        """The first `out[0]` of the first dimension go to process 0, and so on; what comes back is ordered by source. Differentiable."""
+        """The first `out[0]` of the first dimension go to process 0, and so on; what comes back is ordered by source.
+        Differentiable."""
         return all_to_all_single_autograd(values.contiguous(), into, out, self.group)
 
     def received_assignments(self, assignments: Assignments) -> Assignments:
         """The rows that this process's experts compute, over the received tokens."""
-        message_R = self.to_experts(self.place_N * self.n_local + self.expert_N % self.n_local, self.rows_out, self.rows_in)
+        message_R = self.to_experts(
+            self.place_N * self.n_local + self.expert_N % self.n_local, self.rows_out, self.rows_in
+        )
         weight_R = self.to_experts(assignments.weight_N[: self.expert_N.shape[0]], self.rows_out, self.rows_in)
         tokens_in_P = torch.tensor(self.tokens_in, device=message_R.device)
         first_R = (tokens_in_P.cumsum(dim=0) - tokens_in_P).repeat_interleave(
@@ -105,7 +127,8 @@ class _Exchange:
 
 
 class _Copies(torch.autograd.Function):
-    """x_TD -> x_SD, the rows of each index in turn. The gradient is added up index by index, so in one order on every device."""
+    """x_TD -> x_SD, the rows of each index in turn. The gradient is added up index by index, so in one order on every
+    device."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x_TD: Tensor, *tokens: Tensor) -> Tensor:
@@ -119,7 +142,8 @@ class _Copies(torch.autograd.Function):
 
 
 def _sum_of_copies(y_SD: Tensor, tokens: tuple[Tensor, ...], n_tokens: int) -> Tensor:
-    """y_TD: what came back for each token, added in the order of the processes, in fp32 or better; zero for a token that went nowhere.
+    """y_TD: what came back for each token, added in the order of the processes, in fp32 or better; zero for a token
+    that went nowhere.
 
     No index holds a token twice, so no addition meets another one on the way and the sum is the same each time.
     """

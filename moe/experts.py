@@ -25,7 +25,8 @@ class Experts(nn.Module):
         self.w_down_EFD = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
-        """Normal with standard deviation fan_in^-1/2; `down_scale` multiplies it for the projection back into the residual stream."""
+        """Normal with standard deviation fan_in^-1/2; `down_scale` multiplies it for the projection back into the
+        residual stream."""
         for weight, scale in ((self.w_gate_up_EDF2, 1.0), (self.w_down_EFD, down_scale)):
             # Drawn on the generator's device, so that the CPU's stream gives the same weights on every device.
             draw = torch.randn(weight.shape, generator=generator, device=generator.device)
@@ -45,7 +46,10 @@ class SharedExpert(nn.Module):
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
         for weight, scale in ((self.w_gate_up_DF2, 1.0), (self.w_down_FD, down_scale)):
-            weight.data.copy_(torch.randn(weight.shape, generator=generator, device=generator.device) * (scale * weight.shape[0] ** -0.5))
+            weight.data.copy_(
+                torch.randn(weight.shape, generator=generator, device=generator.device)
+                * (scale * weight.shape[0] ** -0.5)
+            )
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TF, up_TF = (x_TD @ self.w_gate_up_DF2.to(x_TD.dtype)).chunk(2, dim=-1)

@@ -15,18 +15,19 @@ from triton_kernels.expert_slots import sort_slots
 class Assignments:
     """Which experts compute which tokens, and how much each result weighs.
 
-    Rows are sorted by expert, then token. Row n says: expert `expert_N[n]` computes token `token_N[n]`, whose output counts `weight_N[n]`.
-    A token may have no row at all, and so may an expert.
+    Rows are sorted by expert, then token. Row n says: expert `expert_N[n]` computes token `token_N[n]`, whose output
+    counts `weight_N[n]`. A token may have no row at all, and so may an expert.
 
     token_N, expert_N      int64; the rows
     weight_N               floating point, carries the router's gradient
     expert_offsets (E+1)   int64; the rows of expert e are [expert_offsets[e], expert_offsets[e + 1])
-    token_offsets (T+1)    int64; the rows of token t are row_of_slot_N[token_offsets[t] : token_offsets[t + 1]], best slot first,
-                           so that the combine can add them in a fixed order without atomics
+    token_offsets (T+1)    int64; the rows of token t are row_of_slot_N[token_offsets[t] : token_offsets[t + 1]], best
+                           slot first, so that the combine can add them in a fixed order without atomics
     row_of_slot_N          int64
 
-    Rows from `expert_offsets[E]` on are padding, of weight zero, and belong to nobody. There are none on the CPU; on a GPU the number of kept
-    slots is known to the device only, so N is its upper bound T * K and nothing here waits for the device.
+    Rows from `expert_offsets[E]` on are padding, of weight zero, and belong to nobody. There are none on the CPU; on a
+    GPU the number of kept slots is known to the device only, so N is its upper bound T * K and nothing here waits for
+    the device.
     """
 
     token_N: Tensor
@@ -53,8 +54,11 @@ class Assignments:
         return self.expert_offsets.diff()
 
     @staticmethod
-    def from_rows(token_N: Tensor, expert_N: Tensor, weight_N: Tensor, *, n_tokens: int, n_experts: int) -> "Assignments":
-        """Sort rows that come in any order, each a different pair of token and expert. A token's slots are then in the order of its experts.
+    def from_rows(
+        token_N: Tensor, expert_N: Tensor, weight_N: Tensor, *, n_tokens: int, n_experts: int
+    ) -> "Assignments":
+        """Sort rows that come in any order, each a different pair of token and expert. A token's slots are then in the
+        order of its experts.
 
         token_N, expert_N  int64; weight_N floating point
         """
@@ -74,15 +78,20 @@ class Assignments:
 
     @staticmethod
     def from_slots(
-        expert_TK: Tensor, weight_TK: Tensor, keep_TK: Tensor | None = None, *, n_experts: int, padded: bool | None = None
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        keep_TK: Tensor | None = None,
+        *,
+        n_experts: int,
+        padded: bool | None = None,
     ) -> "Assignments":
         """Sort the slots that a routing policy filled.
 
         expert_TK  integers in [0, n_experts); what a dropped slot holds does not matter
         weight_TK  floating point
         keep_TK    bool, or None to keep every slot
-        padded     leave dropped slots as padding rows behind the last expert (True; the default on a GPU, where counting them would make the
-                   host wait) or take them out (False; the default on the CPU)
+        padded     leave dropped slots as padding rows behind the last expert (True; the default on a GPU, where
+                   counting them would make the host wait) or take them out (False; the default on the CPU)
         """
         rows = sort_slots(expert_TK, weight_TK, keep_TK, n_experts=n_experts, padded=padded)
         return Assignments(**rows._asdict())

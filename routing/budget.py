@@ -1,8 +1,9 @@
 """Budgets: hold the mean number of experts per token at a target.
 
-Every policy with a variable number of experts is written as one inequality: slot j of token t is used if `level_TK[t, j] <= threshold`. For
-top-p the level is the probability mass ahead of the slot, for null experts the lead of the null column it competes with. The budget then is a
-quantile: the threshold under which the wanted share of all levels lies. Slots that must be used (the floor) have level -inf.
+Every policy with a variable number of experts is written as one inequality: slot j of token t is used if `level_TK[t,
+j] <= threshold`. For top-p the level is the probability mass ahead of the slot, for null experts the lead of the null
+column it competes with. The budget then is a quantile: the threshold under which the wanted share of all levels lies.
+Slots that must be used (the floor) have level -inf.
 
 Legend: T tokens, K slots per token (the cap).
 """
@@ -12,41 +13,47 @@ from torch import Tensor, nn
 
 
 def exact_threshold(level_TK: Tensor, target_mean: float) -> Tensor:
-    """The smallest threshold for which round(target_mean * T) of the levels lie at or below it (more only if levels tie at the threshold).
+    """The smallest threshold for which round(target_mean * T) of the levels lie at or below it (more only if levels tie
+    at the threshold).
 
-    Returns a scalar of the levels' dtype; -inf if the target is met by the forced slots alone or is 0. Raises ValueError if the target is out
-    of reach, above K.
+    Returns a scalar of the levels' dtype; -inf if the target is met by the forced slots alone or is 0. Raises
+    ValueError if the target is out of reach, above K.
     """
     n_tokens, n_slots = level_TK.shape
     if n_tokens == 0:
         raise ValueError("a threshold cannot be calibrated on 0 tokens")
     if not 0.0 <= target_mean <= n_slots:
-        raise ValueError(f"target_mean = {target_mean} experts per token is out of reach: the policy fills at most {n_slots} slots")
+        raise ValueError(
+            f"target_mean = {target_mean} experts per token is out of reach: the policy fills at most {n_slots} slots"
+        )
     wanted = round(target_mean * n_tokens)
     if wanted == 0:
         return level_TK.new_full((), -torch.inf)
     return level_TK.detach().reshape(-1).kthvalue(wanted)[0]
 
 
-# Share of a step's error in the number of experts that the aim takes over, and how far, as a share of the target, it may go.
+# Share of a step's error in the number of experts that the aim takes over, and how far, as a share of the target, it
+# may go.
 AIM_RATE, AIM_RANGE = 0.05, 0.2
 
 
 class BudgetController(nn.Module):
     """The threshold, how training moves it, and how calibration sets it.
 
-    Training: each step compares the threshold with the exact one of the step's own levels, takes `rate` of the difference, and remembers a
-    part of it as drift. The difference is the budget's error in units of the threshold, so this is proportional-integral control whose gain
-    needs no tuning to the scale of the scores; the drift term leaves no lag behind scores that sharpen steadily, and its share is the one of
-    critical damping. The levels of all forwards of a step (gradient accumulation) count as one set, and so do those of all processes, see
-    `routing.over_processes`.
+    Training: each step compares the threshold with the exact one of the step's own levels, takes `rate` of the
+    difference, and remembers a part of it as drift. The difference is the budget's error in units of the threshold, so
+    this is proportional-integral control whose gain needs no tuning to the scale of the scores; the drift term leaves
+    no lag behind scores that sharpen steadily, and its share is the one of critical damping. The levels of all forwards
+    of a step (gradient accumulation) count as one set, and so do those of all processes, see `routing.over_processes`.
 
-    Batches differ, and the number of experts is no linear function of the threshold: a threshold that is right for the average batch is off in the
-    average number (measured: 1.5 % too many). So the number aimed at is itself moved, slowly, by the error in the number dispatched.
+    Batches differ, and the number of experts is no linear function of the threshold: a threshold that is right for the
+    average batch is off in the average number (measured: 1.5 % too many). So the number aimed at is itself moved,
+    slowly, by the error in the number dispatched.
 
     threshold  buffer, fp32 scalar: saved with the checkpoint, changed at run time without reloading
     drift      buffer, fp32 scalar: its expected change per step
-    aim        buffer, fp32 scalar: experts per token for which the next step's exact threshold is taken, so that the mean is `target_mean`
+    aim        buffer, fp32 scalar: experts per token for which the next step's exact threshold is taken, so that the
+               mean is `target_mean`
     """
 
     threshold: Tensor
@@ -61,20 +68,24 @@ class BudgetController(nn.Module):
         self.register_buffer("threshold", torch.tensor(initial, dtype=torch.float32))
         self.register_buffer("drift", torch.zeros(()))
         self.register_buffer("aim", torch.tensor(target_mean or 0.0, dtype=torch.float32))
-        # The levels of the step's forwards, and their exact threshold where other processes' levels count too: both between checkpoints.
+        # The levels of the step's forwards, and their exact threshold where other processes' levels count too: both
+        # between checkpoints.
         self.step_levels: list[Tensor] = []
         self.step_exact: Tensor | None = None
         self.n_slots = float("inf")
         self._calibrate_to: float | None = None
 
     def keep(self, level_TK: Tensor) -> Tensor:
-        """Which slots are used, bool. In training the levels are remembered for `after_step`; after `calibrate` they set the threshold."""
+        """Which slots are used, bool. In training the levels are remembered for `after_step`; after `calibrate` they
+        set the threshold."""
         level_TK = level_TK.detach()
         if self._calibrate_to is not None:
             target_mean, self._calibrate_to = self._calibrate_to, None
             forced = torch.isneginf(level_TK).sum().item() / max(level_TK.shape[0], 1)
             if forced > target_mean + 1e-6:
-                raise ValueError(f"target_mean = {target_mean} experts per token is out of reach: the policy always uses {forced:g}")
+                raise ValueError(
+                    f"target_mean = {target_mean} experts per token is out of reach: the policy always uses {forced:g}"
+                )
             self.threshold.copy_(exact_threshold(level_TK, target_mean).clamp(self.lowest, self.highest))
             self.drift.zero_()
         elif self.training and self.target_mean is not None and level_TK.shape[0] > 0:
@@ -83,10 +94,11 @@ class BudgetController(nn.Module):
         return level_TK <= self.threshold
 
     def calibrate(self, target_mean: float | None) -> None:
-        """The next forward first sets the threshold so that the mean number of experts on its own tokens is exact, then routes with it; None
-        withdraws the request.
+        """The next forward first sets the threshold so that the mean number of experts on its own tokens is exact, then
+        routes with it; None withdraws the request.
 
-        One forward of a whole model over held-out text therefore calibrates all layers, each on the inputs that calibrated layers below give.
+        One forward of a whole model over held-out text therefore calibrates all layers, each on the inputs that
+        calibrated layers below give.
         """
         self._calibrate_to = target_mean
 

@@ -13,15 +13,16 @@ from routing.assignments import Assignments
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingStatistics:
-    """Counts and sums over tokens, so that those of parts of a batch add up to those of the whole; what is read off them are properties.
+    """Counts and sums over tokens, so that those of parts of a batch add up to those of the whole; what is read off
+    them are properties.
 
     All tensors stay on the device until somebody looks.
 
     histogram       (E+1) int64; how many tokens used 0, 1, ... E experts, physical rows counted
     rows_per_expert (E) int64
     entropy_sum     scalar; entropy of the router's probabilities, nats
-    margin_sum      scalar; lowest probability chosen minus the highest one left out: how far a decision is from being another one. Below 0 where
-                    a selection bias, groups or chance overrule the order
+    margin_sum      scalar; lowest probability chosen minus the highest one left out: how far a decision is from being
+                    another one. Below 0 where a selection bias, groups or chance overrule the order
     margin_tokens   scalar int64; tokens that have both kinds
     """
 
@@ -58,7 +59,13 @@ class RoutingStatistics:
 
     def to_vector(self) -> Tensor:
         """All counts and sums, fp64 [2E + 4]: what can be added over processes in one message."""
-        parts = (self.histogram, self.rows_per_expert, self.entropy_sum[None], self.margin_sum[None], self.margin_tokens[None])
+        parts = (
+            self.histogram,
+            self.rows_per_expert,
+            self.entropy_sum[None],
+            self.margin_sum[None],
+            self.margin_tokens[None],
+        )
         return torch.cat([part.double() for part in parts])
 
     @classmethod
@@ -66,7 +73,13 @@ class RoutingStatistics:
         n_experts = (len(vector) - 4) // 2
         histogram, rows_per_expert, rest = vector.split([n_experts + 1, n_experts, 3])
         entropy_sum, margin_sum, margin_tokens = rest.unbind()
-        return cls(histogram=histogram, rows_per_expert=rows_per_expert, entropy_sum=entropy_sum, margin_sum=margin_sum, margin_tokens=margin_tokens)
+        return cls(
+            histogram=histogram,
+            rows_per_expert=rows_per_expert,
+            entropy_sum=entropy_sum,
+            margin_sum=margin_sum,
+            margin_tokens=margin_tokens,
+        )
 
 
 def routing_statistics(assignments: Assignments, probs_TE: Tensor) -> RoutingStatistics:
@@ -92,5 +105,7 @@ def _margin(assignments: Assignments, probs_TE: Tensor) -> Tensor:
     chosen = torch.zeros(probs_TE.shape[0], n_experts + 1, dtype=torch.bool, device=probs_TE.device)
     chosen[assignments.token_N, torch.where(real_N, assignments.expert_N, n_experts)] = True
     chosen_TE = chosen[:, :n_experts]
-    margin_T = probs_TE.masked_fill(~chosen_TE, torch.inf).amin(dim=-1) - probs_TE.masked_fill(chosen_TE, -torch.inf).amax(dim=-1)
+    margin_T = probs_TE.masked_fill(~chosen_TE, torch.inf).amin(dim=-1) - probs_TE.masked_fill(
+        chosen_TE, -torch.inf
+    ).amax(dim=-1)
     return margin_T.masked_fill(margin_T.isinf(), torch.nan)

@@ -1,8 +1,8 @@
 """Difficulty head: a linear head predicts how many experts pay off for a token; the router only ranks them.
 
-k_t = exp(d_t + shift) with d_t = <h, x_t>: slot j is used if log j - d_t <= shift, and the shift, common to all tokens, holds the budget. The
-slot's score is multiplied by sigmoid((shift - level) / softness), so that the model's loss tells the head whether the last experts of a token
-helped: raising d_t raises the share of a token's later slots.
+k_t = exp(d_t + shift) with d_t = <h, x_t>: slot j is used if log j - d_t <= shift, and the shift, common to all tokens,
+holds the budget. The slot's score is multiplied by sigmoid((shift - level) / softness), so that the model's loss tells
+the head whether the last experts of a token helped: raising d_t raises the share of a token's later slots.
 
 Legend: T tokens, D model width, K slots per token (the cap).
 """
@@ -19,7 +19,8 @@ from routing.policy import Policy, Scores, Slots, best, check_bounds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DifficultyHead:
-    """target_mean, floor, cap: experts per token. softness: width of the soft edge, in units of log k. rate: of the controller, per step."""
+    """target_mean, floor, cap: experts per token. softness: width of the soft edge, in units of log k. rate: of the
+    controller, per step."""
 
     target_mean: float = 12.0
     floor: int = 1
@@ -38,14 +39,20 @@ class DifficultyHeadPolicy(Policy):
         # Zero: every token starts equally difficult.
         self.head_D = nn.Parameter(torch.zeros(d_model))
         initial = math.log(max(config.target_mean, 1.0))
-        self.budget = BudgetController(target_mean=config.target_mean, initial=initial, lowest=-1e4, highest=1e4, rate=config.rate)
+        self.budget = BudgetController(
+            target_mean=config.target_mean, initial=initial, lowest=-1e4, highest=1e4, rate=config.rate
+        )
 
     def select(self, scores: Scores) -> Slots:
         assert self.budget is not None
         expert_TK, score_TK = best(scores, self.config.cap)
         difficulty_T1 = (scores.x_TD @ self.head_D.to(scores.x_TD.dtype))[:, None]
-        soft_level_TK = torch.arange(1, self.config.cap + 1, device=score_TK.device).to(score_TK.dtype).log() - difficulty_T1
+        soft_level_TK = (
+            torch.arange(1, self.config.cap + 1, device=score_TK.device).to(score_TK.dtype).log() - difficulty_T1
+        )
         level_TK = soft_level_TK.detach().clone()
         level_TK[:, : self.config.floor] = -torch.inf
         keep_TK = self.within_budget(level_TK)
-        return Slots(expert_TK, score_TK * ((self.budget.threshold - soft_level_TK) / self.config.softness).sigmoid(), keep_TK)
+        return Slots(
+            expert_TK, score_TK * ((self.budget.threshold - soft_level_TK) / self.config.softness).sigmoid(), keep_TK
+        )

@@ -1,7 +1,8 @@
-"""Expert choice: each expert takes the tokens that score highest for it (Zhou et al., arXiv 2202.09368). Perfectly balanced by construction.
+"""Expert choice: each expert takes the tokens that score highest for it (Zhou et al., arXiv 2202.09368). Perfectly
+balanced by construction.
 
-For the analysis of training only: whether a token gets an expert depends on later tokens of the batch, so it cannot generate text, and losses
-measured with it are not those of a language model.
+For the analysis of training only: whether a token gets an expert depends on later tokens of the batch, so it cannot
+generate text, and losses measured with it are not those of a language model.
 
 Legend: T tokens, E experts, C tokens per expert.
 """
@@ -33,7 +34,10 @@ class ExpertChoicePolicy(Policy):
 
     def select(self, scores: Scores) -> Slots:
         if not self.training:
-            raise ValueError("ExpertChoice looks at later tokens and is for training analysis only: set another policy to evaluate or generate")
+            raise ValueError(
+                "ExpertChoice looks at later tokens and is for training analysis only: set another policy to evaluate"
+                " or generate"
+            )
         n_tokens, n_experts = scores.scores_TE.shape
         taken_CE = scores.selection_TE.topk(min(n_tokens, round(self.config.k * n_tokens / n_experts)), dim=0)[1]
         keep_TE = torch.zeros_like(scores.scores_TE, dtype=torch.bool).scatter_(0, taken_CE, True)

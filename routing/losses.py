@@ -1,9 +1,10 @@
 """Balance and z losses, from the load of dispatched assignments.
 
-The Switch loss multiplies each expert's share of the rows by its mean probability. Computed per micro-batch, that product would change with
-the way a batch is cut up. So the router multiplies by the load of the *previous* step, counted over all its forwards: the loss is then linear
-in the current probabilities, its mean over micro-batches (or processes) equals its value on the whole batch exactly, and a forward that is
-recomputed for backward gives the same number again. The price is a load that is one step old.
+The Switch loss multiplies each expert's share of the rows by its mean probability. Computed per micro-batch, that
+product would change with the way a batch is cut up. So the router multiplies by the load of the *previous* step,
+counted over all its forwards: the loss is then linear in the current probabilities, its mean over micro-batches (or
+processes) equals its value on the whole batch exactly, and a forward that is recomputed for backward gives the same
+number again. The price is a load that is one step old.
 
 Legend: T tokens, E experts.
 """
@@ -15,11 +16,13 @@ from torch import Tensor
 
 
 def switch_balance_loss(rows_E: Tensor, probs_TE: Tensor) -> Tensor:
-    """E * sum_e f_e P_e (Fedus et al., arXiv 2101.03961, eq. 4), with f_e = rows_E / sum(rows_E) and P_e the mean probability of expert e.
+    """E * sum_e f_e P_e (Fedus et al., arXiv 2101.03961, eq. 4), with f_e = rows_E / sum(rows_E) and P_e the mean
+    probability of expert e.
 
     rows_E    rows dispatched to each expert, any real dtype, not differentiated; no rows at all count as an even load
-    probs_TE  softmax over experts. A softmax is unchanged when all logits shift together, so the loss cannot be lowered by shrinking scores,
-              and its gradient E * f_e / T with respect to each probability is finite everywhere, perfect balance included.
+    probs_TE  softmax over experts. A softmax is unchanged when all logits shift together, so the loss cannot be lowered
+              by shrinking scores, and its gradient E * f_e / T with respect to each probability is finite everywhere,
+              perfect balance included.
 
     1 at an even load or even probabilities; at most E.
     """
@@ -41,8 +44,8 @@ def mean_over_tokens(values: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThreeLevelBalance:
-    """n_groups: groups of consecutive experts, the devices of expert parallelism; n_partitions: parts of each group. The coefficients are
-    Yi-Lightning's."""
+    """n_groups: groups of consecutive experts, the devices of expert parallelism; n_partitions: parts of each group.
+    The coefficients are Yi-Lightning's."""
 
     n_groups: int = 8
     n_partitions: int = 2
@@ -52,16 +55,26 @@ class ThreeLevelBalance:
 
 
 def three_level_balance_loss(config: ThreeLevelBalance, rows_E: Tensor, probs_TE: Tensor) -> Tensor:
-    """Yi-Lightning's L_ST + L_EP + L_PEP (arXiv 2412.01253): coefficient * n * sum_i f_i P_i over the n experts, groups and partitions.
+    """Yi-Lightning's L_ST + L_EP + L_PEP (arXiv 2412.01253): coefficient * n * sum_i f_i P_i over the n experts, groups
+    and partitions.
 
-    f and P of a group are the sums over its experts. The sum of the coefficients at an even load. Raises ValueError if the experts cannot be
-    divided evenly.
+    f and P of a group are the sums over its experts. The sum of the coefficients at an even load. Raises ValueError if
+    the experts cannot be divided evenly.
     """
     n_experts, n_groups, n_partitions = rows_E.shape[0], config.n_groups, config.n_partitions
     if n_groups < 1 or n_partitions < 1 or n_experts % (n_groups * n_partitions):
-        raise ValueError(f"n_experts = {n_experts} cannot be divided into n_groups = {n_groups} groups of n_partitions = {n_partitions} partitions")
+        raise ValueError(
+            f"n_experts = {n_experts} cannot be divided into n_groups = {n_groups} groups of n_partitions ="
+            f" {n_partitions} partitions"
+        )
     loss = config.expert_coefficient * switch_balance_loss(rows_E, probs_TE)
-    for coefficient, n_parts in ((config.group_coefficient, n_groups), (config.partition_coefficient, n_groups * n_partitions)):
-        rows_P, probs_TP = rows_E.unflatten(0, (n_parts, -1)).sum(dim=-1), probs_TE.unflatten(-1, (n_parts, -1)).sum(dim=-1)
+    for coefficient, n_parts in (
+        (config.group_coefficient, n_groups),
+        (config.partition_coefficient, n_groups * n_partitions),
+    ):
+        rows_P, probs_TP = (
+            rows_E.unflatten(0, (n_parts, -1)).sum(dim=-1),
+            probs_TE.unflatten(-1, (n_parts, -1)).sum(dim=-1),
+        )
         loss = loss + coefficient * switch_balance_loss(rows_P, probs_TP)
     return loss

@@ -1,9 +1,11 @@
-"""Null experts: top-k over E real and Z null columns; a null column computes nothing (AdaMoE, arXiv 2406.13233; LongCat-Flash, arXiv 2509.01322).
+"""Null experts: top-k over E real and Z null columns; a null column computes nothing (AdaMoE, arXiv 2406.13233;
+LongCat-Flash, arXiv 2509.01322).
 
-The null columns have router weights of their own and all compete for the same k slots, so a token that ranks some of them high uses fewer real
-experts. Null rows are dropped before dispatch. The mean number of real experts is held by one selection bias common to the null columns (it
-selects and never weighs). Real expert j, in order of score, is used if fewer than k columns stand before it, that is if it beats null column
-k-j+1: the level of slot j is that null column's score minus its own, and the threshold is minus the bias.
+The null columns have router weights of their own and all compete for the same k slots, so a token that ranks some of
+them high uses fewer real experts. Null rows are dropped before dispatch. The mean number of real experts is held by one
+selection bias common to the null columns (it selects and never weighs). Real expert j, in order of score, is used if
+fewer than k columns stand before it, that is if it beats null column k-j+1: the level of slot j is that null column's
+score minus its own, and the threshold is minus the bias.
 
 Legend: T tokens, Z null columns, K slots per token.
 """
@@ -18,9 +20,10 @@ from routing.policy import Policy, Scores, Slots, best, check_bounds, check_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NullExperts:
-    """k: slots that real and null columns compete for. target_mean: real experts per token, or None to leave the bias at zero. floor: real
-    experts every token gets. null_weighs: chosen null columns take their share of renormalised weights, so that they learn from the model's
-    loss and the real ones sum to less than one (True), or the real ones sum to one (False, AdaMoE). rate: of the controller, per step."""
+    """k: slots that real and null columns compete for. target_mean: real experts per token, or None to leave the bias
+    at zero. floor: real experts every token gets. null_weighs: chosen null columns take their share of renormalised
+    weights, so that they learn from the model's loss and the real ones sum to less than one (True), or the real ones
+    sum to one (False, AdaMoE). rate: of the controller, per step."""
 
     k: int = 20
     n_null: int = 40
@@ -40,11 +43,13 @@ class NullExpertsPolicy(Policy):
         check_bounds(floor=config.floor, cap=config.k, n_experts=n_experts, target_mean=config.target_mean)
         if config.target_mean is not None and config.target_mean < config.k - config.n_null:
             raise ValueError(
-                f"{name}.target_mean = {config.target_mean} is out of reach: with n_null = {config.n_null} null columns "
-                f"at least {config.k - config.n_null} of k = {config.k} slots go to real experts"
+                f"{name}.target_mean = {config.target_mean} is out of reach: with n_null = {config.n_null} null columns"
+                f" at least {config.k - config.n_null} of k = {config.k} slots go to real experts"
             )
         self.config = config
-        self.budget = BudgetController(target_mean=config.target_mean, initial=0.0, lowest=-2.0, highest=2.0, rate=config.rate)
+        self.budget = BudgetController(
+            target_mean=config.target_mean, initial=0.0, lowest=-2.0, highest=2.0, rate=config.rate
+        )
 
     def select(self, scores: Scores) -> Slots:
         config = self.config

@@ -1,9 +1,10 @@
 """Statistics over processes: what every router counted in a step becomes what all processes counted together.
 
-Called between the optimizer's step and `Router.after_step`, it makes loads, selection biases, coefficients and thresholds those of one process on
-the whole batch (balance over the global batch: Qiu et al., arXiv 2501.11873), on every process alike. Counts are added in one message. A
-threshold is a quantile, which no sum of quantiles gives: the k-th smallest level is found by its bits, eight at a time from the highest, from
-counts of the levels that share the bits known so far. Four messages, exact, whatever the number of levels and wherever they lie.
+Called between the optimizer's step and `Router.after_step`, it makes loads, selection biases, coefficients and
+thresholds those of one process on the whole batch (balance over the global batch: Qiu et al., arXiv 2501.11873), on
+every process alike. Counts are added in one message. A threshold is a quantile, which no sum of quantiles gives: the
+k-th smallest level is found by its bits, eight at a time from the highest, from counts of the levels that share the
+bits known so far. Four messages, exact, whatever the number of levels and wherever they lie.
 
 Legend: E experts, L budgets.
 """
@@ -21,19 +22,28 @@ DIGIT_BITS, N_DIGITS = 8, 4
 
 @torch.no_grad()
 def count_over_processes(routers: Sequence[Router], group: dist.ProcessGroup) -> None:
-    """Replaces the step's counts of `routers` by their sums over `group`, and gives budgets the exact threshold of all processes' levels.
+    """Replaces the step's counts of `routers` by their sums over `group`, and gives budgets the exact threshold of all
+    processes' levels.
 
-    All processes of the group call it with the same layers. A process may have had no tokens, as long as another one had some.
+    All processes of the group call it with the same layers. A process may have had no tokens, as long as another one
+    had some.
     """
     counts = torch.cat([torch.cat([router.step_rows_E, router.step_tokens[None]]) for router in routers])
     dist.all_reduce(counts, group=group)
     for router, total in zip(routers, counts.split([router.n_experts + 1 for router in routers])):
         router.step_rows_E.copy_(total[:-1])
         router.step_tokens.copy_(total[-1])
-    budgeted = [(router, budget) for router in routers if (budget := router.policy.budget) is not None and budget.target_mean is not None]
+    budgeted = [
+        (router, budget)
+        for router in routers
+        if (budget := router.policy.budget) is not None and budget.target_mean is not None
+    ]
     if not budgeted:
         return
-    levels = [torch.cat([counts.new_empty(0), *(level_TK.flatten() for level_TK in budget.step_levels)]) for _, budget in budgeted]
+    levels = [
+        torch.cat([counts.new_empty(0), *(level_TK.flatten() for level_TK in budget.step_levels)])
+        for _, budget in budgeted
+    ]
     aims_L = torch.stack([budget.aim for _, budget in budgeted]).double()
     tokens_L = torch.stack([router.step_tokens for router, _ in budgeted])
     exact_L = kth_smallest_over_processes(levels, (aims_L * tokens_L).round().to(torch.int64), group)
@@ -42,7 +52,8 @@ def count_over_processes(routers: Sequence[Router], group: dist.ProcessGroup) ->
 
 
 def kth_smallest_over_processes(values: Sequence[Tensor], k_L: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The k_L[l]-th smallest of all processes' values[l], fp32 [L]; -inf where k_L[l] is 0. k_L must not exceed the number of values."""
+    """The k_L[l]-th smallest of all processes' values[l], fp32 [L]; -inf where k_L[l] is 0. k_L must not exceed the
+    number of values."""
     keys = [_ordered_bits(value) for value in values]
     prefix_L, rank_L = torch.zeros_like(k_L), k_L.clamp_min(1)
     for digit in reversed(range(N_DIGITS)):
@@ -61,7 +72,8 @@ def kth_smallest_over_processes(values: Sequence[Tensor], k_L: Tensor, group: di
 
 
 def _ordered_bits(values: Tensor) -> Tensor:
-    """int64 in [0, 2^32) in the order of the values as fp32: sign bit flipped, and all others too in negative numbers."""
+    """int64 in [0, 2^32) in the order of the values as fp32: sign bit flipped, and all others too in negative
+    numbers."""
     bits = values.to(torch.float32).view(torch.int32).to(torch.int64)
     return torch.where(bits < 0, ~bits, bits + (1 << 31))
 

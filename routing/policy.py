@@ -18,8 +18,10 @@ class Scores:
 
     x_TD          the router's input
     logits_TE     of the real experts
-    probs_TE      softmax of logits_TE: what balance losses and probability-mass policies read, whatever the score function
-    scores_TE     what an expert weighs before renormalisation: softmax (over null columns too where there are any) or sigmoid
+    probs_TE      softmax of logits_TE: what balance losses and probability-mass policies read, whatever the score
+                  function
+    scores_TE     what an expert weighs before renormalisation: softmax (over null columns too where there are any) or
+                  sigmoid
     selection_TE  detached; scores plus the selection bias: what ranks experts, and never weighs them
     null_TZ       scores of the null columns, or None
     """
@@ -81,11 +83,13 @@ class Policy(nn.Module):
         """Called before a training step; what random draws depend on."""
 
     def selection_bias_change_E(self, rows_E: Tensor, n_tokens: Tensor) -> Tensor | None:
-        """What the policy adds to the router's selection bias after a step in which n_tokens made rows_E; None by default."""
+        """What the policy adds to the router's selection bias after a step in which n_tokens made rows_E; None by
+        default."""
         return None
 
     def after_step(self, mean_experts: Tensor) -> None:
-        """Called after a training step that routed tokens. mean_experts: dispatched rows per token, a scalar on the device."""
+        """Called after a training step that routed tokens. mean_experts: dispatched rows per token, a scalar on the
+        device."""
 
 
 def best(scores: Scores, k: int) -> tuple[Tensor, Tensor]:

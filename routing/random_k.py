@@ -1,7 +1,7 @@
 """Random k: one draw of k per training step, so that any k works at inference (Matryoshka MoE, arXiv 2509.26520).
 
-The draw is a pure function of (seed, step, layer): a resumed or recomputed step repeats it without any saved random state. Outside training
-the router takes `k_eval` experts.
+The draw is a pure function of (seed, step, layer): a resumed or recomputed step repeats it without any saved random
+state. Outside training the router takes `k_eval` experts.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ from routing.policy import Policy, Scores, Slots, best, check_k
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomK:
-    """k uniform in [k_min, k_max], drawn anew for each step: per layer ("layer"; the paper's best) or one for the whole model ("step")."""
+    """k uniform in [k_min, k_max], drawn anew for each step: per layer ("layer"; the paper's best) or one for the whole
+    model ("step")."""
 
     k_min: int = 4
     k_max: int = 20

@@ -1,12 +1,15 @@
-"""ReLU routing: an expert is used if its logit is positive, and weighs just that (ReMoE, Wang et al., arXiv 2412.14711).
+"""ReLU routing: an expert is used if its logit is positive, and weighs just that (ReMoE, Wang et al., arXiv
+2412.14711).
 
 Continuous and differentiable in the logits, with no top-k. Two ways to hold the number of experts:
 - "shift": a shift of all logits, moved like any other threshold, holds it to the percent; no penalty.
-- "penalty", as published: an L1 penalty, weighted by each expert's load so that it balances too, whose coefficient is multiplied or divided by
-  a constant each step as the mean number of experts lies above or below its target. Only the optimizer's answer moves the number, so where the
-  weights move slowly it swings around the target rather than staying there.
+- "penalty", as published: an L1 penalty, weighted by each expert's load so that it balances too, whose coefficient is
+  multiplied or divided by a constant each step as the mean number of experts lies above or below its target. Only the
+  optimizer's answer moves the number, so where the weights move slowly it swings around the target rather than staying
+  there.
 
-At inference the shift, calibrated, sets the budget of either. Use `renormalise = False` in the router's config for the published form.
+At inference the shift, calibrated, sets the budget of either. Use `renormalise = False` in the router's config for the
+published form.
 
 Legend: T tokens, E experts, K slots per token (the cap).
 """
@@ -21,14 +24,16 @@ from routing.budget import BudgetController
 from routing.losses import mean_over_tokens
 from routing.policy import Policy, Scores, Slots, best, check_bounds
 
-# What a slot that only the floor keeps weighs before renormalisation: little, but a layer whose logits are all negative still computes something.
+# What a slot that only the floor keeps weighs before renormalisation: little, but a layer whose logits are all negative
+# still computes something.
 FLOOR_SCORE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReLU:
-    """target_mean, floor, cap: experts per token; without a floor layers are known to collapse to no experts at all. control: see above.
-    l1_coefficient: initial, and l1_factor: its change per step, of "penalty". rate: of the controller, per step, of "shift"."""
+    """target_mean, floor, cap: experts per token; without a floor layers are known to collapse to no experts at all.
+    control: see above. l1_coefficient: initial, and l1_factor: its change per step, of "penalty". rate: of the
+    controller, per step, of "shift"."""
 
     target_mean: float = 12.0
     floor: int = 1
@@ -46,7 +51,9 @@ class ReLUPolicy(Policy):
         super().__init__()
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
         if config.l1_factor <= 1.0 or config.l1_coefficient <= 0.0:
-            raise ValueError(f"ReLU needs l1_factor > 1 and l1_coefficient > 0, got {config.l1_factor} and {config.l1_coefficient}")
+            raise ValueError(
+                f"ReLU needs l1_factor > 1 and l1_coefficient > 0, got {config.l1_factor} and {config.l1_coefficient}"
+            )
         self.config = config
         if config.control not in ("penalty", "shift"):
             raise ValueError(f"ReLU.control = {config.control!r} is not one of 'shift', 'penalty'")

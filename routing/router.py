@@ -1,4 +1,5 @@
-"""The router: scores in fp32, one exchangeable policy, and losses, statistics and budgets read from the assignments it dispatches.
+"""The router: scores in fp32, one exchangeable policy, and losses, statistics and budgets read from the assignments it
+dispatches.
 
 Legend: T tokens, D model width, E experts, Z null columns, K slots per token.
 """
@@ -30,7 +31,17 @@ from routing.zero_computation import ZeroComputationExperts, ZeroComputationPoli
 from triton_kernels.expert_slots import router_scores
 
 PolicyConfig = (
-    TopK | TopP | NullExperts | ZeroComputationExperts | RandomK | ReLU | ScoreThreshold | LearnedThreshold | DifficultyHead | Skipping | ExpertChoice
+    TopK
+    | TopP
+    | NullExperts
+    | ZeroComputationExperts
+    | RandomK
+    | ReLU
+    | ScoreThreshold
+    | LearnedThreshold
+    | DifficultyHead
+    | Skipping
+    | ExpertChoice
 )
 POLICIES: dict[type, Callable[..., Policy]] = {
     TopK: TopKPolicy,
@@ -49,9 +60,9 @@ POLICIES: dict[type, Callable[..., Policy]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """score: softmax over experts or sigmoid of each. renormalise: a token's weights sum to one, however many experts it has.
-    balance_coefficient, z_coefficient: of the Switch and z losses. selection_bias_step: step of balancing by bias, 0 for none.
-    three_level_balance: a further balance loss over groups of experts, or None."""
+    """score: softmax over experts or sigmoid of each. renormalise: a token's weights sum to one, however many experts
+    it has. balance_coefficient, z_coefficient: of the Switch and z losses. selection_bias_step: step of balancing by
+    bias, 0 for none. three_level_balance: a further balance loss over groups of experts, or None."""
 
     policy: PolicyConfig = dataclasses.field(default_factory=TopK)
     score: Literal["softmax", "sigmoid"] = "softmax"
@@ -64,8 +75,8 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router decided. losses are scalars, already weighted; probs_TE is the softmax over real experts, fp32, differentiable.
-    identity_T: what the token itself weighs beside its experts' outputs, or None."""
+    """What the router decided. losses are scalars, already weighted; probs_TE is the softmax over real experts, fp32,
+    differentiable. identity_T: what the token itself weighs beside its experts' outputs, or None."""
 
     assignments: Assignments
     probs_TE: Tensor
@@ -111,7 +122,9 @@ class Router(nn.Module):
         null_generator = torch.Generator(generator.device).manual_seed(generator.initial_seed() + 1)
         for weight, source in ((self.weight_ED, generator), (self.null_weight_ZD, null_generator)):
             if weight is not None:
-                weight.data.copy_(torch.randn(weight.shape, generator=source, device=source.device) * self.d_model**-0.5)
+                weight.data.copy_(
+                    torch.randn(weight.shape, generator=source, device=source.device) * self.d_model**-0.5
+                )
         self.load_E.zero_()
         self.selection_bias_E.zero_()
         # A policy's own parameters and buffers start from constants.
@@ -120,20 +133,33 @@ class Router(nn.Module):
     def set_policy(self, policy: PolicyConfig) -> None:
         """Run the same weights under another policy. Its budget starts anew: calibrate or train it."""
         if type(policy) not in POLICIES:
-            raise ValueError(f"{policy!r} is not a routing policy; known: {', '.join(kind.__name__ for kind in POLICIES)}")
-        module = POLICIES[type(policy)](policy, n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index)
+            raise ValueError(
+                f"{policy!r} is not a routing policy; known: {', '.join(kind.__name__ for kind in POLICIES)}"
+            )
+        module = POLICIES[type(policy)](
+            policy, n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index
+        )
         if isinstance(policy, NullExperts):
             if self.null_weight_ZD is None:
                 # Until they are trained, null columns have logit zero: the budget's bias makes one bar of them.
-                self.null_weight_ZD = nn.Parameter(torch.zeros(policy.n_null, self.d_model, device=self.weight_ED.device))
+                self.null_weight_ZD = nn.Parameter(
+                    torch.zeros(policy.n_null, self.d_model, device=self.weight_ED.device)
+                )
             elif policy.n_null != self.null_weight_ZD.shape[0]:
-                raise ValueError(f"NullExperts.n_null = {policy.n_null}, but this router has {self.null_weight_ZD.shape[0]} null columns")
+                raise ValueError(
+                    f"NullExperts.n_null = {policy.n_null}, but this router has {self.null_weight_ZD.shape[0]} null"
+                    " columns"
+                )
         self.policy = module.to(self.weight_ED.device).train(self.training)
 
     def calibrate(self, target_mean: float) -> None:
-        """The next forward sets the policy's threshold so that its own tokens use exactly `target_mean` experts on average (ties aside)."""
+        """The next forward sets the policy's threshold so that its own tokens use exactly `target_mean` experts on
+        average (ties aside)."""
         if self.policy.budget is None:
-            raise ValueError(f"{type(self.policy).__name__} of layer {self.layer_index} has a fixed number of experts: nothing to calibrate")
+            raise ValueError(
+                f"{type(self.policy).__name__} of layer {self.layer_index} has a fixed number of experts: nothing to"
+                " calibrate"
+            )
         self.policy.budget.calibrate(target_mean)
 
     def forward(self, x_TD: Tensor) -> Routing:
@@ -149,7 +175,9 @@ class Router(nn.Module):
             **self.policy.losses(scores, self.load_E),
         }
         if self.config.three_level_balance is not None:
-            losses["three_level_balance"] = three_level_balance_loss(self.config.three_level_balance, self.load_E, scores.probs_TE)
+            losses["three_level_balance"] = three_level_balance_loss(
+                self.config.three_level_balance, self.load_E, scores.probs_TE
+            )
         identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
         return Routing(assignments, scores.probs_TE, losses, identity_T)
 
@@ -159,20 +187,34 @@ class Router(nn.Module):
             slots = self.policy.select(scores)
             return slots, self.weights(slots)
         # No threshold: a level of top-k is -inf.
-        options = {"k": self.policy.config.k, "score": self.config.score, "renormalise": self.config.renormalise, "backend": "triton"}
+        options = {
+            "k": self.policy.config.k,
+            "score": self.config.score,
+            "renormalise": self.config.renormalise,
+            "backend": "triton",
+        }
         fused = router_scores(scores.logits_TE, self.selection_bias_E, scores.logits_TE.new_zeros(()), **options)
         return Slots(fused.expert_TK, fused.weight_TK), fused.weight_TK
 
     def is_plain_top_k_on_gpu(self, scores: Scores) -> bool:
         """fp32, top-k, no groups. The levels of other policies pass through Python on their way to a budget."""
         config, logits_TE = self.policy.config, scores.logits_TE
-        return logits_TE.is_cuda and logits_TE.dtype == torch.float32 and isinstance(config, TopK) and config.top_groups == config.n_groups
+        return (
+            logits_TE.is_cuda
+            and logits_TE.dtype == torch.float32
+            and isinstance(config, TopK)
+            and config.top_groups == config.n_groups
+        )
 
     def scores(self, x_TD: Tensor) -> Scores:
         """Logits and scores in fp32 (fp64 for fp64 inputs). Raises ValueError if any is NaN or infinite."""
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         use_null = self.null_weight_ZD is not None and isinstance(self.policy, NullExpertsPolicy)
-        weight = torch.cat([self.weight_ED, self.null_weight_ZD]) if use_null and self.null_weight_ZD is not None else self.weight_ED
+        weight = (
+            torch.cat([self.weight_ED, self.null_weight_ZD])
+            if use_null and self.null_weight_ZD is not None
+            else self.weight_ED
+        )
         logits = F.linear(x_TD, weight.to(x_TD.dtype))
         self._refuse_non_finite(logits)
         logits_TE = logits[:, : self.n_experts]
@@ -192,7 +234,8 @@ class Router(nn.Module):
         )
 
     def weights(self, slots: Slots) -> Tensor:
-        """weight_TK: the scores of the chosen, renormalised over them (null columns included, if the policy says so)."""
+        """weight_TK: the scores of the chosen, renormalised over them (null columns included, if the policy says
+        so)."""
         return _kept_score_TK(slots) / self._total_T1(slots)
 
     def _total_T1(self, slots: Slots) -> Tensor:
@@ -215,9 +258,12 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """After the optimizer: load, selection bias and budget move by what the step's forwards dispatched. Without forwards nothing moves."""
+        """After the optimizer: load, selection bias and budget move by what the step's forwards dispatched. Without
+        forwards nothing moves."""
         if self.config.selection_bias_step > 0:
-            self.selection_bias_E.copy_(updated_selection_bias(self.selection_bias_E, self.step_rows_E, step=self.config.selection_bias_step))
+            self.selection_bias_E.copy_(
+                updated_selection_bias(self.selection_bias_E, self.step_rows_E, step=self.config.selection_bias_step)
+            )
         change_E = self.policy.selection_bias_change_E(self.step_rows_E, self.step_tokens)
         if change_E is not None:
             self.selection_bias_E += torch.where(self.step_tokens > 0, change_E, 0.0)
@@ -236,7 +282,10 @@ class Router(nn.Module):
             # The host must not wait here: the device itself stops the run.
             torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
         elif not finite:
-            raise ValueError(f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its weights)")
+            raise ValueError(
+                f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its"
+                " weights)"
+            )
 
 
 def _kept_score_TK(slots: Slots) -> Tensor:

@@ -1,7 +1,7 @@
 """Balancing without a loss: a bias per expert that selects and never weighs (Wang et al., arXiv 2408.15664).
 
-After each step b_e += step * sign(mean load - load_e): an overloaded expert is chosen a little less often from then on, and no gradient of the
-language model's loss is disturbed.
+After each step b_e += step * sign(mean load - load_e): an overloaded expert is chosen a little less often from then on,
+and no gradient of the language model's loss is disturbed.
 
 Legend: E experts.
 """

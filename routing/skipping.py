@@ -1,7 +1,8 @@
-"""Post-hoc skipping: top-k, minus the experts that weigh little beside the token's best one (Lu et al., arXiv 2402.14800, "NAEE").
+"""Post-hoc skipping: top-k, minus the experts that weigh little beside the token's best one (Lu et al., arXiv
+2402.14800, "NAEE").
 
-For models trained with top-k. Slot j is used if score_j >= ratio * score_1; the paper's ratio is the median of score_2 / score_1 per layer, and
-`Router.calibrate` sets it per layer for any mean number of experts.
+For models trained with top-k. Slot j is used if score_j >= ratio * score_1; the paper's ratio is the median of score_2
+/ score_1 per layer, and `Router.calibrate` sets it per layer for any mean number of experts.
 
 Legend: T tokens, K slots per token.
 """
@@ -32,4 +33,6 @@ class SkippingPolicy(Policy):
 
     def select(self, scores: Scores) -> Slots:
         expert_TK, score_TK = best(scores, self.config.k)
-        return Slots(expert_TK, score_TK, self.within_budget(-score_TK.detach() / score_TK.detach().amax(dim=-1, keepdim=True)))
+        return Slots(
+            expert_TK, score_TK, self.within_budget(-score_TK.detach() / score_TK.detach().amax(dim=-1, keepdim=True))
+        )

@@ -1,11 +1,12 @@
 """Thresholds on the score itself.
 
-`ScoreThreshold`: an expert is used if its probability exceeds one threshold for all tokens, moved so that the mean number of experts is the
-budget. A token with several strong experts gets more of them than one that top-p would satisfy with the first.
+`ScoreThreshold`: an expert is used if its probability exceeds one threshold for all tokens, moved so that the mean
+number of experts is the budget. A token with several strong experts gets more of them than one that top-p would satisfy
+with the first.
 
-`LearnedThreshold`: each expert learns how high its own bar is, in the manner of DynMoE (Guo et al., arXiv 2405.14297). There, a straight-through
-estimator carries the gradient past the comparison; here an expert weighs sigmoid(logit - bar), which carries it by itself. The budget is held by
-one shift common to all bars.
+`LearnedThreshold`: each expert learns how high its own bar is, in the manner of DynMoE (Guo et al., arXiv 2405.14297).
+There, a straight-through estimator carries the gradient past the comparison; here an expert weighs sigmoid(logit -
+bar), which carries it by itself. The budget is held by one shift common to all bars.
 
 Legend: T tokens, E experts, K slots per token (the cap).
 """
@@ -35,7 +36,9 @@ class ScoreThresholdPolicy(Policy):
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
         self.config = config
         # The level is minus the selection score. The first threshold is what an even router gives each expert.
-        self.budget = BudgetController(target_mean=config.target_mean, initial=-1.0 / n_experts, lowest=-2.0, highest=2.0, rate=config.rate)
+        self.budget = BudgetController(
+            target_mean=config.target_mean, initial=-1.0 / n_experts, lowest=-2.0, highest=2.0, rate=config.rate
+        )
 
     def select(self, scores: Scores) -> Slots:
         expert_TK, score_TK = best(scores, self.config.cap)
@@ -46,7 +49,8 @@ class ScoreThresholdPolicy(Policy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LearnedThreshold:
-    """target_mean, floor, cap: experts per token; target_mean None lets the bars alone decide. rate: of the controller, per step."""
+    """target_mean, floor, cap: experts per token; target_mean None lets the bars alone decide. rate: of the controller,
+    per step."""
 
     target_mean: float | None = 12.0
     floor: int = 1
@@ -60,7 +64,9 @@ class LearnedThresholdPolicy(Policy):
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
         self.config = config
         self.bar_E = nn.Parameter(torch.zeros(n_experts))
-        self.budget = BudgetController(target_mean=config.target_mean, initial=0.0, lowest=-1e4, highest=1e4, rate=config.rate)
+        self.budget = BudgetController(
+            target_mean=config.target_mean, initial=0.0, lowest=-1e4, highest=1e4, rate=config.rate
+        )
 
     def select(self, scores: Scores) -> Slots:
         margin_TE = scores.logits_TE - self.bar_E.to(scores.logits_TE.dtype)

@@ -1,8 +1,9 @@
 """Top-k: the same number of experts for every token (Shazeer et al., arXiv 1701.06538).
 
-With softmax scores and `renormalise`, this equals top-k first and softmax over the chosen logits after it, because softmax of a subset is the
-renormalised softmax of the whole. With sigmoid scores and a selection bias it is DeepSeek-V3's router (arXiv 2412.19437), whose groups of
-experts, each on one device, limit how many devices a token visits: a group's score is the sum of its two best.
+With softmax scores and `renormalise`, this equals top-k first and softmax over the chosen logits after it, because
+softmax of a subset is the renormalised softmax of the whole. With sigmoid scores and a selection bias it is
+DeepSeek-V3's router (arXiv 2412.19437), whose groups of experts, each on one device, limit how many devices a token
+visits: a group's score is the sum of its two best.
 
 Legend: T tokens, E experts, G groups, K slots per token.
 """

@@ -1,7 +1,8 @@
 """Top-p: as many experts as a token needs to gather probability mass p (Huang et al., arXiv 2403.07652).
 
-Sorted by score, expert j is used if the mass ahead of it is at most p: the smallest set whose mass exceeds p. The same p means very different
-numbers of experts at different sharpness of the scores, so p is moved to hold the mean number of experts, unless `target_mean` is None.
+Sorted by score, expert j is used if the mass ahead of it is at most p: the smallest set whose mass exceeds p. The same
+p means very different numbers of experts at different sharpness of the scores, so p is moved to hold the mean number of
+experts, unless `target_mean` is None.
 
 Legend: T tokens, K slots per token (the cap).
 """
@@ -18,8 +19,9 @@ from routing.policy import Policy, Scores, Slots, best, check_bounds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopP:
-    """p: initial (or, without a target, fixed) probability mass. floor, cap, target_mean: experts per token. entropy_coefficient weighs the
-    mean entropy of the scores in nats, which the paper adds so that the mass gathers on few experts. rate: of the controller, per step."""
+    """p: initial (or, without a target, fixed) probability mass. floor, cap, target_mean: experts per token.
+    entropy_coefficient weighs the mean entropy of the scores in nats, which the paper adds so that the mass gathers on
+    few experts. rate: of the controller, per step."""
 
     p: float = 0.4
     target_mean: float | None = 12.0
@@ -36,7 +38,9 @@ class TopPPolicy(Policy):
             raise ValueError(f"TopP.p = {config.p} is outside (0, 1)")
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
         self.config = config
-        self.budget = BudgetController(target_mean=config.target_mean, initial=config.p, lowest=0.0, highest=1.0, rate=config.rate)
+        self.budget = BudgetController(
+            target_mean=config.target_mean, initial=config.p, lowest=0.0, highest=1.0, rate=config.rate
+        )
 
     def select(self, scores: Scores) -> Slots:
         expert_TK, score_TK = best(scores, self.config.cap)
@@ -48,5 +52,7 @@ class TopPPolicy(Policy):
     def losses(self, scores: Scores, load_E: Tensor) -> dict[str, Tensor]:
         if self.config.entropy_coefficient == 0.0:
             return {}
-        entropy_T = -(scores.probs_TE * scores.probs_TE.clamp_min(torch.finfo(scores.probs_TE.dtype).tiny).log()).sum(dim=-1)
+        entropy_T = -(scores.probs_TE * scores.probs_TE.clamp_min(torch.finfo(scores.probs_TE.dtype).tiny).log()).sum(
+            dim=-1
+        )
         return {"entropy": self.config.entropy_coefficient * mean_over_tokens(entropy_T)}

@@ -1,11 +1,12 @@
-"""RouterTrace: which experts every token used, recorded to files while a `with` block runs, and nothing at all outside of one.
+"""RouterTrace: which experts every token used, recorded to files while a `with` block runs, and nothing at all outside
+of one.
 
     with RouterTrace(model, folder):
         model(tokens_BT)
     rows = read_trace(folder)     # rows.layer, rows.forward, rows.token, rows.expert, rows.weight
 
-One entry per dispatched row: physical experts. The folder holds `rows_00000.npz`, `rows_00001.npz`, ... (numpy archives, compressed), each
-complete by itself: a process that dies loses what it had not written yet and nothing else.
+One entry per dispatched row: physical experts. The folder holds `rows_00000.npz`, `rows_00001.npz`, ... (numpy
+archives, compressed), each complete by itself: a process that dies loses what it had not written yet and nothing else.
 """
 
 import dataclasses
@@ -71,7 +72,9 @@ class RouterTrace:
         self._hooks = [router.register_forward_hook(self._record) for router in self.routers]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
         self._write()

@@ -1,11 +1,12 @@
 """Zero-computation experts: null columns that return the token itself (LongCat-Flash, arXiv 2509.01322, eq. 1 and 2).
 
-y_t = sum over the chosen real experts of weight_i E_i(x_t) + (sum of the chosen null columns' weights) x_t. Like null columns they make no rows.
+y_t = sum over the chosen real experts of weight_i E_i(x_t) + (sum of the chosen null columns' weights) x_t. Like null
+columns they make no rows.
 
-LongCat moves the selection bias of each real expert i by mu (K_e / (K N) - T_i / (K T_all)) and never that of the null columns, with K_e real
-experts wanted among K slots, N experts and T_i of T_all tokens. That is `bias_rate` = mu: it holds the number of real experts and their balance at
-once. Without it the two are apart: the bias common to the null columns, moved by `BudgetController`, holds the number exactly, and
-`RouterConfig.selection_bias_step` the balance.
+LongCat moves the selection bias of each real expert i by mu (K_e / (K N) - T_i / (K T_all)) and never that of the null
+columns, with K_e real experts wanted among K slots, N experts and T_i of T_all tokens. That is `bias_rate` = mu: it
+holds the number of real experts and their balance at once. Without it the two are apart: the bias common to the null
+columns, moved by `BudgetController`, holds the number exactly, and `RouterConfig.selection_bias_step` the balance.
 
 Legend: T tokens, E experts.
 """
@@ -20,8 +21,9 @@ from routing.policy import Scores, Slots
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroComputationExperts(NullExperts):
-    """As NullExperts, whose weights must be shared with the null columns: null_weighs = True. bias_rate: mu of LongCat's controller, which then
-    replaces the budget's in training (leave selection_bias_step at 0); calibration stays."""
+    """As NullExperts, whose weights must be shared with the null columns: null_weighs = True. bias_rate: mu of
+    LongCat's controller, which then replaces the budget's in training (leave selection_bias_step at 0); calibration
+    stays."""
 
     floor: int = 0
     bias_rate: float = 0.0
@@ -30,10 +32,13 @@ class ZeroComputationExperts(NullExperts):
 class ZeroComputationPolicy(NullExpertsPolicy):
     def __init__(self, config: ZeroComputationExperts, *, n_experts: int, d_model: int, layer_index: int):
         if not config.null_weighs:
-            raise ValueError("ZeroComputationExperts.null_weighs = False would leave the returned tokens without a weight")
+            raise ValueError(
+                "ZeroComputationExperts.null_weighs = False would leave the returned tokens without a weight"
+            )
         if config.bias_rate < 0 or (config.bias_rate > 0 and config.target_mean is None):
             raise ValueError(
-                f"ZeroComputationExperts.bias_rate = {config.bias_rate} must not be negative, and needs a target_mean (is {config.target_mean})"
+                f"ZeroComputationExperts.bias_rate = {config.bias_rate} must not be negative, and needs a target_mean"
+                f" (is {config.target_mean})"
             )
         super().__init__(config, n_experts=n_experts, d_model=d_model, layer_index=layer_index)
         if config.bias_rate > 0:

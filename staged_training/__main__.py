@@ -1,8 +1,10 @@
-"""`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it. `parallel`: one model, one
-stage, in several processes under torchrun. `diagnostics`: what the routers of a run did, by layer and over time.
+"""`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it.
+`parallel`: one model, one stage, in several processes under torchrun. `diagnostics`: what the routers of a run did, by
+layer and over time.
 
-Started again by the same command it continues where it was, or says that it is finished. It leaves with exit code 143 after SIGTERM and 130 after
-Ctrl-C, both times with everything saved, and 1 with a message when the data, the options or the disk are at fault or the loss is not finite.
+Started again by the same command it continues where it was, or says that it is finished. It leaves with exit code 143
+after SIGTERM and 130 after Ctrl-C, both times with everything saved, and 1 with a message when the data, the options or
+the disk are at fault or the loss is not finite.
 """
 
 import dataclasses

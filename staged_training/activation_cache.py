@@ -2,8 +2,9 @@
 
 Legend: B batch, T tokens, D model width.
 
-A cache is a folder with one data file and a sealed manifest that says whose activations these are and holds a checksum per batch. It is filled
-under another name, batch by batch, and a fill that was interrupted goes on where it stopped; the final name appears when all of it is there.
+A cache is a folder with one data file and a sealed manifest that says whose activations these are and holds a checksum
+per batch. It is filled under another name, batch by batch, and a fill that was interrupted goes on where it stopped;
+the final name appears when all of it is there.
 """
 
 import dataclasses
@@ -22,7 +23,14 @@ import torch
 from torch import Tensor
 
 from staged_training.data import TokenBatches
-from staged_training.durable import CorruptFileError, DiskFullError, fsync_path, read_sealed, require_space, write_sealed
+from staged_training.durable import (
+    CorruptFileError,
+    DiskFullError,
+    fsync_path,
+    read_sealed,
+    require_space,
+    write_sealed,
+)
 
 DATA, MANIFEST, PROGRESS = "activations.bin", "manifest.json", "progress.jsonl"
 
@@ -69,7 +77,9 @@ class ActivationBatches:
     def __init__(self, folder: Path, identity: CacheIdentity, batches: TokenBatches) -> None:
         self.batches, self.identity = batches, identity
         self._place = {batch: place for place, batch in enumerate(identity.batches)}
-        self._data = np.memmap(folder / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes))
+        self._data = np.memmap(
+            folder / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes)
+        )
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -84,7 +94,9 @@ class ActivationBatches:
         return x_BTD.to(self.batches.device), targets_BT
 
 
-def cached_activations(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute: Callable[[Tensor], Tensor]) -> ActivationBatches:
+def cached_activations(
+    folder: Path, identity: CacheIdentity, batches: TokenBatches, compute: Callable[[Tensor], Tensor]
+) -> ActivationBatches:
     """Opens the cache, after filling it where it is missing, incomplete, someone else's or damaged.
 
     Args:
@@ -114,7 +126,9 @@ def verify(folder: Path, identity: CacheIdentity) -> None:
         manifest = read_sealed(folder / MANIFEST)
         asked = identity.to_dict()
         if differing := [key for key in asked if manifest["identity"].get(key) != asked[key]]:
-            shown = ", ".join(f"{key} is {_short(manifest['identity'].get(key))} instead of {_short(asked[key])}" for key in differing)
+            shown = ", ".join(
+                f"{key} is {_short(manifest['identity'].get(key))} instead of {_short(asked[key])}" for key in differing
+            )
             raise CorruptFileError(f"it belongs to another run: {shown}")
         size = (folder / DATA).stat().st_size if (folder / DATA).is_file() else 0
         if size != identity.n_bytes:
@@ -143,7 +157,10 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
             if place in done:
                 continue
             x_BTD = compute(batches[batch][0])
-            assert (tuple(x_BTD.shape), x_BTD.dtype) == (identity.shape, getattr(torch, identity.dtype)), (x_BTD.shape, x_BTD.dtype)
+            assert (tuple(x_BTD.shape), x_BTD.dtype) == (identity.shape, getattr(torch, identity.dtype)), (
+                x_BTD.shape,
+                x_BTD.dtype,
+            )
             data[place] = x_BTD.contiguous().view(-1).view(torch.uint8).cpu().numpy()
             done[place] = _checksum(data[place])
             progress.write(json.dumps([place, done[place]]) + "\n")
@@ -151,20 +168,26 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
     data.flush()
     fsync_path(partial / DATA)
     (partial / PROGRESS).unlink()
-    write_sealed(partial / MANIFEST, {"identity": identity.to_dict(), "checksums": [done[place] for place in range(len(identity.batches))]})
+    write_sealed(
+        partial / MANIFEST,
+        {"identity": identity.to_dict(), "checksums": [done[place] for place in range(len(identity.batches))]},
+    )
     fsync_path(partial)
     partial.rename(folder)
     fsync_path(folder.parent)
 
 
 def _reserve(partial: Path, n_bytes: int) -> None:
-    """Makes the data file with all its blocks: a disk that runs full under a mapped file kills the process instead of raising an error."""
+    """Makes the data file with all its blocks: a disk that runs full under a mapped file kills the process instead of
+    raising an error."""
     try:
         with open(partial / DATA, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, n_bytes)
     except OSError as error:
         shutil.rmtree(partial)
-        raise DiskFullError(f"activation cache {partial.name} needs {n_bytes / 2**20:.1f} MiB in {partial.parent}: {error}") from error
+        raise DiskFullError(
+            f"activation cache {partial.name} needs {n_bytes / 2**20:.1f} MiB in {partial.parent}: {error}"
+        ) from error
 
 
 def _resumable(partial: Path, identity: CacheIdentity) -> dict[int, str]:

@@ -1,7 +1,8 @@
 """Where a comparison cuts the network, and whether the blocks above the cut keep the trunk's weights.
 
-Below the boundary everything is the trunk's and frozen; above it each branch has its own. Only a contiguous prefix saves compute: its outputs can
-be stored once, while frozen layers scattered through the network still need a backward pass through them.
+Below the boundary everything is the trunk's and frozen; above it each branch has its own. Only a contiguous prefix
+saves compute: its outputs can be stored once, while frozen layers scattered through the network still need a backward
+pass through them.
 """
 
 import dataclasses
@@ -29,10 +30,11 @@ class Cut:
 def choose_cut(trunk: ModelConfig, methods: Mapping[str, ModelConfig], freeze: float) -> Cut:
     """The boundary whose frozen share of all parameters is nearest to `freeze`, lowered as far as the methods need.
 
-    A method is architectural when a block of it differs from the trunk's in letter or in the shape of any weight. One architectural method makes
-    the blocks above the boundary fresh in every branch, the baseline's too, or it would compete untrained against trained. The boundary is
-    lowered until the blocks above it differ from the trunk's for each architectural method, and until no layer above it reads keys and values
-    of a layer below it (what is stored at the boundary holds none).
+    A method is architectural when a block of it differs from the trunk's in letter or in the shape of any weight. One
+    architectural method makes the blocks above the boundary fresh in every branch, the baseline's too, or it would
+    compete untrained against trained. The boundary is lowered until the blocks above it differ from the trunk's for
+    each architectural method, and until no layer above it reads keys and values of a layer below it (what is stored at
+    the boundary holds none).
 
     Raises:
         ValueError: for `freeze` outside [0, 1) or a method that differs from the trunk where branches cannot.
@@ -44,19 +46,29 @@ def choose_cut(trunk: ModelConfig, methods: Mapping[str, ModelConfig], freeze: f
     architectural = [name for name, config in methods.items() if different_blocks(trunk, config)]
     nearest = min(range(trunk.n_layers), key=lambda boundary: (abs(frozen_share(trunk, boundary) - freeze), boundary))
     share = frozen_share(trunk, nearest)
-    reasons = [f"freezing {freeze:.0%} of the parameters: the nearest boundary is below block {nearest} of {trunk.n_layers} ({share:.1%})"]
+    reasons = [
+        f"freezing {freeze:.0%} of the parameters: the nearest boundary is below block {nearest} of {trunk.n_layers}"
+        f" ({share:.1%})"
+    ]
     boundary = nearest
     while boundary and (problem := _problem(trunk, methods, architectural, boundary)):
         boundary -= 1
         reasons.append(f"lowered to {boundary}: {problem}")
     if architectural:
         names = ", ".join(architectural)
-        reasons.append(f"blocks from {boundary} on are fresh in every branch, because these methods change the architecture: {names}")
+        reasons.append(
+            f"blocks from {boundary} on are fresh in every branch, because these methods change the architecture:"
+            f" {names}"
+        )
         if boundary == 0:
-            reasons.append("no block is re-used: branches take only the embedding, the last norm and the head from the trunk")
+            reasons.append(
+                "no block is re-used: branches take only the embedding, the last norm and the head from the trunk"
+            )
     else:
         reasons.append(f"blocks from {boundary} on start from the trunk's weights in every branch")
-    return Cut(boundary=boundary, fresh=bool(architectural), share=frozen_share(trunk, boundary), reasons=tuple(reasons))
+    return Cut(
+        boundary=boundary, fresh=bool(architectural), share=frozen_share(trunk, boundary), reasons=tuple(reasons)
+    )
 
 
 def frozen_share(config: ModelConfig, boundary: int) -> float:
@@ -67,12 +79,17 @@ def frozen_share(config: ModelConfig, boundary: int) -> float:
 def compose(trunk: ModelConfig, method: ModelConfig, boundary: int) -> ModelConfig:
     """The method's config with the trunk's layers, experts and routers below the boundary."""
     letters = "".join(trunk.plan.letters[:boundary] + method.plan.letters[boundary:])
-    lower = {"lower_moe": trunk.moe, "n_lower": boundary} if boundary and method.moe != trunk.moe else {"lower_moe": None, "n_lower": 0}
+    lower = (
+        {"lower_moe": trunk.moe, "n_lower": boundary}
+        if boundary and method.moe != trunk.moe
+        else {"lower_moe": None, "n_lower": 0}
+    )
     return dataclasses.replace(method, layer_plan=letters, **lower)
 
 
 def different_blocks(trunk: ModelConfig, method: ModelConfig) -> list[int]:
-    """Blocks whose letter or any weight's shape is not the trunk's. Weights that a router has in addition do not count: see `added_weights`."""
+    """Blocks whose letter or any weight's shape is not the trunk's. Weights that a router has in addition do not count:
+    see `added_weights`."""
     added = set(added_weights(trunk, method))
     different = []
     for index in range(trunk.n_layers):
@@ -84,7 +101,8 @@ def different_blocks(trunk: ModelConfig, method: ModelConfig) -> list[int]:
 
 
 def added_weights(trunk: ModelConfig, method: ModelConfig) -> list[str]:
-    """Router weights that the trunk does not have (null columns, say): a routing method may bring its own, initialised from the branch's seed."""
+    """Router weights that the trunk does not have (null columns, say): a routing method may bring its own, initialised
+    from the branch's seed."""
     known = dict(meta_model(trunk).named_parameters())
     return [name for name, _ in meta_model(method).named_parameters() if ".router." in name and name not in known]
 
@@ -100,22 +118,34 @@ def refuse_other_trunk(trunk: ModelConfig, method: ModelConfig, name: str) -> No
         ValueError: naming the method and each field that differs.
     """
     if trunk.n_lower:
-        raise ValueError(f"ModelConfig.n_lower: {trunk.n_lower} in a trunk, must be 0: lower blocks of another kind are what a branch has")
+        raise ValueError(
+            f"ModelConfig.n_lower: {trunk.n_lower} in a trunk, must be 0: lower blocks of another kind are what a"
+            " branch has"
+        )
     wrong = [
         f"{field.name} is {getattr(method, field.name)!r} instead of {getattr(trunk, field.name)!r}"
         for field in dataclasses.fields(trunk)
-        if field.name not in ("layer_plan", "moe", "lower_moe", "n_lower") and getattr(method, field.name) != getattr(trunk, field.name)
+        if field.name not in ("layer_plan", "moe", "lower_moe", "n_lower")
+        and getattr(method, field.name) != getattr(trunk, field.name)
     ]
     if wrong:
-        raise ValueError(f"method {name!r} cannot branch from this trunk: {'; '.join(wrong)}; a branch may change layer_plan and moe only")
+        raise ValueError(
+            f"method {name!r} cannot branch from this trunk: {'; '.join(wrong)}; a branch may change layer_plan and moe"
+            " only"
+        )
 
 
-def _problem(trunk: ModelConfig, methods: Mapping[str, ModelConfig], architectural: list[str], boundary: int) -> str | None:
+def _problem(
+    trunk: ModelConfig, methods: Mapping[str, ModelConfig], architectural: list[str], boundary: int
+) -> str | None:
     for name, config in methods.items():
         composed = compose(trunk, config, boundary)
         for layer in range(boundary, trunk.n_layers):
             if composed.plan.source[layer] < boundary:
-                return f"layer {layer} ({composed.plan.letters[layer]}) of {name} reads keys and values of layer {composed.plan.source[layer]}"
+                return (
+                    f"layer {layer} ({composed.plan.letters[layer]}) of {name} reads keys and values of layer"
+                    f" {composed.plan.source[layer]}"
+                )
         if name in architectural and not any(layer >= boundary for layer in different_blocks(trunk, config)):
             return f"the blocks of {name} above it are the trunk's own"
     return None

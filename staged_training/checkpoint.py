@@ -1,7 +1,9 @@
-"""Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums. Nothing is ever unpickled.
+"""Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums. Nothing is
+ever unpickled.
 
-A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its previous checkpoint or
-the new one. safetensors and torch load a file with a flipped byte without complaint, hence a SHA-256 of every file; the manifest carries its own.
+A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its
+previous checkpoint or the new one. safetensors and torch load a file with a flipped byte without complaint, hence a
+SHA-256 of every file; the manifest carries its own.
 """
 
 import contextlib
@@ -20,11 +22,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from staged_training.durable import CorruptFileError, DiskFullError, fsync_path, read_sealed, require_space, sha256_file, write_json, write_sealed
+from staged_training.durable import (
+    CorruptFileError,
+    DiskFullError,
+    fsync_path,
+    read_sealed,
+    require_space,
+    sha256_file,
+    write_json,
+    write_sealed,
+)
 from staged_training.record import differences
 
 KEPT = 2
-MANIFEST, STATE, WEIGHTS, OPTIMIZER, RANDOM = "manifest.json", "state.json", "weights.safetensors", "optimizer.safetensors", "random.safetensors"
+MANIFEST, STATE, WEIGHTS, OPTIMIZER, RANDOM = (
+    "manifest.json",
+    "state.json",
+    "weights.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+)
 FILES = (STATE, WEIGHTS, OPTIMIZER, RANDOM)
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -55,14 +72,19 @@ class Checkpoint:
     skipped: tuple[str, ...] = ()
 
 
-def save(folder: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> Path:
-    """Writes `folder/step_XXXXXXXX` atomically, with the random states of this process, and drops all but the newest two.
+def save(
+    folder: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
+) -> Path:
+    """Writes `folder/step_XXXXXXXX` atomically, with the random states of this process, and drops all but the newest
+    two.
 
     Raises:
         DiskFullError: before or while writing; earlier checkpoints are untouched and nothing half-written is left.
     """
     tensors = {WEIGHTS: weights, OPTIMIZER: optimizer, RANDOM: random_states()}
-    temporary = begin(folder, step, n_bytes=sum(tensor.nbytes for group in tensors.values() for tensor in group.values()))
+    temporary = begin(
+        folder, step, n_bytes=sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    )
     with writing(temporary):
         write_json(temporary / STATE, {"step": step, "python_random": _python_random(), **state})
         for name, group in tensors.items():
@@ -72,7 +94,8 @@ def save(folder: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict
 
 
 def begin(folder: Path, step: int, *, n_bytes: int) -> Path:
-    """An empty folder under a temporary name, for a checkpoint of `n_bytes`; `seal` gives it its final one. Leftovers of killed runs go.
+    """An empty folder under a temporary name, for a checkpoint of `n_bytes`; `seal` gives it its final one. Leftovers
+    of killed runs go.
 
     Raises:
         DiskFullError: when there is no room.
@@ -95,13 +118,18 @@ def writing(temporary: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         name, folder = temporary.stem.removeprefix("."), temporary.parent
-        raise DiskFullError(f"checkpoint {name} could not be written to {folder}: {error}; earlier checkpoints are untouched") from error
+        raise DiskFullError(
+            f"checkpoint {name} could not be written to {folder}: {error}; earlier checkpoints are untouched"
+        ) from error
 
 
 def seal(temporary: Path, step: int, files: Iterable[str]) -> Path:
-    """Writes the manifest of `files`, which are on the disk, renames the folder, and drops all checkpoints but the newest two."""
+    """Writes the manifest of `files`, which are on the disk, renames the folder, and drops all checkpoints but the
+    newest two."""
     folder, target = temporary.parent, temporary.parent / _name(step)
-    sizes = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)} for name in files}
+    sizes = {
+        name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)} for name in files
+    }
     write_sealed(temporary / MANIFEST, {"step": step, "files": sizes})
     fsync_path(temporary)
     if target.exists():
@@ -111,7 +139,9 @@ def seal(temporary: Path, step: int, files: Iterable[str]) -> Path:
     fsync_path(folder)
     newest_first = _steps(folder)
     # A later step than the one just written was passed over as corrupt when the run was resumed.
-    for _, old in [item for item in newest_first if item[0] > step] + [item for item in newest_first if item[0] <= step][KEPT:]:
+    for _, old in [item for item in newest_first if item[0] > step] + [
+        item for item in newest_first if item[0] <= step
+    ][KEPT:]:
         shutil.rmtree(old)
     return target
 
@@ -121,7 +151,10 @@ def load_latest(folder: Path) -> Checkpoint | None:
     if (found := newest(folder)) is None:
         return None
     path = found.path
-    tensors = {field: load_file(path / name) for field, name in (("weights", WEIGHTS), ("optimizer", OPTIMIZER), ("random", RANDOM))}
+    tensors = {
+        field: load_file(path / name)
+        for field, name in (("weights", WEIGHTS), ("optimizer", OPTIMIZER), ("random", RANDOM))
+    }
     return dataclasses.replace(found, **tensors)
 
 
@@ -172,7 +205,8 @@ def verify(path: Path) -> None:
 def refuse_other_identity(saved: Checkpoint, identity: dict[str, Any]) -> None:
     """Raises CheckpointMismatchError, naming each key, when a checkpoint was written by a run that is not `identity`.
 
-    Schedules are part of it: a fork that carries a step count into another schedule trains at a wrong learning rate and says nothing.
+    Schedules are part of it: a fork that carries a step count into another schedule trains at a wrong learning rate and
+    says nothing.
     """
     if problems := differences(saved.state["identity"], json.loads(json.dumps(identity))):
         raise CheckpointMismatchError(f"{saved.path} belongs to another run: {'; '.join(problems[:8])}")
@@ -201,7 +235,9 @@ def restore_model(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
     for name, tensor in own.items():
         stored = weights.get(name, tensor)
         if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
-            problems.append(f"{name} is {list(stored.shape)} {stored.dtype} instead of {list(tensor.shape)} {tensor.dtype}")
+            problems.append(
+                f"{name} is {list(stored.shape)} {stored.dtype} instead of {list(tensor.shape)} {tensor.dtype}"
+            )
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointMismatchError(f"{source} does not fit this model: {shown}")
@@ -211,7 +247,11 @@ def restore_model(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
 
 def random_states() -> dict[str, Tensor]:
     """States of torch's generators. NumPy's global generator is never used here; Python's goes into the JSON."""
-    devices = {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
+    devices = (
+        {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+        if torch.cuda.is_available()
+        else {}
+    )
     return {"cpu": torch.get_rng_state(), **devices}
 
 

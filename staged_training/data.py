@@ -1,7 +1,8 @@
 """Training data as batches of fixed composition, visited in an order that is a pure function of seed and position.
 
-Batch i is always the same B x T tokens of the packed stream. A seed permutes the order of the batches and never what lies in one, so activations
-stored once per batch serve every method and every seed, and recomputing a batch gives the same bits. The reader's position is one integer.
+Batch i is always the same B x T tokens of the packed stream. A seed permutes the order of the batches and never what
+lies in one, so activations stored once per batch serve every method and every seed, and recomputing a batch gives the
+same bits. The reader's position is one integer.
 
 Legend: B batch, T tokens, D model width, N batches in a sequence.
 """
@@ -42,25 +43,37 @@ def in_order(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class TokenBatches:
-    """The packed stream as batches of `batch_size` rows of `seq_len` consecutive tokens, each token's target being the next one.
+    """The packed stream as batches of `batch_size` rows of `seq_len` consecutive tokens, each token's target being the
+    next one.
 
     Args:
         tokens: one-dimensional stream of token ids, memory-mapped or not.
-        pad: keep the incomplete last batch, with targets of `IGNORED_TARGET` behind the end of the text, so that an evaluation covers every
-            token; training leaves it out.
+        pad: keep the incomplete last batch, with targets of `IGNORED_TARGET` behind the end of the text, so that an
+            evaluation covers every token; training leaves it out.
 
     Raises:
         ValueError: when the stream does not fill a single batch.
     """
 
-    def __init__(self, tokens: TokenStream, *, batch_size: int, seq_len: int, device: torch.device | str = "cpu", pad: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: TokenStream,
+        *,
+        batch_size: int,
+        seq_len: int,
+        device: torch.device | str = "cpu",
+        pad: bool = False,
+    ) -> None:
         self.tokens = tokens
         self.batch_size, self.seq_len, self.device = batch_size, seq_len, device
         # Every token but the last has a target.
         n_predicted, size = len(tokens) - 1, batch_size * seq_len
         self._length = -(-n_predicted // size) if pad else n_predicted // size
         if self._length < 1:
-            raise ValueError(f"the text has {len(tokens)} tokens; one batch of {batch_size} rows of {seq_len} tokens needs {size + 1}")
+            raise ValueError(
+                f"the text has {len(tokens)} tokens; one batch of {batch_size} rows of {seq_len} tokens needs"
+                f" {size + 1}"
+            )
 
     def __len__(self) -> int:
         return self._length
@@ -73,7 +86,9 @@ class TokenBatches:
         tokens, targets = np.zeros(size, dtype=np.int64), np.full(size, IGNORED_TARGET, dtype=np.int64)
         tokens[: len(chunk) - 1], targets[: len(chunk) - 1] = chunk[:-1], chunk[1:]
         shape = (self.batch_size, self.seq_len)
-        return torch.from_numpy(tokens).view(shape).to(self.device), torch.from_numpy(targets).view(shape).to(self.device)
+        return torch.from_numpy(tokens).view(shape).to(self.device), torch.from_numpy(targets).view(shape).to(
+            self.device
+        )
 
 
 class PrefixBatches:
@@ -99,7 +114,9 @@ class OwnRows:
 
     def __init__(self, batches: TokenBatches, rank: int, n_processes: int) -> None:
         if batches.batch_size % n_processes:
-            raise ValueError(f"batch_size: {batches.batch_size} rows cannot be divided evenly over {n_processes} processes")
+            raise ValueError(
+                f"batch_size: {batches.batch_size} rows cannot be divided evenly over {n_processes} processes"
+            )
         self.batches, n_rows = batches, batches.batch_size // n_processes
         self.rows = slice(rank * n_rows, (rank + 1) * n_rows)
 
@@ -125,7 +142,8 @@ def prefix_activations(model: LanguageModel, tokens_BT: Tensor, boundary: int) -
 
 
 def trunk_order(n_batches: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Batch numbers at positions [start, start + count) of the trunk's endless sequence: one permutation of all batches per epoch.
+    """Batch numbers at positions [start, start + count) of the trunk's endless sequence: one permutation of all batches
+    per epoch.
 
     Returns:
         int64 [count], from (seed, epoch) alone, so any position can be computed without those before it.

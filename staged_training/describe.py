@@ -1,4 +1,5 @@
-"""A plan in words: what is trained, frozen, fresh and re-used, on which tokens, and what a branch takes from the trunk."""
+"""A plan in words: what is trained, frozen, fresh and re-used, on which tokens, and what a branch takes from the
+trunk."""
 
 from lm.accounting import ModelCost, model_cost
 from lm.config import ModelConfig
@@ -17,10 +18,15 @@ def describe(plan: Plan) -> str:
     trunk_tokens = plan.trunk.n_batches * plan.tokens_per_batch
     lines = [
         f"trunk {plan.trunk_hash} (seed {plan.trunk_seed})",
-        f"  model      {model.n_layers} layers {''.join(model.plan.letters)}, width {model.d_model}, {model.moe.n_experts} experts; "
-        f"{cost.total_parameters:,} parameters, {cost.active_parameters:,.0f} active per token; {model.dtype}",
-        f"  trains     everything, on {_tokens(trunk_tokens)} ({plan.trunk.n_batches} batches of {plan.batch_size} x {plan.seq_len}, "
-        f"{plan.trunk.n_batches / plan.n_train_batches:.2f} passes over the text)",
+        (
+            f"  model      {model.n_layers} layers {''.join(model.plan.letters)}, width {model.d_model},"
+            f" {model.moe.n_experts} experts; {cost.total_parameters:,} parameters, {cost.active_parameters:,.0f}"
+            f" active per token; {model.dtype}"
+        ),
+        (
+            f"  trains     everything, on {_tokens(trunk_tokens)} ({plan.trunk.n_batches} batches of {plan.batch_size}"
+            f" x {plan.seq_len}, {plan.trunk.n_batches / plan.n_train_batches:.2f} passes over the text)"
+        ),
         f"  rate       {_schedule(plan.trunk)}",
     ]
     if not plan.branches:
@@ -36,22 +42,34 @@ def describe(plan: Plan) -> str:
         *(f"  decided    {decision}" for decision in plan.decisions),
         f"  frozen     {_frozen(boundary)}, {share:.1%} of the parameters",
         f"  trains     {_trained(boundary, model.n_layers)}, {1 - share:.1%} of the parameters",
-        f"  tokens     {_tokens(branch_tokens)} each ({branch_tokens / (trunk_tokens + branch_tokens):.1%} of trunk plus branch); batches "
-        f"{plan.trunk.n_batches} to {plan.trunk.n_batches + stage.n_batches} of the trunk's sequence, the same set for every branch, "
-        "in the order of the branch's seed",
+        (
+            f"  tokens     {_tokens(branch_tokens)} each ({branch_tokens / (trunk_tokens + branch_tokens):.1%} of trunk"
+            f" plus branch); batches {plan.trunk.n_batches} to {plan.trunk.n_batches + stage.n_batches} of the trunk's"
+            " sequence, the same set for every branch, in the order of the branch's seed"
+        ),
         f"  rate       {_schedule(stage)}",
         f"  re-used    {_reused(first.fresh, boundary)}",
-        "  not taken  optimizer moments (each branch warms up its own), the trunk's schedule, the state of a routing policy",
+        (
+            "  not taken  optimizer moments (each branch warms up its own), the trunk's schedule, the state of a"
+            " routing policy"
+        ),
     ]
     for branch in {branch.method: branch for branch in plan.branches}.values():
         added = added_weights(model, branch.model)
-        new = f"; {len(added)} new router weights, initialised from the branch's seed" if added and not branch.fresh else ""
-        lines.append(f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}{new}")
+        new = (
+            f"; {len(added)} new router weights, initialised from the branch's seed"
+            if added and not branch.fresh
+            else ""
+        )
+        lines.append(
+            f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}{new}"
+        )
     return "\n".join(lines)
 
 
 def intended_experts(config: ModelConfig) -> float:
-    """Real experts per token a policy aims at, where it aims at a number; what estimates before the first step assume."""
+    """Real experts per token a policy aims at, where it aims at a number; what estimates before the first step
+    assume."""
     policy = config.moe.router.policy
     match policy:
         case TopK() | Skipping() | ExpertChoice():
@@ -80,7 +98,9 @@ def _reused(fresh: bool, boundary: int) -> str:
     if not fresh:
         return "the trunk's weights everywhere, and the load and bias of its routers"
     below = f"the frozen blocks 0-{boundary - 1}, " if boundary else ""
-    return f"{below}embedding, norm and head; blocks from {boundary} on are FRESH in every branch, from the branch's seed"
+    return (
+        f"{below}embedding, norm and head; blocks from {boundary} on are FRESH in every branch, from the branch's seed"
+    )
 
 
 def _schedule(stage: Stage) -> str:

@@ -1,7 +1,7 @@
 """What the routers did in the course of training: `python -m staged_training diagnostics RUN_FOLDER`.
 
-Training writes one line to `diagnostics.jsonl` for every step that ends an interval of progress, about that step's tokens, of all processes. Rows
-dispatched are counted, never logical experts.
+Training writes one line to `diagnostics.jsonl` for every step that ends an interval of progress, about that step's
+tokens, of all processes. Rows dispatched are counted, never logical experts.
 """
 
 import csv
@@ -82,12 +82,15 @@ def read_diagnostics(folder: Path) -> list[StepDiagnostics]:
     """The lines of a run, empty if it wrote none."""
     path = folder / DIAGNOSTICS
     lines = path.read_text().splitlines() if path.exists() else []
-    return [from_dict(StepDiagnostics, json.loads(line), place=f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return [
+        from_dict(StepDiagnostics, json.loads(line), place=f"{path}:{number}") for number, line in enumerate(lines, 1)
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiagnosticsConfig:
-    """Shows what the routers of a run did: the last step by layer, then the means over layers in the course of training.
+    """Shows what the routers of a run did: the last step by layer, then the means over layers in the course of
+    training.
 
     Attributes:
         run: folder of a trunk, of a branch or of a run in several processes.
@@ -103,12 +106,27 @@ def show_diagnostics(config: DiagnosticsConfig) -> None:
     steps = read_diagnostics(config.run)
     if not steps:
         below = sorted(str(path.parent) for path in config.run.glob(f"*/*/{DIAGNOSTICS}"))
-        raise ValueError(f"{config.run} holds no {DIAGNOSTICS} of a step; {'try ' + ', '.join(below) if below else 'none lies below it'}")
+        raise ValueError(
+            f"{config.run} holds no {DIAGNOSTICS} of a step;"
+            f" {'try ' + ', '.join(below) if below else 'none lies below it'}"
+        )
     print(f"step {steps[-1].step}, by layer; 5 %, 50 %, 95 %: quantiles of experts per token")
-    print(_aligned(["layer", "asked", "realised", "5%", "50%", "95%", "load", "dead", "entropy", "margin"], map(_cells, steps[-1].layers)))
+    print(
+        _aligned(
+            ["layer", "asked", "realised", "5%", "50%", "95%", "load", "dead", "entropy", "margin"],
+            map(_cells, steps[-1].layers),
+        )
+    )
     print("\nmeans over layers (dead: sum)")
-    shown = {steps[round(index * (len(steps) - 1) / max(COURSE_LINES - 1, 1))].step: None for index in range(COURSE_LINES)}
-    print(_aligned(["step", "asked", "realised", "load", "dead", "entropy", "margin"], (_course(step) for step in steps if step.step in shown)))
+    shown = {
+        steps[round(index * (len(steps) - 1) / max(COURSE_LINES - 1, 1))].step: None for index in range(COURSE_LINES)
+    }
+    print(
+        _aligned(
+            ["step", "asked", "realised", "load", "dead", "entropy", "margin"],
+            (_course(step) for step in steps if step.step in shown),
+        )
+    )
     if config.csv is not None:
         write_csv(steps, config.csv)
         print(f"\nall {len(steps)} steps in {config.csv}")
@@ -142,7 +160,11 @@ def _course(step: StepDiagnostics) -> list[str]:
     asked, margins = _known(layer.asked for layer in layers), _known(layer.margin for layer in layers)
     numbers = _numbers([fmean(asked) if asked else None, fmean(layer.realised for layer in layers)])
     load, entropy = fmean(layer.max_load for layer in layers), fmean(layer.entropy for layer in layers)
-    return [str(step.step), *numbers, *_rest(load, sum(layer.dead_experts for layer in layers), entropy, fmean(margins) if margins else None)]
+    return [
+        str(step.step),
+        *numbers,
+        *_rest(load, sum(layer.dead_experts for layer in layers), entropy, fmean(margins) if margins else None),
+    ]
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

@@ -1,7 +1,8 @@
 """Files that are either wholly there or not there, and that notice when a byte of them has changed.
 
-Written under a temporary name, flushed to the disk and renamed: after a crash at any moment the old file or the new one exists, never half of one.
-Plain renames are not enough (the data may reach the disk after the name), so files and their folder are fsynced in that order.
+Written under a temporary name, flushed to the disk and renamed: after a crash at any moment the old file or the new one
+exists, never half of one. Plain renames are not enough (the data may reach the disk after the name), so files and their
+folder are fsynced in that order.
 """
 
 import hashlib
@@ -13,7 +14,8 @@ from typing import Any
 
 
 class DiskFullError(OSError):
-    """The disk has no room for what is about to be written, or ran out while it was written; what was there before is untouched."""
+    """The disk has no room for what is about to be written, or ran out while it was written; what was there before is
+    untouched."""
 
 
 class CorruptFileError(ValueError):
@@ -30,7 +32,10 @@ def require_space(folder: Path, n_bytes: int, purpose: str) -> None:
     needed = n_bytes + n_bytes // 100 + 2**20
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DiskFullError(f"{purpose} needs {needed / 2**20:.1f} MiB in {folder}, {free / 2**20:.1f} MiB are free; nothing was written")
+        raise DiskFullError(
+            f"{purpose} needs {needed / 2**20:.1f} MiB in {folder}, {free / 2**20:.1f} MiB are free; nothing was"
+            " written"
+        )
 
 
 def fsync_path(path: Path) -> None:
@@ -86,7 +91,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         raise CorruptFileError(f"{path.name} is missing") from None
     except (UnicodeDecodeError, ValueError, KeyError, TypeError):
         raise CorruptFileError(f"{path.name} is not readable") from None
-    # Serialising again and comparing bytes also catches changes that JSON ignores, such as white space or an escape spelt differently.
+    # Serialising again and comparing bytes also catches changes that JSON ignores, such as white space or an escape
+    # spelt differently.
     if _sealed(content) != text:
         raise CorruptFileError(f"{path.name} does not match its own checksum")
     return content

@@ -19,7 +19,8 @@ from staged_training.step import clipped_gradients
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds of what is left to run, by kind of work, and the peak memory of the process (of the GPU, where there is one) in bytes."""
+    """Seconds of what is left to run, by kind of work, and the peak memory of the process (of the GPU, where there is
+    one) in bytes."""
 
     trunk: float
     caching: float
@@ -32,14 +33,21 @@ class Estimate:
         return self.trunk + self.caching + self.branches + self.evaluation
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {getattr(self, name):.0f} s" for name in ("trunk", "caching", "branches", "evaluation"))
-        return f"estimated time {self.total:.0f} s ({parts}), peak memory {self.peak_bytes / 2**30:.2f} GiB, measured on the first steps"
+        parts = ", ".join(
+            f"{name} {getattr(self, name):.0f} s" for name in ("trunk", "caching", "branches", "evaluation")
+        )
+        return (
+            f"estimated time {self.total:.0f} s ({parts}), peak memory {self.peak_bytes / 2**30:.2f} GiB, measured on"
+            " the first steps"
+        )
 
 
 def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
-    """Times `steps` steps of the trunk, of each method and of the frozen prefix on untrained weights, after one step to warm up.
+    """Times `steps` steps of the trunk, of each method and of the frozen prefix on untrained weights, after one step to
+    warm up.
 
-    What is finished counts nothing, a stage under way counts whole. Nothing is written, and no state of the run is touched.
+    What is finished counts nothing, a stage under way counts whole. Nothing is written, and no state of the run is
+    touched.
     """
     plan = execution.plan
     trunk_done = (execution.trunk_folder / RESULT).exists()
@@ -53,7 +61,9 @@ def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
     trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
     step_seconds = 0.0 if trunk_done else _training(trunk, execution, tokens_BT, targets_BT, 0, steps)
     trunk.requires_grad_(False).eval()
-    prefix_seconds = _median(lambda: prefix_activations(trunk, tokens_BT, boundary), steps) if boundary and pending else 0.0
+    prefix_seconds = (
+        _median(lambda: prefix_activations(trunk, tokens_BT, boundary), steps) if boundary and pending else 0.0
+    )
     x_BTD = prefix_activations(trunk, tokens_BT, boundary) if boundary else tokens_BT
     method_seconds = {}
     for branch in {branch.method: branch for branch in pending}.values():
@@ -81,7 +91,9 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _training(model: LanguageModel, execution: Execution, inputs: Any, targets_BT: Any, boundary: int, steps: int) -> float:
+def _training(
+    model: LanguageModel, execution: Execution, inputs: Any, targets_BT: Any, boundary: int, steps: int
+) -> float:
     optimizer = build_optimizer(model, execution.plan.optimizer, boundary)
     model.train()
 

@@ -1,4 +1,5 @@
-"""Runs a plan: trunk, activations at the boundary, branches, evaluation. What is finished is recognised and not run again."""
+"""Runs a plan: trunk, activations at the boundary, branches, evaluation. What is finished is recognised and not run
+again."""
 
 import dataclasses
 import time
@@ -45,7 +46,8 @@ class ExecutionConfig:
 
 
 class Execution:
-    """One plan on one corpus under one folder: `trunk()` first, then `branch(b)` for each branch, or `run_plan` for all.
+    """One plan on one corpus under one folder: `trunk()` first, then `branch(b)` for each branch, or `run_plan` for
+    all.
 
     Args:
         root: holds `trunks/<hash>` and `branches/`.
@@ -53,7 +55,14 @@ class Execution:
     """
 
     def __init__(
-        self, plan: Plan, corpus: PreparedCorpus, root: Path, config: ExecutionConfig, *, trunk_folder: Path | None = None, device: str | None = None
+        self,
+        plan: Plan,
+        corpus: PreparedCorpus,
+        root: Path,
+        config: ExecutionConfig,
+        *,
+        trunk_folder: Path | None = None,
+        device: str | None = None,
     ) -> None:
         self.plan, self.corpus, self.config, self.root = plan, corpus, config, root
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -95,12 +104,18 @@ class Execution:
     def _run_trunk(self, model: LanguageModel, folder: Path, summary: Summarise) -> RunRecord:
         return self.finish_trunk(model, folder, self._train(None, model, self.train_tokens, folder), summary)
 
-    def finish_trunk(self, model: LanguageModel, folder: Path, training: StageResult, summary: Summarise = summarise) -> RunRecord:
+    def finish_trunk(
+        self, model: LanguageModel, folder: Path, training: StageResult, summary: Summarise = summarise
+    ) -> RunRecord:
         """Exports and evaluates a trunk whose training is over, and leaves its record."""
         plan, ledger = self.plan, Ledger()
         cost = model_cost(plan.model, length=plan.seq_len, mean_experts=training.mean_experts)
-        ledger.add("trunk", flops=cost.training_flops * plan.trunk.n_batches * plan.tokens_per_batch, seconds=training.seconds)
-        return self._evaluate_and_finish(None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary)
+        ledger.add(
+            "trunk", flops=cost.training_flops * plan.trunk.n_batches * plan.tokens_per_batch, seconds=training.seconds
+        )
+        return self._evaluate_and_finish(
+            None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary
+        )
 
     def _run_branch(self, branch: Branch, folder: Path, summary: Summarise) -> RunRecord:
         plan = self.plan
@@ -116,29 +131,39 @@ class Execution:
         flops = 3 * cost.flops(first=branch.boundary)
         if not self.config.cache:
             flops += cost.flops(last=branch.boundary, head=False)
-        ledger.add("branches", flops=flops * tokens + cost.flops(first=branch.boundary) * calibrated, seconds=training.seconds)
+        ledger.add(
+            "branches", flops=flops * tokens + cost.flops(first=branch.boundary) * calibrated, seconds=training.seconds
+        )
         return self._evaluate_and_finish(branch, folder, model, valid, training, means, ledger, summary)
 
     def folder_of(self, branch: Branch) -> Path:
         return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}"
 
     def activations(self) -> tuple[Batches, Batches]:
-        """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run each time."""
+        """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run
+        each time."""
         if self._activations is None:
             trunk, _ = self.trunk()
             boundary = self.plan.branches[0].boundary if self.plan.branches else 0
             if not boundary:
                 self._activations = self.train_tokens, self.valid_tokens
             elif not self.config.cache:
-                self._activations = PrefixBatches(self.train_tokens, trunk, boundary), PrefixBatches(self.valid_tokens, trunk, boundary)
+                self._activations = (
+                    PrefixBatches(self.train_tokens, trunk, boundary),
+                    PrefixBatches(self.valid_tokens, trunk, boundary),
+                )
             else:
                 used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
                 every = tuple(range(len(self.valid_tokens)))
-                self._activations = self._cache("train", self.train_tokens, used, boundary), self._cache("valid", self.valid_tokens, every, boundary)
+                self._activations = (
+                    self._cache("train", self.train_tokens, used, boundary),
+                    self._cache("valid", self.valid_tokens, every, boundary),
+                )
         return self._activations
 
     def calibration(self, boundary: int) -> Tensor:
-        """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen prefix."""
+        """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen
+        prefix."""
         if boundary not in self._calibration:
             inputs = [self.train_tokens[int(batch)][0] for batch in self.plan.calibration_batches()]
             if boundary:
@@ -152,7 +177,9 @@ class Execution:
         plan, model = self.plan, self.plan.model
         identity = CacheIdentity(
             trunk=plan.trunk_hash,
-            weights=weights_hash({name: tensor for name, tensor in trunk.state_dict().items() if is_frozen(name, boundary)}),
+            weights=weights_hash(
+                {name: tensor for name, tensor in trunk.state_dict().items() if is_frozen(name, boundary)}
+            ),
             boundary=boundary,
             tokens=f"{split} {plan.corpus.content_hash}",
             batches=numbers,
@@ -176,13 +203,23 @@ class Execution:
             flops = cost.flops(last=boundary, head=False) * len(numbers) * plan.tokens_per_batch
             record.ledger.add("caching", flops=flops, seconds=time.perf_counter() - began)
             record.ledger.save(self.trunk_folder)
-            print(f"activations {split}: {len(numbers)} batches, {identity.n_bytes / 2**20:.1f} MiB in {folder}", flush=True)
+            print(
+                f"activations {split}: {len(numbers)} batches, {identity.n_bytes / 2**20:.1f} MiB in {folder}",
+                flush=True,
+            )
         return cached
 
     def _train(self, branch: Branch | None, model: LanguageModel, batches: Batches, folder: Path) -> StageResult:
         plan, config = self.plan, self.config
         if branch is None:
-            label, stage, seed, boundary, order, identity = "trunk", plan.trunk, plan.trunk_seed, 0, plan.trunk_batches(), plan.trunk_identity
+            label, stage, seed, boundary, order, identity = (
+                "trunk",
+                plan.trunk,
+                plan.trunk_seed,
+                0,
+                plan.trunk_batches(),
+                plan.trunk_identity,
+            )
         else:
             label, stage, seed, boundary = branch.name, branch.stage, branch.seed, branch.boundary
             order, identity = plan.order_of(branch), plan.branch_identity(branch)
@@ -230,7 +267,14 @@ class Execution:
         self._export(folder, model)
         evaluation = evaluate(model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary)
         trained = TrainedRun(
-            plan=plan, branch=branch, folder=folder, model=model, valid=valid, evaluation=evaluation, training=training, mean_experts=means
+            plan=plan,
+            branch=branch,
+            folder=folder,
+            model=model,
+            valid=valid,
+            evaluation=evaluation,
+            training=training,
+            mean_experts=means,
         )
         result = {**summary(trained), "trained_mean_experts": means} if branch is None else summary(trained)
         evaluated_means = means[:boundary] + evaluation.mean_experts
@@ -243,7 +287,8 @@ class Execution:
         return finish_run(folder, result, ledger)
 
     def _export(self, folder: Path, model: LanguageModel) -> None:
-        """The trained model for `python -m lm generate`, calibrated, with the text that it can be calibrated on to another budget."""
+        """The trained model for `python -m lm generate`, calibrated, with the text that it can be calibrated on to
+        another budget."""
         save_pretrained(folder / "model", model, self.calibration(0).cpu())
         self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
 
@@ -252,13 +297,16 @@ class Execution:
         if saved is None or saved.step != self.plan.trunk.n_batches:
             at = "none" if saved is None else f"step {saved.step}"
             raise checkpoint.CheckpointMismatchError(
-                f"{self.trunk_folder}: branches start from step {self.plan.trunk.n_batches} of the trunk, its newest usable checkpoint is {at}"
+                f"{self.trunk_folder}: branches start from step {self.plan.trunk.n_batches} of the trunk, its newest"
+                f" usable checkpoint is {at}"
             )
         checkpoint.refuse_other_identity(saved, self.plan.trunk_identity)
         checkpoint.restore_model(model, saved.weights, str(saved.path))
 
 
-def run_plan(plan: Plan, corpus: PreparedCorpus, root: Path, config: ExecutionConfig, *, trunk_folder: Path | None = None) -> list[RunRecord]:
+def run_plan(
+    plan: Plan, corpus: PreparedCorpus, root: Path, config: ExecutionConfig, *, trunk_folder: Path | None = None
+) -> list[RunRecord]:
     """Runs whatever of the plan is not finished: the trunk's record, then one per branch.
 
     Raises:

@@ -1,9 +1,10 @@
 """From the trunk to a branch: which states are taken over, and what makes a fork impossible.
 
-Taken from the trunk: the blocks below the boundary, whole (frozen), and above it the weights and the routers' load and bias, unless
-the blocks there are fresh; the embedding, last norm and head always. Not taken: optimizer moments (a branch warms up its own: not every method has
-the trunk's parameters, and all methods start alike), the schedule (its own, from its own step 0) and the state of a routing policy (its budget
-starts anew). The data continue where the trunk stopped.
+Taken from the trunk: the blocks below the boundary, whole (frozen), and above it the weights and the routers' load and
+bias, unless the blocks there are fresh; the embedding, last norm and head always. Not taken: optimizer moments (a
+branch warms up its own: not every method has the trunk's parameters, and all methods start alike), the schedule (its
+own, from its own step 0) and the state of a routing policy (its budget starts anew). The data continue where the trunk
+stopped.
 """
 
 import torch
@@ -19,7 +20,8 @@ def fork(trunk: LanguageModel, branch: Branch) -> LanguageModel:
     """The model a branch starts from.
 
     Raises:
-        checkpoint.CheckpointMismatchError: when a weight that should come from the trunk is not there or has another shape, naming each.
+        checkpoint.CheckpointMismatchError: when a weight that should come from the trunk is not there or has another
+            shape, naming each.
     """
     model = LanguageModel(branch.model).init_weights(branch.seed).to(trunk.embedding_VD.device)
     own, theirs = model_tensors(model), model_tensors(trunk)
@@ -30,9 +32,13 @@ def fork(trunk: LanguageModel, branch: Branch) -> LanguageModel:
         if above and (branch.fresh or name in added or ".policy." in name):
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
-            problems.append(f"{name} {list(tensor.shape)} (the trunk has {list(theirs[name].shape) if name in theirs else 'none'})")
+            problems.append(
+                f"{name} {list(tensor.shape)} (the trunk has {list(theirs[name].shape) if name in theirs else 'none'})"
+            )
         else:
             tensor.copy_(theirs[name])
     if problems:
-        raise CheckpointMismatchError(f"{branch.name} cannot take these weights from the trunk: {'; '.join(problems[:8])}")
+        raise CheckpointMismatchError(
+            f"{branch.name} cannot take these weights from the trunk: {'; '.join(problems[:8])}"
+        )
     return model

@@ -1,9 +1,10 @@
-"""The training loop: one function, from a model and an order of batches to a trained model, that can be killed at any moment.
+"""The training loop: one function, from a model and an order of batches to a trained model, that can be killed at any
+moment.
 
 Legend: B batch, T tokens, D model width.
 
-Everything a step depends on is the state of the last checkpoint, the configuration and the step's number, so a run that was killed and started
-again by the same command goes through the same numbers, bit for bit.
+Everything a step depends on is the state of the last checkpoint, the configuration and the step's number, so a run that
+was killed and started again by the same command goes through the same numbers, bit for bit.
 """
 
 import dataclasses
@@ -114,14 +115,18 @@ def train_stage(
                     processes=processes,
                 )
             except (ValueError, RuntimeError) as error:
-                # Routers refuse such scores before they become a loss: on the CPU with an error, on a GPU with an assertion on the device.
+                # Routers refuse such scores before they become a loss: on the CPU with an error, on a GPU with an
+                # assertion on the device.
                 if "not finite" not in str(error) and "device-side assert" not in str(error):
                     raise
                 metrics.close()
                 raise NonFiniteLossError(f"{error}, at {where}") from error
             if not numbers.finite:
                 metrics.close()
-                raise NonFiniteLossError(f"loss {numbers.loss}, routing loss {numbers.routing_loss}, gradient norm {numbers.grad_norm} at {where}")
+                raise NonFiniteLossError(
+                    f"loss {numbers.loss}, routing loss {numbers.routing_loss}, gradient norm {numbers.grad_norm} at"
+                    f" {where}"
+                )
             update(optimizer, learning_rate)
             processes.count_together(model.routers(boundary))
             model.after_step(boundary)
@@ -129,7 +134,13 @@ def train_stage(
             experts_sum += numbers.mean_experts
             taken = time.perf_counter() - began
             seconds += taken
-            record = {"step": step, "loss": numbers.loss, "routing_loss": numbers.routing_loss, "grad_norm": numbers.grad_norm, "lr": learning_rate}
+            record = {
+                "step": step,
+                "loss": numbers.loss,
+                "routing_loss": numbers.routing_loss,
+                "grad_norm": numbers.grad_norm,
+                "lr": learning_rate,
+            }
             record["mean_experts"] = sum(numbers.mean_experts) / len(numbers.mean_experts)
             metrics.write(record, {"step": step, "seconds": taken})
             if numbers.statistics:
@@ -143,7 +154,9 @@ def train_stage(
                 break
     metrics.close()
     if (stop_signal := processes.agreed(stop.signal)) is not None:
-        message = f"{progress.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
+        message = (
+            f"{progress.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
+        )
         raise Interrupted(stop_signal, message)
     assert last_saved is not None
     means = tuple((experts_sum / max(step, 1)).tolist())

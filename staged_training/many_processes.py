@@ -1,9 +1,11 @@
-"""Training in several processes: data parallel over the rows of a batch, expert parallel over the experts, FSDP2 for all other weights.
+"""Training in several processes: data parallel over the rows of a batch, expert parallel over the experts, FSDP2 for
+all other weights.
 
-The processes form a mesh of data x expert. Every process has rows of its own in each batch. Experts are spread over the expert dimension
-(`moe.expert_parallel`) and cut once more over the data dimension; all other weights are cut over all processes and gathered block by block as
-they are needed (FSDP2). Gradients are means over processes, so they are those of one process with the whole batch. torch.distributed does all of
-it: DeviceMesh, DTensor, fully_shard, and distributed checkpoints, which any number of processes can load.
+The processes form a mesh of data x expert. Every process has rows of its own in each batch. Experts are spread over the
+expert dimension (`moe.expert_parallel`) and cut once more over the data dimension; all other weights are cut over all
+processes and gathered block by block as they are needed (FSDP2). Gradients are means over processes, so they are those
+of one process with the whole batch. torch.distributed does all of it: DeviceMesh, DTensor, fully_shard, and distributed
+checkpoints, which any number of processes can load.
 """
 
 import contextlib
@@ -17,7 +19,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
@@ -50,10 +57,14 @@ class ManyProcesses(Processes):
     def __init__(self, n_expert: int, device: torch.device) -> None:
         self.n, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
         if n_expert < 1 or self.n % n_expert:
-            raise ValueError(f"expert_parallel: {n_expert} processes per set of experts do not divide the {self.n} processes of this run")
+            raise ValueError(
+                f"expert_parallel: {n_expert} processes per set of experts do not divide the {self.n} processes of"
+                " this run"
+            )
         shape = (self.n // n_expert, n_expert)
         self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "expert"))
-        # In torch's own use of meshes, too, this is how all dimensions become one; a second mesh would need connections of its own.
+        # In torch's own use of meshes, too, this is how all dimensions become one; a second mesh would need connections
+        # of its own.
         self.everyone = self.mesh._flatten("all")
         self.group = self.everyone.get_group()
 
@@ -64,7 +75,10 @@ class ManyProcesses(Processes):
 
     def __str__(self) -> str:
         n_data, n_expert = self.mesh.shape
-        return f"processes  {self.n} ({dist.get_backend()}): {n_data} x data, {n_expert} x experts; each with its own rows of every batch"
+        return (
+            f"processes  {self.n} ({dist.get_backend()}): {n_data} x data, {n_expert} x experts; each with its own rows"
+            " of every batch"
+        )
 
     def shard(self, model: LanguageModel) -> LanguageModel:
         """Cuts the weights of a whole model, the same in all processes, in place.
@@ -80,8 +94,8 @@ class ManyProcesses(Processes):
                 moe.experts = ExpertParallelExperts(moe.experts, self.mesh["expert"])
                 # Not over the dimension that expert parallelism has cut already: rows of experts would lie interleaved.
                 fully_shard(moe.experts, mesh=self.mesh["data"], shard_placement_fn=lambda _: Shard(1))
-            # A block returns its routing inside a dataclass, where FSDP finds no tensors, and that is wanted: the gradients of the routing losses
-            # come before all others and would gather the weights of all blocks at once.
+            # A block returns its routing inside a dataclass, where FSDP finds no tensors, and that is wanted: the
+            # gradients of the routing losses come before all others and would gather the weights of all blocks at once.
             fully_shard(block, mesh=self.everyone)
         fully_shard(model, mesh=self.everyone)
         # Keys and values that a block returns are views; nobody writes into them.
@@ -130,18 +144,28 @@ class ManyProcesses(Processes):
         return outcome[0]
 
     def restore(
-        self, checkpoints: Path, model: LanguageModel, optimizer: torch.optim.AdamW, *, boundary: int, identity: dict[str, Any]
+        self,
+        checkpoints: Path,
+        model: LanguageModel,
+        optimizer: torch.optim.AdamW,
+        *,
+        boundary: int,
+        identity: dict[str, Any],
     ) -> checkpoint.Checkpoint | None:
-        """As for one process, from a checkpoint of any number of processes. Randomness is stateless in training, so no random state is kept.
+        """As for one process, from a checkpoint of any number of processes. Randomness is stateless in training, so no
+        random state is kept.
 
-        torch stores which tensor lies in which file as a pickle: as anywhere with pickles, open checkpoints of your own only.
+        torch stores which tensor lies in which file as a pickle: as anywhere with pickles, open checkpoints of your own
+        only.
         """
 
         def newest() -> checkpoint.Checkpoint | None:
             if (found := checkpoint.newest(checkpoints)) is not None:
                 checkpoint.refuse_other_identity(found, identity)
                 if not (found.path / SHARDS).is_dir():
-                    raise checkpoint.CheckpointMismatchError(f"{found.path} was not written by `python -m staged_training parallel`")
+                    raise checkpoint.CheckpointMismatchError(
+                        f"{found.path} was not written by `python -m staged_training parallel`"
+                    )
             return found
 
         if (saved := self.from_first(newest)) is not None:
@@ -151,12 +175,23 @@ class ManyProcesses(Processes):
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return saved
 
-    def save(self, checkpoints: Path, step: int, model: LanguageModel, optimizer: torch.optim.AdamW, *, boundary: int, state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        checkpoints: Path,
+        step: int,
+        model: LanguageModel,
+        optimizer: torch.optim.AdamW,
+        *,
+        boundary: int,
+        state: dict[str, Any],
+    ) -> Path:
         assert boundary == 0
         n_bytes = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         temporary = self.from_first(lambda: checkpoint.begin(checkpoints, step, n_bytes=n_bytes))
         weights, moments = get_state_dict(model, optimizer)
-        save_shards({"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group)
+        save_shards(
+            {"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group
+        )
 
         def seal() -> Path:
             with checkpoint.writing(temporary):
@@ -173,17 +208,24 @@ def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:
         if moe is None:
             continue
         if moe.n_experts % n_expert:
-            raise ValueError(f"{name}.n_experts: {moe.n_experts} cannot be divided evenly over expert_parallel = {n_expert} processes")
+            raise ValueError(
+                f"{name}.n_experts: {moe.n_experts} cannot be divided evenly over expert_parallel = {n_expert}"
+                " processes"
+            )
         if n_expert > 1 and math.gcd(config.d_model, moe.d_expert) % n_data:
             widths = f"d_model: {config.d_model} and {name}.d_expert: {moe.d_expert}"
             raise ValueError(f"{widths} must both divide by the {n_data} processes that share the weights of an expert")
         if isinstance(moe.router.policy, ExpertChoice):
-            raise ValueError("ExpertChoice ranks the tokens of a whole batch against each other, of which every process sees a part only")
+            raise ValueError(
+                "ExpertChoice ranks the tokens of a whole batch against each other, of which every process sees a part"
+                " only"
+            )
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Joins the processes of torchrun (NCCL on GPUs, gloo otherwise), or starts a group of one without it. Yields this process's device."""
+    """Joins the processes of torchrun (NCCL on GPUs, gloo otherwise), or starts a group of one without it. Yields this
+    process's device."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:

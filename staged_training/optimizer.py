@@ -15,8 +15,9 @@ class OptimizerConfig:
     Attributes:
         betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: for matrices. Vectors (norms, biases, per-head constants) have none, and neither has the embedding: a row that does not
-            occur in a batch gets no gradient, and decay would shrink rare tokens towards zero.
+        weight_decay: for matrices. Vectors (norms, biases, per-head constants) have none, and neither has the
+            embedding: a row that does not occur in a batch gets no gradient, and decay would shrink rare tokens towards
+                zero.
         clip: largest norm of the whole gradient.
     """
 
@@ -34,7 +35,8 @@ class OptimizerConfig:
 
 
 def trained_parameters(model: nn.Module, boundary: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters above the boundary: blocks [boundary, L), norm and head; with boundary 0 the embedding too."""
+    """Names and parameters above the boundary: blocks [boundary, L), norm and head; with boundary 0 the embedding
+    too."""
     for name, parameter in model.named_parameters():
         if not is_frozen(name, boundary):
             yield name, parameter
@@ -49,7 +51,8 @@ def is_frozen(name: str, boundary: int) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, boundary: int) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; the others stop requiring gradients. The learning rate is set before every step."""
+    """AdamW over the trained parameters; the others stop requiring gradients. The learning rate is set before every
+    step."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not is_frozen(name, boundary))
     decayed, plain = [], []
@@ -57,7 +60,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, boundary: int) ->
         (decayed if parameter.dim() >= 2 and not name.startswith("embedding") else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in decayed + plain)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=fused
+    )
 
 
 def update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:
@@ -81,7 +86,10 @@ def clip_gradients(optimizer: torch.optim.AdamW, limit: float) -> Tensor:
     if set(by_mesh) <= {None}:
         return nn.utils.clip_grad_norm_(parameters, limit)
     # torch adds up norms of one mesh only: expert weights lie on another than the rest.
-    norms: list[Any] = [nn.utils.get_total_norm([parameter.grad for parameter in part if parameter.grad is not None]) for part in by_mesh.values()]
+    norms: list[Any] = [
+        nn.utils.get_total_norm([parameter.grad for parameter in part if parameter.grad is not None])
+        for part in by_mesh.values()
+    ]
     norm = torch.stack([each.full_tensor() for each in norms]).norm()
     for part in by_mesh.values():
         nn.utils.clip_grads_with_norm_(part, limit, norm)
@@ -94,7 +102,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW, boundary: 
     return {f"{key}:{name}": value for name, state in states for key, value in state.items()}
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.AdamW, boundary: int, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.AdamW, boundary: int, tensors: dict[str, Tensor]
+) -> None:
     """Puts back what `optimizer_tensors` returned.
 
     Raises:
@@ -105,5 +115,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.AdamW, boundary: 
         key, _, name = full_name.partition(":")
         parameter = parameters.get(name)
         if parameter is None or (key != "step" and tensor.shape != parameter.shape):
-            raise ValueError(f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} fits no trained parameter of this model")
+            raise ValueError(
+                f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} fits no trained parameter of this model"
+            )
         optimizer.state[parameter][key] = tensor.to(parameter.device).clone()

@@ -1,7 +1,7 @@
 """`torchrun --nproc-per-node N -m staged_training parallel`: one model, one stage, trained by N processes together.
 
-Same loop, data order, optimizer, checks and run folder as `run`. Where N differs, losses differ in their last bits only: whatever is counted is
-counted over the whole batch. A run continues with any N, from checkpoints of any other.
+Same loop, data order, optimizer, checks and run folder as `run`. Where N differs, losses differ in their last bits
+only: whatever is counted is counted over the whole batch. A run continues with any N, from checkpoints of any other.
 """
 
 import contextlib
@@ -34,10 +34,11 @@ class ParallelConfig:
         out: folder of the run, which all processes must reach; the prepared text is kept in `corpus/` below it.
         corpus: the text; this machine's Python standard library by default.
         model: the network; its vocabulary is the tokenizer's.
-        policy: routing policy as JSON, as config.json stores it: '{"type": "TopP", "target_mean": 4, "cap": 8}'; the model's own when empty.
+        policy: routing policy as JSON, as config.json stores it: '{"type": "TopP", "target_mean": 4, "cap": 8}'; the
+            model's own when empty.
         expert_parallel: processes that share one set of experts, each with its part of them; 0 for all processes.
-        staging: the token budget, of which the part behind `trunk_share` decays to zero; nothing is frozen. batch_size counts the rows of all
-            processes together.
+        staging: the token budget, of which the part behind `trunk_share` decays to zero; nothing is frozen. batch_size
+            counts the rows of all processes together.
         execution: saving, printing, tracking; nothing is cached.
         seed: weights, data order, routers' draws.
     """
@@ -73,7 +74,11 @@ def train_in_parallel(config: ParallelConfig) -> None:
         cleanup.enter_context(processes.exclusive(folder))
         execution = Execution(plan, corpus, config.out, config.execution, trunk_folder=folder, device=str(device))
         model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed).to(device))
-        tracker = Tracker(config.execution.track, folder, "parallel", identity) if processes.first and config.execution.track != "none" else None
+        tracker = (
+            Tracker(config.execution.track, folder, "parallel", identity)
+            if processes.first and config.execution.track != "none"
+            else None
+        )
         progress = Progress(
             "parallel",
             n_steps=plan.trunk.n_batches,

@@ -103,7 +103,10 @@ class Plan:
         for branch in self.branches:
             self._check(branch, self.branches[0])
         if not 0 < self.n_calibration < self._n_batches:
-            raise ValueError(f"Plan.n_calibration: {self.n_calibration} of the training text's {self._n_batches} batches, must leave at least one")
+            raise ValueError(
+                f"Plan.n_calibration: {self.n_calibration} of the training text's {self._n_batches} batches, must leave"
+                " at least one"
+            )
 
     @property
     def tokens_per_batch(self) -> int:
@@ -157,9 +160,18 @@ class Plan:
         refuse_other_trunk(self.model, branch.model, branch.name)
         for field in ("stage", "boundary", "fresh"):
             if getattr(branch, field) != getattr(first, field):
-                raise ValueError(f"{branch.name} and {first.name} differ in {field}: branches of a plan can only be compared when they agree")
+                raise ValueError(
+                    f"{branch.name} and {first.name} differ in {field}: branches of a plan can only be compared when"
+                    " they agree"
+                )
         if branch.model != compose(self.model, branch.model, branch.boundary):
-            raise ValueError(f"{branch.name}: the layers, experts and routers below its boundary {branch.boundary} are not the frozen trunk's")
+            raise ValueError(
+                f"{branch.name}: the layers, experts and routers below its boundary {branch.boundary} are not the"
+                " frozen trunk's"
+            )
         different = different_blocks(self.model, branch.model)
         if different and not branch.fresh:
-            raise ValueError(f"{branch.name} changes the letter or weights of blocks {different} and cannot take the trunk's there; set fresh=True")
+            raise ValueError(
+                f"{branch.name} changes the letter or weights of blocks {different} and cannot take the trunk's there;"
+                " set fresh=True"
+            )

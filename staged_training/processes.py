@@ -1,4 +1,5 @@
-"""What the training loop asks of the processes it runs in: here, of the only one. `staged_training.many_processes` answers for several."""
+"""What the training loop asks of the processes it runs in: here, of the only one. `staged_training.many_processes`
+answers for several."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ class Processes:
         return MetricsFile(folder, step)
 
     def restore(
-        self, checkpoints: Path, model: LanguageModel, optimizer: torch.optim.AdamW, *, boundary: int, identity: dict[str, Any]
+        self,
+        checkpoints: Path,
+        model: LanguageModel,
+        optimizer: torch.optim.AdamW,
+        *,
+        boundary: int,
+        identity: dict[str, Any],
     ) -> checkpoint.Checkpoint | None:
         """Continues from the newest checkpoint, if there is any.
 
@@ -45,9 +52,21 @@ class Processes:
             checkpoint.restore_random_states(saved)
         return saved
 
-    def save(self, checkpoints: Path, step: int, model: LanguageModel, optimizer: torch.optim.AdamW, *, boundary: int, state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        checkpoints: Path,
+        step: int,
+        model: LanguageModel,
+        optimizer: torch.optim.AdamW,
+        *,
+        boundary: int,
+        state: dict[str, Any],
+    ) -> Path:
         """Writes a checkpoint; returns its folder."""
-        tensors = {"weights": checkpoint.model_tensors(model), "optimizer": optimizer_tensors(model, optimizer, boundary)}
+        tensors = {
+            "weights": checkpoint.model_tensors(model),
+            "optimizer": optimizer_tensors(model, optimizer, boundary),
+        }
         return checkpoint.save(checkpoints, step, **tensors, state=state)
 
 

@@ -1,8 +1,10 @@
-"""What a training run reports: one line per interval for people and grep, every step as JSON, and the same numbers to a tracker on request.
+"""What a training run reports: one line per interval for people and grep, every step as JSON, and the same numbers to a
+tracker on request.
 
-`metrics.jsonl` holds what is a function of the configuration alone: an interrupted and resumed run leaves the same bytes as an uninterrupted one.
-So does `diagnostics.jsonl`, what the routers did in every step that ends an interval (see `staged_training.diagnostics`). What differs from run to
-run (seconds, tokens per second) lies beside them in `timing.jsonl`.
+`metrics.jsonl` holds what is a function of the configuration alone: an interrupted and resumed run leaves the same
+bytes as an uninterrupted one. So does `diagnostics.jsonl`, what the routers did in every step that ends an interval
+(see `staged_training.diagnostics`). What differs from run to run (seconds, tokens per second) lies beside them in
+`timing.jsonl`.
 """
 
 import json
@@ -19,7 +21,8 @@ TRACKERS = ("none", "wandb")
 
 
 class MetricsFile:
-    """Append-only `metrics.jsonl` and `timing.jsonl` of a run, one line per step, and `diagnostics.jsonl`, one line per interval."""
+    """Append-only `metrics.jsonl` and `timing.jsonl` of a run, one line per step, and `diagnostics.jsonl`, one line per
+    interval."""
 
     def __init__(self, folder: Path, step: int) -> None:
         """Cuts the files back to `step`, so that the steps after a checkpoint are written once."""
@@ -71,7 +74,9 @@ def cut_back(path: Path, step: int) -> None:
     """Drops lines of later steps and a torn last line."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _step_of(line) <= step]
+    kept = [
+        line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _step_of(line) <= step
+    ]
     write_text(path, "".join(kept))
 
 
@@ -90,7 +95,14 @@ class Progress:
     """
 
     def __init__(
-        self, label: str, *, n_steps: int, every: int, tokens_per_step: int, bytes_per_token: float, tracker: "Tracker | None" = None
+        self,
+        label: str,
+        *,
+        n_steps: int,
+        every: int,
+        tokens_per_step: int,
+        bytes_per_token: float,
+        tracker: "Tracker | None" = None,
     ) -> None:
         self.label, self.n_steps, self.every = label, n_steps, every
         self.tokens_per_step, self.bytes_per_token, self.tracker = tokens_per_step, bytes_per_token, tracker
@@ -125,14 +137,15 @@ class Progress:
 
     def line(self, values: dict[str, float]) -> str:
         return (
-            f"{self.label} step={values['step']:.0f}/{self.n_steps} loss={values['loss']:.4f} bpb={values['bpb']:.4f} "
-            f"grad_norm={values['grad_norm']:.3f} tok/s={values['tok/s']:.0f} mean_experts={values['mean_experts']:.2f} "
-            f"lr={values['lr']:.3e} eta={values['eta']:.0f}s"
+            f"{self.label} step={values['step']:.0f}/{self.n_steps} loss={values['loss']:.4f} bpb={values['bpb']:.4f}"
+            f" grad_norm={values['grad_norm']:.3f} tok/s={values['tok/s']:.0f}"
+            f" mean_experts={values['mean_experts']:.2f} lr={values['lr']:.3e} eta={values['eta']:.0f}s"
         )
 
 
 class Tracker:
-    """The progress lines' numbers sent to Weights & Biases. WANDB_MODE=offline writes them to the run folder and needs no account.
+    """The progress lines' numbers sent to Weights & Biases. WANDB_MODE=offline writes them to the run folder and needs
+    no account.
 
     Raises:
         ValueError: for an unknown tracker, or when its library is not installed.
@@ -144,7 +157,9 @@ class Tracker:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(f"--track wandb needs the wandb package ({error}): install the 'track' extra, or leave the option out") from error
+            raise ValueError(
+                f"--track wandb needs the wandb package ({error}): install the 'track' extra, or leave the option out"
+            ) from error
         self._run = wandb.init(project="hybrid-moe-lab", name=label, dir=str(folder), config=config)
 
     def log(self, values: dict[str, float]) -> None:

@@ -1,7 +1,8 @@
-"""The run folder: what was asked, where it ran, what it cost, what came out. Everything that is shown later is computed from it.
+"""The run folder: what was asked, where it ran, what it cost, what came out. Everything that is shown later is computed
+from it.
 
-`config.json` (resolved), `environment.json`, `metrics.jsonl`, `checkpoints/`, `ledger.json`, `result.json`; `result.json` is written last and
-says that the run is finished.
+`config.json` (resolved), `environment.json`, `metrics.jsonl`, `checkpoints/`, `ledger.json`, `result.json`;
+`result.json` is written last and says that the run is finished.
 """
 
 import contextlib
@@ -34,7 +35,8 @@ class RunMismatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """Cost by kind of work ("trunk", "caching", "branches", "evaluation"): FLOPs counted from the configuration, and measured seconds."""
+    """Cost by kind of work ("trunk", "caching", "branches", "evaluation"): FLOPs counted from the configuration, and
+    measured seconds."""
 
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
@@ -76,13 +78,17 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
     if path.exists():
         differing = differences(json.loads(path.read_text()), config)
         if differing:
-            raise RunMismatchError(f"{folder} holds another run: {'; '.join(differing[:8])}. Choose another folder, or remove this one")
+            raise RunMismatchError(
+                f"{folder} holds another run: {'; '.join(differing[:8])}. Choose another folder, or remove this one"
+            )
     else:
         write_json(path, config)
     if (folder / RESULT).exists():
         return read_run(folder)
     here = environment(data_hash)
-    if (folder / ENVIRONMENT).exists() and (changed := differences(json.loads((folder / ENVIRONMENT).read_text()), here)):
+    if (folder / ENVIRONMENT).exists() and (
+        changed := differences(json.loads((folder / ENVIRONMENT).read_text()), here)
+    ):
         log.warning("%s continues in another environment, so its last bits may differ: %s", folder, "; ".join(changed))
     write_json(folder / ENVIRONMENT, here)
     return None
@@ -125,7 +131,11 @@ def finish_run(folder: Path, result: dict[str, Any], ledger: Ledger) -> RunRecor
 def differences(stored: Any, asked: Any, place: str = "") -> list[str]:
     """Where two JSON values differ, as "place: stored 12, asked 8"."""
     if isinstance(stored, dict) and isinstance(asked, dict):
-        return [line for key in sorted(stored | asked) for line in differences(stored.get(key), asked.get(key), f"{place}.{key}" if place else key)]
+        return [
+            line
+            for key in sorted(stored | asked)
+            for line in differences(stored.get(key), asked.get(key), f"{place}.{key}" if place else key)
+        ]
     return [] if stored == asked else [f"{place}: stored {json.dumps(stored)}, asked {json.dumps(asked)}"]
 
 
@@ -148,7 +158,11 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
-        models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
     except OSError:
         models = []
     return f"{models[0] if models else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
@@ -164,7 +178,9 @@ def _version(package: str) -> str | None:
 def _git(*arguments: str) -> str | None:
     """Output of git in this checkout, or None outside a repository."""
     try:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,7 +1,8 @@
 """Learning rate: warm-up, stable, decay to zero, as a pure function of the step.
 
-Warm-up / stable / decay is from MiniCPM (arXiv 2404.06395): the stable part can be left at any step by a short decay, which is what makes a trunk
-with many branches possible. The 1-sqrt decay is from arXiv 2405.18392. There is no scheduler object: nothing to save, nothing to restore wrongly.
+Warm-up / stable / decay is from MiniCPM (arXiv 2404.06395): the stable part can be left at any step by a short decay,
+which is what makes a trunk with many branches possible. The 1-sqrt decay is from arXiv 2405.18392. There is no
+scheduler object: nothing to save, nothing to restore wrongly.
 """
 
 import dataclasses
@@ -31,7 +32,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.decay_shape not in DECAY_SHAPES:
-            raise ValueError(f"Schedule.decay_shape: {self.decay_shape!r} is not known; {nearest(self.decay_shape, DECAY_SHAPES)}")
+            raise ValueError(
+                f"Schedule.decay_shape: {self.decay_shape!r} is not known; {nearest(self.decay_shape, DECAY_SHAPES)}"
+            )
         if not self.peak > 0 or not math.isfinite(self.peak):
             raise ValueError(f"Schedule.peak: {self.peak}, must be positive")
         for name in ("warmup_steps", "decay_steps"):

@@ -22,7 +22,8 @@ class StagingConfig:
         trunk_share: share of it that is trained once, in the trunk.
         freeze: share of the parameters below the boundary, frozen in the branches; 0 branches the whole network.
         batch_size, seq_len: rows and tokens per row of a batch.
-        calibration_tokens: of the training text, kept out of training to calibrate budgets on; at most a twentieth of it.
+        calibration_tokens: of the training text, kept out of training to calibrate budgets on; at most a twentieth of
+            it.
         learning_rate: peak, of the trunk and of each branch.
         warmup_share: share of the trunk's steps that warm up; it then stays at the peak.
         branch_warmup_share: the same for a branch, whose optimizer starts anew; the rest of the branch decays to zero.
@@ -57,7 +58,10 @@ class StagingConfig:
 
 def corpus_facts(corpus: PreparedCorpus) -> CorpusFacts:
     """What a plan needs to know of a prepared corpus; the hash covers documents, split and tokenizer."""
-    hashes = [corpus.manifest.tokenizer_hash, *(sha256_file(split.folder / "index.json") for split in (corpus.train, corpus.valid))]
+    hashes = [
+        corpus.manifest.tokenizer_hash,
+        *(sha256_file(split.folder / "index.json") for split in (corpus.train, corpus.valid)),
+    ]
     return CorpusFacts(
         content_hash=fingerprint(hashes),
         train_tokens=len(corpus.train),
@@ -68,7 +72,12 @@ def corpus_facts(corpus: PreparedCorpus) -> CorpusFacts:
 
 
 def make_plan(
-    config: StagingConfig, corpus: CorpusFacts, model: ModelConfig, branches: Sequence[tuple[str, ModelConfig, int]], *, trunk_seed: int = 0
+    config: StagingConfig,
+    corpus: CorpusFacts,
+    model: ModelConfig,
+    branches: Sequence[tuple[str, ModelConfig, int]],
+    *,
+    trunk_seed: int = 0,
 ) -> Plan:
     """A trunk and its branches.
 
@@ -88,10 +97,20 @@ def make_plan(
             f"StagingConfig.tokens: {config.tokens} is {total} batches of {config.batch_size} x {config.seq_len}, "
             f"too few for a trunk ({config.trunk_share:.0%}) and a branch of at least one batch each"
         )
-    trunk = Stage(n_batches=trunk_batches, schedule=Schedule(peak=config.learning_rate, warmup_steps=round(trunk_batches * config.warmup_share)))
+    trunk = Stage(
+        n_batches=trunk_batches,
+        schedule=Schedule(peak=config.learning_rate, warmup_steps=round(trunk_batches * config.warmup_share)),
+    )
     warmup = round(branch_batches * config.branch_warmup_share)
-    decay = Schedule(peak=config.learning_rate, warmup_steps=warmup, decay_steps=branch_batches - warmup, decay_shape=config.decay_shape)
-    n_calibration = max(1, min(-(-config.calibration_tokens // tokens_per_batch), corpus.train_tokens // tokens_per_batch // 20))
+    decay = Schedule(
+        peak=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=branch_batches - warmup,
+        decay_shape=config.decay_shape,
+    )
+    n_calibration = max(
+        1, min(-(-config.calibration_tokens // tokens_per_batch), corpus.train_tokens // tokens_per_batch // 20)
+    )
     cut = choose_cut(model, {name: method for name, method, _ in branches}, config.freeze) if branches else None
     return Plan(
         corpus=corpus,

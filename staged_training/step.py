@@ -22,7 +22,8 @@ class StepNumbers:
     routing_loss: sum of the routers' weighted losses.
     grad_norm: before clipping.
     mean_experts: per trained block, real experts per token.
-    statistics: per trained block, over the tokens of all processes (their counts divided by the number of processes); empty unless asked for.
+    statistics: per trained block, over the tokens of all processes (their counts divided by the number of processes);
+        empty unless asked for.
     """
 
     loss: float
@@ -58,11 +59,21 @@ def clipped_gradients(
     loss, routing_loss = token_losses(output.logits_BTV, targets_BT).mean(), output.routing_loss
     (loss + routing_loss).backward()
     grad_norm = clip_gradients(optimizer, clip)
-    experts = [routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings]
+    experts = [
+        routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings
+    ]
     # The only wait for the device in a step: all its numbers in one transfer, before the weights change.
-    loss_value, routing_value, norm_value, *expert_values = processes.mean(torch.stack([loss, routing_loss, grad_norm, *experts]).detach()).tolist()
+    loss_value, routing_value, norm_value, *expert_values = processes.mean(
+        torch.stack([loss, routing_loss, grad_norm, *experts]).detach()
+    ).tolist()
     statistics = ()
     if diagnose:
         vectors = processes.mean(torch.stack([routing.statistics.to_vector() for routing in output.routings]))
         statistics = tuple(RoutingStatistics.from_vector(vector) for vector in vectors.cpu())
-    return StepNumbers(loss=loss_value, routing_loss=routing_value, grad_norm=norm_value, mean_experts=tuple(expert_values), statistics=statistics)
+    return StepNumbers(
+        loss=loss_value,
+        routing_loss=routing_value,
+        grad_norm=norm_value,
+        mean_experts=tuple(expert_values),
+        statistics=statistics,
+    )

@@ -19,7 +19,8 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """While entered, `signal` is the number of the stop signal that came, or None. Does nothing outside the main thread."""
+    """While entered, `signal` is the number of the stop signal that came, or None. Does nothing outside the main
+    thread."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -1,4 +1,5 @@
-"""The architecture as a test: imports point down the layers, our packages are the ones in this checkout, files and the kernels stay short."""
+"""The architecture as a test: imports point down the layers, our packages are the ones in this checkout, files and the
+kernels stay short."""
 
 import ast
 import importlib
@@ -61,7 +62,10 @@ def code_lines(path: Path) -> int:
         if token.type not in layout:
             held |= set(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             held -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     return len(held)
 

@@ -14,24 +14,44 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m triton_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    inspect = commands.add_parser("inspect", help="compile every op for GPUs that are not there: registers, spills, instructions, launches, bytes")
-    inspect.add_argument("--arch", type=int, nargs="+", choices=(80, 90, 100), default=[90], help="compute capabilities (default: 90)")
+    inspect = commands.add_parser(
+        "inspect", help="compile every op for GPUs that are not there: registers, spills, instructions, launches, bytes"
+    )
+    inspect.add_argument(
+        "--arch", type=int, nargs="+", choices=(80, 90, 100), default=[90], help="compute capabilities (default: 90)"
+    )
     inspect.add_argument("--peer", nargs="+", default=[], help="also inspect these libraries' versions of the op (fla)")
     inspect.add_argument("--csv", type=Path, help=f"write the rows into this file, e.g. {RECORDED}")
-    inspect.add_argument("--gate", action="store_true", help=f"fail on spills, no tensor cores, or more launches or bytes than in {RECORDED}")
-    inspect.add_argument("--all-options", action="store_true", help=f"also compile every option of every launch table; --gate knows {SPILLS.name}")
+    inspect.add_argument(
+        "--gate",
+        action="store_true",
+        help=f"fail on spills, no tensor cores, or more launches or bytes than in {RECORDED}",
+    )
+    inspect.add_argument(
+        "--all-options",
+        action="store_true",
+        help=f"also compile every option of every launch table; --gate knows {SPILLS.name}",
+    )
 
     bench = commands.add_parser("bench", help="time every op: Triton kernels on a GPU, torch references on a CPU")
-    bench.add_argument("--peers", action="store_true", help="also time the other libraries that can be imported, in turns with ours")
+    bench.add_argument(
+        "--peers", action="store_true", help="also time the other libraries that can be imported, in turns with ours"
+    )
     bench.add_argument("--repeats", type=int, default=20, help="timed turns; the median counts (default: 20)")
     dtypes = ("float32", "bfloat16", "float16")
-    bench.add_argument("--dtype", nargs="+", choices=dtypes, default=[], help="default: bfloat16; on a CPU float32 as well")
+    bench.add_argument(
+        "--dtype", nargs="+", choices=dtypes, default=[], help="default: bfloat16; on a CPU float32 as well"
+    )
     bench.add_argument("--csv", type=Path, help="write the rows into this file, after each op and shape")
     bench.add_argument("--plot", type=Path, help="draw the roofline into this file (svg, png, pdf); needs matplotlib")
 
-    gpu_check = commands.add_parser("gpu-check", help="correctness of every op on this GPU, then the benchmark, into one folder")
+    gpu_check = commands.add_parser(
+        "gpu-check", help="correctness of every op on this GPU, then the benchmark, into one folder"
+    )
     folder = Path(os.environ.get("OUT", "runs/gpu-check"))
-    gpu_check.add_argument("--folder", type=Path, default=folder, help="where the tables go (default: $OUT, or runs/gpu-check)")
+    gpu_check.add_argument(
+        "--folder", type=Path, default=folder, help="where the tables go (default: $OUT, or runs/gpu-check)"
+    )
     gpu_check.add_argument("--minutes", type=float, default=8.0, help="nothing new is begun after so many (default: 8)")
 
     for command, run in ((inspect, run_inspect), (bench, run_benchmark), (gpu_check, run_check)):
@@ -66,7 +86,16 @@ def run_check(selected: list[Operation], options: argparse.Namespace) -> int:
 
 
 def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
-    from triton_kernels.inspect_table import Row, Spill, find_spills, format_table, gate, inspect_operation, new_spills, record
+    from triton_kernels.inspect_table import (
+        Row,
+        Spill,
+        find_spills,
+        format_table,
+        gate,
+        inspect_operation,
+        new_spills,
+        record,
+    )
 
     rows: list[Row] = []
     for operation in selected:
@@ -75,10 +104,16 @@ def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
             for peer in options.peer:
                 try:
                     rows += inspect_operation(operation, architecture, peer)
-                except Exception as error:  # Whatever stops another library, or its not being registered, must not stop this table.
+                except (
+                    Exception
+                ) as error:  # Whatever stops another library, or its not being registered, must not stop this table.
                     print(f"{operation.name}: no rows for {peer}, {type(error).__name__}: {error}", file=sys.stderr)
     print(format_table(rows))
-    spills = [spill for architecture in options.arch for spill in find_spills(selected, architecture)] if options.all_options else []
+    spills = (
+        [spill for architecture in options.arch for spill in find_spills(selected, architecture)]
+        if options.all_options
+        else []
+    )
     if options.csv is not None:
         record(options.csv, Row, rows, {row.subject for row in rows})
         if options.all_options:

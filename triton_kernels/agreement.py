@@ -1,5 +1,5 @@
-"""Does an op agree with its fp64 reference on this machine? The budget is derived from the data: an implementation may be off by twice what the torch
-reference is off by in the same dtype, plus a few roundings of the largest entry.
+"""Does an op agree with its fp64 reference on this machine? The budget is derived from the data: an implementation may
+be off by twice what the torch reference is off by in the same dtype, plus a few roundings of the largest entry.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """worst: the largest error over its budget, over outputs and gradients; where: which of them ("output 0", "gradient of k_BTHK")."""
+    """worst: the largest error over its budget, over outputs and gradients; where: which of them ("output 0", "gradient
+    of k_BTHK")."""
 
     ok: bool
     worst: float
@@ -40,9 +41,11 @@ def output_gradient(output: Tensor) -> Tensor:
 
 
 def results(call: Call, inputs: dict[str, Any], gradient: Tensor | None = None) -> dict[str, Tensor]:
-    """Outputs, and the gradients of every leaf through the first output (`gradient` is that output's; drawn here unless given). Tensors without a
-    gradient are copied beforehand, because a decode step updates its state in place."""
-    outputs = outputs_of(call, {name: x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for name, x in inputs.items()})
+    """Outputs, and the gradients of every leaf through the first output (`gradient` is that output's; drawn here unless
+    given). Tensors without a gradient are copied beforehand, because a decode step updates its state in place."""
+    outputs = outputs_of(
+        call, {name: x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for name, x in inputs.items()}
+    )
     named = {f"output {i}": x.detach() for i, x in enumerate(outputs) if isinstance(x, Tensor)}
     leaves = leaves_of(inputs)
     if leaves and outputs[0].requires_grad:
@@ -62,7 +65,8 @@ def is_float(x: Any) -> bool:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What one rounding costs, relative; in fp32 some more, for the order of a sum; nothing for whole numbers (indices)."""
+    """What one rounding costs, relative; in fp32 some more, for the order of a sum; nothing for whole numbers
+    (indices)."""
     return 2.0**-20 if dtype == torch.float32 else torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
@@ -72,12 +76,19 @@ def largest_error(found: Tensor, right: Tensor) -> Tensor:
 
 
 class Reference:
-    """What an op's torch reference computes from the inputs in fp64, and in the inputs' own dtype as the measure of what may be lost."""
+    """What an op's torch reference computes from the inputs in fp64, and in the inputs' own dtype as the measure of
+    what may be lost."""
 
     def __init__(self, operation: Operation, inputs: dict[str, Any]):
         call = partial(operation.call, backend="torch")
         self.inputs = inputs
-        self.exact = results(call, {name: x.detach().double().requires_grad_(x.requires_grad) if is_float(x) else x for name, x in inputs.items()})
+        self.exact = results(
+            call,
+            {
+                name: x.detach().double().requires_grad_(x.requires_grad) if is_float(x) else x
+                for name, x in inputs.items()
+            },
+        )
         self.rounded = results(call, inputs)
         self.input_rounding = max((rounding(x.dtype) for x in inputs.values() if is_float(x)), default=0.0)
 
@@ -90,7 +101,11 @@ class Reference:
                 continue
             # An fp32 result of 16-bit inputs comes of products whose operands are rounded to 16 bits.
             eps = max(rounding(found.dtype), self.input_rounding) if found.is_floating_point() else 0.0
-            budget = 2 * largest_error(self.rounded[name], right) + 4 * eps * right.masked_fill(right.isinf(), 0.0).abs().max() + 1e-6
+            budget = (
+                2 * largest_error(self.rounded[name], right)
+                + 4 * eps * right.masked_fill(right.isinf(), 0.0).abs().max()
+                + 1e-6
+            )
             ratio = float(largest_error(found, right) / budget)
             # NaN compares false with everything, so it must be asked for.
             if ratio != ratio or ratio > worst:
@@ -102,4 +117,8 @@ class Reference:
         first = results(call, self.inputs)
         assert first.keys() == self.exact.keys()
         differs = same_bits(first, results(call, self.inputs))
-        return Agreement(ok=False, worst=float("inf"), where=f"{differs}: two runs differ in their bits") if differs else self.judge(first)
+        return (
+            Agreement(ok=False, worst=float("inf"), where=f"{differs}: two runs differ in their bits")
+            if differs
+            else self.judge(first)
+        )

@@ -1,8 +1,9 @@
 """`python -m triton_kernels bench`: time each op beside its peers and beside what the machine can do at best.
 
-On a GPU the Triton kernels are timed, on a CPU the torch references. Ours and the peers take turns within one run, on inputs that rotate so that no
-cache keeps them; the median counts. Beside an op over tokens and heads stands "dense matmul": one product of the layer's rows by a dense weight with
-as many FLOPs. An op whose check against its fp64 reference fails on this machine gets no time, and a peer that disagrees gets no ratio.
+On a GPU the Triton kernels are timed, on a CPU the torch references. Ours and the peers take turns within one run, on
+inputs that rotate so that no cache keeps them; the median counts. Beside an op over tokens and heads stands "dense
+matmul": one product of the layer's rows by a dense weight with as many FLOPs. An op whose check against its fp64
+reference fails on this machine gets no time, and a peer that disagrees gets no ratio.
 """
 
 import time
@@ -24,20 +25,24 @@ from triton_kernels.configurations import Cost, Operation, Shape, dtype_name, sh
 Passes = dict[str, Callable[[], Any]]
 
 CEILING, DENSE = "ceiling", "dense matmul"
-# Inputs of one op that take turns, turns that do not count (each input has one), and what one source may take for the turns that do.
+# Inputs of one op that take turns, turns that do not count (each input has one), and what one source may take for the
+# turns that do.
 ROTATION, WARM_UP, SOURCE_SECONDS = 3, 3, 2.0
-# A turn of a slow source takes longer than this, so that at most three of them count: recurrences token by token, on a CPU.
+# A turn of a slow source takes longer than this, so that at most three of them count: recurrences token by token, on a
+# CPU.
 SLOW_MS = 1e3 * SOURCE_SECONDS / 3
 # A peer is only a measure of speed: it may round more than we may.
 PEER_TOLERANCE = 4.0
-# Clock cycles for which the device is kept busy before a timed call, so that the host has launched it all before it begins.
+# Clock cycles for which the device is kept busy before a timed call, so that the host has launched it all before it
+# begins.
 HEAD_START = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One line: ms is a median; ns_per_head_token = ms over B x T x H where the shape has them; roofline = least time that FLOPs and bytes allow at
-    the measured ceilings, over ms; ratio = ms over ours. The ceilings are lines too, so that a roofline can be drawn from the table alone."""
+    """One line: ms is a median; ns_per_head_token = ms over B x T x H where the shape has them; roofline = least time
+    that FLOPs and bytes allow at the measured ceilings, over ms; ratio = ms over ours. The ceilings are lines too, so
+    that a roofline can be drawn from the table alone."""
 
     op: str
     source: str
@@ -70,7 +75,9 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     x = torch.randn(elements, device=device, dtype=torch.bfloat16)
     y = torch.empty_like(x)
-    matmul_ms, copy_ms = (median([elapsed_ms(run, device) for _ in range(12)][2:]) for run in (lambda: a @ b, lambda: y.copy_(x)))
+    matmul_ms, copy_ms = (
+        median([elapsed_ms(run, device) for _ in range(12)][2:]) for run in (lambda: a @ b, lambda: y.copy_(x))
+    )
     flops, bandwidth = 2e3 * size**3 / matmul_ms, 2e3 * x.nbytes / copy_ms
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     speeds = f"matmul {flops * 1e-12:.2f} TFLOP/s, copy {bandwidth * 1e-9:.1f} GB/s"
@@ -93,13 +100,16 @@ def elapsed_ms(run: Callable[[], Any], device: str) -> float:
 
 
 def passes(call: Call, inputs: dict[str, Any], gradient: Tensor) -> Passes:
-    """forward, forward and backward of the first output, and the backward alone, whose graph is made at its first turn."""
+    """forward, forward and backward of the first output, and the backward alone, whose graph is made at its first
+    turn."""
 
     def first_output() -> Tensor:
         return outputs_of(call, inputs)[0]
 
     graph = cache(first_output)
-    gradients = partial(torch.autograd.grad, inputs=list(leaves_of(inputs).values()), grad_outputs=gradient, allow_unused=True)
+    gradients = partial(
+        torch.autograd.grad, inputs=list(leaves_of(inputs).values()), grad_outputs=gradient, allow_unused=True
+    )
     return {
         "forward": torch.no_grad()(first_output),
         "forward+backward": lambda: gradients(first_output()),
@@ -122,10 +132,15 @@ def agreeing_peers(operation: Operation, label: str, reference: Reference, devic
         try:
             agreement = reference.judge(results(call, reference.inputs))
             if agreement.worst > PEER_TOLERANCE:
-                raise ArithmeticError(f"{agreement.worst:.1f} of the budget off the fp64 reference in {agreement.where}")
+                raise ArithmeticError(
+                    f"{agreement.worst:.1f} of the budget off the fp64 reference in {agreement.where}"
+                )
             found[name] = call
         except Exception as error:  # Whatever stops another library must not stop this table.
-            print(f"{operation.name} {label}: no row for {name}, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            print(
+                f"{operation.name} {label}: no row for {name}, {type(error).__name__}:"
+                f" {(str(error).splitlines() or [''])[0]}"
+            )
     return found
 
 
@@ -142,12 +157,21 @@ def take_turns(runs: dict[str, Sequence[Callable[[], Any]]], device: str, repeat
         for name in waiting:
             times[name].append(elapsed_ms(runs[name][len(times[name]) % len(runs[name])], device))
         counted = {name: counting(times[name]) for name in waiting}
-        waiting = [name for name, ms in counted.items() if not ms or (len(ms) < repeats and sum(ms) < 1e3 * SOURCE_SECONDS)]
+        waiting = [
+            name for name, ms in counted.items() if not ms or (len(ms) < repeats and sum(ms) < 1e3 * SOURCE_SECONDS)
+        ]
     return {name: median(counting(ms)) for name, ms in times.items()}
 
 
 def time_operation(
-    operation: Operation, shape: Shape, dtype: torch.dtype, device: str, ceilings: Ceilings, *, peers: bool, repeats: int
+    operation: Operation,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    ceilings: Ceilings,
+    *,
+    peers: bool,
+    repeats: int,
 ) -> list[Timing]:
     """Rows of ours, of every peer that runs here and agrees, and of a dense matmul."""
     label = shape_label(shape)
@@ -156,7 +180,10 @@ def time_operation(
     reference = Reference(operation, rotation[0])
     agreement = reference.check(ours)
     if not agreement.ok:
-        print(f"{operation.name} {label}: no time, the check failed ({agreement.where}, {agreement.worst:.2f} of its budget)")
+        print(
+            f"{operation.name} {label}: no time, the check failed ({agreement.where}, {agreement.worst:.2f} of its"
+            " budget)"
+        )
         return []
     gradient = output_gradient(reference.rounded["output 0"])
     calls = {"ours": ours} | (agreeing_peers(operation, label, reference, device) if peers else {})
@@ -173,7 +200,9 @@ def time_operation(
         if direction == "backward":
             # A slow peer has none: its forward would have to run again for it.
             sources = {name: turns for name, turns in sources.items() if name == "ours" or medians[name] <= SLOW_MS}
-        runs: dict[str, Sequence[Callable[[], Any]]] = {name: [each[direction] for each in turns] for name, turns in sources.items()}
+        runs: dict[str, Sequence[Callable[[], Any]]] = {
+            name: [each[direction] for each in turns] for name, turns in sources.items()
+        }
         if peers and {"B", "T", "H", "K"} <= shape.keys():
             runs[DENSE] = [dense_matmul(shape, cost.flops, dtype, device)]
         medians = take_turns(runs, device, repeats)
@@ -188,10 +217,13 @@ def time_operation(
                 "ratio": ms / medians["ours"],
             }
             rounded = {column: float(f"{number:.4g}") for column, number in numbers.items()}
-            row = Timing(op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded)
+            row = Timing(
+                op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded
+            )
             print(
-                f"{row.op:34s} {row.dtype:9s} {label:30s} {direction:17s} {name:16s} {ms:10.4f} ms  {row.ns_per_head_token:9.3f} ns  "
-                f"{row.tflops:8.3f} TFLOP/s {row.gbytes_per_s:8.1f} GB/s  roofline {row.roofline:5.3f}  x{row.ratio:.2f}",
+                f"{row.op:34s} {row.dtype:9s} {label:30s} {direction:17s} {name:16s} {ms:10.4f} ms "
+                f" {row.ns_per_head_token:9.3f} ns  {row.tflops:8.3f} TFLOP/s {row.gbytes_per_s:8.1f} GB/s  roofline"
+                f" {row.roofline:5.3f}  x{row.ratio:.2f}",
                 flush=True,
             )
             rows.append(row)
@@ -199,16 +231,26 @@ def time_operation(
 
 
 def run_bench(
-    operations: list[Operation], device: str, dtypes: Sequence[torch.dtype], *, csv: Path | None = None, until: float = float("inf"), **options: Any
+    operations: list[Operation],
+    device: str,
+    dtypes: Sequence[torch.dtype],
+    *,
+    csv: Path | None = None,
+    until: float = float("inf"),
+    **options: Any,
 ) -> list[Timing]:
-    """Every op at its timed shapes, each op's first before any op's second; `options` are those of `time_operation`. After each, `csv` holds the
-    rows so far; past `until` (seconds of the monotonic clock) none is begun."""
+    """Every op at its timed shapes, each op's first before any op's second; `options` are those of `time_operation`.
+    After each, `csv` holds the rows so far; past `until` (seconds of the monotonic clock) none is begun."""
     rows: list[Timing] = []
     for dtype in dtypes:
         ceilings = measure_ceilings(device, dtype)
         rows += ceilings.rows(dtype)
-        shapes_of_ops = [operation.bench_shapes if device == "cuda" else operation.cpu_shapes for operation in operations]
-        turns = [turn for shapes in zip_longest(*shapes_of_ops) for turn in zip(operations, shapes) if turn[1] is not None]
+        shapes_of_ops = [
+            operation.bench_shapes if device == "cuda" else operation.cpu_shapes for operation in operations
+        ]
+        turns = [
+            turn for shapes in zip_longest(*shapes_of_ops) for turn in zip(operations, shapes) if turn[1] is not None
+        ]
         for operation, shape in turns:
             try:
                 if time.monotonic() > until:
@@ -222,15 +264,21 @@ def run_bench(
 
 
 def plot_roofline(rows: list[Timing], path: Path) -> None:
-    """Achieved FLOP/s over FLOPs per byte of every row of ours, under the measured roof of each dtype; svg, png or pdf by the file's name."""
+    """Achieved FLOP/s over FLOPs per byte of every row of ours, under the measured roof of each dtype; svg, png or pdf
+    by the file's name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        matmul, copy = (next(row for row in rows if (row.op, row.dtype, row.source) == (CEILING, dtype, name)) for name in ("matmul", "copy"))
+        matmul, copy = (
+            next(row for row in rows if (row.op, row.dtype, row.source) == (CEILING, dtype, name))
+            for name in ("matmul", "copy")
+        )
         intensity = [2.0**i for i in range(-4, 13)]
-        axes.plot(intensity, [min(matmul.tflops, 1e-3 * copy.gbytes_per_s * x) for x in intensity], label=f"ceiling, {dtype}")
+        axes.plot(
+            intensity, [min(matmul.tflops, 1e-3 * copy.gbytes_per_s * x) for x in intensity], label=f"ceiling, {dtype}"
+        )
         for direction, marker in (("forward", "o"), ("backward", "s")):
             ours = [row for row in rows if (row.source, row.dtype, row.direction) == ("ours", dtype, direction)]
             places = {f"{row.op} {row.shape}": (1e3 * row.tflops / row.gbytes_per_s, row.tflops) for row in ours}

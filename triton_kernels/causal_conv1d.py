@@ -2,12 +2,13 @@
 
     z_t = bias + sum_{w < W} weight[:, w] * x_{t - (W - 1) + w};  y = silu(z)
 
-The short convolution before the linear-attention layers (Mamba, arXiv 2312.00752; gated DeltaNet, arXiv 2412.06464). On torch it is W shifted
-multiply-adds over the sequences with their tails in front. Autograd of that would allocate W padded gradients of the whole input, and F.conv1d's CPU
-backward for depthwise weights is slower still, so the backward is written out.
+The short convolution before the linear-attention layers (Mamba, arXiv 2312.00752; gated DeltaNet, arXiv 2412.06464). On
+torch it is W shifted multiply-adds over the sequences with their tails in front. Autograd of that would allocate W
+padded gradients of the whole input, and F.conv1d's CPU backward for depthwise weights is slower still, so the backward
+is written out.
 
-Legend: B batch, T tokens, D channels, W convolution width, R = W - 1 entries of a tail, S sequences (B of them, or those packed by `cu_seqlens`),
-L = rows with the tails in front, C rows of a piece.
+Legend: B batch, T tokens, D channels, W convolution width, R = W - 1 entries of a tail, S sequences (B of them, or
+those packed by `cu_seqlens`), L = rows with the tails in front, C rows of a piece.
 """
 
 from collections.abc import Iterator
@@ -34,12 +35,15 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Convolves every channel with its own W weights over the current token, which weight_DW[:, W - 1] meets, and the W - 1 before it.
+    """Convolves every channel with its own W weights over the current token, which weight_DW[:, W - 1] meets, and the W
+    - 1 before it.
 
-    Sums are fp32 (fp64 for fp64), whatever the floating dtypes of weight, bias and `initial_tail` [S, D, W - 1]: the inputs before each sequence,
-    oldest first, zeros by default. `cu_seqlens` (int64 [S+1], with B = 1) packs S sequences, empty ones allowed. `activation` is "silu" or None.
-    Returns y_BTD and the tail [S, D, W - 1] in x's dtype: the last W - 1 inputs of each sequence, those of initial_tail included when it is shorter.
-    Gradients flow to x, weight, bias and initial_tail, through both. Raises ValueError for shapes, dtypes, offsets and options that do not fit.
+    Sums are fp32 (fp64 for fp64), whatever the floating dtypes of weight, bias and `initial_tail` [S, D, W - 1]: the
+    inputs before each sequence, oldest first, zeros by default. `cu_seqlens` (int64 [S+1], with B = 1) packs S
+    sequences, empty ones allowed. `activation` is "silu" or None. Returns y_BTD and the tail [S, D, W - 1] in x's
+    dtype: the last W - 1 inputs of each sequence, those of initial_tail included when it is shorter. Gradients flow to
+    x, weight, bias and initial_tail, through both. Raises ValueError for shapes, dtypes, offsets and options that do
+    not fit.
     """
     B, T, D, W = check_tensors(OP, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D).values()
     if W not in WIDTHS:
@@ -66,7 +70,8 @@ def causal_conv1d(
 
 
 def last_inputs(x_BTD: Tensor, tail_SRD: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last W - 1 inputs of each sequence [S, R, D], its tail counted as earlier inputs; nothing is read by the host."""
+    """The last W - 1 inputs of each sequence [S, R, D], its tail counted as earlier inputs; nothing is read by the
+    host."""
     T, R = x_BTD.shape[1], tail_SRD.shape[1]
     if cu_seqlens is None:
         return x_BTD[:, T - R :] if T >= R else torch.cat([tail_SRD, x_BTD], 1)[:, T:]
@@ -79,7 +84,9 @@ def last_inputs(x_BTD: Tensor, tail_SRD: Tensor, cu_seqlens: Tensor | None) -> T
     return torch.where((place_SR >= R)[:, :, None], from_x_SRD, from_tail_SRD)
 
 
-def causal_conv1d_torch(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, tail_SRD: Tensor, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d_torch(
+    x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, tail_SRD: Tensor, cu_seqlens: Tensor | None, silu: bool
+) -> Tensor:
     if cu_seqlens is None:
         return Convolution.apply(torch.cat([tail_SRD, x_BTD], 1), weight_DW, bias_D, silu)
     # One row with every sequence's tail in front of it; what the tails' own rows give is left out of y.
@@ -87,12 +94,17 @@ def causal_conv1d_torch(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None,
     token_T, sequence_S, entry_R = (torch.arange(n, device=x_BTD.device) for n in (T, S, R))
     row_T = token_T + (torch.bucketize(token_T, cu_seqlens[1:], right=True) + 1) * R
     row_SR = (cu_seqlens[:-1] + sequence_S * R)[:, None] + entry_R
-    x_LD = x_BTD.new_zeros(T + S * R, D).index_copy(0, row_T, x_BTD[0]).index_copy(0, row_SR.flatten(), tail_SRD.flatten(0, 1))
+    x_LD = (
+        x_BTD.new_zeros(T + S * R, D)
+        .index_copy(0, row_T, x_BTD[0])
+        .index_copy(0, row_SR.flatten(), tail_SRD.flatten(0, 1))
+    )
     return Convolution.apply(x_LD[None], weight_DW, bias_D, silu).index_select(1, row_T - R)
 
 
 class Convolution(torch.autograd.Function):
-    """y[t] = act(bias + sum_w weight[w] x[t + w]) for the rows t that have all their W inputs. Keeps x only; the backward computes z again."""
+    """y[t] = act(bias + sum_w weight[w] x[t + w]) for the rows t that have all their W inputs. Keeps x only; the
+    backward computes z again."""
 
     @staticmethod
     def forward(ctx, x_BLD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, silu: bool) -> Tensor:
@@ -110,7 +122,11 @@ class Convolution(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor):
         (dy_BTD,), (x_BLD, weight_DW, bias_D) = grad_outputs, ctx.saved_tensors
         weight_WD = in_sums(weight_DW).T.contiguous()
-        dx_BLD, dweight_WD, dbias_D = torch.zeros_like(in_sums(x_BLD)), torch.zeros_like(weight_WD), torch.zeros_like(weight_WD[0])
+        dx_BLD, dweight_WD, dbias_D = (
+            torch.zeros_like(in_sums(x_BLD)),
+            torch.zeros_like(weight_WD),
+            torch.zeros_like(weight_WD[0]),
+        )
         for b, rows_W in pieces(dy_BTD, len(weight_WD)):
             dz_CD = in_sums(dy_BTD[b, rows_W[0]])
             if ctx.silu:
@@ -119,7 +135,12 @@ class Convolution(torch.autograd.Function):
             for w, rows in enumerate(rows_W):
                 dx_BLD[b, rows].addcmul_(dz_CD, weight_WD[w])
                 dweight_WD[w] += (dz_CD * x_BLD[b, rows]).sum(0)
-        return dx_BLD.to(x_BLD.dtype), dweight_WD.T.to(weight_DW.dtype), None if bias_D is None else dbias_D.to(bias_D.dtype), None
+        return (
+            dx_BLD.to(x_BLD.dtype),
+            dweight_WD.T.to(weight_DW.dtype),
+            None if bias_D is None else dbias_D.to(bias_D.dtype),
+            None,
+        )
 
 
 def pieces(y_BTD: Tensor, W: int) -> Iterator[tuple[int, list[slice]]]:

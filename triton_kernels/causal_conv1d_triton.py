@@ -1,9 +1,12 @@
-"""causal_conv1d on Triton: one launch forward; backward one, and one sum over its programs' shares of the weight's and the bias' gradients.
+"""causal_conv1d on Triton: one launch forward; backward one, and one sum over its programs' shares of the weight's and
+the bias' gradients.
 
-Both only move memory (W multiply-adds per element), so a program takes a block of rows times a block of channels and reads its W shifted views
-straight from x: the overlap stays in L1. The backward keeps nothing but x, so z is computed again.
+Both only move memory (W multiply-adds per element), so a program takes a block of rows times a block of channels and
+reads its W shifted views straight from x: the overlap stays in L1. The backward keeps nothing but x, so z is computed
+again.
 
-Legend: B batch, T tokens, D channels, W convolution width, S sequences, M rows of a block (of all B x T), C channels of a block, P blocks of rows.
+Legend: B batch, T tokens, D channels, W convolution width, S sequences, M rows of a block (of all B x T), C channels of
+a block, P blocks of rows.
 """
 
 # Jitted helpers that return tuples, and constants given as Python values, are beyond a type checker.
@@ -17,7 +20,8 @@ from torch import Tensor
 
 from triton_kernels.registration import has_work, kernel_op
 
-# Rows and channels of a program: 16 elements per thread at 4 warps forward; the backward holds more of them at once and takes half as many.
+# Rows and channels of a program: 16 elements per thread at 4 warps forward; the backward holds more of them at once and
+# takes half as many.
 BLOCK_M = 16
 BACKWARD_BLOCK_M = 8
 BLOCK_C = 128
@@ -25,8 +29,9 @@ BLOCK_C = 128
 
 @triton.jit
 def place_rows(block, cu_seqlens, n_rows, T, n_sequences, BLOCK_M: tl.constexpr):
-    """Of a block: its rows, their sequence, its first row and the row past its end. The blocks after the last one are the rows before the first of a
-    sequence each, where its tail is. A row's sequence is found by counting the offsets at or below it."""
+    """Of a block: its rows, their sequence, its first row and the row past its end. The blocks after the last one are
+    the rows before the first of a sequence each, where its tail is. A row's sequence is found by counting the offsets
+    at or below it."""
     row_M = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     sequence_M = tl.zeros_like(row_M) + (block - tl.cdiv(n_rows, BLOCK_M))
     if block * BLOCK_M < n_rows:
@@ -70,7 +75,20 @@ def convolve(inputs, row_M, sequence_M, first_M, channel_C, mask_MC, D, W: tl.co
 
 @triton.jit
 def convolution_forward_kernel(
-    x, weight, bias, tail, cu_seqlens, y, n_rows, T, D, n_sequences, W: tl.constexpr, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    weight,
+    bias,
+    tail,
+    cu_seqlens,
+    y,
+    n_rows,
+    T,
+    D,
+    n_sequences,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     """y [B, T, D]."""
     row_M, sequence_M, first_M, past_M = place_rows(tl.program_id(0), cu_seqlens, n_rows, T, n_sequences, BLOCK_M)
@@ -83,17 +101,33 @@ def convolution_forward_kernel(
 
 @triton.jit
 def convolution_backward_kernel(
-    dy, x, weight, bias, tail, cu_seqlens, dx, dtail, partial, n_rows, T, D, n_sequences,
-    W: tl.constexpr, SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dx [B, T, D], or dtail [S, W - 1, D], from the W outputs that each input reached, and this block's share of dweight and dbias, partial
-    [P, W + 1, D] in fp32."""
+    dy,
+    x,
+    weight,
+    bias,
+    tail,
+    cu_seqlens,
+    dx,
+    dtail,
+    partial,
+    n_rows,
+    T,
+    D,
+    n_sequences,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx [B, T, D], or dtail [S, W - 1, D], from the W outputs that each input reached, and this block's share of
+    dweight and dbias, partial [P, W + 1, D] in fp32."""
     block = tl.program_id(0)
     row_M, sequence_M, first_M, past_M = place_rows(block, cu_seqlens, n_rows, T, n_sequences, BLOCK_M)
     channel_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channels = channel_C < D
     dz_MC, dx_MC = tl.zeros([BLOCK_M, BLOCK_C], tl.float32), tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    # A loop and not W copies: unrolled, all the outputs that an input reaches would be in registers at once. Last come those of the rows themselves.
+    # A loop and not W copies: unrolled, all the outputs that an input reaches would be in registers at once. Last come
+    # those of the rows themselves.
     for w in range(0, W):
         output_M = row_M + W - 1 - w
         reached_MC = ((output_M >= first_M) & (output_M < past_M))[:, None] & channels[None, :]
@@ -117,18 +151,36 @@ def convolution_backward_kernel(
         tl.store(partial_C + W * D, tl.sum(dz_MC, 0), mask=channels)
 
 
-def launch(kernel: Any, inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...], silu: bool, block_m: int, n_tails: int = 0) -> None:
-    """Over the blocks of rows, and the tails after them, times blocks of channels; the inputs end in x, weight, bias, tail, cu_seqlens."""
+def launch(
+    kernel: Any,
+    inputs: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, ...],
+    silu: bool,
+    block_m: int,
+    n_tails: int = 0,
+) -> None:
+    """Over the blocks of rows, and the tails after them, times blocks of channels; the inputs end in x, weight, bias,
+    tail, cu_seqlens."""
     x, weight, *_, cu_seqlens = inputs[-5:]
     B, T, D = x.shape
     kernel[(triton.cdiv(B * T, block_m) + n_tails, triton.cdiv(D, BLOCK_C))](
-        *(None if t is None else t.contiguous() for t in inputs), *outputs, B * T, T, D, 0 if cu_seqlens is None else len(cu_seqlens) - 1,
-        W=weight.shape[1], SILU=silu, BLOCK_M=block_m, BLOCK_C=BLOCK_C,
-    )  # fmt: skip
+        *(None if t is None else t.contiguous() for t in inputs),
+        *outputs,
+        B * T,
+        T,
+        D,
+        0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        W=weight.shape[1],
+        SILU=silu,
+        BLOCK_M=block_m,
+        BLOCK_C=BLOCK_C,
+    )
 
 
 @kernel_op("causal_conv1d")
-def forward_op(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
+def forward_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, cu_seqlens: Tensor | None, silu: bool
+) -> Tensor:
     """y; the arguments are those of `causal_conv1d`, already checked."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_work(y):

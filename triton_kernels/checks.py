@@ -14,7 +14,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def check_backend(backend: str, x: torch.Tensor) -> str:
     """Resolve "auto": the Triton kernels on CUDA tensors, the torch reference everywhere else.
 
-    "triton" on CPU tensors is for Triton's interpreter and for the offline compiler; elsewhere Triton itself reports that it has no driver."""
+    "triton" on CPU tensors is for Triton's interpreter and for the offline compiler; elsewhere Triton itself reports
+    that it has no driver."""
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend={backend!r}: legal are 'auto', 'torch' and 'triton'")
     if backend == "auto":
@@ -25,7 +26,9 @@ def check_backend(backend: str, x: torch.Tensor) -> str:
 def check_shape(op: str, name: str, x: torch.Tensor, expected: dict[str, int | None]) -> None:
     """expected: axis letter -> size, None where any size will do."""
     layout = "[" + ", ".join(letter if size is None else f"{letter}={size}" for letter, size in expected.items()) + "]"
-    if x.dim() != len(expected) or any(size is not None and size != have for size, have in zip(expected.values(), x.shape)):
+    if x.dim() != len(expected) or any(
+        size is not None and size != have for size, have in zip(expected.values(), x.shape)
+    ):
         raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {layout}")
 
 
@@ -35,8 +38,8 @@ def axes_of(name: str) -> list[str]:
 
 
 def check_tensors(op: str, sizes: dict[str, int] | None = None, **tensors: torch.Tensor | None) -> dict[str, int]:
-    """Every tensor has the axes its name ends in, a letter being one size throughout: that of `sizes`, or of the first tensor it occurs in. Tensors
-    that are None are passed over. Returns all sizes by letter."""
+    """Every tensor has the axes its name ends in, a letter being one size throughout: that of `sizes`, or of the first
+    tensor it occurs in. Tensors that are None are passed over. Returns all sizes by letter."""
     sizes = dict(sizes or {})
     for name, x in tensors.items():
         if x is not None:
@@ -58,8 +61,8 @@ def check_dtype(op: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def readable(x: torch.Tensor) -> bool:
-    """Whether a check may look at values: on a CPU only, for reading them from a GPU would make the host wait; nor while compiling, where there are
-    none yet. The offline recorder, whose CPU tensors stand for a GPU's, says no."""
+    """Whether a check may look at values: on a CPU only, for reading them from a GPU would make the host wait; nor
+    while compiling, where there are none yet. The offline recorder, whose CPU tensors stand for a GPU's, says no."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -68,7 +71,9 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor | None, batch: int, token
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"{op}: cu_seqlens must be int64 [S+1] with S >= 1, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+        raise ValueError(
+            f"{op}: cu_seqlens must be int64 [S+1] with S >= 1, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
     if batch != 1:
         raise ValueError(f"{op}: with cu_seqlens the sequences are packed into one row, so B must be 1, got B={batch}")
     if readable(cu_seqlens):

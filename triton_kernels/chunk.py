@@ -1,9 +1,10 @@
 """The chunked view of a batch of sequences that every linear-attention reference works in.
 
-Chunks hold C tokens each; every sequence starts on a chunk of its own and pads its last one with zeros. Without `cu_seqlens` each batch row is one
-sequence; with it B is 1 and the chunks of the packed sequences follow one another. The work goes over blocks, a few consecutive chunks of all heads:
-what a block needs is loaded into scratch memory that all blocks share, worked on while it lies in the cache, and stored back.
-Letters: B batch, T tokens, G query/key heads, H heads, R = H / G, N chunks, n chunks of a block, M = B * H, X = n * M, C chunk length, D any width.
+Chunks hold C tokens each; every sequence starts on a chunk of its own and pads its last one with zeros. Without
+`cu_seqlens` each batch row is one sequence; with it B is 1 and the chunks of the packed sequences follow one another.
+The work goes over blocks, a few consecutive chunks of all heads: what a block needs is loaded into scratch memory that
+all blocks share, worked on while it lies in the cache, and stored back. Letters: B batch, T tokens, G query/key heads,
+H heads, R = H / G, N chunks, n chunks of a block, M = B * H, X = n * M, C chunk length, D any width.
 """
 
 import threading
@@ -20,7 +21,8 @@ BLOCK_BYTES = 1 << 20
 
 
 class Scratch:
-    """Memory by name, the same for every block and call: a fresh temporary is faulted in page by page, which takes longer than the work on it."""
+    """Memory by name, the same for every block and call: a fresh temporary is faulted in page by page, which takes
+    longer than the work on it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -41,7 +43,8 @@ class Scratch:
         return known
 
     def once(self, derive: Callable[..., Any], x: Tensor, *arguments: Any) -> Any:
-        """derive(x, *arguments), views of a tensor of this memory, kept: making views of a block takes as long as working on it."""
+        """derive(x, *arguments), views of a tensor of this memory, kept: making views of a block takes as long as
+        working on it."""
         key = (derive, id(x), arguments)
         known = self.derived.get(key)
         if known is None or known[0] is not x:
@@ -58,8 +61,9 @@ def scratch_on(device: torch.device, dtype: torch.dtype) -> Scratch:
 
 
 class Chunks:
-    """Where tokens lie among N chunks. `rows` says which of the N * C rows they fill, None where they fill all. `starts` and `ends` name the rows of
-    the state tensor whose sequence starts or ends at a chunk. The host reads cu_seqlens: this is for the torch references only."""
+    """Where tokens lie among N chunks. `rows` says which of the N * C rows they fill, None where they fill all.
+    `starts` and `ends` name the rows of the state tensor whose sequence starts or ends at a chunk. The host reads
+    cu_seqlens: this is for the torch references only."""
 
     def __init__(self, n_tokens: int, size: int, cu_seqlens: Tensor | None):
         offsets = [0, n_tokens] if cu_seqlens is None else cu_seqlens.tolist()
@@ -81,7 +85,8 @@ class Chunks:
         return [slice(first, min(first + step, self.n)) for first in range(0, self.n, step)]
 
     def view(self, x: Tensor, heads: int = 0) -> Tensor:
-        """[B, T, G, ...] seen as [N, B, G, R, C, ...], every head H / G times (once if `heads` is 0); a copy where there is padding, of zeros."""
+        """[B, T, G, ...] seen as [N, B, G, R, C, ...], every head H / G times (once if `heads` is 0); a copy where
+        there is padding, of zeros."""
         if self.rows is not None:
             padded = x.new_zeros(x.shape[0], self.n * self.size, *x.shape[2:])
             padded[:, self.rows] = x
@@ -115,7 +120,8 @@ def load(chunked: Tensor, out: Tensor, factor: float | Tensor = 1.0) -> Tensor:
 
 
 def store(x: Tensor, chunked: Tensor, factor: float | Tensor = 1.0) -> None:
-    """The adjoint of `load`: factor times x [X, C, ...] into chunks [n, B, G, C, ...], summed over the R heads that share one of G."""
+    """The adjoint of `load`: factor times x [X, C, ...] into chunks [n, B, G, C, ...], summed over the R heads that
+    share one of G."""
     heads = x.view(*chunked.shape[:3], -1, *chunked.shape[3:])
     heads = heads[:, :, :, 0] if heads.shape[3] == 1 else heads.sum(3)
     if isinstance(factor, Tensor):

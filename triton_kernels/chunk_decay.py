@@ -1,9 +1,10 @@
-"""What a gate means inside chunks, for the torch references: the one thing that differs between the linear-attention ops.
+"""What a gate means inside chunks, for the torch references: the one thing that differs between the linear-attention
+ops.
 
-Everything is an exponential of a difference that is at most 0, so nothing overflows and the hidden half of a chunk gives no 0 * inf. Exponentials
-are powers of two: on a CPU exp2 is 4 to 25 times faster than exp.
-Letters: X chunks times heads, r kinds of rows that read (queries; queries and keys), C chunk length, P pairs of neighbouring sub-chunks, s their
-length, K key width.
+Everything is an exponential of a difference that is at most 0, so nothing overflows and the hidden half of a chunk
+gives no 0 * inf. Exponentials are powers of two: on a CPU exp2 is 4 to 25 times faster than exp.
+Letters: X chunks times heads, r kinds of rows that read (queries; queries and keys), C chunk length, P pairs of
+neighbouring sub-chunks, s their length, K key width.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from torch import Tensor
 from triton_kernels.chunk import Scratch
 from triton_kernels.products import add_product, product
 
-# Bits by which a fixed decay may shrink a chunk and still be taken out of its scores: the rest of fp32's exponent is left to what is multiplied.
+# Bits by which a fixed decay may shrink a chunk and still be taken out of its scores: the rest of fp32's exponent is
+# left to what is multiplied.
 FIXED_BITS = 60
 
 
@@ -23,9 +25,10 @@ FIXED_BITS = 60
 class ScalarDecay:
     """One decay per token and head: e^{c_i - c_j} multiplies the scores from outside.
 
-    With c the inclusive cumulative log-decay, from_start = e^c and to_end = e^{c_C - c} are [X, C, 1 or K], whole = e^{c_C} is [X, 1 or K, 1] and
-    within = e^{c_i - c_j} is [X, C, C]. `applied`: rows and keys come multiplied by from_start and to_end, and `within` is what is left, e^{-c_C};
-    it may be one chunk's [M, C, C], which the others share."""
+    With c the inclusive cumulative log-decay, from_start = e^c and to_end = e^{c_C - c} are [X, C, 1 or K], whole =
+    e^{c_C} is [X, 1 or K, 1] and within = e^{c_i - c_j} is [X, C, C]. `applied`: rows and keys come multiplied by
+    from_start and to_end, and `within` is what is left, e^{-c_C}; it may be one chunk's [M, C, C], which the others
+    share."""
 
     from_start: Tensor
     to_end: Tensor
@@ -52,7 +55,9 @@ class ScalarDecay:
 
     def repeated(self, n_chunks: int) -> "ScalarDecay":
         """One chunk's, for each of n."""
-        return ScalarDecay(*(x.repeat(n_chunks, 1, 1) for x in (self.from_start, self.to_end, self.whole)), self.within, self.applied)
+        return ScalarDecay(
+            *(x.repeat(n_chunks, 1, 1) for x in (self.from_start, self.to_end, self.whole)), self.within, self.applied
+        )
 
     def first(self, X: int) -> "ScalarDecay":
         """That of the first X rows."""
@@ -69,7 +74,9 @@ class ScalarDecay:
         product(rows_XrCK.flatten(1, 2), keys_XCK.mT, out_XrCC.flatten(1, 2))
         return self.decayed(out_XrCC)
 
-    def scores_backward(self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor) -> None:
+    def scores_backward(
+        self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor
+    ) -> None:
         """Adds the gradients of rows and keys to drows and dkeys; takes d, the scores' gradient, for its own."""
         d_XRC = self.decayed(d_XrCC).flatten(1, 2)
         add_product(drows_XrCK.flatten(1, 2), d_XRC, keys_XCK)
@@ -77,9 +84,9 @@ class ScalarDecay:
 
 
 class ChannelDecay:
-    """One decay per key channel. It stands inside the dot product, and e^{c_i} e^{-c_j} would overflow, so the triangle is cut by halving down to
-    single rows: each later half meets its earlier half through a product anchored at the later half's first row, which makes both exponents at most
-    0 and lets no row see the decays of its future."""
+    """One decay per key channel. It stands inside the dot product, and e^{c_i} e^{-c_j} would overflow, so the triangle
+    is cut by halving down to single rows: each later half meets its earlier half through a product anchored at the
+    later half's first row, which makes both exponents at most 0 and lets no row see the decays of its future."""
 
     applied = False
 
@@ -93,15 +100,21 @@ class ChannelDecay:
         half = c.shape[1] // 2
         while half > 0:
             decay = scratch(f"level {half}", *c.shape)
-            (early, late, anchor), (from_early, to_late, _) = scratch.once(halves, c, half), scratch.once(halves, decay, half)
+            (early, late, anchor), (from_early, to_late, _) = (
+                scratch.once(halves, c, half),
+                scratch.once(halves, decay, half),
+            )
             torch.sub(late, anchor, out=to_late)
             torch.sub(anchor, early, out=from_early)
             decay.exp2_()
             self.levels.append((half, to_late, from_early))
             half //= 2
 
-    def operands(self, half: int, to_late: Tensor, from_early: Tensor, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The later rows [X, P, r, s, K] and the earlier keys [X, P, s, K] of every pair, decayed to and from the pair's anchor."""
+    def operands(
+        self, half: int, to_late: Tensor, from_early: Tensor, rows: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The later rows [X, P, r, s, K] and the earlier keys [X, P, s, K] of every pair, decayed to and from the
+        pair's anchor."""
         once, shape = self.scratch.once, to_late.shape
         late_rows = self.scratch("late rows", *shape[:2], rows.shape[1], *shape[2:])
         torch.mul(once(halves, rows, half)[1], to_late[:, None], out=once(torch.transpose, late_rows, 1, 2))
@@ -119,7 +132,9 @@ class ChannelDecay:
             blocks.copy_(product(late_rows, early_keys.mT, found).view(blocks.shape))
         return out_XrCC
 
-    def scores_backward(self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor) -> None:
+    def scores_backward(
+        self, d_XrCC: Tensor, rows_XrCK: Tensor, keys_XCK: Tensor, drows_XrCK: Tensor, dkeys_XCK: Tensor
+    ) -> None:
         once, scratch, diagonal = self.scratch.once, self.scratch, d_XrCC.diagonal(dim1=-2, dim2=-1)[..., None]
         drows_XrCK.addcmul_(diagonal, keys_XCK[:, None])
         dkeys_XCK.add_(torch.mul(rows_XrCK, diagonal, out=scratch("diagonal", *rows_XrCK.shape)).sum(1))

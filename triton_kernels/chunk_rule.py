@@ -1,22 +1,27 @@
-"""Chunked linear attention in torch, whatever the gate, with the delta rule's correction or without: forward, and the backward written out.
+"""Chunked linear attention in torch, whatever the gate, with the delta rule's correction or without: forward, and the
+backward written out.
 
-    S_t = (I - b_t k_t k_t^T) e^{g_t} S_{t-1} + b_t k_t v_t^T        o_t = S_t^T q_t        e^{g_t} a scalar, or diagonal over the key channels
+    S_t = (I - b_t k_t k_t^T) e^{g_t} S_{t-1} + b_t k_t v_t^T        o_t = S_t^T q_t        e^{g_t} a scalar, or
+    diagonal over the key channels
 
-With c the inclusive cumulative log-decay of a chunk, S the state at its start and E the prediction errors of its tokens (the write to the state is
-b E), a row x_i (a query; or a key, which reads what is already predicted) reads e^{c_i} x_i S + sum_j F_ij E_j with
-F_ij = b_j sum_d x_id k_jd e^{c_id - c_jd}, for j <= i (queries) or j < i (keys: G). So with w_j = b_j e^{c_C - c_j} k_j and A = (I + G)^-1
+With c the inclusive cumulative log-decay of a chunk, S the state at its start and E the prediction errors of its tokens
+(the write to the state is b E), a row x_i (a query; or a key, which reads what is already predicted) reads e^{c_i} x_i
+S + sum_j F_ij E_j with F_ij = b_j sum_d x_id k_jd e^{c_id - c_jd}, for j <= i (queries) or j < i (keys: G). So with w_j
+= b_j e^{c_C - c_j} k_j and A = (I + G)^-1
 
     O = e^c Q S + F E        E = A V - (A e^c K) S        S' = e^{c_C} S + w^T E
 
-Without the correction there is no G: E is V and b is 1. Backward, with dE = F^T dO + w dS', dV = A^T dE, Y = dO for the queries and -dV for the
-keys, Z = Y E^T of each:
+Without the correction there is no G: E is V and b is 1. Backward, with dE = F^T dO + w dS', dV = A^T dE, Y = dO for the
+queries and -dV for the keys, Z = Y E^T of each:
 
-    dx_i = e^{c_i} Y_i S^T + sum_j Z_ij b_j k_j e^{c_i - c_j}      U_j = sum_i Z_ij x_i e^{c_i - c_j} (of both) + e^{c_C - c_j} E_j dS'^T
-    dK = dx + b U      db = <K, U>      dc = q dq + k dx - b k U,  dc_C += rows of dS' S'      dS = e^{c_C} dS' + (e^c Q)^T dO - (A e^c K)^T dE
+    dx_i = e^{c_i} Y_i S^T + sum_j Z_ij b_j k_j e^{c_i - c_j}      U_j = sum_i Z_ij x_i e^{c_i - c_j} (of both) + e^{c_C
+    - c_j} E_j dS'^T dK = dx + b U      db = <K, U>      dc = q dq + k dx - b k U,  dc_C += rows of dS' S'      dS =
+      e^{c_C} dS' + (e^c Q)^T dO - (A e^c K)^T dE
 
-Derived in notes/kernels/gated_delta_rule.md. WY form: arXiv 2406.06484; gates: 2312.06635, 2412.06464 (scalar), 2510.26692 (per channel).
-Letters: B batch, T tokens, G query/key heads, H value heads, n chunks of a block, N of all blocks, M = B * H, X = n * M, r kinds of rows (queries;
-queries and keys), C chunk length, K key width, V value width, S sequences.
+Derived in notes/kernels/gated_delta_rule.md. WY form: arXiv 2406.06484; gates: 2312.06635, 2412.06464 (scalar),
+2510.26692 (per channel). Letters: B batch, T tokens, G query/key heads, H value heads, n chunks of a block, N of all
+blocks, M = B * H, X = n * M, r kinds of rows (queries; queries and keys), C chunk length, K key width, V value width, S
+sequences.
 """
 
 from functools import partial
@@ -36,16 +41,21 @@ EPSILON = 1e-6
 
 
 class Inputs:
-    """A call's tensors in chunks, q and k for every value head, and the scratch memory of its blocks. A decay of one number per head is made once for
-    all chunks where none is padded and it is weak enough; then there are no log-decays."""
+    """A call's tensors in chunks, q and k for every value head, and the scratch memory of its blocks. A decay of one
+    number per head is made once for all chunks where none is padded and it is weak enough; then there are no
+    log-decays."""
 
-    def __init__(self, chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, normalize_qk: bool):
+    def __init__(
+        self, chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, normalize_qk: bool
+    ):
         (B, T, H), kinds = v.shape[:3], 1 if beta is None else 2
         self.normalize_qk, self.M = normalize_qk, B * H
         self.scratch = scratch_on(q.device, torch.promote_types(v.dtype, torch.float32))
         self.q, self.k, self.v = chunks.view(q, H), chunks.view(k, H), chunks.view(v)
         self.beta = None if beta is None else chunks.view(beta)
-        self.blocks = chunks.blocks(self.M * kinds * chunks.size * max(q.shape[3], v.shape[3]) * self.scratch.dtype.itemsize)
+        self.blocks = chunks.blocks(
+            self.M * kinds * chunks.size * max(q.shape[3], v.shape[3]) * self.scratch.dtype.itemsize
+        )
         self.g = self.fixed_decay = None
         if g.dim() == 1 and chunks.rows is None and readable(g):
             fixed = ScalarDecay.fixed(g.to(self.scratch.dtype).repeat(B), chunks.size)
@@ -55,7 +65,8 @@ class Inputs:
 
 
 class Operands:
-    """What forward and backward make of a block's inputs, before any state is known. `here`: its rows among those of all chunks."""
+    """What forward and backward make of a block's inputs, before any state is known. `here`: its rows among those of
+    all chunks."""
 
     def __init__(self, inputs: Inputs, block: slice):
         scratch, q, k = inputs.scratch, inputs.q[block], inputs.k[block]
@@ -91,16 +102,27 @@ class Operands:
 
 @kernel_op("chunked_linear_attention")
 def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor, cu_seqlens: Tensor | None, chunk: int, scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+    chunk: int,
+    scale: float,
     normalize_qk: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, finals), and what the backward cannot cheaply make again: attention and states of every chunk, and of a correction its inverse and the
-    errors. Autograd would keep a matrix [C, C] per product and several graph nodes per chunk, and the compiler would unroll the chunks.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, finals), and what the backward cannot cheaply make again: attention and states of every chunk, and of a
+    correction its inverse and the errors. Autograd would keep a matrix [C, C] per product and several graph nodes per
+    chunk, and the compiler would unroll the chunks.
 
-    q, k [B, T, G, K], v [B, T, H, V], g [B, T, H], [B, T, H, K] or, without a gradient, [H]; beta [B, T, H] or None for no correction; initial
-    [S, H, K, V]. Everything is computed in fp32 (fp64 for fp64 inputs): 16-bit products would not make up for what rounding and small calls cost."""
+    q, k [B, T, G, K], v [B, T, H, V], g [B, T, H], [B, T, H, K] or, without a gradient, [H]; beta [B, T, H] or None for
+    no correction; initial [S, H, K, V]. Everything is computed in fp32 (fp64 for fp64 inputs): 16-bit products would
+    not make up for what rounding and small calls cost."""
     (B, T, H, V), K, C = v.shape, q.shape[3], chunk
-    # As many chunks as there may be: how many, only the values of cu_seqlens say. M rows of each; the state before every chunk and after the last.
+    # As many chunks as there may be: how many, only the values of cu_seqlens say. M rows of each; the state before
+    # every chunk and after the last.
     M, n_most = B * H, -(-T // C) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     finals = initial.clone(memory_format=torch.contiguous_format)
     attention_YCC, states_YKV = initial.new_empty(n_most * M, C, C), initial.new_empty((n_most + 1) * M, K, V)
@@ -128,7 +150,9 @@ def forward_op(
             errors = product(inverse, values, errors_YCV[here])
             removed = product(inverse, x.read[:, 1], scratch("removed", X, C, K))
             corrections = zip(split(removed, M), errors.split(M), split(x.write, M))
-        parts = zip(states_MKV[block], states_MKV[block.start + 1 : block.stop + 1], x.decay.whole.split(M), corrections)
+        parts = zip(
+            states_MKV[block], states_MKV[block.start + 1 : block.stop + 1], x.decay.whole.split(M), corrections
+        )
         for i, (before, after, whole, correction) in enumerate(parts, block.start):
             if i in chunks.starts:
                 before.copy_(initial[chunks.starts[i]].flatten(0, 1))
@@ -146,9 +170,22 @@ def forward_op(
 
 @kernel_op("chunked_linear_attention_backward")
 def backward_op(
-    dout: Tensor, dfinals: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, cu_seqlens: Tensor | None,
-    attention_YCC: Tensor, states_YKV: Tensor, inverse_YCC: Tensor, errors_YCV: Tensor, scale: float, normalize_qk: bool, gate_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    dfinals: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    cu_seqlens: Tensor | None,
+    attention_YCC: Tensor,
+    states_YKV: Tensor,
+    inverse_YCC: Tensor,
+    errors_YCV: Tensor,
+    scale: float,
+    normalize_qk: bool,
+    gate_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, dbeta, dinitial); dg and dbeta are empty where there is none."""
     dinitial, no_gradient = dfinals.clone(memory_format=torch.contiguous_format), dfinals.new_empty(0)
     if not has_work(v):
@@ -243,7 +280,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, dout: Tensor, dfinals: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     gate_gradient, corrected = ctx.needs_input_grad[3], ctx.saved_tensors[4] is not None
-    dq, dk, dv, dg, dbeta, dinitial = backward_op(dout, dfinals, *ctx.saved_tensors, ctx.scale, ctx.normalize_qk, gate_gradient)
+    dq, dk, dv, dg, dbeta, dinitial = backward_op(
+        dout, dfinals, *ctx.saved_tensors, ctx.scale, ctx.normalize_qk, gate_gradient
+    )
     return dq, dk, dv, dg if gate_gradient else None, dbeta if corrected else None, dinitial, None, None, None, None
 
 
@@ -251,12 +290,21 @@ forward_op.register_autograd(_backward, setup_context=_save)
 
 
 def chunked_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(out, finals) of `forward_op`, from a state of zeros where none is given."""
     if initial is None:
         n_states = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        initial = v.new_zeros(n_states, v.shape[2], q.shape[3], v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32))
+        initial = v.new_zeros(
+            n_states, v.shape[2], q.shape[3], v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32)
+        )
     return forward_op(q, k, v, g, beta, initial, cu_seqlens, **options)[:2]
 
 

@@ -1,8 +1,9 @@
 """What every tool of this folder (inspect, bench, gpu-check) knows about the ops, as data; and how they write tables.
 
-A file `triton_kernels/<op>_configurations.py` registers its op by exposing OPERATIONS: tuple[Operation, ...], one entry per variant worth a row;
-`operations()` finds the files by their names. Its `launch_table`s hold the options of its kernels. It must not import a module that holds
-`@triton.jit` functions, so that the tools can be listed where Triton is not installed.
+A file `triton_kernels/<op>_configurations.py` registers its op by exposing OPERATIONS: tuple[Operation, ...], one entry
+per variant worth a row; `operations()` finds the files by their names. Its `launch_table`s hold the options of its
+kernels. It must not import a module that holds `@triton.jit` functions, so that the tools can be listed where Triton is
+not installed.
 
 Letters: B batch, T tokens, H heads, K key width, V value width.
 """
@@ -34,17 +35,18 @@ class Cost:
 class Operation:
     """One op (or one variant of it) as the tools call it.
 
-    name: "op" or "op/variant"; `--op op` selects both. call(**inputs, backend=...) runs it, inputs(dtype, device, **shape) draws its keyword
-    arguments, with requires_grad set on every tensor that has a gradient. cost(element_size, **shape) is (forward, backward); backward None where
-    the op has none. The gradient flows in through the first output only, as in training.
+    name: "op" or "op/variant"; `--op op` selects both. call(**inputs, backend=...) runs it, inputs(dtype, device,
+    **shape) draws its keyword arguments, with requires_grad set on every tensor that has a gradient. cost(element_size,
+    **shape) is (forward, backward); backward None where the op has none. The gradient flows in through the first output
+    only, as in training.
     """
 
     name: str
     call: Callable[..., Any]
     inputs: Callable[..., dict[str, Any]]
     cost: Callable[..., tuple[Cost, Cost | None]]
-    # The shape of the offline table, the odd ones that gpu-check compares (together they reach every line of the op's launch tables), and the ones
-    # that are timed on a GPU and on a CPU.
+    # The shape of the offline table, the odd ones that gpu-check compares (together they reach every line of the op's
+    # launch tables), and the ones that are timed on a GPU and on a CPU.
     inspect_shape: Shape
     check_shapes: tuple[Shape, ...]
     bench_shapes: tuple[Shape, ...] = ()
@@ -58,7 +60,8 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """One option of a launch table: block sizes of the kernel (constexpr names -> values), warps and pipeline stages."""
+    """One option of a launch table: block sizes of the kernel (constexpr names -> values), warps and pipeline
+    stages."""
 
     blocks: Mapping[str, int]
     num_warps: int
@@ -67,15 +70,19 @@ class LaunchOptions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LaunchTable:
-    """(architecture, width) -> at most four options, best guess first. No sequence length appears in a key, and nothing is tuned at run time.
+    """(architecture, width) -> at most four options, best guess first. No sequence length appears in a key, and nothing
+    is tuned at run time.
 
-    A lookup takes the newest listed architecture that is not newer than the device, and the smallest listed width that holds the op's.
+    A lookup takes the newest listed architecture that is not newer than the device, and the smallest listed width that
+    holds the op's.
     """
 
     lines: Mapping[tuple[int, int], tuple[LaunchOptions, ...]]
 
     def __post_init__(self) -> None:
-        assert all(1 <= len(options) <= 4 for options in self.lines.values()), "a line of a launch table has one to four options"
+        assert all(1 <= len(options) <= 4 for options in self.lines.values()), (
+            "a line of a launch table has one to four options"
+        )
 
     def line(self, width: int, architecture: int) -> tuple[int, int]:
         """The key of the line that serves head widths up to `width`; ValueError when none does."""
@@ -107,14 +114,26 @@ _tables: list[LaunchTable] = []
 
 
 def launch_table(blocks: str, widths: Sequence[int], **lines: Sequence[Any]) -> LaunchTable:
-    """A table as data: for each architecture (sm_90=[...]) and each of `widths` one option, or a list of them; an option is a value for each name in
-    `blocks`, then warps, then stages."""
+    """A table as data: for each architecture (sm_90=[...]) and each of `widths` one option, or a list of them; an
+    option is a value for each name in `blocks`, then warps, then stages."""
 
     def option(values: tuple[int, ...]) -> LaunchOptions:
-        return LaunchOptions(blocks=dict(zip(blocks.split(), values[:-2], strict=True)), num_warps=values[-2], num_stages=values[-1])
+        return LaunchOptions(
+            blocks=dict(zip(blocks.split(), values[:-2], strict=True)), num_warps=values[-2], num_stages=values[-1]
+        )
 
-    keyed = {(int(name.removeprefix("sm_")), width): options for name, line in lines.items() for width, options in zip(widths, line, strict=True)}
-    _tables.append(LaunchTable(lines={key: tuple(map(option, found if isinstance(found, list) else [found])) for key, found in keyed.items()}))
+    keyed = {
+        (int(name.removeprefix("sm_")), width): options
+        for name, line in lines.items()
+        for width, options in zip(widths, line, strict=True)
+    }
+    _tables.append(
+        LaunchTable(
+            lines={
+                key: tuple(map(option, found if isinstance(found, list) else [found])) for key, found in keyed.items()
+            }
+        )
+    )
     return _tables[-1]
 
 
@@ -125,14 +144,14 @@ def all_options(architecture: int) -> set[Option]:
     return {(table, key, number) for table, key in lines for number in range(len(table.lines[key]))}
 
 
-# The number of the option in force, and what was looked up meanwhile. A plain global, no context variable: autograd looks tables up from threads of
-# its own.
+# The number of the option in force, and what was looked up meanwhile. A plain global, no context variable: autograd
+# looks tables up from threads of its own.
 _forced: tuple[int, set[Option]] | None = None
 
 
 def every_option() -> Iterator[tuple[int, set[Option]]]:
-    """In turn for 0, 1, ...: every lookup gives the option of that number of its line alone (the last one of a shorter line) and is noted in the
-    set, until each line looked up has had all of its options."""
+    """In turn for 0, 1, ...: every lookup gives the option of that number of its line alone (the last one of a shorter
+    line) and is noted in the set, until each line looked up has had all of its options."""
     global _forced
     number, others, previous = 0, True, _forced
     while others:
@@ -146,7 +165,8 @@ def every_option() -> Iterator[tuple[int, set[Option]]]:
 
 
 def current_architecture() -> int:
-    """80, 90, 100: the compute capability kernels are being compiled for; that of the oldest supported device under the interpreter."""
+    """80, 90, 100: the compute capability kernels are being compiled for; that of the oldest supported device under the
+    interpreter."""
     from triton import knobs
     from triton.runtime import driver
 
@@ -154,11 +174,14 @@ def current_architecture() -> int:
 
 
 def random_inputs(seed: int, dtype: torch.dtype, device: str, sizes: Shape, *names: str) -> dict[str, torch.Tensor]:
-    """Standard normal leaf tensors whose axes are the letters their names end in (q_BTHK), drawn on the CPU in fp32 so that every device and dtype
-    sees the same numbers."""
+    """Standard normal leaf tensors whose axes are the letters their names end in (q_BTHK), drawn on the CPU in fp32 so
+    that every device and dtype sees the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: [sizes[axis] for axis in axes_of(name)] for name in names}
-    return {name: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
 
 
 @cache
@@ -174,7 +197,11 @@ def operations() -> dict[str, Operation]:
 
 def select_operations(names: list[str] | None) -> list[Operation]:
     """The operations named by `--op` (an op's name selects all its variants), or all of them."""
-    chosen = {full: operation for full, operation in operations().items() if not names or full in names or full.split("/")[0] in names}
+    chosen = {
+        full: operation
+        for full, operation in operations().items()
+        if not names or full in names or full.split("/")[0] in names
+    }
     for name in names or ():
         if not any(name in (full, full.split("/")[0]) for full in chosen):
             raise ValueError(f"--op {name} is unknown, legal are: {', '.join(operations())}")

@@ -2,27 +2,35 @@
 
     out_i = a_i query_i . S + sum_j D_ij (query_i . key_j) value_j          S <- w S + sum_j b_j key_j^T value_j
 
-Forward it is o (query, key, value = q, k, v) and dq (dO, v, k); run from the last chunk to the first (sign -1), with the chunk's decays mirrored,
-it is dk (v, dO, q) and dv (k, q, dO). A program owns one head and a slice of `value`'s columns and keeps S [IN, BLOCK] in registers; slices never
-exchange anything. When heads are few the sequence is cut into segments: one launch finds each segment's own state (OUTPUT False), the next starts
-every segment from the states before it. No product takes the transpose of another product's result, the pattern that Triton miscompiles on Hopper
+Forward it is o (query, key, value = q, k, v) and dq (dO, v, k); run from the last chunk to the first (sign -1), with
+the chunk's decays mirrored, it is dk (v, dO, q) and dv (k, q, dO). A program owns one head and a slice of `value`'s
+columns and keeps S [IN, BLOCK] in registers; slices never exchange anything. When heads are few the sequence is cut
+into segments: one launch finds each segment's own state (OUTPUT False), the next starts every segment from the states
+before it. No product takes the transpose of another product's result, the pattern that Triton miscompiles on Hopper
 before 3.7.1.
 
 Letters: IN width of query and key, OUT width of value. Offsets to rows are int64; offsets inside a tile are int32.
 """
 
-# fmt: off
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 import triton
 import triton.language as tl
 
-from triton_kernels.linear_attention_tiles import chunk_decays, decay_within, first_slot, load_tile, place_chunk, place_sequence, tile_mask
+from triton_kernels.linear_attention_tiles import (
+    chunk_decays,
+    decay_within,
+    first_slot,
+    load_tile,
+    place_chunk,
+    place_sequence,
+    tile_mask,
+)
 
 
 @triton.jit
 def over_width(x, y, PRECISION: tl.constexpr):
-    """x y [CHUNK, N] over the width of the heads. fp32 products take whole rows of x and columns of y into registers, which hold no 256 of each:
-    there the width is cut into parts that are summed."""
+    """x y [CHUNK, N] over the width of the heads. fp32 products take whole rows of x and columns of y into registers,
+    which hold no 256 of each: there the width is cut into parts that are summed."""
     PARTS: tl.constexpr = x.shape[1] // 64 if PRECISION == "ieee" and x.shape[1] > 128 else 1
     if PARTS == 1:
         return tl.dot(x, y, input_precision=PRECISION)
@@ -33,15 +41,42 @@ def over_width(x, y, PRECISION: tl.constexpr):
 
 @triton.jit
 def scan_segment(
-    tensors, strides, dots, anchors, start, end, state_strides, segment_states, segment_decays,
-    n_rows, head_row, n_head_rows, segment, n_segments, slice_, in_width, out_width, sign, scale, with_start, with_end, with_dots,
-    BLOCK_IN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ANCHOR: tl.constexpr, OUTPUT: tl.constexpr, EXACT: tl.constexpr,
+    tensors,
+    strides,
+    dots,
+    anchors,
+    start,
+    end,
+    state_strides,
+    segment_states,
+    segment_decays,
+    n_rows,
+    head_row,
+    n_head_rows,
+    segment,
+    n_segments,
+    slice_,
+    in_width,
+    out_width,
+    sign,
+    scale,
+    with_start,
+    with_end,
+    with_dots,
+    BLOCK_IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One slice of one segment of one head; tensors are query, key, value, gate, out and dot_with. `scale` multiplies q wherever q stands.
+    """One slice of one segment of one head; tensors are query, key, value, gate, out and dot_with. `scale` multiplies q
+    wherever q stands.
 
-    start and end are the states outside the sequence, dots and anchors are <dot_with_i, out_i> over the slice's columns and the state at the end, in
-    time, of every ANCHOR chunks; each may be None, and with_x says whether it concerns this role.
+    start and end are the states outside the sequence, dots and anchors are <dot_with_i, out_i> over the slice's columns
+    and the state at the end, in time, of every ANCHOR chunks; each may be None, and with_x says whether it concerns
+    this role.
     """
     query, key, value, gate, out, dot_with = tensors
     query_stride, key_stride, value_stride, gate_stride, out_stride, dot_stride = strides
@@ -50,7 +85,9 @@ def scan_segment(
     columns = slice_ * BLOCK + tl.arange(0, BLOCK)
     state_mask = tile_mask(columns_in < in_width, columns, out_width)
     state_tile = columns_in[:, None] * out_width + columns[None, :]
-    outer_tile = head_row * (in_width * out_width) + columns_in[:, None] * state_strides[0] + columns[None, :] * state_strides[1]
+    outer_tile = (
+        head_row * (in_width * out_width) + columns_in[:, None] * state_strides[0] + columns[None, :] * state_strides[1]
+    )
     state = tl.zeros([BLOCK_IN, BLOCK], tl.float32)
     if OUTPUT:
         if start is not None:
@@ -79,7 +116,8 @@ def scan_segment(
         from_start, to_end = tl.exp2(c), tl.exp2(whole - c)
         if OUTPUT:
             query_tile = load_tile(query + row0 * query_stride, rows, query_stride, columns_in, inside, in_width, EXACT)
-            # Positions that move with the chunk, rather than rows, keep the compiler from holding CHUNK^2 loop-invariant flags in registers.
+            # Positions that move with the chunk, rather than rows, keep the compiler from holding CHUNK^2
+            # loop-invariant flags in registers.
             decays = decay_within(c, row0.to(tl.int32) + rows, sign)
             scores = (over_width(query_tile, tl.trans(key_tile), PRECISION) * (decays * scale)).to(value_tile.dtype)
             result = over_width(query_tile, state.to(query_tile.dtype), PRECISION)
@@ -88,16 +126,24 @@ def scan_segment(
             out_tile = rows[:, None] * out_stride + columns[None, :]
             tl.store((out + row0 * out_stride) + out_tile, result, mask=tile_mask(inside, columns, out_width, EXACT))
             if dots is not None:
-                with_tile = load_tile(dot_with + row0 * dot_stride, rows, dot_stride, columns, inside, out_width, EXACT).to(tl.float32)
+                with_tile = load_tile(
+                    dot_with + row0 * dot_stride, rows, dot_stride, columns, inside, out_width, EXACT
+                ).to(tl.float32)
                 tl.store(dots + row0 + rows, tl.sum(with_tile * result, 1), mask=inside & with_dots)
                 # The state here is that of the end of the chunk before (forward) or of this one (in reverse).
                 ended = chunk - 1 if forward else chunk
                 at_anchor = with_dots & (ended >= 0) & (((ended + 1) % ANCHOR == 0) | (ended == n_chunks - 1))
-                tl.store(anchors + (ended // ANCHOR) * (in_width * out_width) + state_tile, state, mask=state_mask & at_anchor)
+                tl.store(
+                    anchors + (ended // ANCHOR) * (in_width * out_width) + state_tile,
+                    state,
+                    mask=state_mask & at_anchor,
+                )
             if PRECISION == "ieee":
                 # Read anew: what fp32 products hold in registers leaves no room to keep it.
                 key_tile = load_tile(key + row0 * key_stride, rows, key_stride, columns_in, inside, in_width, EXACT)
-        decayed_value = (value_tile.to(tl.float32) * (tl.where(forward, to_end, from_start) * state_scale)[:, None]).to(value_tile.dtype)
+        decayed_value = (value_tile.to(tl.float32) * (tl.where(forward, to_end, from_start) * state_scale)[:, None]).to(
+            value_tile.dtype
+        )
         state = tl.dot(tl.trans(key_tile), decayed_value, state * tl.exp2(whole), input_precision=PRECISION)
         chunk += sign
 
@@ -111,11 +157,40 @@ def scan_segment(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, gate, o, initial, final, segment_states, segment_decays, cu_seqlens,
-    n_tokens: tl.int64, n_heads, n_head_rows, n_segments, n_programs,
-    q_stride, q_head, k_stride, k_head, v_stride, v_head, gate_stride, gate_head, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, OUTPUT: tl.constexpr,
-    HAS_GATE: tl.constexpr, HAS_INITIAL: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    gate,
+    o,
+    initial,
+    final,
+    segment_states,
+    segment_decays,
+    cu_seqlens,
+    n_tokens: tl.int64,
+    n_heads,
+    n_head_rows,
+    n_segments,
+    n_programs,
+    q_stride,
+    q_head,
+    k_stride,
+    k_head,
+    v_stride,
+    v_head,
+    gate_stride,
+    gate_head,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """o and the final state. Heads vary slowest, as a head's programs read the same rows."""
     head_row, program = (tl.program_id(0) // n_programs).to(tl.int64), tl.program_id(0) % n_programs
@@ -131,23 +206,90 @@ def forward_kernel(
         q += first * q_stride + head * q_head
         o += (first * n_heads + head) * V
     scan_segment(
-        (q, k, v, gate, o, None), (q_stride, k_stride, v_stride, gate_stride, n_heads * V, 0), None, None,
-        initial, final, (V, 1), segment_states, segment_decays, n_rows, head_row, n_head_rows, program // SLICES, n_segments, program % SLICES,
-        K, V, 1, scale, True, True, False, BLOCK_IN, BLOCK, CHUNK, 1, OUTPUT, EXACT, PRECISION,
+        (q, k, v, gate, o, None),
+        (q_stride, k_stride, v_stride, gate_stride, n_heads * V, 0),
+        None,
+        None,
+        initial,
+        final,
+        (V, 1),
+        segment_states,
+        segment_decays,
+        n_rows,
+        head_row,
+        n_head_rows,
+        program // SLICES,
+        n_segments,
+        program % SLICES,
+        K,
+        V,
+        1,
+        scale,
+        True,
+        True,
+        False,
+        BLOCK_IN,
+        BLOCK,
+        CHUNK,
+        1,
+        OUTPUT,
+        EXACT,
+        PRECISION,
     )
 
 
 @triton.jit
 def backward_kernel(
-    q, k, v, gate, do, dq, dk, dv, dots, anchors, start, dinitial, dfinal, segment_states, segment_decays, cu_seqlens,
-    n_tokens: tl.int64, n_all_tokens: tl.int64, n_slots, n_heads, n_head_rows, n_segments, n_programs,
-    q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head, gate_stride, gate_head, scale, with_initial, with_dfinal,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ANCHOR: tl.constexpr,
-    OUTPUT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    v,
+    gate,
+    do,
+    dq,
+    dk,
+    dv,
+    dots,
+    anchors,
+    start,
+    dinitial,
+    dfinal,
+    segment_states,
+    segment_decays,
+    cu_seqlens,
+    n_tokens: tl.int64,
+    n_all_tokens: tl.int64,
+    n_slots,
+    n_heads,
+    n_head_rows,
+    n_segments,
+    n_programs,
+    q_stride,
+    q_head,
+    k_stride,
+    k_head,
+    v_stride,
+    v_head,
+    do_stride,
+    do_head,
+    gate_stride,
+    gate_head,
+    scale,
+    with_initial,
+    with_dfinal,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ANCHOR: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dq, dk and dv: three roles of the same scan, each with slices of its own, that share nothing but what they read.
 
-    The role only chooses pointers and the direction, so that the three have one body: its registers and its shared memory are those of one.
+    The role only chooses pointers and the direction, so that the three have one body: its registers and its shared
+    memory are those of one.
     """
     head_row, program = (tl.program_id(0) // n_programs).to(tl.int64), tl.program_id(0) % n_programs
     sequence, head = head_row // n_heads, head_row % n_heads
@@ -165,17 +307,44 @@ def backward_kernel(
     row_out = first * n_heads + head
     if slice_ < K_SLICES:
         role, sign = 0, 1
-        query, query_stride, key, key_stride, value, value_stride, dot_with, dot_stride = do, do_stride, v, v_stride, k, k_stride, q, q_stride
+        query, query_stride, key, key_stride, value, value_stride, dot_with, dot_stride = (
+            do,
+            do_stride,
+            v,
+            v_stride,
+            k,
+            k_stride,
+            q,
+            q_stride,
+        )
         out, in_width, out_width, outside, with_start = dq + row_out * K, V, K, start, with_initial
         state_in_stride, state_out_stride = 1, V
     elif slice_ < 2 * K_SLICES:
         role, sign = 1, -1
-        query, query_stride, key, key_stride, value, value_stride, dot_with, dot_stride = v, v_stride, do, do_stride, q, q_stride, k, k_stride
+        query, query_stride, key, key_stride, value, value_stride, dot_with, dot_stride = (
+            v,
+            v_stride,
+            do,
+            do_stride,
+            q,
+            q_stride,
+            k,
+            k_stride,
+        )
         out, in_width, out_width, outside, with_start = dk + row_out * K, V, K, dfinal, with_dfinal
         state_in_stride, state_out_stride = 1, V
     else:
         role, sign = 2, -1
-        query, query_stride, key, key_stride, value, value_stride, dot_with, dot_stride = k, k_stride, q, q_stride, do, do_stride, do, do_stride
+        query, query_stride, key, key_stride, value, value_stride, dot_with, dot_stride = (
+            k,
+            k_stride,
+            q,
+            q_stride,
+            do,
+            do_stride,
+            do,
+            do_stride,
+        )
         out, in_width, out_width, outside, with_start = dv + row_out * V, K, V, dfinal, with_dfinal
         state_in_stride, state_out_stride = V, 1
     if EXACT:
@@ -184,13 +353,39 @@ def backward_kernel(
     if dots is not None:
         # dots [2, K slices, H, all tokens] and anchors [2, H, slots, V, K].
         dots += (slice_ * n_heads + head) * n_all_tokens + first
-        anchors += ((role * n_heads + head) * n_slots + first_slot(first, sequence, n_rows, ANCHOR * CHUNK, PACKED)) * (K * V)
+        anchors += ((role * n_heads + head) * n_slots + first_slot(first, sequence, n_rows, ANCHOR * CHUNK, PACKED)) * (
+            K * V
+        )
     scan_segment(
-        (query, key, value, gate, out, dot_with), (query_stride, key_stride, value_stride, gate_stride, n_heads * out_width, dot_stride),
-        dots, anchors, outside, dinitial, (state_in_stride, state_out_stride),
-        segment_states + role_rows * (K * V), segment_decays + role_rows, n_rows, head_row, n_head_rows, segment, n_segments,
-        slice_ - role * K_SLICES, in_width, out_width, sign, scale, with_start != 0, (role == 2) & (with_initial != 0), role != 2,
-        BLOCK_IN, BLOCK, CHUNK, ANCHOR, OUTPUT, EXACT, PRECISION,
+        (query, key, value, gate, out, dot_with),
+        (query_stride, key_stride, value_stride, gate_stride, n_heads * out_width, dot_stride),
+        dots,
+        anchors,
+        outside,
+        dinitial,
+        (state_in_stride, state_out_stride),
+        segment_states + role_rows * (K * V),
+        segment_decays + role_rows,
+        n_rows,
+        head_row,
+        n_head_rows,
+        segment,
+        n_segments,
+        slice_ - role * K_SLICES,
+        in_width,
+        out_width,
+        sign,
+        scale,
+        with_start != 0,
+        (role == 2) & (with_initial != 0),
+        role != 2,
+        BLOCK_IN,
+        BLOCK,
+        CHUNK,
+        ANCHOR,
+        OUTPUT,
+        EXACT,
+        PRECISION,
     )
 
 
@@ -207,16 +402,34 @@ def inner_product(a, b, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def gate_gradient_kernel(
-    dots, anchors, final, dfinal, dgate, cu_seqlens, n_tokens: tl.int64, n_all_tokens: tl.int64, n_slots, n_heads, n_sequences,
-    SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, K_SLICES: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr, PACKED: tl.constexpr,
+    dots,
+    anchors,
+    final,
+    dfinal,
+    dgate,
+    cu_seqlens,
+    n_tokens: tl.int64,
+    n_all_tokens: tl.int64,
+    n_slots,
+    n_heads,
+    n_sequences,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    K_SLICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """dg_t = sum_{t <= r < end} (<q_r, dq_r> - <k_r, dk_r>) + <S_end, dS_end>, with `end` the end of the slot of ROWS tokens that t lies in.
+    """dg_t = sum_{t <= r < end} (<q_r, dq_r> - <k_r, dk_r>) + <S_end, dS_end>, with `end` the end of the slot of ROWS
+    tokens that t lies in.
 
-    With c the cumulative log-decay, a token's row contributes the first term to dc_r, and dg_t is the sum of dc from t to the end. Over a whole
-    sequence the rounding errors of all later tokens pile up; so the sum runs to the end of a slot of a few chunks only, and everything beyond it is
-    one number, the state times its gradient there.
+    With c the cumulative log-decay, a token's row contributes the first term to dc_r, and dg_t is the sum of dc from t
+    to the end. Over a whole sequence the rounding errors of all later tokens pile up; so the sum runs to the end of a
+    slot of a few chunks only, and everything beyond it is one number, the state times its gradient there.
     """
-    slot, head, sequence, first, n_rows = place_chunk(cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, ROWS, BLOCK_S, PACKED)
+    slot, head, sequence, first, n_rows = place_chunk(
+        cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, ROWS, BLOCK_S, PACKED
+    )
     rows = tl.arange(0, ROWS)
     inside = rows < n_rows
     dc = tl.zeros([ROWS], tl.float32)

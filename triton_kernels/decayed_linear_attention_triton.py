@@ -12,7 +12,15 @@ from torch import Tensor
 
 from triton_kernels.decayed_linear_attention_kernels import backward_kernel, forward_kernel, gate_gradient_kernel
 from triton_kernels.linear_attention_configurations import ANCHOR, DECAYED
-from triton_kernels.linear_attention_launch import LinearCall, addressable, block_of, cdiv, choose_segments, launch_options, token_strides
+from triton_kernels.linear_attention_launch import (
+    LinearCall,
+    addressable,
+    block_of,
+    cdiv,
+    choose_segments,
+    launch_options,
+    token_strides,
+)
 from triton_kernels.registration import has_work, kernel_op
 
 # Starting from a segment's state costs a step of adding it, a quarter of a chunk's.
@@ -20,12 +28,15 @@ FOLD = 0.25
 
 
 class Scan(LinearCall):
-    """Launch options shared by the launches of one call: scans over the same heads, so many of slices of K and of slices of V."""
+    """Launch options shared by the launches of one call: scans over the same heads, so many of slices of K and of
+    slices of V."""
 
     def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, of_k: int, of_v: int):
         super().__init__(q, v, cu_seqlens)
         if chunk_size < 16 or chunk_size & (chunk_size - 1):
-            raise ValueError(f"decayed_linear_attention: chunk_size={chunk_size}, the kernels take powers of two from 16 on")
+            raise ValueError(
+                f"decayed_linear_attention: chunk_size={chunk_size}, the kernels take powers of two from 16 on"
+            )
         options, self.slices = self.widest_slices(DECAYED[self.is_single].options(self.width), of_k, of_v)
         constants = launch_options(options)
         self.chunk, self.k_slices = min(chunk_size, constants["CHUNK"]), cdiv(self.K, constants["BLOCK"])
@@ -42,7 +53,14 @@ class Scan(LinearCall):
 
 @kernel_op("decayed_linear_attention")
 def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None, scale: float, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and the final state [S, H, K, V] fp32; log_decay [B, T, H] or None."""
     n_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -54,21 +72,54 @@ def forward_op(
     scan = Scan(q, v, cu_seqlens, chunk_size, 0, 1)
     buffers = scan.segment_buffers(q, 1)
     for output, segments in scan.passes:
-        # The last segment's own state is never needed, so the first launch does not read its rows (in a single sequence, the tail of the tensor).
-        rows = scan.T if output or scan.S > 1 else cdiv(cdiv(scan.T, scan.chunk), scan.segments) * (scan.segments - 1) * scan.chunk
+        # The last segment's own state is never needed, so the first launch does not read its rows (in a single
+        # sequence, the tail of the tensor).
+        rows = (
+            scan.T
+            if output or scan.S > 1
+            else cdiv(cdiv(scan.T, scan.chunk), scan.segments) * (scan.segments - 1) * scan.chunk
+        )
         forward_kernel[(scan.head_rows * segments * scan.slices,)](
-            q if output else None, k[:, :rows], v[:, :rows], None if gate is None else gate[:, :rows], o if output else None, initial, final,
-            *buffers, cu_seqlens, scan.T, scan.H, scan.head_rows, scan.segments, segments * scan.slices, *token_strides(q, k, v, gate), scale,
-            BLOCK_IN=block_of(scan.K), OUTPUT=output, HAS_GATE=gate is not None, HAS_INITIAL=initial is not None, **scan.constants,
-        )  # fmt: skip
+            q if output else None,
+            k[:, :rows],
+            v[:, :rows],
+            None if gate is None else gate[:, :rows],
+            o if output else None,
+            initial,
+            final,
+            *buffers,
+            cu_seqlens,
+            scan.T,
+            scan.H,
+            scan.head_rows,
+            scan.segments,
+            segments * scan.slices,
+            *token_strides(q, k, v, gate),
+            scale,
+            BLOCK_IN=block_of(scan.K),
+            OUTPUT=output,
+            HAS_GATE=gate is not None,
+            HAS_INITIAL=initial is not None,
+            **scan.constants,
+        )
     return o, final
 
 
 @kernel_op("decayed_linear_attention_backward")
 def backward_op(
-    do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, final: Tensor,
-    cu_seqlens: Tensor | None, scale: float, chunk_size: int, gate_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    final: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    gate_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dlog_decay, dinitial); the last two are empty where they are not asked for."""
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dgate = q.new_empty(q.shape[:3] if gate_gradient else (0,), dtype=torch.float32)
@@ -86,22 +137,64 @@ def backward_op(
     if gate_gradient:
         dots = q.new_empty(2, scan.k_slices, scan.H, all_tokens, dtype=torch.float32)
         # bf16 has the range of fp32; fp16 has not.
-        anchors = q.new_empty(2, scan.H, n_slots, scan.V, scan.K, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
+        anchors = q.new_empty(
+            2, scan.H, n_slots, scan.V, scan.K, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        )
     for output, segments in scan.passes:
         # The kernel picks initial or dfinal by role and reads neither where it does not exist.
         backward_kernel[(scan.head_rows * segments * scan.slices,)](
-            q, k, v, gate, do, dq, dk, dv, dots if output else None, anchors, dfinal if initial is None else initial,
-            None if initial is None else dinitial, initial if dfinal is None else dfinal, *buffers, cu_seqlens,
-            scan.T, all_tokens, n_slots, scan.H, scan.head_rows, scan.segments, segments * scan.slices,
-            *token_strides(q, k, v, do, gate), scale, int(initial is not None), int(dfinal is not None),
-            BLOCK_IN=block_of(scan.width), ANCHOR=ANCHOR, OUTPUT=output, **scan.constants,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            gate,
+            do,
+            dq,
+            dk,
+            dv,
+            dots if output else None,
+            anchors,
+            dfinal if initial is None else initial,
+            None if initial is None else dinitial,
+            initial if dfinal is None else dfinal,
+            *buffers,
+            cu_seqlens,
+            scan.T,
+            all_tokens,
+            n_slots,
+            scan.H,
+            scan.head_rows,
+            scan.segments,
+            segments * scan.slices,
+            *token_strides(q, k, v, do, gate),
+            scale,
+            int(initial is not None),
+            int(dfinal is not None),
+            BLOCK_IN=block_of(scan.width),
+            ANCHOR=ANCHOR,
+            OUTPUT=output,
+            **scan.constants,
+        )
     if gate_gradient and dgate.numel() > 0:
         size = scan.K * scan.V
         gate_gradient_kernel[(n_slots * scan.H,)](
-            dots, anchors, final, dfinal, dgate, cu_seqlens, scan.T, all_tokens, n_slots, scan.H, scan.S, SIZE=size,
-            BLOCK_SIZE=min(2048, block_of(size)), K_SLICES=scan.k_slices, ROWS=slot_rows, BLOCK_S=scan.block_s, PACKED=scan.is_packed,
-        )  # fmt: skip
+            dots,
+            anchors,
+            final,
+            dfinal,
+            dgate,
+            cu_seqlens,
+            scan.T,
+            all_tokens,
+            n_slots,
+            scan.H,
+            scan.S,
+            SIZE=size,
+            BLOCK_SIZE=min(2048, block_of(size)),
+            K_SLICES=scan.k_slices,
+            ROWS=slot_rows,
+            BLOCK_S=scan.block_s,
+            PACKED=scan.is_packed,
+        )
     return dq, dk, dv, dgate, dinitial
 
 
@@ -115,7 +208,9 @@ def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor
     q, k, v, log_decay, initial, final, cu_seqlens = ctx.saved_tensors
     gate_gradient = log_decay is not None and ctx.needs_input_grad[3]
     do = torch.zeros_like(v) if do is None else do
-    dq, dk, dv, dgate, dinitial = backward_op(do, dfinal, q, k, v, log_decay, initial, final, cu_seqlens, ctx.scale, ctx.chunk_size, gate_gradient)
+    dq, dk, dv, dgate, dinitial = backward_op(
+        do, dfinal, q, k, v, log_decay, initial, final, cu_seqlens, ctx.scale, ctx.chunk_size, gate_gradient
+    )
     return dq, dk, dv, dgate if gate_gradient else None, dinitial if initial is not None else None, None, None, None
 
 
@@ -123,9 +218,16 @@ forward_op.register_autograd(backward, setup_context=setup_context)
 
 
 def decayed_linear_attention_triton(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, initial_SHKV: Tensor | None, *,
-    scale: float, cu_seqlens: Tensor | None, chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None,
+    initial_SHKV: Tensor | None,
+    *,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
     """The kernels behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
     if log_decay is not None:
         log_decay = log_decay.float().expand(q_BTHK.shape[:3])

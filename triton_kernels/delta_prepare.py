@@ -1,25 +1,35 @@
-"""First launch of the delta rules: everything of a chunk that does not depend on the state, one program per chunk and value head.
+"""First launch of the delta rules: everything of a chunk that does not depend on the state, one program per chunk and
+value head.
 
-Letters as in notes/kernels/gated_delta_rule.md. Outputs: attention F_q and inverse (I + G)^-1 [H, tokens, CHUNK], and that with which the scan reads
-and writes the state, so that it knows neither gate nor normalisation: read_q = scale e^c q, read_k = e^c k, write = b e^{c_C - c} k, whole = e^{c_C}.
-With a decay per channel (CHANNEL) these are matrices [tokens, H, K] and whole is [H, slots, K]; otherwise only the factors of the rows of q and k,
-[H, tokens], and whole is [H, slots].
+Letters as in notes/kernels/gated_delta_rule.md. Outputs: attention F_q and inverse (I + G)^-1 [H, tokens, CHUNK], and
+that with which the scan reads and writes the state, so that it knows neither gate nor normalisation: read_q = scale e^c
+q, read_k = e^c k, write = b e^{c_C - c} k, whole = e^{c_C}. With a decay per channel (CHANNEL) these are matrices
+[tokens, H, K] and whole is [H, slots, K]; otherwise only the factors of the rows of q and k, [H, tokens], and whole is
+[H, slots].
 """
 
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
-# fmt: off
 import triton
 import triton.language as tl
 
-from triton_kernels.linear_attention_tiles import channel_decays, chunk_decays, decay_within, level_decays, load_tile, normalization, place_chunk
+from triton_kernels.linear_attention_tiles import (
+    channel_decays,
+    chunk_decays,
+    decay_within,
+    level_decays,
+    load_tile,
+    normalization,
+    place_chunk,
+)
 
 
 @triton.jit
 def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular [CHUNK, CHUNK] fp32 matrix.
 
-    2 x 2 diagonal blocks invert by a sign. Then neighbours merge, [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1, Q^-1]], all blocks of a level in
-    two products of whole matrices: block forward substitution, as stable as the row-by-row one and without its chain of CHUNK steps.
+    2 x 2 diagonal blocks invert by a sign. Then neighbours merge, [[P, 0], [R, Q]]^-1 = [[P^-1, 0], [-Q^-1 R P^-1,
+    Q^-1]], all blocks of a level in two products of whole matrices: block forward substitution, as stable as the
+    row-by-row one and without its chain of CHUNK steps.
     """
     row = tl.arange(0, CHUNK)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
@@ -35,29 +45,56 @@ def invert_unit_lower(a, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def channel_scores(f_q, f_k, q_tile, k_tile, c, rows, dtype: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+def channel_scores(
+    f_q, f_k, q_tile, k_tile, c, rows, dtype: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
+):
     """f_q + q k^T and f_k + k k^T over a few channels, decayed, on and below the diagonal; below it for f_k."""
     f_q += tl.where(rows[:, None] == rows[None, :], tl.sum(q_tile * k_tile, 1)[:, None], 0.0)
     size = 1
     while size < CHUNK:
         decay, late, pairs = level_decays(c, rows, size)
         early = tl.trans(tl.where(late[:, None], 0.0, k_tile * decay).to(dtype))
-        f_q += tl.where(pairs, tl.dot(tl.where(late[:, None], q_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0)
-        f_k += tl.where(pairs, tl.dot(tl.where(late[:, None], k_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0)
+        f_q += tl.where(
+            pairs, tl.dot(tl.where(late[:, None], q_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0
+        )
+        f_k += tl.where(
+            pairs, tl.dot(tl.where(late[:, None], k_tile * decay, 0.0).to(dtype), early, input_precision=PRECISION), 0.0
+        )
         size *= 2
     return f_q, f_k
 
 
 @triton.jit
 def prepare_kernel(
-    q, k, gate, beta, attention, inverse, factors, whole, cu_seqlens, sizes, strides, scale,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
-    NORMALIZE: tl.constexpr, PACKED: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    q,
+    k,
+    gate,
+    beta,
+    attention,
+    inverse,
+    factors,
+    whole,
+    cu_seqlens,
+    sizes,
+    strides,
+    scale,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     read_q, read_k, write = factors
     n_tokens, n_all_tokens, n_slots, n_heads, n_sequences = sizes
     q_stride, q_head, k_stride, k_head = strides
-    slot, head, _, token0, n_rows = place_chunk(cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, CHUNK, BLOCK_S, PACKED)
+    slot, head, _, token0, n_rows = place_chunk(
+        cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, CHUNK, BLOCK_S, PACKED
+    )
     if n_rows <= 0:
         return
     rows = tl.arange(0, CHUNK)
@@ -105,4 +142,6 @@ def prepare_kernel(
         tl.store(whole + head * n_slots + slot, tl.exp2(c_last))
     tile = at[:, None] * CHUNK + rows[None, :]
     tl.store(attention + tile, f_q * weight * q_factor[:, None], mask=inside[:, None])
-    tl.store(inverse + tile, invert_unit_lower(f_k * weight * k_factor[:, None], CHUNK, PRECISION), mask=inside[:, None])
+    tl.store(
+        inverse + tile, invert_unit_lower(f_k * weight * k_factor[:, None], CHUNK, PRECISION), mask=inside[:, None]
+    )

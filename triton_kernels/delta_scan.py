@@ -3,19 +3,20 @@
     E = T (V - read_k S)        O = read_q S + F_q E        S <- whole S + write^T E
     dV = T^T (F_q^T dO + write dS)        dS <- whole dS + read_q^T dO - read_k^T dV
 
-A program owns one head and a slice of the value columns and keeps S or dS [K, BLOCK] in fp32 registers; slices never exchange anything. T, F_q and
-the factors come from the prepare kernel. With a scalar gate read_q, read_k and write are q, k and k times a factor per row (CHANNEL False); with a
-gate per key channel they are matrices of their own and `whole` has K entries. Only loaded tiles are transposed, never the result of a product: that
-is the pattern Triton before 3.7.1 miscompiles on Hopper.
+A program owns one head and a slice of the value columns and keeps S or dS [K, BLOCK] in fp32 registers; slices never
+exchange anything. T, F_q and the factors come from the prepare kernel. With a scalar gate read_q, read_k and write are
+q, k and k times a factor per row (CHANNEL False); with a gate per key channel they are matrices of their own and
+`whole` has K entries. Only loaded tiles are transposed, never the result of a product: that is the pattern Triton
+before 3.7.1 miscompiles on Hopper.
 
-Where heads are few the sequence is cut into segments, and the scan runs twice over each as over a sequence of its own. Over a segment the state goes
-from S to M S + own: the first pass (FIRST) finds `own`, its end from zero (for the first segment: from what the sequence starts with), and M by the
-same steps, as K more columns that start at the identity and write no values. The second starts every segment from the fold of those before it. The
-gradient goes the other way, from dS to M^T dS + own, M being that of the forward. Segments are counted in the direction of the scan.
+Where heads are few the sequence is cut into segments, and the scan runs twice over each as over a sequence of its own.
+Over a segment the state goes from S to M S + own: the first pass (FIRST) finds `own`, its end from zero (for the first
+segment: from what the sequence starts with), and M by the same steps, as K more columns that start at the identity and
+write no values. The second starts every segment from the fold of those before it. The gradient goes the other way, from
+dS to M^T dS + own, M being that of the forward. Segments are counted in the direction of the scan.
 """
 
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# fmt: off
 import triton
 import triton.language as tl
 
@@ -41,10 +42,28 @@ def load_whole(whole, slot, k_columns, K: tl.constexpr, CHANNEL: tl.constexpr):
 
 
 @triton.jit
-def scan_states(operands, strides, v, v_stride, out, errors, states, out_stride, state, n_rows, columns, K: tl.constexpr, V: tl.constexpr,
-                BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr):
-    """Run over all chunks from the first; every pointer is at the sequence's first token (or slot) of its head. Writes O, or E and the state before
-    each chunk, which the gradients need, or nothing: whatever is not None. Returns the last state."""
+def scan_states(
+    operands,
+    strides,
+    v,
+    v_stride,
+    out,
+    errors,
+    states,
+    out_stride,
+    state,
+    n_rows,
+    columns,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Run over all chunks from the first; every pointer is at the sequence's first token (or slot) of its head. Writes
+    O, or E and the state before each chunk, which the gradients need, or nothing: whatever is not None. Returns the
+    last state."""
     q, k, w, attention, inverse, read_q, read_k, write, whole = operands
     q_stride, k_stride, w_stride = strides
     rows = tl.arange(0, CHUNK)
@@ -83,10 +102,26 @@ def scan_states(operands, strides, v, v_stride, out, errors, states, out_stride,
 
 
 @triton.jit
-def scan_gradients(operands, strides, do, do_stride, dv, dstates, dv_stride, dstate, n_rows, columns, K: tl.constexpr, V: tl.constexpr,
-                   BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHANNEL: tl.constexpr, PRECISION: tl.constexpr):
-    """Run over all chunks from the last, writing dV and the gradient of the state after each chunk (unless they are None). Returns that of the first
-    state."""
+def scan_gradients(
+    operands,
+    strides,
+    do,
+    do_stride,
+    dv,
+    dstates,
+    dv_stride,
+    dstate,
+    n_rows,
+    columns,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Run over all chunks from the last, writing dV and the gradient of the state after each chunk (unless they are
+    None). Returns that of the first state."""
     q, k, w, attention, inverse, read_q, read_k, write, whole = operands
     q_stride, k_stride, w_stride = strides
     rows = tl.arange(0, CHUNK)
@@ -110,7 +145,11 @@ def scan_gradients(operands, strides, do, do_stride, dv, dstates, dv_stride, dst
         dv_tile = tl.dot(tl.trans(t_tile), derror.to(dtype), input_precision=PRECISION)
         if dv is not None:
             tl.store(dstates + slot * (K * V) + k_columns[:, None] * V + columns[None, :], low_dstate, mask=state_mask)
-            tl.store(dv + row0 * dv_stride + rows[:, None] * dv_stride + columns[None, :], dv_tile, mask=tile_mask(inside, columns, V))
+            tl.store(
+                dv + row0 * dv_stride + rows[:, None] * dv_stride + columns[None, :],
+                dv_tile,
+                mask=tile_mask(inside, columns, V),
+            )
         read_do = scaled(do_tile, read_q, row0, rows, inside, CHANNEL).to(dtype)
         read_dv = scaled(-dv_tile, read_k, row0, rows, inside, CHANNEL).to(dtype)
         decayed = dstate * load_whole(whole, slot, k_columns, K, CHANNEL)
@@ -122,9 +161,24 @@ def scan_gradients(operands, strides, do, do_stride, dv, dstates, dv_stride, dst
 
 
 @triton.jit
-def start_state(start, own, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST: tl.constexpr, TRANSPOSED: tl.constexpr,
-                K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
-    """What the nth segment of the scan starts from: `start` (or zero) before the first, then the fold of the segments between, in fp32."""
+def start_state(
+    start,
+    own,
+    transition,
+    head_row,
+    n_head_rows,
+    nth,
+    n_segments,
+    columns,
+    FIRST: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What the nth segment of the scan starts from: `start` (or zero) before the first, then the fold of the segments
+    between, in fp32."""
     HALF: tl.constexpr = BLOCK_K // 2
     k_columns, m_columns = tl.arange(0, BLOCK_K), tl.arange(0, HALF)
     tile = k_columns[:, None] * V + columns[None, :]
@@ -135,10 +189,16 @@ def start_state(start, own, transition, head_row, n_head_rows, nth, n_segments, 
     if own is not None and not FIRST:
         state += tl.load(own + head_row * (K * V) + tile, mask=mask & (nth > 0), other=0.0)
         row, column = (1, K) if TRANSPOSED else (K, 1)
-        # One stage, and half the matrix at a time: more of it would take all registers, or the room of a second program.
+        # One stage, and half the matrix at a time: more of it would take all registers, or the room of a second
+        # program.
         for before in tl.range(1, nth, num_stages=1):
             segment = n_segments - 1 - before if TRANSPOSED else before
-            m = transition + (segment * n_head_rows + head_row) * (K * K) + k_columns[:, None] * row + m_columns[None, :] * column
+            m = (
+                transition
+                + (segment * n_head_rows + head_row) * (K * K)
+                + k_columns[:, None] * row
+                + m_columns[None, :] * column
+            )
             upper, lower = tl.split(tl.permute(tl.reshape(state, [2, HALF, BLOCK]), (1, 2, 0)))
             state = tl.load(own + (before * n_head_rows + head_row) * (K * V) + tile, mask=mask, other=0.0)
             m_tile = tl.load(m, mask=tile_mask(k_columns < K, m_columns, K), other=0.0)
@@ -150,12 +210,37 @@ def start_state(start, own, transition, head_row, n_head_rows, nth, n_segments, 
 
 @triton.jit
 def scan_kernel(
-    operands, strides, v, do, initial, dfinal, segments, out, final, errors, states, dv, dstates, dinitial, cu_seqlens, sizes,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, CHANNEL: tl.constexpr,
-    FORWARD: tl.constexpr, FIRST: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    operands,
+    strides,
+    v,
+    do,
+    initial,
+    dfinal,
+    segments,
+    out,
+    final,
+    errors,
+    states,
+    dv,
+    dstates,
+    dinitial,
+    cu_seqlens,
+    sizes,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    FORWARD: tl.constexpr,
+    FIRST: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """FORWARD: O and the final state; else the two scans the gradients need, as two roles of one launch, because neither waits for the other.
-    FIRST: instead own [segments - 1, S, H, K, V] and transition [segments - 1, S, H, K, K], or down, that of the gradients."""
+    """FORWARD: O and the final state; else the two scans the gradients need, as two roles of one launch, because
+    neither waits for the other. FIRST: instead own [segments - 1, S, H, K, V] and transition [segments - 1, S, H, K,
+    K], or down, that of the gradients."""
     q, k, w, attention, inverse, read_q, read_k, write, whole = operands
     q_stride, q_head, k_stride, k_head, w_stride, w_head, v_stride, v_head, do_stride, do_head = strides
     own, transition, down = segments
@@ -208,7 +293,22 @@ def scan_kernel(
 
     if FORWARD or not FIRST:  # noqa: SIM102
         if role == 0:
-            state = start_state(initial, own, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST, False, K, V, BLOCK_K, BLOCK)
+            state = start_state(
+                initial,
+                own,
+                transition,
+                head_row,
+                n_head_rows,
+                nth,
+                n_segments,
+                columns,
+                FIRST,
+                False,
+                K,
+                V,
+                BLOCK_K,
+                BLOCK,
+            )
             if FIRST:
                 state += tl.where(k_columns[:, None] == m_columns[None, :], 1.0, 0.0)
             if out is not None:
@@ -218,23 +318,71 @@ def scan_kernel(
                 states += slot_states
             v += first * v_stride + head * v_head
             state = scan_states(
-                operands, strides, v, v_stride, out, errors, states, v_row_stride, state, n_rows, columns, K, V, BLOCK_K, CHUNK, CHANNEL, PRECISION,
+                operands,
+                strides,
+                v,
+                v_stride,
+                out,
+                errors,
+                states,
+                v_row_stride,
+                state,
+                n_rows,
+                columns,
+                K,
+                V,
+                BLOCK_K,
+                CHUNK,
+                CHANNEL,
+                PRECISION,
             )
             if FIRST:
                 m_tile = (own_row + head_row) * (K * K) + k_columns[:, None] * K + m_columns[None, :]
                 tl.store(own + own_row * (K * V) + tile, state, mask=mask)
-                tl.store(transition + m_tile, state, mask=tile_mask(k_columns < K, m_columns, K) & (m_columns >= 0)[None, :])
+                tl.store(
+                    transition + m_tile, state, mask=tile_mask(k_columns < K, m_columns, K) & (m_columns >= 0)[None, :]
+                )
             elif final is not None:
                 tl.store(final + tile, state, mask=mask & (nth == n_segments - 1))
     if not FORWARD:  # noqa: SIM102
         if role == 1:
-            dstate = start_state(dfinal, down, transition, head_row, n_head_rows, nth, n_segments, columns, FIRST, True, K, V, BLOCK_K, BLOCK)
+            dstate = start_state(
+                dfinal,
+                down,
+                transition,
+                head_row,
+                n_head_rows,
+                nth,
+                n_segments,
+                columns,
+                FIRST,
+                True,
+                K,
+                V,
+                BLOCK_K,
+                BLOCK,
+            )
             if not FIRST:
                 dv += row_v
                 dstates += slot_states
             do += first * do_stride + head * do_head
             dstate = scan_gradients(
-                operands, strides, do, do_stride, dv, dstates, v_row_stride, dstate, n_rows, columns, K, V, BLOCK_K, CHUNK, CHANNEL, PRECISION,
+                operands,
+                strides,
+                do,
+                do_stride,
+                dv,
+                dstates,
+                v_row_stride,
+                dstate,
+                n_rows,
+                columns,
+                K,
+                V,
+                BLOCK_K,
+                CHUNK,
+                CHANNEL,
+                PRECISION,
             )
             if FIRST:
                 tl.store(down + own_row * (K * V) + tile, dstate, mask=mask)

@@ -1,5 +1,5 @@
-"""What routes tokens to experts and computes them: block sizes of grouped_mlp's kernels, and the entries of grouped_mlp, sort_slots and router_scores
-for inspect, bench and gpu-check.
+"""What routes tokens to experts and computes them: block sizes of grouped_mlp's kernels, and the entries of
+grouped_mlp, sort_slots and router_scores for inspect, bench and gpu-check.
 
 Letters: T tokens, D model width, E experts, F expert width, k experts (or slots, K) per token.
 """
@@ -17,26 +17,46 @@ from triton_kernels.peers import torch_grouped_mm
 # The sum over a token's rows: rows and channels of a step.
 SUM_ROWS, SUM_WIDTH = 8, 512
 BLOCKS = "BLOCK_M BLOCK_N BLOCK_K"
-# Up to model width 1024 the products wait for memory, and two programs on a processor hide each other's loads and stores; beyond, arithmetic is what
-# there is most of, and the largest tile that fits the registers reuses its operands best.
+# Up to model width 1024 the products wait for memory, and two programs on a processor hide each other's loads and
+# stores; beyond, arithmetic is what there is most of, and the largest tile that fits the registers reuses its operands
+# best.
 WIDTHS = (1024, 2**20)
 # fp32 products run on the plain multipliers: small blocks, one table for every architecture and kernel.
 SINGLE = launch_table(BLOCKS, WIDTHS[1:], sm_80=[(32, 32, 32, 4, 2)])
 # Of gate and up, BLOCK_N counts either.
-GATE_UP = launch_table(BLOCKS, WIDTHS, sm_80=[(64, 64, 32, 4, 3)] * 2, sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]), SINGLE
-ROW_PRODUCT = launch_table(BLOCKS, WIDTHS, sm_80=[(128, 64, 32, 4, 3)] * 2, sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]), SINGLE
-ACTIVATION_GRADIENT = launch_table(BLOCKS, WIDTHS, sm_80=[(128, 64, 32, 8, 3)] * 2, sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]), SINGLE
-WEIGHT_GRADIENT = launch_table(BLOCKS, WIDTHS, sm_80=[(64, 128, 32, 4, 3)] * 2, sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]), SINGLE
+GATE_UP = (
+    launch_table(BLOCKS, WIDTHS, sm_80=[(64, 64, 32, 4, 3)] * 2, sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]),
+    SINGLE,
+)
+ROW_PRODUCT = (
+    launch_table(BLOCKS, WIDTHS, sm_80=[(128, 64, 32, 4, 3)] * 2, sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]),
+    SINGLE,
+)
+ACTIVATION_GRADIENT = (
+    launch_table(BLOCKS, WIDTHS, sm_80=[(128, 64, 32, 8, 3)] * 2, sm_90=[(128, 64, 64, 8, 3), (128, 128, 64, 8, 3)]),
+    SINGLE,
+)
+WEIGHT_GRADIENT = (
+    launch_table(BLOCKS, WIDTHS, sm_80=[(64, 128, 32, 4, 3)] * 2, sm_90=[(128, 128, 64, 8, 3), (128, 256, 64, 8, 3)]),
+    SINGLE,
+)
 
 
-def _mlp_inputs(dtype: torch.dtype, device: str, *, T: int, D: int, E: int, F: int, k: int, ragged: int = 0) -> dict[str, Any]:
-    """Every token draws k experts; ragged: it keeps 0 to k of them, the rest stays as padding behind the last expert."""
+def _mlp_inputs(
+    dtype: torch.dtype, device: str, *, T: int, D: int, E: int, F: int, k: int, ragged: int = 0
+) -> dict[str, Any]:
+    """Every token draws k experts; ragged: it keeps 0 to k of them, the rest stays as padding behind the last
+    expert."""
     generator = torch.Generator().manual_seed(0)
     expert_TK = torch.rand(T, E, generator=generator).topk(k, dim=-1)[1]
     keep_TK = (torch.arange(k) < torch.randint(0, k + 1, (T, 1), generator=generator)) if ragged else None
-    rows = sort_slots(expert_TK, torch.rand(T, k, generator=generator) / k, keep_TK, n_experts=E, padded=True, backend="torch")._asdict()
+    rows = sort_slots(
+        expert_TK, torch.rand(T, k, generator=generator) / k, keep_TK, n_experts=E, padded=True, backend="torch"
+    )._asdict()
     del rows["expert_N"]
-    drawn = random_inputs(0, dtype, device, {"T": T, "D": D, "E": E, "F": F, "F2": 2 * F}, "x_TD", "w_gate_up_EDF2", "w_down_EFD")
+    drawn = random_inputs(
+        0, dtype, device, {"T": T, "D": D, "E": E, "F": F, "F2": 2 * F}, "x_TD", "w_gate_up_EDF2", "w_down_EFD"
+    )
     for name in ("w_gate_up_EDF2", "w_down_EFD"):
         drawn[name].data.mul_(drawn[name].shape[1] ** -0.5)
     return drawn | {name: x.to(device).requires_grad_(name == "weight_N") for name, x in rows.items()}
@@ -55,11 +75,17 @@ def _sort_inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int, kep
     generator = torch.Generator().manual_seed(0)
     weight_TK, expert_TK = torch.rand(T, E, generator=generator).topk(K, dim=-1)
     keep_TK = None if kept == 100 else (torch.rand(T, K, generator=generator) * 100 < kept).to(device)
-    return {"expert_TK": expert_TK.to(device), "weight_TK": weight_TK.to(device, dtype).requires_grad_(), "keep_TK": keep_TK, "n_experts": E}
+    return {
+        "expert_TK": expert_TK.to(device),
+        "weight_TK": weight_TK.to(device, dtype).requires_grad_(),
+        "keep_TK": keep_TK,
+        "n_experts": E,
+    }
 
 
 def _sort_cost(element_size: int, *, T: int, E: int, K: int, kept: int = 100) -> tuple[Cost, Cost]:
-    """Integers are of 8 bytes: the slots' experts, and five of the results. Additions and comparisons are not counted as FLOPs."""
+    """Integers are of 8 bytes: the slots' experts, and five of the results. Additions and comparisons are not counted
+    as FLOPs."""
     both = T * K * (2 * element_size + 8)
     return Cost(flops=0, bytes=both + T * K * (24 + (kept < 100)) + 8 * (T + E)), Cost(flops=0, bytes=both)
 
@@ -67,7 +93,11 @@ def _sort_cost(element_size: int, *, T: int, E: int, K: int, kept: int = 100) ->
 def _score_inputs(dtype: torch.dtype, device: str, *, T: int, E: int, K: int) -> dict[str, Any]:
     """fp32 whatever the dtype asked for: a router's logits are."""
     drawn = random_inputs(0, torch.float32, device, {"T": T, "E": E}, "logits_TE")
-    return drawn | {"bias_E": torch.linspace(-1e-3, 1e-3, E).to(device), "threshold": torch.tensor(0.4).to(device), "k": K}
+    return drawn | {
+        "bias_E": torch.linspace(-1e-3, 1e-3, E).to(device),
+        "threshold": torch.tensor(0.4).to(device),
+        "k": K,
+    }
 
 
 def _score_cost(element_size: int, *, T: int, E: int, K: int) -> tuple[Cost, Cost]:
@@ -82,7 +112,11 @@ def _slots_operation(name: str, call: Any, inputs: Any, cost: Any, kernels: str,
         inputs=inputs,
         cost=cost,
         inspect_shape=usual,
-        check_shapes=({"T": 1, "E": 5, "K": 3, **kept}, {"T": 257, "E": 80, "K": 12, **kept}, {"T": 3000, "E": 300, "K": 20, **kept}),
+        check_shapes=(
+            {"T": 1, "E": 5, "K": 3, **kept},
+            {"T": 257, "E": 80, "K": 12, **kept},
+            {"T": 3000, "E": 300, "K": 20, **kept},
+        ),
         bench_shapes=(usual, usual | {"T": 65536}),
         cpu_shapes=(usual,),
         without_products=frozenset(kernels.split()),
@@ -90,7 +124,12 @@ def _slots_operation(name: str, call: Any, inputs: Any, cost: Any, kernels: str,
 
 
 MLP = {"D": 512, "E": 80, "F": 256, "k": 12}
-SORT = (partial(sort_slots, padded=True), _sort_inputs, _sort_cost, "count_kernel scan_kernel place_kernel slot_gradient_kernel")
+SORT = (
+    partial(sort_slots, padded=True),
+    _sort_inputs,
+    _sort_cost,
+    "count_kernel scan_kernel place_kernel slot_gradient_kernel",
+)
 SCORES = (_score_inputs, _score_cost, "select_kernel logit_gradient_kernel")
 
 OPERATIONS = (

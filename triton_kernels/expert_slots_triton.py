@@ -1,15 +1,18 @@
 """router_scores and sort_slots on Triton, without atomics and without the host.
 
-router_scores is one launch forward and one backward, in which a program holds whole rows of experts, so that nothing is read twice. Forward takes the
-best expert k times. Backward computes the scores again from the logits: with s the scores, m the kept ones and Z = sum m s, a weight m s / Z has
-ds = m (dw - sum dw w) / Z; then softmax's or sigmoid's own gradient.
+router_scores is one launch forward and one backward, in which a program holds whole rows of experts, so that nothing is
+read twice. Forward takes the best expert k times. Backward computes the scores again from the logits: with s the
+scores, m the kept ones and Z = sum m s, a weight m s / Z has ds = m (dw - sum dw w) / Z; then softmax's or sigmoid's
+own gradient.
 
-sort_slots is one pass of a counting sort. Each block of slots counts its slots per bucket: the experts, and one more bucket for dropped slots. An
-exclusive prefix sum over (bucket, block) turns the counts into the row at which each block's share of each bucket starts. There each block places its
-slots; equal ones keep their order, which their rank among the block's slots gives. How many slots were dropped before slot i follows from the last
-bucket's row starts, and with it the place of i among the kept ones. Backward is one gather.
+sort_slots is one pass of a counting sort. Each block of slots counts its slots per bucket: the experts, and one more
+bucket for dropped slots. An exclusive prefix sum over (bucket, block) turns the counts into the row at which each
+block's share of each bucket starts. There each block places its slots; equal ones keep their order, which their rank
+among the block's slots gives. How many slots were dropped before slot i follows from the last bucket's row starts, and
+with it the place of i among the kept ones. Backward is one gather.
 
-Legend: T tokens, E experts, K slots per token, M tokens of a program, N slots or rows, B blocks of slots, P slots of a block.
+Legend: T tokens, E experts, K slots per token, M tokens of a program, N slots or rows, B blocks of slots, P slots of a
+block.
 """
 
 # Jitted helpers that return tuples, and constants given as Python values, are beyond a type checker.
@@ -29,7 +32,8 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def token_logits(logits_ptr, T, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """This program's (token_M, e_E, logit_ME): -inf where there is no expert, zero where there is no token, so that nothing there is NaN."""
+    """This program's (token_M, e_E, logit_ME): -inf where there is no expert, zero where there is no token, so that
+    nothing there is NaN."""
     token_M, e_E = wide(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
     exists_ME = (token_M < T)[:, None] & (e_E < E)[None, :]
     logit_ME = tl.load(logits_ptr + token_M[:, None] * E + e_E[None, :], mask=exists_ME, other=float("-inf"))
@@ -48,14 +52,35 @@ def row_scores(logit_ME, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    logits_ptr, bias_ptr, threshold_ptr, weight_ptr, expert_ptr, keep_ptr, level_ptr, T, E, K, floor,
-    RULE: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    bias_ptr,
+    threshold_ptr,
+    weight_ptr,
+    expert_ptr,
+    keep_ptr,
+    level_ptr,
+    T,
+    E,
+    K,
+    floor,
+    RULE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     token_M, e_E, logit_ME = token_logits(logits_ptr, T, E, BLOCK_M, BLOCK_E)
     k_K, score_ME = tl.arange(0, BLOCK_K), row_scores(logit_ME, SOFTMAX)
     mass_ME = row_scores(logit_ME, True) if RULE == "top_p" else score_ME
-    selection_ME = tl.where((e_E < E)[None, :], score_ME + tl.load(bias_ptr + e_E, mask=e_E < E, other=0.0)[None, :], float("-inf"))
-    threshold, mass_M, total_M = tl.load(threshold_ptr), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    selection_ME = tl.where(
+        (e_E < E)[None, :], score_ME + tl.load(bias_ptr + e_E, mask=e_E < E, other=0.0)[None, :], float("-inf")
+    )
+    threshold, mass_M, total_M = (
+        tl.load(threshold_ptr),
+        tl.zeros([BLOCK_M], tl.float32),
+        tl.zeros([BLOCK_M], tl.float32),
+    )
     weight_MK = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for slot in range(0, K):
         best_M = tl.max(selection_ME, 1)
@@ -77,14 +102,26 @@ def select_kernel(
         tl.store(level_ptr + token_M * K + slot, level_M, mask=token_M < T)
     if RENORMALISE:
         weight_MK /= tl.maximum(total_M, TINY)[:, None]
-    tl.store(weight_ptr + token_M[:, None] * K + k_K[None, :], weight_MK, mask=(token_M < T)[:, None] & (k_K < K)[None, :])
+    tl.store(
+        weight_ptr + token_M[:, None] * K + k_K[None, :], weight_MK, mask=(token_M < T)[:, None] & (k_K < K)[None, :]
+    )
 
 
 @triton.jit
 def logit_gradient_kernel(
-    logits_ptr, dweight_ptr, expert_ptr, keep_ptr, dlogits_ptr, T, E, K,
-    SOFTMAX: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,
+    dweight_ptr,
+    expert_ptr,
+    keep_ptr,
+    dlogits_ptr,
+    T,
+    E,
+    K,
+    SOFTMAX: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     token_M, e_E, logit_ME = token_logits(logits_ptr, T, E, BLOCK_M, BLOCK_E)
     score_ME = row_scores(logit_ME, SOFTMAX)
     kept_ME, dscore_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32), tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -93,7 +130,9 @@ def logit_gradient_kernel(
         kept_M = tl.load(keep_ptr + place_M, mask=token_M < T, other=0).to(tl.float32)
         is_its_ME = e_E[None, :] == tl.load(expert_ptr + place_M, mask=token_M < T, other=0)[:, None]
         kept_ME += tl.where(is_its_ME, kept_M[:, None], 0.0)
-        dscore_ME += tl.where(is_its_ME, (kept_M * tl.load(dweight_ptr + place_M, mask=token_M < T, other=0.0))[:, None], 0.0)
+        dscore_ME += tl.where(
+            is_its_ME, (kept_M * tl.load(dweight_ptr + place_M, mask=token_M < T, other=0.0))[:, None], 0.0
+        )
     if RENORMALISE:
         total_M = tl.maximum(tl.sum(kept_ME * score_ME, 1), TINY)
         dscore_ME = kept_ME * (dscore_ME - (tl.sum(dscore_ME * score_ME, 1) / total_M)[:, None]) / total_M[:, None]
@@ -101,7 +140,9 @@ def logit_gradient_kernel(
         dlogit_ME = score_ME * (dscore_ME - tl.sum(dscore_ME * score_ME, 1)[:, None])
     else:
         dlogit_ME = dscore_ME * score_ME * (1 - score_ME)
-    tl.store(dlogits_ptr + token_M[:, None] * E + e_E[None, :], dlogit_ME, mask=(token_M < T)[:, None] & (e_E < E)[None, :])
+    tl.store(
+        dlogits_ptr + token_M[:, None] * E + e_E[None, :], dlogit_ME, mask=(token_M < T)[:, None] & (e_E < E)[None, :]
+    )
 
 
 @kernel_op("router_scores")
@@ -119,7 +160,9 @@ def scores_op(
 
 
 @kernel_op("router_scores_backward")
-def scores_backward_op(dweight: Tensor, logits: Tensor, expert: Tensor, keep: Tensor, score: str, renormalise: bool) -> Tensor:
+def scores_backward_op(
+    dweight: Tensor, logits: Tensor, expert: Tensor, keep: Tensor, score: str, renormalise: bool
+) -> Tensor:
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if has_work(dlogits):
         grid, options = _scores_launch(logits, score, renormalise)
@@ -132,7 +175,13 @@ def scores_backward_op(dweight: Tensor, logits: Tensor, expert: Tensor, keep: Te
 def _scores_launch(logits: Tensor, score: str, renormalise: bool) -> tuple[tuple[int], dict[str, int]]:
     block_e = max(16, triton.next_power_of_2(logits.shape[1]))
     block_m = max(1, ELEMENTS // block_e)
-    options = {"SOFTMAX": score == "softmax", "RENORMALISE": renormalise, "BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4}
+    options = {
+        "SOFTMAX": score == "softmax",
+        "RENORMALISE": renormalise,
+        "BLOCK_M": block_m,
+        "BLOCK_E": block_e,
+        "num_warps": 4,
+    }
     return (triton.cdiv(logits.shape[0], block_m),), options
 
 
@@ -171,7 +220,8 @@ def count_kernel(expert_ptr, keep_ptr, count_ptr, N, E, n_blocks, BUCKETS: tl.co
 
 @triton.jit
 def scan_kernel(count_ptr, start_ptr, expert_offsets_ptr, n_blocks, SCAN: tl.constexpr):
-    """start [E + 1, B], the exclusive prefix sum of count in that order, and expert_offsets [E + 1], its first column. A program per bucket."""
+    """start [E + 1, B], the exclusive prefix sum of count in that order, and expert_offsets [E + 1], its first column.
+    A program per bucket."""
     bucket = wide(tl.program_id(0))
     sum_P = tl.zeros([SCAN], tl.int64)
     for first in range(0, bucket * n_blocks, SCAN):
@@ -182,15 +232,31 @@ def scan_kernel(count_ptr, start_ptr, expert_offsets_ptr, n_blocks, SCAN: tl.con
     for first in range(0, n_blocks, SCAN):
         block_P = first + tl.arange(0, SCAN)
         count_P = tl.load(count_ptr + bucket * n_blocks + block_P, mask=block_P < n_blocks, other=0).to(tl.int64)
-        tl.store(start_ptr + bucket * n_blocks + block_P, before + tl.cumsum(count_P) - count_P, mask=block_P < n_blocks)
+        tl.store(
+            start_ptr + bucket * n_blocks + block_P, before + tl.cumsum(count_P) - count_P, mask=block_P < n_blocks
+        )
         before += tl.sum(count_P)
 
 
 @triton.jit
 def place_kernel(
-    expert_ptr, keep_ptr, weight_ptr, start_ptr, expert_offsets_ptr,
-    weight_N_ptr, token_N_ptr, expert_N_ptr, token_offsets_ptr, row_of_slot_ptr, row_ptr, N, K, E, n_blocks, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    expert_ptr,
+    keep_ptr,
+    weight_ptr,
+    start_ptr,
+    expert_offsets_ptr,
+    weight_N_ptr,
+    token_N_ptr,
+    expert_N_ptr,
+    token_offsets_ptr,
+    row_of_slot_ptr,
+    row_ptr,
+    N,
+    K,
+    E,
+    n_blocks,
+    BLOCK_P: tl.constexpr,
+):
     """Everything that has an entry per slot; row [N] is the row of each slot, -1 for dropped ones."""
     slot_P, bucket_P = slot_buckets(expert_ptr, keep_ptr, N, E, BLOCK_P)
     exists_P = slot_P < N
@@ -204,7 +270,11 @@ def place_kernel(
     tl.store(expert_N_ptr + row_P, wide(bucket_P), mask=exists_P)
     tl.store(row_ptr + slot_P, tl.where(bucket_P < E, row_P, -1), mask=exists_P)
     n_kept = tl.load(expert_offsets_ptr + E)
-    dropped_P = tl.load(start_ptr + wide(E) * n_blocks + tl.program_id(0)) - n_kept + tl.sum((earlier_PP & (bucket_P == E)[None, :]).to(tl.int32), 1)
+    dropped_P = (
+        tl.load(start_ptr + wide(E) * n_blocks + tl.program_id(0))
+        - n_kept
+        + tl.sum((earlier_PP & (bucket_P == E)[None, :]).to(tl.int32), 1)
+    )
     place_P = tl.where(bucket_P < E, slot_P - dropped_P, n_kept + dropped_P)
     tl.store(row_of_slot_ptr + place_P, row_P, mask=exists_P)
     tl.store(token_offsets_ptr + token_P, slot_P - dropped_P, mask=exists_P & (slot_P % K == 0))
@@ -221,11 +291,16 @@ def slot_gradient_kernel(dweight_N_ptr, row_ptr, dweight_ptr, N, BLOCK: tl.const
 
 
 @kernel_op("sort_slots")
-def sort_op(weight: Tensor, expert: Tensor, keep: Tensor | None, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Rows` in their order, and the row of each slot [T, K] (-1 if it is dropped), which the gradient needs."""
+def sort_op(
+    weight: Tensor, expert: Tensor, keep: Tensor | None, n_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `Rows` in their order, and the row of each slot [T, K] (-1 if it is dropped), which the gradient
+    needs."""
     (T, K), N = expert.shape, expert.numel()
     shapes = (N, N, n_experts + 1, T + 1, N, (T, K))
-    token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N, row_TK = (expert.new_empty(shape, dtype=torch.int64) for shape in shapes)
+    token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N, row_TK = (
+        expert.new_empty(shape, dtype=torch.int64) for shape in shapes
+    )
     weight_N = weight.new_empty(N)
     if has_work(weight_N):
         n_blocks, buckets = triton.cdiv(N, BLOCK_P), triton.next_power_of_2(n_experts + 2)
@@ -235,7 +310,9 @@ def sort_op(weight: Tensor, expert: Tensor, keep: Tensor | None, n_experts: int)
         count_kernel[(n_blocks,)](*slots, count, N, n_experts, n_blocks, BUCKETS=buckets, BLOCK_P=BLOCK_P)
         scan_kernel[(n_experts + 1,)](count, start, expert_offsets, n_blocks, SCAN=SCAN)
         rows = (weight_N, token_N, expert_N, token_offsets, row_of_slot_N, row_TK)
-        place_kernel[(n_blocks,)](*slots, weight.contiguous(), start, expert_offsets, *rows, N, K, n_experts, n_blocks, BLOCK_P=BLOCK_P)
+        place_kernel[(n_blocks,)](
+            *slots, weight.contiguous(), start, expert_offsets, *rows, N, K, n_experts, n_blocks, BLOCK_P=BLOCK_P
+        )
     elif has_work(expert_offsets):
         expert_offsets.zero_()
         token_offsets.zero_()

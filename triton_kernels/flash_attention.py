@@ -1,15 +1,17 @@
-"""Softmax attention with grouped K/V heads, causal or not, optionally in a sliding window, with sink logits, rotary queries and packed sequences.
+"""Softmax attention with grouped K/V heads, causal or not, optionally in a sliding window, with sink logits, rotary
+queries and packed sequences.
 
     s_ij = scale * <q_i, k_j>;  o_i = sum_j e^{s_ij} v_j / (sum_j e^{s_ij} + e^{sink_h})
 
-Sources: FlashAttention-2 (arXiv 2307.08691) for the tiling, the sink logit as in gpt-oss (arXiv 2508.10925): one more logit per head in the
-denominator, with no value, so that a head may attend to nothing.
+Sources: FlashAttention-2 (arXiv 2307.08691) for the tiling, the sink logit as in gpt-oss (arXiv 2508.10925): one more
+logit per head in the denominator, with no value, so that a head may attend to nothing.
 
-In the torch form everything goes through scaled_dot_product_attention, whose CPU kernel never stores the T x S scores. A window is cut into blocks of
-queries that each see two blocks of keys: its cost is T * W and not T^2. FlexAttention would say this more shortly, but has no CPU backward.
+In the torch form everything goes through scaled_dot_product_attention, whose CPU kernel never stores the T x S scores.
+A window is cut into blocks of queries that each see two blocks of keys: its cost is T * W and not T^2. FlexAttention
+would say this more shortly, but has no CPU backward.
 
-Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P half of the rotated channels, C queries of a
-block, N blocks.
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P half of the rotated
+channels, C queries of a block, N blocks.
 """
 
 import math
@@ -50,9 +52,10 @@ def flash_attention(
         window: how many keys a query sees, itself included (causal only); None for all.
         scale: of the logits; K^-0.5 by default.
         sinks_H: one logit per query head that joins the softmax's denominator.
-        cu_seqlens: int64 [N + 1] from 0 to T: B = 1 holds N sequences end to end (empty ones included) that do not see each other; T == S.
-        rotary: cosine and sine [T, P] of the queries' angles (`rotary_tables`), which turn the first 2 P channels of every query before it meets
-            the keys; these are turned already, by `rotate`. Without gradients.
+        cu_seqlens: int64 [N + 1] from 0 to T: B = 1 holds N sequences end to end (empty ones included) that do not see
+            each other; T == S.
+        rotary: cosine and sine [T, P] of the queries' angles (`rotary_tables`), which turn the first 2 P channels of
+            every query before it meets the keys; these are turned already, by `rotate`. Without gradients.
         backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
     Returns:
@@ -65,8 +68,11 @@ def flash_attention(
     if check_backend(backend, q_BTHK) == "torch":
         return flash_attention_torch(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, rotary, sinks_H, causal, window, scale)
     check_kernels_take(OP, q_BTHK, v_BSGV)
-    if rotary is not None and (rotary[0].shape[1].bit_count() > 1 or max(q_BTHK.shape[3], v_BSGV.shape[3]) > MAX_ROTARY_WIDTH):
-        # The kernels fold a head's channels in two, which takes a power of two of them, and registers that wider heads do not leave.
+    if rotary is not None and (
+        rotary[0].shape[1].bit_count() > 1 or max(q_BTHK.shape[3], v_BSGV.shape[3]) > MAX_ROTARY_WIDTH
+    ):
+        # The kernels fold a head's channels in two, which takes a power of two of them, and registers that wider heads
+        # do not leave.
         q_BTHK, rotary = rotate(q_BTHK, rotary, backend=backend), None
     # Imported here because machines without Triton (macOS) still have the torch backend.
     from triton_kernels.flash_attention_triton import forward_op
@@ -75,20 +81,35 @@ def flash_attention(
 
 
 def check_attention(
-    op: str, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, causal: bool, window: int | None, scale: float | None, sinks_H: Tensor | None,
+    op: str,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float | None,
+    sinks_H: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> float:  # fmt: skip
+) -> float:
     """The scale; raises ValueError, naming the argument, its value and what is legal."""
     sizes = check_tensors(op, q_BTHK=q_BTHK, k_BSGK=k_BSGK, v_BSGV=v_BSGV, sinks_H=sinks_H)
     check_dtype(op, {"q_BTHK": q_BTHK, "k_BSGK": k_BSGK, "v_BSGV": v_BSGV})
     T, S = sizes["T"], sizes["S"]
     if causal and T > S:
-        raise ValueError(f"{op}: causal with T={T} queries and S={S} keys; there must be at least as many keys as queries")
+        raise ValueError(
+            f"{op}: causal with T={T} queries and S={S} keys; there must be at least as many keys as queries"
+        )
     if window is not None and not (causal and window >= 1):
-        raise ValueError(f"{op}: window={window} with causal={causal}; legal are None, or at least 1 (the query itself) in causal attention")
+        raise ValueError(
+            f"{op}: window={window} with causal={causal}; legal are None, or at least 1 (the query itself) in causal"
+            " attention"
+        )
     check_cu_seqlens(op, cu_seqlens, sizes["B"], T)
     if cu_seqlens is not None and T != S:
-        raise ValueError(f"{op}: cu_seqlens with T={T} queries and S={S} keys; they must be as many, every sequence attends to itself")
+        raise ValueError(
+            f"{op}: cu_seqlens with T={T} queries and S={S} keys; they must be as many, every sequence attends to"
+            " itself"
+        )
     return check_heads(op, sizes, scale)
 
 
@@ -107,13 +128,23 @@ def check_kernels_take(op: str, *heads: Tensor, widest: int = MAX_WIDTH) -> None
     """Raises ValueError where the Triton kernels have no form for such heads."""
     width = max(x.shape[-1] for x in heads)
     if width > widest or heads[0].dtype == torch.float64:
-        raise ValueError(f"{op}: {heads[0].dtype} heads of width {width}; the Triton kernels take float32, float16 and bfloat16 up to {widest}")
+        raise ValueError(
+            f"{op}: {heads[0].dtype} heads of width {width}; the Triton kernels take float32, float16 and bfloat16 up"
+            f" to {widest}"
+        )
 
 
 def flash_attention_torch(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, cu_seqlens: Tensor | None, rotary: Rotary | None, sinks_H: Tensor | None,
-    causal: bool, window: int | None, scale: float,
-) -> Tensor:  # fmt: skip
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    cu_seqlens: Tensor | None,
+    rotary: Rotary | None,
+    sinks_H: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
     """o_BTHV; the arguments are those of `flash_attention`, already checked."""
     if rotary is not None:
         q_BTHK = rotate_torch(q_BTHK, rotary)
@@ -121,7 +152,9 @@ def flash_attention_torch(
         # Tensor.split accepts the empty pieces that empty sequences give.
         lengths = cu_seqlens.diff().tolist()
         pieces = zip(q_BTHK.split(lengths, 1), k_BSGK.split(lengths, 1), v_BSGV.split(lengths, 1))
-        return torch.cat([flash_attention_torch(q, k, v, None, None, sinks_H, causal, window, scale) for q, k, v in pieces], dim=1)
+        return torch.cat(
+            [flash_attention_torch(q, k, v, None, None, sinks_H, causal, window, scale) for q, k, v in pieces], dim=1
+        )
     T, S, V = q_BTHK.shape[1], k_BSGK.shape[1], v_BSGV.shape[3]
     if q_BTHK.numel() == 0 or S == 0:
         # Nothing to attend to: zeros that still hang on the graph, so that every input receives its (zero) gradient.
@@ -146,14 +179,21 @@ def flash_attention_torch(
         q_BHTK = F.pad(q_BHTK, (0, 0, n_sinks, 0)) if n_sinks else q_BHTK
         o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale, causal=True)[:, :, n_sinks:]
     else:
-        position_T1, key_S = torch.arange(S - T, S, device=q_BHTK.device)[:, None], torch.arange(S, device=q_BHTK.device)
+        position_T1, key_S = (
+            torch.arange(S - T, S, device=q_BHTK.device)[:, None],
+            torch.arange(S, device=q_BHTK.device),
+        )
         o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale, _visible(position_T1, key_S, window, n_sinks))
     return o_BHTV[..., :V].transpose(1, 2)
 
 
-def _attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def _attend(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _visible(position_T1: Tensor, key_S: Tensor, window: int | None, n_sinks: int) -> Tensor:
@@ -171,11 +211,13 @@ def _equal_widths(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor) -> tuple[Tenso
     return q_BHTK, k_BGSK, F.pad(v_BGSV, (0, K - V)) if V < K else v_BGSV
 
 
-def _with_sink_key(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, sinks_H: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _with_sink_key(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, sinks_H: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """One more key in front, of value zero, that every query of head h meets with the logit sinks[h].
 
-    Two more channels carry the logit on the query's side (a key is shared by several query heads, a query is not). There are two of them
-    because one bf16 number would round the logit: the second holds what the first lost.
+    Two more channels carry the logit on the query's side (a key is shared by several query heads, a query is not).
+    There are two of them because one bf16 number would round the logit: the second holds what the first lost.
     """
     B, H, T, _ = q_BHTK.shape
     logit_H = sinks_H.to(torch.promote_types(q_BHTK.dtype, torch.float32)) / scale
@@ -191,7 +233,8 @@ def _with_sink_key(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, sinks_H: Tens
 
 
 def _windowed(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int, scale: float, n_sinks: int) -> Tensor:
-    """Causal attention over the last `window` keys of each query, in blocks of C >= window queries over 2 C keys; more than 2 C keys in all."""
+    """Causal attention over the last `window` keys of each query, in blocks of C >= window queries over 2 C keys; more
+    than 2 C keys in all."""
     (B, H, T, K), (G, S) = q_BHTK.shape, (k_BGSK.shape[1], k_BGSK.shape[2] - n_sinks)
     C = max(window, MIN_BLOCK)
     N = -(-S // C)
@@ -202,7 +245,9 @@ def _windowed(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int, scale
         sink, x_BGSK = x_BGSK[:, :, :n_sinks], x_BGSK[:, :, n_sinks:]
         x_BNGCK = F.pad(x_BGSK, (0, 0, 0, N * C - S)).reshape(B, G, N, C, K).transpose(1, 2)
         sinks = sink[:, None].expand(B, N - 1, G, n_sinks, K)
-        return torch.cat([sink, x_BGSK[:, :, :C]], 2), torch.cat([sinks, x_BNGCK[:, :-1], x_BNGCK[:, 1:]], dim=3).flatten(0, 1)
+        return torch.cat([sink, x_BGSK[:, :, :C]], 2), torch.cat(
+            [sinks, x_BNGCK[:, :-1], x_BNGCK[:, 1:]], dim=3
+        ).flatten(0, 1)
 
     (k_first, k_pairs), (v_first, v_pairs) = first_block_and_pairs(k_BGSK), first_block_and_pairs(v_BGSK)
     query_C1, key_C = torch.arange(C, device=q_BHTK.device)[:, None], torch.arange(2 * C, device=q_BHTK.device) - C

@@ -12,7 +12,8 @@ Rows = namedtuple("Rows", "ptr batch row head")
 
 @triton.jit
 def wide(x):
-    """x as an int64 scalar, so that a row times a stride cannot overflow. Also for the Python integers that the interpreter's loops give."""
+    """x as an int64 scalar, so that a row times a stride cannot overflow. Also for the Python integers that the
+    interpreter's loops give."""
     return tl.full((), 0, tl.int64) + x
 
 
@@ -24,14 +25,18 @@ def product(a, b, accumulator):
 
 @triton.jit
 def block_pointers(x, batch, row, head, column, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS, BLOCK] from one row of one head on, as int32 offsets from one scalar: 64-bit tiles would take the registers that products need."""
+    """[ROWS, BLOCK] from one row of one head on, as int32 offsets from one scalar: 64-bit tiles would take the
+    registers that products need."""
     base = x.ptr + wide(batch) * x.batch + wide(row) * x.row + wide(head) * x.head + column
     return base + (tl.arange(0, ROWS)[:, None] * x.row + tl.arange(0, BLOCK)[None, :])
 
 
 @triton.jit
-def load_block(x, batch, row, head, inside_R, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK_ROWS: tl.constexpr = True, column=0):
-    """A tile with zeros outside `inside` and past WIDTH; a mask that can hide nothing is left out of the program altogether."""
+def load_block(
+    x, batch, row, head, inside_R, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK_ROWS: tl.constexpr = True, column=0
+):
+    """A tile with zeros outside `inside` and past WIDTH; a mask that can hide nothing is left out of the program
+    altogether."""
     pointers_RW = block_pointers(x, batch, row, head, column, inside_R.shape[0], BLOCK)
     inside_W = tl.arange(0, BLOCK) < WIDTH
     if CHECK_ROWS and BLOCK > WIDTH:

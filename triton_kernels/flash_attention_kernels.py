@@ -1,16 +1,18 @@
-"""Kernels of flash_attention: forward, the queries' gradient, then the keys' and values', each a program's own sum in a fixed order; and that of
-`rotate`, which turns keys where they are written.
+"""Kernels of flash_attention: forward, the queries' gradient, then the keys' and values', each a program's own sum in a
+fixed order; and that of `rotate`, which turns keys where they are written.
 
-A query at position p sees the keys (p - window, p] when causal, all of them otherwise. For a block of queries the keys fall into three runs:
-blocks cut by the window's left edge, blocks seen whole (no mask is computed there), and blocks cut by the diagonal or by the end.
+A query at position p sees the keys (p - window, p] when causal, all of them otherwise. For a block of queries the keys
+fall into three runs: blocks cut by the window's left edge, blocks seen whole (no mask is computed there), and blocks
+cut by the diagonal or by the end.
 
-With P = exp(scale s - lse), delta_i = <do_i, o_i> and dP = dO V^T:  dS = P * (dP - delta),  dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
-Scores are computed twice in the backward, once per kernel, because a single pass would have to add to dQ from many programs at once: atomics, whose
-order is not the same in two runs. The last kernel works on transposed scores from the start, so that no tensor core result is ever transposed
-(a form that Triton up to 3.7.0 miscompiles on Hopper).
+With P = exp(scale s - lse), delta_i = <do_i, o_i> and dP = dO V^T:  dS = P * (dP - delta),  dQ = scale dS K,  dK =
+scale dS^T Q,  dV = P^T dO. Scores are computed twice in the backward, once per kernel, because a single pass would have
+to add to dQ from many programs at once: atomics, whose order is not the same in two runs. The last kernel works on
+transposed scores from the start, so that no tensor core result is ever transposed (a form that Triton up to 3.7.0
+miscompiles on Hopper).
 
-Legend: M queries, N keys of a block, K key width, V value width (padded to powers of two), H query heads, P half of the rotated channels, F folds of
-the channels, W channels that do not turn. `lse` and `delta` are [B, H, T].
+Legend: M queries, N keys of a block, K key width, V value width (padded to powers of two), H query heads, P half of the
+rotated channels, F folds of the channels, W channels that do not turn. `lse` and `delta` are [B, H, T].
 """
 
 # A jitted helper that returns a tuple looks like a function that never returns to a type checker.
@@ -25,9 +27,11 @@ from triton_kernels.flash_attention_blocks import load_block, product, store_blo
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
-# What every kernel of one call is given: q, k, v as Rows, tables [T, P], sizes; scale_log2 is for scores in units of log 2.
+# What every kernel of one call is given: q, k, v as Rows, tables [T, P], sizes; scale_log2 is for scores in units of
+# log 2.
 Call = namedtuple("Call", "q k v cu_seqlens cos sin T S H n_sequences n_blocks window scale scale_log2")
-# Its constants: widths, what they are padded to (powers of two), query heads per key head, rotated channels (a power of two, or 0).
+# Its constants: widths, what they are padded to (powers of two), query heads per key head, rotated channels (a power of
+# two, or 0).
 Form = namedtuple("Form", "K V BLOCK_K BLOCK_V GROUP ROTARY CAUSAL WINDOW")
 
 
@@ -35,9 +39,10 @@ Form = namedtuple("Form", "K V BLOCK_K BLOCK_V GROUP ROTARY CAUSAL WINDOW")
 def locate(call, n_heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, first_program=0):
     """(batch row, head, first token of the sequence (int64), its queries, its keys, this program's block in it).
 
-    Programs run over the blocks of a head first, so that neighbours share its keys in L2. LAST_FIRST starts with the last block, which is
-    the longest when causal. Packed, sequence n owns the slots from cu_seqlens[n] // BLOCK + n on: at least as many as it has blocks, found
-    without a table and without the host. The slots left over hold a block past the sequence's end. Programs below first_program are not counted.
+    Programs run over the blocks of a head first, so that neighbours share its keys in L2. LAST_FIRST starts with the
+    last block, which is the longest when causal. Packed, sequence n owns the slots from cu_seqlens[n] // BLOCK + n on:
+    at least as many as it has blocks, found without a table and without the host. The slots left over hold a block past
+    the sequence's end. Programs below first_program are not counted.
     """
     program = tl.program_id(0) - first_program
     slot = program % call.n_blocks
@@ -59,7 +64,8 @@ def locate(call, n_heads, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr, first_p
 
 @triton.jit
 def key_runs(first_position, n_keys, window, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(a, b, c, d): the queries at [first_position, + BLOCK_M) see keys [a, d); of the steps of BLOCK_N from a, those in [b, c) are seen whole."""
+    """(a, b, c, d): the queries at [first_position, + BLOCK_M) see keys [a, d); of the steps of BLOCK_N from a, those
+    in [b, c) are seen whole."""
     past = tl.minimum(first_position + BLOCK_M, n_keys) if FORM.CAUSAL else n_keys
     past_whole = first_position + 1 if FORM.CAUSAL else n_keys
     first = 0 * n_keys
@@ -72,8 +78,18 @@ def key_runs(first_position, n_keys, window, FORM: tl.constexpr, BLOCK_M: tl.con
 
 
 @triton.jit
-def query_runs(first_key, offset, n_queries, window, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr):
-    """(a, b, c): queries [a, c) see some of the keys [first_key, + BLOCK_N), and those of [b, c) all of them. ONE: all count as cut (b = c)."""
+def query_runs(
+    first_key,
+    offset,
+    n_queries,
+    window,
+    FORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE: tl.constexpr,
+):
+    """(a, b, c): queries [a, c) see some of the keys [first_key, + BLOCK_N), and those of [b, c) all of them. ONE: all
+    count as cut (b = c)."""
     first = 0 * n_queries
     whole = first
     past = n_queries
@@ -115,9 +131,11 @@ def load_keys(call, batch, group, row, inside_N, FORM: tl.constexpr, CHECK_ROWS:
 
 @triton.jit
 def rotate_tile(x_MK, call, row, inside_M, ROTARY: tl.constexpr, BACK: tl.constexpr):
-    """x in fp32, its first ROTARY channels turned by the tables' rows from `row` on (BACK: turned back, as gradients are).
+    """x in fp32, its first ROTARY channels turned by the tables' rows from `row` on (BACK: turned back, as gradients
+    are).
 
-    The channels are folded into halves that lie in the same registers of a tensor core's result, so that no channel has to be fetched.
+    The channels are folded into halves that lie in the same registers of a tensor core's result, so that no channel has
+    to be fetched.
     """
     M: tl.constexpr = x_MK.shape[0]
     HALF: tl.constexpr = ROTARY // 2
@@ -129,7 +147,10 @@ def rotate_tile(x_MK, call, row, inside_M, ROTARY: tl.constexpr, BACK: tl.conste
         cos_MFP, sin_MFP = tl.load(call.cos + angle_MFP), tl.load(call.sin + angle_MFP)
     else:
         turns_MFP = (tl.arange(0, FOLDS) == 0)[None, :, None]
-        cos_MFP, sin_MFP = tl.load(call.cos + angle_MFP, mask=turns_MFP, other=1.0), tl.load(call.sin + angle_MFP, mask=turns_MFP, other=0.0)
+        cos_MFP, sin_MFP = (
+            tl.load(call.cos + angle_MFP, mask=turns_MFP, other=1.0),
+            tl.load(call.sin + angle_MFP, mask=turns_MFP, other=0.0),
+        )
     sin_MFP = -sin_MFP if BACK else sin_MFP
     turned_MFP2 = tl.join(first_MFP * cos_MFP - second_MFP * sin_MFP, second_MFP * cos_MFP + first_MFP * sin_MFP)
     return tl.reshape(tl.permute(turned_MFP2, (0, 1, 3, 2)), [M, FOLDS * ROTARY])
@@ -138,7 +159,7 @@ def rotate_tile(x_MK, call, row, inside_M, ROTARY: tl.constexpr, BACK: tl.conste
 @triton.jit
 def forward_kernel(
     call, sinks_ptr, o, lse_ptr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0
-):  # fmt: skip
+):
     """o [B, T, H, V] and lse: log2 of each softmax's denominator, in units of the scaled logits times log2(e)."""
     batch, head, start, n_queries, n_keys, block = locate(call, call.H, BLOCK_M, FORM.CAUSAL, first_program)
     first = block * BLOCK_M
@@ -150,7 +171,8 @@ def forward_kernel(
     BLOCK_V: tl.constexpr = FORM.BLOCK_V
     o_MV = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     if sinks_ptr is not None:
-        # The sink is a key that was met first: its logit is the maximum so far, its weight the denominator so far, its value zero.
+        # The sink is a key that was met first: its logit is the maximum so far, its weight the denominator so far, its
+        # value zero.
         max_M = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
         sum_M = tl.full([BLOCK_M], 1.0, tl.float32)
     else:
@@ -164,7 +186,9 @@ def forward_kernel(
             s_MN = product(q_MK, tl.trans(k_NK), None)
             if run != 1:
                 position_M = position + tl.arange(0, BLOCK_M)
-                s_MN = tl.where(visible(position_M[:, None], key_N[None, :], n_keys, call.window, FORM), s_MN, float("-inf"))
+                s_MN = tl.where(
+                    visible(position_M[:, None], key_N[None, :], n_keys, call.window, FORM), s_MN, float("-inf")
+                )
             new_max_M = tl.maximum(max_M, tl.max(s_MN, 1) * call.scale_log2)
             # A row that has seen no key yet keeps -inf; the exponent must then be finite, or -inf - -inf would be NaN.
             shift_M = new_max_M if run == 1 else tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
@@ -181,7 +205,7 @@ def forward_kernel(
 @triton.jit
 def query_gradient_kernel(
     call, o, do, lse_ptr, delta_ptr, dq, turned_q, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
+):
     """dq [B, T, H, K], and what the other kernel needs: delta, and the queries turned [B, T, H, K]."""
     batch, head, start, n_queries, n_keys, block = locate(call, call.H, BLOCK_M, FORM.CAUSAL)
     first = block * BLOCK_M
@@ -205,7 +229,8 @@ def query_gradient_kernel(
             key_N = key + tl.arange(0, BLOCK_N)
             k_NK, v_NV = load_keys(call, batch, head // FORM.GROUP, start + key, key_N < n_keys, FORM, run != 1)
             if q_MK.dtype == tl.float32:
-                # Without it the compiler keeps the operands of all steps' products in registers, on the plain multipliers as many as their widths.
+                # Without it the compiler keeps the operands of all steps' products in registers, on the plain
+                # multipliers as many as their widths.
                 tl.debug_barrier()
             p_MN = tl.exp2(product(q_MK, tl.trans(k_NK), None) * call.scale_log2 - lse_M[:, None])
             if run != 1:
@@ -221,8 +246,9 @@ def query_gradient_kernel(
 @triton.jit
 def key_value_gradient_kernel(
     call, do, lse_ptr, delta_ptr, dk, dv, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """dk [B, S, G, K] and dv [B, S, G, V]: a program owns a block of keys of one key head and meets the queries of its GROUP query heads."""
+):
+    """dk [B, S, G, K] and dv [B, S, G, V]: a program owns a block of keys of one key head and meets the queries of its
+    GROUP query heads."""
     batch, group, start, n_queries, n_keys, block = locate(call, call.H // FORM.GROUP, BLOCK_N, False)
     first = block * BLOCK_N
     if first >= n_keys:
@@ -232,12 +258,14 @@ def key_value_gradient_kernel(
     dk_NK = tl.zeros(k_NK.shape, tl.float32)
     dv_NV = tl.zeros(v_NV.shape, tl.float32)
     offset = n_keys - n_queries
-    # In a window few blocks are seen whole, and at 256 channels the accumulators leave no registers for a second copy of the loop.
+    # In a window few blocks are seen whole, and at 256 channels the accumulators leave no registers for a second copy
+    # of the loop.
     ONE: tl.constexpr = FORM.CAUSAL and (FORM.WINDOW or FORM.BLOCK_K + FORM.BLOCK_V > 256)
     runs = query_runs(first, offset, n_queries, call.window, FORM, BLOCK_M, BLOCK_N, ONE)
     for run in tl.static_range(0 if FORM.CAUSAL else 1, 1 if ONE else 2):
         n_steps = tl.cdiv(runs[run + 1] - runs[run], BLOCK_M)
-        # One loop over the steps of every query head, so that loads are in flight across heads too, which matters in a short window.
+        # One loop over the steps of every query head, so that loads are in flight across heads too, which matters in a
+        # short window.
         for step in range(0, n_steps * FORM.GROUP):
             member = 0 if FORM.GROUP == 1 else step // n_steps
             head = group * FORM.GROUP + member
@@ -261,9 +289,20 @@ def key_value_gradient_kernel(
 
 @triton.jit
 def rotate_kernel(
-    x, cos, sin, y, T, H, n_blocks,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
+    x,
+    cos,
+    sin,
+    y,
+    T,
+    H,
+    n_blocks,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """y [B, T, H, K]: a program turns a block of tokens of one head, and copies the channels that do not turn."""
     program = tl.program_id(0)
     head, t, batch = program % H, program // H % n_blocks * BLOCK_M, program // H // n_blocks

@@ -1,6 +1,8 @@
-"""flash_attention and rotate on their Triton kernels, as operators that torch.compile and CUDA graphs see as one node each.
+"""flash_attention and rotate on their Triton kernels, as operators that torch.compile and CUDA graphs see as one node
+each.
 
-Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P half of the rotated channels.
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key width, V value width, P half of the rotated
+channels.
 """
 
 from typing import Any
@@ -12,7 +14,15 @@ from torch import Tensor
 from triton_kernels.attention_configurations import FORWARD, KEY_VALUE_GRADIENT, QUERY_GRADIENT
 from triton_kernels.configurations import Tables
 from triton_kernels.flash_attention_blocks import Rows
-from triton_kernels.flash_attention_kernels import LOG2E, Call, Form, forward_kernel, key_value_gradient_kernel, query_gradient_kernel, rotate_kernel
+from triton_kernels.flash_attention_kernels import (
+    LOG2E,
+    Call,
+    Form,
+    forward_kernel,
+    key_value_gradient_kernel,
+    query_gradient_kernel,
+    rotate_kernel,
+)
 from triton_kernels.registration import has_work, kernel_op
 
 MAX_ROW_STRIDE = 2**23
@@ -39,9 +49,17 @@ class AttentionCall:
     """What the kernels of one call have in common."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-        causal: bool, window: int | None, scale: float,
-    ):  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        causal: bool,
+        window: int | None,
+        scale: float,
+    ):
         self.q, self.k, self.v = readable(q), readable(k), readable(v)
         self.cu_seqlens, self.scale = cu_seqlens, scale
         self.n_sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -61,12 +79,15 @@ class AttentionCall:
         return n_blocks, Call(*qkv, self.cu_seqlens, *self.rotary, *sizes, self.scale, self.scale * LOG2E.value)
 
     def launch(self, kernel: Any, tables: Tables, block: str, *tensors: Any) -> None:
-        """Over all blocks of queries, or all of keys: `block` names the constant that says how many rows a block has."""
+        """Over all blocks of queries, or all of keys: `block` names the constant that says how many rows a block
+        has."""
         T, S = self.q.shape[1], self.k.shape[1]
-        # Packed sequences, rotary queries and odd lengths, of whose offsets the compiler knows less, have a table of their own: they take a few more
-        # registers.
+        # Packed sequences, rotary queries and odd lengths, of whose offsets the compiler knows less, have a table of
+        # their own: they take a few more registers.
         unknown = self.n_sequences or self.form.ROTARY or T % 16 > 0 or S % 16 > 0
-        options = tables[1 if self.q.dtype == torch.float32 else 2 if unknown else 0].options(max(self.form.K, self.form.V))[0]
+        options = tables[1 if self.q.dtype == torch.float32 else 2 if unknown else 0].options(
+            max(self.form.K, self.form.V)
+        )[0]
         length, heads = (self.q if block == "BLOCK_M" else self.k).shape[1:3]
         n_blocks, call = self.arguments(length, options.blocks[block])
         warps = {"num_warps": options.num_warps, "num_stages": options.num_stages}
@@ -75,9 +96,17 @@ class AttentionCall:
 
 @kernel_op("flash_attention")
 def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None, sinks: Tensor | None,
-    causal: bool, window: int | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    sinks: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     """(o [B, T, H, V], lse [B, H, T] in log2); the arguments are those of `flash_attention`, already checked."""
     B, T, H = q.shape[:3]
     o, lse = q.new_empty(B, T, H, v.shape[3]), q.new_empty(B, H, T, dtype=torch.float32)
@@ -89,19 +118,32 @@ def forward_op(
 
 @kernel_op("flash_attention_backward")
 def backward_op(
-    do: Tensor, o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    causal: bool, window: int | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    do: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, delta [B, H, T]): all contiguous."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.empty_like(lse)
     options = (causal, window, scale)
     do = readable(do)
     if has_work(dq):
-        # The first kernel turns the queries once and leaves them for the second, where every block of keys would have to turn them again.
+        # The first kernel turns the queries once and leaves them for the second, where every block of keys would have
+        # to turn them again.
         turned_q = None if cos is None else torch.empty_like(dq)
         call = AttentionCall(q, k, v, cu_seqlens, cos, sin, *options)
-        call.launch(query_gradient_kernel, QUERY_GRADIENT, "BLOCK_M", rows(o), rows(do), lse, delta, rows(dq), rows(turned_q))
+        call.launch(
+            query_gradient_kernel, QUERY_GRADIENT, "BLOCK_M", rows(o), rows(do), lse, delta, rows(dq), rows(turned_q)
+        )
         q = q if turned_q is None else turned_q
     if has_work(dk):
         call = AttentionCall(q, k, v, cu_seqlens, None, None, *options)
@@ -143,7 +185,9 @@ def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
         constants = {"WIDTH": K, "HALF": half, "BACK": back, "BLOCK_P": padded(half), "BLOCK_W": padded(K - 2 * half)}
         block_m = max(1, ROTATED_PAIRS // padded(half))
         n_blocks = -(-T // block_m)
-        rotate_kernel[(B * n_blocks * H,)](rows(readable(x)), *tables, rows(y), T, H, n_blocks, BLOCK_M=block_m, **constants)
+        rotate_kernel[(B * n_blocks * H,)](
+            rows(readable(x)), *tables, rows(y), T, H, n_blocks, BLOCK_M=block_m, **constants
+        )
     return y
 
 

@@ -1,12 +1,13 @@
 """Softmax attention of one new token per sequence over its cached keys and values.
 
-The caches it reads: growing ([B, S, G, K], `lengths` tokens of each row in use), ring buffers of W tokens (the same with lengths >= S once the
-ring is full: order does not matter to a softmax), pools of fixed-size blocks with a block table (PagedAttention, arXiv 2309.06180), and any of
-these in int8 or fp8 with one scale per token and head. A latent cache is the growing one with G = 1, its keys [latent, rotary] and its values
-the latent again: a view of the same memory, which the op accepts.
+The caches it reads: growing ([B, S, G, K], `lengths` tokens of each row in use), ring buffers of W tokens (the same
+with lengths >= S once the ring is full: order does not matter to a softmax), pools of fixed-size blocks with a block
+table (PagedAttention, arXiv 2309.06180), and any of these in int8 or fp8 with one scale per token and head. A latent
+cache is the growing one with G = 1, its keys [latent, rotary] and its values the latent again: a view of the same
+memory, which the op accepts.
 
-Legend: B sequences, S rows of the cache, H query heads, G key/value heads, R query heads of a group, K key width, V value width, P blocks of
-the pool, C tokens per block, N blocks of the longest sequence.
+Legend: B sequences, S rows of the cache, H query heads, G key/value heads, R query heads of a group, K key width, V
+value width, P blocks of the pool, C tokens per block, N blocks of the longest sequence.
 """
 
 import torch
@@ -39,9 +40,10 @@ def flash_decode(
 
     Args:
         q_BHK: the query of each sequence's newest token; head h reads key head h // (H // G).
-        k_cache, v_cache: [B, S, G, K] and [B, S, G, V]; with a block table a pool [P, C, G, K] and [P, C, G, V]. In q's dtype, or int8,
-            float8_e4m3fn or float8_e5m2 with scales.
-        lengths_B: int64, tokens each sequence has seen. At most S rows are read: lengths >= S is a ring buffer gone round.
+        k_cache, v_cache: [B, S, G, K] and [B, S, G, V]; with a block table a pool [P, C, G, K] and [P, C, G, V]. In q's
+            dtype, or int8, float8_e4m3fn or float8_e5m2 with scales.
+        lengths_B: int64, tokens each sequence has seen. At most S rows are read: lengths >= S is a ring buffer gone
+            round.
         scale: of the logits; K^-0.5 by default.
         window: only the last `window` tokens; not for a ring buffer, whose size is its window.
         sinks_H: one logit per query head in the softmax's denominator.
@@ -50,11 +52,14 @@ def flash_decode(
         backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
     Returns:
-        o_BHV in q's dtype; zeros for a sequence of length 0. No gradients. Raises ValueError for arguments that do not fit.
+        o_BHV in q's dtype; zeros for a sequence of length 0. No gradients. Raises ValueError for arguments that do not
+        fit.
     """
     rows = "BS" if block_table_BN is None else "PC"
     caches = {f"k_cache_{rows}GK": k_cache, f"v_cache_{rows}GV": v_cache}
-    scale = check_decode(OP, q_BHK, caches, {f"k_scale_{rows}G": k_scale, f"v_scale_{rows}G": v_scale}, lengths_B, sinks_H, scale)
+    scale = check_decode(
+        OP, q_BHK, caches, {f"k_scale_{rows}G": k_scale, f"v_scale_{rows}G": v_scale}, lengths_B, sinks_H, scale
+    )
     check_tensors(OP, {"B": len(q_BHK)}, block_table_BN=block_table_BN)
     if block_table_BN is not None and block_table_BN.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{OP}: block_table_BN is {block_table_BN.dtype}, legal are torch.int32 and torch.int64")
@@ -71,10 +76,16 @@ def flash_decode(
 
 
 def check_decode(
-    op: str, q_BHK: Tensor, caches: dict[str, Tensor], scales: dict[str, Tensor | None], lengths_B: Tensor, sinks_H: Tensor | None,
+    op: str,
+    q_BHK: Tensor,
+    caches: dict[str, Tensor],
+    scales: dict[str, Tensor | None],
+    lengths_B: Tensor,
+    sinks_H: Tensor | None,
     scale: float | None,
-) -> float:  # fmt: skip
-    """The scale of the logits; raises ValueError. `caches` and `scales` of keys and values by names that say their axes; no scales: not quantised."""
+) -> float:
+    """The scale of the logits; raises ValueError. `caches` and `scales` of keys and values by names that say their
+    axes; no scales: not quantised."""
     sizes = check_tensors(op, None, q_BHK=q_BHK, **caches, **scales, lengths_B=lengths_B, sinks_H=sinks_H)
     check_dtype(op, {"q_BHK": q_BHK})
     for (name, cache), scale_name in zip(caches.items(), scales or (None, None)):
@@ -83,16 +94,27 @@ def check_decode(
         if cache.dtype not in (q_BHK.dtype, *legal):
             raise ValueError(f"{op}: {name} is {cache.dtype}, legal are {', '.join(map(str, (q_BHK.dtype, *legal)))}")
         if (cache.dtype in QUANTISED) != has_scale:
-            raise ValueError(f"{op}: {name} is {cache.dtype} {'with' if has_scale else 'without'} {scale_name}; int8 and fp8 need one, others none")
+            raise ValueError(
+                f"{op}: {name} is {cache.dtype} {'with' if has_scale else 'without'} {scale_name}; int8 and fp8 need"
+                " one, others none"
+            )
     if lengths_B.dtype != torch.int64:
         raise ValueError(f"{op}: lengths_B is {lengths_B.dtype}, legal is torch.int64")
     return check_heads(op, sizes, scale)
 
 
 def flash_decode_torch(
-    q_BHK: Tensor, k_cache: Tensor, v_cache: Tensor, lengths_B: Tensor, scale: float, window: int | None, sinks_H: Tensor | None,
-    block_table_BN: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q_BHK: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths_B: Tensor,
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None,
+    block_table_BN: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
     """The torch form: gathers what is cached, widens it, and writes out the softmax."""
     accumulator = torch.promote_types(q_BHK.dtype, torch.float32)
     k_BSGK = _gathered(k_cache, k_scale, block_table_BN, accumulator)
@@ -117,7 +139,8 @@ def flash_decode_torch(
 
 
 def _gathered(cache: Tensor, scale: Tensor | None, block_table_BN: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[B, S, G, width] in `dtype`, from rows of one length or from the blocks of a pool, times one scale per token and head if there is one."""
+    """[B, S, G, width] in `dtype`, from rows of one length or from the blocks of a pool, times one scale per token and
+    head if there is one."""
     widened = cache.to(dtype) if scale is None else cache.to(dtype) * scale.to(dtype)[..., None]
     # Entries of the table past a sequence's end may be anything; they are read somewhere harmless, and masked.
     return widened if block_table_BN is None else widened[block_table_BN.clamp(0, cache.shape[0] - 1)].flatten(1, 2)

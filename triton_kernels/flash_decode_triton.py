@@ -1,15 +1,19 @@
-"""flash_decode on Triton, in one launch: the cached tokens are split among programs, and the last one to finish puts their softmaxes together.
+"""flash_decode on Triton, in one launch: the cached tokens are split among programs, and the last one to finish puts
+their softmaxes together.
 
-Decoding reads every cached byte once and does 2 H (K + V) FLOP per token of it: memory bound, so what counts is that all processors read. One
-program per (sequence, key head) would leave most of them idle; FlashDecoding (Dao et al., 2023) splits the tokens too. The query heads of a
-group share a program, so that a key is read once for all of them, and fill the rows of a tensor core product. Every program leaves its share in
-memory and counts itself; who counts the last one adds the shares up, always in the order of the splits: two runs give the same bits.
+Decoding reads every cached byte once and does 2 H (K + V) FLOP per token of it: memory bound, so what counts is that
+all processors read. One program per (sequence, key head) would leave most of them idle; FlashDecoding (Dao et al.,
+2023) splits the tokens too. The query heads of a group share a program, so that a key is read once for all of them, and
+fill the rows of a tensor core product. Every program leaves its share in memory and counts itself; who counts the last
+one adds the shares up, always in the order of the splits: two runs give the same bits.
 
-Legend: B sequences, H query heads, G key/value heads, K key width, V value width, R query heads of a group, N cached tokens of a step, P splits.
+Legend: B sequences, H query heads, G key/value heads, K key width, V value width, R query heads of a group, N cached
+tokens of a step, P splits.
 """
 
-# The launch's constexpr parameters are plain values to the caller, and a jitted helper that returns a tuple is beyond a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportAssignmentType=false
+# The launch's constexpr parameters are plain values to the caller, and a jitted helper that returns a tuple is beyond a
+# type checker. pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false,
+# reportAssignmentType=false
 from collections import namedtuple
 from math import isqrt
 
@@ -29,14 +33,20 @@ OLDEST_WITH_E4M3 = 89
 # What a program holds at once of the shares it adds up: 64 registers of each thread.
 COMBINED_ENTRIES = 8192
 
-Decode = namedtuple("Decode", "q k v k_scale v_scale lengths block_table sinks partial statistics counters o S G n_splits window columns scale_log2")
-# Widths and what they are padded to, query heads per key head and what they are padded to, tokens of a page (0: none), splits combined at a time.
+Decode = namedtuple(
+    "Decode",
+    "q k v k_scale v_scale lengths block_table sinks partial statistics counters o S G n_splits window columns"
+    " scale_log2",
+)
+# Widths and what they are padded to, query heads per key head and what they are padded to, tokens of a page (0: none),
+# splits combined at a time.
 DecodeForm = namedtuple("DecodeForm", "K V BLOCK_K BLOCK_V GROUP BLOCK_R PAGE WINDOW BLOCK_P")
 
 
 @triton.jit
 def widened(x, dtype: tl.constexpr):
-    """x in the dtype of the products. Bytes are e4m3 on a GPU older than that type: its bits moved into fp16's fields are 2^8 too small."""
+    """x in the dtype of the products. Bytes are e4m3 on a GPU older than that type: its bits moved into fp16's fields
+    are 2^8 too small."""
     if x.dtype == tl.uint8:
         bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
         number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
@@ -47,7 +57,8 @@ def widened(x, dtype: tl.constexpr):
 
 @triton.jit
 def decode_kernel(a, FORM: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0):
-    """One split's share: the unnormalised output [.., P, V] and (maximum, sum) [.., P, 2], both fp32, of each query head; from the last one also o.
+    """One split's share: the unnormalised output [.., P, V] and (maximum, sum) [.., P, 2], both fp32, of each query
+    head; from the last one also o.
 
     Programs below first_program are not counted.
     """
@@ -64,7 +75,11 @@ def decode_kernel(a, FORM: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0)
     end = tl.minimum(begin + share, past)
     r_R, k_K, v_V = tl.arange(0, FORM.BLOCK_R), tl.arange(0, FORM.BLOCK_K), tl.arange(0, FORM.BLOCK_V)
     head_R = wide(pair) * FORM.GROUP + r_R
-    q_RK = tl.load(a.q + head_R[:, None] * FORM.K + k_K[None, :], mask=(r_R < FORM.GROUP)[:, None] & (k_K < FORM.K)[None, :], other=0.0)
+    q_RK = tl.load(
+        a.q + head_R[:, None] * FORM.K + k_K[None, :],
+        mask=(r_R < FORM.GROUP)[:, None] & (k_K < FORM.K)[None, :],
+        other=0.0,
+    )
 
     BLOCK_R: tl.constexpr = FORM.BLOCK_R
     BLOCK_V: tl.constexpr = FORM.BLOCK_V
@@ -77,13 +92,19 @@ def decode_kernel(a, FORM: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0)
         page_N = wide(sequence)
         scale_row_N = page_N * a.S + row_N
         if FORM.PAGE > 0:
-            page_N = tl.load(a.block_table + wide(sequence) * a.columns + row_N // FORM.PAGE, mask=seen_N, other=0).to(tl.int64)
+            page_N = tl.load(a.block_table + wide(sequence) * a.columns + row_N // FORM.PAGE, mask=seen_N, other=0).to(
+                tl.int64
+            )
             row_N = row_N % FORM.PAGE
             scale_row_N = page_N * FORM.PAGE + row_N
         k_row_N = page_N * a.k.batch + row_N * a.k.row + wide(group) * a.k.head
         v_row_N = page_N * a.v.batch + row_N * a.v.row + wide(group) * a.v.head
-        k_KN = tl.load(a.k.ptr + k_row_N[None, :] + k_K[:, None], mask=seen_N[None, :] & (k_K < FORM.K)[:, None], other=0.0)
-        v_NV = tl.load(a.v.ptr + v_row_N[:, None] + v_V[None, :], mask=seen_N[:, None] & (v_V < FORM.V)[None, :], other=0.0)
+        k_KN = tl.load(
+            a.k.ptr + k_row_N[None, :] + k_K[:, None], mask=seen_N[None, :] & (k_K < FORM.K)[:, None], other=0.0
+        )
+        v_NV = tl.load(
+            a.v.ptr + v_row_N[:, None] + v_V[None, :], mask=seen_N[:, None] & (v_V < FORM.V)[None, :], other=0.0
+        )
         s_RN = product(q_RK, widened(k_KN, q_RK.dtype), None) * a.scale_log2
         if a.k_scale is not None:
             s_RN *= tl.load(a.k_scale + scale_row_N * a.G + group, mask=seen_N, other=0.0).to(tl.float32)[None, :]
@@ -98,10 +119,15 @@ def decode_kernel(a, FORM: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0)
         max_R = new_max_R
 
     partial_R = head_R * a.n_splits + split
-    tl.store(a.partial + partial_R[:, None] * FORM.V + v_V[None, :], o_RV, mask=(r_R < FORM.GROUP)[:, None] & (v_V < FORM.V)[None, :])
+    tl.store(
+        a.partial + partial_R[:, None] * FORM.V + v_V[None, :],
+        o_RV,
+        mask=(r_R < FORM.GROUP)[:, None] & (v_V < FORM.V)[None, :],
+    )
     tl.store(a.statistics + partial_R * 2, max_R, mask=r_R < FORM.GROUP)
     tl.store(a.statistics + partial_R * 2 + 1, sum_R, mask=r_R < FORM.GROUP)
-    # All threads' stores come before the count; what was stored before any count is visible to who counts last, and leaves the counter at zero.
+    # All threads' stores come before the count; what was stored before any count is visible to who counts last, and
+    # leaves the counter at zero.
     tl.debug_barrier()
     before = 0
     if a.n_splits > 1:
@@ -114,7 +140,8 @@ def decode_kernel(a, FORM: tl.constexpr, BLOCK_N: tl.constexpr, first_program=0)
 
 @triton.jit
 def combine_splits(a, pair, FORM: tl.constexpr):
-    """o of a group's query heads: the splits' outputs, each weighted by e^{its maximum - the common one}, over the sum of their sums."""
+    """o of a group's query heads: the splits' outputs, each weighted by e^{its maximum - the common one}, over the sum
+    of their sums."""
     HEADS: tl.constexpr = triton.next_power_of_2(FORM.GROUP)
     p_P, v_V = tl.arange(0, FORM.BLOCK_P), tl.arange(0, FORM.BLOCK_V)
     r_R = tl.arange(0, HEADS)
@@ -135,7 +162,9 @@ def combine_splits(a, pair, FORM: tl.constexpr):
         max_PR = tl.load(a.statistics + row_PR * 2, mask=mask_PR, other=float("-inf"), cache_modifier=".cg")
         sum_PR = tl.load(a.statistics + row_PR * 2 + 1, mask=mask_PR, other=0.0, cache_modifier=".cg")
         mask_PRV = mask_PR[:, :, None] & (v_V < FORM.V)[None, None, :]
-        o_PRV = tl.load(a.partial + row_PR[:, :, None] * FORM.V + v_V[None, None, :], mask=mask_PRV, other=0.0, cache_modifier=".cg")
+        o_PRV = tl.load(
+            a.partial + row_PR[:, :, None] * FORM.V + v_V[None, None, :], mask=mask_PRV, other=0.0, cache_modifier=".cg"
+        )
         new_max_R = tl.maximum(max_R, tl.max(max_PR, 0))
         # Splits that saw no token have no maximum; until one has, everything is zero.
         shift_R = tl.where(new_max_R == float("-inf"), 0.0, new_max_R)
@@ -153,9 +182,19 @@ class DecodeCall:
     """What a launch needs to decode the softmax heads of one layer, and their output `o`."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, window: int | None, sinks: Tensor | None,
-        block_table: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None, o: Tensor,
-    ):  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None,
+        block_table: Tensor | None,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
+        o: Tensor,
+    ):
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
         if current_architecture() < OLDEST_WITH_E4M3:
             k, v = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (k, v))
@@ -166,8 +205,8 @@ class DecodeCall:
         page, columns = (0, 0) if block_table is None else (k.shape[1], block_table.shape[1])
         S = page * columns or k.shape[1]
         options = SPLIT[q.dtype == torch.float32].options(max(K, V))[0]
-        # As many splits as fill the device, by the capacity of the cache: the lengths themselves are on the device, unread. But no more than
-        # leave the last program less to put together than it has read.
+        # As many splits as fill the device, by the capacity of the cache: the lengths themselves are on the device,
+        # unread. But no more than leave the last program less to put together than it has read.
         n_keys = S if window is None else min(S, window)
         balance = isqrt(n_keys * (K + V) * k.element_size() // (4 * (H // G) * V))
         n_splits = max(1, min(-(-TARGET_PROGRAMS // (B * G)), -(-n_keys // options.blocks["BLOCK_N"]), balance))
@@ -175,20 +214,44 @@ class DecodeCall:
         block_p = max(1, COMBINED_ENTRIES // (triton.next_power_of_2(H // G) * padded(V)))
         self.programs = B * G * n_splits
         self.arguments = Decode(
-            q, rows(k), rows(v), k_scale, v_scale, lengths, block_table, sinks, partial, statistics, split_counters(o), o,
-            S, G, n_splits, window or 0, columns, scale * LOG2E.value,
-        )  # fmt: skip
-        form = DecodeForm(K, V, padded(K), padded(V), H // G, padded(H // G), page, window is not None, min(16, block_p))
-        self.constants = {"FORM": form, **options.blocks, "num_warps": options.num_warps, "num_stages": options.num_stages}
+            q,
+            rows(k),
+            rows(v),
+            k_scale,
+            v_scale,
+            lengths,
+            block_table,
+            sinks,
+            partial,
+            statistics,
+            split_counters(o),
+            o,
+            S,
+            G,
+            n_splits,
+            window or 0,
+            columns,
+            scale * LOG2E.value,
+        )
+        form = DecodeForm(
+            K, V, padded(K), padded(V), H // G, padded(H // G), page, window is not None, min(16, block_p)
+        )
+        self.constants = {
+            "FORM": form,
+            **options.blocks,
+            "num_warps": options.num_warps,
+            "num_stages": options.num_stages,
+        }
 
 
 def split_counters(x: Tensor) -> Tensor:
-    """A zero for each group of splits (fewer than TARGET_PROGRAMS, or there are no splits). Every launch leaves zeros, so that none has to clear
-    them: they are kept, per device and stream.
+    """A zero for each group of splits (fewer than TARGET_PROGRAMS, or there are no splits). Every launch leaves zeros,
+    so that none has to clear them: they are kept, per device and stream.
 
-    Launches that share them must not run at the same time. Those of one stream do not; but a CUDA graph keeps the counters of the stream it was
-    captured on, so graphs captured on one stream must not be replayed side by side. A graph captured on a stream that has never decoded gets
-    counters of its own for each call, cleared by a second launch, since what a capture clears is zero only after a replay."""
+    Launches that share them must not run at the same time. Those of one stream do not; but a CUDA graph keeps the
+    counters of the stream it was captured on, so graphs captured on one stream must not be replayed side by side. A
+    graph captured on a stream that has never decoded gets counters of its own for each call, cleared by a second
+    launch, since what a capture clears is zero only after a replay."""
     key = (x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
     if key in COUNTERS:
         return COUNTERS[key]
@@ -200,9 +263,17 @@ def split_counters(x: Tensor) -> Tensor:
 
 @kernel_op("flash_decode")
 def decode_op(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float, window: int | None, sinks: Tensor | None,
-    block_table: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    block_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
     """o [B, H, V]; the arguments are those of `flash_decode`, already checked."""
     o = q.new_empty(*q.shape[:2], v_cache.shape[3])
     if has_work(o):

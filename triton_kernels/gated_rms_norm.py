@@ -1,6 +1,7 @@
 """RMS norm of the output of a linear-attention head, times an activated gate.
 
-y = x * rsqrt(mean(x^2) + eps) * weight * act(gate),   act = silu (gated DeltaNet, arXiv 2412.06464) or sigmoid (lightning, arXiv 2401.04658)
+y = x * rsqrt(mean(x^2) + eps) * weight * act(gate),   act = silu (gated DeltaNet, arXiv 2412.06464) or sigmoid
+(lightning, arXiv 2401.04658)
 """
 
 import torch
@@ -13,11 +14,13 @@ OP = "gated_rms_norm"
 ACTIVATIONS = ("silu", "sigmoid")
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str = "silu", backend: str = "auto") -> Tensor:
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str = "silu", backend: str = "auto"
+) -> Tensor:
     """RMSNorm over the last dimension of x, scaled by weight and by the activated gate.
 
-    x and gate have one shape [..., D] and one dtype, which is y's; weight [D] has any floating dtype. The statistics and products are fp32
-    (fp64 for fp64). Raises ValueError for shapes, dtypes and options that do not fit.
+    x and gate have one shape [..., D] and one dtype, which is y's; weight [D] has any floating dtype. The statistics
+    and products are fp32 (fp64 for fp64). Raises ValueError for shapes, dtypes and options that do not fit.
     """
     if x.dim() == 0:
         raise ValueError(f"{OP}: x is a scalar, expected [..., D]")
@@ -34,5 +37,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activ
     from triton_kernels.gated_rms_norm_triton import MAX_WIDTH, forward_op
 
     if x.dtype == torch.float64 or x.shape[-1] > MAX_WIDTH:
-        raise ValueError(f"{OP}: {x.dtype} of width {x.shape[-1]}; the Triton kernels take float32, float16 and bfloat16 up to {MAX_WIDTH}")
+        raise ValueError(
+            f"{OP}: {x.dtype} of width {x.shape[-1]}; the Triton kernels take float32, float16 and bfloat16 up to"
+            f" {MAX_WIDTH}"
+        )
     return forward_op(x, gate, weight, eps, activation == "silu")

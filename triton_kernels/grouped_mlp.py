@@ -13,19 +13,30 @@ OP = "grouped_mlp"
 
 
 def grouped_mlp(
-    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor,
-    expert_offsets: Tensor, token_offsets: Tensor, row_of_slot_N: Tensor, *, backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights of expert_n.
+    x_TD: Tensor,
+    w_gate_up_EDF2: Tensor,
+    w_down_EFD: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    row_of_slot_N: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights
+    of expert_n.
 
     x_TD             [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better
     w_gate_up_EDF2   [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in
     w_down_EFD       [E, F, D]
-    token_N          [N] int64; weight_N [N] floating point; expert_offsets [E+1], token_offsets [T+1], row_of_slot_N [N]: the fields of
-                     `routing.assignments.Assignments`, rows sorted by expert, padding behind expert_offsets[E] ignored
+    token_N          [N] int64; weight_N [N] floating point; expert_offsets [E+1], token_offsets [T+1], row_of_slot_N
+                     [N]: the fields of `routing.assignments.Assignments`, rows sorted by expert, padding behind
+                     expert_offsets[E] ignored
 
-    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for what does not fit together, or not
-    into the kernels (`why_not_triton`). "torch" is a loop over experts; `moe.backends` knows faster ways without Triton.
+    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for what does
+    not fit together, or not into the kernels (`why_not_triton`). "torch" is a loop over experts; `moe.backends` knows
+    faster ways without Triton.
     """
     backend = check_backend(backend, x_TD)
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
@@ -41,7 +52,9 @@ def grouped_mlp(
     return forward_op(*tensors, keep_h)[0]
 
 
-def grouped_mlp_torch(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor) -> Tensor:
+def grouped_mlp_torch(
+    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor
+) -> Tensor:
     """A loop over experts that says what the operation is, in any floating dtype, fp64 included."""
     bounds = expert_offsets.tolist()
     y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
@@ -64,9 +77,17 @@ def why_not_triton(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
 
 
 def check_grouped_mlp(
-    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor,
-    expert_offsets: Tensor, token_offsets: Tensor, row_of_slot_N: Tensor, *, look: bool,
-) -> None:  # fmt: skip
+    x_TD: Tensor,
+    w_gate_up_EDF2: Tensor,
+    w_down_EFD: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    row_of_slot_N: Tensor,
+    *,
+    look: bool,
+) -> None:
     """Refuse shapes that do not fit and, if `look` and looking is free, offsets that would read past the rows."""
     sizes = check_tensors(OP, x_TD=x_TD, w_down_EFD=w_down_EFD, token_N=token_N, weight_N=weight_N)
     check_tensors(OP, sizes | {"F2": 2 * sizes["F"]}, w_gate_up_EDF2=w_gate_up_EDF2)

@@ -1,14 +1,17 @@
 """grouped_mlp on Triton: three launches forward, five backward.
 
-Forward: H = [G U] = x[token] W_gate_up with A = silu(G) * U in its epilogue, A W_down, and the weighted sum of each token's rows. Backward from x
-and H alone, with dA' = W_down dy (not yet weighted) and w the row's weight:
-    dw = <dA', A>,   dU = w dA' * silu(G),   dG = w dA' * U * silu'(G),   dW_down = (w A)^T dy,   dW_gate_up = x^T [dG dU]
+Forward: H = [G U] = x[token] W_gate_up with A = silu(G) * U in its epilogue, A W_down, and the weighted sum of each
+token's rows. Backward from x and H alone, with dA' = W_down dy (not yet weighted) and w the row's weight:
+    dw = <dA', A>,   dU = w dA' * silu(G),   dG = w dA' * U * silu'(G),   dW_down = (w A)^T dy,   dW_gate_up = x^T [dG
+    dU]
 so the experts' outputs are needed nowhere, and A is made again from H. x and dy are gathered inside the products.
 
-Nothing here waits for the device. Which rows a program owns is found there: expert e has the program slots from expert_offsets[e] // BLOCK_M + e on,
-which are at least as many as it has blocks of rows, so the grid needs nothing but N, a bound on the number of rows that the shapes give.
+Nothing here waits for the device. Which rows a program owns is found there: expert e has the program slots from
+expert_offsets[e] // BLOCK_M + e on, which are at least as many as it has blocks of rows, so the grid needs nothing but
+N, a bound on the number of rows that the shapes give.
 
-Legend: T tokens, N assigned rows, M rows and N columns of a tile, K depth of a product, D model width, E experts, F expert width, S rows of a token.
+Legend: T tokens, N assigned rows, M rows and N columns of a tile, K depth of a product, D model width, E experts, F
+expert width, S rows of a token.
 """
 
 # Jitted helpers that return tuples, and constants given as Python values, are beyond a type checker.
@@ -19,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_kernels.configurations import Tables
-from triton_kernels.expert_configurations import ACTIVATION_GRADIENT, GATE_UP, ROW_PRODUCT, SUM_ROWS, SUM_WIDTH, WEIGHT_GRADIENT
+from triton_kernels.expert_configurations import (
+    ACTIVATION_GRADIENT,
+    GATE_UP,
+    ROW_PRODUCT,
+    SUM_ROWS,
+    SUM_WIDTH,
+    WEIGHT_GRADIENT,
+)
 from triton_kernels.flash_attention_blocks import product, wide
 from triton_kernels.registration import has_work, kernel_op
 
@@ -28,13 +38,19 @@ from triton_kernels.registration import has_work, kernel_op
 def store_tile(base, x_MN, n_rows, n_N, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
     """The first n_rows rows, and of the columns n those below WIDTH."""
     m_M = tl.arange(0, x_MN.shape[0])
-    tl.store(base + m_M[:, None] * STRIDE + n_N[None, :], x_MN.to(base.dtype.element_ty), mask=(m_M < n_rows)[:, None] & (n_N < WIDTH)[None, :])
+    tl.store(
+        base + m_M[:, None] * STRIDE + n_N[None, :],
+        x_MN.to(base.dtype.element_ty),
+        mask=(m_M < n_rows)[:, None] & (n_N < WIDTH)[None, :],
+    )
 
 
 @triton.jit
-def expert_tile(expert_offsets_ptr, E, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(expert, its first row here (int64), how many rows of the tile are the expert's, the tile's place among those of WIDTH columns). Tiles of one
-    expert run side by side, to share it in L2."""
+def expert_tile(
+    expert_offsets_ptr, E, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """(expert, its first row here (int64), how many rows of the tile are the expert's, the tile's place among those of
+    WIDTH columns). Tiles of one expert run side by side, to share it in L2."""
     TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     slot = tl.program_id(0) // TILES
     e_E = tl.arange(0, BLOCK_E)
@@ -47,11 +63,20 @@ def expert_tile(expert_offsets_ptr, E, WIDTH: tl.constexpr, BLOCK_E: tl.constexp
 
 @triton.jit
 def expert_product(
-    left_ptr, row_M, w_ptr, expert, n_N,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """left[row_M] @ w[expert] at the columns n in fp32, and if PAIR at the columns WIDTH + n too. w is [E, DEPTH, WIDTH], or [E, DEPTH, 2 WIDTH] if
-    PAIR, or [E, WIDTH, DEPTH] if TRANSPOSED."""
+    left_ptr,
+    row_M,
+    w_ptr,
+    expert,
+    n_N,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAIR: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """left[row_M] @ w[expert] at the columns n in fp32, and if PAIR at the columns WIDTH + n too. w is [E, DEPTH,
+    WIDTH], or [E, DEPTH, 2 WIDTH] if PAIR, or [E, WIDTH, DEPTH] if TRANSPOSED."""
     W_WIDTH: tl.constexpr = 2 * WIDTH if PAIR else WIDTH
     K_STRIDE: tl.constexpr = 1 if TRANSPOSED else W_WIDTH
     # A mask that can hide nothing is left out of the program altogether.
@@ -59,22 +84,38 @@ def expert_product(
     RAGGED: tl.constexpr = CUT or WIDTH % BLOCK_N != 0
     k_K = tl.arange(0, BLOCK_K)
     left_tile = left_ptr + row_M[:, None] * DEPTH + k_K[None, :]
-    w_tile = w_ptr + wide(expert) * (DEPTH * W_WIDTH) + k_K[:, None] * K_STRIDE + n_N[None, :] * (DEPTH if TRANSPOSED else 1)
+    w_tile = (
+        w_ptr + wide(expert) * (DEPTH * W_WIDTH) + k_K[:, None] * K_STRIDE + n_N[None, :] * (DEPTH if TRANSPOSED else 1)
+    )
     out_MN, second_MN = tl.zeros([row_M.shape[0], BLOCK_N], tl.float32), tl.zeros([row_M.shape[0], BLOCK_N], tl.float32)
     for k in range(0, DEPTH, BLOCK_K):
         left_MK = tl.load(left_tile + k, mask=(k + k_K < DEPTH)[None, :] if CUT else None, other=0.0 if CUT else None)
         w_mask = (k + k_K < DEPTH)[:, None] & (n_N < WIDTH)[None, :] if RAGGED else None
         out_MN = product(left_MK, tl.load(w_tile + k * K_STRIDE, mask=w_mask, other=0.0 if RAGGED else None), out_MN)
         if PAIR:
-            second_MN = product(left_MK, tl.load(w_tile + k * K_STRIDE + WIDTH, mask=w_mask, other=0.0 if RAGGED else None), second_MN)
+            second_MN = product(
+                left_MK, tl.load(w_tile + k * K_STRIDE + WIDTH, mask=w_mask, other=0.0 if RAGGED else None), second_MN
+            )
     return out_MN, second_MN
 
 
 @triton.jit
 def gate_up_kernel(
-    x_ptr, w_ptr, token_ptr, expert_offsets_ptr, h_ptr, a_ptr, E,
-    D: tl.constexpr, F: tl.constexpr, KEEP_H: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
+    x_ptr,
+    w_ptr,
+    token_ptr,
+    expert_offsets_ptr,
+    h_ptr,
+    a_ptr,
+    E,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    KEEP_H: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """h = x[token] @ w, kept for backward only; a = silu(gate half of h) * up half."""
     expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
     if n_rows <= 0:
@@ -91,10 +132,19 @@ def gate_up_kernel(
 
 @triton.jit
 def row_product_kernel(
-    rows_ptr, w_ptr, expert_offsets_ptr, out_ptr, E,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    rows_ptr,
+    w_ptr,
+    expert_offsets_ptr,
+    out_ptr,
+    E,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out [N, WIDTH] = rows [N, DEPTH] @ w[expert], w being [E, DEPTH, WIDTH], or [E, WIDTH, DEPTH] if TRANSPOSED."""
     expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N)
     if n_rows <= 0:
@@ -102,15 +152,25 @@ def row_product_kernel(
     n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     # The expert's last row stands in for those past it, which may not exist.
     row_M = tl.minimum(tl.arange(0, BLOCK_M), n_rows - 1)
-    out_MN, _ = expert_product(rows_ptr + first * DEPTH, row_M, w_ptr, expert, n_N, DEPTH, WIDTH, False, TRANSPOSED, BLOCK_N, BLOCK_K)
+    out_MN, _ = expert_product(
+        rows_ptr + first * DEPTH, row_M, w_ptr, expert, n_N, DEPTH, WIDTH, False, TRANSPOSED, BLOCK_N, BLOCK_K
+    )
     store_tile(out_ptr + first * WIDTH, out_MN, n_rows, n_N, WIDTH, WIDTH)
 
 
 @triton.jit
 def combine_kernel(
-    rows_ptr, weight_ptr, token_offsets_ptr, row_of_slot_ptr, y_ptr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """y [T, D]: the sum of each token's rows, in the order of its slots, times the rows' weights where there are any."""
+    rows_ptr,
+    weight_ptr,
+    token_offsets_ptr,
+    row_of_slot_ptr,
+    y_ptr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """y [T, D]: the sum of each token's rows, in the order of its slots, times the rows' weights where there are
+    any."""
     token = wide(tl.program_id(0))
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin, end = tl.load(token_offsets_ptr + token), tl.load(token_offsets_ptr + token + 1)
@@ -118,7 +178,9 @@ def combine_kernel(
     for slot in range(begin, end, BLOCK_S):
         slot_S = slot + tl.arange(0, BLOCK_S)
         row_S = tl.load(row_of_slot_ptr + slot_S, mask=slot_S < end, other=0)
-        row_SD = tl.load(rows_ptr + row_S[:, None] * D + d_D[None, :], mask=(slot_S < end)[:, None] & (d_D < D)[None, :], other=0.0).to(tl.float32)
+        row_SD = tl.load(
+            rows_ptr + row_S[:, None] * D + d_D[None, :], mask=(slot_S < end)[:, None] & (d_D < D)[None, :], other=0.0
+        ).to(tl.float32)
         if weight_ptr is not None:
             row_SD *= tl.load(weight_ptr + row_S, mask=slot_S < end, other=0.0).to(tl.float32)[:, None]
         y_D += tl.sum(row_SD, 0)
@@ -137,23 +199,43 @@ def swiglu_gradient(da_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N, F: t
     silu_MN = gate_MN * sigmoid_MN
     a_MN = silu_MN * up_MN
     store_tile(aw_base, weight_M[:, None] * a_MN, n_rows, n_N, F, F)
-    store_tile(dh_base, weight_M[:, None] * da_MN * up_MN * (sigmoid_MN + silu_MN * (1 - sigmoid_MN)), n_rows, n_N, F, 2 * F)
+    store_tile(
+        dh_base, weight_M[:, None] * da_MN * up_MN * (sigmoid_MN + silu_MN * (1 - sigmoid_MN)), n_rows, n_N, F, 2 * F
+    )
     store_tile(dh_base + F, weight_M[:, None] * da_MN * silu_MN, n_rows, n_N, F, 2 * F)
     return tl.sum(da_MN * a_MN, 1)
 
 
 @triton.jit
 def activation_gradient_kernel(
-    dy_ptr, w_ptr, h_ptr, token_ptr, weight_ptr, expert_offsets_ptr, dh_ptr, aw_ptr, partial_ptr, N_ROWS, E,
-    D: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dh [N, 2F], aw = w A [N, F], and this tile's share of the rows' weight gradients, partial [tiles of F, N] in fp32. w_down is [E, F, D]."""
+    dy_ptr,
+    w_ptr,
+    h_ptr,
+    token_ptr,
+    weight_ptr,
+    expert_offsets_ptr,
+    dh_ptr,
+    aw_ptr,
+    partial_ptr,
+    N_ROWS,
+    E,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dh [N, 2F], aw = w A [N, F], and this tile's share of the rows' weight gradients, partial [tiles of F, N] in
+    fp32. w_down is [E, F, D]."""
     expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
     if n_rows <= 0:
         return
     m_M = tl.arange(0, BLOCK_M)
     token_M = tl.load(token_ptr + first + m_M, mask=m_M < n_rows, other=0)
-    da_MN, _ = expert_product(dy_ptr, token_M, w_ptr, expert, tile * BLOCK_N + tl.arange(0, BLOCK_N), D, F, False, True, BLOCK_N, BLOCK_K)
+    da_MN, _ = expert_product(
+        dy_ptr, token_M, w_ptr, expert, tile * BLOCK_N + tl.arange(0, BLOCK_N), D, F, False, True, BLOCK_N, BLOCK_K
+    )
     h_base, dh_base, aw_base = h_ptr + first * (2 * F), dh_ptr + first * (2 * F), aw_ptr + first * F
     weight_M = tl.load(weight_ptr + first + m_M, mask=m_M < n_rows, other=0.0).to(tl.float32)
     # Two halves, one after the other: all columns at once do not fit into the registers.
@@ -166,17 +248,29 @@ def activation_gradient_kernel(
 
 @triton.jit
 def weight_gradient_kernel(
-    left_ptr, right_ptr, token_ptr, expert_offsets_ptr, dw_ptr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GATHER_LEFT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dw [E, HEIGHT, WIDTH] = left^T @ right over each expert's rows, zero without any. One side has a row per assigned row, the other (left if
-    GATHER_LEFT) a row per token."""
+    left_ptr,
+    right_ptr,
+    token_ptr,
+    expert_offsets_ptr,
+    dw_ptr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATHER_LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dw [E, HEIGHT, WIDTH] = left^T @ right over each expert's rows, zero without any. One side has a row per assigned
+    row, the other (left if GATHER_LEFT) a row per token."""
     UPRIGHT: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     expert, first = program // (UPRIGHT * ACROSS), program // ACROSS % UPRIGHT * BLOCK_M
-    m_M, n_N, k_K = first + tl.arange(0, BLOCK_M), program % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    m_M, n_N, k_K = (
+        first + tl.arange(0, BLOCK_M),
+        program % ACROSS * BLOCK_N + tl.arange(0, BLOCK_N),
+        tl.arange(0, BLOCK_K),
+    )
     begin = tl.load(expert_offsets_ptr + expert)
     n_rows = (tl.load(expert_offsets_ptr + expert + 1) - begin).to(tl.int32)
     dw_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -194,9 +288,16 @@ def weight_gradient_kernel(
 
 @kernel_op("grouped_mlp")
 def forward_op(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, token: Tensor, weight: Tensor, expert_offsets: Tensor,
-    token_offsets: Tensor, row_of_slot: Tensor, keep_h: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    row_of_slot: Tensor,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
     """(y [T, D], h [N, 2F], or [0, 2F] if it need not be kept)."""
     N, (E, F, D) = token.shape[0], w_down.shape
     y, h = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(N if keep_h else 0, 2 * F)
@@ -206,16 +307,32 @@ def forward_op(
         # Weights are cast anew in each pass, because a cast copy saved for backward would outweigh all else that is.
         inputs = (x.contiguous(), w_gate_up.to(x.dtype).contiguous(), token, expert_offsets)
         gate_up_kernel[grid](*inputs, h, a, E, D=D, F=F, KEEP_H=keep_h, **options)
-        _combine(_row_product(a, w_down, expert_offsets, D, transposed=False), weight.contiguous(), token_offsets, row_of_slot, y)
+        _combine(
+            _row_product(a, w_down, expert_offsets, D, transposed=False),
+            weight.contiguous(),
+            token_offsets,
+            row_of_slot,
+            y,
+        )
     return y, h
 
 
 @kernel_op("grouped_mlp_backward")
 def backward_op(
-    dy: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, token: Tensor, weight: Tensor, expert_offsets: Tensor,
-    token_offsets: Tensor, row_of_slot: Tensor, h: Tensor, experts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, the rows' weight gradient, and if `experts` the gradients of both weights, in the dtype of each; zero for an expert without rows)."""
+    dy: Tensor,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    row_of_slot: Tensor,
+    h: Tensor,
+    experts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, the rows' weight gradient, and if `experts` the gradients of both weights, in the dtype of each; zero for an
+    expert without rows)."""
     N, (E, F, D) = token.shape[0], w_down.shape
     dx, dh, aw = torch.empty_like(dy), torch.empty_like(h), h.new_empty(N, F)
     grid, options = _row_tiles(ACTIVATION_GRADIENT, h, E, D, F)
@@ -231,7 +348,9 @@ def backward_op(
         if has_work(dw):
             _, height, width = dw.shape
             grid = (E * triton.cdiv(height, options["BLOCK_M"]) * triton.cdiv(width, options["BLOCK_N"]),)
-            weight_gradient_kernel[grid](left, right, token, expert_offsets, dw, HEIGHT=height, WIDTH=width, GATHER_LEFT=gather_left, **options)
+            weight_gradient_kernel[grid](
+                left, right, token, expert_offsets, dw, HEIGHT=height, WIDTH=width, GATHER_LEFT=gather_left, **options
+            )
     return dx, partial.sum(0).to(weight.dtype), d_gate_up, d_down
 
 
@@ -257,7 +376,8 @@ def _options(tables: Tables, dtype: torch.dtype, width: int) -> dict[str, int]:
 
 
 def _row_tiles(tables: Tables, rows: Tensor, E: int, D: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
-    """(grid, launch options) of a kernel with tiles of `rows` and of so many columns; see `expert_tile` for the number of row tiles."""
+    """(grid, launch options) of a kernel with tiles of `rows` and of so many columns; see `expert_tile` for the number
+    of row tiles."""
     options = _options(tables, rows.dtype, D) | {"BLOCK_E": triton.next_power_of_2(E)}
     return ((rows.shape[0] // options["BLOCK_M"] + E) * triton.cdiv(columns, options["BLOCK_N"]),), options
 
@@ -274,4 +394,6 @@ def _row_product(rows: Tensor, w: Tensor, expert_offsets: Tensor, D: int, *, tra
 def _combine(rows: Tensor, weight: Tensor | None, token_offsets: Tensor, row_of_slot: Tensor, y: Tensor) -> None:
     T, D = y.shape
     block_d = min(triton.next_power_of_2(D), SUM_WIDTH)
-    combine_kernel[T, triton.cdiv(D, block_d)](rows, weight, token_offsets, row_of_slot, y, D=D, BLOCK_S=SUM_ROWS, BLOCK_D=block_d, num_warps=4)
+    combine_kernel[T, triton.cdiv(D, block_d)](
+        rows, weight, token_offsets, row_of_slot, y, D=D, BLOCK_S=SUM_ROWS, BLOCK_D=block_d, num_warps=4
+    )

@@ -1,10 +1,11 @@
 """Record what an op would launch on a GPU that is not there, and report what the compiler made of each kernel.
 
-A driver that claims an architecture but owns no device takes Triton's place for one, and `JITFunction.run` becomes its own warm-up path: every
-kernel of the op, forward and backward, is compiled for that architecture and nothing is launched. Tensors live on the CPU and hold whatever
-`torch.empty` left in them, so an op whose launches depend on its numbers cannot be recorded (and would have to wait for the device anyway).
-Torch's own operators do run, and are recorded too: on a GPU each is a launch that reads and writes memory. One that hands a value to the host is
-refused by name, because there the host would wait for the device, unless it is a peer's.
+A driver that claims an architecture but owns no device takes Triton's place for one, and `JITFunction.run` becomes its
+own warm-up path: every kernel of the op, forward and backward, is compiled for that architecture and nothing is
+launched. Tensors live on the CPU and hold whatever `torch.empty` left in them, so an op whose launches depend on its
+numbers cannot be recorded (and would have to wait for the device anyway). Torch's own operators do run, and are
+recorded too: on a GPU each is a launch that reads and writes memory. One that hands a value to the host is refused by
+name, because there the host would wait for the device, unless it is a peer's.
 """
 
 import re
@@ -32,9 +33,14 @@ from triton_kernels import checks
 from triton_kernels.agreement import leaves_of, outputs_of
 
 # Name, multiprocessors and the largest shared memory of one block, in bytes: 1 KiB less than a multiprocessor has.
-DEVICES = {80: ("NVIDIA A100", 108, 163 * 1024), 90: ("NVIDIA H200", 132, 227 * 1024), 100: ("NVIDIA B200", 148, 227 * 1024)}
+DEVICES = {
+    80: ("NVIDIA A100", 108, 163 * 1024),
+    90: ("NVIDIA H200", 132, 227 * 1024),
+    100: ("NVIDIA B200", 148, 227 * 1024),
+}
 
-# SASS opcodes by what they tell. Hopper's tensor cores are HGMMA, Blackwell's UTC*MMA; HMMA is Ampere's, and the slow way on the later ones.
+# SASS opcodes by what they tell. Hopper's tensor cores are HGMMA, Blackwell's UTC*MMA; HMMA is Ampere's, and the slow
+# way on the later ones.
 OPCODES = {
     "hgmma": r"HGMMA",
     "hmma": r"HMMA",
@@ -63,7 +69,8 @@ class Launch:
 
 
 def offline_driver(architecture: int) -> SimpleNamespace:
-    """The part of a Triton driver that compiling needs. The architecture doubles as the device number, so that caches never mix two of them."""
+    """The part of a Triton driver that compiling needs. The architecture doubles as the device number, so that caches
+    never mix two of them."""
     _, processors, shared = DEVICES[architecture]
     properties = {"multiprocessor_count": processors, "max_shared_mem": shared, "warpSize": 32, "max_num_regs": 65536}
     return SimpleNamespace(
@@ -76,7 +83,8 @@ def offline_driver(architecture: int) -> SimpleNamespace:
 
 
 class OperatorRecorder(TorchDispatchMode):
-    """Notes every torch operator that would be a launch, those inside our registered ops included; unless `may_wait`, refuses those that wait."""
+    """Notes every torch operator that would be a launch, those inside our registered ops included; unless `may_wait`,
+    refuses those that wait."""
 
     def __init__(self, launches: list[Launch], may_wait: bool):
         super().__init__()
@@ -88,19 +96,23 @@ class OperatorRecorder(TorchDispatchMode):
             refuse(func._schema.name)
         definition = OPDEFS.get(func._schema.name)
         if definition is not None:
-            # A registered op is opaque to a dispatch mode: run its body under the mode instead, so that its own operators are seen.
+            # A registered op is opaque to a dispatch mode: run its body under the mode instead, so that its own
+            # operators are seen.
             with self, torch.no_grad():
                 return definition._init_fn(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         returns = func._schema.returns
         is_view = len(returns) > 0 and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         if not is_view and func._schema.name.split("::")[1] not in FREE_OPERATORS:
-            self.launches.append(Launch(name=func._schema.name, n_bytes=distinct_bytes(tree_leaves((args, kwargs, result)))))
+            self.launches.append(
+                Launch(name=func._schema.name, n_bytes=distinct_bytes(tree_leaves((args, kwargs, result))))
+            )
         return result
 
 
 def reads_values(func: Any, args: tuple) -> bool:
-    """Whether what the operator returns, or the shape of it, depends on values in a way that the host must know: item, nonzero, a boolean index."""
+    """Whether what the operator returns, or the shape of it, depends on values in a way that the host must know: item,
+    nonzero, a boolean index."""
     if func._schema.name.startswith("aten::index"):
         return any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1]))
     return any(tag in func.tags for tag in (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
@@ -111,7 +123,8 @@ def refuse(name: str, *_: Any, **__: Any) -> None:
 
 
 def distinct_bytes(values: list[Any]) -> int:
-    """Bytes of the tensors among them, one that comes twice counted once, and an axis of stride 0 (an expanded tensor) as one element."""
+    """Bytes of the tensors among them, one that comes twice counted once, and an axis of stride 0 (an expanded tensor)
+    as one element."""
     sizes: dict[int, int] = {}
     for x in values:
         if isinstance(x, torch.Tensor):
@@ -124,8 +137,9 @@ def distinct_bytes(values: list[Any]) -> int:
 
 @contextmanager
 def recording(architecture: int, *, compiles: bool = True, may_wait: bool = False) -> Iterator[list[Launch]]:
-    """Within the block, Triton compiles for `architecture` (or, without `compiles`, does not even that) and launches nothing; yields the list the
-    launches go to, in their order. RuntimeError where the host would wait for the device, unless it `may_wait`."""
+    """Within the block, Triton compiles for `architecture` (or, without `compiles`, does not even that) and launches
+    nothing; yields the list the launches go to, in their order. RuntimeError where the host would wait for the device,
+    unless it `may_wait`."""
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
 
@@ -152,7 +166,8 @@ def recording(architecture: int, *, compiles: bool = True, may_wait: bool = Fals
         "device": lambda index: nullcontext(),
         "current_device": lambda: architecture,
     }
-    # What would leave the device without passing through an operator; and no check may look at values, though these tensors lie on the CPU.
+    # What would leave the device without passing through an operator; and no check may look at values, though these
+    # tensors lie on the CPU.
     leaving: dict[str, Any] = {name: getattr(torch.Tensor, name) for name in ("tolist", "numpy", "cpu")}
     if not may_wait:
         leaving = {name: partial(refuse, f"Tensor.{name}") for name in leaving}
@@ -168,8 +183,11 @@ def recording(architecture: int, *, compiles: bool = True, may_wait: bool = Fals
         yield launches
 
 
-def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture: int, **options: bool) -> dict[str, list[Launch]]:
-    """Launches of the forward, and of the backward of the first output where it has one; `options` are those of `recording`."""
+def record_passes(
+    call: Callable[..., Any], inputs: dict[str, Any], architecture: int, **options: bool
+) -> dict[str, list[Launch]]:
+    """Launches of the forward, and of the backward of the first output where it has one; `options` are those of
+    `recording`."""
     with recording(architecture, **options) as launches:
         first = outputs_of(call, inputs)[0]
         n_forward, leaves = len(launches), list(leaves_of(inputs).values())
@@ -180,8 +198,9 @@ def record_passes(call: Callable[..., Any], inputs: dict[str, Any], architecture
 
 
 def report_binary(kernel: Any) -> dict[str, int]:
-    """Take apart one compiled kernel (`triton.compiler.CompiledKernel`): registers and stack (bytes) per thread, shared memory (bytes) and warps per
-    block, blocks resident at once on one multiprocessor, and how often each of OPCODES occurs."""
+    """Take apart one compiled kernel (`triton.compiler.CompiledKernel`): registers and stack (bytes) per thread, shared
+    memory (bytes) and warps per block, blocks resident at once on one multiprocessor, and how often each of OPCODES
+    occurs."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage, sass = (
@@ -198,8 +217,8 @@ def report_binary(kernel: Any) -> dict[str, int]:
 
 
 def resident_blocks(registers: int, warps: int, shared: int, architecture: int) -> int:
-    """Blocks one multiprocessor holds: the least of what 64 K registers (given out by 256 per warp), 64 warps, the shared memory (1 KiB more per
-    block than asked for) and 32 block slots allow."""
+    """Blocks one multiprocessor holds: the least of what 64 K registers (given out by 256 per warp), 64 warps, the
+    shared memory (1 KiB more per block than asked for) and 32 block slots allow."""
     registers_per_warp = -(-registers * 32 // 256) * 256
     by_registers = 65536 // (registers_per_warp * warps)
     by_shared = (DEVICES[architecture][2] + 1024) // (shared + 1024)

@@ -1,7 +1,8 @@
-"""`python -m triton_kernels inspect`: every op compiled for a GPU that is not there, as a table; every option of its launch tables, for spills; and
-the gate that CI holds both to.
+"""`python -m triton_kernels inspect`: every op compiled for a GPU that is not there, as a table; every option of its
+launch tables, for spills; and the gate that CI holds both to.
 
-A row is one launch, or ("total") one pass of an op: its launches, its torch operators, its bytes, and their ratio to the floor of `Operation.cost`.
+A row is one launch, or ("total") one pass of an op: its launches, its torch operators, its bytes, and their ratio to
+the floor of `Operation.cost`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,15 @@ from typing import Any
 
 import torch
 
-from triton_kernels.configurations import Operation, Option, dtype_name, every_option, read_rows, shape_label, write_rows
+from triton_kernels.configurations import (
+    Operation,
+    Option,
+    dtype_name,
+    every_option,
+    read_rows,
+    shape_label,
+    write_rows,
+)
 from triton_kernels.inspect_recorder import Launch, record_passes, report_binary
 
 TOTAL = "total"
@@ -75,7 +84,8 @@ class Spill:
 
 
 def inspect_operation(operation: Operation, architecture: int, source: str = "ours") -> list[Row]:
-    """Rows of forward and backward of one op at its inspected shape in bf16; `source` names a peer of the operation to inspect instead of ours."""
+    """Rows of forward and backward of one op at its inspected shape in bf16; `source` names a peer of the operation to
+    inspect instead of ours."""
     if source != "ours" and source not in operation.peers:
         raise ValueError(f"no counterpart of {operation.name} in {source} is registered")
     call = partial(operation.call, backend="triton") if source == "ours" else operation.peers[source]
@@ -96,10 +106,14 @@ def inspect_operation(operation: Operation, architecture: int, source: str = "ou
 
 
 def compile_options(
-    operation: Operation, architecture: int, dtypes: Sequence[torch.dtype], seen: set[tuple[torch.dtype, Option]] | None = None
+    operation: Operation,
+    architecture: int,
+    dtypes: Sequence[torch.dtype],
+    seen: set[tuple[torch.dtype, Option]] | None = None,
 ) -> Iterator[tuple[dict[str, Any], Launch]]:
-    """Compile the op at its checked shapes with every option of its launch tables; yields the launches and what they are of. With `seen`, only where
-    an option is used that it does not hold yet for the dtype, or none at all; those are added to it."""
+    """Compile the op at its checked shapes with every option of its launch tables; yields the launches and what they
+    are of. With `seen`, only where an option is used that it does not hold yet for the dtype, or none at all; those are
+    added to it."""
     call = partial(operation.call, backend="triton")
     for dtype in dtypes:
         for shape in operation.check_shapes:
@@ -110,28 +124,41 @@ def compile_options(
                 if seen is not None and options and options <= seen:
                     continue
                 passes = record_passes(call, inputs, architecture)
-                where = {"op": operation.name, "arch": architecture, "dtype": dtype_name(dtype), "shape": shape_label(shape), "option": number}
+                where = {
+                    "op": operation.name,
+                    "arch": architecture,
+                    "dtype": dtype_name(dtype),
+                    "shape": shape_label(shape),
+                    "option": number,
+                }
                 yield from ((where, launch) for launch in chain(*passes.values()) if launch.binary is not None)
                 if seen is not None:
                     seen |= options
 
 
 def find_spills(operations: list[Operation], architecture: int) -> list[Spill]:
-    """Those of all options of the tables that the checked shapes of `operations` reach, each compiled in bf16 and in fp32; kernels without a
-    table are compiled at every checked shape."""
+    """Those of all options of the tables that the checked shapes of `operations` reach, each compiled in bf16 and in
+    fp32; kernels without a table are compiled at every checked shape."""
     seen: set[tuple[torch.dtype, Option]] = set()
     found: dict[str, Spill] = {}
     for operation in operations:
         for where, launch in compile_options(operation, architecture, (torch.bfloat16, torch.float32), seen):
             report = report_binary(launch.binary)
             if report["stack"] or report["spills"]:
-                found.setdefault(launch.binary.hash, Spill(**where, kernel=launch.name, stack=report["stack"], local=report["spills"]))
-    print(f"sm_{architecture}: {len(seen)} options of launch tables compiled, each dtype counted, {len(found)} kernels spill")
+                found.setdefault(
+                    launch.binary.hash,
+                    Spill(**where, kernel=launch.name, stack=report["stack"], local=report["spills"]),
+                )
+    print(
+        f"sm_{architecture}: {len(seen)} options of launch tables compiled, each dtype counted, {len(found)} kernels"
+        " spill"
+    )
     return list(found.values())
 
 
 def record(path: Path, kind: type, rows: Sequence[Any], inspected: set[tuple[str, str, int]]) -> None:
-    """Put `rows` (of class `kind`) in place of all rows of the inspected subjects; sorted, so that a diff shows what changed."""
+    """Put `rows` (of class `kind`) in place of all rows of the inspected subjects; sorted, so that a diff shows what
+    changed."""
     kept = [row for row in read_rows(path, kind) if row.subject not in inspected]
     write_rows(path, kind, sorted([*kept, *rows], key=lambda row: row.subject))
 
@@ -141,13 +168,22 @@ def format_table(rows: list[Row]) -> str:
     names = [f.name for f in fields(Row)]
     lines = [names]
     for row in rows:
-        lines.append(["" if row.kernel == TOTAL and value == 0 and name != "operators" else str(value) for name, value in asdict(row).items()])
+        lines.append(
+            [
+                "" if row.kernel == TOTAL and value == 0 and name != "operators" else str(value)
+                for name, value in asdict(row).items()
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.ljust(n) if i < 5 else cell.rjust(n) for i, (cell, n) in enumerate(zip(line, widths))) for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(n) if i < 5 else cell.rjust(n) for i, (cell, n) in enumerate(zip(line, widths)))
+        for line in lines
+    )
 
 
 def gate(rows: list[Row], recorded: list[Row], operations: Mapping[str, Operation]) -> list[str]:
-    """What is wrong with our rows: spills, products without the architecture's tensor cores, more launches, operators or bytes than recorded."""
+    """What is wrong with our rows: spills, products without the architecture's tensor cores, more launches, operators
+    or bytes than recorded."""
     totals = {(*row.subject, row.direction): row for row in recorded if row.kernel == TOTAL}
     problems = []
     for row in rows:
@@ -173,7 +209,11 @@ def new_spills(found: list[Spill], recorded: list[Spill]) -> list[str]:
     """Spills that are not on record, or are worse than recorded."""
 
     def worst_known(spill: Spill) -> int:
-        same = (known for known in recorded if (known.op, known.arch, known.dtype, known.kernel) == (spill.op, spill.arch, spill.dtype, spill.kernel))
+        same = (
+            known
+            for known in recorded
+            if (known.op, known.arch, known.dtype, known.kernel) == (spill.op, spill.arch, spill.dtype, spill.kernel)
+        )
         return max((known.stack for known in same), default=0)
 
     return [f"spills, not on record: {spill}" for spill in found if spill.stack > worst_known(spill)]

@@ -1,4 +1,5 @@
-"""The linear-attention ops as data: launch tables, what they cost at least, the shapes they are inspected, checked and timed at, and their peers.
+"""The linear-attention ops as data: launch tables, what they cost at least, the shapes they are inspected, checked and
+timed at, and their peers.
 
 Letters: B batch, T tokens, G query/key heads, H heads (value heads where there are G too), K key width, V value width.
 """
@@ -14,8 +15,8 @@ from triton_kernels.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.gated_delta_rule import gated_delta_rule
 from triton_kernels.kimi_delta_attention import kimi_delta_attention
 
-# Decayed linear attention, for 2-byte elements and for fp32. Slices of the state widest first, each the widest that the offline compiler fits into
-# registers without a spill in each pass, and a cap on the chunk length.
+# Decayed linear attention, for 2-byte elements and for fp32. Slices of the state widest first, each the widest that the
+# offline compiler fits into registers without a spill in each pass, and a cap on the chunk length.
 DECAYED: Tables = (
     launch_table(
         "BLOCK CHUNK",
@@ -26,7 +27,8 @@ DECAYED: Tables = (
     ),
     launch_table("BLOCK CHUNK", (64, 128, 256), sm_80=[(16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)]),
 )
-# Its gate's gradient is summed within slots of this many chunks: shorter ones move more bytes of state, longer ones pile up rounding errors.
+# Its gate's gradient is summed within slots of this many chunks: shorter ones move more bytes of state, longer ones
+# pile up rounding errors.
 ANCHOR = 4
 
 # The delta rules, for a decay per token (or none) and for one per key channel, each for 2-byte elements and for fp32.
@@ -59,7 +61,12 @@ FINISH_ROWS = 32
 def decayed_inputs(dtype: torch.dtype, device: str, *, gate: str, **sizes: int) -> dict[str, Any]:
     tensors: dict[str, Any] = dict(random_inputs(sizes["T"], dtype, device, sizes, "q_BTHK", "k_BTHK", "v_BTHV"))
     if gate == "token":
-        tensors["log_decay"] = -random_inputs(sizes["T"] + 1, torch.float32, device, sizes, "g_BTH")["g_BTH"].detach().abs().requires_grad_()
+        tensors["log_decay"] = (
+            -random_inputs(sizes["T"] + 1, torch.float32, device, sizes, "g_BTH")["g_BTH"]
+            .detach()
+            .abs()
+            .requires_grad_()
+        )
     else:
         # Slopes of lightning attention: geometric over the heads.
         tensors["log_decay"] = -(2.0 ** (-8 * (torch.arange(sizes["H"], device=device) + 1) / sizes["H"]))
@@ -67,7 +74,8 @@ def decayed_inputs(dtype: torch.dtype, device: str, *, gate: str, **sizes: int) 
 
 
 def decayed_cost(element_size: int, *, gate: str, B: int, T: int, H: int, K: int, V: int) -> tuple[Cost, Cost]:
-    """Chunks of 64: scores, their product with the values, and the state read and written; the backward does two and a half times as much."""
+    """Chunks of 64: scores, their product with the values, and the state read and written; the backward does two and a
+    half times as much."""
     rows, chunk, gate_bytes = B * T * H, 64, 4 * (gate == "token")
     flops = rows * 2 * (chunk * K + chunk * V + 2 * K * V)
     forward = rows * (element_size * (2 * K + 2 * V) + gate_bytes)
@@ -92,9 +100,11 @@ def call_delta(log_decay: torch.Tensor | None, **tensors: Any) -> tuple[torch.Te
     return gated_delta_rule(log_decay_BTH=log_decay, **tensors)
 
 
-def delta_cost(element_size: int, *, gate: str | None, B: int, T: int, G: int, H: int, K: int, V: int) -> tuple[Cost, Cost]:
-    """Chunks of 64; products counted as notes/kernels/gated_delta_rule.md lists them, causal halves as wholes, the inverse at a third of one product;
-    beta and log-decay in fp32."""
+def delta_cost(
+    element_size: int, *, gate: str | None, B: int, T: int, G: int, H: int, K: int, V: int
+) -> tuple[Cost, Cost]:
+    """Chunks of 64; products counted as notes/kernels/gated_delta_rule.md lists them, causal halves as wholes, the
+    inverse at a third of one product; beta and log-decay in fp32."""
     C, rows, group = 64, B * T * H, H // G
     gates = 4 * (1 + {None: 0, "g_BTH": 1, "g_BTHK": K}[gate])
     forward_flops = 2 * rows * (2 * C * K + 2 * C * V + 3 * K * V + C * C / 3)
@@ -110,7 +120,13 @@ def shapes(letters: str, *sizes: tuple[int, ...]) -> tuple[dict[str, int], ...]:
 
 def decayed_operation(gate: str) -> Operation:
     transformers = {"transformers": peers.transformers_lightning} if gate == "fixed" else {}
-    check = (2, 63, 3, 64, 64), (1, 1000, 2, 128, 128), (2, 257, 40, 128, 64), (1, 300, 70, 64, 128), (1, 100, 2, 256, 256)
+    check = (
+        (2, 63, 3, 64, 64),
+        (1, 1000, 2, 128, 128),
+        (2, 257, 40, 128, 64),
+        (1, 300, 70, 64, 128),
+        (1, 100, 2, 256, 256),
+    )
     return Operation(
         name=f"decayed_linear_attention/{gate}",
         call=decayed_linear_attention,
@@ -118,7 +134,9 @@ def decayed_operation(gate: str) -> Operation:
         cost=partial(decayed_cost, gate=gate),
         inspect_shape=shapes("BTHKV", (1, 4096, 16, 128, 128))[0],
         check_shapes=shapes("BTHKV", *check),
-        bench_shapes=shapes("BTHKV", (4, 4096, 16, 128, 128), (1, 4096, 16, 128, 128), (8, 2048, 16, 64, 64), (1, 65536, 16, 128, 128)),
+        bench_shapes=shapes(
+            "BTHKV", (4, 4096, 16, 128, 128), (1, 4096, 16, 128, 128), (8, 2048, 16, 64, 64), (1, 65536, 16, 128, 128)
+        ),
         cpu_shapes=shapes("BTHKV", *((B, 2048, 8, 64, 64) for B in (1, 4))),
         peers={"fla": peers.fla_simple_gla} | transformers,
         cpu_peers={"loop": peers.loop_linear_attention} | transformers,

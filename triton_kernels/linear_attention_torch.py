@@ -1,6 +1,8 @@
-"""Linear attention in torch: the chunked forms that train on a CPU and that the kernels are held to, and the recurrence that defines them all.
+"""Linear attention in torch: the chunked forms that train on a CPU and that the kernels are held to, and the recurrence
+that defines them all.
 
-    decayed linear attention  S_t = e^{g_t} S_{t-1} + k_t v_t^T                           o_t = scale * S_t^T q_t in all three
+    decayed linear attention  S_t = e^{g_t} S_{t-1} + k_t v_t^T                           o_t = scale * S_t^T q_t in all
+                              three
     gated delta rule          S_t = (I - b_t k_t k_t^T) e^{g_t} S_{t-1} + b_t k_t v_t^T
     Kimi delta attention      the same with a diagonal matrix of decays, one per key channel
 
@@ -19,9 +21,16 @@ MAX_CHUNK = 32
 
 
 def decayed_linear_attention_torch(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, initial_SHKV: Tensor | None, *,
-    scale: float, cu_seqlens: Tensor | None, chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None,
+    initial_SHKV: Tensor | None,
+    *,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
     """The chunked form behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
     g = q_BTHK.new_zeros(q_BTHK.shape[2], dtype=torch.float32) if log_decay is None else log_decay
     # One number per head without a gradient takes a shorter way.
@@ -31,10 +40,20 @@ def decayed_linear_attention_torch(
 
 
 def delta_rule_torch(
-    q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, beta_BTH: Tensor, initial_SHKV: Tensor | None, *,
-    scale: float, normalize_qk: bool, cu_seqlens: Tensor | None, chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The chunked form behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H, K])."""
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None,
+    beta_BTH: Tensor,
+    initial_SHKV: Tensor | None,
+    *,
+    scale: float,
+    normalize_qk: bool,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """The chunked form behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H,
+    K])."""
     g = beta_BTH.new_zeros(()).expand(beta_BTH.shape) if log_decay is None else log_decay
     options = {"chunk": min(chunk_size, MAX_CHUNK), "scale": scale, "normalize_qk": normalize_qk}
     return chunked_rule(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, initial_SHKV, cu_seqlens, **options)
@@ -46,11 +65,19 @@ def token_log_decay(log_decay: Tensor | None, q_BTHK: Tensor) -> Tensor:
 
 
 def linear_attention_recurrence(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Tensor, beta_BTH: Tensor | None, initial_SHKV: Tensor, *,
-    scale: float = 1.0, cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The definition, token by token in the dtype given (fp64 in tests): what every other form is checked against. log_decay is [B, T, H], or
-    [B, T, H, K] for a decay per key channel; without beta nothing is corrected: the value itself is written (decayed linear attention)."""
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor,
+    beta_BTH: Tensor | None,
+    initial_SHKV: Tensor,
+    *,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token in the dtype given (fp64 in tests): what every other form is checked against.
+    log_decay is [B, T, H], or [B, T, H, K] for a decay per key channel; without beta nothing is corrected: the value
+    itself is written (decayed linear attention)."""
     offsets = [0, q_BTHK.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     g = log_decay if log_decay.dim() == 4 else log_decay[..., None]
     outputs, finals = [torch.zeros_like(v_BTHV[:, :0])], []

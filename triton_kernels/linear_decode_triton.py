@@ -1,15 +1,15 @@
 """linear_decode on Triton: one launch for all of a layer's decode step that a head can do by itself.
 
-Decoding a linear head reads and writes its state and does 6 K V FLOP on it: bound by memory. A program holds one head's state in registers
-(all of it up to 128 x 128, else a block of columns after the other; without a norm over the head a program takes one narrow block), reduces it
-along K for what k and q read, and writes it back where it was.
+Decoding a linear head reads and writes its state and does 6 K V FLOP on it: bound by memory. A program holds one head's
+state in registers (all of it up to 128 x 128, else a block of columns after the other; without a norm over the head a
+program takes one narrow block), reduces it along K for what k and q read, and writes it back where it was.
 
-Legend: B batch, H heads, K key width, V value width (padded to powers of two in the tiles), X channels, W convolution width.
+Legend: B batch, H heads, K key width, V value width (padded to powers of two in the tiles), X channels, W convolution
+width.
 """
 
-# The launches' constexpr parameters are plain values to the caller, and jitted helpers that return tuples are beyond a type checker.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# fmt: off
+# The launches' constexpr parameters are plain values to the caller, and jitted helpers that return tuples are beyond a
+# type checker. pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,15 +17,16 @@ from torch import Tensor
 from triton_kernels.registration import has_work, kernel_op
 
 EPSILON = tl.constexpr(1e-6)
-# Entries of the state that a program holds at once, and its value columns where no norm ties a head's columns together: narrow enough that 16 heads
-# of one sequence are 128 programs.
+# Entries of the state that a program holds at once, and its value columns where no norm ties a head's columns together:
+# narrow enough that 16 heads of one sequence are 128 programs.
 PROGRAM_ENTRIES = 128 * 128
 LIGHTNING_BLOCK = 16
 
 
 @triton.jit
 def convolved(x, conv, tail, channel, inside, W: tl.constexpr):
-    """SiLU of the newest token's convolution at some channels, in fp32; x and tail point at this sequence's row. W = 1: no convolution."""
+    """SiLU of the newest token's convolution at some channels, in fp32; x and tail point at this sequence's row. W = 1:
+    no convolution."""
     newest = tl.load(x + channel, mask=inside, other=0.0)
     z = newest.to(tl.float32)
     if W > 1:
@@ -46,7 +47,8 @@ def shift_tail(x, tail, channel, inside, W: tl.constexpr):
 
 @triton.jit
 def advance(state, q_K, k_K, v_V, decay_K, beta, k, v, K: tl.constexpr, V: tl.constexpr, DELTA: tl.constexpr):
-    """o_V of one token; the state's columns `v` are brought up to date where they lie. Both readings take the decayed state before the write."""
+    """o_V of one token; the state's columns `v` are brought up to date where they lie. Both readings take the decayed
+    state before the write."""
     tile = state + k[:, None] * V + v[None, :]
     mask = (k < K)[:, None] & (v < V)[None, :]
     state_KV = tl.load(tile, mask=mask, other=0.0) * decay_K[:, None]
@@ -60,9 +62,31 @@ def advance(state, q_K, k_K, v_V, decay_K, beta, k, v, K: tl.constexpr, V: tl.co
 
 @triton.jit
 def delta_decode_kernel(
-    qkv, gate, a, b, conv, A_log, dt_bias, norm, state, tail, y, qkv_stride, gate_stride, a_stride, b_stride, H, eps, scale,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, W: tl.constexpr,
-    SILU: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    qkv,
+    gate,
+    a,
+    b,
+    conv,
+    A_log,
+    dt_bias,
+    norm,
+    state,
+    tail,
+    y,
+    qkv_stride,
+    gate_stride,
+    a_stride,
+    b_stride,
+    H,
+    eps,
+    scale,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
 ):
     """One head of one sequence: convolution, gate, state, read-out and gated norm."""
     row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
@@ -79,7 +103,9 @@ def delta_decode_kernel(
     q_K *= scale * tl.rsqrt(tl.sum(q_K * q_K, 0) + EPSILON)
     k_K *= tl.rsqrt(tl.sum(k_K * k_K, 0) + EPSILON)
     n = head * K + k if PER_CHANNEL else head + k * 0
-    x_K = tl.load(a + row * a_stride + n, mask=in_k, other=0.0).to(tl.float32) + tl.load(dt_bias + n, mask=in_k, other=0.0).to(tl.float32)
+    x_K = tl.load(a + row * a_stride + n, mask=in_k, other=0.0).to(tl.float32) + tl.load(
+        dt_bias + n, mask=in_k, other=0.0
+    ).to(tl.float32)
     softplus_K = tl.maximum(x_K, 0.0) + tl.log(1 + tl.exp(-tl.abs(x_K)))
     decay_K = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus_K)
     beta = tl.sigmoid(tl.load(b + row * b_stride + head).to(tl.float32))
@@ -108,7 +134,19 @@ def delta_decode_kernel(
 
 
 @triton.jit
-def lightning_head(program, qkv, log_decay, state, o, qkv_stride, H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+def lightning_head(
+    program,
+    qkv,
+    log_decay,
+    state,
+    o,
+    qkv_stride,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """A slice of one head of one sequence."""
     SLICES: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     row, head = (program // SLICES).to(tl.int64) // H, program // SLICES % H
@@ -125,7 +163,16 @@ def lightning_head(program, qkv, log_decay, state, o, qkv_stride, H, K: tl.const
 
 @triton.jit
 def lightning_decode_kernel(
-    qkv, log_decay, state, o, qkv_stride, H, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
+    qkv,
+    log_decay,
+    state,
+    o,
+    qkv_stride,
+    H,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     lightning_head(tl.program_id(0), qkv, log_decay, state, o, qkv_stride, H, K, V, BLOCK_K, BLOCK_V)
 
@@ -146,8 +193,18 @@ def dense_rows(x: Tensor) -> Tensor:
 
 @kernel_op("delta_decode", mutates_args=("state", "tail"))
 def delta_decode_op(
-    qkv: Tensor, gate: Tensor, a: Tensor, b: Tensor, conv: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor, state: Tensor, tail: Tensor,
-    eps: float, silu: bool,
+    qkv: Tensor,
+    gate: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm: Tensor,
+    state: Tensor,
+    tail: Tensor,
+    eps: float,
+    silu: bool,
 ) -> Tensor:
     """y [B, H, V]; the arguments are those of `delta_decode`, already checked."""
     B, H, K, V = state.shape
@@ -156,8 +213,19 @@ def delta_decode_op(
         projections = [dense_rows(x) for x in (qkv, gate.flatten(1), a, b)]
         weights = (x.contiguous() for x in (conv, A_log, dt_bias, norm))
         delta_decode_kernel[(B * H,)](
-            *projections, *weights, state, tail, y, *(x.stride(0) for x in projections), H, eps, K**-0.5,
-            W=conv.shape[1], SILU=silu, PER_CHANNEL=a.shape[1] != H, **tiles(K, V),
+            *projections,
+            *weights,
+            state,
+            tail,
+            y,
+            *(x.stride(0) for x in projections),
+            H,
+            eps,
+            K**-0.5,
+            W=conv.shape[1],
+            SILU=silu,
+            PER_CHANNEL=a.shape[1] != H,
+            **tiles(K, V),
         )
     return y
 

@@ -1,9 +1,11 @@
-"""The same ops through other libraries and as plain formulas: what `bench --peers` times and `inspect --peer` compiles beside ours.
+"""The same ops through other libraries and as plain formulas: what `bench --peers` times and `inspect --peer` compiles
+beside ours.
 
-Each takes the tensors its op's `Operation.inputs` draws and returns the op's first output; a library is imported when it is called, so that one that
-is not installed costs nothing but its row. None of them is a dependency.
+Each takes the tensors its op's `Operation.inputs` draws and returns the op's first output; a library is imported when
+it is called, so that one that is not installed costs nothing but its row. None of them is a dependency.
 
-Letters: B batch, T queries, S keys, H query (or value) heads, G key/value (or query/key) heads, K key width, V value width, D channels, W width.
+Letters: B batch, T queries, S keys, H query (or value) heads, G key/value (or query/key) heads, K key width, V value
+width, D channels, W width.
 """
 
 import importlib
@@ -34,7 +36,8 @@ def fla_simple_gla(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Te
 
 
 def transformers_lightning(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Tensor, scale: float) -> Tensor:
-    """The attention of transformers' MiniMax layer alone: its projections, norm and output gate are replaced by what passes its input through."""
+    """The attention of transformers' MiniMax layer alone: its projections, norm and output gate are replaced by what
+    passes its input through."""
     heads, width = q_BTHK.shape[2:]
     config = imported("transformers.MiniMaxConfig")(hidden_size=width, num_attention_heads=heads, head_dim=width)
     layer = imported("transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention")(config, layer_idx=0)
@@ -53,12 +56,18 @@ def loop_linear_attention(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_de
     return loop_rule(scale * q_BTHK.float(), k_BTHK, v_BTHV, log_decay.expand(q_BTHK.shape[:3]))
 
 
-def loop_rule(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Tensor, beta_BTH: Tensor | None = None) -> Tensor:
+def loop_rule(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHV: Tensor, log_decay: Tensor, beta_BTH: Tensor | None = None
+) -> Tensor:
     initial_BHKV = log_decay.new_zeros(q_BTHK.shape[0], *q_BTHK.shape[2:], v_BTHV.shape[3])
-    return linear_attention_recurrence(q_BTHK.float(), k_BTHK.float(), v_BTHV.float(), log_decay, beta_BTH, initial_BHKV)[0].to(v_BTHV.dtype)
+    return linear_attention_recurrence(
+        q_BTHK.float(), k_BTHK.float(), v_BTHV.float(), log_decay, beta_BTH, initial_BHKV
+    )[0].to(v_BTHV.dtype)
 
 
-def fla_delta(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, beta_BTH: Tensor, normalize_qk: bool) -> Tensor:
+def fla_delta(
+    q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, beta_BTH: Tensor, normalize_qk: bool
+) -> Tensor:
     """Plain, gated or Kimi delta attention, by the axes of the decay."""
     names = {0: "delta_rule.chunk_delta_rule", 3: "gated_delta_rule.chunk_gated_delta_rule", 4: "kda.chunk_kda"}
     gate = {} if log_decay is None else {"g": log_decay}
@@ -66,31 +75,51 @@ def fla_delta(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor 
     return chunked(q_BTGK, k_BTGK, v_BTHV, beta=beta_BTH, use_qk_l2norm_in_kernel=normalize_qk, **gate)[0]
 
 
-def transformers_delta(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor, beta_BTH: Tensor, normalize_qk: bool) -> Tensor:
-    """The torch implementations of Qwen3-Next (gated) and Kimi Linear (a decay per channel), which repeat shared heads beforehand."""
-    gated, kimi = "qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule", "kimi_linear.modeling_kimi_linear.chunk_kimi_delta_attention"
+def transformers_delta(
+    q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor, beta_BTH: Tensor, normalize_qk: bool
+) -> Tensor:
+    """The torch implementations of Qwen3-Next (gated) and Kimi Linear (a decay per channel), which repeat shared heads
+    beforehand."""
+    gated, kimi = (
+        "qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule",
+        "kimi_linear.modeling_kimi_linear.chunk_kimi_delta_attention",
+    )
     chunked = imported(f"transformers.models.{gated if log_decay.dim() == 3 else kimi}")
-    return chunked(*repeat_heads(v_BTHV.shape[2], q_BTGK, k_BTGK), v_BTHV, log_decay, beta_BTH, use_qk_l2norm_in_kernel=normalize_qk)[0]
+    return chunked(
+        *repeat_heads(v_BTHV.shape[2], q_BTGK, k_BTGK),
+        v_BTHV,
+        log_decay,
+        beta_BTH,
+        use_qk_l2norm_in_kernel=normalize_qk,
+    )[0]
 
 
-def loop_delta(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, beta_BTH: Tensor, normalize_qk: bool) -> Tensor:
+def loop_delta(
+    q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay: Tensor | None, beta_BTH: Tensor, normalize_qk: bool
+) -> Tensor:
     """The recurrence, token by token in fp32."""
     q, k = (x.float() for x in repeat_heads(v_BTHV.shape[2], q_BTGK, k_BTGK))
     if normalize_qk:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    return loop_rule(q * q.shape[-1] ** -0.5, k, v_BTHV, torch.zeros_like(beta_BTH) if log_decay is None else log_decay, beta_BTH)
+    return loop_rule(
+        q * q.shape[-1] ** -0.5, k, v_BTHV, torch.zeros_like(beta_BTH) if log_decay is None else log_decay, beta_BTH
+    )
 
 
 def sdpa(backend_name: str | None) -> Callable[..., Tensor]:
     """Torch's fused attention on one of its backends (None: on the one it chooses)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    legal = list(SDPBackend.__members__.values())[1:] if backend_name is None else [SDPBackend.__members__[backend_name]]
+    legal = (
+        list(SDPBackend.__members__.values())[1:] if backend_name is None else [SDPBackend.__members__[backend_name]]
+    )
 
     def call(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGV))
         with sdpa_kernel(legal):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+            ).transpose(1, 2)
 
     return call
 
@@ -103,7 +132,9 @@ def flex_attention(window: int | None) -> Callable[..., Tensor]:
         def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
             return (s <= t) if window is None else (s <= t) & (s > t - window)
 
-        return imported("torch.nn.attention.flex_attention.create_block_mask")(visible, None, None, length, length, device=device)
+        return imported("torch.nn.attention.flex_attention.create_block_mask")(
+            visible, None, None, length, length, device=device
+        )
 
     @cache
     def compiled() -> Callable[..., Tensor]:
@@ -124,15 +155,26 @@ def flash_attn(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int | Non
 
 def xformers_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int | None = None) -> Tensor:
     masks: Any = importlib.import_module("xformers.ops.fmha.attn_bias")
-    bias = masks.LowerTriangularMask() if window is None else masks.LowerTriangularFromBottomRightLocalAttentionMask(window)
+    bias = (
+        masks.LowerTriangularMask()
+        if window is None
+        else masks.LowerTriangularFromBottomRightLocalAttentionMask(window)
+    )
     repeated = repeat_heads(q_BTHK.shape[2], k_BSGK, v_BSGV)
     return imported("xformers.ops.memory_efficient_attention")(q_BTHK, *repeated, attn_bias=bias)
 
 
 def fla_attention(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, sinks_H: Tensor | None = None, cu_seqlens: Tensor | None = None, window: int | None = None
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    sinks_H: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    return imported("fla.ops.attn.parallel_attn")(q_BTHK, k_BSGK, v_BSGV, window_size=window, sink_bias=sinks_H, cu_seqlens=cu_seqlens)
+    return imported("fla.ops.attn.parallel_attn")(
+        q_BTHK, k_BSGK, v_BSGV, window_size=window, sink_bias=sinks_H, cu_seqlens=cu_seqlens
+    )
 
 
 def dense_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor) -> Tensor:
@@ -152,7 +194,9 @@ def sdpa_decode(q_BHK: Tensor, k_cache: Tensor, v_cache: Tensor, lengths_B: Tens
 
 
 def flash_attn_decode(q_BHK: Tensor, k_cache: Tensor, v_cache: Tensor, lengths_B: Tensor) -> Tensor:
-    return imported("flash_attn.flash_attn_with_kvcache")(q_BHK[:, None], k_cache, v_cache, cache_seqlens=lengths_B.int())[:, 0]
+    return imported("flash_attn.flash_attn_with_kvcache")(
+        q_BHK[:, None], k_cache, v_cache, cache_seqlens=lengths_B.int()
+    )[:, 0]
 
 
 def torch_conv1d(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor, initial_tail: Tensor) -> Tensor:
@@ -164,7 +208,9 @@ def torch_conv1d(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor, initial_tail:
 def fla_conv1d(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor, initial_tail: Tensor) -> Tensor:
     """fla keeps W columns of the past, of which the first is never read."""
     padded = F.pad(initial_tail, (1, 0))
-    return imported("fla.modules.causal_conv1d.causal_conv1d")(x_BTD, weight_DW, bias_D, initial_state=padded, activation="silu")[0]
+    return imported("fla.modules.causal_conv1d.causal_conv1d")(
+        x_BTD, weight_DW, bias_D, initial_state=padded, activation="silu"
+    )[0]
 
 
 def torch_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
@@ -177,9 +223,16 @@ def fla_norm(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
 
 
 def torch_grouped_mm(
-    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor, **_: Tensor
+    x_TD: Tensor,
+    w_gate_up_EDF2: Tensor,
+    w_down_EFD: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    expert_offsets: Tensor,
+    **_: Tensor,
 ) -> Tensor:
-    """The experts by torch's grouped products between a gather and an index_add; padding rows would come back as garbage."""
+    """The experts by torch's grouped products between a gather and an index_add; padding rows would come back as
+    garbage."""
     ends = expert_offsets[1:].int()
     gate_NF, up_NF = F.grouped_mm(x_TD[token_N], w_gate_up_EDF2, offs=ends).chunk(2, dim=-1)
     out_ND = F.grouped_mm(F.silu(gate_NF) * up_NF * weight_N[:, None].to(x_TD.dtype), w_down_EFD, offs=ends)

@@ -1,9 +1,9 @@
 """Batched matrix products of the torch forms.
 
-On a CPU torch gives fp32 products to MKL, which runs AVX2 kernels on processors that it does not know (AMD's). oneDNN runs AVX-512 kernels wherever
-there are such instructions, and torch takes it for fp32 where it is allowed to round to bf16 on the way. oneDNN makes use of that only where the
-processor multiplies tiles (AMX): elsewhere the permission costs no bit. So it is given here, within a product that is worth it, once trying has shown
-that nothing is rounded.
+On a CPU torch gives fp32 products to MKL, which runs AVX2 kernels on processors that it does not know (AMD's). oneDNN
+runs AVX-512 kernels wherever there are such instructions, and torch takes it for fp32 where it is allowed to round to
+bf16 on the way. oneDNN makes use of that only where the processor multiplies tiles (AMX): elsewhere the permission
+costs no bit. So it is given here, within a product that is worth it, once trying has shown that nothing is rounded.
 """
 
 import threading
@@ -32,7 +32,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _run(operation: Callable[..., Tensor], a: Tensor, b: Tensor, **options: Any) -> Tensor:
     size = a.shape[1] * a.shape[2] * b.shape[2]
-    worth_it = size >= LEAST_OF_ONE and size * a.shape[0] >= LEAST and a.dtype == torch.float32 and a.device.type == "cpu"
+    worth_it = (
+        size >= LEAST_OF_ONE and size * a.shape[0] >= LEAST and a.dtype == torch.float32 and a.device.type == "cpu"
+    )
     if worth_it and onednn_is_exact():
         return _by_onednn(operation, a, b, **options)
     return operation(a, b, **options)

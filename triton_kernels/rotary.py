@@ -1,8 +1,10 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864): every head's channels turned in pairs by an angle that grows with the position.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864): every head's channels turned in pairs by an angle that grows
+with the position.
 
-Channel c and channel c + P/2 of the P rotated channels form a pair that turns by position * base^(-2c/P), so that the product of a query and a
-key depends on their distance only. Keys are turned by this op, where they are written: once for all the queries, layers and decode steps that read
-them. Queries are turned inside flash_attention, which is the only one to read them.
+Channel c and channel c + P/2 of the P rotated channels form a pair that turns by position * base^(-2c/P), so that the
+product of a query and a key depends on their distance only. Keys are turned by this op, where they are written: once
+for all the queries, layers and decode steps that read them. Queries are turned inside flash_attention, which is the
+only one to read them.
 
 Legend: B batch, T tokens, H heads, K head width, P half of the rotated channels.
 """
@@ -17,7 +19,8 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_tables(position_T: Tensor, *, rotary_dim: int, base: float) -> Rotary:
-    """Cosine and sine [T, rotary_dim / 2] of the angles at any positions (for packed sequences: those inside each sequence), in fp64.
+    """Cosine and sine [T, rotary_dim / 2] of the angles at any positions (for packed sequences: those inside each
+    sequence), in fp64.
 
     Angles grow with the position: in fp32 those at 256K tokens would be off by about 0.01 radian."""
     exponent_P = torch.arange(0, rotary_dim, 2, device=position_T.device, dtype=torch.float64) / max(1, rotary_dim)
@@ -28,8 +31,9 @@ def rotary_tables(position_T: Tensor, *, rotary_dim: int, base: float) -> Rotary
 def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
     """Turns the first 2 P channels of every head of x_BTHK (queries or keys), computing in fp32 (fp64 for fp64 inputs).
 
-    rotary: cosine and sine [T, P] of each token's angles, 2 P <= K; without gradients. backend: "torch", "triton", or "auto": Triton on CUDA tensors.
-    Returns [B, T, H, K] in the dtype of x, differentiable in x. Raises ValueError for shapes and dtypes that do not fit."""
+    rotary: cosine and sine [T, P] of each token's angles, 2 P <= K; without gradients. backend: "torch", "triton", or
+    "auto": Triton on CUDA tensors. Returns [B, T, H, K] in the dtype of x, differentiable in x. Raises ValueError for
+    shapes and dtypes that do not fit."""
     sizes = check_tensors(OP, x_BTHK=x_BTHK)
     check_dtype(OP, {"x_BTHK": x_BTHK})
     check_rotary(OP, rotary, sizes["T"], sizes["K"])

@@ -1,6 +1,8 @@
-"""From trained models to the answer: do harder tokens get more experts, and does that pay? Everything is computed on held-out documents.
+"""From trained models to the answer: do harder tokens get more experts, and does that pay? Everything is computed on
+held-out documents.
 
-`analyse` writes correlations.csv, structure.csv, deciles.csv, regret.csv, frontier.csv, differences.csv, verdict.txt and figure.png.
+`analyse` writes correlations.csv, structure.csv, deciles.csv, regret.csv, frontier.csv, differences.csv, verdict.txt
+and figure.png.
 
 Legend: N tokens of real text, K forced numbers of experts, W windows, R resamples, D documents.
 """
@@ -60,7 +62,8 @@ class Tokens:
 
     Attributes:
         difficulties: by name; the loss of the reference model, and how much of its early loss it has learnt away.
-        covariates: log frequency in the training text of the token the router sees and of the token to be predicted, position in the window.
+        covariates: log frequency in the training text of the token the router sees and of the token to be predicted,
+            position in the window.
     """
 
     windows: Windows
@@ -80,7 +83,12 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
         raise ValueError(f"--forced {options.forced}: must enclose the models' k = {study.k}")
     corpus = open_prepared(folder / study.corpus)
     seq_len = json.loads((folder / next(iter(study.runs.values())) / CONFIG).read_text())["trunk"]["seq_len"]
-    data = held_out(corpus, read_problems(folder / PROBLEMS_FILE), seq_len=seq_len, windows_per_document=options.windows_per_document)
+    data = held_out(
+        corpus,
+        read_problems(folder / PROBLEMS_FILE),
+        seq_len=seq_len,
+        windows_per_document=options.windows_per_document,
+    )
     tokens = describe_tokens(folder, study, data, token_counts(corpus), options)
     budgets = tuple(sorted({*options.budgets, study.k}))
     points = measure_frontier(folder, study, data, forced=options.forced, budgets=budgets)
@@ -89,7 +97,11 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
         k=study.k,
         n_tokens=len(tokens.windows.targets_N),
         n_documents=tokens.weights_RD.shape[1],
-        correlations=[row for name, point in chosen.items() for row in correlation_rows(name, point.observed, tokens, options.shuffles)],
+        correlations=[
+            row
+            for name, point in chosen.items()
+            for row in correlation_rows(name, point.observed, tokens, options.shuffles)
+        ],
         structure=structure_rows(folder, study, data, options.resamples),
         deciles=[row for name, point in chosen.items() for row in decile_rows(name, point.observed, tokens)],
         regret=[regret_row(name, point, points, tokens) for name, point in chosen.items()],
@@ -111,7 +123,9 @@ def token_counts(corpus) -> np.ndarray:
     return np.bincount(np.asarray(corpus.train.tokens[:]), minlength=corpus.tokenizer.vocab_size)
 
 
-def describe_tokens(folder: Path, study: Study, data: HeldOut, counts_V: np.ndarray, options: AnalysisOptions) -> Tokens:
+def describe_tokens(
+    folder: Path, study: Study, data: HeldOut, counts_V: np.ndarray, options: AnalysisOptions
+) -> Tokens:
     late, early = (observe_as(folder / study.models[name], data.text).nats_N for name in (REFERENCE, EARLY))
     frequency_V = np.log(counts_V + 1)
     return Tokens(
@@ -130,18 +144,28 @@ def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: in
     for difficulty, difficulty_N in tokens.difficulties.items():
         for layer, experts_N in (*layers, ("sum", experts_NL.sum(1))):
             plain = spearman(difficulty_N, experts_N, document_N, weights_RD=tokens.weights_RD)
-            partial = spearman(difficulty_N, experts_N, document_N, given=tokens.covariates, weights_RD=tokens.weights_RD)
+            partial = spearman(
+                difficulty_N, experts_N, document_N, given=tokens.covariates, weights_RD=tokens.weights_RD
+            )
             null = matched_shuffle(difficulty_N, experts_N, tokens.covariates[0], shuffles=shuffles)
             low, high = np.quantile(null, (0.025, 0.975))
             shuffled = {"shuffled": float(null.mean()), "shuffled_low": float(low), "shuffled_high": float(high)}
             rows.append(
-                {"method": name, "difficulty": difficulty, "layer": layer, **named("spearman", plain), **named("partial", partial), **shuffled}
+                {
+                    "method": name,
+                    "difficulty": difficulty,
+                    "layer": layer,
+                    **named("spearman", plain),
+                    **named("partial", partial),
+                    **shuffled,
+                }
             )
     return rows
 
 
 def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) -> list[Row]:
-    """On problems: the label against the mean experts of the tokens that predict the answer, a problem being one observation."""
+    """On problems: the label against the mean experts of the tokens that predict the answer, a problem being one
+    observation."""
     probes, windows = data.probes, data.probes.windows
     answer_W = windows.document_N[probes.answer_N]
     size_W = np.bincount(answer_W, minlength=len(probes.level_W))
@@ -162,7 +186,11 @@ def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) ->
             plain = spearman(level_W, experts_W[here], documents, weights_RD=weights_RD)
             partial = spearman(level_W, experts_W[here], documents, given=(position_W[here],), weights_RD=weights_RD)
             loss = spearman(level_W, loss_W[here], documents, weights_RD=weights_RD)
-            numbers = {**named("spearman", plain), **named("given_position", partial), **named("level_vs_reference_loss", loss)}
+            numbers = {
+                **named("spearman", plain),
+                **named("given_position", partial),
+                **named("level_vs_reference_loss", loss),
+            }
             rows.append({"method": name, "task": task, "problems": int(here.sum()), **numbers})
     return rows
 
@@ -172,18 +200,31 @@ def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[Row]:
     rows = []
     for difficulty, difficulty_N in tokens.difficulties.items():
         for decile, members in enumerate(np.array_split(np.argsort(difficulty_N, kind="stable"), DECILES), 1):
-            row = {"method": name, "difficulty": difficulty, "decile": decile, "mean_difficulty": float(difficulty_N[members].mean())}
-            rows.append({**row, "mean_experts": float(observed.experts_NL[members].mean()), "mean_nats": float(observed.nats_N[members].mean())})
+            row = {
+                "method": name,
+                "difficulty": difficulty,
+                "decile": decile,
+                "mean_difficulty": float(difficulty_N[members].mean()),
+            }
+            rows.append(
+                {
+                    **row,
+                    "mean_experts": float(observed.experts_NL[members].mean()),
+                    "mean_nats": float(observed.nats_N[members].mean()),
+                }
+            )
     return rows
 
 
 def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> Row:
-    """The share of the oracle's gain over the uniform allocation that other allocations take, from the losses of the same weights at forced k."""
+    """The share of the oracle's gain over the uniform allocation that other allocations take, from the losses of the
+    same weights at forced k."""
     uniform = [other for other in points if other.weights == name and other.allocation == UNIFORM]
     ks = np.array([other.asked for other in uniform])
     loss_NK = np.stack([other.observed.nats_N for other in uniform], axis=1)
     used_N, document_N = point.observed.experts_NL.mean(1), tokens.windows.document_N
-    # Clipped first: experts beyond the forced numbers are not priced, so the total that is compared must not hold them either.
+    # Clipped first: experts beyond the forced numbers are not priced, so the total that is compared must not hold them
+    # either.
     used_N = np.clip(used_N, ks[0], ks[-1])
     mean = float(used_N.mean())
     allocations = {
@@ -193,8 +234,13 @@ def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> 
         "oracle": best_allocation(loss_NK, ks, mean),
     }
     even_N = loss_at(loss_NK, ks, np.full(len(used_N), mean))
-    gain_D = {which: _document_gain(even_N - loss_at(loss_NK, ks, experts_N), tokens) for which, experts_N in allocations.items()}
-    shares = {which: ratio(gain_D[which], gain_D["oracle"], tokens.weights_RD) for which in allocations if which != "oracle"}
+    gain_D = {
+        which: _document_gain(even_N - loss_at(loss_NK, ks, experts_N), tokens)
+        for which, experts_N in allocations.items()
+    }
+    shares = {
+        which: ratio(gain_D[which], gain_D["oracle"], tokens.weights_RD) for which in allocations if which != "oracle"
+    }
     numbers = {key: value for which, share in shares.items() for key, value in named(which, share).items()}
     means = {f"{which}_mean_experts": float(experts_N.mean()) for which, experts_N in allocations.items()}
     return {
@@ -228,7 +274,11 @@ def difference_rows(points: list[Point], tokens: Tokens) -> list[Row]:
         for rival in frontier.rivals(point, points) if point.allocation == OWN else ():
             bits = frontier.difference(point, rival, tokens.windows, tokens.weights_RD)
             row = {"weights": point.weights, "asked": point.asked, "mean_experts": point.observed.mean_experts}
-            against = {"against": rival.weights, "against_allocation": rival.allocation, "against_mean_experts": rival.observed.mean_experts}
+            against = {
+                "against": rival.weights,
+                "against_allocation": rival.allocation,
+                "against_mean_experts": rival.observed.mean_experts,
+            }
             rows.append({**row, **against, **named("difference", bits)})
     return rows
 

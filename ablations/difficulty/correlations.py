@@ -1,8 +1,8 @@
 """Rank correlations with what else could explain them held fixed, resampled by document.
 
-Spearman's coefficient is Pearson's on ranks. The partial one correlates the residuals of a linear regression of the ranks on the covariates'
-ranks. Tokens of a document are not independent, so intervals resample documents; the ranks are those of the whole sample in every resample, so a
-resample is a weighted sum of one matrix of moments per document.
+Spearman's coefficient is Pearson's on ranks. The partial one correlates the residuals of a linear regression of the
+ranks on the covariates' ranks. Tokens of a document are not independent, so intervals resample documents; the ranks are
+those of the whole sample in every resample, so a resample is a weighted sum of one matrix of moments per document.
 
 Legend: N tokens, D documents, R resamples, V variables (a constant first).
 """
@@ -24,8 +24,16 @@ class Bounded:
     high: float
 
 
-def spearman(x_N: np.ndarray, y_N: np.ndarray, document_N: np.ndarray, *, given: tuple[np.ndarray, ...] = (), weights_RD: np.ndarray) -> Bounded:
-    """Rank correlation of x and y, partial where covariates are `given`; NaN where x or y does not vary. weights_RD: see `document_weights`."""
+def spearman(
+    x_N: np.ndarray,
+    y_N: np.ndarray,
+    document_N: np.ndarray,
+    *,
+    given: tuple[np.ndarray, ...] = (),
+    weights_RD: np.ndarray,
+) -> Bounded:
+    """Rank correlation of x and y, partial where covariates are `given`; NaN where x or y does not vary. weights_RD:
+    see `document_weights`."""
     ranks = [stats.rankdata(values) / len(x_N) for values in (x_N, y_N, *given)]
     ranked_NV = np.column_stack([np.ones(len(x_N)), *ranks])
     order = np.argsort(document_N, kind="stable")
@@ -37,7 +45,8 @@ def spearman(x_N: np.ndarray, y_N: np.ndarray, document_N: np.ndarray, *, given:
 
 
 def _partial(moments_RVV: np.ndarray) -> np.ndarray:
-    """Correlation of variables 1 and 2 given the constant and variables 3 on, from sums of products; NaN where either does not vary."""
+    """Correlation of variables 1 and 2 given the constant and variables 3 on, from sums of products; NaN where either
+    does not vary."""
     given = [0, *range(3, moments_RVV.shape[-1])]
     of_given = moments_RVV[:, given][:, :, given]
     of_both = moments_RVV[:, 1:3][:, :, given]
@@ -55,8 +64,11 @@ def document_weights(n_documents: int, resamples: int, seed: int = 0) -> np.ndar
     return generator.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=resamples).astype(float)
 
 
-def matched_shuffle(x_N: np.ndarray, y_N: np.ndarray, frequency_N: np.ndarray, *, shuffles: int, seed: int = 0) -> np.ndarray:
-    """Spearman's coefficient after y was shuffled among tokens of like frequency (`FREQUENCY_BINS` quantile bins): what frequency alone gives.
+def matched_shuffle(
+    x_N: np.ndarray, y_N: np.ndarray, frequency_N: np.ndarray, *, shuffles: int, seed: int = 0
+) -> np.ndarray:
+    """Spearman's coefficient after y was shuffled among tokens of like frequency (`FREQUENCY_BINS` quantile bins): what
+    frequency alone gives.
 
     Returns the null distribution, one value per shuffle.
     """

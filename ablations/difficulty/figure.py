@@ -22,15 +22,31 @@ def draw(results: Results, path: Path) -> None:
         above, below = figure.subplots(2, 1)
         for method in methods:
             rows = [row for row in results.deciles if row["method"] == method and row["difficulty"] == "reference_loss"]
-            above.plot([row["decile"] for row in rows], [row["mean_experts"] for row in rows], color=colour[method], marker="o", label=method)
+            above.plot(
+                [row["decile"] for row in rows],
+                [row["mean_experts"] for row in rows],
+                color=colour[method],
+                marker="o",
+                label=method,
+            )
         above.axhline(results.k, color=MUTED, linewidth=0.8)
         above.set_xlabel("tokens by the loss of the reference model, tenths, easiest first")
         above.set_ylabel("experts per token and layer")
         above.legend(frameon=False)
         for method in methods:
             for allocation, line in LINES.items():
-                curve(below, results.frontier, method, allocation, color=colour[method], linestyle=line, label=f"{method}, {allocation}")
-        trained = sorted((row for row in results.frontier if row["allocation"] == TRAINED), key=lambda row: row["mean_experts"])
+                curve(
+                    below,
+                    results.frontier,
+                    method,
+                    allocation,
+                    color=colour[method],
+                    linestyle=line,
+                    label=f"{method}, {allocation}",
+                )
+        trained = sorted(
+            (row for row in results.frontier if row["allocation"] == TRAINED), key=lambda row: row["mean_experts"]
+        )
         if trained:
             x, y = [row["mean_experts"] for row in trained], [row["bits_per_byte"] for row in trained]
             below.plot(x, y, color=INK, marker="s", linestyle="none", label="static, trained at this k")
@@ -41,6 +57,9 @@ def draw(results: Results, path: Path) -> None:
 
 
 def curve(axes: Axes, frontier: list[Row], method: str, allocation: str, **style) -> None:
-    rows = sorted((row for row in frontier if (row["weights"], row["allocation"]) == (method, allocation)), key=lambda row: row["mean_experts"])
+    rows = sorted(
+        (row for row in frontier if (row["weights"], row["allocation"]) == (method, allocation)),
+        key=lambda row: row["mean_experts"],
+    )
     if rows:
         axes.plot([row["mean_experts"] for row in rows], [row["bits_per_byte"] for row in rows], marker=".", **style)

@@ -1,4 +1,5 @@
-"""The frontier: bits per byte against the mean number of experts, for the same weights under several allocations and for weights trained at each k.
+"""The frontier: bits per byte against the mean number of experts, for the same weights under several allocations and
+for weights trained at each k.
 
 Legend: N counted tokens, D documents, R resamples.
 """
@@ -30,7 +31,8 @@ class Point:
 
     Attributes:
         weights: name of the trained model.
-        allocation: `UNIFORM`: the same number for every token; `OWN`: the method's choice; `RANDOM`: that choice dealt out anew among the tokens;
+        allocation: `UNIFORM`: the same number for every token; `OWN`: the method's choice; `RANDOM`: that choice dealt
+            out anew among the tokens;
             `TRAINED`: uniform, by a static model trained at this number.
         asked: mean experts per token and layer that were asked for.
     """
@@ -47,7 +49,8 @@ def methods_of(study: Study) -> list[str]:
 
 
 def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callable[[LanguageModel], object]:
-    """Sets the policy a method chooses with, held at a mean on held-out text. Weights trained with a random k choose by top-p after training."""
+    """Sets the policy a method chooses with, held at a mean on held-out text. Weights trained with a random k choose by
+    top-p after training."""
 
     def change(model: LanguageModel) -> None:
         if name == RANDOM_K:
@@ -58,15 +61,20 @@ def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callab
     return change
 
 
-def measure_frontier(folder: Path, study: Study, data: HeldOut, *, forced: tuple[int, ...], budgets: tuple[int, ...]) -> list[Point]:
-    """Every method's weights uniform at each of `forced`, and by its own and by a random allocation at each of `budgets`; the static models."""
+def measure_frontier(
+    folder: Path, study: Study, data: HeldOut, *, forced: tuple[int, ...], budgets: tuple[int, ...]
+) -> list[Point]:
+    """Every method's weights uniform at each of `forced`, and by its own and by a random allocation at each of
+    `budgets`; the static models."""
     points = []
     for name in study.runs:
         model_folder = folder / study.models[name]
         print(f"measuring {name}", flush=True)
         if name not in methods_of(study):
             k = int(name.removeprefix(static_name(0)[:-1]))
-            points.append(Point(weights=name, allocation=TRAINED, asked=k, observed=observe_as(model_folder, data.text)))
+            points.append(
+                Point(weights=name, allocation=TRAINED, asked=k, observed=observe_as(model_folder, data.text))
+            )
             continue
         for k in forced:
             observed = observe_as(model_folder, data.text, lambda model, k=k: model.set_policy(TopK(k=k)))
@@ -89,9 +97,14 @@ def difference(point: Point, against: Point, windows: Windows, weights_RD: np.nd
 
 
 def rivals(point: Point, points: list[Point]) -> list[Point]:
-    """What an own allocation is compared with: the same weights uniform and random, and the static model, at the same number asked for."""
+    """What an own allocation is compared with: the same weights uniform and random, and the static model, at the same
+    number asked for."""
     same = [other for other in points if other.asked == point.asked]
-    return [other for other in same if other.allocation == TRAINED or (other.weights == point.weights and other.allocation in (UNIFORM, RANDOM))]
+    return [
+        other
+        for other in same
+        if other.allocation == TRAINED or (other.weights == point.weights and other.allocation in (UNIFORM, RANDOM))
+    ]
 
 
 def _bits(nats_N: np.ndarray, windows: Windows, weights_RD: np.ndarray) -> Bounded:

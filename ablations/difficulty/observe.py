@@ -1,4 +1,5 @@
-"""Runs trained weights under a policy and notes, for every counted token, its loss and the experts that computed it in each layer.
+"""Runs trained weights under a policy and notes, for every counted token, its loss and the experts that computed it in
+each layer.
 
 Legend: W windows, T tokens, N counted tokens, L layers, D model width.
 """
@@ -23,7 +24,8 @@ BATCH_WINDOWS = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Observed:
-    """nats_N: loss of each counted token, fp64. experts_NL: rows computed for it in each layer (physical experts), int16."""
+    """nats_N: loss of each counted token, fp64. experts_NL: rows computed for it in each layer (physical experts),
+    int16."""
 
     nats_N: np.ndarray
     experts_NL: np.ndarray
@@ -41,7 +43,8 @@ class Dealing:
 
 
 def permute(policy: Policy, dealing: Dealing) -> None:
-    """From now on the policy's decisions are dealt out anew among the tokens of a batch: the same histogram in every layer, for no reason.
+    """From now on the policy's decisions are dealt out anew among the tokens of a batch: the same histogram in every
+    layer, for no reason.
 
     With one dealing for all layers, a token that gets many experts in one layer still does in the others.
     """
@@ -77,14 +80,22 @@ def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None 
             counted_T = counted_WT[rows, used].reshape(-1)
             dealing.order_T = _order(counted_T, generator)
             output = model(windows.tokens_WT[rows, used])
-            nats.append(token_losses(output.logits_BTV, windows.targets_WT[rows, used]).double().numpy().reshape(-1)[counted_T])
+            nats.append(
+                token_losses(output.logits_BTV, windows.targets_WT[rows, used]).double().numpy().reshape(-1)[counted_T]
+            )
             used_TL = torch.stack([routing.assignments.experts_per_token_T() for routing in output.routings], dim=1)
             experts.append(used_TL.numpy()[counted_T].astype(np.int16))
     return Observed(nats_N=np.concatenate(nats), experts_NL=np.concatenate(experts))
 
 
-def observe_as(folder: Path, windows: Windows, change: Callable[[LanguageModel], object] | None = None, permute_seed: int | None = None) -> Observed:
-    """Loads the model of `folder`, changes its policies, and observes it: weights of a policy are lost when another takes its place."""
+def observe_as(
+    folder: Path,
+    windows: Windows,
+    change: Callable[[LanguageModel], object] | None = None,
+    permute_seed: int | None = None,
+) -> Observed:
+    """Loads the model of `folder`, changes its policies, and observes it: weights of a policy are lost when another
+    takes its place."""
     model = load_pretrained(folder)
     if change is not None:
         change(model)

@@ -38,4 +38,7 @@ def write_tables(results: Results, folder: Path) -> None:
         with (folder / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
             writer.writeheader()
-            writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows)
+            writer.writerows(
+                {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+                for row in rows
+            )

@@ -1,6 +1,7 @@
 """Generated texts whose difficulty is known by construction: addition, recall of key-value pairs, word problems.
 
-What is not the label is held fixed or drawn independently of it: every sum has the same number of digits, and the asked-for pair stands anywhere.
+What is not the label is held fixed or drawn independently of it: every sum has the same number of digits, and the
+asked-for pair stands anywhere.
 """
 
 import dataclasses
@@ -41,7 +42,9 @@ def addition(rng: random.Random) -> Problem:
         carried_in = first < place <= first + length and length > 0
         carries_out = first <= place < first + length
         lowest = 1 if place == DIGITS - 1 else 0
-        legal = [(a, b) for a in range(lowest, 10) for b in range(lowest, 10) if (a + b + carried_in >= 10) == carries_out]
+        legal = [
+            (a, b) for a in range(lowest, 10) for b in range(lowest, 10) if (a + b + carried_in >= 10) == carries_out
+        ]
         pairs.append(rng.choice(legal))
     left, right = (int("".join(str(pair[side]) for pair in reversed(pairs))) for side in (0, 1))
     return _problem("addition", length, f"{left} + {right} = ", str(left + right))
@@ -62,7 +65,9 @@ def recall(rng: random.Random) -> Problem:
     n_pairs = rng.randint(1, MOST_PAIRS)
     keys: dict[str, int] = {}
     while len(keys) < n_pairs:
-        keys["".join(rng.choice(letters) for letters in ("bdfgklmnprst", "aeiou", "bdfgklmnprst"))] = rng.randrange(10, 100)
+        keys["".join(rng.choice(letters) for letters in ("bdfgklmnprst", "aeiou", "bdfgklmnprst"))] = rng.randrange(
+            10, 100
+        )
     asked = rng.choice(list(keys))
     listed = ", ".join(f"{key} {value}" for key, value in keys.items())
     return _problem("recall", n_pairs, f"Remember: {listed}. What is {asked}? ", str(keys[asked]))
@@ -104,7 +109,9 @@ def write_problems(problems: Sequence[Problem], path: Path) -> None:
 
 def read_problems(path: Path) -> dict[str, Problem]:
     """By text."""
-    return {problem.text: problem for problem in (Problem(**json.loads(line)) for line in path.read_text().splitlines())}
+    return {
+        problem.text: problem for problem in (Problem(**json.loads(line)) for line in path.read_text().splitlines())
+    }
 
 
 def _problem(task: str, level: int, question: str, answer: str) -> Problem:

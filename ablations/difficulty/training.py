@@ -1,12 +1,14 @@
-"""Trains what the difficulty study compares: a reference model, and from one trunk static models and methods that choose the number per token.
+"""Trains what the difficulty study compares: a reference model, and from one trunk static models and methods that
+choose the number per token.
 
     <out>/synthetic.jsonl        generated problems, part of the text
     <out>/corpus/                the prepared text, validation documents held out by hash
     <out>/trunks/, <out>/branches/   runs, see `staged_training.record`
     <out>/study.json             what was trained and where it lies: all that the analysis reads
 
-The trunk trains with a random number of experts, so no static model starts with weights made for its own k. The reference has another seed, hence
-other weights, another data order and other draws, and static top-k; its own trunk is the early checkpoint that learnability is measured against.
+The trunk trains with a random number of experts, so no static model starts with weights made for its own k. The
+reference has another seed, hence other weights, another data order and other draws, and static top-k; its own trunk is
+the early checkpoint that learnability is measured against.
 """
 
 import dataclasses
@@ -44,11 +46,12 @@ class TrainingOptions:
 
     Attributes:
         out: folder of everything; the same command continues what it finds there.
-        minutes: train the main model (trunk plus one branch) for about this long on this machine instead of for `tokens`; measured once, and
-            kept in the folder, so a run that is continued has the same budget.
+        minutes: train the main model (trunk plus one branch) for about this long on this machine instead of for
+            `tokens`; measured once, and kept in the folder, so a run that is continued has the same budget.
         reference_share: tokens of the reference model, as a share of the main model's.
         early_share: share of those after which its early losses are taken.
-        synthetic_documents: generated problems that are mixed into the text; those held out are the probes with structural labels.
+        synthetic_documents: generated problems that are mixed into the text; those held out are the probes with
+            structural labels.
         static: each k a static model is trained at, from the common trunk.
         methods: names as `python -m ablations list` shows them.
     """
@@ -64,15 +67,21 @@ class TrainingOptions:
     staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: dataclasses.replace(STAGING, tokens=5_000_000, trunk_share=0.8, freeze=0.0)
     )
-    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: CorpusConfig(valid_share=0.08))
-    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ExecutionConfig)
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=lambda: CorpusConfig(valid_share=0.08)
+    )
+    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=ExecutionConfig
+    )
 
     def __post_init__(self) -> None:
         for name in ("reference_share", "early_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must lie between 0 and 1")
         if self.synthetic_documents < 30:
-            raise ValueError(f"--synthetic-documents {self.synthetic_documents}: at least 30, or none of a task is held out")
+            raise ValueError(
+                f"--synthetic-documents {self.synthetic_documents}: at least 30, or none of a task is held out"
+            )
         if self.staging.freeze:
             raise ValueError(f"--freeze {self.staging.freeze}: must be 0, the study counts the experts of every layer")
         if not self.methods or not self.static:
@@ -116,7 +125,10 @@ def train(options: TrainingOptions) -> Study:
     corpus = prepare_text(options)
     model = options.model.config(corpus.tokenizer.vocab_size)
     options = with_tokens(options, corpus, model)
-    reference, main = (execution(options, corpus, plan) for plan in (reference_plan(options, corpus, model), main_plan(options, corpus, model)))
+    reference, main = (
+        execution(options, corpus, plan)
+        for plan in (reference_plan(options, corpus, model), main_plan(options, corpus, model))
+    )
     print(describe(main.plan), flush=True)
     reference.trunk()
     late = reference.branch(reference.plan.branches[0])
@@ -162,7 +174,9 @@ def with_tokens(options: TrainingOptions, corpus: PreparedCorpus, model: ModelCo
     if options.minutes is None:
         return options
     if not path.exists():
-        trial = execution(options, corpus, make_plan(options.staging, corpus_facts(corpus), trunk_model(model, options.model.k), []))
+        trial = execution(
+            options, corpus, make_plan(options.staging, corpus_facts(corpus), trunk_model(model, options.model.k), [])
+        )
         per_step = estimate(trial, steps=8).trunk / trial.plan.trunk.n_batches
         path.write_text(f"{round(60 * options.minutes / per_step) * trial.plan.tokens_per_batch}\n")
     return dataclasses.replace(options, staging=dataclasses.replace(options.staging, tokens=int(path.read_text())))
@@ -187,13 +201,19 @@ def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConf
     models = {RANDOM_K: trunk}
     models |= {method.name: method.change(model) for method in methods}
     models |= {static_name(k): with_policy(model, TopK(k=k)) for k in options.static}
-    return make_plan(options.staging, corpus_facts(corpus), trunk, [(name, config, 0) for name, config in models.items()])
+    return make_plan(
+        options.staging, corpus_facts(corpus), trunk, [(name, config, 0) for name, config in models.items()]
+    )
 
 
 def reference_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> Plan:
     """A static model of its own seed: its trunk is the early checkpoint, its branch the late one."""
-    staging = dataclasses.replace(options.staging, tokens=round(options.staging.tokens * options.reference_share), trunk_share=options.early_share)
-    return make_plan(staging, corpus_facts(corpus), model, [(REFERENCE, model, REFERENCE_SEED)], trunk_seed=REFERENCE_SEED)
+    staging = dataclasses.replace(
+        options.staging, tokens=round(options.staging.tokens * options.reference_share), trunk_share=options.early_share
+    )
+    return make_plan(
+        staging, corpus_facts(corpus), model, [(REFERENCE, model, REFERENCE_SEED)], trunk_seed=REFERENCE_SEED
+    )
 
 
 def read_study(folder: Path) -> Study:
@@ -202,5 +222,8 @@ def read_study(folder: Path) -> Study:
         ValueError: where no study was trained, or not to its end.
     """
     if not (folder / STUDY_FILE).is_file():
-        raise ValueError(f"{folder} holds no finished {STUDY_FILE}: train it first with `python -m ablations difficulty --out {folder} --data ...`")
+        raise ValueError(
+            f"{folder} holds no finished {STUDY_FILE}: train it first with `python -m ablations difficulty --out"
+            f" {folder} --data ...`"
+        )
     return load_json(Study, folder / STUDY_FILE)

@@ -3,7 +3,10 @@
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
 from ablations.difficulty.results import Results, Row
 
-DIFFICULTIES = {"reference_loss": "loss of the reference model", "learnability": "learnability (its early loss minus its late loss)"}
+DIFFICULTIES = {
+    "reference_loss": "loss of the reference model",
+    "learnability": "learnability (its early loss minus its late loss)",
+}
 AGAINST = {
     UNIFORM: "the same number for every token, same weights",
     RANDOM: "the same numbers dealt out at random",
@@ -16,16 +19,30 @@ BUDGET_PERCENT = 1.0
 def verdict_text(results: Results) -> str:
     """What the study found, method by method."""
     lines = [
-        f"Held-out real text: {results.n_tokens:,} tokens of {results.n_documents} documents; brackets are 95 % intervals, documents resampled.",
-        "Partial: token frequency (seen and predicted) and position held fixed. Shuffled: 95 % of shuffles among tokens of like frequency.",
+        (
+            f"Held-out real text: {results.n_tokens:,} tokens of {results.n_documents} documents; brackets are 95 %"
+            " intervals, documents resampled."
+        ),
+        (
+            "Partial: token frequency (seen and predicted) and position held fixed. Shuffled: 95 % of shuffles among"
+            " tokens of like frequency."
+        ),
         "",
     ]
     for method in dict.fromkeys(row["method"] for row in results.correlations):
         lines += [f"{method}, mean of {results.k} experts"]
-        lines += [f"  {correlation_sentence(row)}" for row in results.correlations if row["method"] == method and row["layer"] == "sum"]
+        lines += [
+            f"  {correlation_sentence(row)}"
+            for row in results.correlations
+            if row["method"] == method and row["layer"] == "sum"
+        ]
         lines += [f"  {structure_sentence(row)}" for row in results.structure if row["method"] == method]
         lines += [f"  {regret_sentence(row)}" for row in results.regret if row["method"] == method]
-        lines += [f"  {difference_sentence(row)}" for row in results.differences if row["weights"] == method and row["asked"] == results.k]
+        lines += [
+            f"  {difference_sentence(row)}"
+            for row in results.differences
+            if row["weights"] == method and row["asked"] == results.k
+        ]
         lines += [""]
     lines += budget_sentences(results.frontier)
     return "\n".join(lines) + "\n"
@@ -33,7 +50,13 @@ def verdict_text(results: Results) -> str:
 
 def correlation_sentence(row: Row) -> str:
     low, high = row["partial_low"], row["partial_high"]
-    word = "more experts" if low > 0 else "fewer experts" if high < 0 else "neither more nor fewer experts that could be seen"
+    word = (
+        "more experts"
+        if low > 0
+        else "fewer experts"
+        if high < 0
+        else "neither more nor fewer experts that could be seen"
+    )
     beyond = "" if row["shuffled_low"] <= row["spearman"] <= row["shuffled_high"] else ", outside the shuffled"
     return (
         f"{DIFFICULTIES[row['difficulty']]}: harder tokens get {word}: partial {interval(row, 'partial', '+.3f')}; "
@@ -46,15 +69,17 @@ def structure_sentence(row: Row) -> str:
     word = "more" if low > 0 else "fewer" if high < 0 else "no other number of"
     controlled, loss = interval(row, "given_position", "+.2f"), interval(row, "level_vs_reference_loss", "+.2f")
     return (
-        f"{row['task']} ({row['problems']} problems): answers to harder problems get {word} experts: {interval(row, 'spearman', '+.2f')}; "
-        f"given position {controlled}; the label against the reference's loss {loss}"
+        f"{row['task']} ({row['problems']} problems): answers to harder problems get {word} experts:"
+        f" {interval(row, 'spearman', '+.2f')}; given position {controlled}; the label against the reference's loss"
+        f" {loss}"
     )
 
 
 def regret_sentence(row: Row) -> str:
     return (
-        f"allocation regret (0 uniform, 1 oracle): own {interval(row, 'own', '+.3f')}, shuffled {interval(row, 'shuffled', '+.3f')}, "
-        f"by the reference's loss {interval(row, 'by_reference_loss', '+.3f')}; the oracle gains {row['oracle_gain_nats']:.3f} nats per token"
+        f"allocation regret (0 uniform, 1 oracle): own {interval(row, 'own', '+.3f')}, shuffled"
+        f" {interval(row, 'shuffled', '+.3f')}, by the reference's loss {interval(row, 'by_reference_loss', '+.3f')};"
+        f" the oracle gains {row['oracle_gain_nats']:.3f} nats per token"
     )
 
 
@@ -72,8 +97,9 @@ def budget_sentences(frontier: list[Row]) -> list[str]:
     worst = max(own, key=lambda row: abs(row["error_percent"]))
     n_held = sum(abs(row["error_percent"]) <= BUDGET_PERCENT for row in own)
     return [
-        f"Budgets calibrated on other documents: {n_held} of {len(own)} within {BUDGET_PERCENT:g} %; the worst is {worst['weights']}, "
-        f"asked {worst['asked']}, used {worst['mean_experts']:.3f} ({worst['error_percent']:+.2f} %)."
+        f"Budgets calibrated on other documents: {n_held} of {len(own)} within {BUDGET_PERCENT:g} %; the worst is"
+        f" {worst['weights']}, asked {worst['asked']}, used {worst['mean_experts']:.3f}"
+        f" ({worst['error_percent']:+.2f} %)."
     ]
 
 

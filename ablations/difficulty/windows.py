@@ -74,14 +74,17 @@ class Probes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Validation documents in three parts that share none: real text measured, real text for thresholds (rows without padding), problems."""
+    """Validation documents in three parts that share none: real text measured, real text for thresholds (rows without
+    padding), problems."""
 
     text: Windows
     calibration_BT: Tensor
     probes: Probes
 
 
-def held_out(corpus: PreparedCorpus, problems: Mapping[str, Problem], *, seq_len: int, windows_per_document: int) -> HeldOut:
+def held_out(
+    corpus: PreparedCorpus, problems: Mapping[str, Problem], *, seq_len: int, windows_per_document: int
+) -> HeldOut:
     """Cuts the validation documents: evenly spaced windows of real text, whole problems.
 
     Raises:
@@ -107,7 +110,10 @@ def held_out(corpus: PreparedCorpus, problems: Mapping[str, Problem], *, seq_len
             probes.append((ids, REAL_PROBLEM, data.count(STEP_MARK), data.rindex(ANSWER_MARK) + len(ANSWER_MARK)))
     n_rows = sum(len(window) for window in calibration) // seq_len
     if n_rows < 1 or not text or not probes:
-        raise ValueError(f"the validation text has {n_text} documents of real text and {len(probes)} problems: too few, raise --valid-share")
+        raise ValueError(
+            f"the validation text has {n_text} documents of real text and {len(probes)} problems: too few, raise"
+            " --valid-share"
+        )
     stream = np.concatenate(calibration)[: n_rows * seq_len]
     return HeldOut(
         text=_windows(text, corpus, seq_len),
@@ -118,7 +124,8 @@ def held_out(corpus: PreparedCorpus, problems: Mapping[str, Problem], *, seq_len
 
 
 def _cut(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndarray]:
-    """Up to `most` stretches of `seq_len` tokens and the target behind the last, evenly spaced; the whole document where it is shorter."""
+    """Up to `most` stretches of `seq_len` tokens and the target behind the last, evenly spaced; the whole document
+    where it is shorter."""
     n_windows = min(most, max(1, (len(ids) - 1) // seq_len))
     starts = np.linspace(0, max(0, len(ids) - 1 - seq_len), n_windows).astype(int)
     return [ids[start : start + seq_len + 1] for start in starts]
@@ -141,7 +148,8 @@ def _windows(documents: Sequence[Sequence[np.ndarray]], corpus: PreparedCorpus, 
 def _probes(probes: Sequence[tuple[np.ndarray, str, int, int]], corpus: PreparedCorpus, seq_len: int) -> Probes:
     answers = []
     for ids, _, _, answer_start in probes:
-        # A target belongs to the answer if its last byte does; the space before an answer may be part of its first token.
+        # A target belongs to the answer if its last byte does; the space before an answer may be part of its first
+        # token.
         answers.append(np.cumsum(corpus.tokenizer.n_bytes_V[ids[1:]]) > answer_start)
     return Probes(
         windows=_windows([[ids] for ids, *_ in probes], corpus, seq_len),

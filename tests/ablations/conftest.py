@@ -1,4 +1,5 @@
-"""A comparison folder written by hand: five methods, three seeds, with known means, for tests of what is computed from records."""
+"""A comparison folder written by hand: five methods, three seeds, with known means, for tests of what is computed from
+records."""
 
 import json
 import random
@@ -19,15 +20,22 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
     rng = random.Random(0)
     folder = root / "comparisons" / "synthetic"
     folder.mkdir(parents=True)
-    trunks = tuple(RunReference(method="trunk", trunk_seed=t, branch_seed=0, folder=f"../../trunks/{t}") for t in trunk_seeds)
+    trunks = tuple(
+        RunReference(method="trunk", trunk_seed=t, branch_seed=0, folder=f"../../trunks/{t}") for t in trunk_seeds
+    )
     branches = tuple(
-        RunReference(method=method, trunk_seed=trunk, branch_seed=seed, folder=f"../../branches/{method}_{trunk}_{seed}")
+        RunReference(
+            method=method, trunk_seed=trunk, branch_seed=seed, folder=f"../../branches/{method}_{trunk}_{seed}"
+        )
         for trunk in trunk_seeds
         for seed in branch_seeds
         for method in methods
     )
     comparison = Comparison(
-        methods=tuple(MethodSummary(name=name, question=f"What does {name} do?", kind="seed" if name == "no_op" else "routing") for name in methods),
+        methods=tuple(
+            MethodSummary(name=name, question=f"What does {name} do?", kind="seed" if name == "no_op" else "routing")
+            for name in methods
+        ),
         trunk_seeds=trunk_seeds,
         branch_seeds=branch_seeds,
         n_layers=8,
@@ -46,14 +54,22 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
     )
     save_json(folder / COMPARISON_FILE, comparison)
     for reference in trunks:
-        losses = [5 + 20 / (1 + tokens / 400_000) + rng.gauss(0, 0.03) for tokens in range(STEP, TRUNK_TOKENS + 1, STEP)]
+        losses = [
+            5 + 20 / (1 + tokens / 400_000) + rng.gauss(0, 0.03) for tokens in range(STEP, TRUNK_TOKENS + 1, STEP)
+        ]
         write_run(folder / reference.folder, losses, {"trunk": (8e12, 80.0), "caching": (1e12, 5.0)})
         (folder / reference.folder / "result.json").write_text("{}")
     common: dict = {}
     for reference in branches:
         batches, level = common.setdefault(
             (reference.trunk_seed, reference.branch_seed),
-            ([5.5 - 0.5 * tokens / BRANCH_TOKENS + rng.gauss(0, 0.1) for tokens in range(STEP, BRANCH_TOKENS + 1, STEP)], rng.gauss(0, 0.01)),
+            (
+                [
+                    5.5 - 0.5 * tokens / BRANCH_TOKENS + rng.gauss(0, 0.1)
+                    for tokens in range(STEP, BRANCH_TOKENS + 1, STEP)
+                ],
+                rng.gauss(0, 0.01),
+            ),
         )
         effect = EFFECT[reference.method] + rng.gauss(0, 0.0015)
         losses = [loss + 3 * effect * step / len(batches) for step, loss in enumerate(batches)]
@@ -65,7 +81,10 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
 def write_run(folder, losses, costs):
     folder.mkdir(parents=True)
     (folder / "environment.json").write_text(json.dumps({"commit": "abc", "device": "cpu"}))
-    write_lines(folder / "metrics.jsonl", ({"step": step, "loss": loss, "mean_experts": 11.0 + step % 2} for step, loss in enumerate(losses, 1)))
+    write_lines(
+        folder / "metrics.jsonl",
+        ({"step": step, "loss": loss, "mean_experts": 11.0 + step % 2} for step, loss in enumerate(losses, 1)),
+    )
     write_lines(folder / "diagnostics.jsonl", (diagnostics(step, folder) for step in (len(losses) // 2, len(losses))))
     write_lines(folder / "timing.jsonl", ({"step": step, "seconds": 0.02} for step, _ in enumerate(losses, 1)))
     Ledger({kind: {"flops": flops, "seconds": seconds} for kind, (flops, seconds) in costs.items()}).save(folder)
@@ -91,7 +110,10 @@ def write_lines(path, records):
 
 
 def measurements(reference, bits_per_byte):
-    by_method = {"top_p": (0, 5, 9, 20, 31, 40, 60, 70, 90, 110, 120, 130, 120, 100, 80, 60, 40), "null_experts": (0,) * 10 + (30, 60, 80, 60, 30)}
+    by_method = {
+        "top_p": (0, 5, 9, 20, 31, 40, 60, 70, 90, 110, 120, 130, 120, 100, 80, 60, 40),
+        "null_experts": (0,) * 10 + (30, 60, 80, 60, 30),
+    }
     counts = by_method.get(reference.method, (0,) * 12 + (500,))
     slope = 0.001 if reference.method == "random_k" else 0.004
     return Measurements(
@@ -103,7 +125,8 @@ def measurements(reference, bits_per_byte):
         asked_experts=12.0,
         experts_histogram=counts,
         budgets=tuple(
-            BudgetPoint(asked_experts=k, mean_experts=k, bits_per_byte=bits_per_byte + (12 - k) ** 2 * slope) for k in (2, 4, 6, 8, 12, 16)
+            BudgetPoint(asked_experts=k, mean_experts=k, bits_per_byte=bits_per_byte + (12 - k) ** 2 * slope)
+            for k in (2, 4, 6, 8, 12, 16)
         ),
         total_parameters=9_000_000,
         active_parameters=2_500_000.0,
@@ -116,7 +139,24 @@ def measurements(reference, bits_per_byte):
     )
 
 
-WORDS = ("the", "of", "a", "model", "token", "expert", "layer", "routes", "each", "gate", "with", "mean", "over", "more", "learns", "text")
+WORDS = (
+    "the",
+    "of",
+    "a",
+    "model",
+    "token",
+    "expert",
+    "layer",
+    "routes",
+    "each",
+    "gate",
+    "with",
+    "mean",
+    "over",
+    "more",
+    "learns",
+    "text",
+)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Follows notes/002-adding-a-method.md: its file, put where the note says, is found, listed, planned and compared by the note's commands."""
+"""Follows notes/002-adding-a-method.md: its file, put where the note says, is found, listed, planned and compared by
+the note's commands."""
 
 import re
 import shlex
@@ -20,7 +21,8 @@ def block(language):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """This checkout with the note's file added: everything but `ablations/` by reference, so that the real one stays as it is."""
+    """This checkout with the note's file added: everything but `ablations/` by reference, so that the real one stays as
+    it is."""
     folder = tmp_path_factory.mktemp("checkout")
     for package in ("attention", "corpus", "lm", "moe", "routing", "staged_training", "triton_kernels"):
         (folder / package).symlink_to(ROOT / package)
@@ -32,12 +34,26 @@ def checkout(tmp_path_factory):
 
 def test_the_notes_commands_work(checkout, text_folder, tiny_model):
     commands = [shlex.split(line) for line in block("sh").splitlines()]
-    tiny = {**tiny_model, "n_layers": 3, "vocab_size": 300, "tokens": 1024, "batch_size": 2, "seq_len": 32, "budget_batches": 1}
-    options = ["--data", str(text_folder), *(text for name, value in tiny.items() for text in (f"--{name.replace('_', '-')}", str(value)))]
+    tiny = {
+        **tiny_model,
+        "n_layers": 3,
+        "vocab_size": 300,
+        "tokens": 1024,
+        "batch_size": 2,
+        "seq_len": 32,
+        "budget_batches": 1,
+    }
+    options = [
+        "--data",
+        str(text_folder),
+        *(text for name, value in tiny.items() for text in (f"--{name.replace('_', '-')}", str(value))),
+    ]
     printed = []
     for _, *arguments in commands:
         trains = arguments[-1] != "list"
-        done = subprocess.run([sys.executable, *arguments, *(options if trains else [])], cwd=checkout, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *arguments, *(options if trains else [])], cwd=checkout, capture_output=True, text=True
+        )
         assert done.returncode == 0, f"{arguments}: {done.stderr}"
         printed.append(done.stdout)
     listed, planned, alone, compared = printed
@@ -45,7 +61,8 @@ def test_the_notes_commands_work(checkout, text_folder, tiny_model):
     assert "blocks from 2 on start from the trunk's weights in every branch" in planned
     assert not re.search(r"sigmoid_scores .*±", planned)
     assert re.search(r"^sigmoid_scores .*±", alone, re.MULTILINE)
-    # The trunk and two methods with three seeds each: the note says that what an earlier comparison trained is not trained again.
+    # The trunk and two methods with three seeds each: the note says that what an earlier comparison trained is not
+    # trained again.
     assert compared.count("finished before") == 1 + 2 * 3
     assert not (ROOT / "ablations" / "sigmoid_scores.py").exists()
 
@@ -53,7 +70,19 @@ def test_the_notes_commands_work(checkout, text_folder, tiny_model):
 def test_the_note_names_what_exists():
     for path in set(re.findall(r"`((?:\w+/)+\w+\.py)`", NOTE)) - {"ablations/sigmoid_scores.py"}:
         assert (ROOT / path).is_file(), path
-    sources = "".join((ROOT / path).read_text() for path in ("ablations/method.py", "routing/router.py", "routing/policy.py", "routing/budget.py"))
-    for name in ("with_policy", "with_plan", "experts_of", "PolicyConfig", "POLICIES", "BudgetController", "select", "losses"):
+    sources = "".join(
+        (ROOT / path).read_text()
+        for path in ("ablations/method.py", "routing/router.py", "routing/policy.py", "routing/budget.py")
+    )
+    for name in (
+        "with_policy",
+        "with_plan",
+        "experts_of",
+        "PolicyConfig",
+        "POLICIES",
+        "BudgetController",
+        "select",
+        "losses",
+    ):
         assert f"`{name}`" in NOTE
         assert name in sources

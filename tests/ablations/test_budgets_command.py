@@ -14,7 +14,12 @@ def test_rows_are_what_the_runs_recorded(comparison_folder, tmp_path):
     rows = budget_rows(read_records(comparison_folder), last_steps=4)
     assert len(rows) == 5 * 3 * 6
     own = [row for row in rows if row.trained is not None]
-    assert [(row.method, row.branch_seed) for row in own[:4]] == [("baseline", 0), ("baseline", 1), ("baseline", 2), ("no_op", 0)]
+    assert [(row.method, row.branch_seed) for row in own[:4]] == [
+        ("baseline", 0),
+        ("baseline", 1),
+        ("baseline", 2),
+        ("no_op", 0),
+    ]
     # Steps alternate between 11 and 12 experts, asked were 12.
     assert {(row.asked, row.trained, row.trained_error_percent) for row in own} == {(12.0, 11.5, 100 * (11.5 / 12 - 1))}
     top_p = next(row for row in own if row.method == "top_p")
@@ -31,16 +36,44 @@ def test_rows_are_what_the_runs_recorded(comparison_folder, tmp_path):
 
 
 def test_command_runs_every_method_with_a_budget(text_folder, tiny_model, tmp_path, monkeypatch, capsys):
-    options = {**tiny_model, "n_layers": 2, "vocab_size": 300, "tokens": 4096, "batch_size": 4, "seq_len": 32, "freeze": 0, "budget_batches": 4}
+    options = {
+        **tiny_model,
+        "n_layers": 2,
+        "vocab_size": 300,
+        "tokens": 4096,
+        "batch_size": 4,
+        "seq_len": 32,
+        "freeze": 0,
+        "budget_batches": 4,
+    }
     flat = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    arguments = ["budgets", "--data", str(text_folder), "--seeds", "1", "--out", str(tmp_path), "--last-steps", "3", *flat]
+    arguments = [
+        "budgets",
+        "--data",
+        str(text_folder),
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--last-steps",
+        "3",
+        *flat,
+    ]
     monkeypatch.setattr("sys.argv", ["ablations", *arguments])
     cli.main()
     printed = capsys.readouterr().out
     (path,) = (tmp_path / "comparisons").glob("*/budgets.csv")
     with path.open() as file:
         own = {line["method"]: line for line in csv.DictReader(file) if line["trained"]}
-    budgeted = {"top_p", "null_experts", "difficulty_head", "relu", "relu_penalty", "score_threshold", "learned_threshold"}
+    budgeted = {
+        "top_p",
+        "null_experts",
+        "difficulty_head",
+        "relu",
+        "relu_penalty",
+        "score_threshold",
+        "learned_threshold",
+    }
     assert set(own) == {"baseline", *budgeted}
     assert own["baseline"]["trained_error_percent"] == own["baseline"]["used_error_percent"] == "0.0"
     # A few hundred tokens to calibrate on: far from exact, but controlled at all.

@@ -14,7 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def arguments(text_folder, tiny_model):
-    options = {**tiny_model, "n_layers": 4, "vocab_size": 300, "tokens": 4096, "batch_size": 4, "seq_len": 32, "freeze": 0.7, "budget_batches": 1}
+    options = {
+        **tiny_model,
+        "n_layers": 4,
+        "vocab_size": 300,
+        "tokens": 4096,
+        "batch_size": 4,
+        "seq_len": 32,
+        "freeze": 0.7,
+        "budget_batches": 1,
+    }
     flat = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     return ["--data", str(text_folder), "--seeds", "2", *flat]
 
@@ -29,12 +38,27 @@ def first_run(arguments, tmp_path_factory):
 
 
 def written(out):
-    return {path: path.stat().st_mtime_ns for name in ("trunks", "branches", "corpus") for path in (out / name).rglob("*") if path.is_file()}
+    return {
+        path: path.stat().st_mtime_ns
+        for name in ("trunks", "branches", "corpus")
+        for path in (out / name).rglob("*")
+        if path.is_file()
+    }
 
 
 def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
     out, _, printed = first_run
-    order = [printed.index(text) for text in ("methods 3, branch seeds 2", "estimated time", "trunk step=", "valid bpb=", "cost ledger", "report: ")]
+    order = [
+        printed.index(text)
+        for text in (
+            "methods 3, branch seeds 2",
+            "estimated time",
+            "trunk step=",
+            "valid bpb=",
+            "cost ledger",
+            "report: ",
+        )
+    ]
     assert order == sorted(order)
     assert "peak memory" in printed
     rows = [line for line in printed.splitlines() if line.startswith(("baseline  ", "no_op  ", "top_p  "))]
@@ -42,18 +66,27 @@ def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
     assert "reference" in next(row for row in rows if row.startswith("baseline") and "±" in row)
     report = Path(printed.rsplit("report: ", 1)[1].strip())
     assert report.is_file()
-    assert sorted(path.name for path in report.parent.iterdir()) == ["comparison.json", "figures", "report.html", "table.csv"]
+    assert sorted(path.name for path in report.parent.iterdir()) == [
+        "comparison.json",
+        "figures",
+        "report.html",
+        "table.csv",
+    ]
     assert len(list((out / "branches").iterdir())) == 6
 
 
 def test_baseline_learns_and_pairs_share_data(first_run):
     out, _, _ = first_run
     folders = {path.name.rsplit("_", 1)[0]: path for path in (out / "branches").iterdir()}
-    losses = {name: [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()] for name, path in folders.items()}
+    losses = {
+        name: [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for name, path in folders.items()
+    }
     (trunk,) = (out / "trunks").iterdir()
     trunk_losses = [json.loads(line)["loss"] for line in (trunk / "metrics.jsonl").read_text().splitlines()]
     assert losses["baseline_trunk_0_seed_0"][-1] < trunk_losses[0] - 0.3
-    # The first step of a routing method with the same seed sees the same batch through nearly the same weights; the no-op sees another batch.
+    # The first step of a routing method with the same seed sees the same batch through nearly the same weights; the
+    # no-op sees another batch.
     same = abs(losses["top_p_trunk_0_seed_0"][0] - losses["baseline_trunk_0_seed_0"][0])
     assert same < abs(losses["no_op_trunk_0_seed_1000000"][0] - losses["baseline_trunk_0_seed_0"][0])
 
@@ -100,7 +133,19 @@ def test_a_dry_run_prints_everything_and_trains_nothing(arguments, tmp_path, cap
 
 
 def test_two_trunks_run_two_trunks(arguments, tmp_path, capsys):
-    run("compare", "baseline", *arguments, "--seeds", "1", "--trunk-seeds", "2", "--tokens", "512", "--out", str(tmp_path))
+    run(
+        "compare",
+        "baseline",
+        *arguments,
+        "--seeds",
+        "1",
+        "--trunk-seeds",
+        "2",
+        "--tokens",
+        "512",
+        "--out",
+        str(tmp_path),
+    )
     assert len(list((tmp_path / "trunks").iterdir())) == 2
     assert "hold trunk noise" in capsys.readouterr().out
 

@@ -1,4 +1,5 @@
-"""Windows of held-out documents, and what is observed of them: losses as evaluation has them, physical experts, permuted decisions."""
+"""Windows of held-out documents, and what is observed of them: losses as evaluation has them, physical experts,
+permuted decisions."""
 
 import random
 
@@ -46,7 +47,10 @@ def data(corpus):
 def test_windows_are_the_documents_tokens(corpus, data):
     prepared, _ = corpus
     stream = np.asarray(prepared.valid.tokens[:])
-    valid = [stream[start:stop] for start, stop in zip(prepared.valid.document_offsets[:-1], prepared.valid.document_offsets[1:])]
+    valid = [
+        stream[start:stop]
+        for start, stop in zip(prepared.valid.document_offsets[:-1], prepared.valid.document_offsets[1:])
+    ]
     followed_by = {tuple(ids[i : i + 5]) for ids in valid for i in range(len(ids))}
     windows = data.text
     for row, counted in zip(range(len(windows.tokens_WT)), windows.counted_WT):

@@ -75,13 +75,18 @@ def test_ratio_of_sums():
 @given(st.integers(0, 1000), st.floats(1.0, 4.0))
 @settings(max_examples=40, deadline=None)
 def test_best_allocation_is_the_best_at_its_total(seed, mean):
-    """Where more experts help less and less, no assignment of the forced numbers with at most the same total has a lower loss."""
+    """Where more experts help less and less, no assignment of the forced numbers with at most the same total has a
+    lower loss."""
     gain_per_expert = np.sort(np.random.default_rng(seed).random((5, 2)), axis=1)[:, ::-1]
     loss = 9.0 - np.concatenate([np.zeros((5, 1)), np.cumsum(gain_per_expert * np.diff(KS), axis=1)], axis=1)
     chosen = best_allocation(loss, KS, mean)
     assert chosen.mean() == pytest.approx(mean, abs=1e-6)
     others = (np.array(each) for each in itertools.product(range(3), repeat=5))
-    assert all(loss_at(loss, KS, chosen).sum() <= loss[np.arange(5), each].sum() + 1e-6 for each in others if KS[each].mean() <= mean)
+    assert all(
+        loss_at(loss, KS, chosen).sum() <= loss[np.arange(5), each].sum() + 1e-6
+        for each in others
+        if KS[each].mean() <= mean
+    )
 
 
 def test_best_allocation_gives_experts_where_they_pay():
@@ -93,7 +98,15 @@ def test_best_allocation_gives_experts_where_they_pay():
 
 def test_loss_between_forced_numbers_is_linear_and_clipped():
     loss = np.array([[4.0, 2.0, 1.0]])
-    assert [loss_at(loss, KS, np.array([k]))[0] for k in (0.5, 1, 1.5, 2, 3, 4, 9)] == [4.0, 4.0, 3.0, 2.0, 1.5, 1.0, 1.0]
+    assert [loss_at(loss, KS, np.array([k]))[0] for k in (0.5, 1, 1.5, 2, 3, 4, 9)] == [
+        4.0,
+        4.0,
+        3.0,
+        2.0,
+        1.5,
+        1.0,
+        1.0,
+    ]
 
 
 def test_allocation_by_difficulty_is_chosen_on_other_documents():
@@ -107,5 +120,8 @@ def test_allocation_by_difficulty_is_chosen_on_other_documents():
     assert experts[difficulty < 0.4].mean() < 1.2
     # Where difficulty says nothing, the noise of the measured half must not look like a gain on the other.
     even = rng.normal(size=(4000, 3))
-    gained = loss_at(even, KS, np.full(4000, 2.5)).mean() - loss_at(even, KS, by_difficulty(even, KS, 2.5, difficulty, document)).mean()
+    gained = (
+        loss_at(even, KS, np.full(4000, 2.5)).mean()
+        - loss_at(even, KS, by_difficulty(even, KS, 2.5, difficulty, document)).mean()
+    )
     assert abs(gained) < 0.08

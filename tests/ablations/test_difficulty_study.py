@@ -1,4 +1,5 @@
-"""The difficulty study end to end, on a text and models so small that its numbers mean nothing: what is tested is that they are all there."""
+"""The difficulty study end to end, on a text and models so small that its numbers mean nothing: what is tested is that
+they are all there."""
 
 import csv
 import dataclasses
@@ -29,7 +30,9 @@ def options(tmp_path_factory):
         out=folder / "study",
         synthetic_documents=150,
         static=(2, K),
-        model=ModelOptions(n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, n_experts=8, d_expert=16, k=K, dtype="float32"),
+        model=ModelOptions(
+            n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, n_experts=8, d_expert=16, k=K, dtype="float32"
+        ),
         staging=StagingConfig(tokens=6000, trunk_share=0.8, freeze=0.0, batch_size=2, seq_len=128),
         corpus=CorpusConfig(data=(str(folder),), vocab_size=400, valid_share=0.3),
         execution=ExecutionConfig(log_every=1000),
@@ -53,7 +56,10 @@ def test_every_table_has_its_rows(study_folder):
     assert list(read_study(study_folder).runs) == [*methods, "static_2", "static_4"]
     rows = table(study_folder, "correlations")
     assert {(row["method"], row["difficulty"], row["layer"]) for row in rows} == {
-        (method, difficulty, layer) for method in methods for difficulty in ("reference_loss", "learnability") for layer in ("0", "1", "sum")
+        (method, difficulty, layer)
+        for method in methods
+        for difficulty in ("reference_loss", "learnability")
+        for layer in ("0", "1", "sum")
     }
     assert {row["task"] for row in table(study_folder, "structure")} == {"addition", "recall", "word_problem"}
     assert len(table(study_folder, "deciles")) == len(methods) * 2 * 10
@@ -75,8 +81,12 @@ def test_numbers_agree_with_each_other(study_folder):
     for row in table(study_folder, "differences"):
         if row["against_allocation"] == TRAINED:
             continue
-        own, other = (frontier[row["weights"], allocation, row["asked"]] for allocation in (OWN, row["against_allocation"]))
-        assert float(row["difference"]) == pytest.approx(float(own["bits_per_byte"]) - float(other["bits_per_byte"]), abs=1e-5)
+        own, other = (
+            frontier[row["weights"], allocation, row["asked"]] for allocation in (OWN, row["against_allocation"])
+        )
+        assert float(row["difference"]) == pytest.approx(
+            float(own["bits_per_byte"]) - float(other["bits_per_byte"]), abs=1e-5
+        )
     uniform = [row for key, row in frontier.items() if key[1] == UNIFORM]
     assert all(float(row["mean_experts"]) == float(row["asked"]) for row in uniform)
 

@@ -6,7 +6,17 @@ import re
 
 import pytest
 
-from ablations.difficulty.tasks import DIGITS, TASKS, addition, carry_length, generate, read_problems, recall, word_problem, write_problems
+from ablations.difficulty.tasks import (
+    DIGITS,
+    TASKS,
+    addition,
+    carry_length,
+    generate,
+    read_problems,
+    recall,
+    word_problem,
+    write_problems,
+)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -20,7 +30,14 @@ def test_addition(seed):
 
 
 def test_carry_length_by_hand():
-    assert [carry_length(*pair) for pair in ((1, 1), (5, 5), (95, 5), (999, 1), (909, 91), (55, 50))] == [0, 1, 2, 3, 3, 1]
+    assert [carry_length(*pair) for pair in ((1, 1), (5, 5), (95, 5), (999, 1), (909, 91), (55, 50))] == [
+        0,
+        1,
+        2,
+        3,
+        3,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -1,4 +1,5 @@
-"""Walks every registered method through one training step on the real path: text, plan, trunk, fork, step, evaluation, measurements."""
+"""Walks every registered method through one training step on the real path: text, plan, trunk, fork, step, evaluation,
+measurements."""
 
 import json
 import math
@@ -27,7 +28,9 @@ def options(tmp_path_factory, text_folder, tiny_model):
         budget_batches=1,
         # Two key/value heads, or a mixed layer would have none to spare.
         model=ModelOptions(**tiny_model | {"n_kv_heads": 2}),
-        staging=StagingConfig(tokens=3 * BATCH * LENGTH, trunk_share=0.67, freeze=0.4, batch_size=BATCH, seq_len=LENGTH),
+        staging=StagingConfig(
+            tokens=3 * BATCH * LENGTH, trunk_share=0.67, freeze=0.4, batch_size=BATCH, seq_len=LENGTH
+        ),
         corpus=CorpusConfig(data=(str(text_folder),), vocab_size=300),
     )
 
@@ -52,7 +55,11 @@ def test_one_training_step(name, options):
     frozen = {tensor for tensor in common if is_frozen(tensor, branch.boundary)}
     assert frozen
     assert all(trained.weights[tensor].equal(trunk.weights[tensor]) for tensor in frozen)
-    assert all(not trained.weights[tensor].equal(trunk.weights[tensor]) for tensor in common - frozen if tensor.endswith(("weight_ED", "head_VD")))
+    assert all(
+        not trained.weights[tensor].equal(trunk.weights[tensor])
+        for tensor in common - frozen
+        if tensor.endswith(("weight_ED", "head_VD"))
+    )
 
     measured = load_json(Measurements, folder / "result.json")
     assert math.isfinite(measured.bits_per_byte)
@@ -66,7 +73,10 @@ def test_one_training_step(name, options):
         assert branch.fresh
         assert branch.model.plan.letters[: branch.boundary] == ("F",) * branch.boundary
         assert set(branch.model.plan.letters[branch.boundary :]) - {"F"}
-        assert measured.cache_bytes_64k < load_json(Measurements, execution.folder_of(plan.branches[0]) / "result.json").cache_bytes_64k
+        assert (
+            measured.cache_bytes_64k
+            < load_json(Measurements, execution.folder_of(plan.branches[0]) / "result.json").cache_bytes_64k
+        )
     else:
         assert not branch.fresh
         assert measured.cache_bytes_64k == measured.cache_bytes_4k

@@ -46,7 +46,9 @@ def test_lines_and_bands_are_the_csv(figures, name, tmp_path):
         assert list(line.get_xdata()) == [row[1] for row in group]
         assert list(line.get_ydata()) == [row[2] for row in group]
         outline = filled.get_paths()[0].vertices
-        assert {(row[1], row[3]) for row in group} | {(row[1], row[4]) for row in group} <= {tuple(vertex) for vertex in outline}
+        assert {(row[1], row[3]) for row in group} | {(row[1], row[4]) for row in group} <= {
+            tuple(vertex) for vertex in outline
+        }
 
 
 def test_difference_marks_are_the_csv(figures, tmp_path):
@@ -77,7 +79,10 @@ def test_histogram_bars_are_the_csv_and_sum_to_one(figures, tmp_path):
 def test_router_lines_are_the_csv_of_the_last_step(figures, comparison_folder, tmp_path):
     rows = read_back(figures["routers"], tmp_path / "data.csv")
     groups = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
-    assert [(group[0][0], len(group)) for group in groups] == [("trunk", 8), *((name, 1) for name in read_records(comparison_folder).methods)]
+    assert [(group[0][0], len(group)) for group in groups] == [
+        ("trunk", 8),
+        *((name, 1) for name in read_records(comparison_folder).methods),
+    ]
     # 800 steps of the trunk, 200 of a branch: the last line and not the one before.
     assert {row[2] for row in rows if row[0] == "trunk"} == {12.8}
     assert {round(row[2], 9) for row in rows if row[0] != "trunk"} == {12.2}

@@ -8,7 +8,8 @@ from ablations.records import read_records
 
 def test_ledger_against_hand_computed_numbers(comparison_folder):
     ledger = read_ledger(read_records(comparison_folder))
-    # One trunk; 5 methods x 3 seeds = 15 branches of 2e11 FLOPs and 4 s, evaluated for 9e10 FLOPs and 1 s, other budgets for 1e10 FLOPs.
+    # One trunk; 5 methods x 3 seeds = 15 branches of 2e11 FLOPs and 4 s, evaluated for 9e10 FLOPs and 1 s, other
+    # budgets for 1e10 FLOPs.
     assert [(cost.flops, cost.seconds) for cost in ledger.phases.values()] == [
         (8e12, 80.0),
         (1e12, 5.0),
@@ -47,7 +48,15 @@ def test_one_seed_shows_no_second_estimate(write_synthetic):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.42, "0.4 s"), (42, "42 s"), (99.7, "1 min 40 s"), (200, "3 min 20 s"), (18420, "5 h 07 min"), (86400, "24 h 00 min")]
+    ("seconds", "shown"),
+    [
+        (0.42, "0.4 s"),
+        (42, "42 s"),
+        (99.7, "1 min 40 s"),
+        (200, "3 min 20 s"),
+        (18420, "5 h 07 min"),
+        (86400, "24 h 00 min"),
+    ],
 )
 def test_durations_read_like_durations(seconds, shown):
     assert duration(seconds) == shown

@@ -17,5 +17,10 @@ def test_bytes_of_batches_are_those_of_the_text_they_predict(text_folder, tmp_pa
     # The last batch is not full; the very first token is a document boundary, without bytes.
     assert text_bytes(corpus, range(n_batches), 40) == corpus.valid.n_bytes
     chosen = [0, n_batches - 1]
-    windows = [corpus.valid.window(1, 40), corpus.valid.window(1 + chosen[1] * 40, len(corpus.valid) - 1 - chosen[1] * 40)]
-    assert text_bytes(corpus, chosen, 40) == sum(len(corpus.tokenizer.decode(window.tolist()).encode()) for window in windows)
+    windows = [
+        corpus.valid.window(1, 40),
+        corpus.valid.window(1 + chosen[1] * 40, len(corpus.valid) - 1 - chosen[1] * 40),
+    ]
+    assert text_bytes(corpus, chosen, 40) == sum(
+        len(corpus.tokenizer.decode(window.tolist()).encode()) for window in windows
+    )

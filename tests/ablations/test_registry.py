@@ -31,7 +31,9 @@ ASKED_FOR = {
 def test_every_file_with_a_method_is_found_and_listed():
     files = {path.stem for path in (ROOT / "ablations").glob("*.py") if "\nMETHOD = " in path.read_text()}
     assert set(all_methods()) == files >= ASKED_FOR
-    listed = subprocess.run([sys.executable, "-m", "ablations", "list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "ablations", "list"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert [line.split()[0] for line in listed.splitlines()] == list(all_methods())
     assert all(method.question in listed for method in all_methods().values())
 
@@ -49,7 +51,10 @@ def test_every_method_runs_alone_asks_a_question_and_says_what_it_changes(name):
 @pytest.mark.parametrize("k", [1, 2, 3, 12])
 def test_routing_methods_hold_the_baselines_mean(k):
     base = ModelOptions(k=k, n_experts=16).config(4096)
-    policies = {name: all_methods()[name].change(base).moe.router.policy for name in ("baseline", "no_op", "top_p", "null_experts", "random_k")}
+    policies = {
+        name: all_methods()[name].change(base).moe.router.policy
+        for name in ("baseline", "no_op", "top_p", "null_experts", "random_k")
+    }
     for policy in policies.values():
         match policy:
             case TopK():
@@ -73,7 +78,11 @@ def test_plans_are_the_ones_named():
 
 
 def test_the_baseline_comes_first_and_once():
-    assert [method.name for method in find_methods(["top_p", "baseline", "no_op", "top_p"])] == ["baseline", "top_p", "no_op"]
+    assert [method.name for method in find_methods(["top_p", "baseline", "no_op", "top_p"])] == [
+        "baseline",
+        "top_p",
+        "no_op",
+    ]
     assert [method.name for method in find_methods(["random_k"])] == ["baseline", "random_k"]
 
 

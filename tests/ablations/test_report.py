@@ -45,11 +45,27 @@ def report(comparison_folder):
 def test_contains_every_figure_table_plan_ledger_and_environment(report, comparison_folder):
     _, parser = report
     names = [figure.name for figure in all_figures(read_records(comparison_folder))]
-    assert names == ["differences", "loss_curves", "branch_differences", "loss_against_experts", "experts_per_token", "routers", "costs"]
+    assert names == [
+        "differences",
+        "loss_curves",
+        "branch_differences",
+        "loss_against_experts",
+        "experts_per_token",
+        "routers",
+        "costs",
+    ]
     assert set(names) <= parser.ids
     assert parser.tags.count("svg") == len(names)
     text = " ".join(parser.text)
-    for expected in ("null_experts", "xz -9", "staged, total", "from scratch", "trunk, then branches <&>", '"commit": "abc"', "not trunk noise"):
+    for expected in (
+        "null_experts",
+        "xz -9",
+        "staged, total",
+        "from scratch",
+        "trunk, then branches <&>",
+        '"commit": "abc"',
+        "not trunk noise",
+    ):
         assert expected in text
 
 
@@ -69,7 +85,9 @@ def test_refers_to_nothing_outside_itself(report):
 
 def test_csv_links_hold_the_files_beside_the_report(report, comparison_folder):
     path, parser = report
-    embedded = {base64.b64decode(reference.split(",", 1)[1]) for reference in parser.references if reference.startswith("data:")}
+    embedded = {
+        base64.b64decode(reference.split(",", 1)[1]) for reference in parser.references if reference.startswith("data:")
+    }
     files = [path.parent / "table.csv", *sorted((path.parent / "figures").glob("*.csv"))]
     assert {file.read_bytes() for file in files} == embedded
     for figure in all_figures(read_records(comparison_folder)):

@@ -1,4 +1,5 @@
-"""Statistics by simulation: the interval covers what it says, and a no-op earns a verdict in about 5 % of comparisons."""
+"""Statistics by simulation: the interval covers what it says, and a no-op earns a verdict in about 5 % of
+comparisons."""
 
 import math
 
@@ -22,12 +23,17 @@ from ablations.statistics import (
 )
 
 REPEATS = 3000
-# Four standard errors of a proportion of 0.05 over REPEATS draws: a correct implementation fails less than once in ten thousand seeds.
+# Four standard errors of a proportion of 0.05 over REPEATS draws: a correct implementation fails less than once in ten
+# thousand seeds.
 TOLERANCE = 4 * math.sqrt(0.05 * 0.95 / REPEATS)
 
 
 def runs(matrix):
-    return {(trunk, branch): float(value) for trunk, row in enumerate(np.atleast_2d(matrix)) for branch, value in enumerate(row)}
+    return {
+        (trunk, branch): float(value)
+        for trunk, row in enumerate(np.atleast_2d(matrix))
+        for branch, value in enumerate(row)
+    }
 
 
 def test_t_interval_against_hand_computed_numbers():
@@ -54,7 +60,9 @@ def test_interval_covers_the_true_mean_in_95_percent(n):
 @pytest.mark.parametrize("n", [3, 5])
 def test_a_no_op_earns_a_verdict_in_5_percent_half_on_each_side(n):
     rng = np.random.default_rng(100 + n)
-    verdicts = [verdict(paired_difference(runs(rng.normal(2, 0.01, n)), runs(rng.normal(2, 0.01, n)))) for _ in range(REPEATS)]
+    verdicts = [
+        verdict(paired_difference(runs(rng.normal(2, 0.01, n)), runs(rng.normal(2, 0.01, n)))) for _ in range(REPEATS)
+    ]
     better, worse = verdicts.count(BETTER) / REPEATS, verdicts.count(WORSE) / REPEATS
     assert abs(better + worse - 0.05) < TOLERANCE
     assert abs(better - worse) < TOLERANCE
@@ -77,7 +85,9 @@ def test_pairing_removes_what_both_arms_share():
     found = 0
     for _ in range(300):
         order = rng.normal(0, 0.05, 5)
-        found += verdict(paired_difference(runs(2.0 + order - 0.01 + rng.normal(0, 0.002, 5)), runs(2.0 + order))) == BETTER
+        found += (
+            verdict(paired_difference(runs(2.0 + order - 0.01 + rng.normal(0, 0.002, 5)), runs(2.0 + order))) == BETTER
+        )
     assert found > 290
 
 

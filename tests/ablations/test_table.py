@@ -20,7 +20,9 @@ def test_rows_are_means_over_runs_and_differences_are_paired(comparison_folder):
         assert (row.runs, row.bits_per_byte.n) == (3, 3)
     difference = rows["top_p"].difference
     assert difference is not None
-    assert difference.mean == pytest.approx(statistics.fmean(a - b for a, b in zip(losses["top_p"], losses["baseline"])))
+    assert difference.mean == pytest.approx(
+        statistics.fmean(a - b for a, b in zip(losses["top_p"], losses["baseline"]))
+    )
     # The seeds' common deviation (0.01) is much larger than what is left after pairing (0.002).
     assert difference.half_width is not None
     assert rows["top_p"].bits_per_byte.half_width is not None
@@ -97,6 +99,9 @@ def test_a_folder_that_is_none_is_refused(tmp_path, write_synthetic):
         read_records(folder)
 
 
-@pytest.mark.parametrize(("number", "shown"), [(0.5, "0.5 "), (999.6, "1 k"), (1234, "1.23 k"), (9.996e5, "1 M"), (2.5e9, "2.5 G"), (8.5e13, "85 T")])
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(0.5, "0.5 "), (999.6, "1 k"), (1234, "1.23 k"), (9.996e5, "1 M"), (2.5e9, "2.5 G"), (8.5e13, "85 T")],
+)
 def test_units(number, shown):
     assert with_unit(number) == shown

@@ -8,14 +8,17 @@ from attention import AttentionConfig, HybridCache, LayerPlan, build_attention
 
 
 class Stack(nn.Module):
-    def __init__(self, pattern: str, config: AttentionConfig, *, d_model: int = 32, n_layers: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, pattern: str, config: AttentionConfig, *, d_model: int = 32, n_layers: int | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
         n_layers = n_layers or len(pattern)
         self.config = config
         self.d_model = d_model
         self.plan = LayerPlan.parse(pattern, n_layers)
         self.layers = nn.ModuleList(
-            build_attention(letter, config, d_model=d_model, layer_index=index, n_layers=n_layers) for index, letter in enumerate(self.plan.letters)
+            build_attention(letter, config, d_model=d_model, layer_index=index, n_layers=n_layers)
+            for index, letter in enumerate(self.plan.letters)
         )
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers:

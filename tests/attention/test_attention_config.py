@@ -25,7 +25,11 @@ def test_refusals_name_the_field_the_value_and_what_is_legal(change, message):
 
 def test_linear_shape_follows_the_softmax_heads_unless_given():
     assert AttentionConfig(n_heads=6, n_kv_heads=2, head_dim=64).linear_shape == (6, 64, 64)
-    assert AttentionConfig(n_heads=6, n_kv_heads=2, head_dim=64, linear_heads=3, linear_value_dim=128).linear_shape == (3, 64, 128)
+    assert AttentionConfig(n_heads=6, n_kv_heads=2, head_dim=64, linear_heads=3, linear_value_dim=128).linear_shape == (
+        3,
+        64,
+        128,
+    )
 
 
 def test_rotary_share_survives_rounding():

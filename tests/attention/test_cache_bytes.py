@@ -17,7 +17,8 @@ def test_yi_lightning_saves_82_8125_percent_at_64k():
 
 
 def test_jamba_52b_keeps_4_gib_at_256k():
-    # 4 attention layers of 32; the others are Mamba layers, whose states are not keys and values. L stands in for them here.
+    # 4 attention layers of 32; the others are Mamba layers, whose states are not keys and values. L stands in for them
+    # here.
     config = AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128)
     plan = LayerPlan.parse("LLLFLLLL", 32)
     per_layer = cache_bytes(config, plan, 256 * 1024)
@@ -25,11 +26,36 @@ def test_jamba_52b_keeps_4_gib_at_256k():
 
 
 def test_each_letter_by_hand():
-    config = AttentionConfig(n_heads=8, n_kv_heads=2, head_dim=16, window=10, linear_heads=3, linear_key_dim=4, linear_value_dim=5, conv_width=4)
+    config = AttentionConfig(
+        n_heads=8,
+        n_kv_heads=2,
+        head_dim=16,
+        window=10,
+        linear_heads=3,
+        linear_key_dim=4,
+        linear_value_dim=5,
+        conv_width=4,
+    )
     plan = LayerPlan.parse("FSRrLGK", 7)
     state, tail = 3 * 4 * 5 * 4, 3 * (4 + 4 + 5) * 3 * 2
-    assert cache_bytes(config, plan, 7) == [2 * 2 * 16 * 2 * 7, 2 * 2 * 16 * 2 * 7, 0, 0, state, state + tail, state + tail]
-    assert cache_bytes(config, plan, 100, batch_size=3) == [3 * 12_800, 3 * 1_280, 0, 0, 3 * state, 3 * (state + tail), 3 * (state + tail)]
+    assert cache_bytes(config, plan, 7) == [
+        2 * 2 * 16 * 2 * 7,
+        2 * 2 * 16 * 2 * 7,
+        0,
+        0,
+        state,
+        state + tail,
+        state + tail,
+    ]
+    assert cache_bytes(config, plan, 100, batch_size=3) == [
+        3 * 12_800,
+        3 * 1_280,
+        0,
+        0,
+        3 * state,
+        3 * (state + tail),
+        3 * (state + tail),
+    ]
     assert cache_bytes(config, plan, 0) == [0, 0, 0, 0, state, state + tail, state + tail]
     assert cache_bytes(config, plan, 7, element_size=4)[5] == state + 2 * tail
 
@@ -66,7 +92,8 @@ def test_bytes_do_not_move_while_decoding(make_stack, tiny, pattern):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"length": -1}, "length=-1"), ({"batch_size": 0}, "batch_size=0"), ({"element_size": 0}, "element_size=0")]
+    ("change", "message"),
+    [({"length": -1}, "length=-1"), ({"batch_size": 0}, "batch_size=0"), ({"element_size": 0}, "element_size=0")],
 )
 def test_refusals(tiny, change, message):
     with pytest.raises(ValueError, match=message):

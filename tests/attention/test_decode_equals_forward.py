@@ -1,4 +1,5 @@
-"""Prefill in chunks of any size and token-by-token decoding from the cache equal one forward over everything, for every letter and mixtures."""
+"""Prefill in chunks of any size and token-by-token decoding from the cache equal one forward over everything, for every
+letter and mixtures."""
 
 import dataclasses
 import itertools
@@ -8,7 +9,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-PATTERNS = ["F", "S", "FR", "Sr", "L", "G", "K", "SSSF", "SSSFSSSR", "LLLF", "GGGF", "KKKF", "SrGLFRSr", "LSFGRKr", "M", "MSM"]
+PATTERNS = [
+    "F",
+    "S",
+    "FR",
+    "Sr",
+    "L",
+    "G",
+    "K",
+    "SSSF",
+    "SSSFSSSR",
+    "LLLF",
+    "GGGF",
+    "KKKF",
+    "SrGLFRSr",
+    "LSFGRKr",
+    "M",
+    "MSM",
+]
 
 
 def run_in_chunks(stack, x_BTD, cuts, max_length=None):
@@ -32,7 +50,14 @@ def test_token_by_token_equals_the_full_forward(make_stack, tiny, pattern, dtype
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(PATTERNS), st.integers(1, 34), st.sets(st.integers(1, 33), max_size=6), st.integers(1, 12), st.integers(0, 9), st.booleans())
+@given(
+    st.sampled_from(PATTERNS),
+    st.integers(1, 34),
+    st.sets(st.integers(1, 33), max_size=6),
+    st.integers(1, 12),
+    st.integers(0, 9),
+    st.booleans(),
+)
 def test_any_chunks_equal_the_full_forward(make_stack, tiny, pattern, n_tokens, cuts, window, spare, bare):
     # `bare`: the plain options, so that both sides of every switch are covered.
     plain = {"output_gate": False, "sink_logits": False, "qk_norm": False, "rotary_fraction": 1.0}
@@ -40,7 +65,9 @@ def test_any_chunks_equal_the_full_forward(make_stack, tiny, pattern, n_tokens, 
     stack = make_stack(pattern, config, seed=1)
     x_BTD = stack.input(2, n_tokens, seed=2)
     expected_BTD = stack(x_BTD).detach()
-    actual_BTD, _ = run_in_chunks(stack, x_BTD, sorted(cut for cut in cuts if cut < n_tokens), max_length=n_tokens + spare)
+    actual_BTD, _ = run_in_chunks(
+        stack, x_BTD, sorted(cut for cut in cuts if cut < n_tokens), max_length=n_tokens + spare
+    )
     torch.testing.assert_close(actual_BTD, expected_BTD, rtol=0, atol=1e-5)
 
 

@@ -1,4 +1,5 @@
-"""Decoding on the fused kernels (in Triton's interpreter here) gives what the torch composition gives, for every layer that has one."""
+"""Decoding on the fused kernels (in Triton's interpreter here) gives what the torch composition gives, for every layer
+that has one."""
 
 import pytest
 import torch

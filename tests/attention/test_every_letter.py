@@ -30,7 +30,8 @@ def test_the_past_within_reach_changes_the_output(make_stack, tiny, letter):
     x_BTD = stack.input(1, 12).requires_grad_()
     (gradient_BTD,) = torch.autograd.grad(stack(x_BTD)[:, -1].square().sum(), x_BTD)
     reached = gradient_BTD[0].abs().sum(-1) > 0
-    # A second S would reach twice as far; r does not, because the keys and values it reuses come from the input of the S below.
+    # A second S would reach twice as far; r does not, because the keys and values it reuses come from the input of the
+    # S below.
     reach = 5 if letter in "Sr" else 12
     assert reached.tolist() == [False] * (12 - reach) + [True] * reach
 
@@ -103,7 +104,10 @@ def test_caches_that_do_not_fit_are_refused_by_the_layers_name(make_stack, tiny,
     with torch.no_grad():
         layer(x_BTD, state=cache.layers[0])
         for start in (0, 5, 7):
-            with pytest.raises(ValueError, match=rf"layer 0 \({letter}, .*start={start}, but the cache has seen 6 tokens; legal: start=6"):
+            with pytest.raises(
+                ValueError,
+                match=rf"layer 0 \({letter}, .*start={start}, but the cache has seen 6 tokens; legal: start=6",
+            ):
                 layer(x_BTD, start=start, state=cache.layers[0])
         with pytest.raises(ValueError, match=r"tokens 6 to 8 do not fit a cache made for 8"):
             layer(x_BTD[:, :3], start=6, state=cache.layers[0])

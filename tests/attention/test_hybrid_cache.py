@@ -37,7 +37,9 @@ def test_crop_is_as_if_the_tokens_had_not_been_seen(make_stack, tiny, pattern, n
     x_BTD, cache = prefilled(stack, 2, n_tokens, 20)
     length = data.draw(st.integers(0, n_tokens))
     if "S" in pattern and n_tokens > tiny.window and length not in (0, n_tokens):
-        with pytest.raises(ValueError, match=f"crop to {length} of {n_tokens} tokens seen: layer 0 cannot: the ring buffer of 5 tokens"):
+        with pytest.raises(
+            ValueError, match=f"crop to {length} of {n_tokens} tokens seen: layer 0 cannot: the ring buffer of 5 tokens"
+        ):
             cache.crop(length)
         assert {state.length for state in cache.layers} == {n_tokens}
         return
@@ -54,7 +56,9 @@ def test_crop_is_as_if_the_tokens_had_not_been_seen(make_stack, tiny, pattern, n
 def test_a_linear_state_says_that_it_cannot_forget_and_nothing_is_cropped(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     _, cache = prefilled(stack, 2, 6, 10)
-    with pytest.raises(ValueError, match=f"layer {len(pattern) - 1} cannot: a linear-attention state is a sum over all tokens"):
+    with pytest.raises(
+        ValueError, match=f"layer {len(pattern) - 1} cannot: a linear-attention state is a sum over all tokens"
+    ):
         cache.crop(3)
     assert {state.length for state in cache.layers} == {6}
     cache.crop(6)

@@ -36,7 +36,13 @@ def test_source_is_the_nearest_owner_below(pattern, n_layers):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "message"), [("SSXF", r"'X' at place 2.*F \(full.*K \(Kimi"), ("f", "'f' at place 0"), ("", "empty"), ("F F", "' ' at place 1")]
+    ("pattern", "message"),
+    [
+        ("SSXF", r"'X' at place 2.*F \(full.*K \(Kimi"),
+        ("f", "'f' at place 0"),
+        ("", "empty"),
+        ("F F", "' ' at place 1"),
+    ],
 )
 def test_wrong_letters_are_named_with_their_place(pattern, message):
     with pytest.raises(ValueError, match=message):

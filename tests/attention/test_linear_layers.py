@@ -1,4 +1,5 @@
-"""Lightning, gated DeltaNet and Kimi delta attention layers against their definitions, written out token by token here."""
+"""Lightning, gated DeltaNet and Kimi delta attention layers against their definitions, written out token by token
+here."""
 
 import pytest
 import torch
@@ -51,7 +52,10 @@ def test_delta_rule_layers_equal_their_definition(make_stack, tiny, letter):
         bias = layer.decay_gate.dt_bias[:, None]
     else:
         qkv_W, gate_W, a_W, b_W = layer.to_inner.weight.split([channels, V, K, H])
-        a, gate = (x_BTD @ a_W.T @ layer.to_decay.weight.T).view(2, 11, H, K), torch.sigmoid(x_BTD @ gate_W.T @ layer.to_gate.weight.T)
+        a, gate = (
+            (x_BTD @ a_W.T @ layer.to_decay.weight.T).view(2, 11, H, K),
+            torch.sigmoid(x_BTD @ gate_W.T @ layer.to_gate.weight.T),
+        )
         bias = layer.decay_gate.dt_bias.view(H, K)
     padded = functional.pad(x_BTD @ qkv_W.T, (0, 0, tiny.conv_width - 1, 0))
     mixed = functional.silu(sum(layer.conv_XW[:, w] * padded[:, w : w + 11] for w in range(tiny.conv_width)))
@@ -65,7 +69,9 @@ def test_delta_rule_layers_equal_their_definition(make_stack, tiny, letter):
     outputs = []
     for t in range(11):
         kt, bt = k[:, t], beta[:, t, :, None, None]
-        state = (eye - bt * kt[..., :, None] * kt[..., None, :]) @ (decay[:, t, :, :, None] * state) + bt * kt[..., :, None] * v[:, t, :, None, :]
+        state = (eye - bt * kt[..., :, None] * kt[..., None, :]) @ (decay[:, t, :, :, None] * state) + bt * kt[
+            ..., :, None
+        ] * v[:, t, :, None, :]
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * K**-0.5)
     o = torch.stack(outputs, dim=1)
     normed = o / (o.square().mean(-1, keepdim=True) + tiny.norm_eps).sqrt() * layer.norm.weight

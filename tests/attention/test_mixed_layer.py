@@ -1,4 +1,5 @@
-"""The mixed layer: its definition written out head by head, its memory, its heads' shares, its decoding on the kernels."""
+"""The mixed layer: its definition written out head by head, its memory, its heads' shares, its decoding on the
+kernels."""
 
 import dataclasses
 
@@ -31,7 +32,9 @@ def test_layer_equals_its_definition(make_stack, tiny, window):
     heads = []
     for h in range(H):
         q_BTK = rms(q[..., h * K : (h + 1) * K], layer.q_norm.weight, config.norm_eps)
-        scores = (q_BTK @ rms(k, layer.k_norm.weight, config.norm_eps).mT / K**0.5).masked_fill((age_TT < 0) | (age_TT >= (window or T)), -torch.inf)
+        scores = (q_BTK @ rms(k, layer.k_norm.weight, config.norm_eps).mT / K**0.5).masked_fill(
+            (age_TT < 0) | (age_TT >= (window or T)), -torch.inf
+        )
         heads.append(scores.exp() / (scores.exp().sum(-1, keepdim=True) + layer.sink_H[h].exp()) @ v)
     softmax = torch.cat(heads, -1) * gate.sigmoid()
     slopes = lightning_slopes(J, 1, 3).double()
@@ -47,7 +50,9 @@ def test_layer_equals_its_definition(make_stack, tiny, window):
 
 
 def test_memory_by_hand_and_its_kinds():
-    config = AttentionConfig(n_heads=8, n_kv_heads=4, head_dim=16, mixed_linear_heads=6, linear_key_dim=4, linear_value_dim=5)
+    config = AttentionConfig(
+        n_heads=8, n_kv_heads=4, head_dim=16, mixed_linear_heads=6, linear_key_dim=4, linear_value_dim=5
+    )
     plan, state = LayerPlan.parse("M", 1), 6 * 4 * 5 * 4
     assert config.mixed_heads == (2, 1, 6)
     assert cache_bytes(config, plan, 100) == [2 * 1 * 16 * 2 * 100 + state]
@@ -93,7 +98,10 @@ def test_decode_on_the_kernels_equals_the_forward(make_stack, tiny, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_heads": 1, "n_kv_heads": 1}, "mixed_linear_heads: 0 of n_heads=1; legal: at least one head of either kind"),
+        (
+            {"n_heads": 1, "n_kv_heads": 1},
+            "mixed_linear_heads: 0 of n_heads=1; legal: at least one head of either kind",
+        ),
         ({"mixed_linear_heads": 4}, "mixed_linear_heads: 4 of n_heads=4"),
         ({"n_heads": 12, "n_kv_heads": 6, "mixed_linear_heads": 7}, "leaves 5 softmax heads for 2 of n_kv_heads=6"),
     ],

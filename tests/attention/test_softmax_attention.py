@@ -1,4 +1,5 @@
-"""Full and sliding-window layers against a dense masked reference written out here, rotary positions, and sharing of keys and values."""
+"""Full and sliding-window layers against a dense masked reference written out here, rotary positions, and sharing of
+keys and values."""
 
 import dataclasses
 
@@ -19,7 +20,10 @@ def turned(x_BTHK, rotary_dim, base):
     half = rotary_dim // 2
     position_T = torch.arange(x_BTHK.shape[1], dtype=torch.float64)
     angle_TP = position_T[:, None] / base ** (torch.arange(half, dtype=torch.float64) * 2 / max(rotary_dim, 1))
-    z = torch.complex(x_BTHK[..., :half], x_BTHK[..., half:rotary_dim]) * torch.polar(torch.ones_like(angle_TP), angle_TP)[:, None, :]
+    z = (
+        torch.complex(x_BTHK[..., :half], x_BTHK[..., half:rotary_dim])
+        * torch.polar(torch.ones_like(angle_TP), angle_TP)[:, None, :]
+    )
     return torch.cat([z.real, z.imag, x_BTHK[..., rotary_dim:]], dim=-1)
 
 
@@ -41,7 +45,9 @@ def dense(layer, x_BTD, window):
     heads = []
     for h in range(H):
         g = h // (H // G)
-        scores = (q[:, :, h] @ k[:, :, g].transpose(1, 2) / K**0.5).masked_fill((age_TT < 0) | (age_TT >= window), -torch.inf)
+        scores = (q[:, :, h] @ k[:, :, g].transpose(1, 2) / K**0.5).masked_fill(
+            (age_TT < 0) | (age_TT >= window), -torch.inf
+        )
         weights = scores.exp()
         total = weights.sum(-1, keepdim=True) + (layer.sink_H[h].exp() if config.sink_logits else 0)
         heads.append(weights / total @ v[:, :, g])
@@ -50,10 +56,24 @@ def dense(layer, x_BTD, window):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 50), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([0.0, 0.5, 1.0]))
-def test_layers_equal_the_dense_masked_definition(make_stack, tiny, n_tokens, window, qk_norm, output_gate, sink_logits, rotary_fraction):
+@given(
+    st.integers(1, 40),
+    st.integers(1, 50),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_layers_equal_the_dense_masked_definition(
+    make_stack, tiny, n_tokens, window, qk_norm, output_gate, sink_logits, rotary_fraction
+):
     config = dataclasses.replace(
-        tiny, window=window, qk_norm=qk_norm, output_gate=output_gate, sink_logits=sink_logits, rotary_fraction=rotary_fraction
+        tiny,
+        window=window,
+        qk_norm=qk_norm,
+        output_gate=output_gate,
+        sink_logits=sink_logits,
+        rotary_fraction=rotary_fraction,
     )
     for letter, reach in (("S", window), ("F", n_tokens)):
         stack = make_stack(letter, config).double()
@@ -83,7 +103,12 @@ def test_sharing_layers_use_the_owners_keys_and_values_and_own_none(make_stack, 
     stack = make_stack(pattern, tiny).double()
     owner, sharer = stack.layers
     H, K = tiny.n_heads, tiny.head_dim
-    assert {name for name, _ in sharer.named_parameters()} == {"to_inner.weight", "to_out.weight", "q_norm.weight", "sink_H"}
+    assert {name for name, _ in sharer.named_parameters()} == {
+        "to_inner.weight",
+        "to_out.weight",
+        "q_norm.weight",
+        "sink_H",
+    }
     # Queries and output gate only.
     assert sharer.to_inner.out_features == 2 * H * K
     x_BTD = stack.input(2, 11, dtype=torch.float64)
@@ -120,7 +145,9 @@ def test_misplaced_or_missing_shared_keys_are_refused(make_stack, tiny):
     owner, sharer = stack.layers
     x_BTD = stack.input(2, 6)
     _, kv = owner(x_BTD)
-    with pytest.raises(ValueError, match=r"layer 1 \(R, .*shared is missing; legal: the keys and values that the F layer below"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 \(R, .*shared is missing; legal: the keys and values that the F layer below"
+    ):
         sharer(x_BTD)
     with pytest.raises(ValueError, match=r"layer 0 \(F, .*legal: shared=None"):
         owner(x_BTD, shared=kv)
@@ -128,5 +155,7 @@ def test_misplaced_or_missing_shared_keys_are_refused(make_stack, tiny):
         with pytest.raises(ValueError, match=r"layer 1 \(R, .*shared keys of shape"):
             sharer(x_BTD, shared=wrong)
     cache = stack.cache(2, 12)
-    with pytest.raises(ValueError, match=r"layer 1 \(R, .*tokens 0 to 5 after the owner of the keys took 0; legal: first the owner"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 \(R, .*tokens 0 to 5 after the owner of the keys took 0; legal: first the owner"
+    ):
         sharer(x_BTD, state=cache.layers[1], shared=kv)

@@ -13,7 +13,13 @@ documents_of = st.lists(st.lists(st.integers(2, 99), max_size=12), min_size=1, m
 
 
 def pack_documents(folder, documents, *, shard_tokens=5, vocab_size=100) -> PackedTokens:
-    return pack(folder, ((ids, 3 * len(ids)) for ids in documents), vocab_size=vocab_size, boundary_id=BOUNDARY, shard_tokens=shard_tokens)
+    return pack(
+        folder,
+        ((ids, 3 * len(ids)) for ids in documents),
+        vocab_size=vocab_size,
+        boundary_id=BOUNDARY,
+        shard_tokens=shard_tokens,
+    )
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ from corpus.tokenizer import Tokenizer
 
 REPOSITORY = Path(prepare_module.__file__).parents[1]
 _random = random.Random(1)
-_WORDS = ["".join(_random.choices(["ka", "tor", "in", "the", "sel", "mu"], k=_random.randint(1, 4))) for _ in range(150)]
+_WORDS = [
+    "".join(_random.choices(["ka", "tor", "in", "the", "sel", "mu"], k=_random.randint(1, 4))) for _ in range(150)
+]
 TEXTS = [f"{number}\u2581 <document>\r\n{' '.join(_random.choices(_WORDS, k=60))}\n" for number in range(200)]
 VOCAB_SIZE = 500
 
@@ -42,7 +44,10 @@ def config(data) -> CorpusConfig:
 def documents_of(prepared, packed: PackedTokens) -> list[str]:
     offsets = packed.document_offsets.tolist()
     assert all(packed.tokens[start] == prepared.tokenizer.boundary_id for start in offsets[:-1])
-    return [prepared.tokenizer.decode_bytes(packed.tokens[start + 1 : end]).decode() for start, end in itertools.pairwise(offsets)]
+    return [
+        prepared.tokenizer.decode_bytes(packed.tokens[start + 1 : end]).decode()
+        for start, end in itertools.pairwise(offsets)
+    ]
 
 
 def test_token_stream_gives_the_documents_back(config, tmp_path):
@@ -106,7 +111,14 @@ def test_changed_input_is_never_served_from_the_cache(config, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["train/tokens_00001.bin", "valid/tokens_00000.bin", "train/document_offsets.bin", "manifest.json", "tokenizer.model"]
+    "name",
+    [
+        "train/tokens_00001.bin",
+        "valid/tokens_00000.bin",
+        "train/document_offsets.bin",
+        "manifest.json",
+        "tokenizer.model",
+    ],
 )
 def test_damaged_cache_is_refused(config, tmp_path, name):
     folder = prepare(config, tmp_path / "root").folder
@@ -132,7 +144,11 @@ def test_index_and_manifest_must_agree(config, tmp_path):
 
 def test_failure_leaves_nothing_behind(config, tmp_path, monkeypatch):
     whole = Tokenizer.encode_batch
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [ids if len(texts) == 1 else ids[:-1] for ids in whole(self, texts)])
+    monkeypatch.setattr(
+        Tokenizer,
+        "encode_batch",
+        lambda self, texts: [ids if len(texts) == 1 else ids[:-1] for ids in whole(self, texts)],
+    )
     with pytest.raises(ValueError, match="does not give back the document"):
         prepare(config, tmp_path / "root")
     assert list((tmp_path / "root").iterdir()) == []
@@ -222,7 +238,9 @@ def test_command_prepares_and_shows(data, tmp_path, capsys):
     ],
 )
 def test_command_refuses_mistakes(arguments, status, message):
-    run = subprocess.run([sys.executable, "-m", "corpus", *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "corpus", *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
     assert run.returncode == status
     assert message in run.stderr
     assert "Traceback" not in run.stderr

@@ -18,7 +18,9 @@ from corpus.sources import read_paths, read_standard_library
 
 def read(*paths, text_field="text") -> tuple[list[str], list[Skipped]]:
     items = list(read_paths([str(path) for path in paths], text_field=text_field))
-    return [item.text for item in items if isinstance(item, Document)], [item for item in items if isinstance(item, Skipped)]
+    return [item.text for item in items if isinstance(item, Document)], [
+        item for item in items if isinstance(item, Skipped)
+    ]
 
 
 def jsonl(*texts: str) -> bytes:
@@ -59,10 +61,15 @@ def test_text_files_are_taken_as_they_are(tmp_path):
 
 def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
-    pa.parquet.write_table(pa.table({"body": pa.array([*TEXTS, None, ""]), "n": [1, 2, 3, 4, 5]}), path, row_group_size=2)
+    pa.parquet.write_table(
+        pa.table({"body": pa.array([*TEXTS, None, ""]), "n": [1, 2, 3, 4, 5]}), path, row_group_size=2
+    )
     texts, skipped = read(path, text_field="body")
     assert texts == TEXTS
-    assert skipped == [Skipped(f"{path}:4", "the text is not a string but NoneType"), Skipped(f"{path}:5", "empty text")]
+    assert skipped == [
+        Skipped(f"{path}:4", "the text is not a string but NoneType"),
+        Skipped(f"{path}:5", "empty text"),
+    ]
 
 
 def test_parquet_of_several_batches_counts_rows_through(tmp_path):
@@ -83,7 +90,11 @@ def test_parquet_string_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("column", "reason"), [({"other": ["x"], "more": ["y"]}, "no column 'text'; it has 'other', 'more'"), ({"text": [1]}, "not a string but int")]
+    ("column", "reason"),
+    [
+        ({"other": ["x"], "more": ["y"]}, "no column 'text'; it has 'other', 'more'"),
+        ({"text": [1]}, "not a string but int"),
+    ],
 )
 def test_parquet_without_text(tmp_path, column, reason):
     pa.parquet.write_table(pa.table(column), tmp_path / "a.parquet")
@@ -130,7 +141,9 @@ def test_garbage_never_raises(tmp_path_factory, data, suffix):
         assert texts == []
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress], ids=["gz", "zst"])
+@pytest.mark.parametrize(
+    "compress", [gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress], ids=["gz", "zst"]
+)
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_damaged_compressed_file_keeps_what_came_before(tmp_path, monkeypatch, compress, damage):
     monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 10)
@@ -143,7 +156,10 @@ def test_damaged_compressed_file_keeps_what_came_before(tmp_path, monkeypatch, c
     assert len(texts) < 2000
     if damage == "truncated":
         assert texts == everything[: len(texts)]
-    assert any("unreadable from here on" in item.reason and item.place == f"{path}:{len(texts) + len(skipped)}" for item in skipped)
+    assert any(
+        "unreadable from here on" in item.reason and item.place == f"{path}:{len(texts) + len(skipped)}"
+        for item in skipped
+    )
 
 
 def test_truncated_parquet_is_listed(tmp_path):
@@ -169,7 +185,8 @@ def test_folder_walk(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jsonl(name) if name.endswith("jsonl") else name.encode())
-    # A named pipe would block for ever, a link to the folder above would never end, and a link to nothing cannot be read.
+    # A named pipe would block for ever, a link to the folder above would never end, and a link to nothing cannot be
+    # read.
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nothing")
@@ -188,7 +205,10 @@ def test_file_name_that_is_not_utf8(tmp_path):
     [
         (lambda folder: folder / "missing", "missing: no such file or folder"),
         (lambda folder: folder, "no file of a known type"),
-        (lambda folder: write(folder / "a.png", b"x"), "a.png: unknown file type; legal are .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"),
+        (
+            lambda folder: write(folder / "a.png", b"x"),
+            "a.png: unknown file type; legal are .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
+        ),
         (lambda folder: "", "empty path"),
     ],
 )
@@ -206,7 +226,9 @@ def test_missing_optional_package_names_the_extra(tmp_path, monkeypatch, name, m
 
 def test_only_bad_input_is_a_clear_error(tmp_path):
     path = write(tmp_path / "a.jsonl", b"{\n[]\n")
-    with pytest.raises(ValueError, match=r"2 skipped, first ones: .*a\.jsonl:1: not JSON.*a\.jsonl:2: not a JSON object"):
+    with pytest.raises(
+        ValueError, match=r"2 skipped, first ones: .*a\.jsonl:1: not JSON.*a\.jsonl:2: not a JSON object"
+    ):
         load_documents([str(path)], text_field="text", valid_share=0.5)
 
 
@@ -231,7 +253,9 @@ def test_split_does_not_depend_on_order_or_repetition(tmp_path_factory, texts, s
     results = []
     for name, lines in (("a.jsonl", texts), ("b.jsonl", shuffled)):
         try:
-            results.append(load_documents([str(write(folder / name, jsonl(*lines)))], text_field="text", valid_share=0.5))
+            results.append(
+                load_documents([str(write(folder / name, jsonl(*lines)))], text_field="text", valid_share=0.5)
+            )
         except ValueError:
             results.append(None)
     first, second = results
@@ -266,14 +290,22 @@ def test_standard_library_rule(tmp_path):
         "other/table.py": b"decoding_table = ()",
         "empty.py": b"",
         "data.txt": b"no",
-        **{f"{folder}/x.py": b"no" for folder in ("site-packages", "dist-packages", "test", "a/tests", "idlelib/idle_test", "__pycache__")},
+        **{
+            f"{folder}/x.py": b"no"
+            for folder in ("site-packages", "dist-packages", "test", "a/tests", "idlelib/idle_test", "__pycache__")
+        },
     }
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     write(tmp_path / "latin.py", b"# caf\xe9")
     items = list(read_standard_library(tmp_path))
-    assert [item.text for item in items if isinstance(item, Document)] == ["'''doc'''", "b", "search", "decoding_table = ()"]
+    assert [item.text for item in items if isinstance(item, Document)] == [
+        "'''doc'''",
+        "b",
+        "search",
+        "decoding_table = ()",
+    ]
     assert [item.place for item in items if isinstance(item, Skipped)] == [str(tmp_path / "latin.py")]
 
 

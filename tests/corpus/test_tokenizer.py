@@ -12,11 +12,18 @@ from corpus import tokenizer as tokenizer_module
 from corpus.tokenizer import SPACE_MARK, Tokenizer
 
 _random = random.Random(0)
-_WORDS = ["".join(_random.choices(["ka", "tor", "in", "the", "sel", "mu", "ra", "ex"], k=_random.randint(1, 4))) for _ in range(150)]
-ENGLISH = [f"Def {' '.join(_random.choices(_WORDS, k=6))}: {number}\n    return self.{_random.choice(_WORDS)}\n" for number in range(400)]
+_WORDS = [
+    "".join(_random.choices(["ka", "tor", "in", "the", "sel", "mu", "ra", "ex"], k=_random.randint(1, 4)))
+    for _ in range(150)
+]
+ENGLISH = [
+    f"Def {' '.join(_random.choices(_WORDS, k=6))}: {number}\n    return self.{_random.choice(_WORDS)}\n"
+    for number in range(400)
+]
 CHINESE = ["".join(chr(0x4E00 + (7 * i * i + j) % 3000) for j in range(200)) for i in range(60)]
 
-# Plain text, and the strings that break tokenizers: the space mark, control spellings, line ends, byte spellings, format characters.
+# Plain text, and the strings that break tokenizers: the space mark, control spellings, line ends, byte spellings,
+# format characters.
 fragments = st.sampled_from(
     [
         SPACE_MARK,
@@ -56,7 +63,11 @@ def train_with(**overrides) -> bytes:
     } | overrides
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(ENGLISH), model_writer=model, model_type="bpe", minloglevel=2, **({"vocab_size": 380} | settings)
+        sentence_iterator=iter(ENGLISH),
+        model_writer=model,
+        model_type="bpe",
+        minloglevel=2,
+        **({"vocab_size": 380} | settings),
     )
     return model.getvalue()
 

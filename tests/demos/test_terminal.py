@@ -45,7 +45,9 @@ def model_folder(tmp_path_factory):
 
 
 def run(*arguments, module="demos.terminal"):
-    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_numbers_budget_trace_and_replay(model_folder, tmp_path):
@@ -74,7 +76,18 @@ def test_as_trained_every_token_gets_the_same(model_folder):
 
 
 def test_generate_streams_text(model_folder):
-    shown = run("generate", "--run", model_folder.parent, "--prompt", "def main", "--max-new-tokens", "12", "--temperature", "0", module="lm")
+    shown = run(
+        "generate",
+        "--run",
+        model_folder.parent,
+        "--prompt",
+        "def main",
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "0",
+        module="lm",
+    )
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("def main")
     assert "12 tokens" in shown.stderr
@@ -89,7 +102,8 @@ def test_generate_records_the_routing_of_every_token(model_folder, tmp_path):
     assert "def main" + "".join(text.pieces) == shown.stdout.rstrip("\n")
     assert experts_NL.tolist() == [[4, 4]] * 12
     rows = read_trace(tmp_path / "trace")
-    # Top-4 in two layers, for every token of the prompt and every generated one that was fed back; its weights sum to one.
+    # Top-4 in two layers, for every token of the prompt and every generated one that was fed back; its weights sum to
+    # one.
     assert len(rows.token) == 2 * 4 * (len(text.prompt) + 11)
     assert rows.weight.sum() == pytest.approx(len(rows.token) / 4, rel=1e-5)
     refused = run("--replay", tmp_path / "trace")

@@ -47,11 +47,15 @@ def test_flops_are_those_that_torch_counts(backward):
         output = model(tokens_BT[:, :-1])
         if backward:
             token_losses(output.logits_BTV, tokens_BT[:, 1:]).mean().backward()
-    cost = model_cost(CONFIG, length=length, mean_experts=tuple(float(routing.statistics.mean_experts) for routing in output.routings))
+    cost = model_cost(
+        CONFIG, length=length, mean_experts=tuple(float(routing.statistics.mean_experts) for routing in output.routings)
+    )
     products = cost.forward_flops - sum(mixing_flops(CONFIG, layer, length) for layer in range(2))
     counted = counter.get_total_flops() / (batch * length)
     # torch counts softmax attention separately and without the causal half: take its own numbers out.
-    attention = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" in str(op)) / (batch * length)
+    attention = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" in str(op)) / (
+        batch * length
+    )
     assert counted - attention == pytest.approx((3 if backward else 1) * products)
 
 

@@ -46,7 +46,9 @@ def test_every_budget_is_met_on_the_calibration_text(name, boundary):
         assert calibrated_on == (TOKENS_BT.numel() if name in ("top_p", "null_experts", "skipping") else 0)
         # One part in 128 tokens, where levels tie.
         assert means(model) == pytest.approx(before[:boundary] + [budget] * (3 - boundary), abs=0.02)
-    thresholds = [float(router.policy.budget.threshold) for router in model.routers(boundary) if router.policy.budget is not None]
+    thresholds = [
+        float(router.policy.budget.threshold) for router in model.routers(boundary) if router.policy.budget is not None
+    ]
     assert len(set(thresholds)) == len(thresholds), "each layer has its own"
 
 
@@ -65,12 +67,17 @@ def test_budgets_out_of_reach(budget):
 
 
 def test_a_refused_budget_changes_no_threshold_now_or_later():
-    """The third layer cannot: what the two below it were given is taken back, and nothing is left to happen at the next forward."""
+    """The third layer cannot: what the two below it were given is taken back, and nothing is left to happen at the next
+    forward."""
     moe = MoEConfig(n_experts=16, d_expert=16, router=RouterConfig(policy=TopP(target_mean=3.0, cap=8)))
-    model = LanguageModel(dataclasses.replace(build(TopP(target_mean=3.0, cap=4)).config, lower_moe=moe, n_lower=2)).init_weights(0)
+    model = LanguageModel(
+        dataclasses.replace(build(TopP(target_mean=3.0, cap=4)).config, lower_moe=moe, n_lower=2)
+    ).init_weights(0)
     set_budget(model, 3, TOKENS_BT)
     before, states = means(model), {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="target_mean = 5 experts per token is out of reach: the policy fills at most 4 slots"):
+    with pytest.raises(
+        ValueError, match="target_mean = 5 experts per token is out of reach: the policy fills at most 4 slots"
+    ):
         set_budget(model, 5, TOKENS_BT)
     assert means(model) == before
     assert all(torch.equal(value, states[name]) for name, value in model.state_dict().items())
@@ -80,7 +87,9 @@ def test_a_refused_budget_changes_no_threshold_now_or_later():
 def test_every_policy_is_calibrated_to_its_own_target(boundary):
     lower, upper = (RouterConfig(policy=TopP(target_mean=mean, cap=8)) for mean in (2.0, 4.0))
     config = dataclasses.replace(build(TopK(k=3)).config, moe=MoEConfig(n_experts=16, d_expert=16, router=upper))
-    model = LanguageModel(dataclasses.replace(config, lower_moe=dataclasses.replace(config.moe, router=lower), n_lower=1)).init_weights(0)
+    model = LanguageModel(
+        dataclasses.replace(config, lower_moe=dataclasses.replace(config.moe, router=lower), n_lower=1)
+    ).init_weights(0)
     before = means(model)
     inputs = model.prefix(TOKENS_BT, boundary).detach() if boundary else TOKENS_BT
     assert calibrate_to_targets(model, inputs, boundary=boundary) == TOKENS_BT.numel()

@@ -38,7 +38,9 @@ def test_padding_counts_for_nothing(model):
     result = evaluate(model, [(inputs_BT, targets_BT)], n_bytes=10)
     assert result.tokens == 17
     with torch.no_grad():
-        assert result.nats == pytest.approx(token_losses(model(inputs_BT).logits_BTV, targets_BT).sum().item(), rel=1e-6)
+        assert result.nats == pytest.approx(
+            token_losses(model(inputs_BT).logits_BTV, targets_BT).sum().item(), rel=1e-6
+        )
     assert all(sum(histogram) == 17 for histogram in result.experts_histogram)
 
 

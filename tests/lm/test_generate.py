@@ -1,4 +1,5 @@
-"""Generation: greedy equals argmax of the full forward, seeds repeat, bad prompts are refused, the cache's bytes are those of the accounting."""
+"""Generation: greedy equals argmax of the full forward, seeds repeat, bad prompts are refused, the cache's bytes are
+those of the accounting."""
 
 import pytest
 import torch
@@ -43,7 +44,12 @@ def test_greedy_decoding_follows_the_full_forward(model):
 
 def test_the_seed_decides(model):
     def run(seed):
-        return [step.token for step in generate(model, [7], max_new_tokens=20, sampling=SamplingConfig(seed=seed, temperature=1.5, top_p=1.0))]
+        return [
+            step.token
+            for step in generate(
+                model, [7], max_new_tokens=20, sampling=SamplingConfig(seed=seed, temperature=1.5, top_p=1.0)
+            )
+        ]
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -51,20 +57,27 @@ def test_the_seed_decides(model):
 
 def test_generation_ends_before_the_stop_token(model):
     free = [step.token for step in generate(model, [7], max_new_tokens=20, sampling=SamplingConfig(temperature=0))]
-    stopped = [step.token for step in generate(model, [7], max_new_tokens=20, sampling=SamplingConfig(temperature=0), stop=free[6])]
+    stopped = [
+        step.token
+        for step in generate(model, [7], max_new_tokens=20, sampling=SamplingConfig(temperature=0), stop=free[6])
+    ]
     assert stopped == free[: free.index(free[6])]
 
 
 @given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=20), st.floats(0.01, 1), st.integers(0, 99))
 def test_nucleus_sampling_stays_inside_the_nucleus(logits, top_p, seed):
     logits_V = torch.tensor(logits)
-    token = sample(logits_V, SamplingConfig(temperature=1.0, top_p=top_p, seed=seed), torch.Generator().manual_seed(seed))
+    token = sample(
+        logits_V, SamplingConfig(temperature=1.0, top_p=top_p, seed=seed), torch.Generator().manual_seed(seed)
+    )
     probabilities_V = torch.softmax(logits_V, dim=-1)
     heavier = probabilities_V[probabilities_V > probabilities_V[token]].sum()
     assert heavier < top_p + 1e-5
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "prompt is empty"), ([1, 50], r"token 50 lies outside the vocabulary \[0, 50\)")])
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "prompt is empty"), ([1, 50], r"token 50 lies outside the vocabulary \[0, 50\)")]
+)
 def test_bad_prompts(model, prompt, message):
     with pytest.raises(ValueError, match=message):
         next(generate(model, prompt, max_new_tokens=1, sampling=SamplingConfig()))
@@ -80,7 +93,9 @@ def test_a_saved_model_comes_back(model, tmp_path):
     save_pretrained(tmp_path / "model", model)
     loaded = load_pretrained(find_model(tmp_path))
     assert loaded.config == CONFIG
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_damaged_or_absent_models_are_named(model, tmp_path):

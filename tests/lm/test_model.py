@@ -1,4 +1,5 @@
-"""The model: cut anywhere it computes the same, it decodes as it trains, and its initial weights depend on the seed and the layer alone."""
+"""The model: cut anywhere it computes the same, it decodes as it trains, and its initial weights depend on the seed and
+the layer alone."""
 
 import dataclasses
 
@@ -67,7 +68,8 @@ def test_the_future_does_not_leak(plan):
     changed_BT = tokens_BT.clone()
     changed_BT[:, 13:] = (changed_BT[:, 13:] + 1) % TINY.vocab_size
     before, after = model(tokens_BT).logits_BTV, model(changed_BT).logits_BTV
-    # Other tokens share the experts' matrix products, whose blocking may change the last bit; nothing beyond that may differ.
+    # Other tokens share the experts' matrix products, whose blocking may change the last bit; nothing beyond that may
+    # differ.
     torch.testing.assert_close(before[:, :13], after[:, :13], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before[:, 13:], after[:, 13:], atol=1e-2)
 
@@ -91,7 +93,11 @@ def test_every_parameter_learns(plan):
     tokens_BT = tokens(4, 33)
     output = model(tokens_BT[:, :-1])
     (token_losses(output.logits_BTV, tokens_BT[:, 1:]).mean() + output.routing_loss).backward()
-    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    silent = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ]
     assert not silent
 
 
@@ -99,7 +105,9 @@ def test_bf16_stays_close_to_fp32():
     exact, rounded = awake(tiny("SLGF")), awake(tiny("SLGF", dtype="bfloat16"))
     tokens_BT = tokens(2, 20)
     with torch.no_grad():
-        losses = [token_losses(model(tokens_BT[:, :-1]).logits_BTV, tokens_BT[:, 1:]).mean() for model in (exact, rounded)]
+        losses = [
+            token_losses(model(tokens_BT[:, :-1]).logits_BTV, tokens_BT[:, 1:]).mean() for model in (exact, rounded)
+        ]
     assert rounded(tokens_BT).logits_BTV.dtype == torch.bfloat16
     assert abs(losses[0] - losses[1]) < 0.05 * losses[0]
 
@@ -113,7 +121,12 @@ def test_ignored_targets_cost_nothing():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"dtype": "float16"}, "dtype: 'float16'"), ({"n_layers": 0}, "n_layers: 0"), ({"layer_plan": "SXF"}, "'X'"), ({"layer_plan": "RF"}, "'R'")],
+    [
+        ({"dtype": "float16"}, "dtype: 'float16'"),
+        ({"n_layers": 0}, "n_layers: 0"),
+        ({"layer_plan": "SXF"}, "'X'"),
+        ({"layer_plan": "RF"}, "'R'"),
+    ],
 )
 def test_bad_configs_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,9 @@ from lm.precision import fast_dtype
 CPU_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
-@pytest.mark.parametrize(("avx", "amx", "expected"), [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")])
+@pytest.mark.parametrize(
+    ("avx", "amx", "expected"), [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")]
+)
 def test_on_a_cpu_the_instructions_decide(monkeypatch, avx, amx, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, answer in zip(CPU_CHECKS, (avx, amx)):

@@ -34,7 +34,11 @@ NESTED = Nested(policy=Threshold(mean=6.5), maybe=Fixed(k=3), steps=(Fixed(k=1),
 def test_round_trip_through_a_file(tmp_path):
     save_json(tmp_path / "config.json", NESTED)
     assert load_json(Nested, tmp_path / "config.json") == NESTED
-    assert json.loads((tmp_path / "config.json").read_text())["policy"] == {"type": "Threshold", "mean": 6.5, "cap": None}
+    assert json.loads((tmp_path / "config.json").read_text())["policy"] == {
+        "type": "Threshold",
+        "mean": 6.5,
+        "cap": None,
+    }
 
 
 def test_absent_keys_take_their_defaults():

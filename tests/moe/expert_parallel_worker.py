@@ -22,8 +22,14 @@ from routing.null_experts import NullExperts
 from routing.router import RouterConfig
 
 D, E, F, K, T = 16, 8, 16, 5, 21
-# Which experts tokens may have: all of them, or only those of process 0, or those of all processes but the first; and nobody any.
-CASES = {"ragged": (0, E), "all rows to the first process": (0, 2), "no rows to the first process": (4, E), "no rows at all": (0, 0)}
+# Which experts tokens may have: all of them, or only those of process 0, or those of all processes but the first; and
+# nobody any.
+CASES = {
+    "ragged": (0, E),
+    "all rows to the first process": (0, 2),
+    "no rows to the first process": (4, E),
+    "no rows at all": (0, 0),
+}
 
 
 def experts(dtype: torch.dtype) -> Experts:
@@ -33,7 +39,8 @@ def experts(dtype: torch.dtype) -> Experts:
 
 
 def problem(case: str, rank: int, dtype: torch.dtype) -> tuple[Tensor, Assignments, Tensor]:
-    """x_TD, assignments and the gradient of y_TD of one process: tokens have 0 to K rows; each process has a number of tokens of its own."""
+    """x_TD, assignments and the gradient of y_TD of one process: tokens have 0 to K rows; each process has a number of
+    tokens of its own."""
     lowest, highest = CASES[case]
     generator = torch.Generator().manual_seed(rank)
     n_tokens = T + rank
@@ -49,7 +56,13 @@ def problem(case: str, rank: int, dtype: torch.dtype) -> tuple[Tensor, Assignmen
 
 
 def layer(backend: str) -> MoE:
-    config = MoEConfig(n_experts=E, d_expert=F, d_shared=F, backend=backend, router=RouterConfig(policy=NullExperts(k=4, n_null=6, target_mean=2.0)))
+    config = MoEConfig(
+        n_experts=E,
+        d_expert=F,
+        d_shared=F,
+        backend=backend,
+        router=RouterConfig(policy=NullExperts(k=4, n_null=6, target_mean=2.0)),
+    )
     return MoE(config, d_model=D, layer_index=0)
 
 
@@ -78,11 +91,16 @@ def main(folder: Path, rank: int, world_size: int) -> None:
         y_TD, routing = moe(x_TD)
         (y_TD.square().sum() + sum(routing.losses.values())).backward()
         gradients = {name: parameter.grad for name, parameter in moe.named_parameters()}
-        results["layer", backend] = [y_TD.detach(), {name: full(g) if isinstance(g, DTensor) else g for name, g in gradients.items()}]
+        results["layer", backend] = [
+            y_TD.detach(),
+            {name: full(g) if isinstance(g, DTensor) else g for name, g in gradients.items()},
+        ]
     refusals = []
     for attempt in (
         lambda: ExpertParallelExperts(Experts(n_experts=E + 1, d_model=D, d_expert=F), mesh),
-        lambda: ExpertParallelExperts(experts(torch.float32), init_device_mesh("cpu", (1, world_size), mesh_dim_names=("data", "expert"))),
+        lambda: ExpertParallelExperts(
+            experts(torch.float32), init_device_mesh("cpu", (1, world_size), mesh_dim_names=("data", "expert"))
+        ),
     ):
         try:
             attempt()
@@ -91,7 +109,8 @@ def main(folder: Path, rank: int, world_size: int) -> None:
             refusals.append(str(error))
     torch.save({"results": results, "refusals": refusals}, folder / f"{rank}.pt")
     dist.destroy_process_group()
-    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in a while; all results are written.
+    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in a while;
+    # all results are written.
     sys.stdout.flush()
     os._exit(0)
 

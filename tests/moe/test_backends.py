@@ -1,4 +1,5 @@
-"""Who computes the experts: the reference against its formula and finite differences, every other backend against the reference."""
+"""Who computes the experts: the reference against its formula and finite differences, every other backend against the
+reference."""
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ NAMES = ("y", "dx", "dw_gate_up", "dw_down", "dweight")
 
 
 def layout(mask_TE: torch.Tensor, weight_N: torch.Tensor | None = None, n_padding: int = 0) -> Assignments:
-    """The rows of a dense map of which token goes to which expert, sorted without the routing package's own code; weights are 1 unless given."""
+    """The rows of a dense map of which token goes to which expert, sorted without the routing package's own code;
+    weights are 1 unless given."""
     expert_N, token_N = mask_TE.t().nonzero(as_tuple=True)
     row_of_slot_N = torch.sort(token_N, stable=True)[1]
     # Padding points at a real token: a backend that computed it would be found out.
@@ -33,7 +35,9 @@ def random_mask(n_tokens: int, n_experts: int, share: float, seed: int = 0) -> t
     return torch.rand(n_tokens, n_experts, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def run(mask_TE, *, d_model, d_expert, backend, dtype, weight_dtype=None, n_padding=0, seed=0) -> dict[str, torch.Tensor]:
+def run(
+    mask_TE, *, d_model, d_expert, backend, dtype, weight_dtype=None, n_padding=0, seed=0
+) -> dict[str, torch.Tensor]:
     """Output and all gradients, from inputs that are the same numbers in every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     n_tokens, n_experts = mask_TE.shape
@@ -60,14 +64,18 @@ def assert_close_to_reference(mask_TE, *, d_model, d_expert, dtype, backend="cpu
         dtype=torch.float64,
         **{k: v for k, v in options.items() if k != "weight_dtype"},
     )
-    got, loop = (run(mask_TE, d_model=d_model, d_expert=d_expert, backend=name, dtype=dtype, **options) for name in (backend, "reference"))
+    got, loop = (
+        run(mask_TE, d_model=d_model, d_expert=d_expert, backend=name, dtype=dtype, **options)
+        for name in (backend, "reference")
+    )
     for name in NAMES:
         expected = reference[name].detach()
         assert got[name].shape == expected.shape
         assert got[name].isfinite().all(), name
 
         def error(found, expected=expected) -> float:
-            # Relative to the whole tensor's size: single elements may cancel to almost nothing. So may all of a tensor of two or three.
+            # Relative to the whole tensor's size: single elements may cancel to almost nothing. So may all of a tensor
+            # of two or three.
             return float((found.detach().double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
         budget = TOLERANCE[dtype] + 2 * error(loop[name])
@@ -86,7 +94,9 @@ def _nan_in_fresh_memory():
 def test_reference_is_the_formula():
     mask_TE = torch.tensor([[True, True], [False, True], [False, False]])
     generator = torch.Generator().manual_seed(0)
-    x, gate_up, down = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (2, 4, 6), (2, 3, 4)))
+    x, gate_up, down = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((3, 4), (2, 4, 6), (2, 3, 4))
+    )
     weight_N = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64)
     y = compute_experts(x, gate_up, down, layout(mask_TE, weight_N), backend="reference")
 
@@ -114,13 +124,24 @@ def test_gradcheck(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n_tokens", "d_model", "d_expert", "n_experts"), [(1, 16, 16, 1), (63, 24, 10, 5), (100, 33, 17, 13), (257, 64, 48, 40)])
+@pytest.mark.parametrize(
+    ("n_tokens", "d_model", "d_expert", "n_experts"),
+    [(1, 16, 16, 1), (63, 24, 10, 5), (100, 33, 17, 13), (257, 64, 48, 40)],
+)
 def test_cpu_at_odd_sizes(n_tokens, d_model, d_expert, n_experts, dtype):
     assert_close_to_reference(random_mask(n_tokens, n_experts, 0.4), d_model=d_model, d_expert=d_expert, dtype=dtype)
 
 
 @pytest.mark.parametrize(
-    "case", ["one expert takes all", "empty first and last", "tokens without rows", "no rows at all", "every token everywhere", "no tokens"]
+    "case",
+    [
+        "one expert takes all",
+        "empty first and last",
+        "tokens without rows",
+        "no rows at all",
+        "every token everywhere",
+        "no tokens",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpu_on_uneven_loads(case, dtype):
@@ -142,17 +163,29 @@ def test_cpu_on_uneven_loads(case, dtype):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.integers(0, 10**6), st.integers(0, 5))
+@given(
+    st.integers(0, 40),
+    st.integers(1, 9),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+    st.integers(0, 5),
+)
 def test_cpu_on_ragged_assignments(n_tokens, n_experts, d_model, d_expert, share, seed, n_padding):
     mask_TE = random_mask(n_tokens, n_experts, share, seed)
-    assert_close_to_reference(mask_TE, d_model=d_model, d_expert=d_expert, dtype=torch.float32, n_padding=n_padding, seed=seed)
+    assert_close_to_reference(
+        mask_TE, d_model=d_model, d_expert=d_expert, dtype=torch.float32, n_padding=n_padding, seed=seed
+    )
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2**12, 2**30])
 def test_cpu_is_the_same_whatever_the_blocks(monkeypatch, block_bytes):
     monkeypatch.setattr("moe.cpu_experts.BLOCK_BYTES", block_bytes)
     assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.float32)
-    assert_close_to_reference(random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.bfloat16, weight_dtype=torch.float32)
+    assert_close_to_reference(
+        random_mask(40, 11, 0.3), d_model=16, d_expert=12, dtype=torch.bfloat16, weight_dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize("n_padding", [0, 7])
@@ -198,13 +231,30 @@ def test_decoding_looks_at_the_used_experts_only_and_gets_the_same(dtype):
 
 
 def test_fp32_master_weights_get_fp32_gradients():
-    got = run(random_mask(40, 5, 0.5), d_model=24, d_expert=16, backend="cpu", dtype=torch.bfloat16, weight_dtype=torch.float32)
-    assert [got[name].dtype for name in NAMES] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.float32]
-    assert_close_to_reference(random_mask(40, 5, 0.5), d_model=24, d_expert=16, dtype=torch.bfloat16, weight_dtype=torch.float32)
+    got = run(
+        random_mask(40, 5, 0.5),
+        d_model=24,
+        d_expert=16,
+        backend="cpu",
+        dtype=torch.bfloat16,
+        weight_dtype=torch.float32,
+    )
+    assert [got[name].dtype for name in NAMES] == [
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+        torch.float32,
+    ]
+    assert_close_to_reference(
+        random_mask(40, 5, 0.5), d_model=24, d_expert=16, dtype=torch.bfloat16, weight_dtype=torch.float32
+    )
 
 
 def test_two_runs_give_the_same_bits():
-    first, second = (run(random_mask(200, 20, 0.3), d_model=32, d_expert=16, backend="cpu", dtype=torch.float32) for _ in range(2))
+    first, second = (
+        run(random_mask(200, 20, 0.3), d_model=32, d_expert=16, backend="cpu", dtype=torch.float32) for _ in range(2)
+    )
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
@@ -212,7 +262,11 @@ def test_only_asked_gradients_and_saved_tensors():
     """The expert outputs are not kept for backward: of all rows, only the pre-activations are."""
     rows = layout(torch.eye(5, dtype=torch.bool).repeat(12, 1))
     n_rows, d_model, d_expert = rows.token_N.shape[0], 64, 8
-    x, gate_up, down = torch.randn(60, d_model), torch.randn(5, d_model, 2 * d_expert, requires_grad=True), torch.randn(5, d_expert, d_model)
+    x, gate_up, down = (
+        torch.randn(60, d_model),
+        torch.randn(5, d_model, 2 * d_expert, requires_grad=True),
+        torch.randn(5, d_expert, d_model),
+    )
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         y = compute_experts(x, gate_up, down, rows, backend="cpu")
@@ -233,14 +287,22 @@ def test_only_asked_gradients_and_saved_tensors():
         ({"token_offsets": torch.tensor([0, 4])}, r"token_offsets has shape \[2\], expected \[T\+1=3\]"),
         ({"weight_N": torch.ones(3)}, r"weight_N has shape \[3\], expected \[N=4\]"),
         ({"w_down_EFD": torch.zeros(3, 4, 8)}, r"w_down_EFD has shape \[3, 4, 8\], expected \[E, F, D=4\]"),
-        ({"w_gate_up_EDF2": torch.zeros(3, 4, 10)}, r"w_gate_up_EDF2 has shape \[3, 4, 10\], expected \[E=3, D=4, F2=8\]"),
+        (
+            {"w_gate_up_EDF2": torch.zeros(3, 4, 10)},
+            r"w_gate_up_EDF2 has shape \[3, 4, 10\], expected \[E=3, D=4, F2=8\]",
+        ),
         ({"x_TD": torch.zeros(2, 1, 4)}, r"x_TD has shape \[2, 1, 4\], expected \[T, D\]"),
         ({"backend": "magic"}, "backend = 'magic' is not one of auto, reference, cpu, grouped_mm, triton, megablocks"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message, backend):
-    tensors = {"x_TD": torch.zeros(2, 4), "w_gate_up_EDF2": torch.zeros(3, 4, 8), "w_down_EFD": torch.zeros(3, 4, 4), "backend": backend}
+    tensors = {
+        "x_TD": torch.zeros(2, 4),
+        "w_gate_up_EDF2": torch.zeros(3, 4, 8),
+        "w_down_EFD": torch.zeros(3, 4, 4),
+        "backend": backend,
+    }
     rows = {
         "token_N": torch.tensor([0, 1, 0, 1]),
         "expert_N": torch.tensor([0, 0, 1, 2]),
@@ -268,7 +330,9 @@ def test_grouped_mm_agrees_and_ignores_padding(dtype, n_padding):
 def test_grouped_mm_at_the_extremes(case):
     mask_TE = torch.zeros(0 if case == "no tokens" else 40, 6, dtype=torch.bool)
     mask_TE[:, 3] = case == "one expert takes all"
-    assert_close_to_reference(mask_TE, d_model=32, d_expert=16, dtype=torch.float32, backend="grouped_mm", n_padding=4 if len(mask_TE) else 0)
+    assert_close_to_reference(
+        mask_TE, d_model=32, d_expert=16, dtype=torch.float32, backend="grouped_mm", n_padding=4 if len(mask_TE) else 0
+    )
 
 
 def test_the_choice_says_why():
@@ -280,9 +344,14 @@ def test_the_choice_says_why():
     with pytest.raises(ValueError, match="needs tensors on the CPU, these are on meta"):
         choose_backend(x.to("meta"), down, "cpu")
     with pytest.raises(
-        ValueError, match=r"'grouped_mm' cannot run: grouped_mm needs widths that are multiples of 8 in torch.bfloat16, got \(15, 8\)"
+        ValueError,
+        match=(
+            r"'grouped_mm' cannot run: grouped_mm needs widths that are multiples of 8 in torch.bfloat16, got \(15, 8\)"
+        ),
     ):
         choose_backend(x, down[:, :15], "grouped_mm")
     assert choose_backend(torch.zeros(1, 16), torch.zeros(2, 16, 16), "triton") == ("triton", "asked for")
-    with pytest.raises(ValueError, match=r"'triton' cannot run: the Triton kernels need widths that are multiples of 16, got \(16, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"'triton' cannot run: the Triton kernels need widths that are multiples of 16, got \(16, 8\)"
+    ):
         choose_backend(x, down, "triton")

@@ -1,4 +1,5 @@
-"""Experts spread over 2 and 4 gloo processes: outputs and all gradients are those of one process, for ragged assignments."""
+"""Experts spread over 2 and 4 gloo processes: outputs and all gradients are those of one process, for ragged
+assignments."""
 
 import importlib.util
 import subprocess
@@ -29,7 +30,11 @@ def processes(request, tmp_path_factory):
     folder, n = tmp_path_factory.mktemp("processes"), request.param
     root = Path(__file__).parents[2]
     started = [
-        subprocess.Popen([sys.executable, str(WORKER), str(folder), str(rank), str(n)], env={"PYTHONPATH": str(root)}, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder), str(rank), str(n)],
+            env={"PYTHONPATH": str(root)},
+            stderr=subprocess.PIPE,
+        )
         for rank in range(n)
     ]
     errors = [process.communicate(timeout=120)[1].decode() for process in started]
@@ -87,7 +92,9 @@ def test_a_layer_with_null_experts_and_a_shared_expert_trains_alike(processes, b
             else:
                 torch.testing.assert_close(got[name], parameter.grad, atol=1e-4, rtol=1e-4)
     for name, parameter in alone.experts.named_parameters():
-        torch.testing.assert_close(processes[0]["results"]["layer", backend][1][f"experts.{name}"], parameter.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            processes[0]["results"]["layer", backend][1][f"experts.{name}"], parameter.grad, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_what_cannot_be_divided_is_refused(processes):

@@ -1,4 +1,5 @@
-"""The adapter of grouped_gemm without that package: a stand-in with its documented signature checks what it is given."""
+"""The adapter of grouped_gemm without that package: a stand-in with its documented signature checks what it is
+given."""
 
 import sys
 import types
@@ -11,7 +12,8 @@ from routing.assignments import Assignments
 
 
 class StrictGmm(torch.autograd.Function):
-    """Refuses what the package refuses; leaves NaN in the gradient of an expert without rows, the worst that `torch.empty` can hold."""
+    """Refuses what the package refuses; leaves NaN in the gradient of an expert without rows, the worst that
+    `torch.empty` can hold."""
 
     @staticmethod
     def forward(ctx, a, b, batch_sizes):
@@ -33,7 +35,10 @@ class StrictGmm(torch.autograd.Function):
         a, b = ctx.saved_tensors
         d_a = torch.cat([rows @ w.T for rows, w in zip(grad.split(ctx.sizes), b)])
         d_b = torch.stack(
-            [x.T @ rows if len(x) else torch.full_like(w, torch.nan) for x, rows, w in zip(a.split(ctx.sizes), grad.split(ctx.sizes), b)]
+            [
+                x.T @ rows if len(x) else torch.full_like(w, torch.nan)
+                for x, rows, w in zip(a.split(ctx.sizes), grad.split(ctx.sizes), b)
+            ]
         )
         return d_a, d_b, None
 
@@ -69,5 +74,8 @@ def test_agrees_with_the_reference_on_ragged_rows(n_padding, weight_dtype):
 
 
 def test_the_refusal_says_what_is_needed():
-    with pytest.raises(ValueError, match=r"'megablocks' cannot run: grouped_gemm.ops.gmm takes bfloat16 on CUDA, not torch.float32 on cpu"):
+    with pytest.raises(
+        ValueError,
+        match=r"'megablocks' cannot run: grouped_gemm.ops.gmm takes bfloat16 on CUDA, not torch.float32 on cpu",
+    ):
         choose_backend(torch.zeros(1, 8), torch.zeros(2, 8, 8), "megablocks")

@@ -18,7 +18,23 @@ WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 
 def test_the_command_prints_and_writes_the_whole_table(tmp_path):
     root, file = Path(__file__).resolve().parents[2], tmp_path / "table.csv"
-    options = ["--tokens", "32", "--d-model", "16", "--n-experts", "8", "--d-expert", "8", "--k", "4", "--repeats", "1", "--load", "1", "1.5"]
+    options = [
+        "--tokens",
+        "32",
+        "--d-model",
+        "16",
+        "--n-experts",
+        "8",
+        "--d-expert",
+        "8",
+        "--k",
+        "4",
+        "--repeats",
+        "1",
+        "--load",
+        "1",
+        "1.5",
+    ]
     command = [sys.executable, "-m", "moe", "bench", "--threads", "1", "--csv", str(file), *options]
     printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     assert "backend chosen by auto: cpu (tensors are on the CPU)" in printed
@@ -32,7 +48,10 @@ def test_the_command_prints_and_writes_the_whole_table(tmp_path):
         assert [(row["part"], row["load"], row["way"]) for row in rows if row["dtype"] == dtype] == expected
     means = {row["way"]: float(row["mean_experts"]) for row in rows}
     assert [means[way] for way in fewer] == [4.0, 2.0, 1.0, 2.0], "the varying number holds its budget exactly"
-    assert all(float(row["ms"]) > 0 and row["torch"] == torch.__version__ and row["threads"] == "1" and row["commit"] for row in rows)
+    assert all(
+        float(row["ms"]) > 0 and row["torch"] == torch.__version__ and row["threads"] == "1" and row["commit"]
+        for row in rows
+    )
     assert all(bool(row["of_full_k"]) == ("fewer" in row["part"]) for row in rows)
 
 
@@ -43,7 +62,9 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
 
     original = moe.bench.compute_experts
     monkeypatch.setattr(moe.bench, "compute_experts", wrong)
-    rows = list(table(SMALL, dtypes=["float32"], weight_dtype="float32", loads=[1.0], ways=["cpu", "reference"], repeats=1))
+    rows = list(
+        table(SMALL, dtypes=["float32"], weight_dtype="float32", loads=[1.0], ways=["cpu", "reference"], repeats=1)
+    )
     by_way = {row.way: row for row in rows if row.part == "experts"}
     assert by_way["cpu"].ms is None
     assert "WRONG" in line(by_way["cpu"])
@@ -51,8 +72,12 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
 
 
 def test_freed_memory_is_kept_where_the_c_library_can():
-    """Page faults of ten tensors of 48 MB, one after the other, after some that may find their place first: above 32 MB glibc always returns."""
-    code = "import sys, torch; from resource import RUSAGE_SELF, getrusage; from moe.freed_memory import keep_freed_memory\n"
+    """Page faults of ten tensors of 48 MB, one after the other, after some that may find their place first: above 32 MB
+    glibc always returns."""
+    code = (
+        "import sys, torch; from resource import RUSAGE_SELF, getrusage; from moe.freed_memory import"
+        " keep_freed_memory\n"
+    )
     code += "if sys.argv[1] == 'keep': keep_freed_memory()\n"
     code += "for _ in range(30): torch.ones(12 * 2**20)\n"
     code += "before = getrusage(RUSAGE_SELF).ru_minflt\n"
@@ -60,7 +85,9 @@ def test_freed_memory_is_kept_where_the_c_library_can():
     code += "print(getrusage(RUSAGE_SELF).ru_minflt - before)"
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", code]
-    kept, returned = (int(subprocess.check_output([*command, what], cwd=root, text=True)) for what in ("keep", "return"))
+    kept, returned = (
+        int(subprocess.check_output([*command, what], cwd=root, text=True)) for what in ("keep", "return")
+    )
     assert keep_freed_memory() == (sys.platform == "linux")
     assert 10 * kept < returned or sys.platform != "linux"
 

@@ -1,4 +1,5 @@
-"""The MoE layer: equals its own definition, trains under every policy, and refuses configurations that make no sense."""
+"""The MoE layer: equals its own definition, trains under every policy, and refuses configurations that make no
+sense."""
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from routing.top_p import TopP
 from routing.zero_computation import ZeroComputationExperts
 
 D, E = 32, 10
-POLICIES = [TopK(k=3), TopP(target_mean=3.0, cap=6), NullExperts(k=6, n_null=6, target_mean=3.0, floor=0), RandomK(k_min=1, k_max=6, k_eval=3)]
+POLICIES = [
+    TopK(k=3),
+    TopP(target_mean=3.0, cap=6),
+    NullExperts(k=6, n_null=6, target_mean=3.0, floor=0),
+    RandomK(k_min=1, k_max=6, k_eval=3),
+]
 POLICIES.append(ZeroComputationExperts(k=6, n_null=6, target_mean=3.0))
 
 
@@ -40,7 +46,9 @@ def test_output_is_the_weighted_sum_over_the_dispatched_rows(policy):
         expected_TD[t] = expected_TD[t] + weight * ((F.silu(gate_F) * up_F) @ moe.experts.w_down_EFD[e])
     if isinstance(policy, ZeroComputationExperts):
         # What the real experts leave of the weight goes to the token itself.
-        expected_TD = expected_TD + (1 - torch.zeros(len(x_TD)).index_add(0, rows.token_N, rows.weight_N))[:, None] * x_TD
+        expected_TD = (
+            expected_TD + (1 - torch.zeros(len(x_TD)).index_add(0, rows.token_N, rows.weight_N))[:, None] * x_TD
+        )
     torch.testing.assert_close(y_TD, expected_TD)
 
 
@@ -107,7 +115,12 @@ def test_checkpoint_holds_the_controllers():
 
 @pytest.mark.parametrize(
     ("config", "message"),
-    [({"n_experts": 0}, "n_experts = 0"), ({"d_expert": 0}, "d_expert = 0"), ({"d_shared": -1}, "d_shared = -1"), ({"n_experts": 2}, "TopK.k = 3")],
+    [
+        ({"n_experts": 0}, "n_experts = 0"),
+        ({"d_expert": 0}, "d_expert = 0"),
+        ({"d_shared": -1}, "d_shared = -1"),
+        ({"n_experts": 2}, "TopK.k = 3"),
+    ],
     ids=repr,
 )
 def test_configurations_that_make_no_sense_are_refused(config, message):

@@ -21,7 +21,9 @@ def layer(n_experts, d_expert, policy, **options) -> MoE:
 
 def dense(d_hidden, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(D, 2 * d_hidden, generator=generator) * D**-0.5, torch.randn(d_hidden, D, generator=generator) * d_hidden**-0.5
+    return torch.randn(D, 2 * d_hidden, generator=generator) * D**-0.5, torch.randn(
+        d_hidden, D, generator=generator
+    ) * d_hidden**-0.5
 
 
 @pytest.mark.parametrize(("n_experts", "d_expert", "k"), [(4, 32, 1), (4, 32, 3), (16, 8, 4), (16, 8, 8), (40, 4, 16)])

@@ -10,7 +10,8 @@ from routing.assignments import Assignments
 
 @st.composite
 def slots(draw):
-    """Distinct experts per token, and which slots are kept: none, some or all, so that experts and tokens may be left empty."""
+    """Distinct experts per token, and which slots are kept: none, some or all, so that experts and tokens may be left
+    empty."""
     n_experts = draw(st.integers(1, 12))
     n_tokens, n_slots = draw(st.integers(0, 20)), draw(st.integers(1, n_experts))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -101,5 +102,7 @@ def test_rows_in_any_order_make_the_same_assignments(drawn, seed):
     for name in ("token_N", "expert_N", "weight_N", "expert_offsets", "token_offsets"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     # Slots hold their own token's rows; here in the order of the experts.
-    assert torch.equal(got.token_N[got.row_of_slot_N], torch.repeat_interleave(torch.arange(got.n_tokens), got.experts_per_token_T()))
+    assert torch.equal(
+        got.token_N[got.row_of_slot_N], torch.repeat_interleave(torch.arange(got.n_tokens), got.experts_per_token_T())
+    )
     assert sorted(got.row_of_slot_N.tolist()) == list(range(len(shuffled_N)))

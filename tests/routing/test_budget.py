@@ -19,7 +19,11 @@ BUDGETED = [TopP(p=0.4, target_mean=8.0, floor=1, cap=16), NullExperts(k=14, n_n
 @given(st.integers(0, 10**6), st.integers(1, 50), st.integers(1, 9), st.integers(0, 3), st.floats(0, 1))
 def test_exact_threshold_meets_the_target(seed, n_tokens, n_slots, floor, share):
     # Distinct, which random floats are not quite.
-    level_TK = torch.randperm(n_tokens * n_slots, generator=torch.Generator().manual_seed(seed)).float().view(n_tokens, n_slots)
+    level_TK = (
+        torch.randperm(n_tokens * n_slots, generator=torch.Generator().manual_seed(seed))
+        .float()
+        .view(n_tokens, n_slots)
+    )
     floor = min(floor, n_slots)
     level_TK[:, :floor] = -torch.inf
     target = floor + share * (n_slots - floor)
@@ -77,7 +81,8 @@ def test_controllers_are_within_one_percent_once_the_scores_settle(policy):
 
 
 def test_the_mean_holds_where_batches_differ_and_numbers_are_not_linear_in_the_threshold():
-    """Each batch multiplies all numbers by its own factor, as with text of several kinds: the average threshold is right for no average."""
+    """Each batch multiplies all numbers by its own factor, as with text of several kinds: the average threshold is
+    right for no average."""
     controller = BudgetController(target_mean=8.0, initial=2.0, lowest=-1e4, highest=1e4, rate=0.5).train()
     generator, means = torch.Generator().manual_seed(0), []
     for _ in range(600):

@@ -1,4 +1,5 @@
-"""Plain top-k in one kernel (here in the interpreter) is the policy's own decision: experts, weights, losses and gradients."""
+"""Plain top-k in one kernel (here in the interpreter) is the policy's own decision: experts, weights, losses and
+gradients."""
 
 import pytest
 import torch
@@ -21,7 +22,11 @@ def forward(config: RouterConfig):
     ((rows.weight_N * dweight_N).sum() + sum(routing.losses.values())).backward()
     assert x_TD.grad is not None
     assert router.weight_ED.grad is not None
-    return (rows.token_N, rows.expert_N, rows.expert_offsets, router.step_rows_E), (rows.weight_N, x_TD.grad, router.weight_ED.grad)
+    return (rows.token_N, rows.expert_N, rows.expert_offsets, router.step_rows_E), (
+        rows.weight_N,
+        x_TD.grad,
+        router.weight_ED.grad,
+    )
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

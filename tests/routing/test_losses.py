@@ -46,14 +46,16 @@ def test_gradients_are_finite_at_perfect_balance_and_at_collapse():
     for logits_TE in (torch.zeros(8, E), torch.eye(E) * 80):
         logits_TE.requires_grad_()
         for rows_E in (torch.full((E,), 7), torch.eye(E)[0] * 100, torch.zeros(E)):
-            (gradient,) = torch.autograd.grad(switch_balance_loss(rows_E, logits_TE.softmax(dim=-1)) + z_loss(logits_TE), logits_TE)
+            (gradient,) = torch.autograd.grad(
+                switch_balance_loss(rows_E, logits_TE.softmax(dim=-1)) + z_loss(logits_TE), logits_TE
+            )
             assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_shrinking_all_scores_gains_nothing(score):
-    # The trap: sigmoid scores normalised with an epsilon, where a router lowers the loss by lowering every score. Subtracting from all logits
-    # is what "lowering every score" means, and it must leave the loss where it was.
+    # The trap: sigmoid scores normalised with an epsilon, where a router lowers the loss by lowering every score.
+    # Subtracting from all logits is what "lowering every score" means, and it must leave the loss where it was.
     built = router(score=score, balance_coefficient=1.0, z_coefficient=0.0)
     built.load_E.copy_(torch.arange(E))
     x_TD = tokens()
@@ -64,7 +66,9 @@ def test_shrinking_all_scores_gains_nothing(score):
     assert abs(float(gradient_ED[:, 0].sum())) < 1e-6
 
 
-@pytest.mark.parametrize("policy", [TopK(k=3), TopP(target_mean=4.0, cap=8), NullExperts(k=6, n_null=9, target_mean=4.0)], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [TopK(k=3), TopP(target_mean=4.0, cap=8), NullExperts(k=6, n_null=9, target_mean=4.0)], ids=repr
+)
 def test_balance_is_independent_of_gradient_accumulation(policy):
     x_TD = tokens(96)
     gradients, states = [], []
@@ -102,7 +106,8 @@ def test_a_recomputed_forward_gives_the_same_losses_and_moves_nothing_else():
 
 
 def test_everything_reads_the_dispatched_assignments(monkeypatch):
-    """Replace what is dispatched: load, bias, the next loss and the statistics must all follow the replacement, not the policy's decision."""
+    """Replace what is dispatched: load, bias, the next loss and the statistics must all follow the replacement, not the
+    policy's decision."""
     dispatched = Assignments.from_slots(torch.full((64, 1), 7), torch.ones(64, 1), n_experts=E)
     monkeypatch.setattr(router_module.Assignments, "from_slots", staticmethod(lambda *_, **__: dispatched))
     built = router(selection_bias_step=0.5, balance_coefficient=1.0)
@@ -141,7 +146,9 @@ def test_selection_bias_evens_out_a_lopsided_router():
 
 
 @pytest.mark.parametrize(
-    "policy", [TopK(k=3), TopP(target_mean=4.0, cap=8, entropy_coefficient=0.5), NullExperts(k=6, n_null=9, target_mean=4.0)], ids=repr
+    "policy",
+    [TopK(k=3), TopP(target_mean=4.0, cap=8, entropy_coefficient=0.5), NullExperts(k=6, n_null=9, target_mean=4.0)],
+    ids=repr,
 )
 def test_no_tokens_are_no_news(policy):
     built = router(policy=policy, selection_bias_step=0.1)
@@ -175,13 +182,17 @@ def test_statistics_count_physical_rows():
 
 
 def test_three_level_balance_is_its_formula():
-    config = ThreeLevelBalance(n_groups=2, n_partitions=2, expert_coefficient=1.0, group_coefficient=10.0, partition_coefficient=100.0)
+    config = ThreeLevelBalance(
+        n_groups=2, n_partitions=2, expert_coefficient=1.0, group_coefficient=10.0, partition_coefficient=100.0
+    )
     rows_E = torch.tensor([3.0, 1.0, 0.0, 0.0, 2.0, 2.0, 0.0, 0.0])
     probs_TE = torch.tensor([[0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]])
     experts = 8 * (3 * 0.3 + 1 * 0.1 + 2 * 0.1 + 2 * 0.1) / 8
     groups = 2 * (0.5 * 0.6 + 0.5 * 0.4)
     partitions = 4 * (0.5 * 0.4 + 0.5 * 0.2)
-    assert float(three_level_balance_loss(config, rows_E, probs_TE)) == pytest.approx(experts + 10 * groups + 100 * partitions)
+    assert float(three_level_balance_loss(config, rows_E, probs_TE)) == pytest.approx(
+        experts + 10 * groups + 100 * partitions
+    )
     even = three_level_balance_loss(config, torch.ones(8), probs_TE)
     assert float(even) == pytest.approx(111.0)
 

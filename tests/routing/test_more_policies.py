@@ -63,7 +63,9 @@ def test_every_budget_calibrates_exactly_and_is_saved(policy, target):
     x_TD = tokens()
     if isinstance(policy, DifficultyHead):
         # A head that has learnt nothing makes all tokens tie.
-        built.get_parameter("policy.head_D").data.copy_(torch.randn(D, generator=torch.Generator().manual_seed(5)) * 0.2)
+        built.get_parameter("policy.head_D").data.copy_(
+            torch.randn(D, generator=torch.Generator().manual_seed(5)) * 0.2
+        )
     built.calibrate(target)
     assert float(built(x_TD).statistics.mean_experts) == pytest.approx(target, abs=1e-6)
     other = router(policy).eval()
@@ -75,7 +77,9 @@ def test_every_budget_calibrates_exactly_and_is_saved(policy, target):
 def test_controllers_hold_the_target_in_training(policy):
     built = router(policy).train()
     if isinstance(policy, DifficultyHead):
-        built.get_parameter("policy.head_D").data.copy_(torch.randn(D, generator=torch.Generator().manual_seed(5)) * 0.2)
+        built.get_parameter("policy.head_D").data.copy_(
+            torch.randn(D, generator=torch.Generator().manual_seed(5)) * 0.2
+        )
     means = []
     for step in range(40):
         built.begin_step(step, seed=0)
@@ -101,9 +105,13 @@ def test_relu_floor_keeps_one_expert_where_all_logits_are_negative():
 
 
 def test_relu_penalty_swings_around_its_target():
-    """Against a steady pull upwards, as the model's loss would give, the coefficient finds the target in the long run."""
+    """Against a steady pull upwards, as the model's loss would give, the coefficient finds the target in the long
+    run."""
     built = router(
-        ReLU(target_mean=3.0, cap=E, control="penalty", l1_coefficient=1e-3), balance_coefficient=0.0, z_coefficient=0.0, renormalise=False
+        ReLU(target_mean=3.0, cap=E, control="penalty", l1_coefficient=1e-3),
+        balance_coefficient=0.0,
+        z_coefficient=0.0,
+        renormalise=False,
     ).train()
     optimizer = torch.optim.SGD(built.parameters(), lr=1.0)
     means = []
@@ -184,7 +192,9 @@ def test_expert_choice_is_balanced_and_refuses_to_evaluate():
 
 
 def test_longcats_bias_controller_holds_the_number_of_real_experts_and_balances_them():
-    subject = router(ZeroComputationExperts(k=8, n_null=8, target_mean=4.0, bias_rate=0.05), selection_bias_step=0.0).train()
+    subject = router(
+        ZeroComputationExperts(k=8, n_null=8, target_mean=4.0, bias_rate=0.05), selection_bias_step=0.0
+    ).train()
     # A common direction that some experts like: without a controller they would be chosen far too often.
     preferred = torch.randn(D, generator=torch.Generator().manual_seed(5))
     means, busiest = [], []
@@ -214,7 +224,9 @@ def test_groups_limit_where_experts_come_from():
         assert not (mask_TE[t] & ~allowed).any()
         assert mask_TE[t].sum() == 3
     # All groups allowed is plain top-k.
-    assert torch.equal(chosen_TE(router(TopK(k=3, n_groups=4, top_groups=4))(tokens())), chosen_TE(router(TopK(k=3))(tokens())))
+    assert torch.equal(
+        chosen_TE(router(TopK(k=3, n_groups=4, top_groups=4))(tokens())), chosen_TE(router(TopK(k=3))(tokens()))
+    )
 
 
 EVERY_POLICY = [
@@ -252,7 +264,9 @@ def test_weights_trained_with_any_policy_run_under_every_other(trained):
     assert torch.equal(built.weight_ED, weight_ED)
 
 
-@pytest.mark.parametrize("kind", [ReLU, ScoreThreshold, LearnedThreshold, DifficultyHead, TopP, NullExperts], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [ReLU, ScoreThreshold, LearnedThreshold, DifficultyHead, TopP, NullExperts], ids=lambda kind: kind.__name__
+)
 @pytest.mark.parametrize(("floor", "cap"), [(0, 3), (1, 3), (2, 5)])
 def test_floors_and_caps_hold_for_every_token_at_any_threshold(kind, floor, cap):
     limits = {"k": cap, "n_null": 9} if kind is NullExperts else {"cap": cap}

@@ -17,7 +17,9 @@ def group():
 
 
 # Few values, so that ties are common, with both signs, both infinities, numbers next to each other and subnormal ones.
-VALUES = st.sampled_from([-torch.inf, -3.5, -1e-30, -1e-44, 0.0, 1e-44, 1.0, 1.0000001, 2.0, 1e30, torch.inf]) | st.floats(width=32, allow_nan=False)
+VALUES = st.sampled_from(
+    [-torch.inf, -3.5, -1e-30, -1e-44, 0.0, 1e-44, 1.0, 1.0000001, 2.0, 1e30, torch.inf]
+) | st.floats(width=32, allow_nan=False)
 
 
 @settings(deadline=None, max_examples=80)

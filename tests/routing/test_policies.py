@@ -56,7 +56,9 @@ def test_without_renormalisation_the_weights_are_the_scores(policy):
     built = router(policy, renormalise=False)
     routing = built(tokens())
     scores = built.scores(tokens()).scores_TE
-    torch.testing.assert_close(routing.assignments.weight_N, scores[routing.assignments.token_N, routing.assignments.expert_N])
+    torch.testing.assert_close(
+        routing.assignments.weight_N, scores[routing.assignments.token_N, routing.assignments.expert_N]
+    )
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -67,7 +69,12 @@ def test_gradients_reach_every_router_weight(policy, score):
     target_N = torch.arange(routing.assignments.weight_N.shape[0]) % 7.0
     ((routing.assignments.weight_N - target_N) ** 2).sum().backward()
     for name, parameter in built.named_parameters():
-        if name == "null_weight_ZD" and isinstance(policy, NullExperts) and not policy.null_weighs and score == "sigmoid":
+        if (
+            name == "null_weight_ZD"
+            and isinstance(policy, NullExperts)
+            and not policy.null_weighs
+            and score == "sigmoid"
+        ):
             # Nothing but the selection reads null columns here.
             continue
         assert parameter.grad is not None, name
@@ -80,25 +87,40 @@ def test_gradients_reach_every_router_weight(policy, score):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10**6), st.floats(0.05, 0.95), st.integers(0, 3), st.integers(3, E), st.sampled_from([0.3, 1.0, 4.0]))
+@given(
+    st.integers(0, 10**6), st.floats(0.05, 0.95), st.integers(0, 3), st.integers(3, E), st.sampled_from([0.3, 1.0, 4.0])
+)
 def test_top_p_takes_the_smallest_set_whose_mass_exceeds_p(seed, p, floor, cap, sharpness):
     built = router(TopP(p=p, target_mean=None, floor=floor, cap=cap), seed=seed).eval()
     x = tokens(16, seed, sharpness)
     probs_TE = built.scores(x).probs_TE.detach()
     for t, experts in enumerate(chosen(built(x))):
         ranked = probs_TE[t].sort(descending=True)
-        smallest = next((n for n in range(1, E + 1) if float(ranked.values[:n].sum()) > built.policy.budget.threshold), E)  # type: ignore[union-attr]
+        smallest = next(
+            (n for n in range(1, E + 1) if float(ranked.values[:n].sum()) > built.policy.budget.threshold), E
+        )  # type: ignore[union-attr]
         # Within rounding of the threshold either neighbour is right.
-        near = abs(float(ranked.values[:smallest].sum()) - p) < 1e-5 or abs(float(ranked.values[: smallest - 1].sum()) - p) < 1e-5
+        near = (
+            abs(float(ranked.values[:smallest].sum()) - p) < 1e-5
+            or abs(float(ranked.values[: smallest - 1].sum()) - p) < 1e-5
+        )
         if not near:
             assert len(experts) == min(max(smallest, floor), cap)
             assert experts == set(ranked.indices[: len(experts)].tolist())
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 10), st.floats(-0.1, 0.1), st.sampled_from(["softmax", "sigmoid"]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 8),
+    st.integers(1, 10),
+    st.floats(-0.1, 0.1),
+    st.sampled_from(["softmax", "sigmoid"]),
+)
 def test_null_experts_are_top_k_over_both_kinds_of_columns(seed, k, n_null, bias, score):
-    built = router(NullExperts(k=k, n_null=n_null, target_mean=None, floor=0), seed=seed, score=score, renormalise=False).eval()
+    built = router(
+        NullExperts(k=k, n_null=n_null, target_mean=None, floor=0), seed=seed, score=score, renormalise=False
+    ).eval()
     built.policy.budget.threshold.fill_(-bias)  # type: ignore[union-attr]
     x = tokens(16, seed)
     scores = built.scores(x)
@@ -137,8 +159,12 @@ def test_selection_bias_selects_and_never_weighs(score):
 
 def test_random_k_is_a_function_of_seed_step_and_layer():
     config = RandomK(k_min=1, k_max=10, k_eval=4)
-    draws = [draw_k(config, seed=s, step=t, layer_index=layer) for s in range(3) for t in range(40) for layer in range(3)]
-    again = [draw_k(config, seed=s, step=t, layer_index=layer) for s in range(3) for t in range(40) for layer in range(3)]
+    draws = [
+        draw_k(config, seed=s, step=t, layer_index=layer) for s in range(3) for t in range(40) for layer in range(3)
+    ]
+    again = [
+        draw_k(config, seed=s, step=t, layer_index=layer) for s in range(3) for t in range(40) for layer in range(3)
+    ]
     assert draws == again
     assert set(draws) == set(range(1, 11))
     per_layer = [[draw_k(config, seed=0, step=t, layer_index=layer) for t in range(40)] for layer in range(3)]
@@ -161,7 +187,13 @@ def test_random_k_draws_in_training_and_is_fixed_in_evaluation():
 @pytest.mark.parametrize("trained", POLICIES, ids=repr)
 def test_any_router_runs_under_every_policy(trained):
     built = router(trained).eval()
-    for policy in [TopK(k=1), TopK(k=4), TopP(p=0.3, target_mean=None, cap=E), RandomK(k_min=1, k_max=5, k_eval=2), trained]:
+    for policy in [
+        TopK(k=1),
+        TopK(k=4),
+        TopP(p=0.3, target_mean=None, cap=E),
+        RandomK(k_min=1, k_max=5, k_eval=2),
+        trained,
+    ]:
         built.set_policy(policy)
         routing = built(tokens())
         # Columns that a policy does not know must not change what it does.

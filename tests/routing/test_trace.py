@@ -28,10 +28,15 @@ def test_every_dispatched_row_of_every_forward_is_read_back(tmp_path):
         for forward in range(3):
             for router in model:
                 rows = router(inputs(forward)).assignments
-                seen += [(router.layer_index, forward, *row) for row in zip(rows.token_N.tolist(), rows.expert_N.tolist(), rows.weight_N.tolist())]
+                seen += [
+                    (router.layer_index, forward, *row)
+                    for row in zip(rows.token_N.tolist(), rows.expert_N.tolist(), rows.weight_N.tolist())
+                ]
     assert len(list((tmp_path / "trace").iterdir())) > 1
     read = read_trace(tmp_path / "trace")
-    assert list(zip(*(getattr(read, name).tolist() for name in ("layer", "forward", "token", "expert", "weight")))) == seen
+    assert (
+        list(zip(*(getattr(read, name).tolist() for name in ("layer", "forward", "token", "expert", "weight")))) == seen
+    )
 
 
 def test_outside_the_block_nothing_is_left_and_results_have_the_same_bits(tmp_path):
@@ -46,7 +51,10 @@ def test_outside_the_block_nothing_is_left_and_results_have_the_same_bits(tmp_pa
     after = model[0](inputs(0)).assignments
     assert before == {name: (set(vars(module)), len(module._forward_hooks)) for name, module in model.named_modules()}
     for other in (traced, after):
-        assert all(torch.equal(getattr(plain, name), getattr(other, name)) for name in ("token_N", "expert_N", "weight_N", "expert_offsets"))
+        assert all(
+            torch.equal(getattr(plain, name), getattr(other, name))
+            for name in ("token_N", "expert_N", "weight_N", "expert_offsets")
+        )
     assert len(read_trace(tmp_path / "second").token) == len(plain.token_N), "what ran before an error is kept"
 
 

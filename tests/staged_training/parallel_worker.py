@@ -1,6 +1,8 @@
-"""Training runs for test_parallel.py: `parallel_worker.py FOLDER RANK WORLD_SIZE N_EXPERT JOB...`, a job being POLICY/NAME or `stop:POLICY/NAME`.
+"""Training runs for test_parallel.py: `parallel_worker.py FOLDER RANK WORLD_SIZE N_EXPERT JOB...`, a job being
+POLICY/NAME or `stop:POLICY/NAME`.
 
-Runs each job in FOLDER/POLICY/NAME, continuing whatever lies there, and leaves the whole model's state beside it as NAME.pt.
+Runs each job in FOLDER/POLICY/NAME, continuing whatever lies there, and leaves the whole model's state beside it as
+NAME.pt.
 """
 
 import os
@@ -32,13 +34,17 @@ from staged_training.progress import Progress
 from staged_training.schedule import Schedule
 from staged_training.stopping import Interrupted
 
-LEVELS = ThreeLevelBalance(n_groups=2, n_partitions=2, expert_coefficient=1e-2, group_coefficient=1e-2, partition_coefficient=1e-2)
+LEVELS = ThreeLevelBalance(
+    n_groups=2, n_partitions=2, expert_coefficient=1e-2, group_coefficient=1e-2, partition_coefficient=1e-2
+)
 ROUTERS = {
     "top_k": RouterConfig(policy=TopK(k=2), score="sigmoid", selection_bias_step=1e-2, three_level_balance=LEVELS),
     # Targets that no process meets with its own tokens alone.
     "top_p": RouterConfig(policy=TopP(target_mean=2.3, cap=5, entropy_coefficient=1e-2)),
     "null_experts": RouterConfig(policy=NullExperts(k=4, n_null=6, target_mean=2.3)),
-    "relu": RouterConfig(policy=ReLU(target_mean=3.0, cap=6, control="penalty", l1_coefficient=1e-3), renormalise=False),
+    "relu": RouterConfig(
+        policy=ReLU(target_mean=3.0, cap=6, control="penalty", l1_coefficient=1e-3), renormalise=False
+    ),
 }
 STEPS, SAVE_EVERY, STOP_AT, BATCH, LENGTH = 6, 3, 4, 8, 12
 
@@ -110,7 +116,8 @@ def main(folder: Path, rank: int, world_size: int, n_expert: int, jobs: list[str
         if whole is not None:
             torch.save(whole.state_dict(), folder / f"{place}.pt")
     dist.destroy_process_group()
-    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in a while; all results are written.
+    # A thread of torch's that still wants the interpreter while it is taken down aborts the process, once in a while;
+    # all results are written.
     sys.stdout.flush()
     os._exit(0)
 

@@ -78,7 +78,11 @@ def test_frozen_routers_neither_count_nor_draw(case):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from([activation_cache.DATA, activation_cache.MANIFEST]), place=st.floats(0, 1, exclude_max=True), damage=st.integers(0, 8))
+@given(
+    name=st.sampled_from([activation_cache.DATA, activation_cache.MANIFEST]),
+    place=st.floats(0, 1, exclude_max=True),
+    damage=st.integers(0, 8),
+)
 def test_damage_is_named_and_the_cache_rebuilt(case, tmp_path_factory, tmp_path, caplog, name, place, damage):
     folder = tmp_path / "cache"
     fill(folder, case)
@@ -100,7 +104,14 @@ def test_damage_is_named_and_the_cache_rebuilt(case, tmp_path_factory, tmp_path,
 
 @pytest.mark.parametrize(
     ("field", "other"),
-    [("trunk", "def"), ("weights", "0" * 64), ("boundary", 3), ("tokens", "valid"), ("batches", (1, 4, 5, 8)), ("dtype", "float16")],
+    [
+        ("trunk", "def"),
+        ("weights", "0" * 64),
+        ("boundary", 3),
+        ("tokens", "valid"),
+        ("batches", (1, 4, 5, 8)),
+        ("dtype", "float16"),
+    ],
 )
 def test_another_runs_cache_is_refused_by_name(case, tmp_path, field, other):
     fill(tmp_path / "cache", case)

@@ -20,7 +20,9 @@ def test_share_is_that_of_the_real_parameters(model_config):
     model = meta_model(model_config)
     total = sum(parameter.numel() for parameter in model.parameters())
     for boundary in range(1, 4):
-        below = model.embedding_VD.numel() + sum(p.numel() for block in model.blocks[:boundary] for p in block.parameters())
+        below = model.embedding_VD.numel() + sum(
+            p.numel() for block in model.blocks[:boundary] for p in block.parameters()
+        )
         assert frozen_share(model_config, boundary) == pytest.approx(below / total)
     assert frozen_share(model_config, 0) == 0.0
 
@@ -46,7 +48,9 @@ def test_routing_methods_keep_the_trunks_weights(model_config, with_policy):
     }
     assert not choose_cut(model_config, methods, 0.5).fresh
     assert added_weights(model_config, methods["top_p"]) == []
-    assert added_weights(model_config, methods["null"]) == [f"blocks.{block}.moe.router.null_weight_ZD" for block in range(4)]
+    assert added_weights(model_config, methods["null"]) == [
+        f"blocks.{block}.moe.router.null_weight_ZD" for block in range(4)
+    ]
 
 
 def test_one_architectural_method_makes_every_branch_fresh(model_config):
@@ -69,7 +73,9 @@ def test_lowered_until_the_blocks_above_differ(model_config):
 
 
 def test_lowered_until_shared_keys_lie_above():
-    config = ModelConfig(vocab_size=300, d_model=16, n_layers=8, layer_plan="F", moe=MoEConfig(n_experts=12, d_expert=8))
+    config = ModelConfig(
+        vocab_size=300, d_model=16, n_layers=8, layer_plan="F", moe=MoEConfig(n_experts=12, d_expert=8)
+    )
     cut = choose_cut(config, {"baseline": config, "shared": with_plan(config, "SSSFSSSR")}, 0.8)
     # R in layer 7 finds the F of layer 6, a trunk's layer, as long as that lies below the boundary.
     composed = compose(config, with_plan(config, "SSSFSSSR"), cut.boundary)
@@ -79,7 +85,9 @@ def test_lowered_until_shared_keys_lie_above():
 
 
 def test_a_trunk_that_shares_keys_is_not_cut_between_them():
-    config = ModelConfig(vocab_size=300, d_model=16, n_layers=8, layer_plan="SSSFSSSR", moe=MoEConfig(n_experts=12, d_expert=8))
+    config = ModelConfig(
+        vocab_size=300, d_model=16, n_layers=8, layer_plan="SSSFSSSR", moe=MoEConfig(n_experts=12, d_expert=8)
+    )
     assert choose_cut(config, {"baseline": config}, 0.8).boundary == 3
 
 

@@ -20,7 +20,13 @@ IDENTITY = {"schedule": {"peak": 0.1, "decay_steps": 4}, "seed": 0}
 def write(folder, step):
     generator = torch.Generator().manual_seed(step)
     weights = {"w": torch.randn(3, 5, generator=generator), "b": torch.randn(7, generator=generator).bfloat16()}
-    return checkpoint.save(folder, step, weights=weights, optimizer={"exp_avg:w": weights["w"] * 2}, state={"identity": IDENTITY, "position": step})
+    return checkpoint.save(
+        folder,
+        step,
+        weights=weights,
+        optimizer={"exp_avg:w": weights["w"] * 2},
+        state={"identity": IDENTITY, "position": step},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,11 @@ def test_no_checkpoint_is_no_error(tmp_path):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from([*checkpoint.FILES, checkpoint.MANIFEST]), place=st.floats(0, 1, exclude_max=True), damage=st.integers(0, 8))
+@given(
+    name=st.sampled_from([*checkpoint.FILES, checkpoint.MANIFEST]),
+    place=st.floats(0, 1, exclude_max=True),
+    damage=st.integers(0, 8),
+)
 def test_any_flipped_bit_or_truncation_is_found(two_checkpoints, tmp_path, caplog, name, place, damage):
     shutil.rmtree(tmp_path)
     shutil.copytree(two_checkpoints, tmp_path)
@@ -154,10 +164,21 @@ def test_another_schedule_is_refused_by_name(two_checkpoints):
 def test_another_model_is_refused_by_name_and_left_alone():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights = {"0.weight": torch.zeros(4, 3), "0.bias": torch.zeros(5), "1.weight": torch.zeros(2, 4).half(), "2.weight": torch.zeros(1)}
+    weights = {
+        "0.weight": torch.zeros(4, 3),
+        "0.bias": torch.zeros(5),
+        "1.weight": torch.zeros(2, 4).half(),
+        "2.weight": torch.zeros(1),
+    }
     with pytest.raises(checkpoint.CheckpointMismatchError) as error:
         checkpoint.restore_model(model, weights, "somewhere")
-    for part in ("somewhere", "1.bias is missing", "2.weight is unknown", "0.bias is [5]", "1.weight is [2, 4] torch.float16"):
+    for part in (
+        "somewhere",
+        "1.bias is missing",
+        "2.weight is unknown",
+        "0.bias is [5]",
+        "1.weight is [2, 4] torch.float16",
+    ):
         assert part in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -179,6 +200,8 @@ def test_random_states_continue(tmp_path):
 def test_nothing_is_ever_unpickled():
     for path in Path(staged_training.__file__ or "").parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save", "np.load")), path
+            assert not (
+                isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save", "np.load")
+            ), path
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert "pickle" not in imported, path

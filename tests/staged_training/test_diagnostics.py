@@ -1,4 +1,5 @@
-"""What routers did over training: written once per interval, equal to what the steps dispatched, shown as a person asks for it."""
+"""What routers did over training: written once per interval, equal to what the steps dispatched, shown as a person asks
+for it."""
 
 import csv
 import subprocess
@@ -33,9 +34,18 @@ def train(corpus, with_policy):
         progress = Progress("test", n_steps=STEPS, every=EVERY, tokens_per_step=32, bytes_per_token=2.0)
         folder.mkdir(exist_ok=True)
         train_stage(
-            model, batches, np.arange(STEPS), stage=stage, optimizer_config=OptimizerConfig(), seed=0, boundary=boundary, folder=folder,
-            identity={}, save_every=STEPS, progress=progress,
-        )  # fmt: skip
+            model,
+            batches,
+            np.arange(STEPS),
+            stage=stage,
+            optimizer_config=OptimizerConfig(),
+            seed=0,
+            boundary=boundary,
+            folder=folder,
+            identity={},
+            save_every=STEPS,
+            progress=progress,
+        )
         return read_diagnostics(folder)
 
     return run
@@ -62,11 +72,14 @@ def test_a_budget_is_shown_beside_what_was_used(train, tmp_path):
         for layer in line.layers:
             assert layer.asked == 2.0
             assert sum(layer.experts_per_token) == pytest.approx(1, abs=1e-5)
-            assert layer.realised == pytest.approx(sum(k * share for k, share in enumerate(layer.experts_per_token)), abs=1e-4)
+            assert layer.realised == pytest.approx(
+                sum(k * share for k, share in enumerate(layer.experts_per_token)), abs=1e-4
+            )
 
 
 def test_counts_of_parts_add_up_to_those_of_the_whole():
-    """What several processes send: the mean of their counts gives the figures of the whole batch, also where a part has no margin."""
+    """What several processes send: the mean of their counts gives the figures of the whole batch, also where a part has
+    no margin."""
     generator = torch.Generator().manual_seed(0)
     probs_TE = torch.rand(24, 6, generator=generator).softmax(-1)
     expert_TK = probs_TE.topk(6, dim=-1)[1]
@@ -75,7 +88,8 @@ def test_counts_of_parts_add_up_to_those_of_the_whole():
 
     def count(rows):
         return routing_statistics(
-            Assignments.from_slots(expert_TK[rows], torch.ones_like(probs_TE[rows]), keep_TK[rows], n_experts=6), probs_TE[rows]
+            Assignments.from_slots(expert_TK[rows], torch.ones_like(probs_TE[rows]), keep_TK[rows], n_experts=6),
+            probs_TE[rows],
         )
 
     whole = count(slice(None))
@@ -93,7 +107,11 @@ def test_the_command_shows_a_run_and_writes_all_of_it(train, tmp_path):
     lines = train(run, TopP(target_mean=2.0, cap=4))
 
     def command(*arguments):
-        return subprocess.run([sys.executable, "-m", "staged_training", "diagnostics", *map(str, arguments)], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "staged_training", "diagnostics", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+        )
 
     shown = command(run, "--csv", tmp_path / "all.csv")
     assert shown.returncode == 0, shown.stderr

@@ -51,7 +51,15 @@ def test_every_method_is_trained_and_measured(finished, plan):
     assert branches[0].result["mean_experts"] == [2.0, 2.0]
     for record in (trunk, *branches):
         names = {path.name for path in record.folder.iterdir()}
-        assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "ledger.json", "result.json", "model"} <= names
+        assert {
+            "config.json",
+            "environment.json",
+            "metrics.jsonl",
+            "checkpoints",
+            "ledger.json",
+            "result.json",
+            "model",
+        } <= names
     assert trunk.folder.name == plan.trunk_hash
 
 
@@ -76,13 +84,16 @@ def test_budgets_are_calibrated_on_text_that_no_stage_saw(finished, corpus, plan
         folder = by_method[method].folder / "model"
         assert torch.equal(load_calibration_tokens(folder), unseen_BT)
         model = load_pretrained(folder)
-        # Saved with the weights: the loaded model meets its target exactly where it was calibrated, without being calibrated again.
+        # Saved with the weights: the loaded model meets its target exactly where it was calibrated, without being
+        # calibrated again.
         assert experts_per_token(model, unseen_BT, (2, 3)).mean().item() == pytest.approx(2, abs=0.01)
         # Exact there, not on the text that is measured.
         assert by_method[method].result["mean_experts"] != [2.0, 2.0]
 
 
-def test_stored_activations_give_the_same_losses_and_weights_bit_for_bit(finished, plan, corpus, execution_config, tmp_path):
+def test_stored_activations_give_the_same_losses_and_weights_bit_for_bit(
+    finished, plan, corpus, execution_config, tmp_path
+):
     _, stored = finished
     recomputed = run_plan(plan, corpus, tmp_path, dataclasses.replace(execution_config, cache=False))
     assert not list(tmp_path.rglob("activations"))
@@ -98,7 +109,9 @@ def test_the_ledger_counts_what_was_run(finished, plan, corpus, model_config):
     boundary, tokens = plan.branches[0].boundary, plan.tokens_per_batch
     n_valid = -(-(len(corpus.valid) - 1) // tokens)
     assert trunk.ledger.costs["trunk"]["flops"] == pytest.approx(cost.training_flops * 24 * tokens)
-    assert trunk.ledger.costs["caching"]["flops"] == pytest.approx(cost.flops(last=boundary, head=False) * (6 + n_valid) * tokens)
+    assert trunk.ledger.costs["caching"]["flops"] == pytest.approx(
+        cost.flops(last=boundary, head=False) * (6 + n_valid) * tokens
+    )
     assert baseline.ledger.costs["branches"]["flops"] == pytest.approx(3 * cost.flops(first=boundary) * 6 * tokens)
     assert baseline.ledger.costs["evaluation"]["flops"] == pytest.approx(cost.flops(first=boundary) * n_valid * tokens)
     assert all(entry["seconds"] > 0 for record in (trunk, baseline) for entry in record.ledger.costs.values())
@@ -142,7 +155,10 @@ def test_a_fork_from_an_unfinished_trunk_is_refused(finished, plan, corpus, exec
     execution = Execution(plan, corpus, tmp_path, execution_config, trunk_folder=tmp_path / "trunk")
     shutil.copytree(trunk.folder, tmp_path / "trunk")
     shutil.rmtree(tmp_path / "trunk" / "checkpoints" / "step_00000024")
-    with pytest.raises(CheckpointMismatchError, match="branches start from step 24 of the trunk, its newest usable checkpoint is step 20"):
+    with pytest.raises(
+        CheckpointMismatchError,
+        match="branches start from step 24 of the trunk, its newest usable checkpoint is step 20",
+    ):
         execution.branch(plan.branches[0])
 
 
@@ -150,7 +166,11 @@ def test_freeze_zero_trains_the_whole_network(plan_of, model_config, corpus, exe
     trunk, branch = run_plan(plan_of([("baseline", model_config, 0)], freeze=0.0), corpus, tmp_path, execution_config)
     assert "caching" not in trunk.ledger.costs
     models = [load_pretrained(record.folder / "model").state_dict() for record in (trunk, branch)]
-    assert all(not torch.equal(tensor, models[1][name]) for name, tensor in models[0].items() if name.endswith(("VD", "ED", "EFD")))
+    assert all(
+        not torch.equal(tensor, models[1][name])
+        for name, tensor in models[0].items()
+        if name.endswith(("VD", "ED", "EFD"))
+    )
 
 
 def test_the_frozen_part_stays_the_trunks(finished):
@@ -163,7 +183,9 @@ def test_the_frozen_part_stays_the_trunks(finished):
         assert not torch.equal(model["head_VD"], stored["head_VD"])
 
 
-def test_estimates_only_what_is_left_and_touches_nothing(finished, plan, plan_of, model_config, corpus, execution_config, tmp_path):
+def test_estimates_only_what_is_left_and_touches_nothing(
+    finished, plan, plan_of, model_config, corpus, execution_config, tmp_path
+):
     root, _ = finished
     nothing = estimate(Execution(plan, corpus, root, execution_config))
     assert nothing.total == 0

@@ -52,7 +52,10 @@ def test_the_prefix_computes_what_the_trunk_computes(trunk, plan_of, with_policy
 
 def test_fresh_blocks_are_fresh_in_the_baseline_too_and_paired_by_seed(trunk, plan_of, model_config):
     hybrid = dataclasses.replace(model_config, layer_plan="S")
-    plan = plan_of([(name, model, seed) for seed in (0, 1) for name, model in (("baseline", model_config), ("hybrid", hybrid))], freeze=0.7)
+    plan = plan_of(
+        [(name, model, seed) for seed in (0, 1) for name, model in (("baseline", model_config), ("hybrid", hybrid))],
+        freeze=0.7,
+    )
     models = {branch.name: fork(trunk, branch).state_dict() for branch in plan.branches}
     stored = trunk.state_dict()
     for name in stored:
@@ -78,6 +81,9 @@ def test_a_trunk_of_another_shape_is_refused_by_name(plan_of, model_config):
     wide = LanguageModel(dataclasses.replace(model_config, moe=dataclasses.replace(model_config.moe, d_expert=16)))
     with pytest.raises(
         CheckpointMismatchError,
-        match=r"baseline-seed0 cannot take.*blocks\.0\.moe\.experts\.w_gate_up_EDF2 \[4, 16, 16\] \(the trunk has \[4, 16, 32\]\)",
+        match=(
+            r"baseline-seed0 cannot take.*blocks\.0\.moe\.experts\.w_gate_up_EDF2 \[4, 16, 16\] \(the trunk has \[4,"
+            r" 16, 32\]\)"
+        ),
     ):
         fork(wide, branch_of(plan_of, [("baseline", model_config, 0)]))

@@ -14,15 +14,35 @@ from staged_training.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [
-    *("--corpus.vocab-size", "300", "--model.d-model", "16", "--model.n-layers", "4", "--model.moe.n-experts", "4", "--model.moe.d-expert", "8"),
-    *("--model.attention.n-heads", "2", "--model.attention.n-kv-heads", "1", "--model.attention.head-dim", "8", "--model.moe.router.policy.k", "2"),
+    *(
+        "--corpus.vocab-size",
+        "300",
+        "--model.d-model",
+        "16",
+        "--model.n-layers",
+        "4",
+        "--model.moe.n-experts",
+        "4",
+        "--model.moe.d-expert",
+        "8",
+    ),
+    *(
+        "--model.attention.n-heads",
+        "2",
+        "--model.attention.n-kv-heads",
+        "1",
+        "--model.attention.head-dim",
+        "8",
+        "--model.moe.router.policy.k",
+        "2",
+    ),
     *("--staging.tokens", "4480", "--staging.batch-size", "2", "--staging.seq-len", "16", "--staging.freeze", "0.5"),
     *("--execution.save-every", "7", "--execution.log-every", "50"),
 ]
 TRUNK_STEPS = 119
 
-# Kills its own process in the middle of writing a checkpoint: at the n-th call of one of the functions that write it. A tensor file is left
-# half written.
+# Kills its own process in the middle of writing a checkpoint: at the n-th call of one of the functions that write it. A
+# tensor file is left half written.
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from staged_training import checkpoint
@@ -52,7 +72,12 @@ def results(out):
     for pattern in ("trunks/*", "branches/*"):
         (folder,) = out.glob(pattern)
         newest = max((folder / "checkpoints").iterdir())
-        for path in (newest / "weights.safetensors", newest / "optimizer.safetensors", folder / "metrics.jsonl", folder / "result.json"):
+        for path in (
+            newest / "weights.safetensors",
+            newest / "optimizer.safetensors",
+            folder / "metrics.jsonl",
+            folder / "result.json",
+        ):
             found[str(path.relative_to(out))] = path.read_bytes()
     return found
 
@@ -71,7 +96,9 @@ def command(documents, tmp_path):
 
 
 def start(*arguments):
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def newest_step(out):
@@ -99,7 +126,13 @@ def test_killed_at_random_moments_and_while_writing_ends_with_the_same_bits(stra
     assert reached < TRUNK_STEPS
 
     # Each checkpoint calls save_file three times, write_sealed once and fsync_path several times.
-    name, call = draw.choice([("save_file", draw.randrange(1, 10)), ("write_sealed", draw.randrange(1, 4)), ("fsync_path", draw.randrange(1, 16))])
+    name, call = draw.choice(
+        [
+            ("save_file", draw.randrange(1, 10)),
+            ("write_sealed", draw.randrange(1, 4)),
+            ("fsync_path", draw.randrange(1, 16)),
+        ]
+    )
     process = start("-c", KILLED_WHILE_WRITING, name, str(call), *command)
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output

@@ -56,9 +56,18 @@ def train(batches, with_policy):
         progress = Progress("test", n_steps=STEPS, every=4, tokens_per_step=32, bytes_per_token=2.0)
         identity = {"stage": dataclasses.asdict(stage), "seed": seed}
         return train_stage(
-            model, batches, np.arange(STEPS), stage=stage, optimizer_config=OptimizerConfig(), seed=seed, boundary=0, folder=folder,
-            identity=identity, save_every=3, progress=progress,
-        )  # fmt: skip
+            model,
+            batches,
+            np.arange(STEPS),
+            stage=stage,
+            optimizer_config=OptimizerConfig(),
+            seed=seed,
+            boundary=0,
+            folder=folder,
+            identity=identity,
+            save_every=3,
+            progress=progress,
+        )
 
     return run
 
@@ -122,7 +131,10 @@ def poison(model):
 def test_a_loss_that_is_not_finite_stops_with_its_place(train, batches, tmp_path):
     models = []
     watched = Watched(batches, 8, lambda: poison(models[0]))
-    with pytest.raises(NonFiniteLossError, match=r"loss nan.* at step 7, data position 7, batch 7; last good checkpoint: .*step_00000006"):
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"loss nan.* at step 7, data position 7, batch 7; last good checkpoint: .*step_00000006",
+    ):
         train(tmp_path, batches=watched, prepare=models.append)
     saved = checkpoint.load_latest(tmp_path / "checkpoints")
     assert saved is not None
@@ -140,7 +152,9 @@ def test_scores_that_are_not_finite_stop_with_their_place_too(train, batches, tm
         with torch.no_grad():
             model.blocks[1].moe.router.weight_ED.fill_(torch.inf)
 
-    with pytest.raises(NonFiniteLossError, match=r"router of layer 1.*at step 0, data position 0, batch 0; last good checkpoint: None"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"router of layer 1.*at step 0, data position 0, batch 0; last good checkpoint: None"
+    ):
         train(tmp_path, prepare=poison_router)
 
 
@@ -158,8 +172,13 @@ def test_an_infinite_gradient_stops_before_the_weights_change(train, batches, tm
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
 
 
-@pytest.mark.parametrize("change", [{"stage": dataclasses.replace(STAGE, schedule=Schedule(peak=1e-2, warmup_steps=2, decay_steps=5))}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"stage": dataclasses.replace(STAGE, schedule=Schedule(peak=1e-2, warmup_steps=2, decay_steps=5))}, {"seed": 1}],
+)
 def test_a_checkpoint_of_another_stage_is_refused(train, tmp_path, change):
     train(tmp_path)
-    with pytest.raises(checkpoint.CheckpointMismatchError, match=r"decay_steps: stored 4, asked 5|seed: stored 0, asked 1"):
+    with pytest.raises(
+        checkpoint.CheckpointMismatchError, match=r"decay_steps: stored 4, asked 5|seed: stored 0, asked 1"
+    ):
         train(tmp_path, **change)

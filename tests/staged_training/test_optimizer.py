@@ -27,7 +27,9 @@ def fill_gradients(optimizer, seed):
 
 def test_matrices_decay_and_nothing_else(model):
     optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3), 0)
-    decay_of = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    decay_of = {
+        id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
     assert len(decay_of) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         expected = 0.3 if parameter.dim() >= 2 and name != "embedding_VD" else 0.0
@@ -90,7 +92,9 @@ def test_states_of_another_model_are_refused_by_name(model):
         restore_optimizer(model, optimizer, 1, {"exp_avg:head_VD": torch.zeros(3, 3)})
 
 
-@pytest.mark.parametrize(("name", "value"), [("betas", (0.9, 1.0)), ("eps", 0.0), ("weight_decay", -0.1), ("clip", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("betas", (0.9, 1.0)), ("eps", 0.0), ("weight_decay", -0.1), ("clip", 0.0)]
+)
 def test_refuses(name, value):
     with pytest.raises(ValueError, match=name):
         OptimizerConfig(**{name: value})

@@ -1,5 +1,5 @@
-"""Training in 1, 2 and 4 gloo processes: losses, gradient norms, controllers and weights are those of the loop in one process, through checkpoints
-of any number of processes; the command trains, continues, and refuses."""
+"""Training in 1, 2 and 4 gloo processes: losses, gradient norms, controllers and weights are those of the loop in one
+process, through checkpoints of any number of processes; the command trains, continues, and refuses."""
 
 import dataclasses
 import importlib.util
@@ -35,7 +35,9 @@ IN_FOUR = ("top_k", "top_p")
 
 def start(folder: Path, n: int, n_expert: int, jobs: list[str]) -> list[subprocess.Popen]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, str(WORKER), str(folder), str(rank), str(n), str(n_expert), *jobs] for rank in range(n)]
+    commands = [
+        [sys.executable, str(WORKER), str(folder), str(rank), str(n), str(n_expert), *jobs] for rank in range(n)
+    ]
     return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands]
 
 
@@ -46,7 +48,8 @@ def finish(started: list[subprocess.Popen]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """FOLDER/POLICY/NAME with NAME among alone, two, four; resumed_1 and resumed_4 go on from step 3 of two; stopped was stopped and continued."""
+    """FOLDER/POLICY/NAME with NAME among alone, two, four; resumed_1 and resumed_4 go on from step 3 of two; stopped
+    was stopped and continued."""
     folder = tmp_path_factory.mktemp("runs")
     two = start(folder, 2, 2, [*(f"{policy}/two" for policy in worker.ROUTERS), "stop:top_p/stopped", "top_p/stopped"])
     for policy in worker.ROUTERS:
@@ -114,16 +117,48 @@ def test_a_stop_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(
 
 
 TINY = [
-    *("--corpus.vocab-size", "300", "--model.d-model", "16", "--model.n-layers", "2", "--model.moe.n-experts", "8", "--model.moe.d-expert", "16"),
+    *(
+        "--corpus.vocab-size",
+        "300",
+        "--model.d-model",
+        "16",
+        "--model.n-layers",
+        "2",
+        "--model.moe.n-experts",
+        "8",
+        "--model.moe.d-expert",
+        "16",
+    ),
     *("--model.attention.n-heads", "2", "--model.attention.n-kv-heads", "1", "--model.attention.head-dim", "8"),
-    *("--policy", '{"type": "TopP", "target_mean": 2, "cap": 4}', "--staging.tokens", "640", "--staging.batch-size", "4", "--staging.seq-len", "16"),
+    *(
+        "--policy",
+        '{"type": "TopP", "target_mean": 2, "cap": 4}',
+        "--staging.tokens",
+        "640",
+        "--staging.batch-size",
+        "4",
+        "--staging.seq-len",
+        "16",
+    ),
 ]
 
 
 def test_the_command_under_torchrun(documents, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "staged_training", "parallel"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "staged_training",
+        "parallel",
+    ]
     command += ["--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
+    )
     assert done.returncode == 0, done.stderr
     for part in ("2 (gloo): 1 x data, 2 x experts", "parallel step=10/10", "valid bpb="):
         assert done.stdout.count(part) == 1, part

@@ -14,7 +14,13 @@ from staged_training.schedule import Schedule
 @pytest.fixture(scope="module")
 def plan(plan_of, model_config, with_policy):
     top_p, null = with_policy(TopP(target_mean=2, cap=4)), with_policy(NullExperts(k=3, n_null=2, target_mean=2))
-    return plan_of([(name, model, seed) for seed in (0, 1) for name, model in (("baseline", model_config), ("top_p", top_p), ("null", null))])
+    return plan_of(
+        [
+            (name, model, seed)
+            for seed in (0, 1)
+            for name, model in (("baseline", model_config), ("top_p", top_p), ("null", null))
+        ]
+    )
 
 
 def test_budget_is_split_between_trunk_and_branch(plan):
@@ -52,7 +58,12 @@ def test_calibration_text_is_spread_out_and_never_trained_on(plan, plan_of):
 def test_a_trunk_is_known_by_what_its_weights_depend_on(plan, plan_of, model_config):
     assert plan_of([("baseline", model_config, 5)], freeze=0.2).trunk_hash == plan.trunk_hash
     assert plan_of([]).trunk_hash == plan.trunk_hash
-    for other in ({"trunk_seed": 1}, {"learning_rate": 1e-3}, {"seq_len": 8}, {"model": dataclasses.replace(model_config, d_model=32)}):
+    for other in (
+        {"trunk_seed": 1},
+        {"learning_rate": 1e-3},
+        {"seq_len": 8},
+        {"model": dataclasses.replace(model_config, d_model=32)},
+    ):
         assert plan_of([], **other).trunk_hash != plan.trunk_hash
 
 
@@ -68,7 +79,10 @@ def test_describe_names_what_is_frozen_reused_and_taken(plan):
         "frozen     embedding and blocks 0-1",
         "trains     blocks 2-3, norm and head",
         "768 tokens (24 batches of 2 x 16",
-        "192 tokens each (20.0% of trunk plus branch); batches 24 to 30 of the trunk's sequence, the same set for every branch",
+        (
+            "192 tokens each (20.0% of trunk plus branch); batches 24 to 30 of the trunk's sequence, the same set for"
+            " every branch"
+        ),
         "1 steps warm-up, 0 stable, 5 linear decay to 0",
         "re-used    the trunk's weights everywhere",
         "not taken  optimizer moments (each branch warms up its own), the trunk's schedule",
@@ -102,7 +116,10 @@ def test_mismatched_branches_are_refused(plan, with_policy):
     for field, value in (("boundary", 1), ("fresh", True), ("stage", dataclasses.replace(first.stage, n_batches=7))):
         with pytest.raises(ValueError, match=rf"baseline-seed0 and top_p-seed0 differ in {field}"):
             with_first(**{field: value})
-    with pytest.raises(ValueError, match="baseline-seed0: the layers, experts and routers below its boundary 2 are not the frozen trunk's"):
+    with pytest.raises(
+        ValueError,
+        match="baseline-seed0: the layers, experts and routers below its boundary 2 are not the frozen trunk's",
+    ):
         with_first(model=dataclasses.replace(plan.model, layer_plan="S"))
     with pytest.raises(ValueError, match="not the frozen trunk's"):
         with_first(model=with_policy(TopP(target_mean=2, cap=4)))

@@ -4,7 +4,16 @@ import logging
 import pytest
 
 from staged_training import record
-from staged_training.record import Ledger, RunMismatchError, differences, environment, finish_run, locked, open_run, read_run
+from staged_training.record import (
+    Ledger,
+    RunMismatchError,
+    differences,
+    environment,
+    finish_run,
+    locked,
+    open_run,
+    read_run,
+)
 
 CONFIG = {"seed": 0, "model": {"d_model": 16, "shape": (1, 2)}}
 
@@ -21,13 +30,19 @@ def test_a_finished_run_is_recognised(tmp_path):
     found = open_run(tmp_path, CONFIG, "hash")
     assert found is not None
     assert found.result == {"bits_per_byte": 1.5}
-    assert found.ledger.costs == json.loads((tmp_path / "ledger.json").read_text()) == {"trunk": {"flops": 15.0, "seconds": 1.5}}
+    assert (
+        found.ledger.costs
+        == json.loads((tmp_path / "ledger.json").read_text())
+        == {"trunk": {"flops": 15.0, "seconds": 1.5}}
+    )
     assert found.config["model"]["shape"] == [1, 2]
 
 
 def test_another_config_is_refused_by_key(tmp_path):
     open_run(tmp_path, CONFIG, "hash")
-    with pytest.raises(RunMismatchError, match=r"model\.d_model: stored 16, asked 32; seed: stored 0, asked 1\. Choose another folder"):
+    with pytest.raises(
+        RunMismatchError, match=r"model\.d_model: stored 16, asked 32; seed: stored 0, asked 1\. Choose another folder"
+    ):
         open_run(tmp_path, {"seed": 1, "model": {"d_model": 32, "shape": (1, 2)}}, "hash")
 
 

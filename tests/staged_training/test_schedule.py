@@ -11,7 +11,9 @@ def test_known_values():
     schedule = Schedule(peak=1.0, warmup_steps=4, decay_steps=4)
     assert [schedule.value(step, 12) for step in range(13)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
     root = Schedule(peak=2.0, decay_steps=4, decay_shape="1-sqrt")
-    assert [root.value(step, 4) for step in range(5)] == pytest.approx([2, 1, 2 * (1 - math.sqrt(0.5)), 2 * (1 - math.sqrt(0.75)), 0])
+    assert [root.value(step, 4) for step in range(5)] == pytest.approx(
+        [2, 1, 2 * (1 - math.sqrt(0.5)), 2 * (1 - math.sqrt(0.75)), 0]
+    )
 
 
 @settings(deadline=None)

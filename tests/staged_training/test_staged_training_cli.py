@@ -7,8 +7,28 @@ import pytest
 from staged_training.__main__ import main
 
 TINY = [
-    *("--corpus.vocab-size", "300", "--model.d-model", "16", "--model.n-layers", "4", "--model.moe.n-experts", "4", "--model.moe.d-expert", "8"),
-    *("--model.attention.n-heads", "2", "--model.attention.n-kv-heads", "1", "--model.attention.head-dim", "8", "--model.moe.router.policy.k", "2"),
+    *(
+        "--corpus.vocab-size",
+        "300",
+        "--model.d-model",
+        "16",
+        "--model.n-layers",
+        "4",
+        "--model.moe.n-experts",
+        "4",
+        "--model.moe.d-expert",
+        "8",
+    ),
+    *(
+        "--model.attention.n-heads",
+        "2",
+        "--model.attention.n-kv-heads",
+        "1",
+        "--model.attention.head-dim",
+        "8",
+        "--model.moe.router.policy.k",
+        "2",
+    ),
     *("--staging.tokens", "640", "--staging.batch-size", "2", "--staging.seq-len", "16", "--staging.freeze", "0.5"),
 ]
 
@@ -17,7 +37,15 @@ def test_a_trunk_and_a_branch(documents, tmp_path, capsys):
     command = ["run", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
     main(command)
     first = capsys.readouterr().out
-    for part in ("trunk ", "estimated time", "peak memory", "trunk step=17/17", "activations train", "baseline-seed0 step=3/3", "valid bpb="):
+    for part in (
+        "trunk ",
+        "estimated time",
+        "peak memory",
+        "trunk step=17/17",
+        "activations train",
+        "baseline-seed0 step=3/3",
+        "valid bpb=",
+    ):
         assert part in first, part
     main(command)
     again = capsys.readouterr().out
@@ -44,7 +72,17 @@ def test_a_misspelt_key_is_refused_with_the_nearest(capsys):
 
 
 def test_a_users_mistake_is_one_line(documents, tmp_path):
-    command = ["run", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY, "--model.layer-plan", "R", "--dry-run"]
+    command = [
+        "run",
+        "--out",
+        str(tmp_path),
+        "--corpus.data",
+        str(documents),
+        *TINY,
+        "--model.layer-plan",
+        "R",
+        "--dry-run",
+    ]
     done = subprocess.run([sys.executable, "-m", "staged_training", *command], capture_output=True, text=True)
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from triton_kernels.agreement import Agreement, Reference, results
-from triton_kernels.bench import CEILING, DENSE, PEER_TOLERANCE, Ceilings, Timing, plot_roofline, run_bench, time_operation
+from triton_kernels.bench import (
+    CEILING,
+    DENSE,
+    PEER_TOLERANCE,
+    Ceilings,
+    Timing,
+    plot_roofline,
+    run_bench,
+    time_operation,
+)
 from triton_kernels.configurations import Operation, operations, read_rows, select_operations
 from triton_kernels.gpu_check import run_gpu_check
 
@@ -18,7 +27,9 @@ SHAPE = {"B": 1, "T": 40, "H": 2, "K": 16, "V": 16}
 
 
 def check(operation: Operation, shape: dict[str, int], dtype: torch.dtype, device: str, backend: str) -> Agreement:
-    return Reference(operation, operation.inputs(dtype, device, **shape)).check(partial(operation.call, backend=backend))
+    return Reference(operation, operation.inputs(dtype, device, **shape)).check(
+        partial(operation.call, backend=backend)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,7 +95,13 @@ def test_no_time_for_an_op_that_fails_its_check(capsys: pytest.CaptureFixture[st
         return out + next(unsteady), state
 
     rows = time_operation(
-        dataclasses.replace(OPERATION, call=call), SHAPE, torch.float32, "cpu", Ceilings(flops=1e9, bandwidth=1e9), peers=False, repeats=1
+        dataclasses.replace(OPERATION, call=call),
+        SHAPE,
+        torch.float32,
+        "cpu",
+        Ceilings(flops=1e9, bandwidth=1e9),
+        peers=False,
+        repeats=1,
     )
     assert rows == []
     assert "no time, the check failed" in capsys.readouterr().out
@@ -96,7 +113,14 @@ def small(operation: Operation) -> Operation:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_on_a_cpu_the_torch_reference_is_timed_beside_its_peers(tmp_path: Path) -> None:
-    rows = run_bench([small(OPERATION)], "cpu", (torch.float32, torch.bfloat16), peers=True, repeats=1, csv=tmp_path / "benchmark.csv")
+    rows = run_bench(
+        [small(OPERATION)],
+        "cpu",
+        (torch.float32, torch.bfloat16),
+        peers=True,
+        repeats=1,
+        csv=tmp_path / "benchmark.csv",
+    )
     ceilings = [(row.source, row.dtype) for row in rows if row.op == CEILING]
     assert ceilings == [("matmul", "float32"), ("copy", "float32"), ("matmul", "bfloat16"), ("copy", "bfloat16")]
     timed = [row for row in rows if row.op != CEILING]
@@ -121,7 +145,9 @@ def test_a_slow_peer_has_few_turns_and_no_row_for_its_backward_alone(monkeypatch
         return OPERATION.call(**inputs, backend="torch")[0]
 
     operation = dataclasses.replace(small(OPERATION), cpu_peers={"slow": slow})
-    rows = time_operation(operation, SHAPE, torch.float32, "cpu", Ceilings(flops=1e9, bandwidth=1e9), peers=True, repeats=20)
+    rows = time_operation(
+        operation, SHAPE, torch.float32, "cpu", Ceilings(flops=1e9, bandwidth=1e9), peers=True, repeats=20
+    )
     assert {row.direction for row in rows if row.source == "slow"} == {"forward", "forward+backward"}
     assert {row.direction for row in rows if row.source == "ours"} == {"forward", "forward+backward", "backward"}
     # Checked once; for each of two directions one turn to warm up and at most three that count.
@@ -148,7 +174,9 @@ def test_a_peer_that_breaks_or_disagrees_has_no_row_and_says_why(capsys: pytest.
         return 1.1 * OPERATION.call(**inputs, backend="torch")[0]
 
     operation = dataclasses.replace(small(OPERATION), cpu_peers={"breaks": breaks, "disagrees": disagrees})
-    rows = time_operation(operation, SHAPE, torch.float32, "cpu", Ceilings(flops=1e9, bandwidth=1e9), peers=True, repeats=1)
+    rows = time_operation(
+        operation, SHAPE, torch.float32, "cpu", Ceilings(flops=1e9, bandwidth=1e9), peers=True, repeats=1
+    )
     assert {row.source for row in rows} == {"ours", DENSE}
     printed = capsys.readouterr().out
     assert "no row for breaks, RuntimeError: no such device" in printed
@@ -158,7 +186,9 @@ def test_a_peer_that_breaks_or_disagrees_has_no_row_and_says_why(capsys: pytest.
 @pytest.mark.parametrize("name", sorted(name for name, operation in operations().items() if operation.cpu_peers))
 def test_every_cpu_peer_computes_the_same_as_the_op(name: str) -> None:
     operation = operations()[name]
-    few = {axis: min(size, {"T": 70, "S": 70, "D": 32}.get(axis, size)) for axis, size in operation.cpu_shapes[0].items()}
+    few = {
+        axis: min(size, {"T": 70, "S": 70, "D": 32}.get(axis, size)) for axis, size in operation.cpu_shapes[0].items()
+    }
     inputs = operation.inputs(torch.float32, "cpu", **few)
     reference = Reference(operation, inputs)
     for peer, call in operation.cpu_peers.items():

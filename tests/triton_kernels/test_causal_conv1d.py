@@ -1,4 +1,5 @@
-"""causal_conv1d against the formula in fp64, token by token: output, tail and every gradient; alone, packed, continued."""
+"""causal_conv1d against the formula in fp64, token by token: output, tail and every gradient; alone, packed,
+continued."""
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ def plain_convolution(x_BTD, weight_DW, bias_D=None, activation="silu", initial_
     for n, row_TD in enumerate(rows):
         before = row_TD.new_zeros(W1, row_TD.shape[1]) if initial_tail is None else initial_tail[n].T
         row_LD = torch.cat([before, row_TD])
-        z = [(row_LD[t : t + W1 + 1].T * weight_DW).sum(1) + (0 if bias_D is None else bias_D) for t in range(len(row_TD))]
+        z = [
+            (row_LD[t : t + W1 + 1].T * weight_DW).sum(1) + (0 if bias_D is None else bias_D)
+            for t in range(len(row_TD))
+        ]
         z_TD = torch.stack(z) if z else row_TD
         outputs.append(z_TD * torch.sigmoid(z_TD) if activation == "silu" else z_TD)
         tails.append(row_LD[len(row_LD) - W1 :].T)
@@ -29,8 +33,15 @@ def plain_convolution(x_BTD, weight_DW, bias_D=None, activation="silu", initial_
 
 def random_inputs(B, T, D, W, S, bias, tail, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"x_BTD": (B, T, D), "weight_DW": (D, W)} | ({"bias_D": (D,)} if bias else {}) | ({"initial_tail": (S, D, W - 1)} if tail else {})
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for name, shape in shapes.items()}
+    shapes = (
+        {"x_BTD": (B, T, D), "weight_DW": (D, W)}
+        | ({"bias_D": (D,)} if bias else {})
+        | ({"initial_tail": (S, D, W - 1)} if tail else {})
+    )
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
 
 
 def outputs_and_gradients(function, inputs, **options):
@@ -42,7 +53,9 @@ def outputs_and_gradients(function, inputs, **options):
 
 def assert_same(ours, reference, tolerance=1e-12):
     for name, x in ours.items():
-        torch.testing.assert_close(x, reference[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            x, reference[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @settings(max_examples=50, deadline=None)
@@ -57,11 +70,18 @@ def assert_same(ours, reference, tolerance=1e-12):
 def test_batch_equals_the_formula(B, T, W, bias, tail, activation):
     inputs = random_inputs(B, T, 5, W, B, bias, tail)
     options = {"activation": activation}
-    assert_same(outputs_and_gradients(causal_conv1d, inputs, **options), outputs_and_gradients(plain_convolution, inputs, **options))
+    assert_same(
+        outputs_and_gradients(causal_conv1d, inputs, **options),
+        outputs_and_gradients(plain_convolution, inputs, **options),
+    )
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any), W=st.sampled_from([2, 3, 4]), tail=st.booleans())
+@given(
+    lengths=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any),
+    W=st.sampled_from([2, 3, 4]),
+    tail=st.booleans(),
+)
 def test_packed_sequences_equal_the_formula(lengths, W, tail):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     inputs = random_inputs(1, sum(lengths), 3, W, len(lengths), True, tail)
@@ -74,12 +94,15 @@ def test_long_inputs_are_cut_into_pieces_that_agree():
     inputs = random_inputs(2, 500, 700, 4, 2, True, True)
     y = causal_conv1d(**inputs)[0]
     x_BLD = torch.cat([inputs["initial_tail"].transpose(1, 2), inputs["x_BTD"]], 1)
-    z = torch.nn.functional.conv1d(x_BLD.transpose(1, 2), inputs["weight_DW"][:, None], inputs["bias_D"], groups=700).transpose(1, 2)
+    z = torch.nn.functional.conv1d(
+        x_BLD.transpose(1, 2), inputs["weight_DW"][:, None], inputs["bias_D"], groups=700
+    ).transpose(1, 2)
     expected = torch.nn.functional.silu(z)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(y)
     for ours, reference in zip(
-        torch.autograd.grad((y * upstream).sum(), list(inputs.values())), torch.autograd.grad((expected * upstream).sum(), list(inputs.values()))
+        torch.autograd.grad((y * upstream).sum(), list(inputs.values())),
+        torch.autograd.grad((expected * upstream).sum(), list(inputs.values())),
     ):
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
 
@@ -138,15 +161,21 @@ def test_wrong_arguments_are_refused_by_name(change, message):
     ],
 )
 def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengths, dtype):
-    """In the interpreter, both outputs and every gradient against fp64: at most twice torch's own error in the same dtype plus a few roundings."""
+    """In the interpreter, both outputs and every gradient against fp64: at most twice torch's own error in the same
+    dtype plus a few roundings."""
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
     inputs = random_inputs(B, T, D, W, B if lengths is None else len(lengths), bias, tail, dtype)
     options = {"activation": activation, "cu_seqlens": cu_seqlens}
-    exact = outputs_and_gradients(plain_convolution, {name: x.detach().double().requires_grad_() for name, x in inputs.items()}, **options)
+    exact = outputs_and_gradients(
+        plain_convolution, {name: x.detach().double().requires_grad_() for name, x in inputs.items()}, **options
+    )
     by_torch = outputs_and_gradients(causal_conv1d, inputs, backend="torch", **options)
     for name, x in outputs_and_gradients(causal_conv1d, inputs, backend="triton", **options).items():
         assert x.dtype == dtype
-        budget = 2 * (by_torch[name].double() - exact[name]).abs().max() + 4 * torch.finfo(dtype).eps * exact[name].abs().max()
+        budget = (
+            2 * (by_torch[name].double() - exact[name]).abs().max()
+            + 4 * torch.finfo(dtype).eps * exact[name].abs().max()
+        )
         assert (x.double() - exact[name]).abs().max() <= budget, name
 
 
@@ -159,7 +188,9 @@ def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengt
 def test_kernels_on_packed_sequences_of_any_length_equal_the_formula_in_the_same_bits_each_time(lengths, W, activation):
     options = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0), "activation": activation}
     inputs = random_inputs(1, sum(lengths), 3, W, len(lengths), True, True, torch.float32)
-    exact = outputs_and_gradients(plain_convolution, {name: x.detach().double().requires_grad_() for name, x in inputs.items()}, **options)
+    exact = outputs_and_gradients(
+        plain_convolution, {name: x.detach().double().requires_grad_() for name, x in inputs.items()}, **options
+    )
     first, second = (outputs_and_gradients(causal_conv1d, inputs, backend="triton", **options) for _ in range(2))
     assert_same({name: x.double() for name, x in first.items()}, exact, tolerance=1e-5)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -168,7 +199,8 @@ def test_kernels_on_packed_sequences_of_any_length_equal_the_formula_in_the_same
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(("T", "cu_seqlens"), [(0, None), (0, [0, 0, 0]), (1, None), (1, [0, 0, 1])])
 def test_no_token_and_one_token(T, cu_seqlens, backend):
-    """The tail passes through, shifted by what there is, and so do its gradients; parameters that met nothing have a gradient of zero."""
+    """The tail passes through, shifted by what there is, and so do its gradients; parameters that met nothing have a
+    gradient of zero."""
     inputs = random_inputs(2 if cu_seqlens is None else 1, T, 5, 4, 2, True, True, torch.float32)
     offsets = None if cu_seqlens is None else torch.tensor(cu_seqlens)
     ours = outputs_and_gradients(causal_conv1d, inputs, backend=backend, cu_seqlens=offsets)
@@ -186,8 +218,15 @@ def test_no_token_and_one_token(T, cu_seqlens, backend):
 def test_kernels_read_inputs_wherever_they_lie(packed):
     """Every second token, some channels of a wider projection, channels before tokens: the bits of the dense input."""
     wide = torch.randn(1, 44, 9, generator=torch.Generator().manual_seed(0))
-    _, weight, bias, tail = (x.detach() for x in random_inputs(1, 1, 5, 4, 2 if packed else 1, True, True, torch.float32).values())
-    options = {"bias_D": bias, "initial_tail": tail, "cu_seqlens": torch.tensor([0, 3, 22]) if packed else None, "backend": "triton"}
+    _, weight, bias, tail = (
+        x.detach() for x in random_inputs(1, 1, 5, 4, 2 if packed else 1, True, True, torch.float32).values()
+    )
+    options = {
+        "bias_D": bias,
+        "initial_tail": tail,
+        "cu_seqlens": torch.tensor([0, 3, 22]) if packed else None,
+        "backend": "triton",
+    }
     dense = wide[:, ::2, 2:7].contiguous()
     results = []
     for x in (dense, wide[:, ::2, 2:7], dense.transpose(1, 2).contiguous().transpose(1, 2)):
@@ -219,6 +258,8 @@ def test_the_operator_is_registered_soundly():
     x, weight, bias, tail = random_inputs(2, 5, 6, 4, 2, True, True, torch.float32).values()
     tail = tail.detach().transpose(1, 2).requires_grad_()
     arguments = (x, weight, bias, tail, None, True)
-    torch.library.opcheck(forward_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        forward_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
     detached = [t.detach() for t in (x, x, weight, bias, tail)]
     torch.library.opcheck(backward_op, (*detached, None, True), test_utils=("test_schema", "test_faketensor"))

@@ -1,8 +1,10 @@
-"""torch.compile(fullgraph=True) of the softmax and small ops on a CPU: one graph, the same outputs and gradients, on both backends.
+"""torch.compile(fullgraph=True) of the softmax and small ops on a CPU: one graph, the same outputs and gradients, on
+both backends.
 
-The graph is captured and differentiated by AOT autograd and then run as it is ("aot_eager"): what is proved is that nothing breaks the graph and
-that the registered fake implementations and gradients are those of the op. On the torch backend packed sequences are cut at numbers read from
-`cu_seqlens`, which no full graph can hold, so they are compiled on the kernels alone.
+The graph is captured and differentiated by AOT autograd and then run as it is ("aot_eager"): what is proved is that
+nothing breaks the graph and that the registered fake implementations and gradients are those of the op. On the torch
+backend packed sequences are cut at numbers read from `cu_seqlens`, which no full graph can hold, so they are compiled
+on the kernels alone.
 """
 
 import pytest
@@ -31,7 +33,9 @@ def packed_attention(q, k, v, backend):
 
 
 def convolution(x, weight, bias, tail, backend):
-    return torch.cat([out.flatten() for out in causal_conv1d(x, weight, bias_D=bias, initial_tail=tail, backend=backend)])
+    return torch.cat(
+        [out.flatten() for out in causal_conv1d(x, weight, bias_D=bias, initial_tail=tail, backend=backend)]
+    )
 
 
 def norm(x, gate, weight, backend):

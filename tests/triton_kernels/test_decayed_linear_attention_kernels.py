@@ -1,6 +1,7 @@
 """The Triton kernels in the interpreter against the fp64 recurrence: outputs, states and every gradient.
 
-The error budget comes from the data: a kernel may be off by twice what the torch reference is off by in the same dtype, plus a few roundings.
+The error budget comes from the data: a kernel may be off by twice what the torch reference is off by in the same dtype,
+plus a few roundings.
 """
 
 import pytest
@@ -13,7 +14,17 @@ from triton_kernels.linear_decode import linear_attention_step
 EMPTY_AND_SHORT = [0, 0, 1, 40, 40, 63]
 
 
-def draw(batch: int, tokens: int, heads: int, K: int, V: int, n_states: int, gate: str, dtype: torch.dtype, floor: float = -1.0):
+def draw(
+    batch: int,
+    tokens: int,
+    heads: int,
+    K: int,
+    V: int,
+    n_states: int,
+    gate: str,
+    dtype: torch.dtype,
+    floor: float = -1.0,
+):
     """Leaves in the dtype under test, and the same numbers in fp64: q, k, v, log_decay, initial state."""
     generator = torch.Generator().manual_seed(tokens + K)
     shapes = [(batch, tokens, heads, K), (batch, tokens, heads, K), (batch, tokens, heads, V), (n_states, heads, K, V)]
@@ -45,11 +56,21 @@ def assert_kernels_equal_recurrence(
 
     def run(backend: str):
         return lambda x: decayed_linear_attention(
-            x[0], x[1], x[2], x[3], scale=0.3, initial_state_BHKV=x[4], cu_seqlens=cu_seqlens, chunk_size=16, backend=backend
+            x[0],
+            x[1],
+            x[2],
+            x[3],
+            scale=0.3,
+            initial_state_BHKV=x[4],
+            cu_seqlens=cu_seqlens,
+            chunk_size=16,
+            backend=backend,
         )
 
     def definition(x):
-        return linear_attention_recurrence(x[0], x[1], x[2], token_log_decay(x[3], x[0]), None, x[4], scale=0.3, cu_seqlens=cu_seqlens)
+        return linear_attention_recurrence(
+            x[0], x[1], x[2], token_log_decay(x[3], x[0]), None, x[4], scale=0.3, cu_seqlens=cu_seqlens
+        )
 
     expected = outputs_and_gradients(definition, exact, with_final)
     reference = outputs_and_gradients(run("torch"), low, with_final)
@@ -60,7 +81,9 @@ def assert_kernels_equal_recurrence(
         if position == 5 and gate == "fixed":
             # One number per head, the sum of a term per token that largely cancel.
             largest = largest * tokens**0.5
-        budget = 2 * (torch_low - right).abs().sum() / max(1, right.numel()) ** 0.5 + 16 * torch.finfo(dtype).eps * (largest + 1)
+        budget = 2 * (torch_low - right).abs().sum() / max(1, right.numel()) ** 0.5 + 16 * torch.finfo(dtype).eps * (
+            largest + 1
+        )
         assert right.numel() == 0 or (kernel - right).abs().max() <= budget, position
 
 
@@ -102,7 +125,9 @@ def test_strided_inputs_are_read_in_place() -> None:
     fused = torch.randn(2, 20, 3, 48)
     q, k, v = fused.split(16, -1)
     out, _ = decayed_linear_attention(q, k, v, None, chunk_size=16, backend="triton")
-    dense, _ = decayed_linear_attention(q.contiguous(), k.contiguous(), v.contiguous(), None, chunk_size=16, backend="triton")
+    dense, _ = decayed_linear_attention(
+        q.contiguous(), k.contiguous(), v.contiguous(), None, chunk_size=16, backend="triton"
+    )
     assert torch.equal(out, dense)
 
 
@@ -126,7 +151,9 @@ def test_bitwise_causal_and_repeatable() -> None:
 def test_prefill_then_steps_equal_the_full_form() -> None:
     (q, k, v, g, state), _ = draw(1, 20, 2, 16, 16, 1, "token", torch.float32)
     full, final = decayed_linear_attention(q, k, v, g, initial_state_BHKV=state, chunk_size=16, backend="triton")
-    prefix, running = decayed_linear_attention(q[:, :17], k[:, :17], v[:, :17], g[:, :17], initial_state_BHKV=state, chunk_size=16, backend="triton")
+    prefix, running = decayed_linear_attention(
+        q[:, :17], k[:, :17], v[:, :17], g[:, :17], initial_state_BHKV=state, chunk_size=16, backend="triton"
+    )
     outputs = [prefix]
     for t in range(17, 20):
         out, running = linear_attention_step(q[:, t], k[:, t], v[:, t], g[:, t, :, None], None, running, scale=1.0)
@@ -139,7 +166,11 @@ def test_registration_is_sound() -> None:
     from triton_kernels.decayed_linear_attention_triton import forward_op
 
     (q, k, v, g, state), _ = draw(1, 17, 1, 16, 16, 1, "token", torch.float32)
-    torch.library.opcheck(forward_op, (q, k, v, g, state, None, 1.0, 16), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        forward_op,
+        (q, k, v, g, state, None, 1.0, 16),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
 
 
 def test_a_chunk_the_kernels_cannot_take_is_refused() -> None:

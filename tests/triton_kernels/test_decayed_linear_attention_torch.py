@@ -14,7 +14,9 @@ HEADS, KEY_WIDTH, VALUE_WIDTH = 2, 5, 3
 GATES = ["none", "fixed", "learnt", "data"]
 
 
-def make_inputs(gate: str, batch: int, tokens: int, n_states: int, dtype: torch.dtype = torch.float64, floor: float = -1.0):
+def make_inputs(
+    gate: str, batch: int, tokens: int, n_states: int, dtype: torch.dtype = torch.float64, floor: float = -1.0
+):
     generator = torch.Generator().manual_seed(tokens)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -27,18 +29,26 @@ def make_inputs(gate: str, batch: int, tokens: int, n_states: int, dtype: torch.
     return q, k, v, g, state.to(torch.promote_types(dtype, torch.float32))
 
 
-def assert_equals_recurrence(gate: str, tokens: int, chunk_size: int, cu_seqlens: torch.Tensor | None, floor: float) -> None:
+def assert_equals_recurrence(
+    gate: str, tokens: int, chunk_size: int, cu_seqlens: torch.Tensor | None, floor: float
+) -> None:
     batch = 2 if cu_seqlens is None else 1
     n_states = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     q, k, v, g, state = make_inputs(gate, batch, tokens, n_states, floor=floor)
     leaves = [x.requires_grad_() for x in (q, k, v, None if gate == "fixed" else g, state) if x is not None]
-    out, final = decayed_linear_attention(q, k, v, g, scale=0.3, initial_state_BHKV=state, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
-    expected_out, expected_final = linear_attention_recurrence(q, k, v, token_log_decay(g, q), None, state, scale=0.3, cu_seqlens=cu_seqlens)
+    out, final = decayed_linear_attention(
+        q, k, v, g, scale=0.3, initial_state_BHKV=state, cu_seqlens=cu_seqlens, chunk_size=chunk_size
+    )
+    expected_out, expected_final = linear_attention_recurrence(
+        q, k, v, token_log_decay(g, q), None, state, scale=0.3, cu_seqlens=cu_seqlens
+    )
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(final, expected_final)
     weights = torch.randn_like(out), torch.randn_like(final)
     grads = torch.autograd.grad((out * weights[0]).sum() + (final * weights[1]).sum(), leaves)
-    expected = torch.autograd.grad((expected_out * weights[0]).sum() + (expected_final * weights[1]).sum(), leaves, materialize_grads=True)
+    expected = torch.autograd.grad(
+        (expected_out * weights[0]).sum() + (expected_final * weights[1]).sum(), leaves, materialize_grads=True
+    )
     torch.testing.assert_close(grads, expected, atol=1e-9, rtol=1e-7)
 
 
@@ -77,7 +87,9 @@ def test_across_many_blocks(gate: str, lengths: list[int], monkeypatch: pytest.M
 def test_low_precision_keeps_an_fp32_state_and_stays_near_fp64(dtype: torch.dtype) -> None:
     q, k, v, g, state = make_inputs("data", 1, 100, 1, dtype)
     out, final = decayed_linear_attention(q, k, v, g, initial_state_BHKV=state)
-    exact_out, exact_final = decayed_linear_attention(q.double(), k.double(), v.double(), g, initial_state_BHKV=state.double())
+    exact_out, exact_final = decayed_linear_attention(
+        q.double(), k.double(), v.double(), g, initial_state_BHKV=state.double()
+    )
     assert out.dtype == dtype
     assert final.dtype == torch.float32
     unit = torch.finfo(dtype).eps
@@ -91,7 +103,9 @@ def test_prefill_then_steps_equal_the_full_form(gate: str) -> None:
     full, final = decayed_linear_attention(q, k, v, g, scale=0.5, initial_state_BHKV=state, chunk_size=8)
     split = 13
     prefix_g = g[:, :split] if gate == "data" else g
-    outputs, running = decayed_linear_attention(q[:, :split], k[:, :split], v[:, :split], prefix_g, scale=0.5, initial_state_BHKV=state, chunk_size=8)
+    outputs, running = decayed_linear_attention(
+        q[:, :split], k[:, :split], v[:, :split], prefix_g, scale=0.5, initial_state_BHKV=state, chunk_size=8
+    )
     outputs = [outputs]
     for t in range(split, 21):
         decay = g[:, t, :, None] if gate == "data" else None if g is None else g[:, None].expand(2, -1, 1)

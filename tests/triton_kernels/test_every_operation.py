@@ -1,4 +1,5 @@
-"""What holds of every registered operation alike, forward and backward, in the interpreter: the same bits in every run, wherever its inputs lie."""
+"""What holds of every registered operation alike, forward and backward, in the interpreter: the same bits in every run,
+wherever its inputs lie."""
 
 import functools
 
@@ -25,7 +26,8 @@ def run(name: str, inputs: dict) -> dict[str, torch.Tensor]:
 
 
 def laid_out_otherwise(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers with three more channels beside every row and a gap between the rows of the first axis, like slices of fused projections."""
+    """The same numbers with three more channels beside every row and a gap between the rows of the first axis, like
+    slices of fused projections."""
     if x.dim() < 2 or not x.is_floating_point():
         return x
     room = torch.full((2 * x.shape[0], *x.shape[1:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
@@ -39,7 +41,10 @@ def test_two_runs_give_the_same_bits_wherever_the_inputs_lie(name: str) -> None:
     inputs = small_inputs(name)
     # A decode step updates its state and tail where they lie, which must be in one piece.
     in_place = ("state", "tail_BXW")
-    moved = {key: x if key.startswith(in_place) or not isinstance(x, torch.Tensor) else laid_out_otherwise(x) for key, x in inputs.items()}
+    moved = {
+        key: x if key.startswith(in_place) or not isinstance(x, torch.Tensor) else laid_out_otherwise(x)
+        for key, x in inputs.items()
+    }
     first, second = run(name, inputs), run(name, moved)
     assert first.keys() == second.keys()
     for result, x in first.items():

@@ -1,6 +1,8 @@
-"""The Triton kernels of flash_attention in the interpreter, against the torch reference in fp64 (itself proved against the dense formula).
+"""The Triton kernels of flash_attention in the interpreter, against the torch reference in fp64 (itself proved against
+the dense formula).
 
-Budgets come from the data: a kernel may be at most twice as far from fp64 as torch in the same dtype is, plus a few roundings of its own.
+Budgets come from the data: a kernel may be at most twice as far from fp64 as torch in the same dtype is, plus a few
+roundings of its own.
 """
 
 import pytest
@@ -88,7 +90,14 @@ def test_any_shape_and_option(T, more_keys, heads, widths, window, sinks, dtype)
     sinks=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-@example(lengths=[0, 1, 63, 0, 64, 1, 70, 0], heads=(2, 1), widths=(32, 32), options={"window": 9}, sinks=True, dtype=torch.float16)
+@example(
+    lengths=[0, 1, 63, 0, 64, 1, 70, 0],
+    heads=(2, 1),
+    widths=(32, 32),
+    options={"window": 9},
+    sinks=True,
+    dtype=torch.float16,
+)
 def test_packed_sequences(lengths, heads, widths, options, sinks, dtype):
     cu_seqlens, T = torch.tensor([0, *lengths]).cumsum(0), sum(lengths)
     assert_as_exact_as_torch(random_inputs(1, T, T, *heads, *widths, sinks, dtype), cu_seqlens=cu_seqlens, **options)
@@ -104,9 +113,12 @@ def test_strided_inputs_are_read_where_they_are():
     assert_as_exact_as_torch(inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 20, "rotary": rotary_tables(torch.arange(150), rotary_dim=32, base=100.0)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 20, "rotary": rotary_tables(torch.arange(150), rotary_dim=32, base=100.0)}]
+)
 def test_the_future_changes_no_bit_of_the_past(options):
-    """Outputs before the change, and gradients of queries before it, are the same bits; so are gradients of keys that no later loss can see."""
+    """Outputs before the change, and gradients of queries before it, are the same bits; so are gradients of keys that
+    no later loss can see."""
     inputs = random_inputs(1, 150, 150, 2, 1, 32, 32, False, torch.float16)
     changed = [x.detach().clone() for x in inputs]
     for x in changed:
@@ -115,7 +127,9 @@ def test_the_future_changes_no_bit_of_the_past(options):
     results = []
     for tensors in (inputs, changed):
         o = flash_attention(*tensors, backend="triton", **options)
-        results.append((o[:, :90], *(g[:, :90] for g in torch.autograd.grad(o[:, :90].float().square().sum(), tensors))))
+        results.append(
+            (o[:, :90], *(g[:, :90] for g in torch.autograd.grad(o[:, :90].float().square().sum(), tensors)))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -136,14 +150,17 @@ def test_no_queries_and_no_keys():
 
 
 def test_the_operator_is_registered_soundly():
-    """Schema, fake implementation and autograd agree with what the op does: torch.compile and CUDA graphs rely on it."""
+    """Schema, fake implementation and autograd agree with what the op does: torch.compile and CUDA graphs rely on
+    it."""
     from triton_kernels.flash_attention_triton import backward_op, forward_op
 
     q, k, v, sinks = random_inputs(1, 20, 30, 2, 1, 32, 16, True, torch.float32)
     tables = rotary_tables(torch.arange(20), rotary_dim=16, base=100.0)
     options = (True, 7, 0.2)
     arguments = (q, k, v, None, *tables, sinks, *options)
-    torch.library.opcheck(forward_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        forward_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
     o, lse = forward_op(*arguments)
     saved = tuple(x.detach() for x in (torch.randn_like(o), o, lse, q, k, v))
     torch.library.opcheck(backward_op, (*saved, None, *tables, *options), test_utils=("test_schema", "test_faketensor"))

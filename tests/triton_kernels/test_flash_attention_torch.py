@@ -46,7 +46,9 @@ def output_and_gradients(function, inputs, seed=1, **options):
 def assert_same(ours, reference, tolerance=1e-10):
     for name, x in ours.items():
         assert x.shape == reference[name].shape, name
-        torch.testing.assert_close(x, reference[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            x, reference[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,7 +63,10 @@ def assert_same(ours, reference, tolerance=1e-10):
 )
 def test_causal_attention_equals_the_formula(T, more_keys, heads, widths, window, sinks, B):
     inputs = random_inputs(B, T, T + more_keys, *heads, *widths, sinks)
-    assert_same(output_and_gradients(flash_attention, inputs, window=window), output_and_gradients(dense_attention, inputs, window=window))
+    assert_same(
+        output_and_gradients(flash_attention, inputs, window=window),
+        output_and_gradients(dense_attention, inputs, window=window),
+    )
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -69,11 +74,18 @@ def test_causal_attention_equals_the_formula(T, more_keys, heads, widths, window
 def test_bidirectional_attention_equals_the_formula(T, S, sinks):
     inputs = random_inputs(2, T, S, 4, 2, 8, 8, sinks)
     options = {"causal": False, "scale": 0.3}
-    assert_same(output_and_gradients(flash_attention, inputs, **options), output_and_gradients(dense_attention, inputs, **options))
+    assert_same(
+        output_and_gradients(flash_attention, inputs, **options),
+        output_and_gradients(dense_attention, inputs, **options),
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(0, 90), min_size=1, max_size=5), window=st.sampled_from([None, 3, 70]), sinks=st.booleans())
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=5),
+    window=st.sampled_from([None, 3, 70]),
+    sinks=st.booleans(),
+)
 def test_packed_sequences_equal_the_formula(lengths, window, sinks):
     T = sum(lengths)
     if T == 0:
@@ -81,12 +93,16 @@ def test_packed_sequences_equal_the_formula(lengths, window, sinks):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     inputs = random_inputs(1, T, T, 4, 2, 8, 8, sinks)
     options = {"window": window, "cu_seqlens": cu_seqlens}
-    assert_same(output_and_gradients(flash_attention, inputs, **options), output_and_gradients(dense_attention, inputs, **options))
+    assert_same(
+        output_and_gradients(flash_attention, inputs, **options),
+        output_and_gradients(dense_attention, inputs, **options),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_is_no_worse_than_the_dtype(dtype):
-    """A sink of 8 in bf16 would be off by 2^-6 if its logit were rounded with the queries; the error must stay that of rounding the output."""
+    """A sink of 8 in bf16 would be off by 2^-6 if its logit were rounded with the queries; the error must stay that of
+    rounding the output."""
     inputs = random_inputs(1, 200, 200, 4, 2, 32, 32, sinks=True, dtype=dtype)
     inputs[3] = (inputs[3].detach() + 8.1).requires_grad_()
     exact = dense_attention(*(x.detach().double() for x in inputs[:3]), sinks_H=inputs[3].detach().double(), window=70)
@@ -121,7 +137,11 @@ def test_no_queries_give_an_empty_output_and_zero_gradients():
     ],
 )
 def test_wrong_arguments_are_refused_by_name(change, message):
-    arguments = {"q_BTHK": torch.zeros(2, 5, 4, 8), "k_BSGK": torch.zeros(2, 5, 2, 8), "v_BSGV": torch.zeros(2, 5, 2, 8)} | change
+    arguments = {
+        "q_BTHK": torch.zeros(2, 5, 4, 8),
+        "k_BSGK": torch.zeros(2, 5, 2, 8),
+        "v_BSGV": torch.zeros(2, 5, 2, 8),
+    } | change
     with pytest.raises(ValueError, match=message):
         flash_attention(**arguments)
 

@@ -1,4 +1,5 @@
-"""flash_decode: the torch reference against the dense formula, the kernels against the reference, over every kind of cache."""
+"""flash_decode: the torch reference against the dense formula, the kernels against the reference, over every kind of
+cache."""
 
 import pytest
 import torch
@@ -30,7 +31,10 @@ def dense_decode(q_BHK, k_BSGK, v_BSGV, lengths_B, *, window=None, scale=None, s
 
 def random_cache(B, S, H, G, K, V, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in ((B, H, K), (B, S, G, K), (B, S, G, V))]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)
+        for s in ((B, H, K), (B, S, G, K), (B, S, G, V))
+    ]
 
 
 def spoil(k_BSGK, v_BSGV, lengths_B):
@@ -40,7 +44,8 @@ def spoil(k_BSGK, v_BSGV, lengths_B):
 
 
 def into_pool(k_BSGK, v_BSGV, page, seed=0):
-    """(k pool, v pool, block table): the rows cut into pages and shuffled, with pages of NaN that nobody owns among them."""
+    """(k pool, v pool, block table): the rows cut into pages and shuffled, with pages of NaN that nobody owns among
+    them."""
     B, S = k_BSGK.shape[:2]
     n_pages = -(-S // page)
     order = torch.randperm(B * n_pages + 3, generator=torch.Generator().manual_seed(seed))[: B * n_pages]
@@ -79,7 +84,9 @@ def test_reference_equals_the_formula(lengths, window, sinks, page):
     table = None
     if page is not None:
         k, v, table = into_pool(k, v, page)
-    torch.testing.assert_close(flash_decode(q, k, v, lengths_B, block_table_BN=table, **options), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        flash_decode(q, k, v, lengths_B, block_table_BN=table, **options), expected, rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -106,7 +113,10 @@ def test_kernels_are_as_exact_as_torch(S, lengths, H, G, K, V, page, options, dt
     if page is not None:
         k, v, table = into_pool(k, v, page)
     arguments = (q, k, v, lengths_B)
-    by_torch, ours = (flash_decode(*arguments, sinks_H=sinks_H, block_table_BN=table, backend=backend, **options) for backend in ("torch", "triton"))
+    by_torch, ours = (
+        flash_decode(*arguments, sinks_H=sinks_H, block_table_BN=table, backend=backend, **options)
+        for backend in ("torch", "triton")
+    )
     assert ours.dtype == dtype
     budget = 2 * (by_torch.double() - exact).abs().max() + 8 * torch.finfo(dtype).eps * exact.abs().max()
     assert (ours.double() - exact).abs().max() <= budget
@@ -124,9 +134,12 @@ def test_quantised_caches_equal_the_cache_they_stand_for(quantised, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("kind", ["growing", "ring", "windowed", "paged", "latent", torch.int8, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "kind", ["growing", "ring", "windowed", "paged", "latent", torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_prefill_and_decode_equal_the_full_attention(backend, kind):
-    """Token by token over every kind of cache: the rows of the full causal attention over the keys and values that the cache stands for."""
+    """Token by token over every kind of cache: the rows of the full causal attention over the keys and values that the
+    cache stands for."""
     T, G, window = 60, 1 if kind == "latent" else 2, 20 if kind in ("ring", "windowed") else None
     _, k, v = random_cache(1, T, 4, G, 32, 32, torch.float32)
     q_BTHK = torch.randn(1, T, 4, 32, generator=torch.Generator().manual_seed(3))
@@ -138,7 +151,8 @@ def test_prefill_and_decode_equal_the_full_attention(backend, kind):
     full_BTHV = flash_attention(q_BTHK, k, v, window=window)
     for t in (0, 1, 19, 20, 33, T - 1):
         lengths_B, options = torch.tensor([t + 1]), {"window": window if kind == "windowed" else None}
-        # What is not written yet is NaN, of bytes the scales; a ring holds the last 20 tokens, in the rows they fell into.
+        # What is not written yet is NaN, of bytes the scales; a ring holds the last 20 tokens, in the rows they fell
+        # into.
         k_cache, v_cache = stored if scales else spoil(*stored, lengths_B)
         unwritten_BSG = torch.arange(T)[None, :, None] > t
         options |= {name: scale.masked_fill(unwritten_BSG, torch.nan) for name, scale in scales.items()}
@@ -179,7 +193,9 @@ def test_caches_of_few_and_of_many_sequences(B):
     """Many heads fill a device by themselves: they are not split, and need no counters."""
     q, k, v = random_cache(B, 40, 2, 2, 16, 16, torch.float32)
     lengths_B = torch.arange(B) % 41
-    torch.testing.assert_close(flash_decode(q, k, v, lengths_B, backend="triton"), dense_decode(q, k, v, lengths_B), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        flash_decode(q, k, v, lengths_B, backend="triton"), dense_decode(q, k, v, lengths_B), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_operator_is_registered_soundly():

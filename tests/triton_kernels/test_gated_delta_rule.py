@@ -1,4 +1,5 @@
-"""The delta rules, gated, plain and per channel: reference and kernels against the token-by-token recurrence in fp64, outputs and all gradients."""
+"""The delta rules, gated, plain and per channel: reference and kernels against the token-by-token recurrence in fp64,
+outputs and all gradients."""
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ ROUNDINGS = {torch.float64: 1e5, torch.float32: 40, torch.float16: 12}
 
 
 def draw(
-    rule: str, batch: int, tokens: int, groups: int, heads: int, widths: tuple[int, int], n_states: int, dtype: torch.dtype, floor: float = -1.0
+    rule: str,
+    batch: int,
+    tokens: int,
+    groups: int,
+    heads: int,
+    widths: tuple[int, int],
+    n_states: int,
+    dtype: torch.dtype,
+    floor: float = -1.0,
 ):
     """q, k, v, log-decay (None for the plain rule), beta in [0, 2], initial state: leaves that want gradients."""
     generator = torch.Generator().manual_seed(tokens + 7 * heads)
@@ -49,10 +58,14 @@ def define(tensors, normalize_qk: bool, cu_seqlens: torch.Tensor | None):
     if normalize_qk:
         q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     q, k = ((x * f).repeat_interleave(group, 2) for x, f in ((q, q.shape[-1] ** -0.5), (k, 1.0)))
-    return linear_attention_recurrence(q, k, v, torch.zeros_like(beta) if g is None else g, beta, state, cu_seqlens=cu_seqlens)
+    return linear_attention_recurrence(
+        q, k, v, torch.zeros_like(beta) if g is None else g, beta, state, cu_seqlens=cu_seqlens
+    )
 
 
-def assert_close(rule: str, tensors, backend: str, cu_seqlens: torch.Tensor | None = None, normalize_qk: bool = True, **options) -> None:
+def assert_close(
+    rule: str, tensors, backend: str, cu_seqlens: torch.Tensor | None = None, normalize_qk: bool = True, **options
+) -> None:
     leaves = [x for x in tensors if x is not None]
     out, final = run(rule, tensors, backend, cu_seqlens=cu_seqlens, normalize_qk=normalize_qk, **options)
     assert out.dtype == tensors[2].dtype
@@ -65,11 +78,16 @@ def assert_close(rule: str, tensors, backend: str, cu_seqlens: torch.Tensor | No
     expected = torch.autograd.grad(loss, leaves, materialize_grads=True)
     beta_scale = float((expected[-2] * tensors[4]).detach().abs().max()) if tensors[4].numel() else 0.0
     unit = ROUNDINGS[tensors[0].dtype] * torch.finfo(tensors[0].dtype).eps
-    names = ["out", "final", *(name for name, x in zip(("q", "k", "v", "log_decay", "beta", "state"), tensors) if x is not None)]
+    names = [
+        "out",
+        "final",
+        *(name for name, x in zip(("q", "k", "v", "log_decay", "beta", "state"), tensors) if x is not None),
+    ]
     for name, have, want in zip(names, (out, final, *grads), (expected_out, expected_final, *expected)):
         if have.numel() == 0:
             continue
-        # The gate's gradient is a difference of terms as large as beta's: under a strong decay it is far smaller than what cancels.
+        # The gate's gradient is a difference of terms as large as beta's: under a strong decay it is far smaller than
+        # what cancels.
         scale = float(want.detach().abs().max()) + (beta_scale if name == "log_decay" else 0.0)
         error = float((have.double() - want.double()).detach().abs().max())
         assert error <= unit * max(scale, 1e-30), f"{name}: error {error:.2e}, scale {scale:.2e}"
@@ -90,7 +108,11 @@ def test_reference_equals_the_recurrence(rule, tokens, chunk_size, heads, floor,
 
 
 @settings(max_examples=15, deadline=None)
-@given(rule=st.sampled_from(RULES), lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5), chunk_size=st.sampled_from([4, 16]))
+@given(
+    rule=st.sampled_from(RULES),
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=5),
+    chunk_size=st.sampled_from([4, 16]),
+)
 def test_reference_on_packed_sequences(rule, lengths, chunk_size):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     tensors = draw(rule, 1, sum(lengths), 1, 2, (4, 6), len(lengths), torch.float64)
@@ -100,7 +122,8 @@ def test_reference_on_packed_sequences(rule, lengths, chunk_size):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("lengths", [[600], [130, 0, 1, 200]])
 def test_reference_across_many_blocks_in_fp32(rule, lengths, monkeypatch):
-    """Blocks of two chunks, of 4 heads 64 wide, whose scratch memory each takes from the one before; the last one is shorter."""
+    """Blocks of two chunks, of 4 heads 64 wide, whose scratch memory each takes from the one before; the last one is
+    shorter."""
     monkeypatch.setattr("triton_kernels.chunk.BLOCK_BYTES", 2 * 2 * 4 * 32 * 64 * 4)
     cu_seqlens = None if len(lengths) == 1 else torch.tensor([0, *lengths]).cumsum(0)
     assert_close(rule, draw(rule, 1, sum(lengths), 4, 4, (64, 64), len(lengths), torch.float32), "torch", cu_seqlens)
@@ -128,7 +151,9 @@ KERNEL_RULES = RULES
     normalize_qk=st.booleans(),
 )
 def test_kernels_equal_the_recurrence(rule, tokens, widths, heads, dtype, normalize_qk):
-    assert_close(rule, draw(rule, 2, tokens, *heads, widths, 2, dtype), "triton", normalize_qk=normalize_qk, chunk_size=16)
+    assert_close(
+        rule, draw(rule, 2, tokens, *heads, widths, 2, dtype), "triton", normalize_qk=normalize_qk, chunk_size=16
+    )
 
 
 @pytest.mark.parametrize("rule", KERNEL_RULES)
@@ -184,7 +209,9 @@ def test_the_future_changes_no_bit_of_the_past(rule, backend):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("rule", RULES)
 def test_prefill_and_decode_equal_the_whole(rule, backend):
-    q, k, v, g, beta, state = (None if x is None else x.detach() for x in draw(rule, 2, 21, 1, 2, (16, 16), 2, torch.float32))
+    q, k, v, g, beta, state = (
+        None if x is None else x.detach() for x in draw(rule, 2, 21, 1, 2, (16, 16), 2, torch.float32)
+    )
     whole, whole_final = run(rule, (q, k, v, g, beta, state), backend, normalize_qk=True, chunk_size=16)
     start = [None if x is None else x[:, :18] for x in (q, k, v, g, beta)]
     out, state = run(rule, (*start, state), backend, normalize_qk=True, chunk_size=16)
@@ -201,12 +228,18 @@ def test_prefill_and_decode_equal_the_whole(rule, backend):
 def test_kernels_repeat_bit_for_bit_and_pass_torchs_own_checks(rule):
     tensors = draw(rule, 1, 20, 1, 1, (16, 16), 1, torch.float32)
     leaves = [x for x in tensors if x is not None]
-    first, second = (torch.autograd.grad(run(rule, tensors, "triton", chunk_size=16)[0].square().sum(), leaves) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(run(rule, tensors, "triton", chunk_size=16)[0].square().sum(), leaves) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     from triton_kernels.delta_triton import forward_op
 
     # The fake implementations say what torch.compile and CUDA graphs will see.
-    torch.library.opcheck(forward_op, (*tensors, None, 0.25, True, 16), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        forward_op,
+        (*tensors, None, 0.25, True, 16),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,7 +259,17 @@ def test_kernels_repeat_bit_for_bit_and_pass_torchs_own_checks(rule):
 @pytest.mark.parametrize("rule", ["gated", "kimi"])
 def test_mistakes_are_named(rule, change, message):
     q, k, v, g, beta, state = draw(rule, 2, 9, 2, 2, (16, 8), 2, torch.float32)
-    arguments = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state, "chunk_size": 16, "backend": "torch", "cu_seqlens": None}
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g,
+        "beta": beta,
+        "state": state,
+        "chunk_size": 16,
+        "backend": "torch",
+        "cu_seqlens": None,
+    }
     arguments |= {name: mistake(arguments[name]) for name, mistake in change.items()}
     tensors = [arguments.pop(name) for name in ("q", "k", "v", "g", "beta", "state")]
     with pytest.raises(ValueError, match=message):

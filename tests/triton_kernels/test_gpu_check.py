@@ -1,4 +1,5 @@
-"""gpu-check runs to its end: the whole flow on the interpreter, at shapes of a few tokens, with everything but the parts that only CUDA has."""
+"""gpu-check runs to its end: the whole flow on the interpreter, at shapes of a few tokens, with everything but the
+parts that only CUDA has."""
 
 import dataclasses
 from pathlib import Path
@@ -44,10 +45,27 @@ def test_the_whole_flow_on_the_interpreter(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.slow
-def test_every_op_passes_in_one_run(tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of them in one process, as on a GPU: what one leaves behind (the compiler's variants, for one) must not be the next one's failure."""
+def test_every_op_passes_in_one_run(
+    tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them in one process, as on a GPU: what one leaves behind (the compiler's variants, for one) must not be
+    the next one's failure."""
     monkeypatch.setattr("triton_kernels.gpu_check.DTYPES", {"cpu": (torch.float16,)})
-    largest = {"B": 2, "T": 33, "S": 48, "H": 4, "G": 2, "J": 2, "K": 32, "V": 32, "D": 48, "F": 32, "P": 16, "C": 16, "sequences": 3}
+    largest = {
+        "B": 2,
+        "T": 33,
+        "S": 48,
+        "H": 4,
+        "G": 2,
+        "J": 2,
+        "K": 32,
+        "V": 32,
+        "D": 48,
+        "F": 32,
+        "P": 16,
+        "C": 16,
+        "sequences": 3,
+    }
     selected = []
     for name, operation in operations().items():
         smaller = {"T": 5, "E": 9, "K": 3} if name.startswith(("assignments", "router_scores")) else largest
@@ -56,11 +74,17 @@ def test_every_op_passes_in_one_run(tmp_path: Path, no_plot: None, monkeypatch: 
             shape["W"] = 16
         if shape.get("H", 0) % shape.get("G", 1):
             shape["H"] = 2 * shape["G"]
-        shape_for_time = {letter: min(size, shape.get(letter, size)) for letter, size in operation.cpu_shapes[0].items()}
-        selected.append(dataclasses.replace(operation, check_shapes=(shape,), cpu_shapes=(shape_for_time,), cpu_peers={}))
+        shape_for_time = {
+            letter: min(size, shape.get(letter, size)) for letter, size in operation.cpu_shapes[0].items()
+        }
+        selected.append(
+            dataclasses.replace(operation, check_shapes=(shape,), cpu_shapes=(shape_for_time,), cpu_peers={})
+        )
     assert run_gpu_check(selected, tmp_path, device="cpu"), capsys.readouterr().out
     lines = correctness(tmp_path)
-    assert {(line["op"], line["aspect"]) for line in lines} == {(op.name, aspect) for op in selected for aspect in ("option 0", "torch.compile")}
+    assert {(line["op"], line["aspect"]) for line in lines} == {
+        (op.name, aspect) for op in selected for aspect in ("option 0", "torch.compile")
+    }
     assert {row.op for row in read_rows(tmp_path / "benchmark.csv", Timing)} == {CEILING} | {op.name for op in selected}
 
 
@@ -72,7 +96,10 @@ def test_a_wrong_kernel_is_found_and_not_timed(tmp_path: Path, no_plot: None) ->
         return (out if backend == "torch" else 1.01 * out), state
 
     assert not run_gpu_check([dataclasses.replace(operation, call=call)], tmp_path, device="cpu")
-    assert {(line["aspect"], line["ok"]) for line in correctness(tmp_path)} == {("option 0", "False"), ("torch.compile", "False")}
+    assert {(line["aspect"], line["ok"]) for line in correctness(tmp_path)} == {
+        ("option 0", "False"),
+        ("torch.compile", "False"),
+    }
     assert not (tmp_path / "benchmark.csv").exists()
 
 
@@ -87,9 +114,14 @@ def test_a_kernel_that_breaks_is_a_verdict_and_an_op_out_of_time_is_no_pass(tmp_
     assert not run_gpu_check([dataclasses.replace(norm, call=breaks)], tmp_path, device="cpu")
     lines = correctness(tmp_path)
     assert {line["ok"] for line in lines} == {"False"}
-    assert {line["where"] for line in lines if line["aspect"] == "option 0"} == {"RuntimeError: out of resource: shared memory"}
+    assert {line["where"] for line in lines if line["aspect"] == "option 0"} == {
+        "RuntimeError: out of resource: shared memory"
+    }
     assert not run_gpu_check([norm], tmp_path, device="cpu", limit_s=0.0)
-    assert [(line["aspect"], line["ok"]) for line in correctness(tmp_path)] == [("option 0", "True"), ("the rest", "False")]
+    assert [(line["aspect"], line["ok"]) for line in correctness(tmp_path)] == [
+        ("option 0", "True"),
+        ("the rest", "False"),
+    ]
 
 
 def test_forcing_an_option_gives_it_alone_and_notes_it() -> None:
@@ -123,6 +155,8 @@ def test_forcing_an_option_gives_it_alone_and_notes_it() -> None:
         ("BLOCK", (64,), [[]], AssertionError),
     ],
 )
-def test_a_launch_table_with_too_few_or_too_many_values_is_refused(blocks: str, widths: tuple, line: list, error: type) -> None:
+def test_a_launch_table_with_too_few_or_too_many_values_is_refused(
+    blocks: str, widths: tuple, line: list, error: type
+) -> None:
     with pytest.raises(error):
         launch_table(blocks, widths, sm_80=line)

@@ -1,6 +1,8 @@
-"""The Triton kernels of grouped_mlp in the interpreter, against the loop over experts in fp64: output and every gradient.
+"""The Triton kernels of grouped_mlp in the interpreter, against the loop over experts in fp64: output and every
+gradient.
 
-Budgets come from the data: the kernels may be at most twice as far from fp64 as the loop in the same dtype is, plus a few roundings of their own.
+Budgets come from the data: the kernels may be at most twice as far from fp64 as the loop in the same dtype is, plus a
+few roundings of their own.
 """
 
 import pytest
@@ -14,8 +16,8 @@ NAMES = ("x_TD", "w_gate_up_EDF2", "w_down_EFD", "weight_N")
 
 
 def draw(mask_TE, D, F, dtype, *, n_padding=0, weight_dtype=None, seed=0):
-    """Arguments of `grouped_mlp` for a dense map of which token goes to which expert. Padding names tokens and slots that do not exist, and
-    weighs NaN: whatever touched it would be found out."""
+    """Arguments of `grouped_mlp` for a dense map of which token goes to which expert. Padding names tokens and slots
+    that do not exist, and weighs NaN: whatever touched it would be found out."""
     generator = torch.Generator().manual_seed(seed)
     T, E = mask_TE.shape
     _, token_N = mask_TE.t().nonzero(as_tuple=True)
@@ -24,8 +26,15 @@ def draw(mask_TE, D, F, dtype, *, n_padding=0, weight_dtype=None, seed=0):
     def normal(*shape, scale=1.0):
         return torch.randn(shape, generator=generator) * scale
 
-    floats = {"x_TD": normal(T, D), "w_gate_up_EDF2": normal(E, D, 2 * F, scale=D**-0.5), "w_down_EFD": normal(E, F, D, scale=F**-0.5)}
-    inputs = {name: x.to(dtype if name == "x_TD" or weight_dtype is None else weight_dtype).requires_grad_() for name, x in floats.items()}
+    floats = {
+        "x_TD": normal(T, D),
+        "w_gate_up_EDF2": normal(E, D, 2 * F, scale=D**-0.5),
+        "w_down_EFD": normal(E, F, D, scale=F**-0.5),
+    }
+    inputs = {
+        name: x.to(dtype if name == "x_TD" or weight_dtype is None else weight_dtype).requires_grad_()
+        for name, x in floats.items()
+    }
     absent = torch.full((n_padding,), 2**40)
     weight_N = torch.cat([torch.rand(N, generator=generator), torch.full((n_padding,), torch.nan)]).requires_grad_()
     return inputs | {
@@ -39,7 +48,10 @@ def draw(mask_TE, D, F, dtype, *, n_padding=0, weight_dtype=None, seed=0):
 
 def output_and_gradients(inputs, backend, dtype=None):
     """In `dtype`, or as the inputs are."""
-    inputs = {name: x.detach().to(dtype).requires_grad_() if dtype and x.is_floating_point() else x for name, x in inputs.items()}
+    inputs = {
+        name: x.detach().to(dtype).requires_grad_() if dtype and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
     y = grouped_mlp(**inputs, backend=backend)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     return dict(zip(("y", *NAMES), (y, *torch.autograd.grad(y, [inputs[name] for name in NAMES], dy))))
@@ -69,14 +81,24 @@ def offsets_of(inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("T", "E", "D", "F"), [(1, 1, 16, 16), (63, 5, 48, 80), (100, 9, 32, 16), (257, 2, 16, 48), (33, 2, 144, 96)])
+@pytest.mark.parametrize(
+    ("T", "E", "D", "F"), [(1, 1, 16, 16), (63, 5, 48, 80), (100, 9, 32, 16), (257, 2, 16, 48), (33, 2, 144, 96)]
+)
 def test_odd_sizes(T, E, D, F, dtype):
     assert_as_exact_as_the_loop(random_mask(T, E, 0.4), D, F, dtype, n_padding=5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    "case", ["one expert takes all", "empty first and last", "tokens without rows", "no rows at all", "every token everywhere", "no tokens"]
+    "case",
+    [
+        "one expert takes all",
+        "empty first and last",
+        "tokens without rows",
+        "no rows at all",
+        "every token everywhere",
+        "no tokens",
+    ],
 )
 def test_uneven_loads(case, dtype):
     mask_TE = random_mask(70, 6, 0.5)
@@ -97,10 +119,20 @@ def test_uneven_loads(case, dtype):
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 3), st.integers(1, 3), st.floats(0, 1), st.integers(0, 10**6), st.integers(0, 40))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 7),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+    st.integers(0, 40),
+)
 def test_ragged_assignments(T, E, d, f, share, seed, n_padding):
     """0 to E rows per token, any number per expert."""
-    assert_as_exact_as_the_loop(random_mask(T, E, share, seed), 16 * d, 16 * f, torch.float32, n_padding=n_padding, seed=seed)
+    assert_as_exact_as_the_loop(
+        random_mask(T, E, share, seed), 16 * d, 16 * f, torch.float32, n_padding=n_padding, seed=seed
+    )
 
 
 def test_experts_in_another_dtype_get_their_gradients_in_it():
@@ -136,7 +168,11 @@ def test_without_gradients_not_even_those_are_kept():
 
     inputs = draw(random_mask(20, 4, 0.5), 16, 16, torch.float32)
     with torch.no_grad():
-        y, h = forward_op(*(inputs[name] for name in ("x_TD", "w_gate_up_EDF2", "w_down_EFD", "token_N", "weight_N")), *offsets_of(inputs), False)
+        y, h = forward_op(
+            *(inputs[name] for name in ("x_TD", "w_gate_up_EDF2", "w_down_EFD", "token_N", "weight_N")),
+            *offsets_of(inputs),
+            False,
+        )
         torch.testing.assert_close(y, grouped_mlp(**inputs, backend="torch"))
     assert h.shape == (0, 32)
 
@@ -169,7 +205,10 @@ def test_one_graph_gives_the_same_numbers():
     """torch.compile(fullgraph=True), forward and backward, from the ops' own fake implementations."""
     inputs = draw(random_mask(20, 4, 0.5), 32, 16, torch.float32, n_padding=3)
     leaves = [inputs[name] for name in NAMES]
-    eager, compiled = (call(**inputs, backend="triton") for call in (grouped_mlp, torch.compile(grouped_mlp, fullgraph=True, backend="aot_eager")))
+    eager, compiled = (
+        call(**inputs, backend="triton")
+        for call in (grouped_mlp, torch.compile(grouped_mlp, fullgraph=True, backend="aot_eager"))
+    )
     dy = torch.randn(eager.shape, generator=torch.Generator().manual_seed(1))
     assert torch.equal(eager, compiled)
     for one, other in zip(torch.autograd.grad(eager, leaves, dy), torch.autograd.grad(compiled, leaves, dy)):

@@ -1,6 +1,8 @@
-"""The offline gate: every op compiled for sm_90 keeps to the committed table, the whole table keeps to its bars, and the gate finds what it should.
+"""The offline gate: every op compiled for sm_90 keeps to the committed table, the whole table keeps to its bars, and
+the gate finds what it should.
 
-sm_80, sm_100 and every option of every launch table take half an hour on two cores: `make gate`, after a change of kernels.
+sm_80, sm_100 and every option of every launch table take half an hour on two cores: `make gate`, after a change of
+kernels.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ RECORDED = ROOT / "notes" / "kernels" / "inspect.csv"
 OP = "decayed_linear_attention"
 
 
-# What linear attention may cost at this shape in bf16 on sm_90: launches, and bytes over the floor, which is this many bytes per token and head.
+# What linear attention may cost at this shape in bf16 on sm_90: launches, and bytes over the floor, which is this many
+# bytes per token and head.
 BAR_SHAPE = {"B": 1, "T": 4096, "H": 16, "K": 128, "V": 128}
 BARS = {
     ("decayed_linear_attention/token", "forward"): (2, 1.5, 1028),
@@ -55,17 +58,22 @@ def assert_within_bars(family: str, table: Path) -> None:
             products = [row for row in kernels if row.kernel not in operations()[name].without_products]
             assert products
             assert all(row.hgmma > 0 for row in products)
-            # The scans of one sequence fill an H200, but for the few slices that 16 heads of 128 have forward in the delta rules.
+            # The scans of one sequence fill an H200, but for the few slices that 16 heads of 128 have forward in the
+            # delta rules.
             assert all(row.programs >= 128 for row in kernels)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_for_hopper_every_op_keeps_to_the_recorded_table(compile_environment: dict[str, str], family: str) -> None:
+def test_compiled_for_hopper_every_op_keeps_to_the_recorded_table(
+    compile_environment: dict[str, str], family: str
+) -> None:
     run_gate(compile_environment, "--op", family, "--arch", "90")
 
 
 @pytest.mark.parametrize("family", WITH_BARS)
-def test_compiled_for_hopper_linear_attention_keeps_to_its_bars(compile_environment: dict[str, str], family: str, tmp_path: Path) -> None:
+def test_compiled_for_hopper_linear_attention_keeps_to_its_bars(
+    compile_environment: dict[str, str], family: str, tmp_path: Path
+) -> None:
     run_gate(compile_environment, "--op", family, "--arch", "90", "--csv", str(tmp_path / "table.csv"))
     assert_within_bars(family, tmp_path / "table.csv")
 
@@ -77,7 +85,9 @@ def test_what_is_recorded_keeps_to_the_bars(family: str) -> None:
 
 def test_every_op_is_on_record_for_every_architecture_and_none_spills() -> None:
     rows = [row for row in read_rows(RECORDED, Row) if row.source == "ours"]
-    assert {(row.op, row.arch) for row in rows} == {(name, architecture) for name in operations() for architecture in (80, 90, 100)}
+    assert {(row.op, row.arch) for row in rows} == {
+        (name, architecture) for name in operations() for architecture in (80, 90, 100)
+    }
     assert [row for row in rows if row.spills or row.stack] == []
 
 
@@ -86,8 +96,11 @@ def run_program(program: str, environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_no_op_waits_for_the_device_and_the_checked_shapes_reach_every_option(compile_environment: dict[str, str]) -> None:
-    # Every operation, forward and backward, at every shape with every option: the recorder refuses what hands a value to the host.
+def test_no_op_waits_for_the_device_and_the_checked_shapes_reach_every_option(
+    compile_environment: dict[str, str],
+) -> None:
+    # Every operation, forward and backward, at every shape with every option: the recorder refuses what hands a value
+    # to the host.
     program = """
 import torch
 from functools import partial
@@ -96,11 +109,13 @@ from triton_kernels.inspect_recorder import record_passes
 seen = {80: set(), 90: set(), 100: set()}
 for operation in operations().values():
     call = partial(operation.call, backend="triton")
-    for inputs in (operation.inputs(dtype, "cpu", **shape) for dtype in (torch.bfloat16, torch.float32) for shape in operation.check_shapes):
+    dtypes = (torch.bfloat16, torch.float32)
+    for inputs in (operation.inputs(dtype, "cpu", **shape) for dtype in dtypes for shape in operation.check_shapes):
         for architecture in seen:
             for _, used in every_option():
                 passes = record_passes(call, inputs, architecture, compiles=False)
-                assert passes.keys() == ({"forward", "backward"} if operation.cost(2, **operation.inspect_shape)[1] else {"forward"}), operation.name
+                _, backward = operation.cost(2, **operation.inspect_shape)
+                assert passes.keys() == ({"forward", "backward"} if backward else {"forward"}), operation.name
                 seen[architecture] |= used
 for architecture, reached in seen.items():
     missing = [(key, table.lines[key][number]) for table, key, number in all_options(architecture) - reached]
@@ -127,7 +142,8 @@ waits = {
     "Tensor.cpu": lambda x: x.cpu(),
     "Tensor.numpy": lambda x: x.numpy(),
 }
-op = torch.library.custom_op("test::reads", lambda x: x.new_full((), x.sum().item()), mutates_args=(), schema="(Tensor x) -> Tensor")
+reads = lambda x: x.new_full((), x.sum().item())
+op = torch.library.custom_op("test::reads", reads, mutates_args=(), schema="(Tensor x) -> Tensor")
 waits["aten::item"] = op
 for name, wait in waits.items():
     with recording(90):
@@ -154,7 +170,16 @@ else:
 
 
 def test_a_spill_is_a_problem_unless_one_as_bad_is_on_record(tmp_path: Path) -> None:
-    spill = Spill(op="flash_attention", arch=90, dtype="float32", shape="T=1", option=0, kernel="forward_kernel", stack=64, local=30)
+    spill = Spill(
+        op="flash_attention",
+        arch=90,
+        dtype="float32",
+        shape="T=1",
+        option=0,
+        kernel="forward_kernel",
+        stack=64,
+        local=30,
+    )
     assert len(new_spills([spill], [])) == 1
     assert new_spills([spill], [spill]) == []
     assert len(new_spills([dataclasses.replace(spill, stack=72)], [spill])) == 1
@@ -175,7 +200,9 @@ def test_a_spill_is_a_problem_unless_one_as_bad_is_on_record(tmp_path: Path) -> 
     ],
 )
 def test_the_gate_finds(change: dict, message: str) -> None:
-    recorded = [row for row in read_rows(RECORDED, Row) if row.op == f"{OP}/token" and row.arch == 90 and row.source == "ours"]
+    recorded = [
+        row for row in read_rows(RECORDED, Row) if row.op == f"{OP}/token" and row.arch == 90 and row.source == "ours"
+    ]
     assert gate(recorded, recorded, operations()) == []
     wanted = change.get("kernel", "backward_kernel")
     row = next(row for row in recorded if row.kernel == wanted)

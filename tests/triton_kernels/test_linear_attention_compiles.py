@@ -47,11 +47,20 @@ def test_the_graph_does_not_grow_with_the_chunks(n_tokens: int) -> None:
 @pytest.mark.parametrize("gate", [(2,), (1, 9, 2), (1, 9, 2, 4)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_fake_implementation_is_true(gate: tuple[int, ...], packed: bool) -> None:
-    q, k, v, initial = (torch.randn(shape, requires_grad=True) for shape in (*[(1, 9, 2, 4)] * 3, (3 if packed else 1, 2, 4, 4)))
+    q, k, v, initial = (
+        torch.randn(shape, requires_grad=True) for shape in (*[(1, 9, 2, 4)] * 3, (3 if packed else 1, 2, 4, 4))
+    )
     g = (-torch.rand(gate)).requires_grad_(len(gate) > 1)
     # Packed, there is room for more chunks than there are, which stays as it was found: its numbers cannot be compared.
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration", *(() if packed else ("test_aot_dispatch_dynamic",)))
+    tests = (
+        "test_schema",
+        "test_faketensor",
+        "test_autograd_registration",
+        *(() if packed else ("test_aot_dispatch_dynamic",)),
+    )
     beta, offsets = torch.rand(1, 9, 2, requires_grad=True), torch.tensor([0, 5, 5, 9]) if packed else None
     for correction in (beta, None):
         if correction is not None or len(gate) < 4:
-            torch.library.opcheck(forward_op, (q, k, v, g, correction, initial, offsets, 4, 0.5, False), test_utils=tests)
+            torch.library.opcheck(
+                forward_op, (q, k, v, g, correction, initial, offsets, 4, 0.5, False), test_utils=tests
+            )

@@ -1,4 +1,5 @@
-"""linear_decode: token by token it equals the layers' ops over the whole text; the kernels are as exact as torch, and update in place."""
+"""linear_decode: token by token it equals the layers' ops over the whole text; the kernels are as exact as torch, and
+update in place."""
 
 from typing import Any
 
@@ -23,11 +24,22 @@ def draw(B, H, K, V, W, per_channel, T=None, dtype=torch.float64, seed=0) -> dic
     """Arguments of delta_decode; with T the four projections have a token axis after the batch."""
     generator = torch.Generator().manual_seed(seed)
     X, channels, rows = H * (2 * K + V), H * K if per_channel else H, (B,) if T is None else (B, T)
-    shapes = {"qkv_BX": (*rows, X), "gate_BHV": (*rows, H, V), "a": (*rows, channels), "b_BH": (*rows, H), "tail_BXW": (B, X, W - 1)}
-    inputs = {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()}
+    shapes = {
+        "qkv_BX": (*rows, X),
+        "gate_BHV": (*rows, H, V),
+        "a": (*rows, channels),
+        "b_BH": (*rows, H),
+        "tail_BXW": (B, X, W - 1),
+    }
+    inputs = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
+    }
     weights = {"conv_XW": (X, W), "A_log_H": (H,), "dt_bias": (channels,), "norm_V": (V,), "state_BHKV": (B, H, K, V)}
     weight_dtype = torch.promote_types(dtype, torch.float32)
-    return inputs | {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(weight_dtype) for name, shape in weights.items()}
+    return inputs | {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(weight_dtype)
+        for name, shape in weights.items()
+    }
 
 
 def run(arguments, function=delta_decode, **options):
@@ -71,7 +83,9 @@ def test_lightning_token_by_token_equals_the_whole_text(T, H, K, V):
     qkv_BTX = torch.randn(2, T, H * (2 * K + V), generator=generator, dtype=torch.float64)
     state = torch.randn(2, H, K, V, generator=generator, dtype=torch.float64)
     log_decay_H = -torch.rand(H, generator=generator, dtype=torch.float64)
-    expected, final = decayed_linear_attention(*split_heads(F.silu(qkv_BTX), (H, K, V)), log_decay_H, initial_state_BHKV=state)
+    expected, final = decayed_linear_attention(
+        *split_heads(F.silu(qkv_BTX), (H, K, V)), log_decay_H, initial_state_BHKV=state
+    )
     outputs = torch.stack([lightning_decode(qkv_BTX[:, t], log_decay_H, state_BHKV=state) for t in range(T)], 1)
     torch.testing.assert_close(outputs, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(state, final, rtol=1e-9, atol=1e-9)
@@ -90,16 +104,25 @@ def assert_as_exact_as_torch(arguments, function=delta_decode, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize(("B", "H", "K", "V", "W"), [(1, 1, 1, 1, 2), (2, 3, 6, 10, 4), (2, 2, 32, 64, 3), (1, 2, 64, 40, 4), (1, 1, 256, 256, 4)])
+@pytest.mark.parametrize(
+    ("B", "H", "K", "V", "W"),
+    [(1, 1, 1, 1, 2), (2, 3, 6, 10, 4), (2, 2, 32, 64, 3), (1, 2, 64, 40, 4), (1, 1, 256, 256, 4)],
+)
 def test_kernel_is_as_exact_as_torch(B, H, K, V, W, per_channel, dtype):
-    assert_as_exact_as_torch(draw(B, H, K, V, W, per_channel, dtype=dtype), eps=EPS, activation="sigmoid" if per_channel else "silu")
+    assert_as_exact_as_torch(
+        draw(B, H, K, V, W, per_channel, dtype=dtype), eps=EPS, activation="sigmoid" if per_channel else "silu"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("B", "H", "K", "V"), [(1, 1, 1, 1), (2, 3, 6, 10), (2, 2, 32, 50), (1, 2, 64, 128)])
 def test_lightning_kernel_is_as_exact_as_torch(B, H, K, V, dtype):
     arguments = draw(B, H, K, V, 2, False, dtype=dtype)
-    inputs = {"qkv_BX": arguments["qkv_BX"], "state_BHKV": arguments["state_BHKV"], "log_decay_H": -arguments["A_log_H"].abs()}
+    inputs = {
+        "qkv_BX": arguments["qkv_BX"],
+        "state_BHKV": arguments["state_BHKV"],
+        "log_decay_H": -arguments["A_log_H"].abs(),
+    }
     assert_as_exact_as_torch(inputs, lightning_decode)
 
 

@@ -1,5 +1,5 @@
-"""mixed_attention: the common launch (in the interpreter) against the two ops' torch references in fp64, outputs, state and every gradient; decoding
-against the full form."""
+"""mixed_attention: the common launch (in the interpreter) against the two ops' torch references in fp64, outputs, state
+and every gradient; decoding against the full form."""
 
 from typing import Any
 
@@ -15,13 +15,18 @@ from triton_kernels.mixed_attention import mixed_attention, mixed_decode
 NAMES = ("q", "k", "v", "linear_q", "linear_k", "linear_v", "log_decay", "sinks_H", "initial_state_NJKV")
 
 
-def draw(B, T, H, G, J, widths=(16, 16, 16, 16), S=None, N=None, gate="fixed", extras=True, dtype=torch.float32, seed=0) -> dict[str, Any]:
-    """The tensors by name; widths: K and V of the softmax heads, K and V of the linear heads; extras: sinks and an initial state."""
+def draw(
+    B, T, H, G, J, widths=(16, 16, 16, 16), S=None, N=None, gate="fixed", extras=True, dtype=torch.float32, seed=0
+) -> dict[str, Any]:
+    """The tensors by name; widths: K and V of the softmax heads, K and V of the linear heads; extras: sinks and an
+    initial state."""
     generator = torch.Generator().manual_seed(seed)
     K, V, linear_K, linear_V = widths
     shapes = {"q": (B, T, H, K), "k": (B, S or T, G, K), "v": (B, S or T, G, V)}
     shapes |= {"linear_q": (B, T, J, linear_K), "linear_k": (B, T, J, linear_K), "linear_v": (B, T, J, linear_V)}
-    tensors: dict[str, Any] = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors: dict[str, Any] = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
     decay_shape = {"none": None, "fixed": (J,), "token": (B, T, J)}[gate]
     tensors["log_decay"] = None if decay_shape is None else -torch.rand(decay_shape, generator=generator)
     tensors["sinks_H"] = torch.randn(H, generator=generator) if extras else None
@@ -32,9 +37,13 @@ def draw(B, T, H, G, J, widths=(16, 16, 16, 16), S=None, N=None, gate="fixed", e
 def results(tensors, **options):
     """The three outputs and the gradients of every tensor through all of them."""
     positional = [tensors[name] for name in NAMES[:7]]
-    outputs = mixed_attention(*positional, **{name: tensors[name] for name in NAMES[7:]}, linear_scale=0.3, chunk_size=16, **options)
+    outputs = mixed_attention(
+        *positional, **{name: tensors[name] for name in NAMES[7:]}, linear_scale=0.3, chunk_size=16, **options
+    )
     generator = torch.Generator().manual_seed(1)
-    loss = torch.stack([(x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum() for x in outputs]).sum()
+    loss = torch.stack(
+        [(x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum() for x in outputs]
+    ).sum()
     leaves = {name: x for name, x in tensors.items() if x is not None}
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return dict(zip(("o", "linear_o", "final"), outputs)) | dict(zip(leaves, gradients))
@@ -43,7 +52,8 @@ def results(tensors, **options):
 def assert_as_exact_as_torch(tensors, **options):
     in_fp64 = {name: None if x is None else x.detach().double().requires_grad_() for name, x in tensors.items()}
     exact, by_torch = results(in_fp64, backend="torch", **options), results(tensors, backend="torch", **options)
-    # The gradient of a fixed decay adds up, over the tokens, sums of <q, dq> - <k, dk> that largely cancel: roundings of the sum of their sizes.
+    # The gradient of a fixed decay adds up, over the tokens, sums of <q, dq> - <k, dk> that largely cancel: roundings
+    # of the sum of their sizes.
     sizes = sum((in_fp64[f"linear_{name}"] * exact[f"linear_{name}"]).sum(-1).abs() for name in "qk")
     cancelled = sizes.sum((0, 1)).max() * sizes.shape[1] ** 0.5 if sizes.numel() > 0 else 0
     for name, x in results(tensors, backend="triton", **options).items():
@@ -53,7 +63,10 @@ def assert_as_exact_as_torch(tensors, **options):
             continue
         # The gradient of a fixed decay is one number per head: the sum of a term per token that largely cancel.
         largest = right.abs().max() + (cancelled if name == "log_decay" else 0) + 1
-        budget = 2 * (by_torch[name].double() - right).abs().sum() / right.numel() ** 0.5 + 16 * torch.finfo(tensors["q"].dtype).eps * largest
+        budget = (
+            2 * (by_torch[name].double() - right).abs().sum() / right.numel() ** 0.5
+            + 16 * torch.finfo(tensors["q"].dtype).eps * largest
+        )
         # Written so that a NaN fails.
         assert (x.double() - right).abs().max() <= budget, name
 
@@ -74,12 +87,29 @@ def test_outputs_and_gradients(B, T, S, H, G, J, widths, gate, window, dtype):
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.data(), st.integers(1, 40), st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.sampled_from(["none", "fixed", "token"]))
+@given(
+    st.data(),
+    st.integers(1, 40),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.sampled_from(["none", "fixed", "token"]),
+)
 def test_any_heads_lengths_windows_and_packings(data, T, G, J, group, gate):
     window = data.draw(st.none() | st.integers(1, T + 5))
     cuts = data.draw(st.none() | st.lists(st.integers(0, T), max_size=4))
     cu_seqlens = None if cuts is None else torch.tensor([0, *sorted(cuts), T])
-    tensors = draw(1, T, G * group, G, J, N=1 if cu_seqlens is None else len(cu_seqlens) - 1, gate=gate, extras=data.draw(st.booleans()), seed=T)
+    tensors = draw(
+        1,
+        T,
+        G * group,
+        G,
+        J,
+        N=1 if cu_seqlens is None else len(cu_seqlens) - 1,
+        gate=gate,
+        extras=data.draw(st.booleans()),
+        seed=T,
+    )
     assert_as_exact_as_torch(tensors, window=window, cu_seqlens=cu_seqlens)
 
 
@@ -95,8 +125,12 @@ def test_the_future_changes_no_bit_of_the_past_and_two_runs_agree():
         changed[name] = torch.cat((tensors[name][:, :25], 3 * tensors[name][:, 25:] - 1), 1).detach().requires_grad_()
 
     def past(x: dict[str, Any]):
-        outputs = mixed_attention(*(x[name] for name in NAMES[:7]), **{name: x[name] for name in NAMES[7:]}, chunk_size=16, backend="triton")
-        gradients = torch.autograd.grad(outputs[0][:, :25].sum() + outputs[1][:, :25].sum(), [x[name] for name in NAMES[:6]])
+        outputs = mixed_attention(
+            *(x[name] for name in NAMES[:7]), **{name: x[name] for name in NAMES[7:]}, chunk_size=16, backend="triton"
+        )
+        gradients = torch.autograd.grad(
+            outputs[0][:, :25].sum() + outputs[1][:, :25].sum(), [x[name] for name in NAMES[:6]]
+        )
         return [*(o[:, :25] for o in outputs[:2]), *(gradient[:, :25] for gradient in gradients)]
 
     before, again, after = past(tensors), past(tensors), past(changed)
@@ -117,14 +151,17 @@ def test_fused_projections_are_read_where_they_lie():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("window", [None, 12])
 def test_prefill_and_decode_equal_the_full_form(backend, window):
-    """Token by token over a growing cache, or a ring where there is a window, full of NaN where nothing is cached yet."""
+    """Token by token over a growing cache, or a ring where there is a window, full of NaN where nothing is cached
+    yet."""
     B, T, H, G, J, K = 1, 29, 4, 2, 2, 16
     x = {name: None if value is None else value.detach() for name, value in draw(B, T, H, G, J, extras=True).items()}
     qkv_BTX = torch.randn(B, T, 3 * J * K, generator=torch.Generator().manual_seed(5))
     linear = split_heads(F.silu(qkv_BTX), (J, K, K))
     options = {"sinks_H": x["sinks_H"], "backend": backend}
     state = {"initial_state_NJKV": x["initial_state_NJKV"]}
-    o, linear_o, final = mixed_attention(x["q"], x["k"], x["v"], *linear, x["log_decay"], window=window, **state, **options)
+    o, linear_o, final = mixed_attention(
+        x["q"], x["k"], x["v"], *linear, x["log_decay"], window=window, **state, **options
+    )
     prefill = [y[:, :25] for y in (x["q"], x["k"], x["v"], *linear)]
     _, _, running = mixed_attention(*prefill, x["log_decay"], window=window, **state, **options)
     capacity = window or T
@@ -134,24 +171,37 @@ def test_prefill_and_decode_equal_the_full_form(backend, window):
             cache[:, t % capacity] = x[name][:, t]
         if t >= 25:
             lengths_B = torch.full((B,), t + 1)
-            step = mixed_decode(x["q"][:, t], *caches, lengths_B, qkv_BTX[:, t], x["log_decay"], state_BJKV=running, **options)
+            step = mixed_decode(
+                x["q"][:, t], *caches, lengths_B, qkv_BTX[:, t], x["log_decay"], state_BJKV=running, **options
+            )
             torch.testing.assert_close(step[0], o[:, t], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(step[1], linear_o[:, t], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(running, final, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("S", "lengths", "H", "G", "J", "K"), [(1, [1, 0], 2, 1, 1, 16), (100, [100, 7], 4, 2, 3, 24), (130, [900], 2, 2, 2, 64)])
+@pytest.mark.parametrize(
+    ("S", "lengths", "H", "G", "J", "K"),
+    [(1, [1, 0], 2, 1, 1, 16), (100, [100, 7], 4, 2, 3, 24), (130, [900], 2, 2, 2, 64)],
+)
 def test_decode_kernel_is_as_exact_as_torch(S, lengths, H, G, J, K, dtype):
     generator = torch.Generator().manual_seed(S)
     B, lengths_B = len(lengths), torch.tensor(lengths)
-    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((B, H, K), (B, S, G, K), (B, S, G, K), (B, 3 * J * K))]
+    tensors = [
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((B, H, K), (B, S, G, K), (B, S, G, K), (B, 3 * J * K))
+    ]
     state, log_decay_J = torch.randn(B, J, K, K, generator=generator), -torch.rand(J, generator=generator)
 
     def run(dtype, backend):
         q, k, v, qkv = (x.to(dtype) for x in tensors)
         after = state.to(torch.promote_types(dtype, torch.float32), copy=True)
-        return [*mixed_decode(q, k, v, lengths_B, qkv, log_decay_J, state_BJKV=after, sinks_H=torch.ones(H), backend=backend), after]
+        return [
+            *mixed_decode(
+                q, k, v, lengths_B, qkv, log_decay_J, state_BJKV=after, sinks_H=torch.ones(H), backend=backend
+            ),
+            after,
+        ]
 
     for ours, low, right in zip(run(dtype, "triton"), run(dtype, "torch"), run(torch.float64, "torch")):
         assert ours.dtype == low.dtype
@@ -163,11 +213,32 @@ def test_the_operators_are_registered_soundly():
     from triton_kernels.mixed_attention_triton import decode_op, forward_op
 
     x = draw(1, 20, 2, 1, 2)
-    arguments = (x["q"], x["k"], x["v"], x["sinks_H"], x["linear_q"], x["linear_k"], x["linear_v"], None, x["initial_state_NJKV"], None)
+    arguments = (
+        x["q"],
+        x["k"],
+        x["v"],
+        x["sinks_H"],
+        x["linear_q"],
+        x["linear_k"],
+        x["linear_v"],
+        None,
+        x["initial_state_NJKV"],
+        None,
+    )
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(forward_op, (*arguments, 7, 0.25, 1.0, 16), test_utils=tests)
     q, k, v = (x[name].detach() for name in "qkv")
-    decode = (q[:, 0], k, v, torch.tensor([20]), None, torch.zeros(1, 96), torch.zeros(2), torch.zeros(1, 2, 16, 16), 0.25)
+    decode = (
+        q[:, 0],
+        k,
+        v,
+        torch.tensor([20]),
+        None,
+        torch.zeros(1, 96),
+        torch.zeros(2),
+        torch.zeros(1, 2, 16, 16),
+        0.25,
+    )
     torch.library.opcheck(decode_op, decode, test_utils=("test_schema", "test_faketensor"))
 
 

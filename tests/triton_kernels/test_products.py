@@ -1,4 +1,5 @@
-"""The torch forms' products: the same numbers whichever library multiplies, and its permission gone when the product is done."""
+"""The torch forms' products: the same numbers whichever library multiplies, and its permission gone when the product is
+done."""
 
 from concurrent.futures import ThreadPoolExecutor
 

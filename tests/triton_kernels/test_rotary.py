@@ -1,4 +1,5 @@
-"""Rotary positions: the op that turns keys, and queries turned inside flash_attention, against complex numbers in fp64."""
+"""Rotary positions: the op that turns keys, and queries turned inside flash_attention, against complex numbers in
+fp64."""
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ def turned(x_BTHK, position_T, rotary_dim, base):
     """Channel c is the real part, channel c + P/2 the imaginary one of a number that is multiplied by e^{i angle}."""
     half = rotary_dim // 2
     angle_TP = position_T.double()[:, None] / base ** (torch.arange(half, dtype=torch.float64) * 2 / max(rotary_dim, 1))
-    z = torch.complex(x_BTHK[..., :half], x_BTHK[..., half:rotary_dim]) * torch.polar(torch.ones_like(angle_TP), angle_TP)[:, None, :]
+    z = (
+        torch.complex(x_BTHK[..., :half], x_BTHK[..., half:rotary_dim])
+        * torch.polar(torch.ones_like(angle_TP), angle_TP)[:, None, :]
+    )
     return torch.cat([z.real, z.imag, x_BTHK[..., rotary_dim:]], dim=-1)
 
 
@@ -36,7 +40,8 @@ def assert_close(name, ours, by_torch, exact):
     strided=st.booleans(),
 )
 def test_rotate_equals_complex_numbers(shape, share, first, dtype, strided):
-    """Any positions, any share of the channels, outputs and gradients; of a tensor whose heads are slices of a projection too."""
+    """Any positions, any share of the channels, outputs and gradients; of a tensor whose heads are slices of a
+    projection too."""
     rotary_dim = int(share * shape[3])
     position_T = torch.randint(first, first + 1000, shape[1:2], generator=torch.Generator().manual_seed(1))
     rotary = rotary_tables(position_T, rotary_dim=rotary_dim, base=100.0)
@@ -79,16 +84,21 @@ def test_queries_turned_inside_attention_equal_turned_queries(T, S, H, G, K, rot
     position_T = torch.arange(T) + S - T
     if "cu_seqlens" in options:
         options = {"cu_seqlens": torch.tensor(options["cu_seqlens"])}
-        position_T = position_T - options["cu_seqlens"][torch.bucketize(position_T, options["cu_seqlens"][1:], right=True)]
+        position_T = (
+            position_T - options["cu_seqlens"][torch.bucketize(position_T, options["cu_seqlens"][1:], right=True)]
+        )
     rotary = rotary_tables(position_T, rotary_dim=rotary_dim, base=50.0)
     q, k, v = (
-        random(2 if "cu_seqlens" not in options else 1, *shape, seed=i).to(dtype) for i, shape in enumerate(((T, H, K), (S, G, K), (S, G, 32)))
+        random(2 if "cu_seqlens" not in options else 1, *shape, seed=i).to(dtype)
+        for i, shape in enumerate(((T, H, K), (S, G, K), (S, G, 32)))
     )
     leaf = q.double().requires_grad_()
     q_exact = turned(leaf, position_T, rotary_dim, 50.0)
     exact = output_and_gradients(q_exact, k.double(), v.double(), **options)
     exact["q"] = torch.autograd.grad(q_exact, leaf, exact["q"])[0]
-    by_torch, ours = (output_and_gradients(q, k, v, rotary=rotary, backend=backend, **options) for backend in ("torch", "triton"))
+    by_torch, ours = (
+        output_and_gradients(q, k, v, rotary=rotary, backend=backend, **options) for backend in ("torch", "triton")
+    )
     for name, x in ours.items():
         assert x.dtype == dtype
         assert_close(name, x, by_torch[name], exact[name])
@@ -100,7 +110,9 @@ def test_rotated_products_depend_on_the_distance_only(start, first, second):
     q, k = random(2, 1, 1, 1, 8)
 
     def product(shift):
-        tables = (rotary_tables(torch.tensor([shift + position]), rotary_dim=8, base=100.0) for position in (first, second))
+        tables = (
+            rotary_tables(torch.tensor([shift + position]), rotary_dim=8, base=100.0) for position in (first, second)
+        )
         return (rotate(q, next(tables)) * rotate(k, next(tables))).sum()
 
     torch.testing.assert_close(product(start), product(0), rtol=0, atol=1e-9)
@@ -119,7 +131,9 @@ def test_the_operator_is_registered_soundly():
 
     tables = rotary_tables(torch.arange(5), rotary_dim=8, base=10.0)
     arguments = (torch.randn(1, 5, 2, 16, requires_grad=True), *tables, False)
-    torch.library.opcheck(rotate_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        rotate_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
 
 
 @pytest.mark.parametrize(

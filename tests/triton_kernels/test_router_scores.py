@@ -1,4 +1,5 @@
-"""router_scores: the torch path against the routing policies, the kernels (in the interpreter) against the torch path."""
+"""router_scores: the torch path against the routing policies, the kernels (in the interpreter) against the torch
+path."""
 
 import pytest
 import torch
@@ -44,9 +45,15 @@ def test_torch_path_is_what_the_policies_do(rule, policy, k, floor, score, renor
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.integers(0, 20), st.integers(1, 20), st.sampled_from(["top_k", "top_p", "threshold"]), st.sampled_from(["softmax", "sigmoid"]),
-    st.booleans(), st.floats(0, 1), st.integers(0, 2), st.integers(0, 10**6),
-)  # fmt: skip
+    st.integers(0, 20),
+    st.integers(1, 20),
+    st.sampled_from(["top_k", "top_p", "threshold"]),
+    st.sampled_from(["softmax", "sigmoid"]),
+    st.booleans(),
+    st.floats(0, 1),
+    st.integers(0, 2),
+    st.integers(0, 10**6),
+)
 def test_kernels_agree_with_torch_in_fp64(T, E, rule, score, renormalise, share, floor, seed):
     logits, bias = draw(T, E, seed=seed)
     k = 1 + round(share * (E - 1))
@@ -60,7 +67,10 @@ def test_kernels_agree_with_torch_in_fp64(T, E, rule, score, renormalise, share,
     for found, wanted in ((ours.weight_TK, exact.weight_TK), (ours.level_TK, exact.level_TK)):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
     dweight = torch.randn(exact.weight_TK.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (wanted,), (found,) = torch.autograd.grad(exact.weight_TK, logits, dweight), torch.autograd.grad(ours.weight_TK, logits32, dweight.float())
+    (wanted,), (found,) = (
+        torch.autograd.grad(exact.weight_TK, logits, dweight),
+        torch.autograd.grad(ours.weight_TK, logits32, dweight.float()),
+    )
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -76,15 +86,24 @@ def test_the_operators_are_registered_soundly():
     logits, bias = draw(5, 7, torch.float32)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        scores_op, (logits, bias, torch.tensor(0.5), 3, "top_p", "softmax", True, 1), test_utils=(*tests, "test_autograd_registration")
+        scores_op,
+        (logits, bias, torch.tensor(0.5), 3, "top_p", "softmax", True, 1),
+        test_utils=(*tests, "test_autograd_registration"),
     )
     weight, expert, keep, _ = scores_op(logits.detach(), bias, torch.tensor(0.5), 3, "top_p", "softmax", True, 1)
-    torch.library.opcheck(scores_backward_op, (weight, logits.detach(), expert, keep, "softmax", True), test_utils=tests)
+    torch.library.opcheck(
+        scores_backward_op, (weight, logits.detach(), expert, keep, "softmax", True), test_utils=tests
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"k": 8}, "k=8, E=7"), ({"floor": 4}, "floor=4, k=3"), ({"rule": "top"}, "rule='top'"), ({"bias_E": torch.zeros(6)}, "bias_E has shape")],
+    [
+        ({"k": 8}, "k=8, E=7"),
+        ({"floor": 4}, "floor=4, k=3"),
+        ({"rule": "top"}, "rule='top'"),
+        ({"bias_E": torch.zeros(6)}, "bias_E has shape"),
+    ],
 )
 def test_wrong_arguments_are_refused_by_name(change, message):
     arguments = {"logits_TE": torch.zeros(2, 7), "bias_E": torch.zeros(7), "threshold": torch.tensor(0.5), "k": 3}

@@ -9,7 +9,8 @@ from triton_kernels.expert_slots import sort_slots
 
 
 def draw(T, E, K, kept, dtype=torch.float32, seed=0):
-    """kept: share of the slots that are used, or None to pass no mask. A token's experts need not differ: only their order counts here."""
+    """kept: share of the slots that are used, or None to pass no mask. A token's experts need not differ: only their
+    order counts here."""
     generator = torch.Generator().manual_seed(seed)
     expert_TK = torch.randint(0, E, (T, K), generator=generator)
     weight_TK = (torch.rand(T, K, generator=generator) + 0.5).to(dtype).requires_grad_()
@@ -17,7 +18,10 @@ def draw(T, E, K, kept, dtype=torch.float32, seed=0):
 
 
 def assert_equal(expert_TK, weight_TK, keep_TK, E):
-    wanted, rows = (sort_slots(expert_TK, weight_TK, keep_TK, n_experts=E, padded=True, backend=backend) for backend in ("torch", "triton"))
+    wanted, rows = (
+        sort_slots(expert_TK, weight_TK, keep_TK, n_experts=E, padded=True, backend=backend)
+        for backend in ("torch", "triton")
+    )
     for name, x in rows._asdict().items():
         assert x.dtype == getattr(wanted, name).dtype, name
         assert torch.equal(x, getattr(wanted, name)), name
@@ -27,7 +31,13 @@ def assert_equal(expert_TK, weight_TK, keep_TK, E):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 60), st.integers(1, 9), st.integers(1, 8), st.sampled_from([None, 0.0, 0.3, 1.0]), st.integers(0, 10**6))
+@given(
+    st.integers(0, 60),
+    st.integers(1, 9),
+    st.integers(1, 8),
+    st.sampled_from([None, 0.0, 0.3, 1.0]),
+    st.integers(0, 10**6),
+)
 def test_equal_to_torch(T, E, K, kept, seed):
     assert_equal(*draw(T, E, K, kept, seed=seed), E)
 
