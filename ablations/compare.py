@@ -24,14 +24,15 @@ from ablations.report import write_report
 from ablations.table import table_text
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
+from foundation.environment import environment
+from foundation.files import fingerprint
+from foundation.serialize import save_json, to_dict
 from lm.config import ModelConfig
-from lm.serialize import save_json, to_dict
 from staged_training.describe import describe
-from staged_training.durable import fingerprint
 from staged_training.estimate import Estimate, estimate
 from staged_training.execute import Execution
 from staged_training.plan import Branch, Plan
-from staged_training.record import RESULT, environment
+from staged_training.record import RESULT
 from staged_training.staging import corpus_facts, make_plan
 from staged_training.trained_run import TrainedRun
 
@@ -125,11 +126,8 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
         if not execution.finished:
             print(f"trunk {execution.plan.trunk_seed}: {with_budgets(estimate(execution), execution, job)}", flush=True)
     if options.dry_run:
-        print(
-            json.dumps(
-                {"options": to_dict(options), "environment": environment(job.plans[0].corpus.content_hash)}, indent=2
-            )
-        )
+        here = environment(data_hash=job.plans[0].corpus.content_hash)
+        print(json.dumps({"options": to_dict(options), "environment": here}, indent=2))
         return None
     job.folder.mkdir(parents=True, exist_ok=True)
     save_json(job.folder / COMPARISON_FILE, describe_comparison(job, executions, plan))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.statistics import RunKey
-from lm.serialize import load_json
+from foundation.serialize import load_json
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
 from staged_training.progress import TIMING, read_metrics
 from staged_training.record import ENVIRONMENT, RESULT, Ledger

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ablations.method import Method
-from lm.serialize import nearest
+from foundation.serialize import nearest
 
 FOLDER = Path(__file__).parent
 BASELINE = "baseline"

@@ -33,7 +33,8 @@ def pack(
     """Write a stream of (ids without boundary, UTF-8 bytes of the text) into `folder`, which must not exist; a shard
     holds `shard_tokens` tokens.
 
-    The index is written last. For a folder that appears at once, complete and synced, see `corpus.atomic`.
+    The index is written last. For a folder that appears at once, complete and synced, see
+    `foundation.files.atomic_folder`.
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corpus.atomic import atomic_folder
 from corpus.documents import Documents, load_documents
 from corpus.packing import PackedTokens, pack
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
+from foundation.files import atomic_folder
 
 DEFAULT_VOCAB_SIZE = 4096
 # Part of the cache key: raise it when the same input would give other tokens or another manifest.

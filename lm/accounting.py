@@ -14,9 +14,9 @@ from typing import cast
 import torch
 
 from attention.cache import cache_bytes
+from foundation.serialize import nearest
 from lm.config import ModelConfig
 from lm.model import Block, LanguageModel
-from lm.serialize import nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,15 @@ matmul speed.
 Legend: B batch, T tokens.
 """
 
-import csv
 import dataclasses
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from foundation.environment import device_name
+from foundation.tables import write_table
+from foundation.timing import median_seconds
 from lm.accounting import decode_bytes, model_cost
 from lm.config import ModelConfig
 from lm.generate import SamplingConfig, generate
@@ -48,10 +47,9 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
         torch.set_num_threads(config.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceiling = matmul_speed(config.model.dtype, device)
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     print(
-        f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {config.model.dtype}; dense matmul"
-        f" {ceiling / 1e9:.0f} GFLOP/s"
+        f"torch {torch.__version__}, {device_name()}, {torch.get_num_threads()} threads, {config.model.dtype}; "
+        f"dense matmul {ceiling / 1e9:.0f} GFLOP/s"
     )
 
     model = LanguageModel(config.model).init_weights(seed=0).to(device)
@@ -76,12 +74,17 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
         model(tokens_BT[:, :-1])
 
     n_tokens = config.batch_size * config.length
-    seconds = median_seconds(train_step, config.repeats, device)
+    seconds = median_seconds(train_step, repeats=config.repeats, device=device)
     cost = model_cost(config.model, length=config.length, mean_experts=tuple(experts))
     rows = [_row("training", n_tokens / seconds, cost.training_flops, ceiling)]
     model.eval()
     rows.append(
-        _row("prefill", n_tokens / median_seconds(prefill, config.repeats, device), cost.forward_flops, ceiling)
+        _row(
+            "prefill",
+            n_tokens / median_seconds(prefill, repeats=config.repeats, device=device),
+            cost.forward_flops,
+            ceiling,
+        )
     )
     steps = list(
         generate(
@@ -105,11 +108,7 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     print(f"a decode step reads {read / 1e6:.2f} MB ({read / seconds / 1e9:.2f} GB/s)")
     print("the experts alone, against dense products of the same FLOPs: python -m moe bench")
     if config.csv:
-        config.csv.parent.mkdir(parents=True, exist_ok=True)
-        with config.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(config.csv, list(rows[0]), [list(row.values()) for row in rows])
     return rows
 
 
@@ -118,20 +117,7 @@ def matmul_speed(dtype: str, device: str) -> float:
     m, k, n = (8192, 8192, 8192) if device == "cuda" else (2048, 1024, 2048)
     a = torch.randn(m, k, dtype=getattr(torch, dtype), device=device)
     b = torch.randn(k, n, dtype=getattr(torch, dtype), device=device)
-    return 2 * m * k * n / median_seconds(lambda: a @ b, 9, device)
-
-
-def median_seconds(run: Callable[[], object], repeats: int, device: str) -> float:
-    """Median wall-clock seconds of `run` after two warm-up calls."""
-    times = []
-    for index in range(repeats + 2):
-        started = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if index >= 2:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return 2 * m * k * n / median_seconds(lambda: a @ b, repeats=9, device=device)
 
 
 def _row(part: str, tokens_per_second: float, flops_per_token: float, ceiling: float) -> dict[str, str]:

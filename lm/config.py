@@ -4,7 +4,7 @@ import dataclasses
 
 from attention.config import AttentionConfig
 from attention.plan import LayerPlan
-from lm.serialize import nearest
+from foundation.serialize import nearest
 from moe.config import MoEConfig
 
 DTYPES = ("float32", "bfloat16")

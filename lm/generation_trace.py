@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from foundation.serialize import load_json, save_json
 from lm.model import LanguageModel
-from lm.serialize import load_json, save_json
 from routing.trace import RouterTrace, read_trace
 
 TEXT = "text.json"

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from foundation.serialize import load_json, save_json
 from lm.config import ModelConfig
 from lm.model import LanguageModel
-from lm.serialize import load_json, save_json
 
 CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE = "config.json", "weights.safetensors", "calibration.safetensors"
 

@@ -5,8 +5,6 @@ Legend: T tokens, D model width, E experts, F expert width, K experts per token,
 """
 
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -162,17 +160,3 @@ def largest_error(got: list[Tensor], expected: list[Tensor]) -> float:
         float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30))
         for a, b in zip(got, expected)
     )
-
-
-def measure(steps: dict[str, Step], repeats: int, before_turn: Callable[[int], None]) -> dict[str, float]:
-    """Median milliseconds of each, taken in turns so that a disturbance hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        before_turn(turn)
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            # The first turn warms caches, the allocator and the libraries' own choice of kernels.
-            if turn:
-                times[name].append((time.perf_counter() - begin) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}

@@ -3,10 +3,8 @@
 Legend: T tokens, D model width, E experts, K experts per token.
 """
 
-import csv
 import dataclasses
-import platform
-import subprocess
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe.bench import Problem, Shape, Step, largest_error, measure
+from foundation.environment import cpu_name, short_commit
+from foundation.tables import write_table
+from foundation.timing import in_turns
+from moe.bench import Problem, Shape, Step, largest_error
 from moe.config import MoEConfig
 from moe.layer import MoE
 from routing.assignments import Assignments
@@ -67,7 +68,8 @@ def timed(
     are compared with."""
     tolerance, name = TOLERANCE[problem.dtype], str(problem.dtype).removeprefix("torch.")
     right = {way: step for way, step in steps.items() if errors.get(way, 0.0) <= tolerance}
-    times = measure(right, repeats, before_turn)
+    seconds = in_turns(right, repeats=repeats, before_turn=before_turn)
+    times = {way: 1e3 * statistics.median(taken) for way, taken in seconds.items()}
     rows = []
     for way in steps:
         ms = times.get(way)
@@ -176,35 +178,11 @@ def environment(kept_memory: bool, weight_dtype: str, repeats: int) -> dict[str,
         "freed_memory_kept": kept_memory,
         "weight_dtype_under_bf16": weight_dtype,
         "repeats": repeats,
-        "commit": commit(),
+        "commit": short_commit(),
     }
 
 
-def cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    names = (
-        [part.split(":", 1)[1].strip() for part in file.read_text().splitlines() if part.startswith("model name")]
-        if file.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Of the checkout, with a plus sign if it holds edits; "unknown" outside one."""
-    root = Path(__file__).parent
-    try:
-        name, edits = (
-            subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name + ("+" if edits else "")
-
-
 def write_csv(path: Path, rows: Sequence[Row], columns: dict[str, str | int | bool]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in dataclasses.fields(Row)), *columns])
-        writer.writeheader()
-        writer.writerows({**dataclasses.asdict(row), **columns} for row in rows)
+    """The rows in full precision, each with what its times depend on."""
+    names = [field.name for field in dataclasses.fields(Row)]
+    write_table(path, [*names, *columns], ([*dataclasses.astuple(row), *columns.values()] for row in rows))

@@ -16,15 +16,15 @@ from pathlib import Path
 import tyro
 
 from corpus.prepare import CorpusConfig, prepare
+from foundation.environment import environment
+from foundation.serialize import to_dict
 from lm.config import ModelConfig
-from lm.serialize import to_dict
 from staged_training.describe import describe
 from staged_training.diagnostics import DiagnosticsConfig, show_diagnostics
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.loop import NonFiniteLossError
 from staged_training.parallel import ParallelConfig, train_in_parallel
-from staged_training.record import environment
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 from staged_training.stopping import Interrupted
 
@@ -64,7 +64,8 @@ def run(config: RunConfig) -> None:
     plan = make_plan(config.staging, facts, model, branches, trunk_seed=config.trunk_seed)
     print(describe(plan), flush=True)
     if config.dry_run:
-        print(json.dumps({"config": to_dict(config), "environment": environment(facts.content_hash)}, indent=2))
+        here = environment(data_hash=facts.content_hash)
+        print(json.dumps({"config": to_dict(config), "environment": here}, indent=2))
         return
     execution = Execution(plan, corpus, config.out, config.execution)
     print(estimate(execution), flush=True)

@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from staged_training.data import TokenBatches
-from staged_training.durable import (
+from foundation.files import (
     CorruptFileError,
     DiskFullError,
     fsync_path,
@@ -31,6 +30,7 @@ from staged_training.durable import (
     require_space,
     write_sealed,
 )
+from staged_training.data import TokenBatches
 
 DATA, MANIFEST, PROGRESS = "activations.bin", "manifest.json", "progress.jsonl"
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from staged_training.durable import (
+from foundation.files import (
     CorruptFileError,
     DiskFullError,
     fsync_path,

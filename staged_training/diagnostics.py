@@ -4,7 +4,6 @@ Training writes one line to `diagnostics.jsonl` for every step that ends an inte
 tokens, of all processes. Rows dispatched are counted, never logical experts.
 """
 
-import csv
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,8 @@ from typing import Any
 
 import tyro
 
-from lm.serialize import from_dict, to_dict
+from foundation.serialize import from_dict, to_dict
+from foundation.tables import write_table
 from routing.diagnostics import RoutingStatistics
 from routing.router import Router
 from staged_training.progress import DIAGNOSTICS
@@ -136,13 +136,13 @@ def write_csv(steps: Sequence[StepDiagnostics], path: Path) -> None:
     """One row per step and layer; the shares of tokens that used 0, 1, ... experts in columns of their own."""
     width = max(len(layer.experts_per_token) for step in steps for layer in step.layers)
     names = [field.name for field in dataclasses.fields(LayerDiagnostics)][:-1]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *names, *(f"share_{experts}" for experts in range(width))])
-        for step in steps:
-            for layer in step.layers:
-                shares = layer.experts_per_token + (0.0,) * (width - len(layer.experts_per_token))
-                writer.writerow([step.step, *(getattr(layer, name) for name in names), *shares])
+    columns = ["step", *names, *(f"share_{experts}" for experts in range(width))]
+
+    def row(step: StepDiagnostics, layer: LayerDiagnostics) -> list[Any]:
+        shares = layer.experts_per_token + (0.0,) * (width - len(layer.experts_per_token))
+        return [step.step, *(getattr(layer, name) for name in names), *shares]
+
+    write_table(path, columns, (row(step, layer) for step in steps for layer in step.layers))
 
 
 def _cells(layer: LayerDiagnostics) -> list[str]:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import resource
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from foundation.timing import median_seconds
 from lm.model import LanguageModel
 from staged_training.data import prefix_activations
 from staged_training.execute import Execution
@@ -62,7 +62,9 @@ def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
     step_seconds = 0.0 if trunk_done else _training(trunk, execution, tokens_BT, targets_BT, 0, steps)
     trunk.requires_grad_(False).eval()
     prefix_seconds = (
-        _median(lambda: prefix_activations(trunk, tokens_BT, boundary), steps) if boundary and pending else 0.0
+        _typical(lambda: prefix_activations(trunk, tokens_BT, boundary), execution, steps)
+        if boundary and pending
+        else 0.0
     )
     x_BTD = prefix_activations(trunk, tokens_BT, boundary) if boundary else tokens_BT
     method_seconds = {}
@@ -103,16 +105,9 @@ def _training(
         update(optimizer, 1e-5)
         model.after_step(boundary)
 
-    return _median(step, steps)
+    return _typical(step, execution, steps)
 
 
-def _median(work: Callable[[], Any], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    # The first one also allocates and compiles.
-    return sorted(seconds[1:])[repeats // 2]
+def _typical(work: Callable[[], Any], execution: Execution, steps: int) -> float:
+    """Median seconds; the first call, which also allocates and compiles, does not count."""
+    return median_seconds(work, repeats=steps, warm_up=1, device=execution.device.type)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
+from foundation.files import fingerprint
 from lm.accounting import model_cost
 from lm.budget import calibrate_to_targets
 from lm.evaluate import evaluate
@@ -18,7 +19,6 @@ from lm.pretrained import save_pretrained
 from staged_training import checkpoint
 from staged_training.activation_cache import CacheIdentity, cached_activations, weights_hash
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
-from staged_training.durable import fingerprint
 from staged_training.fork import fork
 from staged_training.loop import StageResult, train_stage
 from staged_training.optimizer import is_frozen

@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
+from foundation.files import write_json
 from lm.config import ModelConfig
 from lm.model import Block, LanguageModel
 from moe.expert_parallel import ExpertParallelExperts
@@ -38,7 +39,6 @@ from routing.expert_choice import ExpertChoice
 from routing.over_processes import count_over_processes
 from routing.router import Router
 from staged_training import checkpoint
-from staged_training.durable import write_json
 from staged_training.processes import Processes
 from staged_training.progress import MetricsFile, NoMetrics
 from staged_training.record import locked

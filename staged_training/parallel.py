@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from corpus.prepare import CorpusConfig, prepare
+from foundation.serialize import from_dict
 from lm.config import ModelConfig
 from lm.model import LanguageModel
-from lm.serialize import from_dict
 from routing.router import RouterConfig
 from staged_training.data import OwnRows
 from staged_training.describe import describe

@@ -7,11 +7,11 @@ import dataclasses
 
 import numpy as np
 
+from foundation.files import fingerprint
+from foundation.serialize import to_dict
 from lm.config import ModelConfig
-from lm.serialize import to_dict
 from staged_training.boundary import compose, different_blocks, refuse_other_trunk
 from staged_training.data import branch_order, trunk_order
-from staged_training.durable import fingerprint
 from staged_training.optimizer import OptimizerConfig
 from staged_training.schedule import Schedule
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from staged_training.durable import write_text
+from foundation.files import write_text
 
 METRICS, DIAGNOSTICS, TIMING = "metrics.jsonl", "diagnostics.jsonl", "timing.jsonl"
 TRACKERS = ("none", "wandb")

@@ -8,22 +8,16 @@ from it.
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from staged_training.durable import write_json
+from foundation.environment import environment
+from foundation.files import write_json
 
 CONFIG, ENVIRONMENT, LEDGER, RESULT = "config.json", "environment.json", "ledger.json", "result.json"
-PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
 
 
 log = logging.getLogger(__name__)
@@ -85,7 +79,7 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
         write_json(path, config)
     if (folder / RESULT).exists():
         return read_run(folder)
-    here = environment(data_hash)
+    here = environment(data_hash=data_hash)
     if (folder / ENVIRONMENT).exists() and (
         changed := differences(json.loads((folder / ENVIRONMENT).read_text()), here)
     ):
@@ -137,50 +131,3 @@ def differences(stored: Any, asked: Any, place: str = "") -> list[str]:
             for line in differences(stored.get(key), asked.get(key), f"{place}.{key}" if place else key)
         ]
     return [] if stored == asked else [f"{place}: stored {json.dumps(stored)}, asked {json.dumps(asked)}"]
-
-
-def environment(data_hash: str) -> dict[str, Any]:
-    """Where and with what a run was made."""
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        # What torchrun sets.
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "data_hash": data_hash,
-    }
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        models = [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-    except OSError:
-        models = []
-    return f"{models[0] if models else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of git in this checkout, or None outside a repository."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

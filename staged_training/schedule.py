@@ -8,7 +8,7 @@ scheduler object: nothing to save, nothing to restore wrongly.
 import dataclasses
 import math
 
-from lm.serialize import nearest
+from foundation.serialize import nearest
 
 DECAY_SHAPES = ("linear", "1-sqrt")
 

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from corpus.prepare import PreparedCorpus
+from foundation.files import fingerprint, sha256_file
 from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from staged_training.boundary import choose_cut, compose
-from staged_training.durable import fingerprint, sha256_file
 from staged_training.optimizer import OptimizerConfig
 from staged_training.plan import Branch, CorpusFacts, Plan, Stage
 from staged_training.schedule import Schedule

@@ -24,15 +24,16 @@ from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
 from ablations.registry import find_methods
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
+from foundation.environment import environment
+from foundation.serialize import load_json, save_json
 from lm.config import ModelConfig
-from lm.serialize import load_json, save_json
 from routing.random_k import RandomK
 from routing.top_k import TopK
 from staged_training.describe import describe
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.plan import Plan
-from staged_training.record import Ledger, environment
+from staged_training.record import Ledger
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 
 STUDY_FILE, PROBLEMS_FILE = "study.json", "synthetic.jsonl"
@@ -148,7 +149,7 @@ def train(options: TrainingOptions) -> Study:
             runs={name: relative(folder, options.out) for name, folder in runs.items()},
             seconds={name: seconds + Ledger.load(folder).costs["branches"]["seconds"] for name, folder in runs.items()},
             command=shlex.join(["python", *sys.orig_argv[1:]]),
-            environment=environment(main.plan.corpus.content_hash),
+            environment=environment(data_hash=main.plan.corpus.content_hash),
         )
         save_json(options.out / STUDY_FILE, study)
     assert study is not None

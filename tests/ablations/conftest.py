@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ablations.records import COMPARISON_FILE, BudgetPoint, Comparison, Measurements, MethodSummary, RunReference
-from lm.serialize import save_json
+from foundation.serialize import save_json
 from staged_training.record import Ledger
 
 EFFECT = {"baseline": 0.0, "no_op": 0.0, "top_p": -0.02, "null_experts": 0.001, "random_k": 0.03}

@@ -11,7 +11,7 @@ from ablations.defaults import ModelOptions, Options
 from ablations.records import Measurements
 from ablations.registry import all_methods, find_methods
 from corpus.prepare import CorpusConfig
-from lm.serialize import load_json
+from foundation.serialize import load_json
 from staged_training.checkpoint import load_latest
 from staged_training.optimizer import is_frozen
 from staged_training.staging import StagingConfig

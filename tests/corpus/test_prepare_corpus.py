@@ -11,12 +11,12 @@ import sentencepiece
 
 from corpus import prepare as prepare_module
 from corpus.__main__ import main
-from corpus.atomic import atomic_folder
 from corpus.compressors import xz_bits_per_byte
 from corpus.packing import PackedTokens
 from corpus.prepare import CorpusConfig, open_prepared, prepare
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
+from foundation.files import atomic_folder
 
 REPOSITORY = Path(prepare_module.__file__).parents[1]
 _random = random.Random(1)

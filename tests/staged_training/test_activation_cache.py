@@ -6,11 +6,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from foundation import files
+from foundation.files import CorruptFileError, DiskFullError
 from lm.model import RESIDUAL_DTYPE, LanguageModel
-from staged_training import activation_cache, durable
+from staged_training import activation_cache
 from staged_training.activation_cache import CacheIdentity, cached_activations, verify, weights_hash
 from staged_training.data import PrefixBatches, TokenBatches, prefix_activations
-from staged_training.durable import CorruptFileError, DiskFullError
 
 BOUNDARY = 2
 NUMBERS = (1, 4, 5, 9)
@@ -162,7 +163,7 @@ def test_another_runs_interrupted_fill_is_not_continued(case, tmp_path):
 
 def test_a_full_disk_is_found_before_anything_is_computed(case, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     with pytest.raises(DiskFullError, match=r"activation cache here needs .* MiB .* 1\.0 MiB are free"):
         fill(tmp_path / "here", case)
     assert list(tmp_path.iterdir()) == []

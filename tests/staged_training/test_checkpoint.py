@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import staged_training
-from staged_training import checkpoint, durable
-from staged_training.durable import CorruptFileError, DiskFullError
+from foundation import files
+from foundation.files import CorruptFileError, DiskFullError
+from staged_training import checkpoint
 
 IDENTITY = {"schedule": {"peak": 0.1, "decay_steps": 4}, "seed": 0}
 
@@ -115,7 +116,7 @@ def test_a_full_disk_is_found_before_writing(two_checkpoints, tmp_path, monkeypa
     shutil.copytree(two_checkpoints, tmp_path / "copy")
     before = {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(durable.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(DiskFullError, match=r"step_00000030 needs .* MiB .* 0\.0 MiB are free; nothing was written"):
         write(tmp_path / "copy", 30)
     assert {path: path.read_bytes() for path in (tmp_path / "copy").rglob("*") if path.is_file()} == before

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lm.serialize import from_dict, to_dict
+from foundation.serialize import from_dict, to_dict
 from routing.null_experts import NullExperts
 from routing.top_p import TopP
 from staged_training.describe import describe

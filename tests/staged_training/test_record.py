@@ -52,7 +52,7 @@ def test_differences_name_the_place():
 
 
 def test_environment_says_where(monkeypatch):
-    found = environment("hash")
+    found = environment(data_hash="hash")
     assert found["data_hash"] == "hash"
     assert {"python", "torch", "numpy", "triton", "sentencepiece"} <= set(found["versions"])
     assert found["commit"] is None or len(found["commit"]) == 40
@@ -63,7 +63,7 @@ def test_environment_says_where(monkeypatch):
 
 def test_continuing_elsewhere_is_said(tmp_path, monkeypatch, caplog):
     open_run(tmp_path, CONFIG, "hash")
-    here = environment("hash")
+    here = environment(data_hash="hash")
     monkeypatch.setattr(record, "environment", lambda _: {**here, "threads": 99})
     with caplog.at_level(logging.WARNING):
         open_run(tmp_path, CONFIG, "hash")

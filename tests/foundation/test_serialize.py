@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lm.serialize import from_dict, load_json, save_json, to_dict
+from foundation.serialize import from_dict, load_json, save_json, to_dict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

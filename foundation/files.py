@@ -5,10 +5,13 @@ exists, never half of one. Plain renames are not enough (the data may reach the 
 folder are fsynced in that order.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +64,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replaces `path` atomically by readable JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder to fill; when the block ends without an error it is flushed and renamed to `folder`.
+
+    Raises:
+        OSError: when `folder` exists by then and is not empty. After any error the temporary folder is gone.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            fsync_path(path)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(folder.parent)
 
 
 def sha256_file(path: Path) -> str:

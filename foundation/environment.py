@@ -1,0 +1,73 @@
+"""Where and with what a number was made: commit, versions, device."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """What results depend on beside the configuration, ready for JSON.
+
+    Args:
+        more: further entries, for instance the hash of the data.
+    """
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        # What torchrun sets.
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        **more,
+    }
+
+
+def device_name() -> str:
+    """The GPU that torch takes first, or the processor and its number of cores."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()} ({os.cpu_count()} cores)"
+
+
+def cpu_name() -> str:
+    """The processor's model where the system tells it (Linux), otherwise what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def short_commit() -> str:
+    """Of the checkout, with a plus sign where tracked files are edited; "unknown" outside one."""
+    name = git("rev-parse", "--short", "HEAD")
+    if name is None:
+        return "unknown"
+    return name + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git(*arguments: str) -> str | None:
+    """Output of git in this checkout, or None where git does not answer."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
