@@ -19,7 +19,7 @@ from ablations.difficulty.correlations import Bounded, document_sums, document_w
 from ablations.difficulty.figure import draw
 from ablations.difficulty.frontier import OWN, UNIFORM, Point, measure_frontier, methods_of, own_policy
 from ablations.difficulty.observe import Observed, observe_as
-from ablations.difficulty.results import Results, Row, write_tables
+from ablations.difficulty.results import ResultRow, Results, write_tables
 from ablations.difficulty.tasks import read_problems
 from ablations.difficulty.training import EARLY, PROBLEMS_FILE, REFERENCE, Study, read_study
 from ablations.difficulty.verdict import verdict_text
@@ -136,7 +136,7 @@ def describe_tokens(
     )
 
 
-def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: int) -> list[Row]:
+def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: int) -> list[ResultRow]:
     """Difficulty against experts, per layer and summed over layers."""
     experts_NL, document_N = observed.experts_NL, tokens.windows.document_N
     layers = [(str(layer), experts_NL[:, layer]) for layer in range(experts_NL.shape[1])]
@@ -163,7 +163,7 @@ def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: in
     return rows
 
 
-def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) -> list[Row]:
+def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) -> list[ResultRow]:
     """On problems: the label against the mean experts of the tokens that predict the answer, a problem being one
     observation."""
     probes, windows = data.probes, data.probes.windows
@@ -195,7 +195,7 @@ def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) ->
     return rows
 
 
-def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[Row]:
+def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[ResultRow]:
     """Mean experts in each tenth of the tokens by difficulty, easiest first."""
     rows = []
     for difficulty, difficulty_N in tokens.difficulties.items():
@@ -216,7 +216,7 @@ def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[Row]:
     return rows
 
 
-def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> Row:
+def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> ResultRow:
     """The share of the oracle's gain over the uniform allocation that other allocations take, from the losses of the
     same weights at forced k."""
     uniform = [other for other in points if other.weights == name and other.allocation == UNIFORM]
@@ -257,7 +257,7 @@ def _document_gain(gain_N: np.ndarray, tokens: Tokens) -> np.ndarray:
     return document_sums(gain_N, tokens.windows.document_N, tokens.weights_RD.shape[1])
 
 
-def frontier_rows(points: list[Point], tokens: Tokens) -> list[Row]:
+def frontier_rows(points: list[Point], tokens: Tokens) -> list[ResultRow]:
     rows = []
     for point in points:
         mean = point.observed.mean_experts
@@ -267,7 +267,7 @@ def frontier_rows(points: list[Point], tokens: Tokens) -> list[Row]:
     return rows
 
 
-def difference_rows(points: list[Point], tokens: Tokens) -> list[Row]:
+def difference_rows(points: list[Point], tokens: Tokens) -> list[ResultRow]:
     """Each own allocation minus its rivals at the same number of experts, in bits per byte; negative is better."""
     rows = []
     for point in points:
@@ -283,5 +283,5 @@ def difference_rows(points: list[Point], tokens: Tokens) -> list[Row]:
     return rows
 
 
-def named(name: str, number: Bounded) -> Row:
+def named(name: str, number: Bounded) -> ResultRow:
     return {name: number.value, f"{name}_low": number.low, f"{name}_high": number.high}

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
-from ablations.difficulty.results import Results, Row
-from ablations.style import INK, MUTED, SERIES, STYLE, WIDTH
+from ablations.difficulty.results import ResultRow, Results
+from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
 
 LINES = {OWN: "-", UNIFORM: "--", RANDOM: ":"}
 
@@ -56,7 +56,7 @@ def draw(results: Results, path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def curve(axes: Axes, frontier: list[Row], method: str, allocation: str, **style) -> None:
+def curve(axes: Axes, frontier: list[ResultRow], method: str, allocation: str, **style) -> None:
     rows = sorted(
         (row for row in frontier if (row["weights"], row["allocation"]) == (method, allocation)),
         key=lambda row: row["mean_experts"],

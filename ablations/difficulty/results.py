@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,12 @@ class Results:
     k: int
     n_tokens: int
     n_documents: int
-    correlations: list[Row]
-    structure: list[Row]
-    deciles: list[Row]
-    regret: list[Row]
-    frontier: list[Row]
-    differences: list[Row]
+    correlations: list[ResultRow]
+    structure: list[ResultRow]
+    deciles: list[ResultRow]
+    regret: list[ResultRow]
+    frontier: list[ResultRow]
+    differences: list[ResultRow]
 
 
 TABLES = ("correlations", "structure", "deciles", "regret", "frontier", "differences")

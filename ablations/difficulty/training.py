@@ -19,10 +19,10 @@ from typing import Annotated
 
 import tyro
 
-from ablations.defaults import STAGING, ModelOptions
+from ablations.comparison.options import STAGING, ModelOptions
+from ablations.comparison.registry import find_methods
 from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
-from ablations.registry import find_methods
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from foundation.environment import environment
 from foundation.serialize import load_json, save_json

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from ablations.compare import SharedExecution, prepare_job, run_branches
-from ablations.defaults import ModelOptions, Options
-from ablations.records import Measurements
-from ablations.registry import all_methods, find_methods
+from ablations.comparison.compare import SharedExecution, prepare_job, run_branches
+from ablations.comparison.options import ModelOptions, Options
+from ablations.comparison.records import BranchResult
+from ablations.comparison.registry import all_methods, find_methods
 from corpus.prepare import CorpusConfig
 from foundation.serialize import load_json
 from staged_training.checkpoint import load_latest
@@ -61,7 +61,7 @@ def test_one_training_step(name, options):
         if tensor.endswith(("weight_ED", "head_VD"))
     )
 
-    measured = load_json(Measurements, folder / "result.json")
+    measured = load_json(BranchResult, folder / "result.json")
     assert math.isfinite(measured.bits_per_byte)
     assert measured.branch_seed == 0
     counts = measured.experts_histogram
@@ -75,7 +75,7 @@ def test_one_training_step(name, options):
         assert set(branch.model.plan.letters[branch.boundary :]) - {"F"}
         assert (
             measured.cache_bytes_64k
-            < load_json(Measurements, execution.folder_of(plan.branches[0]) / "result.json").cache_bytes_64k
+            < load_json(BranchResult, execution.folder_of(plan.branches[0]) / "result.json").cache_bytes_64k
         )
     else:
         assert not branch.fresh

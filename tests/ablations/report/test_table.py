@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 
-from ablations.records import read_records
-from ablations.statistics import BETTER, NO_VERDICT, NOT_SEPARABLE, REFERENCE, WORSE
-from ablations.table import HEADINGS, footnotes, table_rows, table_text, with_unit, write_csv
+from ablations.comparison.records import read_records
+from ablations.comparison.statistics import BETTER, NO_VERDICT, NOT_SEPARABLE, REFERENCE, WORSE
+from ablations.report.table import HEADINGS, footnotes, table_rows, table_text, with_unit, write_csv
 
 
 def test_rows_are_means_over_runs_and_differences_are_paired(comparison_folder):

@@ -9,14 +9,14 @@ trunk was measured to train; evaluation is left out of it, so the comparison lea
 import dataclasses
 from collections.abc import Iterable
 
-from ablations.records import Cost, Records
+from ablations.comparison.records import Cost, Records
 
 ZERO = Cost(flops=0.0, seconds=0.0)
 PHASES = ("trunk", "caching", "branches", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ledger:
+class CostComparison:
     """Costs in FLOPs and seconds. `phases` add up to `staged`; `per_method` are single full trainings, `seeds` how
     often each would be repeated."""
 
@@ -48,7 +48,7 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, ZERO)
 
 
-def read_ledger(records: Records) -> Ledger:
+def compare_costs(records: Records) -> CostComparison:
     """The ledger of all finished runs."""
     branches = [run for runs in records.branches.values() for run in runs.values()]
     runs = [*records.trunks.values(), *branches]
@@ -60,34 +60,34 @@ def read_ledger(records: Records) -> Ledger:
         results = records.results[method].values()
         flops = tokens * sum(result.scratch_flops for result in results) / len(results)
         per_method[method] = Cost(flops=flops, seconds=flops / speed)
-    return Ledger(
+    return CostComparison(
         phases=phases,
         per_method=per_method,
         seeds=len(records.comparison.trunk_seeds) * len(records.comparison.branch_seeds),
     )
 
 
-def ledger_rows(ledger: Ledger) -> list[tuple[str, float, float]]:
+def cost_rows(costs: CostComparison) -> list[tuple[str, float, float]]:
     """(what, FLOPs, seconds), in the order they are printed."""
-    n = len(ledger.per_method)
-    costs = [
-        *ledger.phases.items(),
-        ("staged, total", ledger.staged),
-        (f"from scratch, {n} methods once (estimate)", ledger.scratch_once),
+    n = len(costs.per_method)
+    lines = [
+        *costs.phases.items(),
+        ("staged, total", costs.staged),
+        (f"from scratch, {n} methods once (estimate)", costs.scratch_once),
     ]
-    if ledger.seeds > 1:
-        costs.append((f"from scratch, {n} methods x {ledger.seeds} seeds (estimate)", ledger.scratch_all_seeds))
-    return [(what, cost.flops, cost.seconds) for what, cost in costs]
+    if costs.seeds > 1:
+        lines.append((f"from scratch, {n} methods x {costs.seeds} seeds (estimate)", costs.scratch_all_seeds))
+    return [(what, cost.flops, cost.seconds) for what, cost in lines]
 
 
-def ledger_text(ledger: Ledger) -> str:
+def cost_text(costs: CostComparison) -> str:
     """The ledger as aligned text, with the ratio that matters as the last line."""
     lines = [f"{'cost ledger':<46} {'FLOPs':>10} {'time':>9} {'of staged':>10}"]
-    for what, flops, seconds in ledger_rows(ledger):
-        lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / ledger.staged.flops:>9.0f}%")
-    n, repeats = len(ledger.per_method), f" ({ledger.seeds} seeds each)" if ledger.seeds > 1 else ""
+    for what, flops, seconds in cost_rows(costs):
+        lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / costs.staged.flops:>9.0f}%")
+    n, repeats = len(costs.per_method), f" ({costs.seeds} seeds each)" if costs.seeds > 1 else ""
     lines.append(
-        f"{n} methods{repeats} cost {100 * ledger.share_of_once:.0f} % of the FLOPs of training {n} methods from"
+        f"{n} methods{repeats} cost {100 * costs.share_of_once:.0f} % of the FLOPs of training {n} methods from"
         " scratch once each."
     )
     return "\n".join(lines)

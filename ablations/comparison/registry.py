@@ -1,4 +1,4 @@
-"""Finds the methods: every file of this folder that defines `METHOD` is one, under the name of the file."""
+"""Finds the methods: every file of `ablations/` that defines `METHOD` is one, under the name of the file."""
 
 import functools
 import importlib
@@ -8,7 +8,7 @@ from pathlib import Path
 from ablations.method import Method
 from foundation.serialize import nearest
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 BASELINE = "baseline"
 
 

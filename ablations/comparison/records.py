@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ablations.statistics import RunKey
+from ablations.comparison.statistics import RunKey
 from foundation.serialize import load_json
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
 from staged_training.progress import TIMING, read_metrics
@@ -98,7 +98,7 @@ class BudgetPoint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurements:
+class BranchResult:
     """`result.json` of a branch.
 
     Attributes:
@@ -144,7 +144,7 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """One run folder.
 
     Attributes:
@@ -170,9 +170,9 @@ class Records:
     folder: Path
     comparison: Comparison
     environment: dict[str, Any]
-    trunks: dict[int, Run]
-    branches: dict[str, dict[RunKey, Run]]
-    results: dict[str, dict[RunKey, Measurements]]
+    trunks: dict[int, RecordedRun]
+    branches: dict[str, dict[RunKey, RecordedRun]]
+    results: dict[str, dict[RunKey, BranchResult]]
 
     @property
     def methods(self) -> list[str]:
@@ -189,13 +189,13 @@ def read_records(folder: Path) -> Records:
     if not (folder / COMPARISON_FILE).is_file():
         raise ValueError(f"{folder} holds no {COMPARISON_FILE}: not the folder of a comparison")
     comparison = load_json(Comparison, folder / COMPARISON_FILE)
-    branches: dict[str, dict[RunKey, Run]] = {}
-    results: dict[str, dict[RunKey, Measurements]] = {}
+    branches: dict[str, dict[RunKey, RecordedRun]] = {}
+    results: dict[str, dict[RunKey, BranchResult]] = {}
     for reference in comparison.branches:
         run_folder, key = folder / reference.folder, (reference.trunk_seed, reference.branch_seed)
         if (run_folder / RESULT).is_file():
-            measured = load_json(Measurements, run_folder / RESULT)
-            run = read_run(run_folder)
+            measured = load_json(BranchResult, run_folder / RESULT)
+            run = read_recorded_run(run_folder)
             # The ledger of a run counts its own evaluation; the other budgets are this layer's.
             run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
             branches.setdefault(reference.method, {})[key] = run
@@ -203,14 +203,14 @@ def read_records(folder: Path) -> Records:
     if comparison.baseline not in results:
         raise ValueError(f"{folder}: no finished branch of {comparison.baseline!r} yet, nothing to compare with")
     finished = [reference for reference in comparison.trunks if (folder / reference.folder / RESULT).is_file()]
-    trunks = {reference.trunk_seed: read_run(folder / reference.folder) for reference in finished}
+    trunks = {reference.trunk_seed: read_recorded_run(folder / reference.folder) for reference in finished}
     environment = json.loads((next(iter(trunks.values())).folder / ENVIRONMENT).read_text())
     return Records(folder, comparison, environment, trunks, branches, results)
 
 
-def read_run(folder: Path) -> Run:
+def read_recorded_run(folder: Path) -> RecordedRun:
     metrics = read_metrics(folder)
-    return Run(
+    return RecordedRun(
         folder=folder,
         losses=[line["loss"] for line in metrics],
         experts=[line["mean_experts"] for line in metrics],

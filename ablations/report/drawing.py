@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ablations.style import GRID, INK, MUTED, SERIES, colours, label_ends, new_figure
-from ablations.table import with_unit
+from ablations.report.style import GRID, INK, MUTED, SERIES, colours, label_ends, new_figure
+from ablations.report.table import with_unit
 
 # Blended over the page's background in either theme.
 BAND = 0.12

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablations.figures import all_figures, band, curve, write_csv
-from ablations.records import read_records
-from ablations.style import DARK, SERIES, VARIABLES, colours, spread, svg
+from ablations.comparison.records import read_records
+from ablations.report.figures import all_figures, band, curve, write_csv
+from ablations.report.style import DARK, SERIES, VARIABLES, colours, spread, svg
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablations.records import Records
+from ablations.comparison.records import Records
 
 BUDGETS_FILE = "budgets.csv"
 

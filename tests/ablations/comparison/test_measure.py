@@ -1,7 +1,7 @@
 """What is measured on a trained branch: which budgets, and text counted in bytes."""
 
-from ablations.defaults import ModelOptions
-from ablations.measure import budgets_of, text_bytes
+from ablations.comparison.measure import budgets_of, text_bytes
+from ablations.comparison.options import ModelOptions
 from corpus.prepare import CorpusConfig, prepare
 
 

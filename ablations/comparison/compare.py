@@ -16,12 +16,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from ablations.defaults import Options
-from ablations.measure import Measurement, budgets_of, measure
+from ablations.comparison.measure import MeasuringContext, budgets_of, measure
+from ablations.comparison.options import Options
+from ablations.comparison.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference
 from ablations.method import Method
-from ablations.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference, read_records
-from ablations.report import write_report
-from ablations.table import table_text
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
 from foundation.environment import environment
@@ -104,13 +102,6 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
 
 
-def compare(methods: list[Method], options: Options) -> Path | None:
-    """Runs the comparison, prints its table and returns the path of its report; None after a dry run. Raises what
-    `run_comparison` does."""
-    folder = run_comparison(methods, options)
-    return None if folder is None else show(folder)
-
-
 def run_comparison(methods: list[Method], options: Options) -> Path | None:
     """Runs whatever of the comparison is not finished and returns its folder; None after a dry run.
 
@@ -141,7 +132,7 @@ def run_branches(job: Job, execution: SharedExecution) -> None:
     for branch in execution.plan.branches:
 
         def summary(run: TrainedRun, branch: Branch = branch) -> dict:
-            setting = Measurement(
+            context = MeasuringContext(
                 baseline=job.baseline,
                 method=job.method_of(branch).change(job.baseline),
                 pairing_seed=job.pairing_seed(branch),
@@ -149,7 +140,7 @@ def run_branches(job: Job, execution: SharedExecution) -> None:
                 calibration=execution.calibration(branch.boundary),
                 budget_batches=job.options.budget_batches,
             )
-            return to_dict(measure(run, setting))
+            return to_dict(measure(run, context))
 
         execution.branch(branch, summary=summary)
 
@@ -158,15 +149,6 @@ def with_budgets(estimated: Estimate, execution: Execution, job: Job) -> Estimat
     """The estimate with the evaluations at other budgets added."""
     extra = len(budgets_of(job.baseline)) * job.options.budget_batches / len(execution.valid_tokens)
     return dataclasses.replace(estimated, evaluation=estimated.evaluation * (1 + extra))
-
-
-def show(folder: Path) -> Path:
-    """Prints the table of a comparison and writes its report, from the run folders alone."""
-    records = read_records(folder)
-    print(f"\n{table_text(records)}\n")
-    report = write_report(records)
-    print(f"report: {report}", flush=True)
-    return report
 
 
 def plan_text(job: Job) -> str:

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from ablations.defaults import ModelOptions
+from ablations.comparison.options import ModelOptions
 from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
 from ablations.difficulty.training import TrainingOptions, prepare_text, read_study, train, with_tokens

@@ -8,13 +8,20 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from ablations.ledger import ledger_text, read_ledger
-from ablations.records import Records
-from ablations.statistics import REFERENCE, Interval, mean_interval, noise_statement, paired_difference, verdict
+from ablations.comparison.cost import compare_costs, cost_text
+from ablations.comparison.records import Records
+from ablations.comparison.statistics import (
+    REFERENCE,
+    Interval,
+    mean_interval,
+    noise_statement,
+    paired_difference,
+    verdict,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
+class TableRow:
     """One method. `difference` is None for the baseline; means over runs where nothing else is said.
 
     Attributes:
@@ -40,7 +47,7 @@ class Row:
     tokens_per_second: float
 
 
-def table_rows(records: Records) -> list[Row]:
+def table_rows(records: Records) -> list[TableRow]:
     """One row per method with a finished branch; the baseline first."""
     baseline = {key: result.bits_per_byte for key, result in records.results[records.comparison.baseline].items()}
     rows = []
@@ -57,7 +64,7 @@ def table_rows(records: Records) -> list[Row]:
             return statistics.fmean(getattr(result, name) for result in results.values())
 
         rows.append(
-            Row(
+            TableRow(
                 method=method,
                 runs=len(results),
                 bits_per_byte=mean_interval(losses),
@@ -89,7 +96,7 @@ HEADINGS = (
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: TableRow) -> tuple[str, ...]:
     """The row as a reader sees it, in the order of `HEADINGS`."""
     difference = "" if row.difference is None else with_interval(row.difference, signed=True)
     return (
@@ -156,7 +163,7 @@ def table_text(records: Records) -> str:
         for line in body
     ]
     lines.insert(1, "-" * max(len(line) for line in lines))
-    return "\n".join([*lines, "", *footnotes(records), "", ledger_text(read_ledger(records))])
+    return "\n".join([*lines, "", *footnotes(records), "", cost_text(compare_costs(records))])
 
 
 def write_csv(records: Records, path: Path) -> None:
@@ -185,7 +192,7 @@ CSV_COLUMNS = (
 )
 
 
-def csv_row(row: Row) -> tuple:
+def csv_row(row: TableRow) -> tuple:
     difference = (None, None) if row.difference is None else (row.difference.mean, row.difference.half_width)
     return (
         row.method,

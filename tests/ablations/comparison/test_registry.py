@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from ablations.defaults import ModelOptions
-from ablations.registry import all_methods, find_methods
+from ablations.comparison.options import ModelOptions
+from ablations.comparison.registry import all_methods, find_methods
 from routing.null_experts import NullExperts
 from routing.random_k import RandomK
 from routing.top_k import TopK
 from routing.top_p import TopP
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ASKED_FOR = {
     "baseline",
     "no_op",

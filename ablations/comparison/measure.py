@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ablations.comparison.records import BranchResult, BudgetPoint
 from ablations.method import experts_of
-from ablations.records import BudgetPoint, Measurements
 from corpus.prepare import PreparedCorpus
 from lm.accounting import kv_bytes, model_cost
 from lm.budget import set_budget
@@ -26,7 +26,7 @@ BUDGETS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 1, 4 / 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement:
+class MeasuringContext:
     """What measuring needs to know beside the trained run.
 
     Attributes:
@@ -45,7 +45,7 @@ class Measurement:
     budget_batches: int
 
 
-def measure(run: TrainedRun, setting: Measurement) -> Measurements:
+def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
     """Measures one trained branch; its model is left with another policy."""
     assert run.branch is not None
     boundary, length = run.boundary, run.plan.seq_len
@@ -58,20 +58,20 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
     ]
     while histogram[-1] == 0:
         histogram.pop()
-    budgets, budget_tokens, budget_flops = other_budgets(run, setting)
-    return Measurements(
+    budgets, budget_tokens, budget_flops = other_budgets(run, context)
+    return BranchResult(
         method=run.branch.method,
         trunk_seed=run.plan.trunk_seed,
-        branch_seed=setting.pairing_seed,
+        branch_seed=context.pairing_seed,
         bits_per_byte=run.evaluation.bits_per_byte,
         mean_experts=statistics.fmean(used),
-        asked_experts=experts_of(setting.baseline),
+        asked_experts=experts_of(context.baseline),
         experts_histogram=tuple(histogram),
         budgets=budgets,
         total_parameters=cost.total_parameters,
         active_parameters=cost.active_parameters,
         forward_flops=cost.forward_flops,
-        scratch_flops=model_cost(setting.method, length=length, mean_experts=trained_with).training_flops,
+        scratch_flops=model_cost(context.method, length=length, mean_experts=trained_with).training_flops,
         cache_bytes_4k=kv_bytes(composed, 4096) / 4096,
         cache_bytes_64k=kv_bytes(composed, 65536) / 65536,
         budget_tokens=budget_tokens,
@@ -79,15 +79,15 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
     )
 
 
-def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPoint, ...], int, float]:
+def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[BudgetPoint, ...], int, float]:
     """The weights at each budget, on some of the validation batches; and the tokens of one evaluation and the FLOPs of
     all."""
-    boundary, n_batches = run.boundary, min(setting.budget_batches, len(run.valid))
+    boundary, n_batches = run.boundary, min(context.budget_batches, len(run.valid))
     chosen = [index * len(run.valid) // n_batches for index in range(n_batches)]
-    n_bytes = text_bytes(setting.corpus, chosen, run.plan.tokens_per_batch)
+    n_bytes = text_bytes(context.corpus, chosen, run.plan.tokens_per_batch)
     points, tokens, flops = [], 0, 0.0
-    for experts in budgets_of(setting.baseline):
-        calibration_tokens = set_budget(run.model, experts, setting.calibration, boundary=boundary)
+    for experts in budgets_of(context.baseline):
+        calibration_tokens = set_budget(run.model, experts, context.calibration, boundary=boundary)
         evaluation = evaluate(run.model, (run.valid[index] for index in chosen), n_bytes=n_bytes, boundary=boundary)
         mean = statistics.fmean(evaluation.mean_experts)
         points.append(BudgetPoint(asked_experts=experts, mean_experts=mean, bits_per_byte=evaluation.bits_per_byte))

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from ablations import cli
-from ablations.budgets import budget_rows, budget_text, write_budgets
-from ablations.records import read_records
+from ablations.comparison.budgets import budget_rows, budget_text, write_budgets
+from ablations.comparison.records import read_records
 
 
 def test_rows_are_what_the_runs_recorded(comparison_folder, tmp_path):
