@@ -15,7 +15,18 @@ from ablations.comparison.records import Records, read_records
 from ablations.comparison.statistics import BETTER, NOT_SEPARABLE, WORSE
 from ablations.report.figures import Figure, all_figures, write_csv
 from ablations.report.style import DARK, VARIABLES, svg
-from ablations.report.table import HEADINGS, TableRow, cells, footnotes, table_rows, table_text, with_unit
+from ablations.report.table import (
+    LOSS,
+    METHOD,
+    SHOWN,
+    VERDICT,
+    TableRow,
+    compressor_cells,
+    footnotes,
+    table_rows,
+    table_text,
+    with_unit,
+)
 from ablations.report.table import write_csv as write_table_csv
 
 REPORT_FILE = "report.html"
@@ -65,7 +76,7 @@ def page(records: Records, figures: list[Figure]) -> str:
         f"<h1>{html.escape(title)}</h1>",
         facts(records, rows, costs),
         "<h2>Result</h2>",
-        table(rows, records.comparison.xz_bits_per_byte),
+        table(records, rows),
         "".join(["<ul class=notes>", *(f"<li>{html.escape(note)}</li>" for note in footnotes(records)), "</ul>"]),
         f"<p>{csv_link(records.folder / TABLE_FILE)}</p>",
         '<h2>Figures</h2><div class="figures">',
@@ -124,18 +135,23 @@ def facts(records: Records, rows: list[TableRow], costs: CostComparison) -> str:
     return f'<dl class="facts">{"".join(entries)}</dl>'
 
 
-def table(rows: list[TableRow], xz_bits_per_byte: float) -> str:
+def table(records: Records, rows: list[TableRow]) -> str:
     """The result table; each cell carries its heading, so that on a narrow screen a row can become a card."""
-    classes = {BETTER: "verdict better", WORSE: "verdict worse"}
-    head = "".join(f"<th{' class=verdict' if name == 'verdict' else ''}>{html.escape(name)}</th>" for name in HEADINGS)
+    colours = {BETTER: "verdict better", WORSE: "verdict worse"}
+    head = "".join(
+        f"<th{' class=verdict' if column is VERDICT else ''}>{html.escape(column.heading or '')}</th>"
+        for column in SHOWN
+    )
     lines = []
     for row in rows:
         line = []
-        for name, cell in zip(HEADINGS, cells(row)):
-            cell_class = f' class="{classes.get(row.verdict, "verdict muted")}"' if name == "verdict" else ""
-            line.append(f'<td{cell_class} data-label="{html.escape(name)}">{html.escape(cell)}</td>')
+        for column in SHOWN:
+            cell_class = f' class="{colours.get(row.verdict, "verdict muted")}"' if column is VERDICT else ""
+            label = html.escape(column.heading or "")
+            line.append(f'<td{cell_class} data-label="{label}">{html.escape(column.cell(row))}</td>')
         lines.append("".join(line))
-    lines.append(f'<td>xz -9, same text</td><td data-label="{HEADINGS[1]}">{xz_bits_per_byte:.4f}</td>')
+    compressor = compressor_cells(records)
+    lines.append(f'<td>{compressor[METHOD]}</td><td data-label="{LOSS.heading}">{compressor[LOSS]}</td>')
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<div class="scroll"><table class="result"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

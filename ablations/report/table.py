@@ -1,18 +1,23 @@
 """The table of a comparison: one row per method, as text for the terminal and as csv.
 
-The csv holds the same rows in full precision, with the intervals as half widths.
+A column is declared once, in `COLUMNS`; the text, the csv and the report are loops over that list. The csv holds the
+same rows in full precision, with the intervals as half widths.
 """
 
 import csv
 import dataclasses
 import statistics
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from ablations.comparison.cost import compare_costs, cost_text
-from ablations.comparison.records import Records
+from ablations.comparison.records import BranchResult, Records
 from ablations.comparison.statistics import (
     REFERENCE,
     Interval,
+    RunKey,
     mean_interval,
     noise_statement,
     paired_difference,
@@ -22,95 +27,179 @@ from ablations.comparison.statistics import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """One method. `difference` is None for the baseline; means over runs where nothing else is said.
+    """One method: its finished branches beside the baseline's, from which the columns take their values.
 
     Attributes:
-        bits_per_byte: validation text, lower is better.
-        mean_experts: real experts per token in the layers above the boundary, at evaluation; asked_experts: what it was
-            asked to be.
-        active_parameters, forward_flops: per token, whole network.
-        cache_bytes_4k, cache_bytes_64k: per token of a sequence of that length.
-        tokens_per_second: at the median step of all branches.
+        method: its name.
+        is_baseline: whether it is what the others are measured against.
+        results: of its finished branches.
+        baseline: validation bits per byte of the baseline's finished branches.
+        step_seconds: wall-clock seconds of every training step of every branch.
+        tokens_per_step: of a branch.
     """
 
     method: str
-    runs: int
-    bits_per_byte: Interval
-    difference: Interval | None
-    verdict: str
-    mean_experts: float
-    asked_experts: float
-    active_parameters: float
-    forward_flops: float
-    cache_bytes_4k: float
-    cache_bytes_64k: float
-    tokens_per_second: float
+    is_baseline: bool
+    results: Mapping[RunKey, BranchResult]
+    baseline: Mapping[RunKey, float]
+    step_seconds: tuple[float, ...]
+    tokens_per_step: int
+
+    @property
+    def runs(self) -> int:
+        """Finished branches."""
+        return len(self.results)
+
+    @cached_property
+    def losses(self) -> dict[RunKey, float]:
+        """Validation bits per byte by run."""
+        return {key: result.bits_per_byte for key, result in self.results.items()}
+
+    @cached_property
+    def bits_per_byte(self) -> Interval:
+        """Of the validation text, lower is better."""
+        return mean_interval(self.losses)
+
+    @cached_property
+    def difference(self) -> Interval | None:
+        """Method minus baseline in bits per byte, paired by seed; None for the baseline and where nothing pairs."""
+        # A method whose finished runs share no seed with the baseline's (an interrupted comparison) has nothing to be
+        # paired with yet.
+        if self.is_baseline or not self.losses.keys() & self.baseline.keys():
+            return None
+        return paired_difference(self.losses, self.baseline)
+
+    @property
+    def verdict(self) -> str:
+        """What the difference allows to say, see `ablations.comparison.statistics.verdict`."""
+        if self.is_baseline:
+            return REFERENCE
+        return "no pair yet" if self.difference is None else verdict(self.difference)
+
+    def mean(self, measured: str) -> float:
+        """The mean over branches of one number of `BranchResult`, named by its field."""
+        return statistics.fmean(getattr(result, measured) for result in self.results.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """In training, at the median step of all branches: a mean would count the machine's worst moments."""
+        return self.tokens_per_step / statistics.median(self.step_seconds)
 
 
 def table_rows(records: Records) -> list[TableRow]:
     """One row per method with a finished branch; the baseline first."""
-    baseline = {key: result.bits_per_byte for key, result in records.results[records.comparison.baseline].items()}
-    rows = []
-    for method in records.methods:
-        results = records.results[method]
-        losses = {key: result.bits_per_byte for key, result in results.items()}
-        is_baseline = method == records.comparison.baseline
-        # A method whose finished runs share no seed with the baseline's (an interrupted comparison) has nothing to be
-        # paired with yet.
-        difference = None if is_baseline or not losses.keys() & baseline.keys() else paired_difference(losses, baseline)
-        seconds = [seconds for run in records.branches[method].values() for seconds in run.seconds]
-
-        def mean(name: str, results=results) -> float:
-            return statistics.fmean(getattr(result, name) for result in results.values())
-
-        rows.append(
-            TableRow(
-                method=method,
-                runs=len(results),
-                bits_per_byte=mean_interval(losses),
-                difference=difference,
-                verdict=REFERENCE if is_baseline else verdict(difference) if difference else "no pair yet",
-                mean_experts=mean("mean_experts"),
-                asked_experts=mean("asked_experts"),
-                active_parameters=mean("active_parameters"),
-                forward_flops=mean("forward_flops"),
-                cache_bytes_4k=mean("cache_bytes_4k"),
-                cache_bytes_64k=mean("cache_bytes_64k"),
-                tokens_per_second=records.comparison.tokens_per_step / statistics.median(seconds),
-            )
+    comparison = records.comparison
+    baseline = {key: result.bits_per_byte for key, result in records.results[comparison.baseline].items()}
+    return [
+        TableRow(
+            method=method,
+            is_baseline=method == comparison.baseline,
+            results=records.results[method],
+            baseline=baseline,
+            step_seconds=tuple(seconds for run in records.branches[method].values() for seconds in run.seconds),
+            tokens_per_step=comparison.tokens_per_step,
         )
-    return rows
+        for method in records.methods
+    ]
 
 
-HEADINGS = (
-    "method",
-    "bits/byte",
-    "difference",
-    "verdict",
-    "experts",
-    "active",
-    "FLOPs/token",
-    "KV/token 4K",
-    "KV/token 64K",
-    "tokens/s",
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of the table.
+
+    Attributes:
+        name: in the csv.
+        value: what the csv holds, in full precision; None is an empty cell.
+        heading: above the column, for a reader; None leaves the column to the csv.
+        text: the cell as a reader sees it; given where there is a heading.
+        aligned: of names and verdicts to the left, of numbers to the right, so that their digits line up.
+    """
+
+    name: str
+    value: Callable[[TableRow], str | float | None]
+    heading: str | None = None
+    text: Callable[[TableRow], str] | None = None
+    aligned: Literal["left", "right"] = "right"
+
+    def __post_init__(self) -> None:
+        assert (self.heading is None) == (self.text is None), f"column {self.name!r}: a heading and a text, or neither"
+
+    def cell(self, row: TableRow) -> str:
+        """The cell as a reader sees it."""
+        assert self.text is not None, f"column {self.name!r} is not shown"
+        return self.text(row)
+
+
+METHOD = Column(
+    name="method", value=lambda row: row.method, heading="method", text=lambda row: row.method, aligned="left"
 )
-
-
-def cells(row: TableRow) -> tuple[str, ...]:
-    """The row as a reader sees it, in the order of `HEADINGS`."""
-    difference = "" if row.difference is None else with_interval(row.difference, signed=True)
-    return (
-        row.method,
-        with_interval(row.bits_per_byte),
-        difference,
-        row.verdict,
-        f"{row.mean_experts:.2f} ({100 * (row.mean_experts / row.asked_experts - 1):+.1f} %)",
-        with_unit(row.active_parameters),
-        with_unit(row.forward_flops),
-        with_unit(row.cache_bytes_4k) + "B",
-        with_unit(row.cache_bytes_64k) + "B",
-        f"{row.tokens_per_second:,.0f}",
-    )
+LOSS = Column(
+    name="bits_per_byte",
+    value=lambda row: row.bits_per_byte.mean,
+    heading="bits/byte",
+    text=lambda row: with_interval(row.bits_per_byte),
+)
+VERDICT = Column(
+    name="verdict", value=lambda row: row.verdict, heading="verdict", text=lambda row: row.verdict, aligned="left"
+)
+COLUMNS = (
+    METHOD,
+    Column(name="runs", value=lambda row: row.runs),
+    LOSS,
+    Column(name="bits_per_byte_half_width", value=lambda row: row.bits_per_byte.half_width),
+    Column(
+        name="difference",
+        value=lambda row: None if row.difference is None else row.difference.mean,
+        heading="difference",
+        text=lambda row: "" if row.difference is None else with_interval(row.difference, signed=True),
+    ),
+    Column(
+        name="difference_half_width",
+        value=lambda row: None if row.difference is None else row.difference.half_width,
+    ),
+    VERDICT,
+    # Both numbers of experts are per token and layer above the boundary: used at evaluation, and asked for.
+    Column(
+        name="mean_experts",
+        value=lambda row: row.mean("mean_experts"),
+        heading="experts",
+        text=lambda row: used_of_asked(row.mean("mean_experts"), row.mean("asked_experts")),
+    ),
+    Column(name="asked_experts", value=lambda row: row.mean("asked_experts")),
+    # Parameters and FLOPs are per token, of the whole network.
+    Column(
+        name="active_parameters",
+        value=lambda row: row.mean("active_parameters"),
+        heading="active",
+        text=lambda row: with_unit(row.mean("active_parameters")),
+    ),
+    Column(
+        name="forward_flops_per_token",
+        value=lambda row: row.mean("forward_flops"),
+        heading="FLOPs/token",
+        text=lambda row: with_unit(row.mean("forward_flops")),
+    ),
+    # Bytes of the cache per token of a sequence of 4,096 and of 65,536 tokens.
+    Column(
+        name="cache_bytes_per_token_4k",
+        value=lambda row: row.mean("cache_bytes_4k"),
+        heading="KV/token 4K",
+        text=lambda row: with_unit(row.mean("cache_bytes_4k")) + "B",
+    ),
+    Column(
+        name="cache_bytes_per_token_64k",
+        value=lambda row: row.mean("cache_bytes_64k"),
+        heading="KV/token 64K",
+        text=lambda row: with_unit(row.mean("cache_bytes_64k")) + "B",
+    ),
+    Column(
+        name="tokens_per_second",
+        value=lambda row: row.tokens_per_second,
+        heading="tokens/s",
+        text=lambda row: f"{row.tokens_per_second:,.0f}",
+    ),
+)
+SHOWN = tuple(column for column in COLUMNS if column.heading is not None)
 
 
 def footnotes(records: Records) -> list[str]:
@@ -152,69 +241,47 @@ def footnotes(records: Records) -> list[str]:
     return notes
 
 
+def compressor_cells(records: Records) -> dict[Column, str]:
+    """The last line of the table: what a compressor without a model needs for the same text."""
+    return {METHOD: "xz -9, same text", LOSS: f"{records.comparison.xz_bits_per_byte:.4f}"}
+
+
 def table_text(records: Records) -> str:
-    """Table, footnotes and ledger for the terminal."""
-    xz = ("xz -9, same text", f"{records.comparison.xz_bits_per_byte:.4f}", *("" for _ in HEADINGS[2:]))
-    body = [HEADINGS, *(cells(row) for row in table_rows(records)), xz]
-    widths = [max(len(line[column]) for line in body) for column in range(len(HEADINGS))]
-    # Names and verdicts read from the left, numbers line up at the right.
-    lines = [
-        "  ".join(c.ljust(w) if i in (0, 3) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-        for line in body
+    """Table, footnotes and costs for the terminal."""
+    compressor = compressor_cells(records)
+    body = [
+        [column.heading or "" for column in SHOWN],
+        *([column.cell(row) for column in SHOWN] for row in table_rows(records)),
+        [compressor.get(column, "") for column in SHOWN],
     ]
+    widths = [max(len(cell) for cell in cells) for cells in zip(*body)]
+    lines = ["  ".join(_padded(*place) for place in zip(SHOWN, line, widths)).rstrip() for line in body]
     lines.insert(1, "-" * max(len(line) for line in lines))
     return "\n".join([*lines, "", *footnotes(records), "", cost_text(compare_costs(records))])
+
+
+def _padded(column: Column, cell: str, width: int) -> str:
+    return cell.ljust(width) if column.aligned == "left" else cell.rjust(width)
 
 
 def write_csv(records: Records, path: Path) -> None:
     """The rows of the table in full precision."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(CSV_COLUMNS)
-        writer.writerows(csv_row(row) for row in table_rows(records))
-
-
-CSV_COLUMNS = (
-    "method",
-    "runs",
-    "bits_per_byte",
-    "bits_per_byte_half_width",
-    "difference",
-    "difference_half_width",
-    "verdict",
-    "mean_experts",
-    "asked_experts",
-    "active_parameters",
-    "forward_flops_per_token",
-    "cache_bytes_per_token_4k",
-    "cache_bytes_per_token_64k",
-    "tokens_per_second",
-)
-
-
-def csv_row(row: TableRow) -> tuple:
-    difference = (None, None) if row.difference is None else (row.difference.mean, row.difference.half_width)
-    return (
-        row.method,
-        row.runs,
-        row.bits_per_byte.mean,
-        row.bits_per_byte.half_width,
-        *difference,
-        row.verdict,
-        row.mean_experts,
-        row.asked_experts,
-        row.active_parameters,
-        row.forward_flops,
-        row.cache_bytes_4k,
-        row.cache_bytes_64k,
-        row.tokens_per_second,
-    )
+        writer.writerow(column.name for column in COLUMNS)
+        writer.writerows([column.value(row) for column in COLUMNS] for row in table_rows(records))
 
 
 def with_interval(interval: Interval, signed: bool = False) -> str:
+    """Four decimals, with the half width where one is known; `signed` also shows a plus."""
     sign = "+" if signed else ""
     mean = f"{interval.mean:{sign}.4f}"
     return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.4f}"
+
+
+def used_of_asked(used: float, asked: float) -> str:
+    """A mean of experts, and how far off what was asked for it is, in percent."""
+    return f"{used:.2f} ({100 * (used / asked - 1):+.1f} %)"
 
 
 def with_unit(number: float) -> str:
