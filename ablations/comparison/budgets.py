@@ -6,15 +6,26 @@ nor measured do, at the method's own number and, with the same weights in memory
 of a comparison.
 """
 
-import csv
 import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from ablations.comparison.records import Records
+from foundation.tables import write_table
 
 BUDGETS_FILE = "budgets.csv"
+# Attributes of `BudgetRow`.
+BUDGET_COLUMNS = (
+    "method",
+    "trunk_seed",
+    "branch_seed",
+    "asked",
+    "trained",
+    "trained_error_percent",
+    "used",
+    "used_error_percent",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,24 +101,7 @@ def budget_text(rows: Sequence[BudgetRow], *, last_steps: int) -> str:
 
 def write_budgets(rows: Sequence[BudgetRow], path: Path) -> None:
     """All rows in full precision."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            (
-                "method",
-                "trunk_seed",
-                "branch_seed",
-                "asked",
-                "trained",
-                "trained_error_percent",
-                "used",
-                "used_error_percent",
-            )
-        )
-        for row in rows:
-            writer.writerow(
-                (*_run(row), row.asked, row.trained, row.trained_error_percent, row.used, row.used_error_percent)
-            )
+    write_table(path, BUDGET_COLUMNS, ([getattr(row, column) for column in BUDGET_COLUMNS] for row in rows))
 
 
 def _run(row: BudgetRow) -> tuple[str, int, int]:

@@ -1,9 +1,10 @@
 """The results of the difficulty study as tables: one csv per question."""
 
-import csv
 import dataclasses
 from pathlib import Path
 from typing import Any
+
+from foundation.tables import write_table
 
 ResultRow = dict[str, Any]
 
@@ -32,13 +33,13 @@ TABLES = ("correlations", "structure", "deciles", "regret", "frontier", "differe
 
 
 def write_tables(results: Results, folder: Path) -> None:
-    """One csv per table into `folder`."""
+    """One csv per table into `folder`; numbers with six significant digits."""
     for name in TABLES:
-        rows = getattr(results, name)
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(
-                {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-                for row in rows
-            )
+        rows: list[ResultRow] = getattr(results, name)
+        columns = list(rows[0]) if rows else []
+        write_table(folder / f"{name}.csv", columns, ([_rounded(row[column]) for column in columns] for row in rows))
+
+
+def _rounded(value: Any) -> Any:
+    # More digits than resampling can support would only be noise in the diffs of recorded results.
+    return f"{value:.6g}" if isinstance(value, float) else value

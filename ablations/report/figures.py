@@ -5,12 +5,10 @@ Bands over seeds show the range from the lowest to the highest run, not a confid
 what is known of them.
 """
 
-import csv
 import dataclasses
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 from matplotlib.figure import Figure as Drawing
 
@@ -40,13 +38,6 @@ def all_figures(records: Records) -> list[Figure]:
     """Every figure that the finished runs can fill, in the order of the report."""
     kinds = (differences, loss_curves, branch_differences, loss_against_experts, histogram, routers, costs)
     return [figure for kind in kinds if (figure := kind(records)).rows]
-
-
-def write_csv(figure: Figure, path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(figure.columns)
-        writer.writerows(figure.rows)
 
 
 def differences(records: Records) -> Figure:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ablations.comparison.cost import CostComparison, compare_costs, cost_rows, duration
 from ablations.comparison.records import Records, read_records
 from ablations.comparison.statistics import BETTER, NOT_SEPARABLE, WORSE
-from ablations.report.figures import Figure, all_figures, write_csv
+from ablations.report.figures import Figure, all_figures
 from ablations.report.style import DARK, VARIABLES, svg
 from ablations.report.table import (
     LOSS,
@@ -26,8 +26,9 @@ from ablations.report.table import (
     table_rows,
     table_text,
     with_unit,
+    write_csv,
 )
-from ablations.report.table import write_csv as write_table_csv
+from foundation.tables import write_table
 
 REPORT_FILE = "report.html"
 TABLE_FILE = "table.csv"
@@ -57,10 +58,9 @@ def write_report(records: Records) -> Path:
     """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder; returns the path of the
     report."""
     figures = all_figures(records)
-    (records.folder / "figures").mkdir(exist_ok=True)
-    write_table_csv(records, records.folder / TABLE_FILE)
+    write_csv(records, records.folder / TABLE_FILE)
     for figure in figures:
-        write_csv(figure, records.folder / "figures" / f"{figure.name}.csv")
+        write_table(records.folder / "figures" / f"{figure.name}.csv", figure.columns, figure.rows)
     path = records.folder / REPORT_FILE
     path.write_text(page(records, figures), encoding="utf-8")
     return path

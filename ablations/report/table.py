@@ -4,7 +4,6 @@ A column is declared once, in `COLUMNS`; the text, the csv and the report are lo
 same rows in full precision, with the intervals as half widths.
 """
 
-import csv
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from ablations.comparison.statistics import (
     paired_difference,
     verdict,
 )
+from foundation.tables import write_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,10 +266,8 @@ def _padded(column: Column, cell: str, width: int) -> str:
 
 def write_csv(records: Records, path: Path) -> None:
     """The rows of the table in full precision."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(column.name for column in COLUMNS)
-        writer.writerows([column.value(row) for column in COLUMNS] for row in table_rows(records))
+    rows = ([column.value(row) for column in COLUMNS] for row in table_rows(records))
+    write_table(path, [column.name for column in COLUMNS], rows)
 
 
 def with_interval(interval: Interval, signed: bool = False) -> str:

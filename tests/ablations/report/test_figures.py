@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ablations.comparison.records import read_records
-from ablations.report.figures import all_figures, band, curve, write_csv
+from ablations.report.figures import all_figures, band, curve
 from ablations.report.style import DARK, SERIES, VARIABLES, colours, spread, svg
+from foundation.tables import write_table
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def figures(comparison_folder):
 
 def read_back(figure, path):
     """The rows of the figure's csv, numbers as numbers."""
-    write_csv(figure, path)
+    write_table(path, figure.columns, figure.rows)
     with path.open() as file:
         header, *rows = csv.reader(file)
     assert tuple(header) == figure.columns

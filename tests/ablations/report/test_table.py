@@ -58,6 +58,7 @@ def test_text_holds_every_column_the_noise_and_xz(comparison_folder):
 def test_csv_holds_the_rows_in_full_precision(comparison_folder, tmp_path):
     records = read_records(comparison_folder)
     write_csv(records, tmp_path / "table.csv")
+    assert b"\r" not in (tmp_path / "table.csv").read_bytes()
     read = list(csv.DictReader((tmp_path / "table.csv").open()))
     for line, row in zip(read, table_rows(records), strict=True):
         assert line["method"] == row.method
