@@ -33,8 +33,7 @@ class MeasuringContext:
         baseline, method: models as if nothing were frozen.
         pairing_seed: the branch seed before the method shifted it.
         calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`.
-        budget_batches: how many validation batches each budget is evaluated on, evenly spaced: a text's domains lie one
-            after the other.
+        budget_batches: how many validation batches each budget is evaluated on, see `spaced_batches`.
     """
 
     baseline: ModelConfig
@@ -82,8 +81,7 @@ def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
 def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[BudgetPoint, ...], int, float]:
     """The weights at each budget, on some of the validation batches; and the tokens of one evaluation and the FLOPs of
     all."""
-    boundary, n_batches = run.boundary, min(context.budget_batches, len(run.valid))
-    chosen = [index * len(run.valid) // n_batches for index in range(n_batches)]
+    boundary, chosen = run.boundary, spaced_batches(context.budget_batches, len(run.valid))
     n_bytes = text_bytes(context.corpus, chosen, run.plan.tokens_per_batch)
     points, tokens, flops = [], 0, 0.0
     for experts in budgets_of(context.baseline):
@@ -99,6 +97,13 @@ def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[Bud
         tokens = evaluation.tokens
         flops += cost.flops(first=boundary) * (tokens + calibration_tokens)
     return tuple(points), tokens, flops
+
+
+def spaced_batches(count: int, n_batches: int) -> list[int]:
+    """Numbers of up to `count` of `n_batches` batches, evenly spaced from the first on: a text's domains lie one after
+    the other, so its first batches alone would be one domain."""
+    count = min(count, n_batches)
+    return [index * n_batches // count for index in range(count)]
 
 
 def budgets_of(baseline: ModelConfig) -> list[int]:

@@ -132,8 +132,8 @@ def loss_against_experts(records: Records) -> Figure:
         title="Loss against experts used",
         caption=(
             "The trained weights run with other mean numbers of experts per token in"
-            f" {records.comparison.trained_blocks}: bits per byte of the first {tokens:,} tokens of the validation"
-            " text. Line: mean over seeds; band: range over seeds."
+            f" {records.comparison.trained_blocks}: bits per byte of {tokens:,} tokens of the validation text, in"
+            " batches spaced evenly through it. Line: mean over seeds; band: range over seeds."
         ),
         columns=("method", "mean_experts", "mean", "low", "high"),
         rows=rows,

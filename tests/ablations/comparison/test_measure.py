@@ -1,6 +1,6 @@
 """What is measured on a trained branch: which budgets, and text counted in bytes."""
 
-from ablations.comparison.measure import budgets_of, text_bytes
+from ablations.comparison.measure import budgets_of, spaced_batches, text_bytes
 from ablations.comparison.options import ModelOptions
 from corpus.prepare import CorpusConfig, prepare
 
@@ -9,6 +9,12 @@ def test_budgets_are_around_the_baselines_own():
     assert budgets_of(ModelOptions(k=12).config(50)) == [2, 4, 6, 8, 12, 16]
     assert budgets_of(ModelOptions(k=3, n_experts=8).config(50)) == [1, 2, 3, 4]
     assert budgets_of(ModelOptions(k=1, n_experts=1).config(50)) == [1]
+
+
+def test_batches_lie_evenly_through_the_whole_text():
+    assert spaced_batches(2, 10) == [0, 5]
+    assert spaced_batches(3, 10) == [0, 3, 6]
+    assert spaced_batches(99, 4) == [0, 1, 2, 3]
 
 
 def test_bytes_of_batches_are_those_of_the_text_they_predict(text_folder, tmp_path):

@@ -52,6 +52,13 @@ def test_lines_and_bands_are_the_csv(figures, name, tmp_path):
         }
 
 
+def test_the_caption_says_which_text_the_budgets_were_measured_on(figures):
+    # Batches spaced evenly through the text (`measure.spaced_batches`), not its first tokens.
+    assert "8,192 tokens of the validation text, in batches spaced evenly through it" in (
+        figures["loss_against_experts"].caption
+    )
+
+
 def test_difference_marks_are_the_csv(figures, tmp_path):
     rows = read_back(figures["differences"], tmp_path / "data.csv")
     (axes,) = figures["differences"].draw(rows).axes
