@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ablations.difficulty.correlations import Bounded, document_sums, ratio
 from ablations.difficulty.observe import Observed, observe_as
-from ablations.difficulty.training import RANDOM_K, Study, static_name
+from ablations.difficulty.training import RANDOM_K, Study
 from ablations.difficulty.windows import HeldOut, Windows
 from lm.budget import set_budget
 from lm.model import LanguageModel
@@ -45,7 +45,7 @@ class Point:
 
 def methods_of(study: Study) -> list[str]:
     """The trained models that can use another number of experts for every token."""
-    return [name for name in study.runs if not name.startswith(static_name(0)[:-1])]
+    return [name for name in study.runs if name not in study.static]
 
 
 def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callable[[LanguageModel], object]:
@@ -70,11 +70,9 @@ def measure_frontier(
     for name in study.runs:
         model_folder = folder / study.models[name]
         print(f"measuring {name}", flush=True)
-        if name not in methods_of(study):
-            k = int(name.removeprefix(static_name(0)[:-1]))
-            points.append(
-                Point(weights=name, allocation=TRAINED, asked=k, observed=observe_as(model_folder, data.text))
-            )
+        if name in study.static:
+            observed = observe_as(model_folder, data.text)
+            points.append(Point(weights=name, allocation=TRAINED, asked=study.static[name], observed=observed))
             continue
         for k in forced:
             observed = observe_as(model_folder, data.text, lambda model, k=k: model.set_policy(TopK(k=k)))

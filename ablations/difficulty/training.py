@@ -98,6 +98,8 @@ class Study:
         tokens: the main model's, trunk plus one branch.
         models: `lm.pretrained` folder by name: reference, reference_early, random_k, each method, and static_<k>.
         runs: run folder by name, of the branches.
+        static: the k that a static model was trained at, by its name in `runs`; every other run chooses the number for
+            each token.
         seconds: of training by name, trunk plus branch.
     """
 
@@ -106,6 +108,7 @@ class Study:
     corpus: str
     models: dict[str, str]
     runs: dict[str, str]
+    static: dict[str, int]
     seconds: dict[str, float]
     command: str
     environment: dict
@@ -147,6 +150,7 @@ def train(options: TrainingOptions) -> Study:
             corpus=relative(corpus.folder, options.out),
             models={name: relative(folder, options.out) for name, folder in models.items()},
             runs={name: relative(folder, options.out) for name, folder in runs.items()},
+            static={static_name(k): k for k in options.static if static_name(k) in runs},
             seconds={name: seconds + Ledger.load(folder).costs["branches"]["seconds"] for name, folder in runs.items()},
             command=shlex.join(["python", *sys.orig_argv[1:]]),
             environment=environment(data_hash=main.plan.corpus.content_hash),
@@ -199,6 +203,8 @@ def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConf
     methods = find_methods(list(options.methods))[1:]
     if fixed := [method.name for method in methods if not method.has_budget(model)]:
         raise ValueError(f"--methods {fixed[0]}: must choose the number of experts for every token and hold its mean")
+    if taken := [method.name for method in methods if method.name in map(static_name, options.static)]:
+        raise ValueError(f"--methods {taken[0]}: is also the name of a static model of --static; leave one of them out")
     models = {RANDOM_K: trunk}
     models |= {method.name: method.change(model) for method in methods}
     models |= {static_name(k): with_policy(model, TopK(k=k)) for k in options.static}
