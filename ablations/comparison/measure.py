@@ -19,6 +19,9 @@ from lm.accounting import kv_bytes, model_cost
 from lm.budget import set_budget
 from lm.config import ModelConfig
 from lm.evaluate import evaluate
+from routing.expert_choice import ExpertChoice
+from routing.random_k import RandomK
+from routing.top_k import TopK
 from staged_training.trained_run import TrainedRun
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
@@ -64,7 +67,7 @@ def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
         branch_seed=context.pairing_seed,
         bits_per_byte=run.evaluation.bits_per_byte,
         mean_experts=statistics.fmean(used),
-        asked_experts=experts_of(context.baseline),
+        asked_experts=asked_experts(context.method, context.baseline),
         experts_histogram=tuple(histogram),
         budgets=budgets,
         total_parameters=cost.total_parameters,
@@ -76,6 +79,29 @@ def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
         budget_tokens=budget_tokens,
         budget_flops=budget_flops,
     )
+
+
+def asked_experts(method: ModelConfig, baseline: ModelConfig) -> float:
+    """Experts per token, in the mean at evaluation, that a method asks for.
+
+    The table shows how far off that the measured mean is, so it is the method's own number, which need not be the
+    baseline's.
+
+    Args:
+        method: its model as if nothing were frozen: what it asks for above the boundary.
+        baseline: whose number stands in for a policy that asks for none, because its threshold alone decides.
+    """
+    policy = method.moe.router.policy
+    target_mean = getattr(policy, "target_mean", None)
+    if target_mean is not None:
+        return target_mean
+    match policy:
+        case TopK() | ExpertChoice():
+            return policy.k
+        case RandomK():
+            # Drawn in training only; evaluation always takes this one.
+            return policy.k_eval
+    return experts_of(baseline)
 
 
 def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[BudgetPoint, ...], int, float]:

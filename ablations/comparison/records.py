@@ -103,7 +103,7 @@ class BranchResult:
 
     Attributes:
         mean_experts: real experts per token and layer, over the layers above the boundary.
-        asked_experts: what the method was asked to use in the mean.
+        asked_experts: what the method was asked to use in the mean, which need not be the baseline's number.
         experts_histogram: how many (token, layer) pairs above the boundary used 0, 1, 2, ... experts.
         budgets: the same weights at other budgets, ascending in experts.
         active_parameters, forward_flops: per token, of the whole network with the measured experts.

@@ -11,9 +11,10 @@ from ablations.comparison.compare import SharedExecution, prepare_job, run_branc
 from ablations.comparison.options import ModelOptions, Options
 from ablations.comparison.records import BranchResult
 from ablations.comparison.registry import all_methods, find_methods
-from ablations.method import Method
+from ablations.method import Method, with_policy
 from corpus.prepare import CorpusConfig
 from foundation.serialize import load_json
+from routing.top_k import TopK
 from staged_training.boundary import different_blocks
 from staged_training.checkpoint import load_latest
 from staged_training.optimizer import is_frozen
@@ -44,15 +45,16 @@ def test_one_training_step(name, options):
 
 
 def test_one_training_step_of_an_architecture_of_any_name(options):
-    """What a method is does not hang on its name: this one changes the shape of weights and keeps every letter."""
-    wide = Method(
-        name="wide_experts",
-        question="Do experts of twice the width do better?",
-        change=lambda model: dataclasses.replace(
-            model, moe=dataclasses.replace(model.moe, d_expert=2 * model.moe.d_expert)
-        ),
-    )
-    walk([*find_methods(["baseline"]), wide], options)
+    """What a method is does not hang on its name: this one changes the shape of weights and keeps every letter. It also
+    asks for another number of experts than the baseline's, and is measured against that."""
+
+    def change(model):
+        wide = dataclasses.replace(model.moe, d_expert=2 * model.moe.d_expert)
+        return with_policy(dataclasses.replace(model, moe=wide), TopK(k=2))
+
+    method = Method(name="few_wide_experts", question="Do fewer experts of twice the width do better?", change=change)
+    measured = walk([*find_methods(["baseline"]), method], options)
+    assert (measured.asked_experts, measured.mean_experts) == (2, 2.0)
 
 
 def walk(methods, options):
@@ -106,3 +108,4 @@ def walk(methods, options):
         assert set(letters[branch.boundary :]) - {"F"}
         baseline = load_json(BranchResult, execution.folder_of(plan.branches[0]) / "result.json")
         assert measured.cache_bytes_64k < baseline.cache_bytes_64k
+    return measured
