@@ -28,7 +28,8 @@ class ModelOptions:
         n_layers: blocks.
         d_model: width of the residual stream.
         layer_plan: one letter per layer, repeated to the depth: F full, S sliding window, R full with the keys and
-            values of the F below, L lightning, G gated DeltaNet.
+            values of the F below, L lightning, G gated DeltaNet, K Kimi delta attention, M softmax and lightning heads
+            side by side.
         n_heads, n_kv_heads, head_dim: query heads, key/value heads and their width.
         window: tokens that a sliding-window layer sees.
         n_experts: experts per layer.

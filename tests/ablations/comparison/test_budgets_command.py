@@ -68,6 +68,7 @@ def test_command_runs_every_method_with_a_budget(text_folder, tiny_model, tmp_pa
     budgeted = {
         "top_p",
         "null_experts",
+        "zero_computation",
         "difficulty_head",
         "relu",
         "relu_penalty",

@@ -27,8 +27,11 @@ ASKED_FOR = {
     "shared_kv_hybrid",
     "lightning_hybrid",
     "gated_delta_hybrid",
+    "kda_hybrid",
+    "zero_computation",
     "mixed_heads_hybrid",
 }
+ROUTING = ("top_p", "null_experts", "zero_computation", "random_k")
 
 
 def test_every_file_with_a_method_is_found_and_listed():
@@ -47,17 +50,14 @@ def test_every_method_runs_alone_asks_a_question_and_says_what_it_changes(name):
     source = (ROOT / "ablations" / f"{name}.py").read_text()
     assert source.endswith('\nif __name__ == "__main__":\n    run_alone(METHOD)\n')
     assert method.question.endswith("?")
-    kinds = {"baseline": "nothing", "no_op": "seed"} | dict.fromkeys(("top_p", "null_experts", "random_k"), "routing")
+    kinds = {"baseline": "nothing", "no_op": "seed"} | dict.fromkeys(ROUTING, "routing")
     assert method.kind(ModelOptions().config(4096)) == kinds.get(name, "architecture")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 12])
 def test_routing_methods_hold_the_baselines_mean(k):
     base = ModelOptions(k=k, n_experts=16).config(4096)
-    policies = {
-        name: all_methods()[name].change(base).moe.router.policy
-        for name in ("baseline", "no_op", "top_p", "null_experts", "random_k")
-    }
+    policies = {name: all_methods()[name].change(base).moe.router.policy for name in ("baseline", "no_op", *ROUTING)}
     for policy in policies.values():
         match policy:
             case TopK():
@@ -98,6 +98,7 @@ def test_plans_are_the_ones_named():
         "shared_kv_hybrid": "SSSFSSSR",
         "lightning_hybrid": "LLLFLLLF",
         "gated_delta_hybrid": "GGGFGGGF",
+        "kda_hybrid": "KKKFKKKF",
         "mixed_heads_hybrid": "MMMMMMMM",
     }
 
