@@ -17,8 +17,13 @@ PHASES = ("trunk", "caching", "branches", "evaluation")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostComparison:
-    """Costs in FLOPs and seconds. `phases` add up to `staged`; `per_method` are single full trainings, `seeds` how
-    often each would be repeated."""
+    """What the staged comparison cost beside what full trainings would have.
+
+    Attributes:
+        phases: of the staged runs, by kind of work; they add up to `staged`.
+        per_method: one full training of each method.
+        seeds: how often each would be repeated: branches per method.
+    """
 
     phases: dict[str, Cost]
     per_method: dict[str, Cost]
@@ -26,6 +31,7 @@ class CostComparison:
 
     @property
     def staged(self) -> Cost:
+        """All phases together."""
         return total(self.phases.values())
 
     @property
@@ -45,15 +51,17 @@ class CostComparison:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
+    """Their sum; nothing costs nothing."""
     return sum(costs, ZERO)
 
 
 def compare_costs(records: Records) -> CostComparison:
-    """The ledger of all finished runs."""
+    """The costs of all finished runs, and those of training each method from scratch."""
     branches = [run for runs in records.branches.values() for run in runs.values()]
     runs = [*records.trunks.values(), *branches]
     phases = {phase: total(run.costs.get(phase, ZERO) for run in runs) for phase in PHASES}
     tokens = records.comparison.trunk_tokens + records.comparison.branch_tokens
+    # The trunk is the one run here that trains a whole network, as a run from scratch would.
     speed = phases["trunk"].flops / phases["trunk"].seconds
     per_method = {}
     for method in records.methods:
@@ -68,7 +76,7 @@ def compare_costs(records: Records) -> CostComparison:
 
 
 def cost_rows(costs: CostComparison) -> list[tuple[str, float, float]]:
-    """(what, FLOPs, seconds), in the order they are printed."""
+    """What is shown: (what, FLOPs, seconds), in the order of the lines."""
     n = len(costs.per_method)
     lines = [
         *costs.phases.items(),
@@ -81,7 +89,7 @@ def cost_rows(costs: CostComparison) -> list[tuple[str, float, float]]:
 
 
 def cost_text(costs: CostComparison) -> str:
-    """The ledger as aligned text, with the ratio that matters as the last line."""
+    """The costs as aligned text, with the ratio that matters as the last line."""
     lines = [f"{'cost ledger':<46} {'FLOPs':>10} {'time':>9} {'of staged':>10}"]
     for what, flops, seconds in cost_rows(costs):
         lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / costs.staged.flops:>9.0f}%")

@@ -33,9 +33,11 @@ class MeasuringContext:
     """What measuring needs to know beside the trained run.
 
     Attributes:
+        corpus: of the run; the bytes of its validation text are counted in it.
         baseline, method: models as if nothing were frozen.
         pairing_seed: the branch seed before the method shifted it.
-        calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`.
+        calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`:
+            tokens_BT without a boundary, x_BTD with one.
         budget_batches: how many validation batches each budget is evaluated on, see `spaced_batches`.
     """
 
@@ -48,12 +50,19 @@ class MeasuringContext:
 
 
 def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
-    """Measures one trained branch; its model is left with another policy."""
-    assert run.branch is not None
+    """Measures one trained branch.
+
+    Args:
+        run: a branch; its model is left with another policy or another threshold.
+        context: the models it is compared as, and the text.
+    """
+    assert run.branch is not None, "a trunk is no method: there is nothing to compare it with"
     boundary, length = run.boundary, run.plan.seq_len
     used, composed = run.evaluation.mean_experts, run.model.config
     cost = model_cost(composed, length=length, mean_experts=run.mean_experts[:boundary] + used)
+    # From scratch the method would train every block with the experts that its own blocks used here.
     trained_with = statistics.fmean(run.mean_experts[boundary:])
+    # Blocks report as many counts as their own most; one list over all blocks ends at the most of any.
     histogram = [
         sum(counts)
         for counts in zip(*(padded(block, composed.moe.n_experts + 1) for block in run.evaluation.experts_histogram))
@@ -105,11 +114,16 @@ def asked_experts(method: ModelConfig, baseline: ModelConfig) -> float:
 
 
 def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[BudgetPoint, ...], int, float]:
-    """The weights at each budget, on some of the validation batches; and the tokens of one evaluation and the FLOPs of
-    all."""
+    """The trained weights at each budget, on some of the validation batches.
+
+    Returns:
+        A point per budget, ascending; the tokens that each was evaluated on; the FLOPs of all of them, calibration
+        included.
+    """
     boundary, chosen = run.boundary, spaced_batches(context.budget_batches, len(run.valid))
     n_bytes = text_bytes(context.corpus, chosen, run.plan.tokens_per_batch)
     points, tokens, flops = [], 0, 0.0
+    # One model in memory serves all budgets: only thresholds change, or for fixed numbers the policy.
     for experts in budgets_of(context.baseline):
         calibration_tokens = set_budget(run.model, experts, context.calibration, boundary=boundary)
         evaluation = evaluate(run.model, (run.valid[index] for index in chosen), n_bytes=n_bytes, boundary=boundary)
@@ -139,11 +153,18 @@ def budgets_of(baseline: ModelConfig) -> list[int]:
 
 
 def text_bytes(corpus: PreparedCorpus, batches: Sequence[int], tokens_per_batch: int) -> int:
-    """UTF-8 bytes of the tokens predicted in these validation batches."""
+    """UTF-8 bytes of the tokens predicted in some validation batches.
+
+    Args:
+        batches: their numbers.
+        tokens_per_batch: of every batch but the last, which ends with the text.
+    """
+    # The first token of the text is never predicted, so the targets of batch 0 begin at token 1.
     starts = (1 + index * tokens_per_batch for index in batches)
     windows = (corpus.valid.window(start, min(tokens_per_batch, len(corpus.valid) - start)) for start in starts)
     return sum(int(corpus.tokenizer.n_bytes_V[targets].sum()) for targets in windows)
 
 
 def padded(counts: tuple[int, ...], length: int) -> list[int]:
+    """The counts with zeros behind them, up to `length`."""
     return [*counts, *(0 for _ in range(length - len(counts)))]

@@ -21,7 +21,7 @@ COMPARISON_FILE = "comparison.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSummary:
-    """A method as the report names it; `kind` is "reference", "routing" or "architecture"."""
+    """A method as the report names it; `kind` is what it changes, see `Method.kind`."""
 
     name: str
     question: str
@@ -45,6 +45,8 @@ class Comparison:
 
     Attributes:
         methods: in the order of the table; the first is the baseline.
+        trunk_seeds, branch_seeds: every method has one branch per pair of them.
+        n_layers: of the baseline's model.
         boundary: blocks [0, boundary) and the embedding were frozen in every branch.
         fresh: whether the blocks above the boundary started from fresh weights in every branch.
         trunk_tokens, branch_tokens: of one trunk and of one branch.
@@ -76,6 +78,7 @@ class Comparison:
 
     @property
     def baseline(self) -> str:
+        """Name of the method that the others are measured against."""
         return self.methods[0].name
 
     @property
@@ -99,9 +102,11 @@ class BudgetPoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BranchResult:
-    """`result.json` of a branch.
+    """`result.json` of a branch: what was measured on it when its training was over.
 
     Attributes:
+        branch_seed: that it is paired by with the baseline's branch; the method may have shifted it for its draws.
+        bits_per_byte: of the whole validation text.
         mean_experts: real experts per token and layer, over the layers above the boundary.
         asked_experts: what the method was asked to use in the mean, which need not be the baseline's number.
         experts_histogram: how many (token, layer) pairs above the boundary used 0, 1, 2, ... experts.
@@ -148,11 +153,13 @@ class RecordedRun:
     """One run folder.
 
     Attributes:
+        folder: of the run.
         losses: of every step, in nats per token.
         experts: of every step, the mean number per token over the blocks that train.
         seconds: of every step.
         costs: by kind of work, see `staged_training.record.Ledger`.
-        diagnostics: of every step that ended an interval; none where the run is from before they were written.
+        diagnostics: of every step that ended an interval of progress; none where the run is from before they were
+            written.
     """
 
     folder: Path
@@ -165,7 +172,14 @@ class RecordedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """A comparison with all of its runs that have finished."""
+    """A comparison with all of its runs that have finished.
+
+    Attributes:
+        folder: of the comparison.
+        environment: of its first trunk: commit, versions, device.
+        trunks: by trunk seed.
+        branches, results: the run and the measurements of each finished branch, by method and seeds.
+    """
 
     folder: Path
     comparison: Comparison
@@ -181,7 +195,13 @@ class Records:
 
 
 def read_records(folder: Path) -> Records:
-    """Reads a comparison folder; branches without a result (not finished) are left out.
+    """Reads a comparison folder.
+
+    Args:
+        folder: `<out>/comparisons/<hash>`.
+
+    Returns:
+        What has finished; branches without a result are left out, so a comparison can be looked at while it runs.
 
     Raises:
         ValueError: where `folder` holds no comparison, or no finished branch of its baseline.
@@ -196,7 +216,8 @@ def read_records(folder: Path) -> Records:
         if (run_folder / RESULT).is_file():
             measured = load_json(BranchResult, run_folder / RESULT)
             run = read_recorded_run(run_folder)
-            # The ledger of a run counts its own evaluation; the other budgets are this layer's.
+            # The run's ledger counts the FLOPs of its own evaluation; those of the other budgets are this layer's. It
+            # holds their seconds already, because its stopwatch runs until the measurements are done.
             run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
             branches.setdefault(reference.method, {})[key] = run
             results.setdefault(reference.method, {})[key] = measured
@@ -209,12 +230,15 @@ def read_records(folder: Path) -> Records:
 
 
 def read_recorded_run(folder: Path) -> RecordedRun:
+    """Reads one run folder; only what the report needs of it."""
     metrics = read_metrics(folder)
     return RecordedRun(
         folder=folder,
         losses=[line["loss"] for line in metrics],
         experts=[line["mean_experts"] for line in metrics],
         seconds=[json.loads(line)["seconds"] for line in (folder / TIMING).read_text().splitlines()],
-        costs={kind: Cost(**cost) for kind, cost in Ledger.load(folder).costs.items()},
+        costs={
+            kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in Ledger.load(folder).costs.items()
+        },
         diagnostics=read_diagnostics(folder),
     )
