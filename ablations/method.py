@@ -50,13 +50,13 @@ class Method:
 
 
 def with_policy(config: ModelConfig, policy: PolicyConfig) -> ModelConfig:
-    """The model with another routing policy in every layer."""
+    """The model with another routing policy in every layer; a branch keeps the trunk's below its boundary."""
     router = dataclasses.replace(config.moe.router, policy=policy)
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
 
 
 def with_plan(config: ModelConfig, layer_plan: str) -> ModelConfig:
-    """The model with another layer plan."""
+    """The model with another layer plan, repeated to its depth, see `attention.plan`."""
     return dataclasses.replace(config, layer_plan=layer_plan)
 
 

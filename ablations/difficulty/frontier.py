@@ -35,6 +35,7 @@ class Point:
             out anew among the tokens;
             `TRAINED`: uniform, by a static model trained at this number.
         asked: mean experts per token and layer that were asked for.
+        observed: every counted token's loss and experts.
     """
 
     weights: str
@@ -49,8 +50,16 @@ def methods_of(study: Study) -> list[str]:
 
 
 def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callable[[LanguageModel], object]:
-    """Sets the policy a method chooses with, held at a mean on held-out text. Weights trained with a random k choose by
-    top-p after training."""
+    """Sets the policy that a method chooses with.
+
+    Args:
+        name: of the method; weights trained with a random k choose by top-p after training.
+        mean_experts: per token and layer, which its thresholds are set to hold.
+        calibration_BT: held-out text that they are set on, which is not measured.
+
+    Returns:
+        A function that changes a model in place.
+    """
 
     def change(model: LanguageModel) -> None:
         if name == RANDOM_K:
@@ -64,8 +73,16 @@ def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callab
 def measure_frontier(
     folder: Path, study: Study, data: HeldOut, *, forced: tuple[int, ...], budgets: tuple[int, ...]
 ) -> list[Point]:
-    """Every method's weights uniform at each of `forced`, and by its own and by a random allocation at each of
-    `budgets`; the static models."""
+    """Runs every trained model over the held-out text, once per point.
+
+    Args:
+        folder: of the study.
+        forced: experts per token at which every method's weights are run uniformly.
+        budgets: means at which they are run by their own and by a random allocation.
+
+    Returns:
+        The points, the static models' at the k they were trained at among them.
+    """
     points = []
     for name in study.runs:
         model_folder = folder / study.models[name]
@@ -86,6 +103,7 @@ def measure_frontier(
 
 
 def bits_per_byte(point: Point, windows: Windows, weights_RD: np.ndarray) -> Bounded:
+    """Of the whole held-out text, its interval from resampled documents (weights_RD)."""
     return _bits(point.observed.nats_N, windows, weights_RD)
 
 

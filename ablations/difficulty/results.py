@@ -16,6 +16,12 @@ class Results:
     Attributes:
         k: mean experts at which methods are compared.
         n_tokens, n_documents: of real text measured.
+        correlations: difficulty against experts, by method, difficulty and layer.
+        structure: problems, their label against the experts of their answers, by method and task.
+        deciles: experts and loss by tenths of difficulty.
+        regret: share of the possible gain that an allocation takes, by method.
+        frontier: bits per byte of every allocation measured.
+        differences: own allocations against their rivals, in bits per byte.
     """
 
     k: int

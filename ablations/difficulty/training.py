@@ -55,6 +55,9 @@ class TrainingOptions:
             structural labels.
         static: each k a static model is trained at, from the common trunk.
         methods: names as `python -m ablations list` shows them.
+
+    Raises:
+        ValueError: for a share outside its range, too few problems, a frozen prefix, or nothing to train.
     """
 
     out: Path = Path("runs/difficulty")
@@ -101,6 +104,8 @@ class Study:
         static: the k that a static model was trained at, by its name in `runs`; every other run chooses the number for
             each token.
         seconds: of training by name, trunk plus branch.
+        command: that trains it again.
+        environment: commit, versions and device.
     """
 
     k: int
@@ -115,11 +120,15 @@ class Study:
 
 
 def static_name(k: int) -> str:
+    """What the static model of a k is called, in folders and tables."""
     return f"static_{k}"
 
 
 def train(options: TrainingOptions) -> Study:
     """Trains whatever is not finished.
+
+    Returns:
+        What was trained; `study.json` holds it.
 
     Raises:
         ValueError: for options, text or methods that do not fit.
@@ -161,6 +170,7 @@ def train(options: TrainingOptions) -> Study:
 
 
 def relative(folder: Path, root: Path) -> str:
+    """A path that stays right when the folder of the study is moved."""
     return str(folder.relative_to(root))
 
 
@@ -174,7 +184,10 @@ def prepare_text(options: TrainingOptions) -> PreparedCorpus:
 
 
 def with_tokens(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> TrainingOptions:
-    """The options with the number of tokens that `minutes` amounts to; decided once per folder."""
+    """The options with the number of tokens that `minutes` amounts to on this machine.
+
+    Decided once per folder: run identities hold the number of tokens, so a second measurement would start all anew.
+    """
     path = options.out / "tokens.txt"
     if options.minutes is None:
         return options
@@ -188,6 +201,7 @@ def with_tokens(options: TrainingOptions, corpus: PreparedCorpus, model: ModelCo
 
 
 def execution(options: TrainingOptions, corpus: PreparedCorpus, plan: Plan) -> Execution:
+    """What runs a plan in the folder of the study."""
     return Execution(plan, corpus, options.out, options.execution)
 
 
@@ -198,7 +212,11 @@ def trunk_model(model: ModelConfig, k: int) -> ModelConfig:
 
 
 def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> Plan:
-    """A trunk of random k, and from it the static models, the same random k, and the methods."""
+    """A trunk of random k, and from it the static models, the same random k, and the methods.
+
+    Raises:
+        ValueError: for a method that chooses no number of experts, or that has the name of a static model.
+    """
     trunk = trunk_model(model, options.model.k)
     methods = find_methods(list(options.methods))[1:]
     if fixed := [method.name for method in methods if not method.has_budget(model)]:
@@ -224,9 +242,10 @@ def reference_plan(options: TrainingOptions, corpus: PreparedCorpus, model: Mode
 
 
 def read_study(folder: Path) -> Study:
-    """
+    """What `train` recorded.
+
     Raises:
-        ValueError: where no study was trained, or not to its end.
+        ValueError: where no study was trained, or not to the end of its first branch.
     """
     if not (folder / STUDY_FILE).is_file():
         raise ValueError(

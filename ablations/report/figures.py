@@ -24,7 +24,14 @@ TRUNK_BINS, BRANCH_BINS, DIFFERENCE_BINS = 48, 10, 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure: `rows` under `columns` are its csv, `draw(rows)` its picture."""
+    """One figure.
+
+    Attributes:
+        name: of its csv file, and its anchor in the report.
+        title, caption: for the reader.
+        columns, rows: its csv; the first column names the series.
+        draw: makes its picture from the rows and from nothing else.
+    """
 
     name: str
     title: str
@@ -123,6 +130,7 @@ def loss_against_experts(records: Records) -> Figure:
     tokens = next(iter(records.results[records.comparison.baseline].values())).budget_tokens
     for method in records.methods:
         results = list(records.results[method].values())
+        # All branches of a comparison were measured at the same budgets, in ascending order.
         for points in zip(*(result.budgets for result in results)):
             losses = [point.bits_per_byte for point in points]
             experts = statistics.fmean(point.mean_experts for point in points)
@@ -171,6 +179,7 @@ def routers(records: Records) -> Figure:
         **{method: records.branches[method] for method in records.methods},
     }.items():
         last = [run.diagnostics[-1].layers for run in runs.values() if run.diagnostics]
+        # Runs of one name report the same layers: the trunk all, a branch those that it trains.
         for layers in zip(*last):
             values = (
                 [layer.realised for layer in layers],
@@ -210,7 +219,15 @@ def costs(records: Records) -> Figure:
 
 
 def curve(run: RecordedRun, comparison: Comparison, offset: int = 0) -> list[tuple[int, float]]:
-    """(tokens seen, training bits per byte) of every step; `offset` tokens were seen before the first."""
+    """The training curve of a run.
+
+    Args:
+        comparison: for the tokens of a step and the bytes of a token.
+        offset: tokens seen before the first step.
+
+    Returns:
+        (tokens seen, training bits per byte) of every step.
+    """
     to_bits_per_byte = 1 / (math.log(2) * comparison.bytes_per_token)
     return [
         (offset + step * comparison.tokens_per_step, loss * to_bits_per_byte) for step, loss in enumerate(run.losses, 1)
@@ -218,6 +235,8 @@ def curve(run: RecordedRun, comparison: Comparison, offset: int = 0) -> list[tup
 
 
 def curve_difference(run: RecordedRun, baseline: RecordedRun, comparison: Comparison) -> list[tuple[int, float]]:
+    """(tokens since the branch began, training bits per byte minus the baseline's) of every step of a pair that saw the
+    same batches."""
     return [
         (tokens, y - reference)
         for (tokens, y), (_, reference) in zip(curve(run, comparison), curve(baseline, comparison))
@@ -225,7 +244,15 @@ def curve_difference(run: RecordedRun, baseline: RecordedRun, comparison: Compar
 
 
 def band(curves: list[list[tuple[int, float]]], bins: int) -> FigureRows:
-    """(tokens, mean, low, high) over curves of the same steps, each first averaged within up to `bins` equal pieces."""
+    """Mean and range over curves of the same steps.
+
+    Args:
+        curves: (tokens, value) of every step; the longer ones are cut to the shortest.
+        bins: pieces of equal length within which each curve is averaged first, fewer where there are fewer steps.
+
+    Returns:
+        (tokens at the end of the piece, mean, low, high) of every piece.
+    """
     n_steps = min((len(points) for points in curves), default=0)
     bins = min(bins, n_steps)
     rows: FigureRows = []

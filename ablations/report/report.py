@@ -55,19 +55,27 @@ def show(folder: Path) -> Path:
 
 
 def write_report(records: Records) -> Path:
-    """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder; returns the path of the
-    report."""
+    """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder.
+
+    Returns:
+        The path of the report.
+    """
     figures = all_figures(records)
     write_csv(records, records.folder / TABLE_FILE)
     for figure in figures:
         write_table(records.folder / "figures" / f"{figure.name}.csv", figure.columns, figure.rows)
+    # Last, because the page holds the csv files as data links.
     path = records.folder / REPORT_FILE
     path.write_text(page(records, figures), encoding="utf-8")
     return path
 
 
 def page(records: Records, figures: list[Figure]) -> str:
-    """The report as HTML; the csv files must have been written."""
+    """The report as HTML.
+
+    Args:
+        figures: whose csv files, like the table's, must have been written already.
+    """
     rows, costs = table_rows(records), compare_costs(records)
     title = headline(records, rows)
     environment = html.escape(json.dumps(records.environment, indent=2))
@@ -116,6 +124,7 @@ def headline(records: Records, rows: list[TableRow]) -> str:
 
 
 def enumeration(names: list[str]) -> str:
+    """Names as a sentence lists them: `a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -159,6 +168,7 @@ def table(records: Records, rows: list[TableRow]) -> str:
 
 
 def figure_block(records: Records, figure: Figure) -> str:
+    """A figure with its title, its caption and a link to its csv."""
     drawn = svg(lambda: figure.draw(figure.rows), figure.title)
     link = csv_link(records.folder / "figures" / f"{figure.name}.csv")
     caption = f"<figcaption>{html.escape(figure.caption)} {link}</figcaption>"
@@ -166,11 +176,13 @@ def figure_block(records: Records, figure: Figure) -> str:
 
 
 def csv_link(path: Path) -> str:
+    """A link that holds the whole file, so that it works where the report was sent alone."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<a download="{path.name}" href="data:text/csv;base64,{data}">{path.name}</a>'
 
 
 def cost_table(costs: CostComparison) -> str:
+    """The costs as a table: FLOPs, time, and the share of what the staged runs cost."""
     lines = []
     for what, flops, seconds in cost_rows(costs):
         row_class = ' class="sum"' if what.startswith("staged") else ""
@@ -190,6 +202,7 @@ def cost_table(costs: CostComparison) -> str:
 
 
 def methods(records: Records) -> str:
+    """Every method's question and what it changes."""
     entries = (
         f"<dt>{html.escape(m.name)}</dt><dd>{html.escape(m.question)} Changes: {m.kind}.</dd>"
         for m in records.comparison.methods
