@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ablations.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
-from ablations.compare import compare, run_comparison, show
-from ablations.defaults import Options
+from ablations.comparison.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
+from ablations.comparison.compare import run_comparison
+from ablations.comparison.options import Options
+from ablations.comparison.records import read_records
+from ablations.comparison.registry import all_methods, find_methods
 from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
-from ablations.records import read_records
-from ablations.registry import all_methods, find_methods
+from ablations.report.report import show
 from staged_training.loop import NonFiniteLossError
 from staged_training.stopping import Interrupted
 
@@ -52,6 +53,19 @@ def compare_command(methods: Names, options: FlatOptions) -> None:
     if not methods:
         raise ValueError(f"name the methods to compare; known: {', '.join(all_methods())}")
     compare(find_methods(list(methods)), options)
+
+
+def compare(methods: list[Method], options: Options) -> Path | None:
+    """Runs what of a comparison is not finished and shows it.
+
+    Returns:
+        The path of the report; None after a dry run.
+
+    Raises:
+        ValueError, staged_training.stopping.Interrupted: see `run_comparison`.
+    """
+    folder = run_comparison(methods, options)
+    return None if folder is None else show(folder)
 
 
 def report_command(folder: tyro.conf.Positional[Path]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from lm.config import ModelConfig
 from routing.router import PolicyConfig
 from routing.top_k import TopK
+from staged_training.boundary import different_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,18 @@ class Method:
     seed_shift: int = 0
 
     def kind(self, baseline: ModelConfig) -> str:
-        """What the method changes: "architecture" (the layer plan), "routing" (the router), "seed" or "nothing"."""
+        """What the method changes.
+
+        Args:
+            baseline: the model that it changes, which is also the trunk's.
+
+        Returns:
+            "architecture" where a block cannot take the trunk's weights (another letter or another shape of a weight,
+            by the definition of `staged_training.boundary`, which then makes the blocks above the boundary fresh in
+            every branch), "routing" for any other change of the model, "seed" or "nothing".
+        """
         changed = self.change(baseline)
-        if changed.plan.letters != baseline.plan.letters:
+        if different_blocks(baseline, changed):
             return "architecture"
         if changed != baseline:
             return "routing"
@@ -40,13 +50,13 @@ class Method:
 
 
 def with_policy(config: ModelConfig, policy: PolicyConfig) -> ModelConfig:
-    """The model with another routing policy in every layer."""
+    """The model with another routing policy in every layer; a branch keeps the trunk's below its boundary."""
     router = dataclasses.replace(config.moe.router, policy=policy)
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=router))
 
 
 def with_plan(config: ModelConfig, layer_plan: str) -> ModelConfig:
-    """The model with another layer plan."""
+    """The model with another layer plan, repeated to its depth, see `attention.plan`."""
     return dataclasses.replace(config, layer_plan=layer_plan)
 
 

@@ -20,6 +20,7 @@ import tyro
 
 from corpus.tokenizer import Tokenizer
 from demos.terminal_view import Palette, Summary
+from foundation.serialize import from_dict
 from lm.accounting import kv_bytes
 from lm.budget import experts_per_token, set_budget, variable_layers
 from lm.generate import SamplingConfig, generate
@@ -58,6 +59,11 @@ class DemoConfig:
 
 
 def main(config: DemoConfig) -> None:
+    """Shows a generation, new or recorded.
+
+    Raises:
+        ValueError: for a folder that holds no model or no recording, or a budget that the model cannot hold.
+    """
     colours = config.colours == "always" or (
         config.colours == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
@@ -70,7 +76,7 @@ def main(config: DemoConfig) -> None:
         if "text" in event:
             print(palette.paint(event["text"], event["experts"]), end="", flush=True)
         else:
-            print(f"\n\n{Summary(**event['summary'])}")
+            print(f"\n\n{from_dict(Summary, event['summary'], place=SHOWN)}")
 
 
 def record(config: DemoConfig) -> Iterator[dict]:

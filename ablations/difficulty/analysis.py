@@ -19,12 +19,12 @@ from ablations.difficulty.correlations import Bounded, document_sums, document_w
 from ablations.difficulty.figure import draw
 from ablations.difficulty.frontier import OWN, UNIFORM, Point, measure_frontier, methods_of, own_policy
 from ablations.difficulty.observe import Observed, observe_as
-from ablations.difficulty.results import Results, Row, write_tables
+from ablations.difficulty.results import ResultRow, Results, write_tables
 from ablations.difficulty.tasks import read_problems
 from ablations.difficulty.training import EARLY, PROBLEMS_FILE, REFERENCE, Study, read_study
 from ablations.difficulty.verdict import verdict_text
 from ablations.difficulty.windows import HeldOut, Windows, held_out
-from corpus.prepare import open_prepared
+from corpus.prepare import PreparedCorpus, open_prepared
 from staged_training.record import CONFIG
 
 DECILES = 10
@@ -40,6 +40,9 @@ class AnalysisOptions:
         windows_per_document: at most so many windows of each document of real text.
         resamples: of documents, for intervals.
         shuffles: of the frequency-matched null.
+
+    Raises:
+        ValueError: for numbers that nothing could be measured with, naming the option.
     """
 
     forced: tuple[int, ...] = (2, 4, 6, 8, 12, 16)
@@ -64,6 +67,7 @@ class Tokens:
         difficulties: by name; the loss of the reference model, and how much of its early loss it has learnt away.
         covariates: log frequency in the training text of the token the router sees and of the token to be predicted,
             position in the window.
+        weights_RD: how often each resample draws each document, see `document_weights`.
     """
 
     windows: Windows
@@ -73,7 +77,14 @@ class Tokens:
 
 
 def analyse(folder: Path, options: AnalysisOptions) -> Path:
-    """Measures what `train` left in `folder`, prints the verdict and returns the folder of the results.
+    """Measures what `train` left in a folder and prints the verdict.
+
+    Args:
+        folder: of the study.
+        options: how to measure.
+
+    Returns:
+        The folder of the results, `<folder>/analysis`.
 
     Raises:
         ValueError: where nothing was trained, or a number of experts does not fit the models.
@@ -118,7 +129,7 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
     return out
 
 
-def token_counts(corpus) -> np.ndarray:
+def token_counts(corpus: PreparedCorpus) -> np.ndarray:
     """How often each token occurs in the training text, int64 [V]."""
     return np.bincount(np.asarray(corpus.train.tokens[:]), minlength=corpus.tokenizer.vocab_size)
 
@@ -126,7 +137,13 @@ def token_counts(corpus) -> np.ndarray:
 def describe_tokens(
     folder: Path, study: Study, data: HeldOut, counts_V: np.ndarray, options: AnalysisOptions
 ) -> Tokens:
+    """The counted tokens with what is known of them before any method is looked at.
+
+    Args:
+        counts_V: how often each token occurs in the training text.
+    """
     late, early = (observe_as(folder / study.models[name], data.text).nats_N for name in (REFERENCE, EARLY))
+    # Plus one: a token of the held-out text may be missing in the training text.
     frequency_V = np.log(counts_V + 1)
     return Tokens(
         windows=data.text,
@@ -136,7 +153,7 @@ def describe_tokens(
     )
 
 
-def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: int) -> list[Row]:
+def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: int) -> list[ResultRow]:
     """Difficulty against experts, per layer and summed over layers."""
     experts_NL, document_N = observed.experts_NL, tokens.windows.document_N
     layers = [(str(layer), experts_NL[:, layer]) for layer in range(experts_NL.shape[1])]
@@ -149,24 +166,17 @@ def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: in
             )
             null = matched_shuffle(difficulty_N, experts_N, tokens.covariates[0], shuffles=shuffles)
             low, high = np.quantile(null, (0.025, 0.975))
-            shuffled = {"shuffled": float(null.mean()), "shuffled_low": float(low), "shuffled_high": float(high)}
-            rows.append(
-                {
-                    "method": name,
-                    "difficulty": difficulty,
-                    "layer": layer,
-                    **named("spearman", plain),
-                    **named("partial", partial),
-                    **shuffled,
-                }
-            )
+            shuffled = Bounded(value=float(null.mean()), low=float(low), high=float(high))
+            row = {"method": name, "difficulty": difficulty, "layer": layer}
+            rows.append(row | named("spearman", plain) | named("partial", partial) | named("shuffled", shuffled))
     return rows
 
 
-def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) -> list[Row]:
+def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) -> list[ResultRow]:
     """On problems: the label against the mean experts of the tokens that predict the answer, a problem being one
     observation."""
     probes, windows = data.probes, data.probes.windows
+    # Only the tokens that predict the answer count: the level says how hard that is, not how hard the question reads.
     answer_W = windows.document_N[probes.answer_N]
     size_W = np.bincount(answer_W, minlength=len(probes.level_W))
 
@@ -186,29 +196,23 @@ def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) ->
             plain = spearman(level_W, experts_W[here], documents, weights_RD=weights_RD)
             partial = spearman(level_W, experts_W[here], documents, given=(position_W[here],), weights_RD=weights_RD)
             loss = spearman(level_W, loss_W[here], documents, weights_RD=weights_RD)
-            numbers = {
-                **named("spearman", plain),
-                **named("given_position", partial),
-                **named("level_vs_reference_loss", loss),
-            }
-            rows.append({"method": name, "task": task, "problems": int(here.sum()), **numbers})
+            numbers = named("given_position", partial) | named("level_vs_reference_loss", loss)
+            row = {"method": name, "task": task, "problems": int(here.sum())}
+            rows.append(row | named("spearman", plain) | numbers)
     return rows
 
 
-def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[Row]:
+def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[ResultRow]:
     """Mean experts in each tenth of the tokens by difficulty, easiest first."""
     rows = []
     for difficulty, difficulty_N in tokens.difficulties.items():
         for decile, members in enumerate(np.array_split(np.argsort(difficulty_N, kind="stable"), DECILES), 1):
-            row = {
-                "method": name,
-                "difficulty": difficulty,
-                "decile": decile,
-                "mean_difficulty": float(difficulty_N[members].mean()),
-            }
             rows.append(
                 {
-                    **row,
+                    "method": name,
+                    "difficulty": difficulty,
+                    "decile": decile,
+                    "mean_difficulty": float(difficulty_N[members].mean()),
                     "mean_experts": float(observed.experts_NL[members].mean()),
                     "mean_nats": float(observed.nats_N[members].mean()),
                 }
@@ -216,7 +220,7 @@ def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[Row]:
     return rows
 
 
-def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> Row:
+def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> ResultRow:
     """The share of the oracle's gain over the uniform allocation that other allocations take, from the losses of the
     same weights at forced k."""
     uniform = [other for other in points if other.weights == name and other.allocation == UNIFORM]
@@ -243,45 +247,48 @@ def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> 
     }
     numbers = {key: value for which, share in shares.items() for key, value in named(which, share).items()}
     means = {f"{which}_mean_experts": float(experts_N.mean()) for which, experts_N in allocations.items()}
-    return {
+    row = {
         "method": name,
         "mean_experts": mean,
         "uniform_nats": float(even_N.mean()),
         "oracle_gain_nats": gain_D["oracle"].sum() / len(even_N),
-        **numbers,
-        **means,
     }
+    return row | numbers | means
 
 
 def _document_gain(gain_N: np.ndarray, tokens: Tokens) -> np.ndarray:
     return document_sums(gain_N, tokens.windows.document_N, tokens.weights_RD.shape[1])
 
 
-def frontier_rows(points: list[Point], tokens: Tokens) -> list[Row]:
+def frontier_rows(points: list[Point], tokens: Tokens) -> list[ResultRow]:
+    """Every point: experts asked for and used, and bits per byte of the real text."""
     rows = []
     for point in points:
         mean = point.observed.mean_experts
         row = {"weights": point.weights, "allocation": point.allocation, "asked": point.asked, "mean_experts": mean}
         bits = frontier.bits_per_byte(point, tokens.windows, tokens.weights_RD)
-        rows.append({**row, "error_percent": 100 * (mean / point.asked - 1), **named("bits_per_byte", bits)})
+        rows.append(row | {"error_percent": 100 * (mean / point.asked - 1)} | named("bits_per_byte", bits))
     return rows
 
 
-def difference_rows(points: list[Point], tokens: Tokens) -> list[Row]:
+def difference_rows(points: list[Point], tokens: Tokens) -> list[ResultRow]:
     """Each own allocation minus its rivals at the same number of experts, in bits per byte; negative is better."""
     rows = []
     for point in points:
         for rival in frontier.rivals(point, points) if point.allocation == OWN else ():
             bits = frontier.difference(point, rival, tokens.windows, tokens.weights_RD)
-            row = {"weights": point.weights, "asked": point.asked, "mean_experts": point.observed.mean_experts}
-            against = {
+            row = {
+                "weights": point.weights,
+                "asked": point.asked,
+                "mean_experts": point.observed.mean_experts,
                 "against": rival.weights,
                 "against_allocation": rival.allocation,
                 "against_mean_experts": rival.observed.mean_experts,
             }
-            rows.append({**row, **against, **named("difference", bits)})
+            rows.append(row | named("difference", bits))
     return rows
 
 
-def named(name: str, number: Bounded) -> Row:
+def named(name: str, number: Bounded) -> ResultRow:
+    """A number and the bounds of its interval, as three columns."""
     return {name: number.value, f"{name}_low": number.low, f"{name}_high": number.high}

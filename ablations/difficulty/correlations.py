@@ -17,7 +17,7 @@ FREQUENCY_BINS = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bounded:
-    """A number with the bounds of its 95 % interval."""
+    """A number with the bounds of its 95 % interval; NaN where it has none."""
 
     value: float
     low: float
@@ -32,12 +32,21 @@ def spearman(
     given: tuple[np.ndarray, ...] = (),
     weights_RD: np.ndarray,
 ) -> Bounded:
-    """Rank correlation of x and y, partial where covariates are `given`; NaN where x or y does not vary. weights_RD:
-    see `document_weights`."""
+    """Rank correlation of x and y.
+
+    Args:
+        document_N: the document of each token, the unit of resampling.
+        given: covariates whose ranks are held fixed; the correlation is then partial.
+        weights_RD: how often each resample draws each document, see `document_weights`.
+
+    Returns:
+        The coefficient with its bootstrap interval; NaN where x or y does not vary.
+    """
     ranks = [stats.rankdata(values) / len(x_N) for values in (x_N, y_N, *given)]
     ranked_NV = np.column_stack([np.ones(len(x_N)), *ranks])
     order = np.argsort(document_N, kind="stable")
     _, starts = np.unique(document_N[order], return_index=True)
+    # One matrix per document: a resample is then a weighted sum of few numbers instead of another pass over all tokens.
     moments_DVV = np.stack([part.T @ part for part in np.split(ranked_NV[order], starts[1:])])
     whole = _partial(moments_DVV.sum(0)[None])[0]
     resampled_R = _partial(np.einsum("rd,dvw->rvw", weights_RD, moments_DVV))
@@ -59,7 +68,11 @@ def _partial(moments_RVV: np.ndarray) -> np.ndarray:
 
 
 def document_weights(n_documents: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each document is drawn in each bootstrap resample, float [R, D]."""
+    """The bootstrap: how often each document is drawn in each resample, float [R, D].
+
+    Args:
+        seed: equal seed, equal resamples.
+    """
     generator = np.random.default_rng(seed)
     return generator.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=resamples).astype(float)
 
@@ -67,10 +80,15 @@ def document_weights(n_documents: int, resamples: int, seed: int = 0) -> np.ndar
 def matched_shuffle(
     x_N: np.ndarray, y_N: np.ndarray, frequency_N: np.ndarray, *, shuffles: int, seed: int = 0
 ) -> np.ndarray:
-    """Spearman's coefficient after y was shuffled among tokens of like frequency (`FREQUENCY_BINS` quantile bins): what
-    frequency alone gives.
+    """What frequency alone gives: Spearman's coefficient after y was shuffled among tokens of like frequency.
 
-    Returns the null distribution, one value per shuffle.
+    Args:
+        frequency_N: cut into `FREQUENCY_BINS` quantile bins, within which y is shuffled.
+        shuffles: how often.
+        seed: of the shuffles.
+
+    Returns:
+        The null distribution, float [shuffles].
     """
     generator = np.random.default_rng(seed)
     x_rank_N, y_rank_N = stats.rankdata(x_N), stats.rankdata(y_N)

@@ -3,18 +3,22 @@
 from pathlib import Path
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
-from ablations.difficulty.results import Results, Row
-from ablations.style import INK, MUTED, SERIES, STYLE, WIDTH
+from ablations.difficulty.results import ResultRow, Results
+from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
 
 LINES = {OWN: "-", UNIFORM: "--", RANDOM: ":"}
 
 
 def draw(results: Results, path: Path) -> None:
-    """Saves the figure as an image of the type that the suffix of `path` names."""
+    """Draws the figure of a study.
+
+    Args:
+        results: every table of the study.
+        path: where the image goes, of the type that the suffix names.
+    """
     methods = list(dict.fromkeys(row["method"] for row in results.deciles))
     colour = {method: SERIES[index % len(SERIES)] for index, method in enumerate(methods)}
     with matplotlib.rc_context({**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}):
@@ -35,15 +39,16 @@ def draw(results: Results, path: Path) -> None:
         above.legend(frameon=False)
         for method in methods:
             for allocation, line in LINES.items():
-                curve(
-                    below,
-                    results.frontier,
-                    method,
-                    allocation,
-                    color=colour[method],
-                    linestyle=line,
-                    label=f"{method}, {allocation}",
-                )
+                rows = frontier_curve(results.frontier, method, allocation)
+                if rows:
+                    below.plot(
+                        [row["mean_experts"] for row in rows],
+                        [row["bits_per_byte"] for row in rows],
+                        marker=".",
+                        color=colour[method],
+                        linestyle=line,
+                        label=f"{method}, {allocation}",
+                    )
         trained = sorted(
             (row for row in results.frontier if row["allocation"] == TRAINED), key=lambda row: row["mean_experts"]
         )
@@ -56,10 +61,7 @@ def draw(results: Results, path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
-def curve(axes: Axes, frontier: list[Row], method: str, allocation: str, **style) -> None:
-    rows = sorted(
-        (row for row in frontier if (row["weights"], row["allocation"]) == (method, allocation)),
-        key=lambda row: row["mean_experts"],
-    )
-    if rows:
-        axes.plot([row["mean_experts"] for row in rows], [row["bits_per_byte"] for row in rows], marker=".", **style)
+def frontier_curve(frontier: list[ResultRow], method: str, allocation: str) -> list[ResultRow]:
+    """The points of one line, ascending in experts: the order in which they are joined."""
+    rows = (row for row in frontier if (row["weights"], row["allocation"]) == (method, allocation))
+    return sorted(rows, key=lambda row: row["mean_experts"])

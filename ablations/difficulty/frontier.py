@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ablations.difficulty.correlations import Bounded, document_sums, ratio
 from ablations.difficulty.observe import Observed, observe_as
-from ablations.difficulty.training import RANDOM_K, Study, static_name
+from ablations.difficulty.training import RANDOM_K, Study
 from ablations.difficulty.windows import HeldOut, Windows
 from lm.budget import set_budget
 from lm.model import LanguageModel
@@ -35,6 +35,7 @@ class Point:
             out anew among the tokens;
             `TRAINED`: uniform, by a static model trained at this number.
         asked: mean experts per token and layer that were asked for.
+        observed: every counted token's loss and experts.
     """
 
     weights: str
@@ -45,12 +46,20 @@ class Point:
 
 def methods_of(study: Study) -> list[str]:
     """The trained models that can use another number of experts for every token."""
-    return [name for name in study.runs if not name.startswith(static_name(0)[:-1])]
+    return [name for name in study.runs if name not in study.static]
 
 
 def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callable[[LanguageModel], object]:
-    """Sets the policy a method chooses with, held at a mean on held-out text. Weights trained with a random k choose by
-    top-p after training."""
+    """Sets the policy that a method chooses with.
+
+    Args:
+        name: of the method; weights trained with a random k choose by top-p after training.
+        mean_experts: per token and layer, which its thresholds are set to hold.
+        calibration_BT: held-out text that they are set on, which is not measured.
+
+    Returns:
+        A function that changes a model in place.
+    """
 
     def change(model: LanguageModel) -> None:
         if name == RANDOM_K:
@@ -64,17 +73,23 @@ def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callab
 def measure_frontier(
     folder: Path, study: Study, data: HeldOut, *, forced: tuple[int, ...], budgets: tuple[int, ...]
 ) -> list[Point]:
-    """Every method's weights uniform at each of `forced`, and by its own and by a random allocation at each of
-    `budgets`; the static models."""
+    """Runs every trained model over the held-out text, once per point.
+
+    Args:
+        folder: of the study.
+        forced: experts per token at which every method's weights are run uniformly.
+        budgets: means at which they are run by their own and by a random allocation.
+
+    Returns:
+        The points, the static models' at the k they were trained at among them.
+    """
     points = []
     for name in study.runs:
         model_folder = folder / study.models[name]
         print(f"measuring {name}", flush=True)
-        if name not in methods_of(study):
-            k = int(name.removeprefix(static_name(0)[:-1]))
-            points.append(
-                Point(weights=name, allocation=TRAINED, asked=k, observed=observe_as(model_folder, data.text))
-            )
+        if name in study.static:
+            observed = observe_as(model_folder, data.text)
+            points.append(Point(weights=name, allocation=TRAINED, asked=study.static[name], observed=observed))
             continue
         for k in forced:
             observed = observe_as(model_folder, data.text, lambda model, k=k: model.set_policy(TopK(k=k)))
@@ -88,6 +103,7 @@ def measure_frontier(
 
 
 def bits_per_byte(point: Point, windows: Windows, weights_RD: np.ndarray) -> Bounded:
+    """Of the whole held-out text, its interval from resampled documents (weights_RD)."""
     return _bits(point.observed.nats_N, windows, weights_RD)
 
 

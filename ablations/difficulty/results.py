@@ -1,11 +1,12 @@
 """The results of the difficulty study as tables: one csv per question."""
 
-import csv
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from foundation.tables import write_table
+
+ResultRow = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,30 +16,36 @@ class Results:
     Attributes:
         k: mean experts at which methods are compared.
         n_tokens, n_documents: of real text measured.
+        correlations: difficulty against experts, by method, difficulty and layer.
+        structure: problems, their label against the experts of their answers, by method and task.
+        deciles: experts and loss by tenths of difficulty.
+        regret: share of the possible gain that an allocation takes, by method.
+        frontier: bits per byte of every allocation measured.
+        differences: own allocations against their rivals, in bits per byte.
     """
 
     k: int
     n_tokens: int
     n_documents: int
-    correlations: list[Row]
-    structure: list[Row]
-    deciles: list[Row]
-    regret: list[Row]
-    frontier: list[Row]
-    differences: list[Row]
+    correlations: list[ResultRow]
+    structure: list[ResultRow]
+    deciles: list[ResultRow]
+    regret: list[ResultRow]
+    frontier: list[ResultRow]
+    differences: list[ResultRow]
 
 
 TABLES = ("correlations", "structure", "deciles", "regret", "frontier", "differences")
 
 
 def write_tables(results: Results, folder: Path) -> None:
-    """One csv per table into `folder`."""
+    """One csv per table into `folder`; numbers with six significant digits."""
     for name in TABLES:
-        rows = getattr(results, name)
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(
-                {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-                for row in rows
-            )
+        rows: list[ResultRow] = getattr(results, name)
+        columns = list(rows[0]) if rows else []
+        write_table(folder / f"{name}.csv", columns, ([_rounded(row[column]) for column in columns] for row in rows))
+
+
+def _rounded(value: Any) -> Any:
+    # More digits than resampling can support would only be noise in the diffs of recorded results.
+    return f"{value:.6g}" if isinstance(value, float) else value

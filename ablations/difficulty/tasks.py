@@ -10,6 +10,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from foundation.serialize import from_dict
+
 DIGITS = 8
 MOST_PAIRS, MOST_STEPS = 16, 8
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gus", "Hana")
@@ -93,7 +95,12 @@ TASKS = {"addition": addition, "recall": recall, "word_problem": word_problem}
 
 
 def generate(count: int, seed: int) -> list[Problem]:
-    """`count` different problems, the tasks in turn; the same for the same seed."""
+    """Problems of all tasks in turn.
+
+    Args:
+        count: how many different ones.
+        seed: equal seed, equal problems, on every platform.
+    """
     rng, problems = random.Random(f"difficulty/{seed}"), {}
     makers = list(TASKS.values())
     while len(problems) < count:
@@ -108,10 +115,10 @@ def write_problems(problems: Sequence[Problem], path: Path) -> None:
 
 
 def read_problems(path: Path) -> dict[str, Problem]:
-    """By text."""
-    return {
-        problem.text: problem for problem in (Problem(**json.loads(line)) for line in path.read_text().splitlines())
-    }
+    """What `write_problems` wrote, by text."""
+    lines = path.read_text().splitlines()
+    problems = (from_dict(Problem, json.loads(line), place=str(path)) for line in lines)
+    return {problem.text: problem for problem in problems}
 
 
 def _problem(task: str, level: int, question: str, answer: str) -> Problem:

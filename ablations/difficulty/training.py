@@ -19,10 +19,10 @@ from typing import Annotated
 
 import tyro
 
-from ablations.defaults import STAGING, ModelOptions
+from ablations.comparison.options import STAGING, ModelOptions
+from ablations.comparison.registry import find_methods
 from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
-from ablations.registry import find_methods
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from foundation.environment import environment
 from foundation.serialize import load_json, save_json
@@ -55,6 +55,9 @@ class TrainingOptions:
             structural labels.
         static: each k a static model is trained at, from the common trunk.
         methods: names as `python -m ablations list` shows them.
+
+    Raises:
+        ValueError: for a share outside its range, too few problems, a frozen prefix, or nothing to train.
     """
 
     out: Path = Path("runs/difficulty")
@@ -98,7 +101,11 @@ class Study:
         tokens: the main model's, trunk plus one branch.
         models: `lm.pretrained` folder by name: reference, reference_early, random_k, each method, and static_<k>.
         runs: run folder by name, of the branches.
+        static: the k that a static model was trained at, by its name in `runs`; every other run chooses the number for
+            each token.
         seconds: of training by name, trunk plus branch.
+        command: that trains it again.
+        environment: commit, versions and device.
     """
 
     k: int
@@ -106,17 +113,22 @@ class Study:
     corpus: str
     models: dict[str, str]
     runs: dict[str, str]
+    static: dict[str, int]
     seconds: dict[str, float]
     command: str
     environment: dict
 
 
 def static_name(k: int) -> str:
+    """What the static model of a k is called, in folders and tables."""
     return f"static_{k}"
 
 
 def train(options: TrainingOptions) -> Study:
     """Trains whatever is not finished.
+
+    Returns:
+        What was trained; `study.json` holds it.
 
     Raises:
         ValueError: for options, text or methods that do not fit.
@@ -147,6 +159,7 @@ def train(options: TrainingOptions) -> Study:
             corpus=relative(corpus.folder, options.out),
             models={name: relative(folder, options.out) for name, folder in models.items()},
             runs={name: relative(folder, options.out) for name, folder in runs.items()},
+            static={static_name(k): k for k in options.static if static_name(k) in runs},
             seconds={name: seconds + Ledger.load(folder).costs["branches"]["seconds"] for name, folder in runs.items()},
             command=shlex.join(["python", *sys.orig_argv[1:]]),
             environment=environment(data_hash=main.plan.corpus.content_hash),
@@ -157,6 +170,7 @@ def train(options: TrainingOptions) -> Study:
 
 
 def relative(folder: Path, root: Path) -> str:
+    """A path that stays right when the folder of the study is moved."""
     return str(folder.relative_to(root))
 
 
@@ -170,7 +184,10 @@ def prepare_text(options: TrainingOptions) -> PreparedCorpus:
 
 
 def with_tokens(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> TrainingOptions:
-    """The options with the number of tokens that `minutes` amounts to; decided once per folder."""
+    """The options with the number of tokens that `minutes` amounts to on this machine.
+
+    Decided once per folder: run identities hold the number of tokens, so a second measurement would start all anew.
+    """
     path = options.out / "tokens.txt"
     if options.minutes is None:
         return options
@@ -184,6 +201,7 @@ def with_tokens(options: TrainingOptions, corpus: PreparedCorpus, model: ModelCo
 
 
 def execution(options: TrainingOptions, corpus: PreparedCorpus, plan: Plan) -> Execution:
+    """What runs a plan in the folder of the study."""
     return Execution(plan, corpus, options.out, options.execution)
 
 
@@ -194,11 +212,17 @@ def trunk_model(model: ModelConfig, k: int) -> ModelConfig:
 
 
 def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> Plan:
-    """A trunk of random k, and from it the static models, the same random k, and the methods."""
+    """A trunk of random k, and from it the static models, the same random k, and the methods.
+
+    Raises:
+        ValueError: for a method that chooses no number of experts, or that has the name of a static model.
+    """
     trunk = trunk_model(model, options.model.k)
     methods = find_methods(list(options.methods))[1:]
     if fixed := [method.name for method in methods if not method.has_budget(model)]:
         raise ValueError(f"--methods {fixed[0]}: must choose the number of experts for every token and hold its mean")
+    if taken := [method.name for method in methods if method.name in map(static_name, options.static)]:
+        raise ValueError(f"--methods {taken[0]}: is also the name of a static model of --static; leave one of them out")
     models = {RANDOM_K: trunk}
     models |= {method.name: method.change(model) for method in methods}
     models |= {static_name(k): with_policy(model, TopK(k=k)) for k in options.static}
@@ -218,9 +242,10 @@ def reference_plan(options: TrainingOptions, corpus: PreparedCorpus, model: Mode
 
 
 def read_study(folder: Path) -> Study:
-    """
+    """What `train` recorded.
+
     Raises:
-        ValueError: where no study was trained, or not to its end.
+        ValueError: where no study was trained, or not to the end of its first branch.
     """
     if not (folder / STUDY_FILE).is_file():
         raise ValueError(

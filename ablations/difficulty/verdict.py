@@ -1,7 +1,7 @@
 """The numbers in words. Every sentence is chosen by an interval: one that holds zero says that nothing was seen."""
 
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
-from ablations.difficulty.results import Results, Row
+from ablations.difficulty.results import ResultRow, Results
 
 DIFFICULTIES = {
     "reference_loss": "loss of the reference model",
@@ -48,7 +48,7 @@ def verdict_text(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def correlation_sentence(row: Row) -> str:
+def correlation_sentence(row: ResultRow) -> str:
     low, high = row["partial_low"], row["partial_high"]
     word = (
         "more experts"
@@ -64,7 +64,7 @@ def correlation_sentence(row: Row) -> str:
     )
 
 
-def structure_sentence(row: Row) -> str:
+def structure_sentence(row: ResultRow) -> str:
     low, high = row["spearman_low"], row["spearman_high"]
     word = "more" if low > 0 else "fewer" if high < 0 else "no other number of"
     controlled, loss = interval(row, "given_position", "+.2f"), interval(row, "level_vs_reference_loss", "+.2f")
@@ -75,7 +75,7 @@ def structure_sentence(row: Row) -> str:
     )
 
 
-def regret_sentence(row: Row) -> str:
+def regret_sentence(row: ResultRow) -> str:
     return (
         f"allocation regret (0 uniform, 1 oracle): own {interval(row, 'own', '+.3f')}, shuffled"
         f" {interval(row, 'shuffled', '+.3f')}, by the reference's loss {interval(row, 'by_reference_loss', '+.3f')};"
@@ -83,13 +83,13 @@ def regret_sentence(row: Row) -> str:
     )
 
 
-def difference_sentence(row: Row) -> str:
+def difference_sentence(row: ResultRow) -> str:
     low, high = row["difference_low"], row["difference_high"]
     word = "better than" if high < 0 else "worse than" if low > 0 else "not separable from"
     return f"bits per byte: {word} {AGAINST[row['against_allocation']]}: {interval(row, 'difference', '+.4f')}"
 
 
-def budget_sentences(frontier: list[Row]) -> list[str]:
+def budget_sentences(frontier: list[ResultRow]) -> list[str]:
     """How well calibration on other documents held the budgets of the methods' own allocations."""
     own = [row for row in frontier if row["allocation"] == OWN]
     if not own:
@@ -103,5 +103,5 @@ def budget_sentences(frontier: list[Row]) -> list[str]:
     ]
 
 
-def interval(row: Row, name: str, spec: str) -> str:
+def interval(row: ResultRow, name: str, spec: str) -> str:
     return f"{row[name]:{spec}} [{row[f'{name}_low']:{spec}}, {row[f'{name}_high']:{spec}}]"

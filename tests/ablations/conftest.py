@@ -6,7 +6,14 @@ import random
 
 import pytest
 
-from ablations.records import COMPARISON_FILE, BudgetPoint, Comparison, Measurements, MethodSummary, RunReference
+from ablations.comparison.records import (
+    COMPARISON_FILE,
+    BranchResult,
+    BudgetPoint,
+    Comparison,
+    MethodSummary,
+    RunReference,
+)
 from foundation.serialize import save_json
 from staged_training.record import Ledger
 
@@ -116,7 +123,7 @@ def measurements(reference, bits_per_byte):
     }
     counts = by_method.get(reference.method, (0,) * 12 + (500,))
     slope = 0.001 if reference.method == "random_k" else 0.004
-    return Measurements(
+    return BranchResult(
         method=reference.method,
         trunk_seed=reference.trunk_seed,
         branch_seed=reference.branch_seed,

@@ -1,18 +1,22 @@
 """Walks every registered method through one training step on the real path: text, plan, trunk, fork, step, evaluation,
 measurements."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
-from ablations.compare import SharedExecution, prepare_job, run_branches
-from ablations.defaults import ModelOptions, Options
-from ablations.records import Measurements
-from ablations.registry import all_methods, find_methods
+from ablations.comparison.compare import SharedExecution, prepare_job, run_branches
+from ablations.comparison.options import ModelOptions, Options
+from ablations.comparison.records import BranchResult
+from ablations.comparison.registry import all_methods, find_methods
+from ablations.method import Method, with_policy
 from corpus.prepare import CorpusConfig
 from foundation.serialize import load_json
 from lm.accounting import meta_model
+from routing.top_k import TopK
+from staged_training.boundary import different_blocks
 from staged_training.checkpoint import load_latest
 from staged_training.staging import StagingConfig
 
@@ -37,10 +41,29 @@ def options(tmp_path_factory, text_folder, tiny_model):
 
 @pytest.mark.parametrize("name", list(all_methods()))
 def test_one_training_step(name, options):
-    job = prepare_job(find_methods([name]), options)
+    walk(find_methods([name]), options)
+
+
+def test_one_training_step_of_an_architecture_of_any_name(options):
+    """What a method is does not hang on its name: this one changes the shape of weights and keeps every letter. It also
+    asks for another number of experts than the baseline's, and is measured against that."""
+
+    def change(model):
+        wide = dataclasses.replace(model.moe, d_expert=2 * model.moe.d_expert)
+        return with_policy(dataclasses.replace(model, moe=wide), TopK(k=2))
+
+    method = Method(name="few_wide_experts", question="Do fewer experts of twice the width do better?", change=change)
+    measured = walk([*find_methods(["baseline"]), method], options)
+    assert (measured.asked_experts, measured.mean_experts) == (2, 2.0)
+
+
+def walk(methods, options):
+    """Takes the last of the methods through trunk, fork, one step and its measurements, beside the first."""
+    method = methods[-1]
+    job = prepare_job(methods, options)
     (plan,) = job.plans
     branch = plan.branches[-1]
-    assert (branch.method, branch.stage.n_batches, plan.trunk.n_batches) == (name, 1, 2)
+    assert (branch.method, branch.stage.n_batches, plan.trunk.n_batches) == (method.name, 1, 2)
     execution = SharedExecution(job, plan)
     run_branches(job, execution)
     folder = execution.folder_of(branch)
@@ -61,7 +84,7 @@ def test_one_training_step(name, options):
         if tensor.endswith(("weight_ED", "head_VD"))
     )
 
-    measured = load_json(Measurements, folder / "result.json")
+    measured = load_json(BranchResult, folder / "result.json")
     assert math.isfinite(measured.bits_per_byte)
     assert measured.branch_seed == 0
     counts = measured.experts_histogram
@@ -69,14 +92,20 @@ def test_one_training_step(name, options):
     assert [point.mean_experts for point in measured.budgets] == pytest.approx([1, 2, 3, 4], abs=0.6)
     assert 0 < measured.active_parameters < measured.total_parameters
     assert measured.scratch_flops > 2.5 * measured.forward_flops
-    if "hybrid" in name:
+    letters, trunk_letters = branch.model.plan.letters, plan.model.plan.letters
+    different = different_blocks(plan.model, branch.model)
+    assert all(block >= branch.boundary for block in different)
+    if method.kind(job.baseline) == "architecture":
         assert branch.fresh
-        assert branch.model.plan.letters[: branch.boundary] == ("F",) * branch.boundary
-        assert set(branch.model.plan.letters[branch.boundary :]) - {"F"}
-        assert (
-            measured.cache_bytes_64k
-            < load_json(Measurements, execution.folder_of(plan.branches[0]) / "result.json").cache_bytes_64k
-        )
+        assert different
     else:
         assert not branch.fresh
+        assert not different
+    if letters == trunk_letters:
         assert measured.cache_bytes_64k == measured.cache_bytes_4k
+    else:
+        assert letters[: branch.boundary] == ("F",) * branch.boundary
+        assert set(letters[branch.boundary :]) - {"F"}
+        baseline = load_json(BranchResult, execution.folder_of(plan.branches[0]) / "result.json")
+        assert measured.cache_bytes_64k < baseline.cache_bytes_64k
+    return measured

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from ablations import cli
-from ablations.budgets import budget_rows, budget_text, write_budgets
-from ablations.records import read_records
+from ablations.comparison.budgets import budget_rows, budget_text, write_budgets
+from ablations.comparison.records import read_records
 
 
 def test_rows_are_what_the_runs_recorded(comparison_folder, tmp_path):
@@ -68,6 +68,7 @@ def test_command_runs_every_method_with_a_budget(text_folder, tiny_model, tmp_pa
     budgeted = {
         "top_p",
         "null_experts",
+        "zero_computation",
         "difficulty_head",
         "relu",
         "relu_penalty",

@@ -22,13 +22,14 @@ from staged_training.staging import StagingConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The baseline's model, which is also the trunk's.
+    """The baseline's model, which is also the trunk's: the options of the command line that size it.
 
     Attributes:
         n_layers: blocks.
         d_model: width of the residual stream.
         layer_plan: one letter per layer, repeated to the depth: F full, S sliding window, R full with the keys and
-            values of the F below, L lightning, G gated DeltaNet.
+            values of the F below, L lightning, G gated DeltaNet, K Kimi delta attention, M softmax and lightning heads
+            side by side.
         n_heads, n_kv_heads, head_dim: query heads, key/value heads and their width.
         window: tokens that a sliding-window layer sees.
         n_experts: experts per layer.
@@ -52,7 +53,14 @@ class ModelOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def config(self, vocab_size: int) -> ModelConfig:
-        """The model with the vocabulary of the text's tokenizer."""
+        """The model's configuration.
+
+        Args:
+            vocab_size: of the tokenizer that the text was prepared with, which is not known before.
+
+        Raises:
+            ValueError: for sizes that do not fit together, naming the field.
+        """
         return ModelConfig(
             vocab_size=vocab_size,
             d_model=self.d_model,
@@ -71,6 +79,7 @@ class ModelOptions:
         )
 
 
+# So much that the comparison of `make ablation` ends within a quarter of an hour on two CPU cores.
 STAGING = StagingConfig(tokens=1_000_000, trunk_share=0.85, freeze=0.85, batch_size=4, seq_len=256, learning_rate=8e-3)
 
 
@@ -84,6 +93,9 @@ class Options:
         out: folder of all runs. Comparisons under the same folder share their corpus, trunks and branches.
         dry_run: print the plan, the resolved options and the environment, and run nothing.
         budget_batches: validation batches on which the trained weights are evaluated at other mean numbers of experts.
+
+    Raises:
+        ValueError: for a number below 1, naming the option.
     """
 
     seeds: int = 3

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ablations.comparison.records import BranchResult, BudgetPoint
 from ablations.method import experts_of
-from ablations.records import BudgetPoint, Measurements
 from corpus.prepare import PreparedCorpus
 from lm.accounting import kv_bytes, model_cost
 from lm.budget import set_budget
 from lm.config import ModelConfig
 from lm.evaluate import evaluate
+from routing.expert_choice import ExpertChoice
+from routing.random_k import RandomK
+from routing.top_k import TopK
 from staged_training.trained_run import TrainedRun
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
@@ -26,15 +29,16 @@ BUDGETS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 1, 4 / 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurement:
+class MeasuringContext:
     """What measuring needs to know beside the trained run.
 
     Attributes:
+        corpus: of the run; the bytes of its validation text are counted in it.
         baseline, method: models as if nothing were frozen.
         pairing_seed: the branch seed before the method shifted it.
-        calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`.
-        budget_batches: how many validation batches each budget is evaluated on, evenly spaced: a text's domains lie one
-            after the other.
+        calibration: what thresholds are set on, as it enters the first block that trains, see `Execution.calibration`:
+            tokens_BT without a boundary, x_BTD with one.
+        budget_batches: how many validation batches each budget is evaluated on, see `spaced_batches`.
     """
 
     baseline: ModelConfig
@@ -45,33 +49,40 @@ class Measurement:
     budget_batches: int
 
 
-def measure(run: TrainedRun, setting: Measurement) -> Measurements:
-    """Measures one trained branch; its model is left with another policy."""
-    assert run.branch is not None
+def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
+    """Measures one trained branch.
+
+    Args:
+        run: a branch; its model is left with another policy or another threshold.
+        context: the models it is compared as, and the text.
+    """
+    assert run.branch is not None, "a trunk is no method: there is nothing to compare it with"
     boundary, length = run.boundary, run.plan.seq_len
     used, composed = run.evaluation.mean_experts, run.model.config
     cost = model_cost(composed, length=length, mean_experts=run.mean_experts[:boundary] + used)
+    # From scratch the method would train every block with the experts that its own blocks used here.
     trained_with = statistics.fmean(run.mean_experts[boundary:])
+    # Blocks report as many counts as their own most; one list over all blocks ends at the most of any.
     histogram = [
         sum(counts)
         for counts in zip(*(padded(block, composed.moe.n_experts + 1) for block in run.evaluation.experts_histogram))
     ]
     while histogram[-1] == 0:
         histogram.pop()
-    budgets, budget_tokens, budget_flops = other_budgets(run, setting)
-    return Measurements(
+    budgets, budget_tokens, budget_flops = other_budgets(run, context)
+    return BranchResult(
         method=run.branch.method,
         trunk_seed=run.plan.trunk_seed,
-        branch_seed=setting.pairing_seed,
+        branch_seed=context.pairing_seed,
         bits_per_byte=run.evaluation.bits_per_byte,
         mean_experts=statistics.fmean(used),
-        asked_experts=experts_of(setting.baseline),
+        asked_experts=asked_experts(context.method, context.baseline),
         experts_histogram=tuple(histogram),
         budgets=budgets,
         total_parameters=cost.total_parameters,
         active_parameters=cost.active_parameters,
         forward_flops=cost.forward_flops,
-        scratch_flops=model_cost(setting.method, length=length, mean_experts=trained_with).training_flops,
+        scratch_flops=model_cost(context.method, length=length, mean_experts=trained_with).training_flops,
         cache_bytes_4k=kv_bytes(composed, 4096) / 4096,
         cache_bytes_64k=kv_bytes(composed, 65536) / 65536,
         budget_tokens=budget_tokens,
@@ -79,15 +90,42 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
     )
 
 
-def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPoint, ...], int, float]:
-    """The weights at each budget, on some of the validation batches; and the tokens of one evaluation and the FLOPs of
-    all."""
-    boundary, n_batches = run.boundary, min(setting.budget_batches, len(run.valid))
-    chosen = [index * len(run.valid) // n_batches for index in range(n_batches)]
-    n_bytes = text_bytes(setting.corpus, chosen, run.plan.tokens_per_batch)
+def asked_experts(method: ModelConfig, baseline: ModelConfig) -> float:
+    """Experts per token, in the mean at evaluation, that a method asks for.
+
+    The table shows how far off that the measured mean is, so it is the method's own number, which need not be the
+    baseline's.
+
+    Args:
+        method: its model as if nothing were frozen: what it asks for above the boundary.
+        baseline: whose number stands in for a policy that asks for none, because its threshold alone decides.
+    """
+    policy = method.moe.router.policy
+    target_mean = getattr(policy, "target_mean", None)
+    if target_mean is not None:
+        return target_mean
+    match policy:
+        case TopK() | ExpertChoice():
+            return policy.k
+        case RandomK():
+            # Drawn in training only; evaluation always takes this one.
+            return policy.k_eval
+    return experts_of(baseline)
+
+
+def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[BudgetPoint, ...], int, float]:
+    """The trained weights at each budget, on some of the validation batches.
+
+    Returns:
+        A point per budget, ascending; the tokens that each was evaluated on; the FLOPs of all of them, calibration
+        included.
+    """
+    boundary, chosen = run.boundary, spaced_batches(context.budget_batches, len(run.valid))
+    n_bytes = text_bytes(context.corpus, chosen, run.plan.tokens_per_batch)
     points, tokens, flops = [], 0, 0.0
-    for experts in budgets_of(setting.baseline):
-        calibration_tokens = set_budget(run.model, experts, setting.calibration, boundary=boundary)
+    # One model in memory serves all budgets: only thresholds change, or for fixed numbers the policy.
+    for experts in budgets_of(context.baseline):
+        calibration_tokens = set_budget(run.model, experts, context.calibration, boundary=boundary)
         evaluation = evaluate(run.model, (run.valid[index] for index in chosen), n_bytes=n_bytes, boundary=boundary)
         mean = statistics.fmean(evaluation.mean_experts)
         points.append(BudgetPoint(asked_experts=experts, mean_experts=mean, bits_per_byte=evaluation.bits_per_byte))
@@ -101,6 +139,13 @@ def other_budgets(run: TrainedRun, setting: Measurement) -> tuple[tuple[BudgetPo
     return tuple(points), tokens, flops
 
 
+def spaced_batches(count: int, n_batches: int) -> list[int]:
+    """Numbers of up to `count` of `n_batches` batches, evenly spaced from the first on: a text's domains lie one after
+    the other, so its first batches alone would be one domain."""
+    count = min(count, n_batches)
+    return [index * n_batches // count for index in range(count)]
+
+
 def budgets_of(baseline: ModelConfig) -> list[int]:
     """Mean experts per token to evaluate at, ascending: the baseline's own, and below and above it."""
     k = experts_of(baseline)
@@ -108,11 +153,18 @@ def budgets_of(baseline: ModelConfig) -> list[int]:
 
 
 def text_bytes(corpus: PreparedCorpus, batches: Sequence[int], tokens_per_batch: int) -> int:
-    """UTF-8 bytes of the tokens predicted in these validation batches."""
+    """UTF-8 bytes of the tokens predicted in some validation batches.
+
+    Args:
+        batches: their numbers.
+        tokens_per_batch: of every batch but the last, which ends with the text.
+    """
+    # The first token of the text is never predicted, so the targets of batch 0 begin at token 1.
     starts = (1 + index * tokens_per_batch for index in batches)
     windows = (corpus.valid.window(start, min(tokens_per_batch, len(corpus.valid) - start)) for start in starts)
     return sum(int(corpus.tokenizer.n_bytes_V[targets].sum()) for targets in windows)
 
 
 def padded(counts: tuple[int, ...], length: int) -> list[int]:
+    """The counts with zeros behind them, up to `length`."""
     return [*counts, *(0 for _ in range(length - len(counts)))]

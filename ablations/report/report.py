@@ -10,50 +10,88 @@ import html
 import json
 from pathlib import Path
 
-from ablations.figures import Figure, all_figures, write_csv
-from ablations.ledger import Ledger, duration, ledger_rows, read_ledger
-from ablations.records import Records
-from ablations.statistics import BETTER, NOT_SEPARABLE, WORSE
-from ablations.style import DARK, VARIABLES, svg
-from ablations.table import HEADINGS, Row, cells, footnotes, table_rows, with_unit
-from ablations.table import write_csv as write_table_csv
+from ablations.comparison.cost import CostComparison, compare_costs, cost_rows, duration
+from ablations.comparison.records import Records, read_records
+from ablations.comparison.statistics import BETTER, NOT_SEPARABLE, WORSE
+from ablations.report.figures import Figure, all_figures
+from ablations.report.style import DARK, VARIABLES, svg
+from ablations.report.table import (
+    LOSS,
+    METHOD,
+    SHOWN,
+    VERDICT,
+    TableRow,
+    compressor_cells,
+    footnotes,
+    table_rows,
+    table_text,
+    with_unit,
+    write_csv,
+)
+from foundation.tables import write_table
 
 REPORT_FILE = "report.html"
 TABLE_FILE = "table.csv"
 CSS_FILE = Path(__file__).with_name("report.css")
 
 
+def show(folder: Path) -> Path:
+    """Prints the table of a comparison and writes its report, from the run folders alone.
+
+    Args:
+        folder: of the comparison, `<out>/comparisons/<hash>`.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: where the folder holds no comparison, or no finished branch of its baseline.
+    """
+    records = read_records(folder)
+    print(f"\n{table_text(records)}\n")
+    report = write_report(records)
+    print(f"report: {report}", flush=True)
+    return report
+
+
 def write_report(records: Records) -> Path:
-    """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder; returns the path of the
-    report."""
+    """Writes `report.html`, `table.csv` and `figures/*.csv` into the comparison's folder.
+
+    Returns:
+        The path of the report.
+    """
     figures = all_figures(records)
-    (records.folder / "figures").mkdir(exist_ok=True)
-    write_table_csv(records, records.folder / TABLE_FILE)
+    write_csv(records, records.folder / TABLE_FILE)
     for figure in figures:
-        write_csv(figure, records.folder / "figures" / f"{figure.name}.csv")
+        write_table(records.folder / "figures" / f"{figure.name}.csv", figure.columns, figure.rows)
+    # Last, because the page holds the csv files as data links.
     path = records.folder / REPORT_FILE
     path.write_text(page(records, figures), encoding="utf-8")
     return path
 
 
 def page(records: Records, figures: list[Figure]) -> str:
-    """The report as HTML; the csv files must have been written."""
-    rows, ledger = table_rows(records), read_ledger(records)
+    """The report as HTML.
+
+    Args:
+        figures: whose csv files, like the table's, must have been written already.
+    """
+    rows, costs = table_rows(records), compare_costs(records)
     title = headline(records, rows)
     environment = html.escape(json.dumps(records.environment, indent=2))
     body = [
         '<p class="kicker">Comparison of methods on one staged trunk</p>',
         f"<h1>{html.escape(title)}</h1>",
-        facts(records, rows, ledger),
+        facts(records, rows, costs),
         "<h2>Result</h2>",
-        table(rows, records.comparison.xz_bits_per_byte),
+        table(records, rows),
         "".join(["<ul class=notes>", *(f"<li>{html.escape(note)}</li>" for note in footnotes(records)), "</ul>"]),
         f"<p>{csv_link(records.folder / TABLE_FILE)}</p>",
         '<h2>Figures</h2><div class="figures">',
         *(figure_block(records, figure) for figure in figures),
         "</div>",
         "<h2>Cost</h2>",
-        cost_table(ledger),
+        cost_table(costs),
         "<h2>Methods</h2>",
         methods(records),
         "<h2>Plan and environment</h2>",
@@ -71,7 +109,7 @@ def page(records: Records, figures: list[Figure]) -> str:
     )
 
 
-def headline(records: Records, rows: list[Row]) -> str:
+def headline(records: Records, rows: list[TableRow]) -> str:
     """The finding in one sentence, without claiming more than the verdicts do."""
     named = {kind: [row.method for row in rows if row.verdict == kind] for kind in (BETTER, WORSE, NOT_SEPARABLE)}
     found = [
@@ -86,10 +124,11 @@ def headline(records: Records, rows: list[Row]) -> str:
 
 
 def enumeration(names: list[str]) -> str:
+    """Names as a sentence lists them: `a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def facts(records: Records, rows: list[Row], ledger: Ledger) -> str:
+def facts(records: Records, rows: list[TableRow], costs: CostComparison) -> str:
     """The handful of numbers a reader wants first."""
     comparison = records.comparison
     shown = {
@@ -98,25 +137,30 @@ def facts(records: Records, rows: list[Row], ledger: Ledger) -> str:
         "tokens, trunk + branch": f"{with_unit(comparison.trunk_tokens)} + {with_unit(comparison.branch_tokens)}",
         "runs": str(sum(row.runs for row in rows)),
         "frozen": f"{comparison.boundary} of {comparison.n_layers} blocks" if comparison.boundary else "nothing",
-        "cost of the staged runs": duration(ledger.staged.seconds),
-        "FLOPs, of one full run per method": f"{100 * ledger.share_of_once:.0f} %",
+        "cost of the staged runs": duration(costs.staged.seconds),
+        "FLOPs, of one full run per method": f"{100 * costs.share_of_once:.0f} %",
     }
     entries = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in shown.items())
     return f'<dl class="facts">{"".join(entries)}</dl>'
 
 
-def table(rows: list[Row], xz_bits_per_byte: float) -> str:
+def table(records: Records, rows: list[TableRow]) -> str:
     """The result table; each cell carries its heading, so that on a narrow screen a row can become a card."""
-    classes = {BETTER: "verdict better", WORSE: "verdict worse"}
-    head = "".join(f"<th{' class=verdict' if name == 'verdict' else ''}>{html.escape(name)}</th>" for name in HEADINGS)
+    colours = {BETTER: "verdict better", WORSE: "verdict worse"}
+    head = "".join(
+        f"<th{' class=verdict' if column is VERDICT else ''}>{html.escape(column.heading or '')}</th>"
+        for column in SHOWN
+    )
     lines = []
     for row in rows:
         line = []
-        for name, cell in zip(HEADINGS, cells(row)):
-            cell_class = f' class="{classes.get(row.verdict, "verdict muted")}"' if name == "verdict" else ""
-            line.append(f'<td{cell_class} data-label="{html.escape(name)}">{html.escape(cell)}</td>')
+        for column in SHOWN:
+            cell_class = f' class="{colours.get(row.verdict, "verdict muted")}"' if column is VERDICT else ""
+            label = html.escape(column.heading or "")
+            line.append(f'<td{cell_class} data-label="{label}">{html.escape(column.cell(row))}</td>')
         lines.append("".join(line))
-    lines.append(f'<td>xz -9, same text</td><td data-label="{HEADINGS[1]}">{xz_bits_per_byte:.4f}</td>')
+    compressor = compressor_cells(records)
+    lines.append(f'<td>{compressor[METHOD]}</td><td data-label="{LOSS.heading}">{compressor[LOSS]}</td>')
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<div class="scroll"><table class="result"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -124,6 +168,7 @@ def table(rows: list[Row], xz_bits_per_byte: float) -> str:
 
 
 def figure_block(records: Records, figure: Figure) -> str:
+    """A figure with its title, its caption and a link to its csv."""
     drawn = svg(lambda: figure.draw(figure.rows), figure.title)
     link = csv_link(records.folder / "figures" / f"{figure.name}.csv")
     caption = f"<figcaption>{html.escape(figure.caption)} {link}</figcaption>"
@@ -131,15 +176,17 @@ def figure_block(records: Records, figure: Figure) -> str:
 
 
 def csv_link(path: Path) -> str:
+    """A link that holds the whole file, so that it works where the report was sent alone."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<a download="{path.name}" href="data:text/csv;base64,{data}">{path.name}</a>'
 
 
-def cost_table(ledger: Ledger) -> str:
+def cost_table(costs: CostComparison) -> str:
+    """The costs as a table: FLOPs, time, and the share of what the staged runs cost."""
     lines = []
-    for what, flops, seconds in ledger_rows(ledger):
+    for what, flops, seconds in cost_rows(costs):
         row_class = ' class="sum"' if what.startswith("staged") else ""
-        share = f"{100 * flops / ledger.staged.flops:.0f} %"
+        share = f"{100 * flops / costs.staged.flops:.0f} %"
         lines.append(
             f"<tr{row_class}><td>{html.escape(what)}</td><td>{flops:.3g}</td><td>{duration(seconds)}</td><td>{share}</td></tr>"
         )
@@ -155,6 +202,7 @@ def cost_table(ledger: Ledger) -> str:
 
 
 def methods(records: Records) -> str:
+    """Every method's question and what it changes."""
     entries = (
         f"<dt>{html.escape(m.name)}</dt><dd>{html.escape(m.question)} Changes: {m.kind}.</dd>"
         for m in records.comparison.methods

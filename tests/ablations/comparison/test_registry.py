@@ -1,19 +1,22 @@
 """The registry: every method file is found, bears its name, asks its question, and changes what it says it changes."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ablations.defaults import ModelOptions
-from ablations.registry import all_methods, find_methods
+from ablations.comparison.options import ModelOptions
+from ablations.comparison.registry import all_methods, find_methods
+from ablations.method import Method, with_plan
 from routing.null_experts import NullExperts
 from routing.random_k import RandomK
 from routing.top_k import TopK
 from routing.top_p import TopP
+from staged_training.boundary import choose_cut
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ASKED_FOR = {
     "baseline",
     "no_op",
@@ -24,8 +27,11 @@ ASKED_FOR = {
     "shared_kv_hybrid",
     "lightning_hybrid",
     "gated_delta_hybrid",
+    "kda_hybrid",
+    "zero_computation",
     "mixed_heads_hybrid",
 }
+ROUTING = ("top_p", "null_experts", "zero_computation", "random_k")
 
 
 def test_every_file_with_a_method_is_found_and_listed():
@@ -44,17 +50,14 @@ def test_every_method_runs_alone_asks_a_question_and_says_what_it_changes(name):
     source = (ROOT / "ablations" / f"{name}.py").read_text()
     assert source.endswith('\nif __name__ == "__main__":\n    run_alone(METHOD)\n')
     assert method.question.endswith("?")
-    kinds = {"baseline": "nothing", "no_op": "seed"} | dict.fromkeys(("top_p", "null_experts", "random_k"), "routing")
+    kinds = {"baseline": "nothing", "no_op": "seed"} | dict.fromkeys(ROUTING, "routing")
     assert method.kind(ModelOptions().config(4096)) == kinds.get(name, "architecture")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 12])
 def test_routing_methods_hold_the_baselines_mean(k):
     base = ModelOptions(k=k, n_experts=16).config(4096)
-    policies = {
-        name: all_methods()[name].change(base).moe.router.policy
-        for name in ("baseline", "no_op", "top_p", "null_experts", "random_k")
-    }
+    policies = {name: all_methods()[name].change(base).moe.router.policy for name in ("baseline", "no_op", *ROUTING)}
     for policy in policies.values():
         match policy:
             case TopK():
@@ -65,14 +68,37 @@ def test_routing_methods_hold_the_baselines_mean(k):
                 assert policy.k_eval == (policy.k_min + policy.k_max) / 2 == k
 
 
+def test_architecture_is_what_cannot_take_the_trunks_weights():
+    """One definition for the report and for the plan, whatever a method is called: letters or shapes of weights."""
+    base = ModelOptions().config(4096)
+
+    def wide_experts(model):
+        return dataclasses.replace(model, moe=dataclasses.replace(model.moe, d_expert=2 * model.moe.d_expert))
+
+    changes = {
+        "wide_experts": (wide_experts, "architecture"),
+        "windows": (lambda model: with_plan(model, "SF"), "architecture"),
+        # Weights that a router has in addition (null columns) leave the trunk's where they were.
+        "null_hybrid": (all_methods()["null_experts"].change, "routing"),
+        "unchanged": (lambda model: model, "nothing"),
+    }
+    for name, (change, kind) in changes.items():
+        method = Method(name=name, question="What does it change?", change=change)
+        assert method.kind(base) == kind
+        cut = choose_cut(base, {name: change(base)}, freeze=0.5)
+        assert cut.fresh == (kind == "architecture")
+
+
 def test_plans_are_the_ones_named():
     base = ModelOptions().config(4096)
-    plans = {name: "".join(all_methods()[name].change(base).plan.letters) for name in ASKED_FOR if "hybrid" in name}
+    plans = {name: "".join(all_methods()[name].change(base).plan.letters) for name in ASKED_FOR}
+    plans = {name: letters for name, letters in plans.items() if letters != "F" * base.n_layers}
     assert plans == {
         "sliding_window_hybrid": "SSSFSSSF",
         "shared_kv_hybrid": "SSSFSSSR",
         "lightning_hybrid": "LLLFLLLF",
         "gated_delta_hybrid": "GGGFGGGF",
+        "kda_hybrid": "KKKFKKKF",
         "mixed_heads_hybrid": "MMMMMMMM",
     }
 

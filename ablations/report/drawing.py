@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ablations.style import GRID, INK, MUTED, SERIES, colours, label_ends, new_figure
-from ablations.table import with_unit
+from ablations.report.style import GRID, INK, MUTED, SERIES, colours, label_ends, new_figure
+from ablations.report.table import with_unit
 
 # Blended over the page's background in either theme.
 BAND = 0.12
@@ -23,12 +23,15 @@ def series(rows: list[tuple]) -> dict[str, list[tuple]]:
 
 
 def differences(rows: list[tuple]) -> Figure:
+    """Rows (method, "mean" or a run, difference, low, high): a bar, a mark and single runs per method."""
     groups = series(rows)
     figure, (axes,) = new_figure(0.75 + 0.42 * len(groups))
+    # The baseline has no row, but the first colour is its.
     colour = colours(["baseline", *groups])
     axes.axvline(0, color=INK, linewidth=1)
     for y, (method, points) in enumerate(groups.items()):
         _, mean, low, high = points[0]
+        # Above the bar, so that single runs stay visible where they lie close together.
         axes.scatter(
             [point[1] for point in points[1:]],
             [y + 0.24] * (len(points) - 1),
@@ -63,6 +66,7 @@ def differences(rows: list[tuple]) -> Figure:
 
 
 def loss_curves(rows: list[tuple]) -> Figure:
+    """Rows (series, tokens, mean, low, high): the trunk, then the methods' branches behind it."""
     groups = series(rows)
     methods = [name for name in groups if name != "trunk"]
     figure, (axes,) = new_figure(3.4)
@@ -84,6 +88,7 @@ def loss_curves(rows: list[tuple]) -> Figure:
 
 
 def branch_differences(rows: list[tuple]) -> Figure:
+    """Rows (method, tokens, mean, low, high) of differences: lines about zero, which is the baseline."""
     groups = series(rows)
     figure, (axes,) = new_figure(3.2)
     axes.axhline(0, color=INK, linewidth=1)
@@ -96,6 +101,7 @@ def branch_differences(rows: list[tuple]) -> Figure:
 
 
 def loss_against_experts(rows: list[tuple]) -> Figure:
+    """Rows (method, mean experts, mean, low, high): one line per method through its budgets."""
     groups = series(rows)
     figure, (axes,) = new_figure(3.4)
     ends = draw_bands(axes, groups, colours(list(groups)), marker="o")
@@ -107,6 +113,7 @@ def loss_against_experts(rows: list[tuple]) -> Figure:
 
 
 def histogram(rows: list[tuple]) -> Figure:
+    """Rows (method, experts, share): one panel of bars per method, all with the same x axis."""
     groups = series(rows)
     figure, panels = new_figure(0.6 + 0.62 * len(groups), rows=len(groups))
     colour = colours(list(groups))
@@ -132,6 +139,7 @@ def histogram(rows: list[tuple]) -> Figure:
 
 
 def routers(rows: list[tuple]) -> Figure:
+    """Rows (series, layer, experts, dead experts, entropy): one panel per quantity, layers on the x axis."""
     groups = series(rows)
     # Room for the names of all series beside each panel.
     figure, panels = new_figure(0.6 + 3 * max(1.1, 0.19 * len(groups)), rows=3)
@@ -155,6 +163,7 @@ def routers(rows: list[tuple]) -> Figure:
 
 
 def costs(rows: list[tuple]) -> Figure:
+    """Rows (way, part, FLOPs, seconds): one stacked bar per way, its parts named where there is room."""
     groups = series(rows)
     figure, (axes,) = new_figure(1.9)
     for y, parts in enumerate(groups.values()):
@@ -170,6 +179,7 @@ def costs(rows: list[tuple]) -> Figure:
                 alpha=1 - 0.6 * index / len(parts),
                 linewidth=0,
             )
+            # Narrower parts have no room for their name.
             if flops > 0.12 * max(sum(f for _, f, _ in group) for group in groups.values()):
                 axes.text(left + flops / 2, y - 0.33, part, ha="center", va="bottom", color=MUTED, fontsize=8)
             left += flops
@@ -200,6 +210,7 @@ def draw_bands(
 
 
 def tokens_axis(axes: Axes) -> None:
+    """Tokens on the x axis, written as 1M instead of 1000000."""
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: with_unit(value).replace(" ", "") if value else "0"))
     axes.xaxis.set_major_locator(MaxNLocator(6))

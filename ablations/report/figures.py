@@ -5,35 +5,40 @@ Bands over seeds show the range from the lowest to the highest run, not a confid
 what is known of them.
 """
 
-import csv
 import dataclasses
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 from matplotlib.figure import Figure as Drawing
 
-from ablations import drawing
-from ablations.ledger import read_ledger
-from ablations.records import Comparison, Records, Run
-from ablations.statistics import paired_difference
+from ablations.comparison.cost import compare_costs
+from ablations.comparison.records import Comparison, RecordedRun, Records
+from ablations.comparison.statistics import paired_difference
+from ablations.report import drawing
 
-Rows = list[tuple]
+FigureRows = list[tuple]
 # Points per curve: enough for its shape, few enough that the noise of single batches is averaged away.
 TRUNK_BINS, BRANCH_BINS, DIFFERENCE_BINS = 48, 10, 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One figure: `rows` under `columns` are its csv, `draw(rows)` its picture."""
+    """One figure.
+
+    Attributes:
+        name: of its csv file, and its anchor in the report.
+        title, caption: for the reader.
+        columns, rows: its csv; the first column names the series.
+        draw: makes its picture from the rows and from nothing else.
+    """
 
     name: str
     title: str
     caption: str
     columns: tuple[str, ...]
-    rows: Rows
-    draw: Callable[[Rows], Drawing]
+    rows: FigureRows
+    draw: Callable[[FigureRows], Drawing]
 
 
 def all_figures(records: Records) -> list[Figure]:
@@ -42,17 +47,10 @@ def all_figures(records: Records) -> list[Figure]:
     return [figure for kind in kinds if (figure := kind(records)).rows]
 
 
-def write_csv(figure: Figure, path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(figure.columns)
-        writer.writerows(figure.rows)
-
-
 def differences(records: Records) -> Figure:
     """The result: every method's paired difference from the baseline, its interval and its single runs."""
     baseline = {key: result.bits_per_byte for key, result in records.results[records.comparison.baseline].items()}
-    rows: Rows = []
+    rows: FigureRows = []
     for method in records.methods[1:]:
         losses = {key: result.bits_per_byte for key, result in records.results[method].items() if key in baseline}
         if not losses:
@@ -76,7 +74,7 @@ def differences(records: Records) -> Figure:
 def loss_curves(records: Records) -> Figure:
     """Training loss over the whole token budget: the trunk, then every method's branches."""
     comparison = records.comparison
-    rows: Rows = [
+    rows: FigureRows = [
         ("trunk", *point) for point in band([curve(run, comparison) for run in records.trunks.values()], TRUNK_BINS)
     ]
     for method in records.methods:
@@ -103,7 +101,7 @@ def branch_differences(records: Records) -> Figure:
     baseline = records.branches[records.comparison.baseline]
     # A method that shifts its seeds sees other batches: nothing to subtract batch by batch.
     shifted = {method.name for method in records.comparison.methods if method.kind == "seed"}
-    rows: Rows = []
+    rows: FigureRows = []
     for method in records.methods[1:]:
         if method in shifted:
             continue
@@ -128,10 +126,11 @@ def branch_differences(records: Records) -> Figure:
 
 def loss_against_experts(records: Records) -> Figure:
     """The same weights under other budgets: what each method loses with fewer experts."""
-    rows: Rows = []
+    rows: FigureRows = []
     tokens = next(iter(records.results[records.comparison.baseline].values())).budget_tokens
     for method in records.methods:
         results = list(records.results[method].values())
+        # All branches of a comparison were measured at the same budgets, in ascending order.
         for points in zip(*(result.budgets for result in results)):
             losses = [point.bits_per_byte for point in points]
             experts = statistics.fmean(point.mean_experts for point in points)
@@ -141,8 +140,8 @@ def loss_against_experts(records: Records) -> Figure:
         title="Loss against experts used",
         caption=(
             "The trained weights run with other mean numbers of experts per token in"
-            f" {records.comparison.trained_blocks}: bits per byte of the first {tokens:,} tokens of the validation"
-            " text. Line: mean over seeds; band: range over seeds."
+            f" {records.comparison.trained_blocks}: bits per byte of {tokens:,} tokens of the validation text, in"
+            " batches spaced evenly through it. Line: mean over seeds; band: range over seeds."
         ),
         columns=("method", "mean_experts", "mean", "low", "high"),
         rows=rows,
@@ -152,7 +151,7 @@ def loss_against_experts(records: Records) -> Figure:
 
 def histogram(records: Records) -> Figure:
     """How many experts the tokens of the validation text used."""
-    rows: Rows = []
+    rows: FigureRows = []
     for method in records.methods:
         counts = [result.experts_histogram for result in records.results[method].values()]
         everything = sum(sum(count) for count in counts)
@@ -174,12 +173,13 @@ def histogram(records: Records) -> Figure:
 
 def routers(records: Records) -> Figure:
     """What the routers of each layer did when training ended."""
-    rows: Rows = []
+    rows: FigureRows = []
     for name, runs in {
         "trunk": records.trunks,
         **{method: records.branches[method] for method in records.methods},
     }.items():
         last = [run.diagnostics[-1].layers for run in runs.values() if run.diagnostics]
+        # Runs of one name report the same layers: the trunk all, a branch those that it trains.
         for layers in zip(*last):
             values = (
                 [layer.realised for layer in layers],
@@ -201,15 +201,15 @@ def routers(records: Records) -> Figure:
 
 
 def costs(records: Records) -> Figure:
-    """The ledger: staged phases against one full training per method."""
-    ledger = read_ledger(records)
-    rows: Rows = [("staged", phase, cost.flops, cost.seconds) for phase, cost in ledger.phases.items()]
-    rows += [("from scratch", method, cost.flops, cost.seconds) for method, cost in ledger.per_method.items()]
+    """The costs: staged phases against one full training per method."""
+    costs = compare_costs(records)
+    rows: FigureRows = [("staged", phase, cost.flops, cost.seconds) for phase, cost in costs.phases.items()]
+    rows += [("from scratch", method, cost.flops, cost.seconds) for method, cost in costs.per_method.items()]
     return Figure(
         name="costs",
         title="What it cost",
         caption=(
-            f"FLOPs of this comparison (branches per method: {ledger.seeds}) and of training each method once from"
+            f"FLOPs of this comparison (branches per method: {costs.seeds}) and of training each method once from"
             " scratch."
         ),
         columns=("way", "part", "flops", "seconds"),
@@ -218,26 +218,44 @@ def costs(records: Records) -> Figure:
     )
 
 
-def curve(run: Run, comparison: Comparison, offset: int = 0) -> list[tuple[int, float]]:
-    """(tokens seen, training bits per byte) of every step; `offset` tokens were seen before the first."""
+def curve(run: RecordedRun, comparison: Comparison, offset: int = 0) -> list[tuple[int, float]]:
+    """The training curve of a run.
+
+    Args:
+        comparison: for the tokens of a step and the bytes of a token.
+        offset: tokens seen before the first step.
+
+    Returns:
+        (tokens seen, training bits per byte) of every step.
+    """
     to_bits_per_byte = 1 / (math.log(2) * comparison.bytes_per_token)
     return [
         (offset + step * comparison.tokens_per_step, loss * to_bits_per_byte) for step, loss in enumerate(run.losses, 1)
     ]
 
 
-def curve_difference(run: Run, baseline: Run, comparison: Comparison) -> list[tuple[int, float]]:
+def curve_difference(run: RecordedRun, baseline: RecordedRun, comparison: Comparison) -> list[tuple[int, float]]:
+    """(tokens since the branch began, training bits per byte minus the baseline's) of every step of a pair that saw the
+    same batches."""
     return [
         (tokens, y - reference)
         for (tokens, y), (_, reference) in zip(curve(run, comparison), curve(baseline, comparison))
     ]
 
 
-def band(curves: list[list[tuple[int, float]]], bins: int) -> Rows:
-    """(tokens, mean, low, high) over curves of the same steps, each first averaged within up to `bins` equal pieces."""
+def band(curves: list[list[tuple[int, float]]], bins: int) -> FigureRows:
+    """Mean and range over curves of the same steps.
+
+    Args:
+        curves: (tokens, value) of every step; the longer ones are cut to the shortest.
+        bins: pieces of equal length within which each curve is averaged first, fewer where there are fewer steps.
+
+    Returns:
+        (tokens at the end of the piece, mean, low, high) of every piece.
+    """
     n_steps = min((len(points) for points in curves), default=0)
     bins = min(bins, n_steps)
-    rows: Rows = []
+    rows: FigureRows = []
     for number in range(bins):
         piece = slice(number * n_steps // bins, (number + 1) * n_steps // bins)
         means = [statistics.fmean(y for _, y in points[piece]) for points in curves]

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablations.figures import all_figures, band, curve, write_csv
-from ablations.records import read_records
-from ablations.style import DARK, SERIES, VARIABLES, colours, spread, svg
+from ablations.comparison.records import read_records
+from ablations.report.figures import all_figures, band, curve
+from ablations.report.style import DARK, SERIES, VARIABLES, colours, spread, svg
+from foundation.tables import write_table
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def figures(comparison_folder):
 
 def read_back(figure, path):
     """The rows of the figure's csv, numbers as numbers."""
-    write_csv(figure, path)
+    write_table(path, figure.columns, figure.rows)
     with path.open() as file:
         header, *rows = csv.reader(file)
     assert tuple(header) == figure.columns
@@ -49,6 +50,13 @@ def test_lines_and_bands_are_the_csv(figures, name, tmp_path):
         assert {(row[1], row[3]) for row in group} | {(row[1], row[4]) for row in group} <= {
             tuple(vertex) for vertex in outline
         }
+
+
+def test_the_caption_says_which_text_the_budgets_were_measured_on(figures):
+    # Batches spaced evenly through the text (`measure.spaced_batches`), not its first tokens.
+    assert "8,192 tokens of the validation text, in batches spaced evenly through it" in (
+        figures["loss_against_experts"].caption
+    )
 
 
 def test_difference_marks_are_the_csv(figures, tmp_path):

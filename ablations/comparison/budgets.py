@@ -6,15 +6,26 @@ nor measured do, at the method's own number and, with the same weights in memory
 of a comparison.
 """
 
-import csv
 import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablations.records import Records
+from ablations.comparison.records import Records
+from foundation.tables import write_table
 
 BUDGETS_FILE = "budgets.csv"
+# Attributes of `BudgetRow`.
+BUDGET_COLUMNS = (
+    "method",
+    "trunk_seed",
+    "branch_seed",
+    "asked",
+    "trained",
+    "trained_error_percent",
+    "used",
+    "used_error_percent",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +33,8 @@ class BudgetRow:
     """One branch at one budget; means per token and layer.
 
     Attributes:
+        method, trunk_seed, branch_seed: which branch; the seed is the one it is paired by.
+        asked: what was asked for.
         trained: over the last steps of training, None for a budget that it was not trained at.
         used: on validation text: all of it at the method's own budget, batches evenly spaced through it at others.
     """
@@ -35,25 +48,43 @@ class BudgetRow:
 
     @property
     def trained_error_percent(self) -> float | None:
+        """How far off what was asked the mean in training is."""
         return None if self.trained is None else 100 * (self.trained / self.asked - 1)
 
     @property
     def used_error_percent(self) -> float:
+        """How far off what was asked the mean at inference is."""
         return 100 * (self.used / self.asked - 1)
 
 
 def budget_rows(records: Records, *, last_steps: int) -> list[BudgetRow]:
-    """Every finished branch, first at the budget it was trained for, then at the others."""
+    """Every finished branch, first at the budget it was trained for, then at the others.
+
+    Args:
+        last_steps: of training, over which the mean in training is taken; single steps scatter with their batch.
+    """
     rows = []
     for method in records.methods:
         for (trunk_seed, branch_seed), result in records.results[method].items():
-            branch = {"method": method, "trunk_seed": trunk_seed, "branch_seed": branch_seed}
             trained = statistics.fmean(records.branches[method][trunk_seed, branch_seed].experts[-last_steps:])
-            rows.append(BudgetRow(**branch, asked=result.asked_experts, trained=trained, used=result.mean_experts))
-            rows += [
-                BudgetRow(**branch, asked=point.asked_experts, trained=None, used=point.mean_experts)
+            # The own budget was measured on the whole validation text; the same number among the others, on a few
+            # batches of it, would only be a worse measurement of the same thing.
+            measured = [(result.asked_experts, trained, result.mean_experts)]
+            measured += [
+                (point.asked_experts, None, point.mean_experts)
                 for point in result.budgets
                 if point.asked_experts != result.asked_experts
+            ]
+            rows += [
+                BudgetRow(
+                    method=method,
+                    trunk_seed=trunk_seed,
+                    branch_seed=branch_seed,
+                    asked=asked,
+                    trained=in_training,
+                    used=used,
+                )
+                for asked, in_training, used in measured
             ]
     return rows
 
@@ -89,25 +120,8 @@ def budget_text(rows: Sequence[BudgetRow], *, last_steps: int) -> str:
 
 
 def write_budgets(rows: Sequence[BudgetRow], path: Path) -> None:
-    """All rows in full precision."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            (
-                "method",
-                "trunk_seed",
-                "branch_seed",
-                "asked",
-                "trained",
-                "trained_error_percent",
-                "used",
-                "used_error_percent",
-            )
-        )
-        for row in rows:
-            writer.writerow(
-                (*_run(row), row.asked, row.trained, row.trained_error_percent, row.used, row.used_error_percent)
-            )
+    """All rows in full precision, as csv."""
+    write_table(path, BUDGET_COLUMNS, ([getattr(row, column) for column in BUDGET_COLUMNS] for row in rows))
 
 
 def _run(row: BudgetRow) -> tuple[str, int, int]:

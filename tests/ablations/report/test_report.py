@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ablations.figures import all_figures
-from ablations.records import read_records
-from ablations.report import headline, write_report
-from ablations.table import table_rows
+from ablations.comparison.records import read_records
+from ablations.report.figures import all_figures
+from ablations.report.report import headline, write_report
+from ablations.report.table import table_rows
 
 LOADING = {"src", "href", "xlink:href", "action", "data", "poster", "srcset"}
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-RunKey = tuple[int, int]  # (trunk seed, branch seed)
+# (trunk seed, branch seed)
+RunKey = tuple[int, int]
 
 BETTER = "better"
 WORSE = "worse"
@@ -26,8 +27,13 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean over `n` units with the half width of its confidence interval, None where n = 1 leaves the noise
-    unknown."""
+    """A mean with its confidence interval.
+
+    Attributes:
+        mean: over the units.
+        half_width: of the interval; None where a single unit leaves the noise unknown.
+        n: independent units, see `units`.
+    """
 
     mean: float
     half_width: float | None
@@ -43,10 +49,14 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of independent `values`: mean ± t_{(1+c)/2, n-1} · s / sqrt(n), s with n - 1
-    degrees of freedom.
+    """Student's t interval of a mean: mean ± t_{(1+c)/2, n-1} · s / sqrt(n), s with n - 1 degrees of freedom.
 
-    Raises ValueError for no values, for a value that is not finite, and for a confidence outside (0, 1).
+    Args:
+        values: independent draws.
+        confidence: c, the share of such intervals that hold the true mean.
+
+    Raises:
+        ValueError: for no values, for a value that is not finite, and for a confidence outside (0, 1).
     """
     n = len(values)
     if n == 0:
@@ -55,6 +65,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
         raise ValueError(f"an interval needs finite values, got {list(values)}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence} is not between 0 and 1")
+    # fsum rounds once, so the mean does not depend on the order of the runs.
     mean = math.fsum(values) / n
     if n == 1:
         return Interval(mean=mean, half_width=None, n=1)
@@ -66,6 +77,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 def units(values: Mapping[RunKey, float]) -> list[float]:
     """The independent units among runs: the runs themselves on one trunk, the trunk means on several."""
     by_trunk: dict[int, list[float]] = {}
+    # Sorted, so that the order in which runs finished plays no part.
     for (trunk, _), value in sorted(values.items()):
         by_trunk.setdefault(trunk, []).append(value)
     if len(by_trunk) == 1:
@@ -83,7 +95,13 @@ def paired_difference(
 ) -> Interval:
     """Mean of method - baseline over the runs that both have, paired by trunk seed and branch seed.
 
-    Raises ValueError where no pair exists.
+    The two runs of a pair share their data order, whose noise therefore cancels in the difference.
+
+    Args:
+        method, baseline: bits per byte by run.
+
+    Raises:
+        ValueError: where no pair exists.
     """
     pairs = method.keys() & baseline.keys()
     if not pairs:
@@ -92,13 +110,15 @@ def paired_difference(
 
 
 def verdict(difference: Interval) -> str:
-    """`better` where the whole interval of the difference lies below zero, `worse` above, else `not separable`; none
-    from a single unit.
+    """What an interval of a difference in bits per byte allows to say.
 
-    An interval that only touches zero is not separable, so two identical methods never earn a verdict.
+    Returns:
+        `BETTER` where the whole interval lies below zero, `WORSE` above, else `NOT_SEPARABLE`; `NO_VERDICT` from a
+        single unit.
     """
     if difference.low is None or difference.high is None:
         return NO_VERDICT
+    # Strictly: an interval that only touches zero separates nothing, so two identical methods never earn a verdict.
     if difference.high < 0:
         return BETTER
     if difference.low > 0:

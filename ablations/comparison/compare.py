@@ -1,4 +1,4 @@
-"""Compares methods on shared trunks: plan, run what is not finished, measure, and write table and report.
+"""Compares methods on shared trunks: plan, run what is not finished, measure, and record what was compared.
 
     <out>/corpus/                 the prepared text
     <out>/trunks/<hash>/          one per trunk seed, shared by every comparison that agrees on model, text and budget
@@ -16,12 +16,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from ablations.defaults import Options
-from ablations.measure import Measurement, budgets_of, measure
+from ablations.comparison.measure import MeasuringContext, budgets_of, measure
+from ablations.comparison.options import Options
+from ablations.comparison.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference
 from ablations.method import Method
-from ablations.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference, read_records
-from ablations.report import write_report
-from ablations.table import table_text
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
 from foundation.environment import environment
@@ -39,7 +37,14 @@ from staged_training.trained_run import TrainedRun
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that will run: one plan per trunk seed; its branches in the order seed by seed, method by method."""
+    """Everything that will run.
+
+    Attributes:
+        methods: the baseline first.
+        corpus: the prepared text.
+        baseline: the model of the baseline, which is also the trunk's.
+        plans: one per trunk seed; the branches of each in the order seed by seed, method by method.
+    """
 
     methods: list[Method]
     options: Options
@@ -49,7 +54,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Of this comparison, named by what its results depend on."""
+        """Of this comparison, named by what its results depend on: the same question finds its old answers."""
         identity = {
             "plans": [[plan.trunk_identity, *(to_dict(branch) for branch in plan.branches)] for plan in self.plans],
             "budget_batches": self.options.budget_batches,
@@ -57,9 +62,11 @@ class Job:
         return self.options.out / "comparisons" / fingerprint(identity)[:12]
 
     def method_of(self, branch: Branch) -> Method:
+        """The method that a branch of one of the plans trains."""
         return next(method for method in self.methods if method.name == branch.method)
 
     def pairing_seed(self, branch: Branch) -> int:
+        """The seed by which a branch is paired with the baseline's: its own, before the method shifted it."""
         return branch.seed - self.method_of(branch).seed_shift
 
 
@@ -71,6 +78,7 @@ class SharedExecution(Execution):
         self.budget_batches = job.options.budget_batches
 
     def folder_of(self, branch: Branch) -> Path:
+        """Named for people by method and seeds, and told apart by a hash of everything the result depends on."""
         # The budgets a branch is evaluated at are part of its result, though not of its weights.
         identity = [self.plan.branch_identity(branch), self.budget_batches]
         return (
@@ -81,11 +89,16 @@ class SharedExecution(Execution):
 
     @property
     def finished(self) -> bool:
+        """Whether every branch of the plan has its result."""
         return all((self.folder_of(branch) / RESULT).exists() for branch in self.plan.branches)
 
 
 def prepare_job(methods: list[Method], options: Options) -> Job:
     """Prepares the text and makes the plans; trains nothing.
+
+    Args:
+        methods: the baseline first, see `find_methods`.
+        options: of the whole comparison.
 
     Raises:
         ValueError: for text, model or methods that do not fit.
@@ -104,15 +117,15 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
 
 
-def compare(methods: list[Method], options: Options) -> Path | None:
-    """Runs the comparison, prints its table and returns the path of its report; None after a dry run. Raises what
-    `run_comparison` does."""
-    folder = run_comparison(methods, options)
-    return None if folder is None else show(folder)
-
-
 def run_comparison(methods: list[Method], options: Options) -> Path | None:
-    """Runs whatever of the comparison is not finished and returns its folder; None after a dry run.
+    """Runs whatever of the comparison is not finished.
+
+    Args:
+        methods: the baseline first, see `find_methods`.
+        options: of the whole comparison.
+
+    Returns:
+        The folder of the comparison; None after a dry run.
 
     Raises:
         ValueError: for what cannot be compared.
@@ -129,6 +142,7 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
         here = environment(data_hash=job.plans[0].corpus.content_hash)
         print(json.dumps({"options": to_dict(options), "environment": here}, indent=2))
         return None
+    # Before the first step, so that `report` can show a comparison that is still running or was stopped.
     job.folder.mkdir(parents=True, exist_ok=True)
     save_json(job.folder / COMPARISON_FILE, describe_comparison(job, executions, plan))
     for execution in executions:
@@ -139,9 +153,9 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
 def run_branches(job: Job, execution: SharedExecution) -> None:
     """Trains and measures the branches of one trunk that are not finished."""
     for branch in execution.plan.branches:
-
+        # Called where a branch has just been trained; a branch that is finished already is not measured again.
         def summary(run: TrainedRun, branch: Branch = branch) -> dict:
-            setting = Measurement(
+            context = MeasuringContext(
                 baseline=job.baseline,
                 method=job.method_of(branch).change(job.baseline),
                 pairing_seed=job.pairing_seed(branch),
@@ -149,24 +163,15 @@ def run_branches(job: Job, execution: SharedExecution) -> None:
                 calibration=execution.calibration(branch.boundary),
                 budget_batches=job.options.budget_batches,
             )
-            return to_dict(measure(run, setting))
+            return to_dict(measure(run, context))
 
         execution.branch(branch, summary=summary)
 
 
 def with_budgets(estimated: Estimate, execution: Execution, job: Job) -> Estimate:
-    """The estimate with the evaluations at other budgets added."""
+    """The estimate of `staged_training`, which knows one evaluation per branch, with those at other budgets added."""
     extra = len(budgets_of(job.baseline)) * job.options.budget_batches / len(execution.valid_tokens)
     return dataclasses.replace(estimated, evaluation=estimated.evaluation * (1 + extra))
-
-
-def show(folder: Path) -> Path:
-    """Prints the table of a comparison and writes its report, from the run folders alone."""
-    records = read_records(folder)
-    print(f"\n{table_text(records)}\n")
-    report = write_report(records)
-    print(f"report: {report}", flush=True)
-    return report
 
 
 def plan_text(job: Job) -> str:
@@ -181,10 +186,18 @@ def plan_text(job: Job) -> str:
 
 
 def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: str) -> Comparison:
-    """The record that the report is made from."""
+    """The record that the report is made from.
+
+    Args:
+        executions: one per plan of the job.
+        plan_text: as it was printed.
+    """
+    # What is recorded of the first plan and its first branch holds for all: plans differ in the trunk's seed only, and
+    # `Plan` refuses branches that differ in stage, boundary or freshness.
     plan = job.plans[0]
     first, tokens = plan.branches[0], plan.tokens_per_batch
 
+    # Relative, so that the folder of all runs can be moved.
     def relative(folder: Path) -> str:
         return os.path.relpath(folder, job.folder)
 

@@ -1,4 +1,4 @@
-"""Finds the methods: every file of this folder that defines `METHOD` is one, under the name of the file."""
+"""Finds the methods: every file of `ablations/` that defines `METHOD` is one, under the name of the file."""
 
 import functools
 import importlib
@@ -8,13 +8,16 @@ from pathlib import Path
 from ablations.method import Method
 from foundation.serialize import nearest
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 BASELINE = "baseline"
 
 
 @functools.cache
 def all_methods() -> dict[str, Method]:
-    """Methods by name, the baseline and the no-op first, then by name.
+    """Every method there is.
+
+    Returns:
+        By name: the baseline and the no-op first, then in the order of their names.
 
     Raises:
         ValueError: for a method that does not bear the name of its file.
@@ -34,7 +37,10 @@ def all_methods() -> dict[str, Method]:
 
 
 def find_methods(names: list[str]) -> list[Method]:
-    """The named methods with the baseline put first, added where it is missing; duplicates count once.
+    """The named methods with the baseline put first, added where it is missing.
+
+    Args:
+        names: as `python -m ablations list` shows them; duplicates count once.
 
     Raises:
         ValueError: for an unknown name, with the nearest legal one.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ablations.statistics import (
+from ablations.comparison.statistics import (
     BETTER,
     NO_VERDICT,
     NOT_SEPARABLE,

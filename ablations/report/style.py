@@ -64,8 +64,14 @@ WIDTH = 5.4
 
 
 def colours(methods: list[str]) -> dict[str, str]:
-    """One colour per method, the same in every figure: ink for the baseline (the first), grey for `no_op`, then the
-    series colours in turn."""
+    """One colour per method, the same in every figure.
+
+    Args:
+        methods: the baseline first, in the order of the table.
+
+    Returns:
+        By method: ink for the baseline, grey for `no_op`, then the series colours in turn.
+    """
     others = [method for method in methods[1:] if method != "no_op"]
     named = {method: SERIES[index % len(SERIES)] for index, method in enumerate(others)}
     return {methods[0]: INK, "no_op": MUTED, **named}
@@ -78,8 +84,15 @@ def new_figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def spread(values: list[float], gap: float) -> list[float]:
-    """Positions for labels at `values`: in the same order, at least `gap` apart, moved as little as a pass over
-    clusters allows."""
+    """Positions for labels that would overlap.
+
+    Args:
+        values: where they belong.
+        gap: the least distance between two, in the same unit.
+
+    Returns:
+        A position per label: in the order of the values, moved as little as a pass over clusters allows.
+    """
     order = sorted(range(len(values)), key=lambda index: values[index])
     # Clusters of labels that touch are laid out around the mean of what they label, and merged while they overlap.
     clusters: list[list[int]] = []
@@ -94,6 +107,7 @@ def spread(values: list[float], gap: float) -> list[float]:
     return placed
 
 
+# Lowest and highest label of a cluster that is laid out around the mean of what it labels.
 def _bottom(cluster: list[int], values: list[float], gap: float) -> float:
     return sum(values[index] for index in cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
 
@@ -103,10 +117,14 @@ def _top(cluster: list[int], values: list[float], gap: float) -> float:
 
 
 def label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
-    """Names series at the right edge: `ends` are (name, y, colour) in data units; labels that would touch are moved
-    apart."""
+    """Names series at the right edge; labels that would touch are moved apart.
+
+    Args:
+        ends: (name, y in data units, colour) of each.
+    """
     low, high = axes.get_ylim()
     height = axes.get_position().height * axes.figure.get_figheight()  # pyright: ignore[reportAttributeAccessIssue]
+    # Inches that a line of this type takes, in data units.
     gap = (high - low) * 0.17 / height
     places = spread([y for _, y, _ in ends], gap)
     for (name, _, colour), place in zip(ends, places):
@@ -125,8 +143,12 @@ def label_ends(axes: Axes, ends: list[tuple[str, float, str]]) -> None:
 
 
 def svg(draw: Callable[[], Figure], label: str) -> str:
-    """What `draw` draws as an inline SVG element without external references, its colours CSS variables; `label` is
-    read by screen readers."""
+    """A figure as an inline SVG element without external references, its colours CSS variables.
+
+    Args:
+        draw: makes the figure, within the style of this file.
+        label: read by screen readers.
+    """
     buffer = io.StringIO()
     # The salt makes the ids of clip paths and markers unique to this figure within the page, and the same in every run.
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ablations.statistics import RunKey
+from ablations.comparison.statistics import RunKey
 from foundation.serialize import load_json
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
 from staged_training.progress import TIMING, read_metrics
@@ -21,7 +21,7 @@ COMPARISON_FILE = "comparison.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSummary:
-    """A method as the report names it; `kind` is "reference", "routing" or "architecture"."""
+    """A method as the report names it; `kind` is what it changes, see `Method.kind`."""
 
     name: str
     question: str
@@ -45,6 +45,8 @@ class Comparison:
 
     Attributes:
         methods: in the order of the table; the first is the baseline.
+        trunk_seeds, branch_seeds: every method has one branch per pair of them.
+        n_layers: of the baseline's model.
         boundary: blocks [0, boundary) and the embedding were frozen in every branch.
         fresh: whether the blocks above the boundary started from fresh weights in every branch.
         trunk_tokens, branch_tokens: of one trunk and of one branch.
@@ -76,6 +78,7 @@ class Comparison:
 
     @property
     def baseline(self) -> str:
+        """Name of the method that the others are measured against."""
         return self.methods[0].name
 
     @property
@@ -98,12 +101,14 @@ class BudgetPoint:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """`result.json` of a branch.
+class BranchResult:
+    """`result.json` of a branch: what was measured on it when its training was over.
 
     Attributes:
+        branch_seed: that it is paired by with the baseline's branch; the method may have shifted it for its draws.
+        bits_per_byte: of the whole validation text.
         mean_experts: real experts per token and layer, over the layers above the boundary.
-        asked_experts: what the method was asked to use in the mean.
+        asked_experts: what the method was asked to use in the mean, which need not be the baseline's number.
         experts_histogram: how many (token, layer) pairs above the boundary used 0, 1, 2, ... experts.
         budgets: the same weights at other budgets, ascending in experts.
         active_parameters, forward_flops: per token, of the whole network with the measured experts.
@@ -144,15 +149,17 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """One run folder.
 
     Attributes:
+        folder: of the run.
         losses: of every step, in nats per token.
         experts: of every step, the mean number per token over the blocks that train.
         seconds: of every step.
         costs: by kind of work, see `staged_training.record.Ledger`.
-        diagnostics: of every step that ended an interval; none where the run is from before they were written.
+        diagnostics: of every step that ended an interval of progress; none where the run is from before they were
+            written.
     """
 
     folder: Path
@@ -165,14 +172,21 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """A comparison with all of its runs that have finished."""
+    """A comparison with all of its runs that have finished.
+
+    Attributes:
+        folder: of the comparison.
+        environment: of its first trunk: commit, versions, device.
+        trunks: by trunk seed.
+        branches, results: the run and the measurements of each finished branch, by method and seeds.
+    """
 
     folder: Path
     comparison: Comparison
     environment: dict[str, Any]
-    trunks: dict[int, Run]
-    branches: dict[str, dict[RunKey, Run]]
-    results: dict[str, dict[RunKey, Measurements]]
+    trunks: dict[int, RecordedRun]
+    branches: dict[str, dict[RunKey, RecordedRun]]
+    results: dict[str, dict[RunKey, BranchResult]]
 
     @property
     def methods(self) -> list[str]:
@@ -181,7 +195,13 @@ class Records:
 
 
 def read_records(folder: Path) -> Records:
-    """Reads a comparison folder; branches without a result (not finished) are left out.
+    """Reads a comparison folder.
+
+    Args:
+        folder: `<out>/comparisons/<hash>`.
+
+    Returns:
+        What has finished; branches without a result are left out, so a comparison can be looked at while it runs.
 
     Raises:
         ValueError: where `folder` holds no comparison, or no finished branch of its baseline.
@@ -189,32 +209,36 @@ def read_records(folder: Path) -> Records:
     if not (folder / COMPARISON_FILE).is_file():
         raise ValueError(f"{folder} holds no {COMPARISON_FILE}: not the folder of a comparison")
     comparison = load_json(Comparison, folder / COMPARISON_FILE)
-    branches: dict[str, dict[RunKey, Run]] = {}
-    results: dict[str, dict[RunKey, Measurements]] = {}
+    branches: dict[str, dict[RunKey, RecordedRun]] = {}
+    results: dict[str, dict[RunKey, BranchResult]] = {}
     for reference in comparison.branches:
         run_folder, key = folder / reference.folder, (reference.trunk_seed, reference.branch_seed)
         if (run_folder / RESULT).is_file():
-            measured = load_json(Measurements, run_folder / RESULT)
-            run = read_run(run_folder)
-            # The ledger of a run counts its own evaluation; the other budgets are this layer's.
+            measured = load_json(BranchResult, run_folder / RESULT)
+            run = read_recorded_run(run_folder)
+            # The run's ledger counts the FLOPs of its own evaluation; those of the other budgets are this layer's. It
+            # holds their seconds already, because its stopwatch runs until the measurements are done.
             run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
             branches.setdefault(reference.method, {})[key] = run
             results.setdefault(reference.method, {})[key] = measured
     if comparison.baseline not in results:
         raise ValueError(f"{folder}: no finished branch of {comparison.baseline!r} yet, nothing to compare with")
     finished = [reference for reference in comparison.trunks if (folder / reference.folder / RESULT).is_file()]
-    trunks = {reference.trunk_seed: read_run(folder / reference.folder) for reference in finished}
+    trunks = {reference.trunk_seed: read_recorded_run(folder / reference.folder) for reference in finished}
     environment = json.loads((next(iter(trunks.values())).folder / ENVIRONMENT).read_text())
     return Records(folder, comparison, environment, trunks, branches, results)
 
 
-def read_run(folder: Path) -> Run:
+def read_recorded_run(folder: Path) -> RecordedRun:
+    """Reads one run folder; only what the report needs of it."""
     metrics = read_metrics(folder)
-    return Run(
+    return RecordedRun(
         folder=folder,
         losses=[line["loss"] for line in metrics],
         experts=[line["mean_experts"] for line in metrics],
         seconds=[json.loads(line)["seconds"] for line in (folder / TIMING).read_text().splitlines()],
-        costs={kind: Cost(**cost) for kind, cost in Ledger.load(folder).costs.items()},
+        costs={
+            kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in Ledger.load(folder).costs.items()
+        },
         diagnostics=read_diagnostics(folder),
     )

@@ -9,16 +9,21 @@ trunk was measured to train; evaluation is left out of it, so the comparison lea
 import dataclasses
 from collections.abc import Iterable
 
-from ablations.records import Cost, Records
+from ablations.comparison.records import Cost, Records
 
 ZERO = Cost(flops=0.0, seconds=0.0)
 PHASES = ("trunk", "caching", "branches", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ledger:
-    """Costs in FLOPs and seconds. `phases` add up to `staged`; `per_method` are single full trainings, `seeds` how
-    often each would be repeated."""
+class CostComparison:
+    """What the staged comparison cost beside what full trainings would have.
+
+    Attributes:
+        phases: of the staged runs, by kind of work; they add up to `staged`.
+        per_method: one full training of each method.
+        seeds: how often each would be repeated: branches per method.
+    """
 
     phases: dict[str, Cost]
     per_method: dict[str, Cost]
@@ -26,6 +31,7 @@ class Ledger:
 
     @property
     def staged(self) -> Cost:
+        """All phases together."""
         return total(self.phases.values())
 
     @property
@@ -45,49 +51,51 @@ class Ledger:
 
 
 def total(costs: Iterable[Cost]) -> Cost:
+    """Their sum; nothing costs nothing."""
     return sum(costs, ZERO)
 
 
-def read_ledger(records: Records) -> Ledger:
-    """The ledger of all finished runs."""
+def compare_costs(records: Records) -> CostComparison:
+    """The costs of all finished runs, and those of training each method from scratch."""
     branches = [run for runs in records.branches.values() for run in runs.values()]
     runs = [*records.trunks.values(), *branches]
     phases = {phase: total(run.costs.get(phase, ZERO) for run in runs) for phase in PHASES}
     tokens = records.comparison.trunk_tokens + records.comparison.branch_tokens
+    # The trunk is the one run here that trains a whole network, as a run from scratch would.
     speed = phases["trunk"].flops / phases["trunk"].seconds
     per_method = {}
     for method in records.methods:
         results = records.results[method].values()
         flops = tokens * sum(result.scratch_flops for result in results) / len(results)
         per_method[method] = Cost(flops=flops, seconds=flops / speed)
-    return Ledger(
+    return CostComparison(
         phases=phases,
         per_method=per_method,
         seeds=len(records.comparison.trunk_seeds) * len(records.comparison.branch_seeds),
     )
 
 
-def ledger_rows(ledger: Ledger) -> list[tuple[str, float, float]]:
-    """(what, FLOPs, seconds), in the order they are printed."""
-    n = len(ledger.per_method)
-    costs = [
-        *ledger.phases.items(),
-        ("staged, total", ledger.staged),
-        (f"from scratch, {n} methods once (estimate)", ledger.scratch_once),
+def cost_rows(costs: CostComparison) -> list[tuple[str, float, float]]:
+    """What is shown: (what, FLOPs, seconds), in the order of the lines."""
+    n = len(costs.per_method)
+    lines = [
+        *costs.phases.items(),
+        ("staged, total", costs.staged),
+        (f"from scratch, {n} methods once (estimate)", costs.scratch_once),
     ]
-    if ledger.seeds > 1:
-        costs.append((f"from scratch, {n} methods x {ledger.seeds} seeds (estimate)", ledger.scratch_all_seeds))
-    return [(what, cost.flops, cost.seconds) for what, cost in costs]
+    if costs.seeds > 1:
+        lines.append((f"from scratch, {n} methods x {costs.seeds} seeds (estimate)", costs.scratch_all_seeds))
+    return [(what, cost.flops, cost.seconds) for what, cost in lines]
 
 
-def ledger_text(ledger: Ledger) -> str:
-    """The ledger as aligned text, with the ratio that matters as the last line."""
+def cost_text(costs: CostComparison) -> str:
+    """The costs as aligned text, with the ratio that matters as the last line."""
     lines = [f"{'cost ledger':<46} {'FLOPs':>10} {'time':>9} {'of staged':>10}"]
-    for what, flops, seconds in ledger_rows(ledger):
-        lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / ledger.staged.flops:>9.0f}%")
-    n, repeats = len(ledger.per_method), f" ({ledger.seeds} seeds each)" if ledger.seeds > 1 else ""
+    for what, flops, seconds in cost_rows(costs):
+        lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / costs.staged.flops:>9.0f}%")
+    n, repeats = len(costs.per_method), f" ({costs.seeds} seeds each)" if costs.seeds > 1 else ""
     lines.append(
-        f"{n} methods{repeats} cost {100 * ledger.share_of_once:.0f} % of the FLOPs of training {n} methods from"
+        f"{n} methods{repeats} cost {100 * costs.share_of_once:.0f} % of the FLOPs of training {n} methods from"
         " scratch once each."
     )
     return "\n".join(lines)

@@ -5,9 +5,10 @@ import statistics
 
 import pytest
 
-from ablations.records import read_records
-from ablations.statistics import BETTER, NO_VERDICT, NOT_SEPARABLE, REFERENCE, WORSE
-from ablations.table import HEADINGS, footnotes, table_rows, table_text, with_unit, write_csv
+from ablations.comparison.records import read_records
+from ablations.comparison.statistics import BETTER, NO_VERDICT, NOT_SEPARABLE, REFERENCE, WORSE
+from ablations.report import report, table
+from ablations.report.table import COLUMNS, SHOWN, Column, footnotes, table_rows, table_text, with_unit, write_csv
 
 
 def test_rows_are_means_over_runs_and_differences_are_paired(comparison_folder):
@@ -41,8 +42,11 @@ def test_verdicts_of_large_effects_and_of_none(comparison_folder):
 
 def test_text_holds_every_column_the_noise_and_xz(comparison_folder):
     text = table_text(read_records(comparison_folder))
-    for heading in HEADINGS:
-        assert heading in text
+    headings = ["method", "bits/byte", "difference", "verdict", "experts", "active", "FLOPs/token"]
+    assert [column.heading for column in SHOWN] == [*headings, "KV/token 4K", "KV/token 64K", "tokens/s"]
+    for column in SHOWN:
+        assert column.heading is not None
+        assert column.heading in text
     assert "xz -9, same text" in text
     assert "1.7000" in text
     assert "not trunk noise" in text
@@ -54,13 +58,41 @@ def test_text_holds_every_column_the_noise_and_xz(comparison_folder):
 def test_csv_holds_the_rows_in_full_precision(comparison_folder, tmp_path):
     records = read_records(comparison_folder)
     write_csv(records, tmp_path / "table.csv")
+    assert b"\r" not in (tmp_path / "table.csv").read_bytes()
     read = list(csv.DictReader((tmp_path / "table.csv").open()))
     for line, row in zip(read, table_rows(records), strict=True):
         assert line["method"] == row.method
         assert float(line["bits_per_byte"]) == row.bits_per_byte.mean
         assert line["verdict"] == row.verdict
         assert line["difference"] == ("" if row.difference is None else repr(row.difference.mean))
-        assert float(line["mean_experts"]) == row.mean_experts
+        used = [result.mean_experts for result in records.results[row.method].values()]
+        assert float(line["mean_experts"]) == statistics.fmean(used)
+
+
+def test_a_column_is_declared_in_one_place(comparison_folder, tmp_path, monkeypatch):
+    """A column added to the list stands in the csv, in the text and in the report, in the place it has in the list."""
+    total = Column(
+        name="total_parameters",
+        value=lambda row: row.mean("total_parameters"),
+        heading="all weights",
+        text=lambda row: with_unit(row.mean("total_parameters")),
+    )
+    hidden = Column(name="budget_tokens", value=lambda row: row.mean("budget_tokens"))
+    monkeypatch.setattr(table, "COLUMNS", (*COLUMNS[:2], total, hidden, *COLUMNS[2:]))
+    for module in (table, report):
+        monkeypatch.setattr(module, "SHOWN", (SHOWN[0], total, *SHOWN[1:]))
+    records = read_records(comparison_folder)
+    write_csv(records, tmp_path / "table.csv")
+    header, first, *_ = csv.reader((tmp_path / "table.csv").open())
+    assert header[:5] == ["method", "runs", "total_parameters", "budget_tokens", "bits_per_byte"]
+    assert first[:4] == ["baseline", "3", "9000000.0", "8192.0"]
+    lines = table_text(records).splitlines()
+    assert lines[0].split()[:3] == ["method", "all", "weights"]
+    assert lines[2].split()[:3] == ["baseline", "9", "M"]
+    shown = report.table(records, table_rows(records))
+    assert "<th>method</th><th>all weights</th><th>bits/byte</th>" in shown
+    assert shown.count('<td data-label="all weights">9 M</td>') == 5
+    assert "budget_tokens" not in shown
 
 
 def test_several_trunks_say_which_noise_they_hold(write_synthetic):

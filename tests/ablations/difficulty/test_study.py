@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from ablations.defaults import ModelOptions
+from ablations.comparison.options import ModelOptions
 from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
 from ablations.difficulty.training import TrainingOptions, prepare_text, read_study, train, with_tokens
@@ -53,7 +53,9 @@ def table(folder, name):
 
 def test_every_table_has_its_rows(study_folder):
     methods = ["random_k", "top_p", "difficulty_head"]
-    assert list(read_study(study_folder).runs) == [*methods, "static_2", "static_4"]
+    study = read_study(study_folder)
+    assert list(study.runs) == [*methods, "static_2", "static_4"]
+    assert study.static == {"static_2": 2, "static_4": 4}
     rows = table(study_folder, "correlations")
     assert {(row["method"], row["difficulty"], row["layer"]) for row in rows} == {
         (method, difficulty, layer)

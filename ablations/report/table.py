@@ -1,0 +1,291 @@
+"""The table of a comparison: one row per method, as text for the terminal and as csv.
+
+A column is declared once, in `COLUMNS`; the text, the csv and the report are loops over that list. The csv holds the
+same rows in full precision, with the intervals as half widths.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from ablations.comparison.cost import compare_costs, cost_text
+from ablations.comparison.records import BranchResult, Records
+from ablations.comparison.statistics import (
+    REFERENCE,
+    Interval,
+    RunKey,
+    mean_interval,
+    noise_statement,
+    paired_difference,
+    verdict,
+)
+from foundation.tables import write_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One method: its finished branches beside the baseline's, from which the columns take their values.
+
+    Attributes:
+        method: its name.
+        is_baseline: whether it is what the others are measured against.
+        results: of its finished branches.
+        baseline: validation bits per byte of the baseline's finished branches.
+        step_seconds: wall-clock seconds of every training step of every branch.
+        tokens_per_step: of a branch.
+    """
+
+    method: str
+    is_baseline: bool
+    results: Mapping[RunKey, BranchResult]
+    baseline: Mapping[RunKey, float]
+    step_seconds: tuple[float, ...]
+    tokens_per_step: int
+
+    @property
+    def runs(self) -> int:
+        """Finished branches."""
+        return len(self.results)
+
+    @cached_property
+    def losses(self) -> dict[RunKey, float]:
+        """Validation bits per byte by run."""
+        return {key: result.bits_per_byte for key, result in self.results.items()}
+
+    @cached_property
+    def bits_per_byte(self) -> Interval:
+        """Of the validation text, lower is better."""
+        return mean_interval(self.losses)
+
+    @cached_property
+    def difference(self) -> Interval | None:
+        """Method minus baseline in bits per byte, paired by seed; None for the baseline and where nothing pairs."""
+        # A method whose finished runs share no seed with the baseline's (an interrupted comparison) has nothing to be
+        # paired with yet.
+        if self.is_baseline or not self.losses.keys() & self.baseline.keys():
+            return None
+        return paired_difference(self.losses, self.baseline)
+
+    @property
+    def verdict(self) -> str:
+        """What the difference allows to say, see `ablations.comparison.statistics.verdict`."""
+        if self.is_baseline:
+            return REFERENCE
+        return "no pair yet" if self.difference is None else verdict(self.difference)
+
+    def mean(self, measured: str) -> float:
+        """The mean over branches of one number of `BranchResult`, named by its field."""
+        return statistics.fmean(getattr(result, measured) for result in self.results.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """In training, at the median step of all branches: a mean would count the machine's worst moments."""
+        return self.tokens_per_step / statistics.median(self.step_seconds)
+
+
+def table_rows(records: Records) -> list[TableRow]:
+    """One row per method with a finished branch; the baseline first."""
+    comparison = records.comparison
+    baseline = {key: result.bits_per_byte for key, result in records.results[comparison.baseline].items()}
+    return [
+        TableRow(
+            method=method,
+            is_baseline=method == comparison.baseline,
+            results=records.results[method],
+            baseline=baseline,
+            step_seconds=tuple(seconds for run in records.branches[method].values() for seconds in run.seconds),
+            tokens_per_step=comparison.tokens_per_step,
+        )
+        for method in records.methods
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of the table.
+
+    Attributes:
+        name: in the csv.
+        value: what the csv holds, in full precision; None is an empty cell.
+        heading: above the column, for a reader; None leaves the column to the csv.
+        text: the cell as a reader sees it; given where there is a heading.
+        aligned: of names and verdicts to the left, of numbers to the right, so that their digits line up.
+    """
+
+    name: str
+    value: Callable[[TableRow], str | float | None]
+    heading: str | None = None
+    text: Callable[[TableRow], str] | None = None
+    aligned: Literal["left", "right"] = "right"
+
+    def __post_init__(self) -> None:
+        assert (self.heading is None) == (self.text is None), f"column {self.name!r}: a heading and a text, or neither"
+
+    def cell(self, row: TableRow) -> str:
+        """The cell as a reader sees it."""
+        assert self.text is not None, f"column {self.name!r} is not shown"
+        return self.text(row)
+
+
+METHOD = Column(
+    name="method", value=lambda row: row.method, heading="method", text=lambda row: row.method, aligned="left"
+)
+LOSS = Column(
+    name="bits_per_byte",
+    value=lambda row: row.bits_per_byte.mean,
+    heading="bits/byte",
+    text=lambda row: with_interval(row.bits_per_byte),
+)
+VERDICT = Column(
+    name="verdict", value=lambda row: row.verdict, heading="verdict", text=lambda row: row.verdict, aligned="left"
+)
+COLUMNS = (
+    METHOD,
+    Column(name="runs", value=lambda row: row.runs),
+    LOSS,
+    Column(name="bits_per_byte_half_width", value=lambda row: row.bits_per_byte.half_width),
+    Column(
+        name="difference",
+        value=lambda row: None if row.difference is None else row.difference.mean,
+        heading="difference",
+        text=lambda row: "" if row.difference is None else with_interval(row.difference, signed=True),
+    ),
+    Column(
+        name="difference_half_width",
+        value=lambda row: None if row.difference is None else row.difference.half_width,
+    ),
+    VERDICT,
+    # Both numbers of experts are per token and layer above the boundary: used at evaluation, and asked for.
+    Column(
+        name="mean_experts",
+        value=lambda row: row.mean("mean_experts"),
+        heading="experts",
+        text=lambda row: used_of_asked(row.mean("mean_experts"), row.mean("asked_experts")),
+    ),
+    Column(name="asked_experts", value=lambda row: row.mean("asked_experts")),
+    # Parameters and FLOPs are per token, of the whole network.
+    Column(
+        name="active_parameters",
+        value=lambda row: row.mean("active_parameters"),
+        heading="active",
+        text=lambda row: with_unit(row.mean("active_parameters")),
+    ),
+    Column(
+        name="forward_flops_per_token",
+        value=lambda row: row.mean("forward_flops"),
+        heading="FLOPs/token",
+        text=lambda row: with_unit(row.mean("forward_flops")),
+    ),
+    # Bytes of the cache per token of a sequence of 4,096 and of 65,536 tokens.
+    Column(
+        name="cache_bytes_per_token_4k",
+        value=lambda row: row.mean("cache_bytes_4k"),
+        heading="KV/token 4K",
+        text=lambda row: with_unit(row.mean("cache_bytes_4k")) + "B",
+    ),
+    Column(
+        name="cache_bytes_per_token_64k",
+        value=lambda row: row.mean("cache_bytes_64k"),
+        heading="KV/token 64K",
+        text=lambda row: with_unit(row.mean("cache_bytes_64k")) + "B",
+    ),
+    Column(
+        name="tokens_per_second",
+        value=lambda row: row.tokens_per_second,
+        heading="tokens/s",
+        text=lambda row: f"{row.tokens_per_second:,.0f}",
+    ),
+)
+SHOWN = tuple(column for column in COLUMNS if column.heading is not None)
+
+
+def footnotes(records: Records) -> list[str]:
+    """What a reader must know to read the table right."""
+    comparison = records.comparison
+    above = ", the part above the frozen boundary" if comparison.boundary else ""
+    notes = [
+        f"bits/byte: validation text of {comparison.valid_bytes:,} bytes, lower is better.",
+        noise_statement(len(comparison.trunk_seeds), len(comparison.branch_seeds)),
+        (
+            "difference: method minus baseline, paired by seed; a verdict is at 95 %, so of twenty methods without"
+            " effect about one earns one."
+        ),
+        (
+            f"experts: real experts per token in {comparison.trained_blocks}{above}, and how far off what was asked;"
+            " thresholds are set on text that is neither trained on nor measured. Active parameters and FLOPs/token"
+            " (forward): the whole network."
+        ),
+        "tokens/s: training a branch" + (", the frozen prefix read from the cache." if comparison.boundary else "."),
+    ]
+    if comparison.fresh:
+        notes.append(
+            f"Blocks from {comparison.boundary} on are fresh in every branch, the baseline's too, because a method"
+            " changes them."
+        )
+    if "no_op" in records.methods:
+        notes.append(
+            "no_op: the baseline once more with other branch seeds, so its data order differs too; what separates them"
+            " is noise."
+        )
+        notes.append(
+            "The other methods share the baseline's data order seed by seed; it cancels in their differences: narrower"
+            " intervals."
+        )
+    planned = len(comparison.trunk_seeds) * len(comparison.branch_seeds)
+    finished = {method.name: len(records.results.get(method.name, ())) for method in comparison.methods}
+    if unfinished := [f"{method} {count} of {planned}" for method, count in finished.items() if count < planned]:
+        notes.append(f"Not all runs are finished: {', '.join(unfinished)}.")
+    return notes
+
+
+def compressor_cells(records: Records) -> dict[Column, str]:
+    """The last line of the table: what a compressor without a model needs for the same text."""
+    return {METHOD: "xz -9, same text", LOSS: f"{records.comparison.xz_bits_per_byte:.4f}"}
+
+
+def table_text(records: Records) -> str:
+    """Table, footnotes and costs for the terminal."""
+    compressor = compressor_cells(records)
+    body = [
+        [column.heading or "" for column in SHOWN],
+        *([column.cell(row) for column in SHOWN] for row in table_rows(records)),
+        [compressor.get(column, "") for column in SHOWN],
+    ]
+    widths = [max(len(cell) for cell in cells) for cells in zip(*body)]
+    lines = ["  ".join(_padded(*place) for place in zip(SHOWN, line, widths)).rstrip() for line in body]
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join([*lines, "", *footnotes(records), "", cost_text(compare_costs(records))])
+
+
+def _padded(column: Column, cell: str, width: int) -> str:
+    return cell.ljust(width) if column.aligned == "left" else cell.rjust(width)
+
+
+def write_csv(records: Records, path: Path) -> None:
+    """The rows of the table in full precision."""
+    rows = ([column.value(row) for column in COLUMNS] for row in table_rows(records))
+    write_table(path, [column.name for column in COLUMNS], rows)
+
+
+def with_interval(interval: Interval, signed: bool = False) -> str:
+    """Four decimals, with the half width where one is known; `signed` also shows a plus."""
+    sign = "+" if signed else ""
+    mean = f"{interval.mean:{sign}.4f}"
+    return mean if interval.half_width is None else f"{mean} ± {interval.half_width:.4f}"
+
+
+def used_of_asked(used: float, asked: float) -> str:
+    """A mean of experts, and how far off what was asked for it is, in percent."""
+    return f"{used:.2f} ({100 * (used / asked - 1):+.1f} %)"
+
+
+def with_unit(number: float) -> str:
+    """Three significant digits with k, M, G or T (powers of 1000)."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # 999.5 k already rounds to 1 M.
+        if abs(number) >= 0.9995 * factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.3g} "
