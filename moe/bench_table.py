@@ -19,9 +19,9 @@ from moe.bench import Problem, Shape, Step, largest_error
 from moe.config import MoEConfig
 from moe.layer import MoE
 from routing.assignments import Assignments
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 from routing.router import RouterConfig
-from routing.top_k import TopK
-from routing.top_p import TopP
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 FEWER = (1.0, 0.5, 0.25)
@@ -130,6 +130,7 @@ def layer_of(problem: Problem, policy: TopK | TopP, target_mean: float) -> MoE:
     shape = problem.shape
     config = MoEConfig(n_experts=shape.n_experts, d_expert=shape.d_expert, router=RouterConfig(policy=policy))
     layer = MoE(config, d_model=shape.d_model, layer_index=0)
+    layer.init_weights(torch.Generator().manual_seed(0))
     layer.experts.w_gate_up_EDF2 = torch.nn.Parameter(problem.w_gate_up_EDF2.detach())
     layer.experts.w_down_EFD = torch.nn.Parameter(problem.w_down_EFD.detach())
     if layer.router.policy.budget is not None:

@@ -8,10 +8,10 @@ import pytest
 
 from ablations.defaults import ModelOptions
 from ablations.registry import all_methods, find_methods
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
-from routing.top_k import TopK
-from routing.top_p import TopP
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKED_FOR = {

@@ -18,9 +18,9 @@ from lm.generation_trace import read_generation, traced_generation
 from lm.model import LanguageModel
 from lm.pretrained import load_calibration_tokens, load_pretrained, save_pretrained
 from moe.config import MoEConfig
+from routing.policies.threshold import ScoreThreshold
+from routing.policies.top_k import TopK
 from routing.router import RouterConfig
-from routing.threshold import ScoreThreshold
-from routing.top_k import TopK
 from routing.trace import read_trace
 
 TEXT = "def main(argv):\n    for name in argv:\n        print(name)\n\n" * 60

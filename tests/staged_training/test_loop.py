@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm.model import LanguageModel
-from routing.random_k import RandomK
+from routing.policies.random_k import RandomK
 from staged_training import checkpoint
 from staged_training.data import TokenBatches
 from staged_training.loop import NonFiniteLossError, train_stage
