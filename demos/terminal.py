@@ -159,11 +159,12 @@ def newest_model(root: Path) -> Path:
 def varies_by_token(folder: Path) -> bool:
     """Whether the model of this folder generates with a number of experts that depends on the token."""
     try:
-        policy = load_json(ModelConfig, folder / CONFIG_FILE).moe.router.policy
+        config = load_json(ModelConfig, folder / CONFIG_FILE)
     except ValueError:
         # Written by another version: nothing for this demo to prefer, and no reason to fail.
         return False
-    return policy.varies_by_token and not policy.needs_whole_batch
+    policies = [config.block(layer).moe.router.policy for layer in range(config.n_layers)]
+    return any(policy.varies_by_token and not policy.needs_whole_batch for policy in policies)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 Legend: B batch, T tokens, D model width.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
 from lm.evaluate import evaluating
 from lm.model import LanguageModel
+from routing.budget import BudgetController
 from routing.policies.top_k import TopK
 
 # Thresholds set on this many tokens, from many places of a text, hold the mean on the rest of it to 1 %
@@ -71,22 +74,25 @@ def _calibrate(model: LanguageModel, targets: dict[int, float], inputs: Tensor, 
     none."""
     if not targets:
         return 0
-    routers = model.routers()
-    before = {name: value.clone() for name, value in model.state_dict().items() if ".policy.budget." in name}
+    before = {layer: copy.deepcopy(_budget(model, layer).state_dict()) for layer in targets}
     for layer, target in targets.items():
-        routers[layer].calibrate(target)
+        model.routers()[layer].calibrate(target)
     try:
         with evaluating(model):
             # Without the head where it can be left out: logits of so many tokens are large.
-            _ = model.suffix(inputs, boundary) if boundary else model.prefix(inputs, model.config.n_layers)
+            _ = model.run(inputs, boundary) if boundary else model.prefix(inputs, model.config.n_layers)
     except ValueError:
-        model.load_state_dict(before, strict=False)
-        for layer in targets:
-            budget = routers[layer].policy.budget
-            assert budget is not None
-            budget.calibrate(None)
+        for layer, state in before.items():
+            _budget(model, layer).load_state_dict(state)
+            _budget(model, layer).calibrate(None)
         raise
     return inputs.shape[0] * inputs.shape[1]
+
+
+def _budget(model: LanguageModel, layer: int) -> BudgetController:
+    budget = model.routers()[layer].policy.budget
+    assert budget is not None
+    return budget
 
 
 def variable_layers(model: LanguageModel) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
-"""The configuration of a language model: sizes, layer plan, attention, experts."""
+"""The configuration of a language model: sizes, layer plan, attention, experts, and what single blocks have of their
+own."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from attention.config import AttentionConfig
 from attention.plan import LayerPlan
@@ -8,26 +10,55 @@ from foundation.serialize import nearest
 from moe.config import MoEConfig
 
 DTYPES = ("float32", "bfloat16")
+# Where a block normalises: what goes into attention and experts, what comes out of them, or both.
+NORM_PLACES = ("pre", "post", "sandwich")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """One block, resolved.
+
+    Attributes:
+        letter: kind of attention, see `attention.plan`.
+        attention: heads, widths, window, rotary embedding.
+        moe: experts and router.
+        norm: one of `NORM_PLACES`.
+    """
+
+    letter: str
+    attention: AttentionConfig
+    moe: MoEConfig
+    norm: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockOverride:
+    """What one block has instead of the model's; None where it has nothing of its own. Fields as in `BlockConfig`."""
+
+    attention: AttentionConfig | None = None
+    moe: MoEConfig | None = None
+    norm: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A pre-norm decoder: embedding, `n_layers` blocks of attention and experts, norm, head.
+    """A decoder: embedding, `n_layers` blocks of attention and experts, norm, head.
 
     Attributes:
         vocab_size: number of tokens, the boundary token included.
         d_model: width of the residual stream.
         n_layers: number of blocks; the layer plan is repeated to this depth.
         layer_plan: one letter per layer, see `attention.plan`; `SSSF` is three sliding-window layers and a full one.
-        attention: heads, widths, window, rotary embedding; shared by all layers.
-        moe: number and width of the experts, router; of every block not named by the next two.
-        lower_moe, n_lower: the first `n_lower` blocks have `lower_moe` instead: what a branch with another routing
-            method kept from its trunk.
+        attention: heads, widths, window, rotary embedding of every block that has none of its own.
+        moe: number and width of the experts, router of every block that has none of its own.
+        norm: where blocks normalise: "pre" x + f(norm(x)), "post" x + norm(f(x)), "sandwich" x + norm(f(norm(x))).
+        blocks: what single blocks have of their own: nothing, or one entry per block, lowest first.
         norm_eps: added to the mean square in every RMSNorm.
         dtype: of activations and of weights as they enter a product; parameters stay fp32.
 
     Raises:
-        ValueError: for an unknown dtype, a size below 1, or a plan that does not parse.
+        ValueError: for an unknown dtype or place of norms, a size below 1, a wrong number of `blocks`, or a plan that
+            does not parse.
     """
 
     vocab_size: int = 4096
@@ -36,8 +67,8 @@ class ModelConfig:
     layer_plan: str = "F"
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
-    lower_moe: MoEConfig | None = None
-    n_lower: int = 0
+    norm: str = "pre"
+    blocks: tuple[BlockOverride, ...] = ()
     norm_eps: float = 1e-5
     dtype: str = "float32"
 
@@ -47,18 +78,43 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig.{name}: {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.n_lower <= self.n_layers or (self.lower_moe is None) != (self.n_lower == 0):
-            has = "no lower_moe" if self.lower_moe is None else "a lower_moe"
-            raise ValueError(
-                f"ModelConfig.n_lower: {self.n_lower} with {has}; give both or neither, at most"
-                f" n_layers={self.n_layers}"
-            )
+        if len(self.blocks) not in (0, self.n_layers):
+            raise ValueError(f"ModelConfig.blocks: {len(self.blocks)} for {self.n_layers} blocks; legal: one each")
+        norms = {"ModelConfig.norm": self.norm}
+        norms |= {f"ModelConfig.blocks[{i}].norm": block.norm for i, block in enumerate(self.blocks) if block.norm}
+        for place, norm in norms.items():
+            if norm not in NORM_PLACES:
+                raise ValueError(f"{place}: {norm!r} is not supported; {nearest(norm, NORM_PLACES)}")
         LayerPlan.parse(self.layer_plan, self.n_layers)
 
     @property
     def plan(self) -> LayerPlan:
         return LayerPlan.parse(self.layer_plan, self.n_layers)
 
-    def moe_of(self, layer: int) -> MoEConfig:
-        """The experts of one block."""
-        return self.lower_moe if self.lower_moe is not None and layer < self.n_lower else self.moe
+    def block(self, layer: int) -> BlockConfig:
+        """What block `layer` is made of, from 0 at the embedding."""
+        own = self.blocks[layer] if self.blocks else BlockOverride()
+        return BlockConfig(
+            letter=self.plan.letters[layer],
+            attention=own.attention or self.attention,
+            moe=own.moe or self.moe,
+            norm=own.norm or self.norm,
+        )
+
+    def with_blocks(self, blocks: Sequence[BlockConfig]) -> "ModelConfig":
+        """The model with these blocks, one per layer. What equals the model's own is not repeated in `blocks`, so equal
+        models have equal configurations."""
+        assert len(blocks) == self.n_layers
+        overrides = tuple(
+            BlockOverride(
+                attention=None if block.attention == self.attention else block.attention,
+                moe=None if block.moe == self.moe else block.moe,
+                norm=None if block.norm == self.norm else block.norm,
+            )
+            for block in blocks
+        )
+        return dataclasses.replace(
+            self,
+            layer_plan="".join(block.letter for block in blocks),
+            blocks=() if all(override == BlockOverride() for override in overrides) else overrides,
+        )

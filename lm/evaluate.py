@@ -55,10 +55,10 @@ def evaluate(
     """
     nats, tokens = 0.0, 0
     layers = range(boundary, model.config.n_layers)
-    histograms = [torch.zeros(model.config.moe_of(layer).n_experts + 1, dtype=torch.int64) for layer in layers]
+    histograms = [torch.zeros(model.config.block(layer).moe.n_experts + 1, dtype=torch.int64) for layer in layers]
     with evaluating(model):
         for inputs, targets_BT in batches:
-            output = model.suffix(inputs, boundary) if boundary else model(inputs)
+            output = model.run(inputs, boundary)
             # Summed in fp64, batch by batch: the total of millions of losses must not depend on their order to the
             # digits we print.
             nats += token_losses(output.logits_BTV, targets_BT).double().sum().item()

@@ -44,40 +44,53 @@ class Output:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x))."""
+    """x + attention(norm(x)), then x + experts(norm(x)); `BlockConfig.norm` says where the norms stand."""
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
-        letter = config.plan.letters[layer_index]
+        block = config.block(layer_index)
         self.n_layers, self.dtype = config.n_layers, getattr(torch, config.dtype)
-        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+
+        def norm(present: bool) -> nn.Module:
+            return RMSNorm(config.d_model, eps=config.norm_eps) if present else nn.Identity()
+
+        before, behind = block.norm != "post", block.norm != "pre"
+        self.attention_norm = norm(before)
         self.attention = build_attention(
-            letter, config.attention, d_model=config.d_model, layer_index=layer_index, n_layers=config.n_layers
+            block.letter,
+            block.attention,
+            d_model=config.d_model,
+            layer_index=layer_index,
+            n_layers=config.n_layers,
         )
-        self.moe_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.moe = MoE(config.moe_of(layer_index), d_model=config.d_model, layer_index=layer_index)
+        self.attention_out_norm = norm(behind)
+        self.moe_norm = norm(before)
+        self.moe = MoE(block.moe, d_model=config.d_model, layer_index=layer_index)
+        self.moe_out_norm = norm(behind)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        nn.init.ones_(self.attention_norm.weight)
-        nn.init.ones_(self.moe_norm.weight)
+        for norm in (self.attention_norm, self.attention_out_norm, self.moe_norm, self.moe_out_norm):
+            if isinstance(norm, RMSNorm):
+                nn.init.ones_(norm.weight)
         self.attention.init_weights(generator)
         self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
 
     def forward(self, x_BTD: Tensor, *, start: int, state, shared) -> tuple[Tensor, object, Routing]:
+        # The residual stream is fp32; what is added to it is computed in `dtype`.
         attended_BTD, kv = self.attention(
             self.attention_norm(x_BTD).to(self.dtype), start=start, state=state, shared=shared
         )
-        x_BTD = x_BTD + attended_BTD
+        x_BTD = x_BTD + self.attention_out_norm(attended_BTD)
         mixed_TD, routing = self.moe(self.moe_norm(x_BTD).to(self.dtype).flatten(0, 1))
-        return x_BTD + mixed_TD.view_as(x_BTD), kv, routing
+        return x_BTD + self.moe_out_norm(mixed_TD).view_as(x_BTD), kv, routing
 
 
 class LanguageModel(nn.Module):
     """Embedding, blocks, norm, head. Parameters and the residual stream are fp32; `config.dtype` is what products
     compute in.
 
-    The blocks can be cut at a boundary: `prefix` runs the embedding and the blocks below, `suffix` the rest, and
-    `suffix(prefix(tokens, b), b)` equals the whole. Staged training stores what crosses the boundary.
+    The blocks can be cut at a boundary: `prefix` runs the embedding and the blocks below, `run` the rest, and
+    `run(prefix(tokens, b), b)` equals the whole. Staged training stores what crosses the boundary.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -115,16 +128,32 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: for a token id outside the vocabulary or tokens that are not [B, T].
         """
-        return self._suffix(self._embed(tokens_BT), 0, cache)
+        return self._from_block(self._embed(tokens_BT), 0, cache)
 
     def prefix(self, tokens_BT: Tensor, boundary: int) -> Tensor:
         """The residual stream x_BTD that enters block `boundary`, fp32."""
         x_BTD, _, _ = self._run_blocks(self._embed(tokens_BT), 0, boundary, None)
         return x_BTD
 
-    def suffix(self, x_BTD: Tensor, boundary: int) -> Output:
-        """Blocks [boundary, n_layers), norm and head on what `prefix` returned."""
-        return self._suffix(x_BTD, boundary, None)
+    def run(self, inputs: Tensor, boundary: int) -> Output:
+        """What trains above a boundary: blocks [boundary, n_layers), norm and head; with boundary 0 the whole model.
+
+        Args:
+            inputs: tokens_BT where `boundary` is 0, else the x_BTD that `prefix` returned.
+        """
+        # Through __call__ for the whole model: that is where FSDP gathers the root's weights.
+        return self._from_block(inputs, boundary, None) if boundary else self(inputs)
+
+    def frozen_names(self, boundary: int) -> frozenset[str]:
+        """Parameters and buffers below a boundary: the embedding and blocks [0, boundary); none where it is 0."""
+        if boundary == 0:
+            return frozenset()
+        return frozenset({"embedding_VD"}) | self.names_in(self.blocks[:boundary])
+
+    def names_in(self, modules: Iterable[nn.Module]) -> frozenset[str]:
+        """Names, as `state_dict` has them, of all parameters and buffers that these parts of the model hold."""
+        paths = {module: path for path, module in self.named_modules()}
+        return frozenset(f"{paths[module]}.{name}" for module in modules for name in module.state_dict())
 
     def begin_step(self, step: int, seed: int) -> None:
         """Tells every router the training step and seed that its random draws depend on."""
@@ -170,7 +199,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens: shape {tuple(tokens_BT.shape)}, must be [batch, tokens]")
         return functional.embedding(tokens_BT, self.embedding_VD)
 
-    def _suffix(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None) -> Output:
+    def _from_block(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None) -> Output:
         x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
         return Output(functional.linear(self.norm(x_BTD).to(self._dtype), self.head_VD.to(self._dtype)), routings)
 

@@ -78,37 +78,34 @@ def frozen_share(config: ModelConfig, boundary: int) -> float:
 
 def compose(trunk: ModelConfig, method: ModelConfig, boundary: int) -> ModelConfig:
     """The method's config with the trunk's layers, experts and routers below the boundary."""
-    letters = "".join(trunk.plan.letters[:boundary] + method.plan.letters[boundary:])
-    lower = (
-        {"lower_moe": trunk.moe, "n_lower": boundary}
-        if boundary and method.moe != trunk.moe
-        else {"lower_moe": None, "n_lower": 0}
-    )
-    return dataclasses.replace(method, layer_plan=letters, **lower)
+    layers = range(trunk.n_layers)
+    return method.with_blocks([(trunk if layer < boundary else method).block(layer) for layer in layers])
 
 
 def different_blocks(trunk: ModelConfig, method: ModelConfig) -> list[int]:
     """Blocks whose letter or any weight's shape is not the trunk's. Weights that a router has in addition do not count:
     see `added_weights`."""
     added = set(added_weights(trunk, method))
-    different = []
-    for index in range(trunk.n_layers):
-        ours, theirs = _block_shapes(trunk, index), _block_shapes(method, index)
-        theirs = {name: shape for name, shape in theirs.items() if name not in added}
-        if trunk.plan.letters[index] != method.plan.letters[index] or ours != theirs:
-            different.append(index)
-    return different
+    return [
+        layer
+        for layer in range(trunk.n_layers)
+        if trunk.plan.letters[layer] != method.plan.letters[layer]
+        or _block_shapes(trunk, layer) != {n: s for n, s in _block_shapes(method, layer).items() if n not in added}
+    ]
 
 
 def added_weights(trunk: ModelConfig, method: ModelConfig) -> list[str]:
     """Router weights that the trunk does not have (null columns, say): a routing method may bring its own, initialised
     from the branch's seed."""
-    known = dict(meta_model(trunk).named_parameters())
-    return [name for name, _ in meta_model(method).named_parameters() if ".router." in name and name not in known]
+    known, model = dict(meta_model(trunk).named_parameters()), meta_model(method)
+    routers = model.names_in(model.routers())
+    return [name for name, _ in model.named_parameters() if name in routers and name not in known]
 
 
 def _block_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
-    return {f"blocks.{index}.{name}": tuple(p.shape) for name, p in meta_model(config).blocks[index].named_parameters()}
+    model = meta_model(config)
+    names = model.names_in([model.blocks[index]])
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if name in names}
 
 
 def refuse_other_trunk(trunk: ModelConfig, method: ModelConfig, name: str) -> None:
@@ -117,15 +114,10 @@ def refuse_other_trunk(trunk: ModelConfig, method: ModelConfig, name: str) -> No
     Raises:
         ValueError: naming the method and each field that differs.
     """
-    if trunk.n_lower:
-        raise ValueError(
-            f"ModelConfig.n_lower: {trunk.n_lower} in a trunk, must be 0: lower blocks of another kind are what a"
-            " branch has"
-        )
     wrong = [
         f"{field.name} is {getattr(method, field.name)!r} instead of {getattr(trunk, field.name)!r}"
         for field in dataclasses.fields(trunk)
-        if field.name not in ("layer_plan", "moe", "lower_moe", "n_lower")
+        if field.name not in ("layer_plan", "moe", "blocks")
         and getattr(method, field.name) != getattr(trunk, field.name)
     ]
     if wrong:

@@ -21,7 +21,6 @@ from staged_training.activation_cache import CacheIdentity, cached_activations, 
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
 from staged_training.fork import fork
 from staged_training.loop import StageResult, train_stage
-from staged_training.optimizer import is_frozen
 from staged_training.plan import Branch, Plan
 from staged_training.progress import Progress, Tracker
 from staged_training.record import Ledger, RunRecord, finish_run, locked, open_run
@@ -174,12 +173,10 @@ class Execution:
 
     def _cache(self, split: str, batches: TokenBatches, numbers: tuple[int, ...], boundary: int) -> Batches:
         trunk, record = self.trunk()
-        plan, model = self.plan, self.plan.model
+        plan, model, weights = self.plan, self.plan.model, trunk.state_dict()
         identity = CacheIdentity(
             trunk=plan.trunk_hash,
-            weights=weights_hash(
-                {name: tensor for name, tensor in trunk.state_dict().items() if is_frozen(name, boundary)}
-            ),
+            weights=weights_hash({name: weights[name] for name in trunk.frozen_names(boundary)}),
             boundary=boundary,
             tokens=f"{split} {plan.corpus.content_hash}",
             batches=numbers,

@@ -25,11 +25,13 @@ def fork(trunk: LanguageModel, branch: Branch) -> LanguageModel:
     """
     model = LanguageModel(branch.model).init_weights(branch.seed).to(trunk.embedding_VD.device)
     own, theirs = model_tensors(model), model_tensors(trunk)
-    added = set(added_weights(trunk.config, branch.model))
+    above = model.names_in(model.blocks[branch.boundary :])
+    # What the branch brings along instead of taking it over.
+    own_start = above if branch.fresh else model.names_in(router.policy for router in model.routers(branch.boundary))
+    own_start |= above & set(added_weights(trunk.config, branch.model))
     problems = []
     for name, tensor in own.items():
-        above = name.startswith("blocks.") and int(name.split(".")[1]) >= branch.boundary
-        if above and (branch.fresh or name in added or ".policy." in name):
+        if name in own_start:
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
             problems.append(

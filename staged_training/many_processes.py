@@ -203,9 +203,7 @@ class ManyProcesses(Processes):
 
 def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:
     """Raises ValueError, naming what does not fit the mesh."""
-    for name, moe in (("moe", config.moe), ("lower_moe", config.lower_moe)):
-        if moe is None:
-            continue
+    for name, moe in {f"blocks[{layer}].moe": config.block(layer).moe for layer in range(config.n_layers)}.items():
         if moe.n_experts % n_expert:
             raise ValueError(
                 f"{name}.n_experts: {moe.n_experts} cannot be divided evenly over expert_parallel = {n_expert}"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm.model import LanguageModel
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -34,30 +36,23 @@ class OptimizerConfig:
                 raise ValueError(f"OptimizerConfig.{name}: {getattr(self, name)} is too small")
 
 
-def trained_parameters(model: nn.Module, boundary: int) -> Iterator[tuple[str, nn.Parameter]]:
+def trained_parameters(model: LanguageModel, boundary: int) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters above the boundary: blocks [boundary, L), norm and head; with boundary 0 the embedding
     too."""
+    frozen = model.frozen_names(boundary)
     for name, parameter in model.named_parameters():
-        if not is_frozen(name, boundary):
+        if name not in frozen:
             yield name, parameter
 
 
-def is_frozen(name: str, boundary: int) -> bool:
-    """Whether a parameter or buffer of this name lies in the frozen prefix: the embedding and blocks [0, boundary)."""
-    if boundary == 0:
-        return False
-    parts = name.split(".")
-    return parts[0].startswith("embedding") or (parts[0] == "blocks" and int(parts[1]) < boundary)
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig, boundary: int) -> torch.optim.AdamW:
+def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int) -> torch.optim.AdamW:
     """AdamW over the trained parameters; the others stop requiring gradients. The learning rate is set before every
     step."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not is_frozen(name, boundary))
+    model.requires_grad_(False)
     decayed, plain = [], []
-    for name, parameter in trained_parameters(model, boundary):
-        (decayed if parameter.dim() >= 2 and not name.startswith("embedding") else plain).append(parameter)
+    for _, parameter in trained_parameters(model, boundary):
+        parameter.requires_grad_(True)
+        (decayed if parameter.dim() >= 2 and parameter is not model.embedding_VD else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in decayed + plain)
     return torch.optim.AdamW(
@@ -96,14 +91,14 @@ def clip_gradients(optimizer: torch.optim.AdamW, limit: float) -> Tensor:
     return norm
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW, boundary: int) -> dict[str, Tensor]:
+def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.AdamW, boundary: int) -> dict[str, Tensor]:
     """The optimizer's state by parameter name (`exp_avg:blocks.0...`), as a checkpoint stores it."""
     states = ((name, optimizer.state.get(parameter, {})) for name, parameter in trained_parameters(model, boundary))
     return {f"{key}:{name}": value for name, state in states for key, value in state.items()}
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.AdamW, boundary: int, tensors: dict[str, Tensor]
+    model: LanguageModel, optimizer: torch.optim.AdamW, boundary: int, tensors: dict[str, Tensor]
 ) -> None:
     """Puts back what `optimizer_tensors` returned.
 

@@ -55,7 +55,7 @@ def clipped_gradients(
         diagnose: also count what the routers did.
         processes: whose tokens, as many in each, count as one batch.
     """
-    output = model.suffix(inputs, boundary) if boundary else model(inputs)
+    output = model.run(inputs, boundary)
     loss, routing_loss = token_losses(output.logits_BTV, targets_BT).mean(), output.routing_loss
     (loss + routing_loss).backward()
     grad_norm = clip_gradients(optimizer, clip)

@@ -12,8 +12,8 @@ from ablations.records import Measurements
 from ablations.registry import all_methods, find_methods
 from corpus.prepare import CorpusConfig
 from foundation.serialize import load_json
+from lm.accounting import meta_model
 from staged_training.checkpoint import load_latest
-from staged_training.optimizer import is_frozen
 from staged_training.staging import StagingConfig
 
 BATCH, LENGTH = 2, 32
@@ -52,7 +52,7 @@ def test_one_training_step(name, options):
     assert trunk is not None
     assert trained is not None
     common = trained.weights.keys() & trunk.weights.keys()
-    frozen = {tensor for tensor in common if is_frozen(tensor, branch.boundary)}
+    frozen = meta_model(branch.model).frozen_names(branch.boundary)
     assert frozen
     assert all(trained.weights[tensor].equal(trunk.weights[tensor]) for tensor in frozen)
     assert all(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lm.budget import calibrate_to_targets, experts_per_token, set_budget, variable_layers
-from lm.config import ModelConfig
+from lm.config import BlockOverride, ModelConfig
 from lm.model import LanguageModel
 from moe.config import MoEConfig
 from routing.policies.null_experts import NullExperts
@@ -29,6 +29,11 @@ POLICIES = {
 def build(policy) -> LanguageModel:
     moe = MoEConfig(n_experts=16, d_expert=16, router=RouterConfig(policy=policy))
     return LanguageModel(ModelConfig(vocab_size=50, d_model=32, n_layers=3, moe=moe)).init_weights(0)
+
+
+def with_lower(config: ModelConfig, moe: MoEConfig, n_lower: int) -> ModelConfig:
+    """The first `n_lower` blocks have other experts and routers."""
+    return dataclasses.replace(config, blocks=tuple(BlockOverride(moe=moe if i < n_lower else None) for i in range(3)))
 
 
 def means(model: LanguageModel) -> list[float]:
@@ -70,9 +75,7 @@ def test_a_refused_budget_changes_no_threshold_now_or_later():
     """The third layer cannot: what the two below it were given is taken back, and nothing is left to happen at the next
     forward."""
     moe = MoEConfig(n_experts=16, d_expert=16, router=RouterConfig(policy=TopP(target_mean=3.0, cap=8)))
-    model = LanguageModel(
-        dataclasses.replace(build(TopP(target_mean=3.0, cap=4)).config, lower_moe=moe, n_lower=2)
-    ).init_weights(0)
+    model = LanguageModel(with_lower(build(TopP(target_mean=3.0, cap=4)).config, moe, 2)).init_weights(0)
     set_budget(model, 3, TOKENS_BT)
     before, states = means(model), {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
@@ -87,9 +90,7 @@ def test_a_refused_budget_changes_no_threshold_now_or_later():
 def test_every_policy_is_calibrated_to_its_own_target(boundary):
     lower, upper = (RouterConfig(policy=TopP(target_mean=mean, cap=8)) for mean in (2.0, 4.0))
     config = dataclasses.replace(build(TopK(k=3)).config, moe=MoEConfig(n_experts=16, d_expert=16, router=upper))
-    model = LanguageModel(
-        dataclasses.replace(config, lower_moe=dataclasses.replace(config.moe, router=lower), n_lower=1)
-    ).init_weights(0)
+    model = LanguageModel(with_lower(config, dataclasses.replace(config.moe, router=lower), 1)).init_weights(0)
     before = means(model)
     inputs = model.prefix(TOKENS_BT, boundary).detach() if boundary else TOKENS_BT
     assert calibrate_to_targets(model, inputs, boundary=boundary) == TOKENS_BT.numel()
@@ -101,4 +102,4 @@ def test_variable_layers_are_those_whose_number_depends_on_the_token():
     assert variable_layers(build(TopK(k=3))) == ()
     config = build(TopP(target_mean=3.0, cap=8)).config
     lower = dataclasses.replace(config.moe, router=RouterConfig(policy=TopK(k=3)))
-    assert variable_layers(LanguageModel(dataclasses.replace(config, lower_moe=lower, n_lower=2))) == (2,)
+    assert variable_layers(LanguageModel(with_lower(config, lower, 2))) == (2,)

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.config import AttentionConfig
-from lm.config import ModelConfig
+from foundation.serialize import from_dict, to_dict
+from lm.config import NORM_PLACES, BlockOverride, ModelConfig
 from lm.model import IGNORED_TARGET, LanguageModel, token_losses
 from moe.config import MoEConfig
+from routing.policies.top_k import TopK
 
 TINY = ModelConfig(
     vocab_size=61,
@@ -55,7 +57,7 @@ def test_decoding_one_token_at_a_time_equals_the_full_forward(plan):
 def test_suffix_of_prefix_is_the_model(boundary):
     model = awake(tiny("SLGF"))
     tokens_BT = tokens(2, 11)
-    output = model.suffix(model.prefix(tokens_BT, boundary), boundary)
+    output = model.run(model.prefix(tokens_BT, boundary), boundary)
     assert torch.equal(output.logits_BTV, model(tokens_BT).logits_BTV)
     assert len(output.routings) == 4 - boundary
 
@@ -136,3 +138,64 @@ def test_bad_configs_are_refused_by_name(change, message):
 def test_tokens_must_be_a_batch():
     with pytest.raises(ValueError, match=r"must be \[batch, tokens\]"):
         LanguageModel(TINY)(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("norm", NORM_PLACES)
+def test_norms_stand_where_the_configuration_says(norm):
+    """Against the three formulas, written out."""
+    model = awake(dataclasses.replace(tiny("F"), norm=norm))
+    block, x_BTD = model.blocks[0], torch.randn(2, 5, model.config.d_model, generator=torch.Generator().manual_seed(1))
+
+    def placed(f, before, behind, x_BTD):
+        within = {"pre": f(before(x_BTD)), "post": behind(f(x_BTD)), "sandwich": behind(f(before(x_BTD)))}
+        return x_BTD + within[norm]
+
+    def attention(x_BTD):
+        return block.attention(x_BTD)[0]
+
+    def experts(x_BTD):
+        return block.moe(x_BTD.flatten(0, 1))[0].view_as(x_BTD)
+
+    attended_BTD = placed(attention, block.attention_norm, block.attention_out_norm, x_BTD)
+    expected_BTD = placed(experts, block.moe_norm, block.moe_out_norm, attended_BTD)
+    out_BTD, _, _ = block(x_BTD, start=0, state=None, shared=None)
+    torch.testing.assert_close(out_BTD, expected_BTD)
+    assert ("attention_norm.weight" in block.state_dict()) == (norm != "post")
+    assert ("attention_out_norm.weight" in block.state_dict()) == (norm != "pre")
+
+
+def test_blocks_may_differ_in_everything_but_the_model_width():
+    base = tiny("SF")
+    narrow = dataclasses.replace(base.attention, n_heads=2, n_kv_heads=1, window=3, rotary_fraction=0.0)
+    small = dataclasses.replace(base.moe, n_experts=4, router=dataclasses.replace(base.moe.router, policy=TopK(k=1)))
+    blocks = [base.block(layer) for layer in range(base.n_layers)]
+    blocks[0] = dataclasses.replace(blocks[0], attention=narrow, norm="sandwich")
+    blocks[1] = dataclasses.replace(blocks[1], moe=small)
+    config = base.with_blocks(blocks)
+    assert [config.block(layer) for layer in range(config.n_layers)] == blocks
+    assert from_dict(ModelConfig, to_dict(config)) == config
+    output = awake(config)(tokens(2, 7))
+    assert [routing.assignments.n_experts for routing in output.routings[:2]] == [base.moe.n_experts, 4]
+    # What equals the model's own is not stored twice: the way back gives the very same configuration.
+    assert config.with_blocks([base.block(layer) for layer in range(base.n_layers)]).blocks == ()
+
+
+def test_the_frozen_part_has_names():
+    model = awake(tiny("SF"))
+    frozen = model.frozen_names(1)
+    assert model.frozen_names(0) == frozenset()
+    assert "embedding_VD" in frozen
+    assert frozen - {"embedding_VD"} == {name for name in model.state_dict() if name.startswith("blocks.0.")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "peri"}, "ModelConfig.norm: 'peri' is not supported; did you mean 'pre'"),
+        ({"blocks": (BlockOverride(),)}, "ModelConfig.blocks: 1 for 4 blocks; legal: one each"),
+        ({"blocks": (BlockOverride(norm="x"),) * 4}, r"ModelConfig.blocks\[0\].norm: 'x' is not supported"),
+    ],
+)
+def test_refuses_wrong_blocks(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny("F"), **change)

@@ -101,7 +101,7 @@ def test_composed_models_keep_the_trunk_below(model_config, with_policy):
     method = with_policy(TopP(target_mean=2, cap=4), layer_plan="SSSS")
     composed = compose(model_config, method, 2)
     assert "".join(composed.plan.letters) == "FFSS"
-    assert [composed.moe_of(layer) for layer in range(4)] == [model_config.moe] * 2 + [method.moe] * 2
+    assert [composed.block(layer).moe for layer in range(4)] == [model_config.moe] * 2 + [method.moe] * 2
     assert compose(model_config, composed, 2) == composed
     assert compose(model_config, model_config, 2) == dataclasses.replace(model_config, layer_plan="FFFF")
 
