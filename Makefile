@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup ablation test check gate demo clean
+.PHONY: setup ablation lint test check gate demo clean
 
 setup: $(VENV)/.installed
 
@@ -20,14 +20,16 @@ ablation: setup
 demo: setup
 	$(BIN)/python -m demos.terminal $(ARGS)
 
-# One thread per test process: two OpenMP teams on two cores spin at each other's barriers.
-test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
-
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --level error
+
+# One thread per test process: two OpenMP teams on two cores spin at each other's barriers.
+test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 # What the tests hold to on sm_90 alone, for every architecture and every option of the launch tables: half an hour, after a change of kernels.
