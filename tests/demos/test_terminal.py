@@ -18,8 +18,8 @@ from lm.generation_trace import read_generation, traced_generation
 from lm.model import LanguageModel
 from lm.pretrained import load_calibration_tokens, load_pretrained, save_pretrained
 from moe.config import MoEConfig
-from routing.policies.threshold import ScoreThreshold
 from routing.policies.top_k import TopK
+from routing.policies.zero_computation import ZeroComputationExperts
 from routing.router import RouterConfig
 from routing.trace import read_trace
 
@@ -113,7 +113,8 @@ def test_generate_records_the_routing_of_every_token(model_folder, tmp_path):
 def test_counts_on_record_are_those_of_the_forward_that_predicted_the_token(model_folder, tmp_path):
     """Also where a layer gives a token no expert at all, and so leaves no row of it."""
     model = load_pretrained(model_folder, "cpu")
-    model.set_policy(ScoreThreshold(target_mean=1.0, floor=0, cap=8))
+    # Tokens without an expert are returned themselves, so that the model needs no shared one.
+    model.set_policy(ZeroComputationExperts(k=8, n_null=8, target_mean=1.0))
     set_budget(model, 1.0, load_calibration_tokens(model_folder))
     prompt = [1, 5, 9]
     with traced_generation(model, tmp_path, prompt=prompt) as record:

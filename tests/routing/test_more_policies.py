@@ -247,6 +247,30 @@ def test_every_policy_of_the_folder_is_among_those():
     assert {type(policy) for policy in EVERY_POLICY} == here
 
 
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=repr)
+def test_every_policy_says_what_is_true_of_it(policy):
+    built = router(policy).train()
+    built.begin_step(3, seed=0)
+    slots = built.decide(built.scores(tokens()))[0]
+    experts_T = built(tokens()).assignments.experts_per_token_T()
+    assert policy.varies_by_token == (slots.keep_TK is not None)
+    assert policy.fixed_experts is None or (experts_T == policy.fixed_experts).all()
+    # What training holds, calibration can restore.
+    assert policy.held_mean is None or built.policy.budget is not None
+    # Every one of these was asked for four, in one way or another; skipping starts from its eight.
+    assert policy.assumed_experts == (8 if isinstance(policy, Skipping) else 4.5 if isinstance(policy, RandomK) else 4)
+    assert (built.null_weight_ZD is not None) == (policy.null_columns > 0)
+    # A policy that looks at the whole batch decides otherwise for a part of it.
+    part = router(policy).train()
+    part.begin_step(3, seed=0)
+    same = torch.equal(part(tokens()[: T // 2]).assignments.experts_per_token_T(), experts_T[: T // 2])
+    assert same != policy.needs_whole_batch
+    # What command lines show of it.
+    summary = (type(policy).__doc__ or "").splitlines()[0]
+    assert summary.endswith(".")
+    assert len(summary) > 20
+
+
 @pytest.mark.parametrize("trained", EVERY_POLICY, ids=repr)
 def test_weights_trained_with_any_policy_run_under_every_other(trained):
     built = router(trained).train()

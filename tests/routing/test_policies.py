@@ -9,7 +9,7 @@ from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK, draw_k
 from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
-from routing.router import Router, RouterConfig
+from routing.router import NonFiniteScoresError, Router, RouterConfig
 
 D, E = 16, 12
 POLICIES = [
@@ -246,5 +246,5 @@ def test_unknown_score_policy_and_other_null_columns_are_refused():
 def test_scores_that_are_not_finite_are_refused(bad):
     x = tokens()
     x[7, 3] = bad
-    with pytest.raises(ValueError, match="router of layer 0: scores are not finite"):
+    with pytest.raises(NonFiniteScoresError, match="router of layer 0: scores are not finite"):
         router(TopK(k=2))(x)
