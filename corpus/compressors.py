@@ -5,7 +5,10 @@ import lzma
 
 def xz_bits_per_byte(data: bytes) -> float:
     """Size of `data` under LZMA2 at preset 9 in the .xz container (as `xz -9` writes it), in bits per byte of input.
-    ValueError if empty."""
+
+    Raises:
+        ValueError: for no bytes.
+    """
     if not data:
         raise ValueError("no bytes to compress")
     return 8 * len(lzma.compress(data, preset=9)) / len(data)

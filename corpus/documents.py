@@ -16,6 +16,14 @@ from corpus.sources import read_paths, read_standard_library
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
+    """Texts of both splits, each in the order of their hashes.
+
+    Attributes:
+        duplicates_removed: documents that were read again, byte for byte.
+        skipped: what could not be used, with its place.
+        content_hash: SHA-256 over the sorted hashes of the documents.
+    """
+
     train: list[str]
     valid: list[str]
     duplicates_removed: int
@@ -26,8 +34,11 @@ class Documents:
 def load_documents(data: Sequence[str], *, text_field: str, valid_share: float) -> Documents:
     """Documents of the user's paths, or of the Python standard library if there are none.
 
-    `valid_share`: the expected share of documents held out, between 0 and 1. `content_hash`: SHA-256 over the sorted
-    document hashes. Raises ValueError if nothing usable is found, or if either side of the split is empty.
+    Args:
+        valid_share: expected share of the documents held out, between 0 and 1.
+
+    Raises:
+        ValueError: where nothing usable is found, or either side of the split is empty.
     """
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must lie between 0 and 1 (both excluded), got {valid_share}")

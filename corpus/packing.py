@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from foundation.files import sha256_file
+
 FORMAT = 1
 INDEX = "index.json"
 OFFSETS = "document_offsets.bin"
@@ -30,11 +32,17 @@ def pack(
     boundary_id: int,
     shard_tokens: int,
 ) -> "PackedTokens":
-    """Write a stream of (ids without boundary, UTF-8 bytes of the text) into `folder`, which must not exist; a shard
-    holds `shard_tokens` tokens.
+    """Writes a stream into `folder`, which must not exist.
 
     The index is written last. For a folder that appears at once, complete and synced, see
     `foundation.files.atomic_folder`.
+
+    Args:
+        documents: ids without boundary, and the UTF-8 bytes of the text, of each.
+        shard_tokens: tokens that a shard file holds.
+
+    Raises:
+        ValueError: for no documents or a shard size below 1.
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
@@ -93,8 +101,10 @@ def _write(path: Path, array: np.ndarray) -> dict[str, object]:
 
 
 class ShardedTokens:
-    """The shards as one sequence: `len`, an index or a slice (step 1). A slice within one shard is a view of the memory
-    map."""
+    """The shards as one sequence: `len`, an index or a slice (step 1).
+
+    A slice within one shard is a view of the memory map.
+    """
 
     def __init__(self, shards: list[np.ndarray]):
         self._shards = shards
@@ -128,9 +138,13 @@ class ShardedTokens:
 class PackedTokens:
     """A packed stream, opened for reading.
 
-    `.tokens`: see `ShardedTokens`. `.document_offsets`: int64 [documents + 1], document d being tokens[offsets[d] :
-    offsets[d + 1]], boundary first. `.n_bytes`: UTF-8 bytes of all texts. Raises ValueError, naming the file, if one is
-    missing or does not have its size.
+    Attributes:
+        tokens: see `ShardedTokens`.
+        document_offsets: int64 [documents + 1]; document d is tokens[offsets[d] : offsets[d + 1]], boundary first.
+        n_bytes: UTF-8 bytes of all texts.
+
+    Raises:
+        ValueError: naming the file that is missing or does not have its size.
     """
 
     def __init__(self, folder: str | Path):
@@ -169,17 +183,23 @@ class PackedTokens:
         return len(self.tokens)
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) as a fresh int64 array. ValueError if they are not all there."""
+        """Tokens [start, start + length) as a fresh int64 array.
+
+        Raises:
+            ValueError: where they are not all there.
+        """
         if start < 0 or length < 1 or start + length > len(self):
             raise ValueError(f"no window of {length} tokens at position {start}: the stream has {len(self)} tokens")
         return np.array(self.tokens[start : start + length], dtype=np.int64)
 
     def verify(self) -> None:
-        """Read every file and compare its SHA-256 with the index. ValueError naming the first that differs."""
+        """Reads every file and compares its SHA-256 with the index.
+
+        Raises:
+            ValueError: naming the first that differs.
+        """
         for path, _, expected in self._files:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
+            if sha256_file(path) != expected:
                 raise ValueError(
                     f"{path}: content differs from its checksum; delete {self.folder} and prepare the corpus again"
                 )

@@ -7,15 +7,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from corpus.documents import Documents, load_documents
 from corpus.packing import PackedTokens, pack
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
-from foundation.files import atomic_folder
+from foundation.files import atomic_folder, sha256_file
+from foundation.serialize import load_json, save_json
 
 DEFAULT_VOCAB_SIZE = 4096
+MANIFEST = "manifest.json"
 # Part of the cache key: raise it when the same input would give other tokens or another manifest.
 PIPELINE_VERSION = 2
 BATCH_CHARACTERS = 1 << 22
@@ -23,18 +24,27 @@ BATCH_CHARACTERS = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
+    """What to read and how.
+
+    Attributes:
+        data: Files and folders of .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; none: the Python standard
+            library.
+        text_field: Key or column that holds the text in .jsonl and .parquet.
+        vocab_size: Size of the vocabulary to learn; 4096 unless told. Not together with tokenizer_file.
+        tokenizer_file: A SentencePiece model to use instead of learning one.
+        valid_share: Expected share of the documents held out for validation.
+        shard_tokens: Tokens per shard file.
+
+    Raises:
+        ValueError: for both a vocabulary to learn and a finished tokenizer.
+    """
+
     data: tuple[str, ...] = ()
-    """Files and folders of .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; none: the Python standard library."""
     text_field: str = "text"
-    """Key or column that holds the text in .jsonl and .parquet."""
     vocab_size: int | None = None
-    """Size of the vocabulary to learn; 4096 unless told. Not together with tokenizer_file."""
     tokenizer_file: str | None = None
-    """A SentencePiece model to use instead of learning one."""
     valid_share: float = 0.1
-    """Expected share of the documents held out for validation."""
     shard_tokens: int = 1 << 26
-    """Tokens per shard file."""
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.tokenizer_file is not None:
@@ -46,6 +56,8 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCounts:
+    """Of one split; bytes are UTF-8 bytes of the text."""
+
     documents: int
     bytes: int
     tokens: int
@@ -53,8 +65,14 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusManifest:
-    """What was prepared. Hashes are SHA-256: of the documents (in any order, under any name), of the tokenizer's pieces
-    and scores, of its file."""
+    """What was prepared.
+
+    Attributes:
+        content_hash: SHA-256 of the documents, in any order and under any name.
+        tokenizer_hash: SHA-256 of the tokenizer's pieces and scores.
+        tokenizer_file_hash: SHA-256 of its file.
+        skipped: what could not be used, with its place.
+    """
 
     config: CorpusConfig
     content_hash: str
@@ -69,6 +87,8 @@ class CorpusManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedCorpus:
+    """A tokenizer and the packed tokens of both splits, opened for reading."""
+
     folder: Path
     tokenizer: Tokenizer
     train: PackedTokens
@@ -81,10 +101,13 @@ class PreparedCorpus:
 
 
 def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
-    """Read the documents; open the prepared corpus for exactly these under `root`, or make it.
+    """Reads the documents; opens the prepared corpus for exactly these under `root`, or makes it.
 
     The documents are read and hashed, and the cached files verified, each time, so a stale or damaged cache is never
-    used. Raises ValueError for unusable input (see `load_documents`, `Tokenizer.train`) and for a damaged cache.
+    used.
+
+    Raises:
+        ValueError: for unusable input (see `load_documents`, `Tokenizer.train`) and for a damaged cache.
     """
     tokenizer = None if config.tokenizer_file is None else Tokenizer.load(config.tokenizer_file)
     documents = load_documents(config.data, text_field=config.text_field, valid_share=config.valid_share)
@@ -108,15 +131,19 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
 
 
 def open_prepared(folder: str | Path) -> PreparedCorpus:
-    """Open what `prepare` left in `folder`, without looking at the sources again. ValueError if it is not complete."""
+    """Opens what `prepare` left in `folder`, without looking at the sources again.
+
+    Raises:
+        ValueError: naming the file that is missing or does not fit the others.
+    """
     folder = Path(folder)
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     try:
-        manifest = _manifest_from_json(json.loads(path.read_text()))
+        manifest = load_json(CorpusManifest, path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no readable corpus manifest here ({error})") from error
     model = folder / "tokenizer.model"
-    if not model.is_file() or _file_hash(model) != manifest.tokenizer_file_hash:
+    if not model.is_file() or sha256_file(model) != manifest.tokenizer_file_hash:
         raise ValueError(
             f"{model}: missing, or not the tokenizer of the manifest; delete {folder} and prepare the corpus again"
         )
@@ -163,18 +190,14 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         config=config,
         content_hash=documents.content_hash,
         tokenizer_hash=tokenizer.hash(),
-        tokenizer_file_hash=_file_hash(folder / "tokenizer.model"),
+        tokenizer_file_hash=sha256_file(folder / "tokenizer.model"),
         vocab_size=tokenizer.vocab_size,
         train=counts["train"],
         valid=counts["valid"],
         duplicates_removed=documents.duplicates_removed,
         skipped=documents.skipped,
     )
-    (folder / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest), indent=1))
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    save_json(folder / MANIFEST, manifest)
 
 
 def _counts(packed: PackedTokens) -> SplitCounts:
@@ -195,16 +218,3 @@ def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[list[i
                 raise ValueError(f"the tokenizer does not give back the document that begins {text[:60]!r}")
             yield ids, len(data)
         start = stop
-
-
-def _manifest_from_json(record: dict[str, Any]) -> CorpusManifest:
-    config = record["config"] | {"data": tuple(record["config"]["data"])}
-    return CorpusManifest(
-        **record
-        | {
-            "config": CorpusConfig(**config),
-            "train": SplitCounts(**record["train"]),
-            "valid": SplitCounts(**record["valid"]),
-            "skipped": tuple(Skipped(**item) for item in record["skipped"]),
-        }
-    )

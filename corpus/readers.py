@@ -16,11 +16,15 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
+    """A text, valid Unicode and not empty."""
+
     text: str
 
 
 @dataclass(frozen=True)
 class Skipped:
+    """What could not be used: where it stands, and why."""
+
     place: str
     reason: str
 
@@ -37,8 +41,12 @@ def place_of(path: Path) -> str:
 
 
 def read_file(path: Path, *, text_field: str) -> Iterator[Document | Skipped]:
-    """Documents of one file, by its suffix. ValueError for an unknown suffix; ImportError if its optional package is
-    missing."""
+    """Documents of one file, by its suffix.
+
+    Raises:
+        ValueError: for an unknown suffix.
+        ImportError: where the package that reads it is not installed.
+    """
     suffix = suffix_of(path)
     if suffix is None:
         raise ValueError(f"{place_of(path)}: unknown file type; legal are {', '.join(SUFFIXES)}")

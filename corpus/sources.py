@@ -18,8 +18,13 @@ ENCODING_TABLE_NAMES = (b"decoding_table", b"decoding_map")
 def read_standard_library(root: Path | None = None) -> Iterator[Document | Skipped]:
     """One document per .py file (docstrings included), sorted by path.
 
-    Left out: `EXCLUDED_FOLDERS`, the generated tables in encodings/, empty files. `root` defaults to the running
-    interpreter's library.
+    Left out: `EXCLUDED_FOLDERS`, the generated tables in encodings/, empty files.
+
+    Args:
+        root: the running interpreter's library by default.
+
+    Raises:
+        ValueError: where there is no source file.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in _walk(root, excluded_folders=EXCLUDED_FOLDERS) if path.suffix == ".py"]
@@ -37,9 +42,14 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
     """Documents of files and folders, in the order given; a folder is walked in sorted order and gives its files of a
     known type.
 
-    Hidden files and folders are left out. `text_field`: the column or key that holds the text in .jsonl and .parquet.
-    Raises ValueError for a path that does not exist, a file of unknown type, or a folder with nothing to read, before
-    anything is read.
+    Hidden files and folders are left out.
+
+    Args:
+        text_field: column or key that holds the text in .jsonl and .parquet.
+
+    Raises:
+        ValueError: for a path that does not exist, a file of unknown type, or a folder with nothing to read; before
+            anything is read.
     """
     paths: list[Path] = []
     for name in data:

@@ -8,7 +8,9 @@ shown to SentencePiece: text is cut at it and the ids of its three UTF-8 bytes a
 pays for this.
 
 Settings as in Yi (arXiv 2403.04652, section 2.2); BPE: Sennrich et al., arXiv 1508.07909; SentencePiece: Kudo and
-Richardson, arXiv 1808.06226. Legend: V vocabulary.
+Richardson, arXiv 1808.06226.
+
+Legend: V vocabulary.
 """
 
 import codecs
@@ -47,12 +49,21 @@ _PROBES = (
 
 
 class Tokenizer:
-    """A SentencePiece model whose ids decode by table. `boundary_id` marks the start of a document and is never
-    produced by `encode`."""
+    """A SentencePiece model whose ids decode by table.
+
+    Args:
+        model: bytes of a SentencePiece file.
+        name: what errors call it.
+
+    Attributes:
+        boundary_id: marks the start of a document; never produced by `encode`.
+        n_bytes_V: UTF-8 bytes that each id stands for, int64.
+
+    Raises:
+        ValueError: for a model that cannot give every string back.
+    """
 
     def __init__(self, model: bytes, *, name: str = "tokenizer"):
-        """`model`: the bytes of a SentencePiece file. Raises ValueError, naming `name`, if it cannot give every string
-        back."""
         try:
             # Given nothing at all in the constructor, SentencePiece would stay uninitialised without a word.
             self._processor = sentencepiece.SentencePieceProcessor()
@@ -90,8 +101,10 @@ class Tokenizer:
         number of cores.
 
         Single characters get at most half of the free vocabulary as long as merges can fill the other half (matters for
-        Chinese); rarer characters are spelt in bytes. Raises ValueError if the vocabulary is too small to hold the
-        bytes, or larger than the text can fill.
+        Chinese); rarer characters are spelt in bytes.
+
+        Raises:
+            ValueError: for a vocabulary too small to hold the bytes, or larger than the text can fill.
         """
         if vocab_size <= N_RESERVED:
             raise ValueError(
@@ -112,7 +125,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a SentencePiece file, ours or the user's."""
+        """Reads a SentencePiece file, ours or the user's.
+
+        Raises:
+            ValueError: for a file that cannot be read or is no usable model.
+        """
         try:
             model = Path(path).read_bytes()
         except OSError as error:
@@ -130,7 +147,11 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without boundary. Any string of Unicode scalar values; ValueError for a lone surrogate."""
+        """Ids of a text, without boundary.
+
+        Raises:
+            ValueError: for a lone surrogate; any string of Unicode scalar values is legal.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
