@@ -169,8 +169,12 @@ class LanguageModel(nn.Module):
         """Runs the same weights under another routing policy in blocks [boundary, n_layers).
 
         Raises:
-            ValueError: for a policy that these layers could not have been built with, see `Router.set_policy`.
+            ValueError: for a policy that these layers could not have been built with, see `Router.set_policy`; no
+                layer has it then.
         """
+        # Blocks may differ, and one that refuses must not leave the ones below it changed.
+        for router in self.routers(boundary):
+            router.module_of(policy)
         for router in self.routers(boundary):
             router.set_policy(policy)
 

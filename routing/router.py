@@ -18,7 +18,7 @@ from routing.diagnostics import RoutingStatistics, routing_statistics
 from routing.losses import ThreeLevelBalance, switch_balance_loss, three_level_balance_loss, z_loss
 from routing.policies import AnyPolicy
 from routing.policies.top_k import TopK
-from routing.policy import FusedRule, PolicyConfig, Scores, Slots
+from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots
 from routing.selection_bias import updated_selection_bias
 from triton_kernels.expert_slots import router_scores
 
@@ -108,6 +108,7 @@ class Router(nn.Module):
     step_rows_E: Tensor
     step_tokens: Tensor
     selection_bias_E: Tensor
+    policy: Policy
 
     def __init__(
         self,
@@ -154,6 +155,16 @@ class Router(nn.Module):
                 with nothing in a layer without a shared expert, and for another number of null columns than there
                 are. The router then stays as it is.
         """
+        module = self.module_of(policy)
+        if policy.null_columns and self.null_weight_ZD is None:
+            # Until they are trained, null columns have logit zero: the budget's bias makes one bar of them.
+            self.null_weight_ZD = nn.Parameter(
+                torch.zeros(policy.null_columns, self.d_model, device=self.weight_ED.device)
+            )
+        self.policy = module.to(self.weight_ED.device).train(self.training)
+
+    def module_of(self, policy: PolicyConfig) -> Policy:
+        """The module that `set_policy` would install, or its refusal; the router stays as it is."""
         check_is_policy(policy)
         name = type(policy).__name__
         if policy.needs_shared_expert and not self.has_shared_expert:
@@ -163,13 +174,7 @@ class Router(nn.Module):
         n_null = 0 if self.null_weight_ZD is None else self.null_weight_ZD.shape[0]
         if policy.null_columns and n_null and policy.null_columns != n_null:
             raise ValueError(f"{name}.n_null = {policy.null_columns}, but this router has {n_null} null columns")
-        module = policy.build(n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index)
-        if policy.null_columns and not n_null:
-            # Until they are trained, null columns have logit zero: the budget's bias makes one bar of them.
-            self.null_weight_ZD = nn.Parameter(
-                torch.zeros(policy.null_columns, self.d_model, device=self.weight_ED.device)
-            )
-        self.policy = module.to(self.weight_ED.device).train(self.training)
+        return policy.build(n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index)
 
     def calibrate(self, target_mean: float) -> None:
         """The next forward sets the policy's threshold so that its own tokens use exactly `target_mean` experts on

@@ -1,13 +1,14 @@
 """The MoE layer: equals its own definition, trains under every policy, and refuses configurations that make no
 sense."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lm.config import ModelConfig
+from lm.config import BlockOverride, ModelConfig
 from lm.model import LanguageModel
 from moe.config import MoEConfig
 from moe.layer import MoE
@@ -105,6 +106,19 @@ def test_another_policy_is_held_to_what_the_first_one_is(policy):
     # What was refused has changed nothing.
     assert moe.router.policy.config == TopK(k=3)
     assert moe.router.null_weight_ZD is None
+
+
+def test_a_policy_that_one_block_refuses_is_given_to_none():
+    shared = MoEConfig(n_experts=E, d_expert=12, d_shared=8, router=RouterConfig(policy=TopK(k=3)))
+    alone = dataclasses.replace(shared, d_shared=0)
+    model = LanguageModel(
+        ModelConfig(n_layers=2, moe=shared, blocks=(BlockOverride(), BlockOverride(moe=alone))),
+    )
+    with pytest.raises(ValueError, match="floor = 0 needs a shared expert"):
+        model.set_policy(TopP(cap=6, target_mean=3.0, floor=0))
+    assert [router.policy.config for router in model.routers()] == [TopK(k=3)] * 2
+    model.set_policy(TopP(cap=6, target_mean=3.0))
+    assert [router.policy.config for router in model.routers()] == [TopP(cap=6, target_mean=3.0)] * 2
 
 
 def test_weights_are_drawn_once():

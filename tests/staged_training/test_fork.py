@@ -5,8 +5,8 @@ import torch
 
 from lm.model import LanguageModel
 from routing.policies.null_experts import NullExperts
+from routing.policies.top_k import TopKPolicy
 from routing.policies.top_p import TopP, TopPPolicy
-from routing.router import TopKPolicy
 from staged_training.checkpoint import CheckpointMismatchError
 from staged_training.fork import fork
 
