@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
 
 
@@ -20,7 +21,7 @@ def environment(**more: Any) -> dict[str, Any]:
     """
     return {
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted_changes": uncommitted_changes(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "device": device_name(),
         "threads": torch.get_num_threads(),
@@ -47,11 +48,15 @@ def cpu_name() -> str:
 
 
 def short_commit() -> str:
-    """Of the checkout, with a plus sign where tracked files are edited; "unknown" outside one."""
-    name = git("rev-parse", "--short", "HEAD")
-    if name is None:
-        return "unknown"
-    return name + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    """Of the checkout, with a plus sign where tracked files are edited; "unknown" where git does not tell."""
+    name, edited = git("rev-parse", "--short", "HEAD"), uncommitted_changes()
+    return "unknown" if name is None or edited is None else name + ("+" if edited else "")
+
+
+def uncommitted_changes() -> bool | None:
+    """Whether tracked files are edited; None where git does not tell."""
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return None if status is None else bool(status)
 
 
 def version(package: str) -> str | None:
@@ -63,11 +68,15 @@ def version(package: str) -> str | None:
 
 
 def git(*arguments: str) -> str | None:
-    """Output of git in this checkout, or None where git does not answer."""
+    """Output of git in this checkout; None where git fails, or where these files are in no repository of their own: an
+    archive unpacked inside another repository must not bear that one's commit."""
+    top = _run_git("rev-parse", "--show-toplevel")
+    return _run_git(*arguments) if top is not None and Path(top).resolve() == ROOT else None
+
+
+def _run_git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30
-        )
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
