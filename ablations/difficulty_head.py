@@ -4,7 +4,7 @@ number."""
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.difficulty_head import DifficultyHead
+from routing.policies.difficulty_head import DifficultyHead
 
 
 def change(model: ModelConfig) -> ModelConfig:

@@ -4,7 +4,7 @@ number."""
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.threshold import LearnedThreshold
+from routing.policies.threshold import LearnedThreshold
 
 
 def change(model: ModelConfig) -> ModelConfig:

@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from lm.config import ModelConfig
-from routing.router import PolicyConfig
-from routing.top_k import TopK
+from routing.policy import PolicyConfig
 from staged_training.boundary import different_blocks
 
 
@@ -46,7 +45,7 @@ class Method:
 
     def has_budget(self, baseline: ModelConfig) -> bool:
         """Whether the number of experts depends on the token and is held in the mean."""
-        return getattr(self.change(baseline).moe.router.policy, "target_mean", None) is not None
+        return self.change(baseline).moe.router.policy.held_mean is not None
 
 
 def with_policy(config: ModelConfig, policy: PolicyConfig) -> ModelConfig:
@@ -64,9 +63,9 @@ def experts_of(config: ModelConfig) -> int:
     """The baseline's experts per token, which every routing method holds in the mean.
 
     Raises:
-        ValueError: where the baseline's policy is not a plain top-k.
+        ValueError: where the baseline's policy has no such number: it is not a plain top-k.
     """
     policy = config.moe.router.policy
-    if not isinstance(policy, TopK):
+    if policy.fixed_experts is None:
         raise ValueError(f"methods change a baseline of plain top-k routing, this one's policy is {policy!r}")
-    return policy.k
+    return policy.fixed_experts

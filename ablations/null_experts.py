@@ -4,7 +4,7 @@ the baseline's number."""
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.null_experts import NullExperts
+from routing.policies.null_experts import NullExperts
 
 
 def change(model: ModelConfig) -> ModelConfig:

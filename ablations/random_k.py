@@ -4,7 +4,7 @@ baseline's at evaluation."""
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.random_k import RandomK
+from routing.policies.random_k import RandomK
 
 
 def change(model: ModelConfig) -> ModelConfig:

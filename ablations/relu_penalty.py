@@ -4,7 +4,7 @@ baseline's number."""
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.relu import ReLU
+from routing.policies.relu import ReLU
 
 
 def change(model: ModelConfig) -> ModelConfig:

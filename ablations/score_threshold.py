@@ -3,7 +3,7 @@
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.threshold import ScoreThreshold
+from routing.policies.threshold import ScoreThreshold
 
 
 def change(model: ModelConfig) -> ModelConfig:

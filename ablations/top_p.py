@@ -4,7 +4,7 @@ baseline's number."""
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.top_p import TopP
+from routing.policies.top_p import TopP
 
 
 def change(model: ModelConfig) -> ModelConfig:

@@ -4,7 +4,7 @@ mean of real experts held at the baseline's number."""
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
 from lm.config import ModelConfig
-from routing.zero_computation import ZeroComputationExperts
+from routing.policies.zero_computation import ZeroComputationExperts
 
 
 def change(model: ModelConfig) -> ModelConfig:

@@ -20,13 +20,14 @@ import tyro
 
 from corpus.tokenizer import Tokenizer
 from demos.terminal_view import Palette, Summary
-from foundation.serialize import from_dict
+from foundation.serialize import from_dict, load_json
 from lm.accounting import kv_bytes
 from lm.budget import experts_per_token, set_budget, variable_layers
+from lm.config import ModelConfig
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import read_generation, traced_generation
-from lm.pretrained import find_model, load_calibration_tokens, load_pretrained
-from routing.top_p import TopP
+from lm.pretrained import CONFIG_FILE, find_model, load_calibration_tokens, load_pretrained
+from routing.policies.top_p import TopP
 
 # Beside a recorded generation: what else the demo showed.
 SHOWN = "terminal.json"
@@ -37,7 +38,8 @@ class DemoConfig:
     """Generate text and show the experts each token used.
 
     Attributes:
-        run: folder of a trained model or of the run that trained it; the newest top-p model under runs/ by default.
+        run: folder of a trained model or of the run that trained it; the newest model under runs/ by default, one
+            whose numbers of experts differ by token where there is any.
         prompt: text to continue.
         max_new_tokens: how many at the most.
         budget: mean experts per token in every layer, the number of each token chosen by top-p; as trained by default.
@@ -150,13 +152,24 @@ def replay(folder: Path) -> Iterator[dict]:
 
 
 def newest_model(root: Path) -> Path:
-    """The most recently finished model below `root`; one trained with top-p where there is any, because its numbers
-    differ by token."""
+    """The most recently finished model below `root`; one whose numbers of experts differ by token where there is
+    any."""
     found = sorted(root.glob("**/model/weights.safetensors"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ValueError(f"no trained model under {root}/: run `make ablation` first, or give --run")
-    variable = [path for path in found if '"TopP"' in (path.parent / "config.json").read_text()]
+    variable = [path for path in found if varies_by_token(path.parent)]
     return (variable or found)[-1].parent
+
+
+def varies_by_token(folder: Path) -> bool:
+    """Whether the model of this folder generates with a number of experts that depends on the token."""
+    try:
+        config = load_json(ModelConfig, folder / CONFIG_FILE)
+    except ValueError:
+        # Written by another version: nothing for this demo to prefer, and no reason to fail.
+        return False
+    policies = [config.block(layer).moe.router.policy for layer in range(config.n_layers)]
+    return any(policy.varies_by_token and not policy.needs_whole_batch for policy in policies)
 
 
 if __name__ == "__main__":

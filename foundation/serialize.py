@@ -17,10 +17,41 @@ from typing import Any, TypeVar
 Config = TypeVar("Config")
 
 
+class Family:
+    """A config that comes in kinds (a routing policy, say): `class PolicyConfig(Family)` is a family, and every
+    dataclass derived from it, wherever it is defined, is one of its kinds.
+
+    A field declared as a family, or as a union of its kinds, may hold any kind.
+    """
+
+
+def kinds(family: type) -> dict[str, type]:
+    """The kinds of a family by class name.
+
+    Raises:
+        ValueError: where kinds of two places share a name, which is all that a stored config keeps of its class.
+    """
+    found: dict[str, type] = {}
+    waiting = family.__subclasses__()
+    while waiting:
+        kind = waiting.pop(0)
+        # A kind may be what further kinds are derived from.
+        waiting += kind.__subclasses__()
+        # Not `is_dataclass`: a class that only inherits from a dataclass is none of its own.
+        if "__dataclass_params__" not in vars(kind):
+            continue
+        other = found.setdefault(kind.__name__, kind)
+        if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(f"{family.__name__}: {other.__module__} and {kind.__module__} both define {kind.__name__}")
+        # A module that was loaded again defined its classes again: the last ones are those in use.
+        found[kind.__name__] = kind
+    return found
+
+
 def to_dict(config: Any) -> Any:
     """The JSON-ready form of a config dataclass: nested dicts, lists, numbers, strings.
 
-    A field declared as a union of dataclasses (a routing policy, say) is stored with its class name under "type".
+    A field declared as a `Family`, or as a union of dataclasses, is stored with its class name under "type".
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         hints = typing.get_type_hints(type(config))
@@ -79,11 +110,10 @@ def load_json(cls: type[Config], path: Path) -> Config:
 def _restore(hint: Any, value: Any, place: str) -> Any:
     if alternatives := _alternatives(hint):
         if isinstance(value, Mapping):
-            named = {alternative.__name__: alternative for alternative in alternatives}
             tag = value.get("type")
-            if tag not in named:
-                raise ValueError(f"{place}: unknown type {tag!r}; {nearest(str(tag), named)}")
-            return from_dict(named[tag], {key: item for key, item in value.items() if key != "type"}, place)
+            if tag not in alternatives:
+                raise ValueError(f"{place}: unknown type {tag!r}; {nearest(str(tag), alternatives)}")
+            return from_dict(alternatives[tag], {key: item for key, item in value.items() if key != "type"}, place)
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, place)
@@ -97,10 +127,16 @@ def _restore(hint: Any, value: Any, place: str) -> Any:
     return Path(value) if hint is Path else value
 
 
-def _alternatives(hint: Any) -> list[type]:
-    """The dataclasses of a union type such as `TopK | TopP`; empty for a single dataclass or `Config | None`."""
-    found = [alternative for alternative in typing.get_args(hint) if dataclasses.is_dataclass(alternative)]
-    return typing.cast(list[type], found) if len(found) > 1 else []
+def _alternatives(hint: Any) -> dict[str, type]:
+    """What a value of this hint may be, by class name: the kinds of a family, the dataclasses of a union such as
+    `Fixed | Threshold`; empty for a single dataclass or `Config | None`."""
+    members = [hint] if isinstance(hint, type) else typing.get_args(hint)
+    members = [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
+    families = {base for member in members for base in member.__mro__ if Family in base.__bases__}
+    # A union of kinds stands for their family: it was made before kinds that somebody else has added.
+    if len(families) == 1 and (len(members) > 1 or families == set(members)):
+        return kinds(families.pop())
+    return {member.__name__: member for member in members} if len(members) > 1 else {}
 
 
 def _has_no_default(field: dataclasses.Field) -> bool:

@@ -17,6 +17,7 @@ from lm.accounting import decode_bytes, model_cost
 from lm.config import ModelConfig
 from lm.generate import SamplingConfig, generate
 from lm.model import LanguageModel, token_losses
+from moe.freed_memory import keep_freed_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     """Times the parts and prints the table; returns its rows."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    # As training does.
+    keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceiling = matmul_speed(config.model.dtype, device)
     print(

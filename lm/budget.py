@@ -11,7 +11,7 @@ from torch import Tensor
 from lm.evaluate import evaluating
 from lm.model import LanguageModel
 from routing.budget import BudgetController
-from routing.top_k import TopK
+from routing.policies.top_k import TopK
 
 # Thresholds set on this many tokens, from many places of a text, hold the mean on the rest of it to 1 %
 # (notes/005-routing.md).
@@ -61,9 +61,9 @@ def calibrate_to_targets(model: LanguageModel, inputs: Tensor, *, boundary: int 
         How many tokens that took; 0 where no policy has a target.
     """
     targets = {
-        layer: router.policy.config.target_mean
+        layer: router.policy.config.held_mean
         for layer, router in enumerate(model.routers(boundary), start=boundary)
-        if getattr(router.policy.config, "target_mean", None) is not None
+        if router.policy.config.held_mean is not None
     }
     return _calibrate(model, targets, inputs, boundary)
 
@@ -97,7 +97,7 @@ def _budget(model: LanguageModel, layer: int) -> BudgetController:
 
 def variable_layers(model: LanguageModel) -> tuple[int, ...]:
     """Blocks whose number of experts depends on the token."""
-    return tuple(layer for layer, router in enumerate(model.routers()) if router.policy.budget is not None)
+    return tuple(layer for layer, router in enumerate(model.routers()) if router.policy.config.varies_by_token)
 
 
 @torch.no_grad()

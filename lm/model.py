@@ -18,7 +18,8 @@ from attention.norm import RMSNorm
 from lm.config import ModelConfig
 from moe.backends import Choice, choose_backend
 from moe.layer import MoE
-from routing.router import PolicyConfig, Router, Routing
+from routing.policy import PolicyConfig
+from routing.router import Router, Routing
 
 IGNORED_TARGET = -100
 # Adding many small updates to a bf16 residual stream loses them: measured, 0.15 nats at 100k tokens (notes/LOG.md).
@@ -165,7 +166,15 @@ class LanguageModel(nn.Module):
             router.after_step()
 
     def set_policy(self, policy: PolicyConfig, boundary: int = 0) -> None:
-        """Runs the same weights under another routing policy in blocks [boundary, n_layers)."""
+        """Runs the same weights under another routing policy in blocks [boundary, n_layers).
+
+        Raises:
+            ValueError: for a policy that these layers could not have been built with, see `Router.set_policy`; no
+                layer has it then.
+        """
+        # Blocks may differ, and one that refuses must not leave the ones below it changed.
+        for router in self.routers(boundary):
+            router.module_of(policy)
         for router in self.routers(boundary):
             router.set_policy(policy)
 

@@ -23,15 +23,29 @@ class Choice(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """compute(x_TD, w_gate_up_EDF2, w_down_EFD, rows) -> y_TD; why_not(x_TD, w_down_EFD): why it cannot run on these
-    tensors, or None."""
+    """One way to compute the experts.
+
+    Attributes:
+        compute: (x_TD, w_gate_up_EDF2, w_down_EFD, rows) -> y_TD, see `compute_experts`.
+        why_not: (x_TD, w_down_EFD) -> why it cannot run on these tensors, or None.
+    """
 
     compute: Callable[[Tensor, Tensor, Tensor, Assignments], Tensor]
     why_not: Callable[[Tensor, Tensor], str | None]
 
 
 def _kernel_op(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, rows: Assignments, *, backend: str) -> Tensor:
-    return grouped_mlp(x_TD, w_gate_up_EDF2, w_down_EFD, *_index(rows), backend=backend)
+    return grouped_mlp(
+        x_TD,
+        w_gate_up_EDF2,
+        w_down_EFD,
+        token_N=rows.token_N,
+        weight_N=rows.weight_N,
+        expert_offsets=rows.expert_offsets,
+        token_offsets=rows.token_offsets,
+        row_of_slot_N=rows.row_of_slot_N,
+        backend=backend,
+    )
 
 
 def _why_not_cpu(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
@@ -48,8 +62,16 @@ BACKENDS = {
 
 
 def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> Choice:
-    """The one place that decides what computes the experts. Raises ValueError if the backend asked for cannot run
-    here."""
+    """The one place that decides what computes the experts.
+
+    Args:
+        x_TD: for its dtype and device.
+        w_down_EFD: for its widths.
+        backend: "auto" or a name in BACKENDS.
+
+    Raises:
+        ValueError: if the backend asked for is unknown or cannot run here.
+    """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend = {backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend != "auto":
@@ -72,20 +94,30 @@ def compute_experts(
     """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights
     of expert_n.
 
-    x_TD             [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better
-    w_gate_up_EDF2   [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in
-    w_down_EFD       [E, F, D]
-    backend          "auto" or a name in BACKENDS, see `choose_backend`
+    Args:
+        x_TD: [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better.
+        w_gate_up_EDF2: [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in.
+        w_down_EFD: [E, F, D].
+        backend: "auto" or a name in BACKENDS, see `choose_backend`.
 
-    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and rows.weight_N. Raises ValueError for shapes
-    that do not fit together.
+    Returns:
+        y_TD [T, D] in x's dtype. Differentiable in x, both weights and rows.weight_N.
+
+    Raises:
+        ValueError: for shapes that do not fit together.
     """
     chosen = choose_backend(x_TD, w_down_EFD, backend).name
     # Those that are `grouped_mlp` check for themselves.
     if chosen not in ("reference", "triton"):
-        check_grouped_mlp(x_TD, w_gate_up_EDF2, w_down_EFD, *_index(rows), look=True)
+        check_grouped_mlp(
+            x_TD,
+            w_gate_up_EDF2,
+            w_down_EFD,
+            token_N=rows.token_N,
+            weight_N=rows.weight_N,
+            expert_offsets=rows.expert_offsets,
+            token_offsets=rows.token_offsets,
+            row_of_slot_N=rows.row_of_slot_N,
+            look=True,
+        )
     return BACKENDS[chosen].compute(x_TD, w_gate_up_EDF2, w_down_EFD, rows)
-
-
-def _index(rows: Assignments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return rows.token_N, rows.weight_N, rows.expert_offsets, rows.token_offsets, rows.row_of_slot_N

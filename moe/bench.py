@@ -19,6 +19,16 @@ Step = Callable[[], list[Tensor]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
+    """Sizes of one expert layer.
+
+    Attributes:
+        tokens: in a batch.
+        d_model: their width.
+        n_experts: routed experts.
+        d_expert: hidden width of each.
+        k: experts per token.
+    """
+
     tokens: int = 4096
     d_model: int = 512
     n_experts: int = 80

@@ -19,9 +19,10 @@ from moe.bench import Problem, Shape, Step, largest_error
 from moe.config import MoEConfig
 from moe.layer import MoE
 from routing.assignments import Assignments
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
+from routing.policy import PolicyConfig
 from routing.router import RouterConfig
-from routing.top_k import TopK
-from routing.top_p import TopP
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 FEWER = (1.0, 0.5, 0.25)
@@ -31,13 +32,17 @@ FEWER = (1.0, 0.5, 0.25)
 class Row:
     """One line: forward and backward.
 
-    part          "experts": gather, products, SwiGLU and combine. "layer": the router and its losses too
-    load          rows of the busiest expert over the mean
-    mean_experts  per token
-    ms            median; None where the result does not agree with the reference in `error` (largest relative error
-                  over output and gradients)
-    of_dense      over the time of dense products of the same FLOPs (at the full k, for a layer with fewer experts too)
-    of_full_k     over the time of the same way at the full k
+    Attributes:
+        part: "experts": gather, products, SwiGLU and combine. "layer": the router and its losses too.
+        dtype: of the activations.
+        load: rows of the busiest expert over the mean.
+        way: which code.
+        mean_experts: per token.
+        ms: median; None where the result does not agree with the reference in `error`.
+        of_dense: over the time of dense products of the same FLOPs (at the full k, for a layer with fewer experts too).
+        of_full_k: over the time of the same way at the full k.
+        gflops_per_s: of the layer's own FLOPs.
+        error: largest relative error over output and gradients.
     """
 
     part: str
@@ -54,18 +59,27 @@ class Row:
 
 def timed(
     problem: Problem,
+    *,
     part: str,
     steps: dict[str, Step],
     errors: dict[str, float],
     means: dict[str, float],
-    *,
     repeats: int,
     load: float,
     before_turn: Callable[[int], None] = lambda _: None,
     full: str | None = None,
 ) -> list[Row]:
-    """Rows of `steps`, timed in turns; a step whose error is too large gets none. full: the step that the others' times
-    are compared with."""
+    """Rows of `steps`, timed in turns; a step whose error is too large gets none.
+
+    Args:
+        part: of the layer, see `Row`; `load` too.
+        steps: what is timed, by way.
+        errors: largest relative error by way; 0 where there is none.
+        means: experts per token by way.
+        repeats: turns.
+        before_turn: called with the number of the turn.
+        full: the step that the others' times are compared with.
+    """
     tolerance, name = TOLERANCE[problem.dtype], str(problem.dtype).removeprefix("torch.")
     right = {way: step for way, step in steps.items() if errors.get(way, 0.0) <= tolerance}
     seconds = in_turns(right, repeats=repeats, before_turn=before_turn)
@@ -86,7 +100,7 @@ def timed(
 
 
 def ways_rows(
-    shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, load: float, ways: Sequence[str], repeats: int
+    shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, *, load: float, ways: Sequence[str], repeats: int
 ) -> list[Row]:
     """Every way on the same problem, beside dense products."""
     problem = Problem(shape, dtype=dtype, weight_dtype=weight_dtype, skew=load)
@@ -96,13 +110,22 @@ def ways_rows(
     errors = {way: largest_error(step(), expected) for way, step in steps.items()}
     steps = {"dense": problem.dense(), **steps}
     means = dict.fromkeys(steps, float(shape.k))
-    return timed(problem, "experts", steps, errors, means, repeats=repeats, load=load, before_turn=problem.route)
+    return timed(
+        problem,
+        part="experts",
+        steps=steps,
+        errors=errors,
+        means=means,
+        repeats=repeats,
+        load=load,
+        before_turn=problem.route,
+    )
 
 
-def fewer_experts_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, repeats: int) -> list[Row]:
+def fewer_experts_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dtype, *, repeats: int) -> list[Row]:
     """The experts alone and the whole layer at k, k/2 and k/4, and with a number that varies from token to token around
     k/2 (top-p)."""
-    policies: dict[str, TopK | TopP] = {
+    policies: dict[str, PolicyConfig] = {
         f"k = {k}": TopK(k=k) for k in (max(round(shape.k * share), 1) for share in FEWER)
     }
     half = max(shape.k / 2, 1.0)
@@ -120,16 +143,35 @@ def fewer_experts_rows(shape: Shape, dtype: torch.dtype, weight_dtype: torch.dty
     steps = {way: partial(experts, rows, "auto", problem) for way, rows in assignments.items()}
     errors = {way: largest_error(steps[way](), experts(rows, "reference", exact)) for way, rows in assignments.items()}
     full = f"k = {shape.k}"
-    parts = timed(problem, "experts, fewer", steps, errors, means, repeats=repeats, load=1.0, full=full)
+    parts = timed(
+        problem,
+        part="experts, fewer",
+        steps=steps,
+        errors=errors,
+        means=means,
+        repeats=repeats,
+        load=1.0,
+        full=full,
+    )
     layer_steps = {way: partial(layer_step, layer, problem) for way, layer in layers.items()}
-    return parts + timed(problem, "layer, fewer", layer_steps, errors, means, repeats=repeats, load=1.0, full=full)
+    return parts + timed(
+        problem,
+        part="layer, fewer",
+        steps=layer_steps,
+        errors=errors,
+        means=means,
+        repeats=repeats,
+        load=1.0,
+        full=full,
+    )
 
 
-def layer_of(problem: Problem, policy: TopK | TopP, target_mean: float) -> MoE:
+def layer_of(problem: Problem, policy: PolicyConfig, target_mean: float) -> MoE:
     """A layer on the problem's own weights; a policy with a budget is calibrated on its inputs."""
     shape = problem.shape
     config = MoEConfig(n_experts=shape.n_experts, d_expert=shape.d_expert, router=RouterConfig(policy=policy))
     layer = MoE(config, d_model=shape.d_model, layer_index=0)
+    layer.init_weights(torch.Generator().manual_seed(0))
     layer.experts.w_gate_up_EDF2 = torch.nn.Parameter(problem.w_gate_up_EDF2.detach())
     layer.experts.w_down_EFD = torch.nn.Parameter(problem.w_down_EFD.detach())
     if layer.router.policy.budget is not None:
@@ -139,6 +181,7 @@ def layer_of(problem: Problem, policy: TopK | TopP, target_mean: float) -> MoE:
 
 
 def layer_step(layer: MoE, problem: Problem) -> list[Tensor]:
+    """Forward and backward of the whole layer: the gradients of x and of every parameter."""
     y_TD, routing = layer(problem.x_TD)
     loss = (y_TD * problem.dy_TD).sum() + torch.stack(list(routing.losses.values())).sum()
     return list(torch.autograd.grad(loss, [problem.x_TD, *layer.parameters()]))
@@ -151,8 +194,8 @@ def table(
         # Weights in fp32 are the masters of training; activations in fp32 have no others.
         pair = getattr(torch, dtype), getattr(torch, weight_dtype if dtype == "bfloat16" else "float32")
         for load in loads:
-            yield from ways_rows(shape, *pair, load, ways, repeats)
-        yield from fewer_experts_rows(shape, *pair, repeats)
+            yield from ways_rows(shape, *pair, load=load, ways=ways, repeats=repeats)
+        yield from fewer_experts_rows(shape, *pair, repeats=repeats)
 
 
 HEADER = (

@@ -32,10 +32,15 @@ class ExpertParallelExperts(Experts):
     The gradient of a weight is the mean over the processes' losses, not their sum: as data parallelism (FSDP) leaves it
     for all other weights.
 
-    Raises ValueError if the mesh is not one-dimensional or its size does not divide the number of experts.
+    Args:
+        experts: whole, the same on every process.
+        mesh: one-dimensional.
+
+    Raises:
+        ValueError: if the mesh has other dimensions or its size does not divide the number of experts.
     """
 
-    def __init__(self, experts: Experts, mesh: DeviceMesh):
+    def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
         n_experts = experts.w_down_EFD.shape[0]
         if mesh.ndim != 1:
@@ -83,10 +88,14 @@ class ExpertParallelExperts(Experts):
 class _Exchange:
     """What this process sends to each of the others and receives from them, for one forward.
 
-    sent_tokens            per process, the tokens sent there, ascending
-    tokens_out, tokens_in  numbers of tokens sent to and received from each process; rows_out, rows_in the same for rows
-
     The sizes of messages are numbers on the host, so on a GPU this waits for the router, once per layer.
+
+    Attributes:
+        sent_tokens: per process, the tokens sent there, ascending.
+        tokens_out: numbers of tokens sent to each process.
+        tokens_in: numbers of tokens received from each process.
+        rows_out: numbers of rows sent to each process.
+        rows_in: numbers of rows received from each process.
     """
 
     def __init__(self, assignments: Assignments, mesh: DeviceMesh, n_local: int):

@@ -14,11 +14,13 @@ from routing.assignments import Assignments
 class Experts(nn.Module):
     """y_t = sum over the rows of token t of weight * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)).
 
-    w_gate_up_EDF2  fp32 [E, D, 2F], the gate's columns first
-    w_down_EFD      fp32 [E, F, D]
+    Attributes:
+        w_gate_up_EDF2: fp32 [E, D, 2F], the gate's columns first.
+        w_down_EFD: fp32 [E, F, D].
+        backend: see `moe.backends.choose_backend`.
     """
 
-    def __init__(self, *, n_experts: int, d_model: int, d_expert: int, backend: str = "auto"):
+    def __init__(self, *, n_experts: int, d_model: int, d_expert: int, backend: str = "auto") -> None:
         super().__init__()
         self.backend = backend
         self.w_gate_up_EDF2 = nn.Parameter(torch.empty(n_experts, d_model, 2 * d_expert))
@@ -33,18 +35,20 @@ class Experts(nn.Module):
             weight.data.copy_(draw * (scale * weight.shape[1] ** -0.5))
 
     def forward(self, x_TD: Tensor, assignments: Assignments) -> Tensor:
+        """y_TD [T, D] in the dtype of x_TD."""
         return compute_experts(x_TD, self.w_gate_up_EDF2, self.w_down_EFD, assignments, backend=self.backend)
 
 
 class SharedExpert(nn.Module):
     """One SwiGLU network for every token, packed like the others: w_gate_up_DF2 [D, 2F], w_down_FD [F, D]."""
 
-    def __init__(self, *, d_model: int, d_shared: int):
+    def __init__(self, *, d_model: int, d_shared: int) -> None:
         super().__init__()
         self.w_gate_up_DF2 = nn.Parameter(torch.empty(d_model, 2 * d_shared))
         self.w_down_FD = nn.Parameter(torch.empty(d_shared, d_model))
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
+        """As `Experts.init_weights`."""
         for weight, scale in ((self.w_gate_up_DF2, 1.0), (self.w_down_FD, down_scale)):
             weight.data.copy_(
                 torch.randn(weight.shape, generator=generator, device=generator.device)
@@ -52,5 +56,6 @@ class SharedExpert(nn.Module):
             )
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD [T, D] in the dtype of x_TD."""
         gate_TF, up_TF = (x_TD @ self.w_gate_up_DF2.to(x_TD.dtype)).chunk(2, dim=-1)
         return (F.silu(gate_TF) * up_TF) @ self.w_down_FD.to(x_TD.dtype)

@@ -15,8 +15,12 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """For the rest of the process; True if the C library could be told so (glibc). Peak memory stays what it is, and is
-    held until the end."""
+    """For the rest of the process. Peak memory stays what it is, and is held until the end; telling it twice changes
+    nothing.
+
+    Returns:
+        Whether the C library could be told so (glibc).
+    """
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)

@@ -18,16 +18,18 @@ class Assignments:
     Rows are sorted by expert, then token. Row n says: expert `expert_N[n]` computes token `token_N[n]`, whose output
     counts `weight_N[n]`. A token may have no row at all, and so may an expert.
 
-    token_N, expert_N      int64; the rows
-    weight_N               floating point, carries the router's gradient
-    expert_offsets (E+1)   int64; the rows of expert e are [expert_offsets[e], expert_offsets[e + 1])
-    token_offsets (T+1)    int64; the rows of token t are row_of_slot_N[token_offsets[t] : token_offsets[t + 1]], best
-                           slot first, so that the combine can add them in a fixed order without atomics
-    row_of_slot_N          int64
-
     Rows from `expert_offsets[E]` on are padding, of weight zero, and belong to nobody. There are none on the CPU; on a
     GPU the number of kept slots is known to the device only, so N is its upper bound T * K and nothing here waits for
     the device.
+
+    Attributes:
+        token_N: int64; the token of each row.
+        expert_N: int64; the expert of each row.
+        weight_N: floating point, carries the router's gradient.
+        expert_offsets: int64 [E+1]; the rows of expert e are [expert_offsets[e], expert_offsets[e + 1]).
+        token_offsets: int64 [T+1]; the rows of token t are row_of_slot_N[token_offsets[t] : token_offsets[t + 1]], best
+            slot first, so that the combine can add them in a fixed order without atomics.
+        row_of_slot_N: int64.
     """
 
     token_N: Tensor
@@ -60,7 +62,10 @@ class Assignments:
         """Sort rows that come in any order, each a different pair of token and expert. A token's slots are then in the
         order of its experts.
 
-        token_N, expert_N  int64; weight_N floating point
+        Args:
+            token_N: int64, in [0, n_tokens).
+            expert_N: int64, in [0, n_experts).
+            weight_N: floating point.
         """
         order_N = torch.argsort(token_N, stable=True)
         order_N = order_N[torch.argsort(expert_N[order_N], stable=True)]
@@ -87,11 +92,12 @@ class Assignments:
     ) -> "Assignments":
         """Sort the slots that a routing policy filled.
 
-        expert_TK  integers in [0, n_experts); what a dropped slot holds does not matter
-        weight_TK  floating point
-        keep_TK    bool, or None to keep every slot
-        padded     leave dropped slots as padding rows behind the last expert (True; the default on a GPU, where
-                   counting them would make the host wait) or take them out (False; the default on the CPU)
+        Args:
+            expert_TK: integers in [0, n_experts); what a dropped slot holds does not matter.
+            weight_TK: floating point.
+            keep_TK: bool, or None to keep every slot.
+            padded: leave dropped slots as padding rows behind the last expert (True; the default on a GPU, where
+                counting them would make the host wait) or take them out (False; the default on the CPU).
         """
         rows = sort_slots(expert_TK, weight_TK, keep_TK, n_experts=n_experts, padded=padded)
         return Assignments(**rows._asdict())

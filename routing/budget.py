@@ -16,8 +16,15 @@ def exact_threshold(level_TK: Tensor, target_mean: float) -> Tensor:
     """The smallest threshold for which round(target_mean * T) of the levels lie at or below it (more only if levels tie
     at the threshold).
 
-    Returns a scalar of the levels' dtype; -inf if the target is met by the forced slots alone or is 0. Raises
-    ValueError if the target is out of reach, above K.
+    Args:
+        level_TK: floating point.
+        target_mean: slots per token.
+
+    Returns:
+        A scalar of the levels' dtype; -inf if the target is met by the forced slots alone or is 0.
+
+    Raises:
+        ValueError: if the target is out of reach, above K, or there are no tokens.
     """
     n_tokens, n_slots = level_TK.shape
     if n_tokens == 0:
@@ -50,10 +57,14 @@ class BudgetController(nn.Module):
     average batch is off in the average number (measured: 1.5 % too many). So the number aimed at is itself moved,
     slowly, by the error in the number dispatched.
 
-    threshold  buffer, fp32 scalar: saved with the checkpoint, changed at run time without reloading
-    drift      buffer, fp32 scalar: its expected change per step
-    aim        buffer, fp32 scalar: experts per token for which the next step's exact threshold is taken, so that the
-               mean is `target_mean`
+    Attributes:
+        threshold: buffer, fp32 scalar: saved with the checkpoint, changed at run time without reloading.
+        drift: buffer, fp32 scalar: its expected change per step.
+        aim: buffer, fp32 scalar: experts per token for which the next step's exact threshold is taken, so that the
+            mean is `target_mean`.
+        target_mean: experts per token that training holds; None where training leaves the threshold alone.
+        lowest, highest: bounds of the threshold.
+        rate: share of a step's error that is taken at once, in (0, 1].
     """
 
     threshold: Tensor
@@ -76,8 +87,20 @@ class BudgetController(nn.Module):
         self._calibrate_to: float | None = None
 
     def keep(self, level_TK: Tensor) -> Tensor:
-        """Which slots are used, bool. In training the levels are remembered for `after_step`; after `calibrate` they
-        set the threshold."""
+        """Which slots are used, bool. The levels are observed first, see `observe`."""
+        self.observe(level_TK)
+        return level_TK.detach() <= self.threshold
+
+    def observe(self, level_TK: Tensor) -> bool:
+        """Learns a forward's levels: in training they are remembered for `after_step`; after `calibrate` they set the
+        threshold.
+
+        Returns:
+            Whether they did set it: what was decided with the threshold before must be decided again.
+
+        Raises:
+            ValueError: for a calibration out of reach; the request is then forgotten.
+        """
         level_TK = level_TK.detach()
         if self._calibrate_to is not None:
             target_mean, self._calibrate_to = self._calibrate_to, None
@@ -88,10 +111,11 @@ class BudgetController(nn.Module):
                 )
             self.threshold.copy_(exact_threshold(level_TK, target_mean).clamp(self.lowest, self.highest))
             self.drift.zero_()
-        elif self.training and self.target_mean is not None and level_TK.shape[0] > 0:
+            return True
+        if self.training and self.target_mean is not None and level_TK.shape[0] > 0:
             self.step_levels.append(level_TK)
             self.n_slots = level_TK.shape[1]
-        return level_TK <= self.threshold
+        return False
 
     def calibrate(self, target_mean: float | None) -> None:
         """The next forward first sets the threshold so that the mean number of experts on its own tokens is exact, then
@@ -107,7 +131,11 @@ class BudgetController(nn.Module):
 
     @torch.no_grad()
     def after_step(self, mean_experts: Tensor) -> None:
-        """mean_experts: rows dispatched per token of the step, a scalar on the device."""
+        """Moves the threshold by what the step's forwards observed.
+
+        Args:
+            mean_experts: rows dispatched per token of the step, a scalar on the device.
+        """
         exact, levels = self.step_exact, self.step_levels
         if exact is None and levels:
             exact = _kth_level(torch.cat(levels), self.aim)

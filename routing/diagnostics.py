@@ -18,12 +18,13 @@ class RoutingStatistics:
 
     All tensors stay on the device until somebody looks.
 
-    histogram       (E+1) int64; how many tokens used 0, 1, ... E experts, physical rows counted
-    rows_per_expert (E) int64
-    entropy_sum     scalar; entropy of the router's probabilities, nats
-    margin_sum      scalar; lowest probability chosen minus the highest one left out: how far a decision is from being
-                    another one. Below 0 where a selection bias, groups or chance overrule the order
-    margin_tokens   scalar int64; tokens that have both kinds
+    Attributes:
+        histogram: int64 [E+1]; how many tokens used 0, 1, ... E experts, physical rows counted.
+        rows_per_expert: int64 [E].
+        entropy_sum: scalar; entropy of the router's probabilities, nats.
+        margin_sum: scalar; lowest probability chosen minus the highest one left out: how far a decision is from being
+            another one. Below 0 where a selection bias, groups or chance overrule the order.
+        margin_tokens: scalar int64; tokens that have both kinds.
     """
 
     histogram: Tensor
@@ -70,6 +71,7 @@ class RoutingStatistics:
 
     @classmethod
     def from_vector(cls, vector: Tensor) -> "RoutingStatistics":
+        """Inverse of `to_vector`, in fp64."""
         n_experts = (len(vector) - 4) // 2
         histogram, rows_per_expert, rest = vector.split([n_experts + 1, n_experts, 3])
         entropy_sum, margin_sum, margin_tokens = rest.unbind()
@@ -83,6 +85,8 @@ class RoutingStatistics:
 
 
 def routing_statistics(assignments: Assignments, probs_TE: Tensor) -> RoutingStatistics:
+    """What one forward's assignments and probabilities (softmax over real experts) say; nothing waits for the
+    device."""
     experts_T = assignments.experts_per_token_T()
     # scatter_add of ones into integers: like bincount, but it never asks the device for its size.
     histogram = torch.zeros(assignments.n_experts + 1, dtype=torch.int64, device=experts_T.device)

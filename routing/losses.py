@@ -19,12 +19,15 @@ def switch_balance_loss(rows_E: Tensor, probs_TE: Tensor) -> Tensor:
     """E * sum_e f_e P_e (Fedus et al., arXiv 2101.03961, eq. 4), with f_e = rows_E / sum(rows_E) and P_e the mean
     probability of expert e.
 
-    rows_E    rows dispatched to each expert, any real dtype, not differentiated; no rows at all count as an even load
-    probs_TE  softmax over experts. A softmax is unchanged when all logits shift together, so the loss cannot be lowered
-              by shrinking scores, and its gradient E * f_e / T with respect to each probability is finite everywhere,
-              perfect balance included.
+    Args:
+        rows_E: rows dispatched to each expert, any real dtype, not differentiated; no rows at all count as an even
+            load.
+        probs_TE: softmax over experts. A softmax is unchanged when all logits shift together, so the loss cannot be
+            lowered by shrinking scores, and its gradient E * f_e / T with respect to each probability is finite
+            everywhere, perfect balance included.
 
-    1 at an even load or even probabilities; at most E.
+    Returns:
+        A scalar of probs_TE's dtype: 1 at an even load or even probabilities; at most E.
     """
     n_experts = rows_E.shape[0]
     total = rows_E.sum()
@@ -44,8 +47,15 @@ def mean_over_tokens(values: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ThreeLevelBalance:
-    """n_groups: groups of consecutive experts, the devices of expert parallelism; n_partitions: parts of each group.
-    The coefficients are Yi-Lightning's."""
+    """Balance over experts, over groups of them, and over partitions of the groups.
+
+    Attributes:
+        n_groups: groups of consecutive experts, the devices of expert parallelism.
+        n_partitions: parts of each group.
+        expert_coefficient: of the loss over experts; this one and the next two default to Yi-Lightning's.
+        group_coefficient: of the loss over groups.
+        partition_coefficient: of the loss over partitions.
+    """
 
     n_groups: int = 8
     n_partitions: int = 2
@@ -58,8 +68,17 @@ def three_level_balance_loss(config: ThreeLevelBalance, rows_E: Tensor, probs_TE
     """Yi-Lightning's L_ST + L_EP + L_PEP (arXiv 2412.01253): coefficient * n * sum_i f_i P_i over the n experts, groups
     and partitions.
 
-    f and P of a group are the sums over its experts. The sum of the coefficients at an even load. Raises ValueError if
-    the experts cannot be divided evenly.
+    f and P of a group are the sums over its experts.
+
+    Args:
+        rows_E: as for `switch_balance_loss`.
+        probs_TE: likewise.
+
+    Returns:
+        A scalar; the sum of the coefficients at an even load.
+
+    Raises:
+        ValueError: if the experts cannot be divided evenly.
     """
     n_experts, n_groups, n_partitions = rows_E.shape[0], config.n_groups, config.n_partitions
     if n_groups < 1 or n_partitions < 1 or n_experts % (n_groups * n_partitions):

@@ -25,8 +25,11 @@ def count_over_processes(routers: Sequence[Router], group: dist.ProcessGroup) ->
     """Replaces the step's counts of `routers` by their sums over `group`, and gives budgets the exact threshold of all
     processes' levels.
 
-    All processes of the group call it with the same layers. A process may have had no tokens, as long as another one
-    had some.
+    All processes of the group call it with the same layers.
+
+    Args:
+        routers: those of the layers that train. A process may have had no tokens, as long as another one had some.
+        group: what the counts are added over.
     """
     counts = torch.cat([torch.cat([router.step_rows_E, router.step_tokens[None]]) for router in routers])
     dist.all_reduce(counts, group=group)
@@ -52,8 +55,15 @@ def count_over_processes(routers: Sequence[Router], group: dist.ProcessGroup) ->
 
 
 def kth_smallest_over_processes(values: Sequence[Tensor], k_L: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The k_L[l]-th smallest of all processes' values[l], fp32 [L]; -inf where k_L[l] is 0. k_L must not exceed the
-    number of values."""
+    """The k_L[l]-th smallest of all processes' values[l].
+
+    Args:
+        values: this process's, as many as it likes of each of the L kinds, read as fp32.
+        k_L: int64, at most the number of all processes' values; the same on every process.
+
+    Returns:
+        fp32 [L]; -inf where k_L[l] is 0.
+    """
     keys = [_ordered_bits(value) for value in values]
     prefix_L, rank_L = torch.zeros_like(k_L), k_L.clamp_min(1)
     for digit in reversed(range(N_DIGITS)):

@@ -1,29 +1,115 @@
-"""What a routing policy is: the rule that turns one token's scores into its set of experts.
+"""What a routing policy is: a config that owns its facts, and the module it builds, which turns one token's scores into
+its set of experts.
 
 Legend: T tokens, D model width, E experts, Z null columns, K slots per token.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from foundation.serialize import Family
 from routing.budget import BudgetController
+
+
+class FusedRule(NamedTuple):
+    """A policy whose decision `triton_kernels.router_scores` can take in one kernel: its arguments.
+
+    Attributes:
+        rule: what a slot's level is: "top_k", "top_p" or "threshold".
+        k: slots per token.
+        floor: slots that are used whatever their level.
+    """
+
+    rule: str
+    k: int
+    floor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig(Family):
+    """Base of all policies' configs: what the rest of the code asks a policy, so that nobody asks for its class.
+
+    A new policy is one file in `routing/policies/`: a frozen dataclass derived from this one, which answers what its
+    defaults get wrong and says in the first line of its docstring what it is, and the `Policy` that it builds.
+    """
+
+    # Whether a decision depends on the other tokens of a batch: such a policy cannot generate text, nor decide for a
+    # part of the batch.
+    needs_whole_batch: ClassVar[bool] = False
+
+    @property
+    def held_mean(self) -> float | None:
+        """Experts per token that a budget holds in the mean and calibration restores; None without such a target."""
+        return None
+
+    @property
+    def assumed_experts(self) -> float:
+        """Real experts per token in the mean that estimates assume before anything has run."""
+        raise NotImplementedError
+
+    @property
+    def fixed_experts(self) -> int | None:
+        """The number of experts of every token, in training and at inference alike; None where there is no such one."""
+        return None
+
+    @property
+    def evaluated_experts(self) -> float | None:
+        """Experts per token, in the mean outside training, that the policy asks for; None where its threshold alone
+        decides."""
+        return self.held_mean if self.fixed_experts is None else self.fixed_experts
+
+    @property
+    def varies_by_token(self) -> bool:
+        """Whether two tokens of a batch may have different numbers of experts."""
+        return True
+
+    @property
+    def needs_shared_expert(self) -> bool:
+        """Whether a token may be left with nothing at all unless the layer has an expert that all tokens share.
+
+        Such a token would leave the layer as zero, and its router without a gradient.
+        """
+        return False
+
+    @property
+    def null_columns(self) -> int:
+        """Columns of the router beside those of the real experts, each with weights of its own."""
+        return 0
+
+    @property
+    def fused_rule(self) -> FusedRule | None:
+        """How the fused kernel takes this policy's decision; None if it cannot.
+
+        On a GPU the kernel then stands for `Policy.select`, so a policy derived from another one that decides
+        differently must say so here.
+        """
+        return None
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "Policy":
+        """The module of one layer.
+
+        Raises:
+            ValueError: for a setting that makes no sense, alone or for so many experts.
+        """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
     """What the router knows about each token, all in at least fp32.
 
-    x_TD          the router's input
-    logits_TE     of the real experts
-    probs_TE      softmax of logits_TE: what balance losses and probability-mass policies read, whatever the score
-                  function
-    scores_TE     what an expert weighs before renormalisation: softmax (over null columns too where there are any) or
-                  sigmoid
-    selection_TE  detached; scores plus the selection bias: what ranks experts, and never weighs them
-    null_TZ       scores of the null columns, or None
+    Attributes:
+        x_TD: the router's input.
+        logits_TE: of the real experts.
+        probs_TE: softmax of logits_TE: what balance losses and probability-mass policies read, whatever the score
+            function.
+        scores_TE: what an expert weighs before renormalisation: softmax (over null columns too where there are any) or
+            sigmoid.
+        selection_TE: detached; scores plus the selection bias: what ranks experts, and never weighs them.
+        null_TZ: scores of the null columns, or None.
     """
 
     x_TD: Tensor
@@ -37,11 +123,12 @@ class Scores:
 class Slots(NamedTuple):
     """A policy's decision, best expert first.
 
-    expert_TK  int64
-    score_TK   what each expert weighs before renormalisation, differentiable
-    keep_TK    bool, or None if every slot is used
-    rest_T     score of chosen columns that compute nothing but take their share of the weight, or None
-    identity_T the part of rest_T whose columns return the token itself, or None
+    Attributes:
+        expert_TK: int64.
+        score_TK: what each expert weighs before renormalisation, differentiable.
+        keep_TK: bool, or None if every slot is used.
+        rest_T: score of chosen columns that compute nothing but take their share of the weight, or None.
+        identity_T: the part of rest_T whose columns return the token itself, or None.
     """
 
     expert_TK: Tensor
@@ -52,23 +139,45 @@ class Slots(NamedTuple):
 
 
 class Policy(nn.Module):
-    """Base of all policies. Those with a variable number of experts hold a `budget`; the others leave it None."""
+    """Base of all policies' modules.
+
+    Attributes:
+        config: what it was built from.
+        budget: the threshold of a policy that compares levels with one; None for the others.
+        dealt_T: int64 [T] or None. Where it is set, token t gets the decision made for token dealt_T[t]: the same
+            numbers of experts, handed out for no reason. A study's control; one batch long, so never in a checkpoint.
+    """
 
     config: Any
     budget: BudgetController | None
+    dealt_T: Tensor | None
 
-    def __init__(self) -> None:
+    def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
-        self.budget = None
+        self.config, self.budget, self.dealt_T = config, None, None
 
     @property
     def asked_experts(self) -> float | None:
         """Experts per token, in the mean, that the policy was told to use; None where its threshold alone decides."""
-        return getattr(self.config, "target_mean", None)
+        return self.config.evaluated_experts
+
+    def choose(self, scores: Scores) -> Slots:
+        """The experts of each token, as dealt out where `dealt_T` says so: what the router calls."""
+        return self.select(scores) if self.dealt_T is None else self.select_dealt(scores, self.dealt_T)
 
     def select(self, scores: Scores) -> Slots:
         """Choose the experts of each token."""
         raise NotImplementedError
+
+    def select_dealt(self, scores: Scores, dealt_T: Tensor) -> Slots:
+        """`select`, with how many experts each token gets dealt out anew: which ones remains a matter of its own
+        ranking."""
+        slots = self.select(scores)
+        assert slots.keep_TK is not None, "every token has the same number of experts: there is nothing to deal out"
+        rest_T, identity_T = (
+            None if value_T is None else value_T[dealt_T] for value_T in (slots.rest_T, slots.identity_T)
+        )
+        return slots._replace(keep_TK=slots.keep_TK[dealt_T], rest_T=rest_T, identity_T=identity_T)
 
     def within_budget(self, level_TK: Tensor) -> Tensor:
         """Which slots are used, bool [T, K]: those whose level is at or below the budget's threshold."""
@@ -76,7 +185,11 @@ class Policy(nn.Module):
         return self.budget.keep(level_TK)
 
     def losses(self, scores: Scores, load_E: Tensor) -> dict[str, Tensor]:
-        """Losses of the policy's own, already weighted. load_E: rows per expert of the last step. None by default."""
+        """Losses of the policy's own, already weighted; none by default.
+
+        Args:
+            load_E: rows per expert of the last step.
+        """
         return {}
 
     def begin_step(self, step: int, seed: int) -> None:
@@ -88,8 +201,11 @@ class Policy(nn.Module):
         return None
 
     def after_step(self, mean_experts: Tensor) -> None:
-        """Called after a training step that routed tokens. mean_experts: dispatched rows per token, a scalar on the
-        device."""
+        """Called after a training step that routed tokens.
+
+        Args:
+            mean_experts: dispatched rows per token, a scalar on the device.
+        """
 
 
 def best(scores: Scores, k: int) -> tuple[Tensor, Tensor]:
@@ -99,12 +215,13 @@ def best(scores: Scores, k: int) -> tuple[Tensor, Tensor]:
 
 
 def check_k(name: str, k: int, n_experts: int, *, lowest: int = 1) -> None:
+    """Refuses a number of experts, named `name`, that is outside [lowest, n_experts] by a ValueError."""
     if not lowest <= k <= n_experts:
         raise ValueError(f"{name} = {k} is outside [{lowest}, {n_experts}] (n_experts = {n_experts})")
 
 
 def check_bounds(*, floor: int, cap: int, n_experts: int, target_mean: float | None) -> None:
-    """Floor and cap are experts per token; the target of a budget must lie between them."""
+    """Refuses floors, caps (experts per token) and a target of the mean that do not fit together by a ValueError."""
     check_k("cap", cap, n_experts)
     if not 0 <= floor <= cap:
         raise ValueError(f"floor = {floor} must lie in [0, cap = {cap}]")

@@ -5,7 +5,6 @@ Legend: T tokens, D model width, E experts, Z null columns, K slots per token.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import cached_property
 from typing import Literal
 
@@ -13,58 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foundation.serialize import kinds
 from routing.assignments import Assignments
 from routing.diagnostics import RoutingStatistics, routing_statistics
-from routing.difficulty_head import DifficultyHead, DifficultyHeadPolicy
-from routing.expert_choice import ExpertChoice, ExpertChoicePolicy
 from routing.losses import ThreeLevelBalance, switch_balance_loss, three_level_balance_loss, z_loss
-from routing.null_experts import NullExperts, NullExpertsPolicy
-from routing.policy import Policy, Scores, Slots
-from routing.random_k import RandomK, RandomKPolicy
-from routing.relu import ReLU, ReLUPolicy
+from routing.policies import AnyPolicy
+from routing.policies.top_k import TopK
+from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots
 from routing.selection_bias import updated_selection_bias
-from routing.skipping import Skipping, SkippingPolicy
-from routing.threshold import LearnedThreshold, LearnedThresholdPolicy, ScoreThreshold, ScoreThresholdPolicy
-from routing.top_k import TopK, TopKPolicy
-from routing.top_p import TopP, TopPPolicy
-from routing.zero_computation import ZeroComputationExperts, ZeroComputationPolicy
 from triton_kernels.expert_slots import router_scores
 
-PolicyConfig = (
-    TopK
-    | TopP
-    | NullExperts
-    | ZeroComputationExperts
-    | RandomK
-    | ReLU
-    | ScoreThreshold
-    | LearnedThreshold
-    | DifficultyHead
-    | Skipping
-    | ExpertChoice
-)
-POLICIES: dict[type, Callable[..., Policy]] = {
-    TopK: TopKPolicy,
-    TopP: TopPPolicy,
-    NullExperts: NullExpertsPolicy,
-    ZeroComputationExperts: ZeroComputationPolicy,
-    RandomK: RandomKPolicy,
-    ReLU: ReLUPolicy,
-    ScoreThreshold: ScoreThresholdPolicy,
-    LearnedThreshold: LearnedThresholdPolicy,
-    DifficultyHead: DifficultyHeadPolicy,
-    Skipping: SkippingPolicy,
-    ExpertChoice: ExpertChoicePolicy,
-}
+SCORES = ("softmax", "sigmoid")
+
+
+class NonFiniteScoresError(ValueError):
+    """A router's scores are NaN or infinite: its input or its weights are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """score: softmax over experts or sigmoid of each. renormalise: a token's weights sum to one, however many experts
-    it has. balance_coefficient, z_coefficient: of the Switch and z losses. selection_bias_step: step of balancing by
-    bias, 0 for none. three_level_balance: a further balance loss over groups of experts, or None."""
+    """How tokens choose their experts, and what keeps the experts' loads even.
 
-    policy: PolicyConfig = dataclasses.field(default_factory=TopK)
+    Attributes:
+        policy: the rule that turns scores into experts, one of `routing/policies/`.
+        score: softmax over experts or sigmoid of each.
+        renormalise: a token's weights sum to one, however many experts it has.
+        balance_coefficient: of the Switch loss.
+        z_coefficient: of the z-loss.
+        selection_bias_step: step of balancing by bias, 0 for none.
+        three_level_balance: a further balance loss over groups of experts, or None.
+
+    Raises:
+        ValueError: for an unknown score, or a policy that is none.
+    """
+
+    policy: AnyPolicy = dataclasses.field(default_factory=TopK)
     score: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
     balance_coefficient: float = 1e-2
@@ -72,11 +54,28 @@ class RouterConfig:
     selection_bias_step: float = 0.0
     three_level_balance: ThreeLevelBalance | None = None
 
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"RouterConfig.score = {self.score!r} is not one of {', '.join(map(repr, SCORES))}")
+        check_is_policy(self.policy)
+
+
+def check_is_policy(policy: object) -> None:
+    """Refuses what is no routing policy's config by a ValueError that names the policies."""
+    if not isinstance(policy, PolicyConfig):
+        raise ValueError(f"{policy!r} is not a routing policy; known: {', '.join(kinds(PolicyConfig))}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the router decided. losses are scalars, already weighted; probs_TE is the softmax over real experts, fp32,
-    differentiable. identity_T: what the token itself weighs beside its experts' outputs, or None."""
+    """What the router decided.
+
+    Attributes:
+        assignments: which experts compute which tokens.
+        probs_TE: softmax over real experts, at least fp32, differentiable.
+        losses: scalars by name, already weighted.
+        identity_T: what the token itself weighs beside its experts' outputs, or None.
+    """
 
     assignments: Assignments
     probs_TE: Tensor
@@ -91,19 +90,38 @@ class Routing:
 class Router(nn.Module):
     """Scores the experts for each token and lets its policy choose.
 
-    Null columns exist once a policy was NullExperts; other policies ignore them.
+    Null columns exist once a policy had some; other policies ignore them. Construction draws nothing: `init_weights`
+    does.
+
+    Args:
+        d_model: width of the tokens.
+        n_experts: real experts.
+        layer_index: what random draws and messages name the layer by.
+        has_shared_expert: whether the layer around it gives every token something beside the router's experts. Alone,
+            a router may leave a token with nothing.
+
+    Raises:
+        ValueError: for a policy that does not fit, see `set_policy`.
     """
 
     load_E: Tensor
     step_rows_E: Tensor
     step_tokens: Tensor
     selection_bias_E: Tensor
+    policy: Policy
 
-    def __init__(self, config: RouterConfig, *, d_model: int, n_experts: int, layer_index: int):
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        d_model: int,
+        n_experts: int,
+        layer_index: int,
+        has_shared_expert: bool = True,
+    ) -> None:
         super().__init__()
-        if config.score not in ("softmax", "sigmoid"):
-            raise ValueError(f"RouterConfig.score = {config.score!r} is not one of 'softmax', 'sigmoid'")
         self.config, self.d_model, self.n_experts, self.layer_index = config, d_model, n_experts, layer_index
+        self.has_shared_expert = has_shared_expert
         self.weight_ED = nn.Parameter(torch.empty(n_experts, d_model))
         self.null_weight_ZD: nn.Parameter | None = None
         # Rows per expert of the last step (in the checkpoint) and of the step under way (between checkpoints).
@@ -112,7 +130,6 @@ class Router(nn.Module):
         self.register_buffer("step_tokens", torch.zeros(()), persistent=False)
         self.register_buffer("selection_bias_E", torch.zeros(n_experts))
         self.set_policy(config.policy)
-        self.init_weights(torch.Generator().manual_seed(layer_index))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Logits of standard deviation 1 on inputs of root mean square 1, at any width.
@@ -131,30 +148,41 @@ class Router(nn.Module):
         self.set_policy(self.policy.config)
 
     def set_policy(self, policy: PolicyConfig) -> None:
-        """Run the same weights under another policy. Its budget starts anew: calibrate or train it."""
-        if type(policy) not in POLICIES:
-            raise ValueError(
-                f"{policy!r} is not a routing policy; known: {', '.join(kind.__name__ for kind in POLICIES)}"
+        """Run the same weights under another policy. Its budget starts anew: calibrate or train it.
+
+        Raises:
+            ValueError: for what is no policy, for a setting that makes no sense, for a policy that may leave a token
+                with nothing in a layer without a shared expert, and for another number of null columns than there
+                are. The router then stays as it is.
+        """
+        module = self.module_of(policy)
+        if policy.null_columns and self.null_weight_ZD is None:
+            # Until they are trained, null columns have logit zero: the budget's bias makes one bar of them.
+            self.null_weight_ZD = nn.Parameter(
+                torch.zeros(policy.null_columns, self.d_model, device=self.weight_ED.device)
             )
-        module = POLICIES[type(policy)](
-            policy, n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index
-        )
-        if isinstance(policy, NullExperts):
-            if self.null_weight_ZD is None:
-                # Until they are trained, null columns have logit zero: the budget's bias makes one bar of them.
-                self.null_weight_ZD = nn.Parameter(
-                    torch.zeros(policy.n_null, self.d_model, device=self.weight_ED.device)
-                )
-            elif policy.n_null != self.null_weight_ZD.shape[0]:
-                raise ValueError(
-                    f"NullExperts.n_null = {policy.n_null}, but this router has {self.null_weight_ZD.shape[0]} null"
-                    " columns"
-                )
         self.policy = module.to(self.weight_ED.device).train(self.training)
+
+    def module_of(self, policy: PolicyConfig) -> Policy:
+        """The module that `set_policy` would install, or its refusal; the router stays as it is."""
+        check_is_policy(policy)
+        name = type(policy).__name__
+        if policy.needs_shared_expert and not self.has_shared_expert:
+            raise ValueError(
+                f"{name}.floor = 0 needs a shared expert (MoEConfig.d_shared > 0): a token may be left without experts"
+            )
+        n_null = 0 if self.null_weight_ZD is None else self.null_weight_ZD.shape[0]
+        if policy.null_columns and n_null and policy.null_columns != n_null:
+            raise ValueError(f"{name}.n_null = {policy.null_columns}, but this router has {n_null} null columns")
+        return policy.build(n_experts=self.n_experts, d_model=self.d_model, layer_index=self.layer_index)
 
     def calibrate(self, target_mean: float) -> None:
         """The next forward sets the policy's threshold so that its own tokens use exactly `target_mean` experts on
-        average (ties aside)."""
+        average (ties aside).
+
+        Raises:
+            ValueError: for a policy without a threshold; the forward raises it for a mean out of reach.
+        """
         if self.policy.budget is None:
             raise ValueError(
                 f"{type(self.policy).__name__} of layer {self.layer_index} has a fixed number of experts: nothing to"
@@ -163,6 +191,7 @@ class Router(nn.Module):
         self.policy.budget.calibrate(target_mean)
 
     def forward(self, x_TD: Tensor) -> Routing:
+        """Routes the tokens x_TD [T, D] of any floating dtype; in training their number and rows are counted."""
         scores = self.scores(x_TD)
         slots, weight_TK = self.decide(scores)
         assignments = Assignments.from_slots(slots.expert_TK, weight_TK, slots.keep_TK, n_experts=self.n_experts)
@@ -182,39 +211,54 @@ class Router(nn.Module):
         return Routing(assignments, scores.probs_TE, losses, identity_T)
 
     def decide(self, scores: Scores) -> tuple[Slots, Tensor]:
-        """The policy's slots and their weight_TK; plain top-k on a GPU takes both from one kernel."""
-        if not self.is_plain_top_k_on_gpu(scores):
-            slots = self.policy.select(scores)
+        """The policy's slots and their weight_TK; on a GPU one kernel gives both where the policy names a rule of
+        it."""
+        rule = self.policy.config.fused_rule
+        if rule is None or not self.takes_the_kernel(scores):
+            slots = self.policy.choose(scores)
             return slots, self.weights(slots)
-        # No threshold: a level of top-k is -inf.
-        options = {
-            "k": self.policy.config.k,
-            "score": self.config.score,
-            "renormalise": self.config.renormalise,
-            "backend": "triton",
-        }
-        fused = router_scores(scores.logits_TE, self.selection_bias_E, scores.logits_TE.new_zeros(()), **options)
-        return Slots(fused.expert_TK, fused.weight_TK), fused.weight_TK
+        slots, level_TK = self._decide_fused(scores, rule)
+        # A calibration takes its threshold from the kernel's own levels: those of `select` differ by rounding, which
+        # would move the slots that lie at the threshold.
+        if self.policy.budget is not None and self.policy.budget.observe(level_TK):
+            slots, _ = self._decide_fused(scores, rule)
+        return slots, slots.score_TK
 
-    def is_plain_top_k_on_gpu(self, scores: Scores) -> bool:
-        """fp32, top-k, no groups. The levels of other policies pass through Python on their way to a budget."""
-        config, logits_TE = self.policy.config, scores.logits_TE
-        return (
-            logits_TE.is_cuda
-            and logits_TE.dtype == torch.float32
-            and isinstance(config, TopK)
-            and config.top_groups == config.n_groups
+    def takes_the_kernel(self, scores: Scores) -> bool:
+        """Whether a decision that the kernel can take is left to it: in fp32, on CUDA, and not dealt out anew."""
+        logits_TE = scores.logits_TE
+        return logits_TE.is_cuda and logits_TE.dtype == torch.float32 and self.policy.dealt_T is None
+
+    def _decide_fused(self, scores: Scores, rule: FusedRule) -> tuple[Slots, Tensor]:
+        """Slots whose score_TK are their weights already, and level_TK."""
+        logits_TE, budget = scores.logits_TE, self.policy.budget
+        fused = router_scores(
+            logits_TE,
+            self.selection_bias_E,
+            # Without a budget there is no threshold: every level is -inf.
+            logits_TE.new_zeros(()) if budget is None else budget.threshold,
+            k=rule.k,
+            rule=rule.rule,
+            score=self.config.score,
+            renormalise=self.config.renormalise,
+            floor=rule.floor,
+            backend="triton",
         )
+        keep_TK = None if budget is None else fused.keep_TK
+        return Slots(fused.expert_TK, fused.weight_TK, keep_TK), fused.level_TK
 
     def scores(self, x_TD: Tensor) -> Scores:
-        """Logits and scores in fp32 (fp64 for fp64 inputs). Raises ValueError if any is NaN or infinite."""
+        """Logits and scores in fp32 (fp64 for fp64 inputs).
+
+        Raises:
+            NonFiniteScoresError: if any is NaN or infinite. On a GPU, where asking would make the host wait, an
+                assertion on the device stops the run instead.
+        """
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        use_null = self.null_weight_ZD is not None and isinstance(self.policy, NullExpertsPolicy)
-        weight = (
-            torch.cat([self.weight_ED, self.null_weight_ZD])
-            if use_null and self.null_weight_ZD is not None
-            else self.weight_ED
-        )
+        # Columns that another policy left here are none of this one's business.
+        null_weight_ZD = self.null_weight_ZD if self.policy.config.null_columns else None
+        use_null = null_weight_ZD is not None
+        weight = self.weight_ED if null_weight_ZD is None else torch.cat([self.weight_ED, null_weight_ZD])
         logits = F.linear(x_TD, weight.to(x_TD.dtype))
         self._refuse_non_finite(logits)
         logits_TE = logits[:, : self.n_experts]
@@ -282,7 +326,7 @@ class Router(nn.Module):
             # The host must not wait here: the device itself stops the run.
             torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
         elif not finite:
-            raise ValueError(
+            raise NonFiniteScoresError(
                 f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its"
                 " weights)"
             )

@@ -7,6 +7,8 @@ of one.
 
 One entry per dispatched row: physical experts. The folder holds `rows_00000.npz`, `rows_00001.npz`, ... (numpy
 archives, compressed), each complete by itself: a process that dies loses what it had not written yet and nothing else.
+
+Legend: arrays here are columns of one entry per dispatched row.
 """
 
 import dataclasses
@@ -28,11 +30,12 @@ PATTERN = "rows_*.npz"
 class TracedRows:
     """Columns of one length, in the order in which layers ran; the rows of one call are sorted by expert, then token.
 
-    layer    int32, the router's layer_index
-    forward  int32, how many times this layer had run before in this trace
-    token    int32, position among the tokens of that call, batch and time flattened
-    expert   int32
-    weight   float32
+    Attributes:
+        layer: int32, the router's layer_index.
+        forward: int32, how many times this layer had run before in this trace.
+        token: int32, position among the tokens of that call, batch and time flattened.
+        expert: int32.
+        weight: float32.
     """
 
     layer: np.ndarray
@@ -48,11 +51,13 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(TracedRows))
 class RouterTrace:
     """Records every forward of the routers inside `model` from `__enter__` to `__exit__`.
 
-    model         any module that holds routers
-    folder        is created; refused if it holds a trace already
-    rows_per_file rows in memory before they are written
+    Args:
+        model: any module that holds routers.
+        folder: is created; refused if it holds a trace already.
+        rows_per_file: rows in memory before they are written.
 
-    Raises ValueError for a model without routers or a folder with a trace.
+    Raises:
+        ValueError: for a model without routers or a folder with a trace.
     """
 
     def __init__(self, model: nn.Module, folder: Path, *, rows_per_file: int = 1_000_000):
@@ -106,7 +111,11 @@ class RouterTrace:
 
 
 def read_trace(folder: Path) -> TracedRows:
-    """All rows that a RouterTrace wrote. Raises ValueError if there are none."""
+    """All rows that a RouterTrace wrote.
+
+    Raises:
+        ValueError: if there are none.
+    """
     files = sorted(folder.glob(PATTERN))
     if not files:
         raise ValueError(f"{folder} holds no trace ({PATTERN})")

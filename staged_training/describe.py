@@ -3,11 +3,6 @@ trunk."""
 
 from lm.accounting import ModelCost, model_cost
 from lm.config import ModelConfig
-from routing.expert_choice import ExpertChoice
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
-from routing.skipping import Skipping
-from routing.top_k import TopK
 from staged_training.boundary import added_weights, frozen_share
 from staged_training.plan import Plan, Stage
 
@@ -67,23 +62,8 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def intended_experts(config: ModelConfig) -> float:
-    """Real experts per token a policy aims at, where it aims at a number; what estimates before the first step
-    assume."""
-    policy = config.moe.router.policy
-    match policy:
-        case TopK() | Skipping() | ExpertChoice():
-            return policy.k
-        case RandomK():
-            return (policy.k_min + policy.k_max) / 2
-        case NullExperts():
-            return policy.target_mean if policy.target_mean is not None else policy.k / 2
-        case _:
-            return policy.target_mean if policy.target_mean is not None else policy.cap / 2
-
-
 def _cost(config: ModelConfig, seq_len: int) -> ModelCost:
-    return model_cost(config, length=seq_len, mean_experts=intended_experts(config))
+    return model_cost(config, length=seq_len, mean_experts=config.moe.router.policy.assumed_experts)
 
 
 def _frozen(boundary: int) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from lm.model import LanguageModel
+from moe.freed_memory import keep_freed_memory
+from routing.router import NonFiniteScoresError
 from staged_training.data import Batches
 from staged_training.diagnostics import step_diagnostics
 from staged_training.optimizer import OptimizerConfig, build_optimizer, update
@@ -79,6 +81,8 @@ def train_stage(
         checkpoint.CheckpointMismatchError: when the checkpoints are of another stage or another model.
     """
     assert len(order) == stage.n_batches
+    # As `python -m moe bench` times the experts: their pages are not cleared anew in every step.
+    keep_freed_memory()
     checkpoints = folder / "checkpoints"
     optimizer = build_optimizer(model, optimizer_config, boundary)
     step, seconds, experts_sum, skipped = 0, 0.0, np.zeros(model.config.n_layers - boundary), ()
@@ -114,10 +118,10 @@ def train_stage(
                     diagnose=progress.ends_interval(step + 1),
                     processes=processes,
                 )
-            except (ValueError, RuntimeError) as error:
-                # Routers refuse such scores before they become a loss: on the CPU with an error, on a GPU with an
-                # assertion on the device.
-                if "not finite" not in str(error) and "device-side assert" not in str(error):
+            except (NonFiniteScoresError, RuntimeError) as error:
+                # Routers refuse such scores before they become a loss. On a GPU an assertion on the device does it,
+                # which reaches the host as a plain RuntimeError that only its text tells from others.
+                if not isinstance(error, NonFiniteScoresError) and "device-side assert" not in str(error):
                     raise
                 metrics.close()
                 raise NonFiniteLossError(f"{error}, at {where}") from error

@@ -35,7 +35,6 @@ from foundation.files import write_json
 from lm.config import ModelConfig
 from lm.model import Block, LanguageModel
 from moe.expert_parallel import ExpertParallelExperts
-from routing.expert_choice import ExpertChoice
 from routing.over_processes import count_over_processes
 from routing.router import Router
 from staged_training import checkpoint
@@ -213,10 +212,10 @@ def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:
         if n_expert > 1 and math.gcd(config.d_model, moe.d_expert) % n_data:
             widths = f"d_model: {config.d_model} and {name}.d_expert: {moe.d_expert}"
             raise ValueError(f"{widths} must both divide by the {n_data} processes that share the weights of an expert")
-        if isinstance(moe.router.policy, ExpertChoice):
+        if (policy := moe.router.policy).needs_whole_batch:
             raise ValueError(
-                "ExpertChoice ranks the tokens of a whole batch against each other, of which every process sees a part"
-                " only"
+                f"{type(policy).__name__} ranks the tokens of a whole batch against each other, of which every process"
+                " sees a part only"
             )
 
 

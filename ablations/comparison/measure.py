@@ -19,9 +19,6 @@ from lm.accounting import kv_bytes, model_cost
 from lm.budget import set_budget
 from lm.config import ModelConfig
 from lm.evaluate import evaluate
-from routing.expert_choice import ExpertChoice
-from routing.random_k import RandomK
-from routing.top_k import TopK
 from staged_training.trained_run import TrainedRun
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
@@ -100,17 +97,8 @@ def asked_experts(method: ModelConfig, baseline: ModelConfig) -> float:
         method: its model as if nothing were frozen: what it asks for above the boundary.
         baseline: whose number stands in for a policy that asks for none, because its threshold alone decides.
     """
-    policy = method.moe.router.policy
-    target_mean = getattr(policy, "target_mean", None)
-    if target_mean is not None:
-        return target_mean
-    match policy:
-        case TopK() | ExpertChoice():
-            return policy.k
-        case RandomK():
-            # Drawn in training only; evaluation always takes this one.
-            return policy.k_eval
-    return experts_of(baseline)
+    asked = method.moe.router.policy.evaluated_experts
+    return experts_of(baseline) if asked is None else asked
 
 
 def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[BudgetPoint, ...], int, float]:

@@ -14,8 +14,8 @@ from corpus.prepare import CorpusConfig
 from lm.config import ModelConfig
 from lm.precision import fast_dtype
 from moe.config import MoEConfig
+from routing.policies.top_k import TopK
 from routing.router import RouterConfig
-from routing.top_k import TopK
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig
 

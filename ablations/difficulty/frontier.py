@@ -18,8 +18,9 @@ from ablations.difficulty.training import RANDOM_K, Study
 from ablations.difficulty.windows import HeldOut, Windows
 from lm.budget import set_budget
 from lm.model import LanguageModel
-from routing.top_k import TopK
-from routing.top_p import TopP
+from routing.policies.random_k import RandomK
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 
 # How the experts of a point were allocated.
 UNIFORM, OWN, RANDOM, TRAINED = "uniform", "own", "random", "trained at this k"
@@ -63,8 +64,9 @@ def own_policy(name: str, mean_experts: float, calibration_BT: Tensor) -> Callab
 
     def change(model: LanguageModel) -> None:
         if name == RANDOM_K:
-            k_max = model.config.moe.router.policy.k_max  # pyright: ignore[reportAttributeAccessIssue]
-            model.set_policy(TopP(target_mean=mean_experts, cap=k_max))
+            policy = model.config.moe.router.policy
+            assert isinstance(policy, RandomK)
+            model.set_policy(TopP(target_mean=mean_experts, cap=policy.k_max))
         set_budget(model, mean_experts, calibration_BT)
 
     return change

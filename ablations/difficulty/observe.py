@@ -16,8 +16,6 @@ from ablations.difficulty.windows import Windows
 from lm.evaluate import evaluating
 from lm.model import LanguageModel, token_losses
 from lm.pretrained import load_pretrained
-from routing.difficulty_head import DifficultyHeadPolicy
-from routing.policy import Policy, Scores, Slots
 
 BATCH_WINDOWS = 32
 
@@ -35,41 +33,13 @@ class Observed:
         return float(self.experts_NL.mean())
 
 
-@dataclasses.dataclass
-class Dealing:
-    """Names the token whose decision each token of a batch gets."""
-
-    order_T: Tensor
-
-
-def permute(policy: Policy, dealing: Dealing) -> None:
-    """From now on the policy's decisions are dealt out anew among the tokens of a batch: the same histogram in every
-    layer, for no reason.
+@torch.no_grad()
+def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None = None) -> Observed:
+    """One pass. With `permute_seed` the policies' decisions are dealt out anew among the counted tokens of a batch: the
+    same histogram in every layer, for no reason.
 
     With one dealing for all layers, a token that gets many experts in one layer still does in the others.
     """
-    select = policy.select
-
-    def permuted(scores: Scores) -> Slots:
-        if isinstance(policy, DifficultyHeadPolicy):
-            # The predicted number also weighs a token's last experts: another token's prediction must come whole.
-            return select(dataclasses.replace(scores, x_TD=scores.x_TD[dealing.order_T]))
-        slots = select(scores)
-        assert slots.keep_TK is not None
-        rest_T = None if slots.rest_T is None else slots.rest_T[dealing.order_T]
-        return slots._replace(keep_TK=slots.keep_TK[dealing.order_T], rest_T=rest_T)
-
-    # The router asks a policy for its class, so it stays what it is.
-    policy.select = permuted
-
-
-@torch.no_grad()
-def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None = None) -> Observed:
-    """One pass. With `permute_seed` decisions are permuted, see `permute`; the model's policies stay so."""
-    dealing = Dealing(torch.zeros(0, dtype=torch.int64))
-    if permute_seed is not None:
-        for router in model.routers():
-            permute(router.policy, dealing)
     generator = np.random.default_rng(permute_seed)
     counted_WT, nats, experts = windows.counted_WT, [], []
     with evaluating(model):
@@ -78,13 +48,18 @@ def observe(model: LanguageModel, windows: Windows, *, permute_seed: int | None 
             # Windows are filled from the left.
             used = slice(int(counted_WT[rows].sum(1).max()))
             counted_T = counted_WT[rows, used].reshape(-1)
-            dealing.order_T = _order(counted_T, generator)
+            if permute_seed is not None:
+                dealt_T = _order(counted_T, generator)
+                for router in model.routers():
+                    router.policy.dealt_T = dealt_T
             output = model(windows.tokens_WT[rows, used])
             nats.append(
                 token_losses(output.logits_BTV, windows.targets_WT[rows, used]).double().numpy().reshape(-1)[counted_T]
             )
             used_TL = torch.stack([routing.assignments.experts_per_token_T() for routing in output.routings], dim=1)
             experts.append(used_TL.numpy()[counted_T].astype(np.int16))
+    for router in model.routers():
+        router.policy.dealt_T = None
     return Observed(nats_N=np.concatenate(nats), experts_NL=np.concatenate(experts))
 
 

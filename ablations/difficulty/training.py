@@ -27,8 +27,8 @@ from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from foundation.environment import environment
 from foundation.serialize import load_json, save_json
 from lm.config import ModelConfig
-from routing.random_k import RandomK
-from routing.top_k import TopK
+from routing.policies.random_k import RandomK
+from routing.policies.top_k import TopK
 from staged_training.describe import describe
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig

@@ -15,7 +15,7 @@ from ablations.method import Method, with_policy
 from corpus.prepare import CorpusConfig
 from foundation.serialize import load_json
 from lm.accounting import meta_model
-from routing.top_k import TopK
+from routing.policies.top_k import TopK
 from staged_training.boundary import different_blocks
 from staged_training.checkpoint import load_latest
 from staged_training.staging import StagingConfig

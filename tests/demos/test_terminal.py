@@ -1,5 +1,7 @@
 """The terminal demo as a person runs it: on a saved model, without colours, under a budget, recorded and replayed."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -18,9 +20,11 @@ from lm.generation_trace import read_generation, traced_generation
 from lm.model import LanguageModel
 from lm.pretrained import load_calibration_tokens, load_pretrained, save_pretrained
 from moe.config import MoEConfig
+from routing.policies.difficulty_head import DifficultyHead
+from routing.policies.expert_choice import ExpertChoice
+from routing.policies.top_k import TopK
+from routing.policies.zero_computation import ZeroComputationExperts
 from routing.router import RouterConfig
-from routing.threshold import ScoreThreshold
-from routing.top_k import TopK
 from routing.trace import read_trace
 
 TEXT = "def main(argv):\n    for name in argv:\n        print(name)\n\n" * 60
@@ -113,7 +117,8 @@ def test_generate_records_the_routing_of_every_token(model_folder, tmp_path):
 def test_counts_on_record_are_those_of_the_forward_that_predicted_the_token(model_folder, tmp_path):
     """Also where a layer gives a token no expert at all, and so leaves no row of it."""
     model = load_pretrained(model_folder, "cpu")
-    model.set_policy(ScoreThreshold(target_mean=1.0, floor=0, cap=8))
+    # Tokens without an expert are returned themselves, so that the model needs no shared one.
+    model.set_policy(ZeroComputationExperts(k=8, n_null=8, target_mean=1.0))
     set_budget(model, 1.0, load_calibration_tokens(model_folder))
     prompt = [1, 5, 9]
     with traced_generation(model, tmp_path, prompt=prompt) as record:
@@ -133,6 +138,22 @@ def test_errors_are_one_line(tmp_path):
         assert "Traceback" not in failed.stderr
     with pytest.raises(ValueError, match="make ablation"):
         newest_model(tmp_path)
+
+
+def test_the_newest_model_whose_numbers_vary_is_preferred(tmp_path):
+    policies = [DifficultyHead(target_mean=4.0, cap=8), TopK(k=4), ExpertChoice(k=4.0)]
+    for age, policy in enumerate(policies):
+        config = ModelConfig(n_layers=1, moe=MoEConfig(n_experts=16, d_expert=16, router=RouterConfig(policy=policy)))
+        folder = tmp_path / str(age) / "model"
+        save_pretrained(folder, LanguageModel(config).init_weights(0))
+        os.utime(folder / "weights.safetensors", (age, age))
+    # What cannot be read any more is no reason to fail, and nothing to prefer.
+    config_file = tmp_path / "2" / "model" / "config.json"
+    assert newest_model(tmp_path) == tmp_path / "0" / "model"
+    config_file.write_text('{"lower_moe": null}')
+    assert newest_model(tmp_path) == tmp_path / "0" / "model"
+    shutil.rmtree(tmp_path / "0")
+    assert newest_model(tmp_path) == config_file.parent
 
 
 @given(st.floats(0, 80), st.floats(0, 40), st.floats(0, 40))

@@ -9,12 +9,12 @@ from lm.budget import calibrate_to_targets, experts_per_token, set_budget, varia
 from lm.config import BlockOverride, ModelConfig
 from lm.model import LanguageModel
 from moe.config import MoEConfig
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.skipping import Skipping
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 from routing.router import RouterConfig
-from routing.skipping import Skipping
-from routing.top_k import TopK
-from routing.top_p import TopP
 
 TOKENS_BT = torch.randint(50, (4, 32), generator=torch.Generator().manual_seed(0))
 POLICIES = {

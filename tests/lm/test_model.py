@@ -13,7 +13,7 @@ from foundation.serialize import from_dict, to_dict
 from lm.config import NORM_PLACES, BlockOverride, ModelConfig
 from lm.model import IGNORED_TARGET, LanguageModel, token_losses
 from moe.config import MoEConfig
-from routing.top_k import TopK
+from routing.policies.top_k import TopK
 
 TINY = ModelConfig(
     vocab_size=61,

@@ -18,7 +18,7 @@ from moe.expert_parallel import ExpertParallelExperts
 from moe.experts import Experts
 from moe.layer import MoE
 from routing.assignments import Assignments
-from routing.null_experts import NullExperts
+from routing.policies.null_experts import NullExperts
 from routing.router import RouterConfig
 
 D, E, F, K, T = 16, 8, 16, 5, 21
@@ -63,7 +63,9 @@ def layer(backend: str) -> MoE:
         backend=backend,
         router=RouterConfig(policy=NullExperts(k=4, n_null=6, target_mean=2.0)),
     )
-    return MoE(config, d_model=D, layer_index=0)
+    moe = MoE(config, d_model=D, layer_index=0)
+    moe.init_weights(torch.Generator().manual_seed(0))
+    return moe
 
 
 def full(value: Tensor | None) -> Tensor:

@@ -1,18 +1,23 @@
 """The MoE layer: equals its own definition, trains under every policy, and refuses configurations that make no
 sense."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lm.config import BlockOverride, ModelConfig
+from lm.model import LanguageModel
 from moe.config import MoEConfig
 from moe.layer import MoE
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
+from routing.policies.zero_computation import ZeroComputationExperts
 from routing.router import RouterConfig
-from routing.top_k import TopK
-from routing.top_p import TopP
-from routing.zero_computation import ZeroComputationExperts
 
 D, E = 32, 10
 POLICIES = [
@@ -26,7 +31,9 @@ POLICIES.append(ZeroComputationExperts(k=6, n_null=6, target_mean=3.0))
 
 def layer(policy, **config) -> MoE:
     settings = {"n_experts": E, "d_expert": 12, "d_shared": 8, "router": RouterConfig(policy=policy)} | config
-    return MoE(MoEConfig(**settings), d_model=D, layer_index=1)
+    moe = MoE(MoEConfig(**settings), d_model=D, layer_index=1)
+    moe.init_weights(torch.Generator().manual_seed(1))
+    return moe
 
 
 def tokens(n=70, dtype=torch.float32):
@@ -81,6 +88,57 @@ def test_tokens_without_experts_need_a_shared_one():
         with pytest.raises(ValueError, match=f"{type(policy).__name__}.floor = 0 needs a shared expert"):
             layer(policy, d_shared=0)
     layer(ZeroComputationExperts(k=6, n_null=6, target_mean=3.0), d_shared=0)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [NullExperts(k=6, n_null=6, target_mean=3.0, floor=0), TopP(cap=6, target_mean=3.0, floor=0), TopK(k=11)],
+    ids=repr,
+)
+def test_another_policy_is_held_to_what_the_first_one_is(policy):
+    with pytest.raises(ValueError) as refused:
+        layer(policy, d_shared=0)
+    moe = layer(TopK(k=3), d_shared=0)
+    model = LanguageModel(ModelConfig(n_layers=2, moe=moe.config))
+    for swap in (moe.router.set_policy, model.set_policy):
+        with pytest.raises(ValueError, match=re.escape(str(refused.value))):
+            swap(policy)
+    # What was refused has changed nothing.
+    assert moe.router.policy.config == TopK(k=3)
+    assert moe.router.null_weight_ZD is None
+
+
+def test_a_policy_that_one_block_refuses_is_given_to_none():
+    shared = MoEConfig(n_experts=E, d_expert=12, d_shared=8, router=RouterConfig(policy=TopK(k=3)))
+    alone = dataclasses.replace(shared, d_shared=0)
+    model = LanguageModel(
+        ModelConfig(n_layers=2, moe=shared, blocks=(BlockOverride(), BlockOverride(moe=alone))),
+    )
+    with pytest.raises(ValueError, match="floor = 0 needs a shared expert"):
+        model.set_policy(TopP(cap=6, target_mean=3.0, floor=0))
+    assert [router.policy.config for router in model.routers()] == [TopK(k=3)] * 2
+    model.set_policy(TopP(cap=6, target_mean=3.0))
+    assert [router.policy.config for router in model.routers()] == [TopP(cap=6, target_mean=3.0)] * 2
+
+
+def test_weights_are_drawn_once():
+    state = torch.get_rng_state()
+    config = MoEConfig(n_experts=E, d_expert=12, d_shared=8, router=RouterConfig(policy=TopK(k=3)))
+    moe = MoE(config, d_model=D, layer_index=0)
+    moe.init_weights(torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn from the global generator"
+    assert moe.shared_expert is not None
+    # One after another from the one generator: whatever construction had drawn would have been for nothing.
+    generator = torch.Generator().manual_seed(0)
+    router, experts, shared = moe.router, moe.experts, moe.shared_expert
+    for weight, fan_in in (
+        (router.weight_ED, D),
+        (experts.w_gate_up_EDF2, D),
+        (experts.w_down_EFD, 12),
+        (shared.w_gate_up_DF2, D),
+        (shared.w_down_FD, 8),
+    ):
+        assert torch.equal(weight, torch.randn(weight.shape, generator=generator) * fan_in**-0.5)
 
 
 def test_same_generator_same_weights():

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routing.budget import BudgetController, exact_threshold
-from routing.null_experts import NullExperts
+from routing.policies.null_experts import NullExperts
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 from routing.router import Router, RouterConfig
-from routing.top_k import TopK
-from routing.top_p import TopP
 
 D, E, T = 16, 40, 1024
 BUDGETED = [TopP(p=0.4, target_mean=8.0, floor=1, cap=16), NullExperts(k=14, n_null=20, target_mean=8.0, floor=1)]

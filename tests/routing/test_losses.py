@@ -6,12 +6,12 @@ import torch
 import routing.router as router_module
 from routing.assignments import Assignments
 from routing.losses import ThreeLevelBalance, switch_balance_loss, three_level_balance_loss, z_loss
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 from routing.router import Router, RouterConfig
 from routing.selection_bias import updated_selection_bias
-from routing.top_k import TopK
-from routing.top_p import TopP
 
 D, E = 16, 12
 

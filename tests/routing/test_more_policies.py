@@ -3,17 +3,19 @@
 import pytest
 import torch
 
-from routing.difficulty_head import DifficultyHead
-from routing.expert_choice import ExpertChoice
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
-from routing.relu import ReLU
-from routing.router import POLICIES, Router, RouterConfig
-from routing.skipping import Skipping
-from routing.threshold import LearnedThreshold, ScoreThreshold
-from routing.top_k import TopK
-from routing.top_p import TopP
-from routing.zero_computation import ZeroComputationExperts
+from foundation.serialize import kinds
+from routing.policies.difficulty_head import DifficultyHead
+from routing.policies.expert_choice import ExpertChoice
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.relu import ReLU
+from routing.policies.skipping import Skipping
+from routing.policies.threshold import LearnedThreshold, ScoreThreshold
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
+from routing.policies.zero_computation import ZeroComputationExperts
+from routing.policy import PolicyConfig
+from routing.router import Router, RouterConfig
 
 D, E, T = 16, 12, 256
 BUDGETED = [
@@ -240,6 +242,35 @@ EVERY_POLICY = [
 ]
 
 
+def test_every_policy_of_the_folder_is_among_those():
+    here = {kind for kind in kinds(PolicyConfig).values() if kind.__module__.startswith("routing.policies.")}
+    assert {type(policy) for policy in EVERY_POLICY} == here
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=repr)
+def test_every_policy_says_what_is_true_of_it(policy):
+    built = router(policy).train()
+    built.begin_step(3, seed=0)
+    slots = built.decide(built.scores(tokens()))[0]
+    experts_T = built(tokens()).assignments.experts_per_token_T()
+    assert policy.varies_by_token == (slots.keep_TK is not None)
+    assert policy.fixed_experts is None or (experts_T == policy.fixed_experts).all()
+    # What training holds, calibration can restore.
+    assert policy.held_mean is None or built.policy.budget is not None
+    # Every one of these was asked for four, in one way or another; skipping starts from its eight.
+    assert policy.assumed_experts == (8 if isinstance(policy, Skipping) else 4.5 if isinstance(policy, RandomK) else 4)
+    assert (built.null_weight_ZD is not None) == (policy.null_columns > 0)
+    # A policy that looks at the whole batch decides otherwise for a part of it.
+    part = router(policy).train()
+    part.begin_step(3, seed=0)
+    same = torch.equal(part(tokens()[: T // 2]).assignments.experts_per_token_T(), experts_T[: T // 2])
+    assert same != policy.needs_whole_batch
+    # What command lines show of it.
+    summary = (type(policy).__doc__ or "").splitlines()[0]
+    assert summary.endswith(".")
+    assert len(summary) > 20
+
+
 @pytest.mark.parametrize("trained", EVERY_POLICY, ids=repr)
 def test_weights_trained_with_any_policy_run_under_every_other(trained):
     built = router(trained).train()
@@ -260,7 +291,6 @@ def test_weights_trained_with_any_policy_run_under_every_other(trained):
             built.calibrate(4.0)
         # 240 tokens: experts that choose divide them evenly.
         assert float(built(tokens(240)).statistics.mean_experts) == pytest.approx(4.0, abs=1e-6), policy
-    assert {type(policy) for policy in EVERY_POLICY} == set(POLICIES)
     assert torch.equal(built.weight_ED, weight_ED)
 
 

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK, draw_k
-from routing.router import Router, RouterConfig
-from routing.top_k import TopK
-from routing.top_p import TopP
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK, draw_k
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
+from routing.router import NonFiniteScoresError, Router, RouterConfig
 
 D, E = 16, 12
 POLICIES = [
@@ -234,8 +234,10 @@ def test_bad_policies_are_refused_by_name(policy, message):
 def test_unknown_score_policy_and_other_null_columns_are_refused():
     with pytest.raises(ValueError, match=r"score = 'tanh' is not one of"):
         router(TopK(k=2), score="tanh")
-    with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: TopK, TopP"):
+    with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: DifficultyHead, ExpertChoice"):
         router(TopK(k=2)).set_policy("top_k")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: DifficultyHead, ExpertChoice"):
+        router("top_k")
     with pytest.raises(ValueError, match="n_null = 9, but this router has 5 null columns"):
         router(NullExperts(k=6, n_null=5, target_mean=4.0)).set_policy(NullExperts(k=6, n_null=9, target_mean=4.0))
 
@@ -244,5 +246,5 @@ def test_unknown_score_policy_and_other_null_columns_are_refused():
 def test_scores_that_are_not_finite_are_refused(bad):
     x = tokens()
     x[7, 3] = bad
-    with pytest.raises(ValueError, match="router of layer 0: scores are not finite"):
+    with pytest.raises(NonFiniteScoresError, match="router of layer 0: scores are not finite"):
         router(TopK(k=2))(x)

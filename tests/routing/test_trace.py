@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from routing.policies.top_p import TopP
 from routing.router import Router, RouterConfig
-from routing.top_p import TopP
 from routing.trace import RouterTrace, read_trace
 
 E, D = 12, 8
@@ -15,7 +15,10 @@ E, D = 12, 8
 
 def routers() -> nn.ModuleList:
     config = RouterConfig(policy=TopP(target_mean=3.0, floor=0, cap=6))
-    return nn.ModuleList([Router(config, d_model=D, n_experts=E, layer_index=layer) for layer in (0, 3)]).eval()
+    built = [Router(config, d_model=D, n_experts=E, layer_index=layer) for layer in (0, 3)]
+    for router in built:
+        router.init_weights(torch.Generator().manual_seed(router.layer_index))
+    return nn.ModuleList(built).eval()
 
 
 def inputs(seed: int) -> torch.Tensor:

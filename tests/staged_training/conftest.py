@@ -9,8 +9,8 @@ from attention.config import AttentionConfig
 from corpus.prepare import CorpusConfig, prepare
 from lm.config import ModelConfig
 from moe.config import MoEConfig
+from routing.policies.top_k import TopK
 from routing.router import RouterConfig
-from routing.top_k import TopK
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 

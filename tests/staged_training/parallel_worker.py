@@ -19,11 +19,11 @@ from lm.config import ModelConfig
 from lm.model import LanguageModel
 from moe.config import MoEConfig
 from routing.losses import ThreeLevelBalance
-from routing.null_experts import NullExperts
-from routing.relu import ReLU
+from routing.policies.null_experts import NullExperts
+from routing.policies.relu import ReLU
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 from routing.router import RouterConfig
-from routing.top_k import TopK
-from routing.top_p import TopP
 from staged_training.data import OwnRows, TokenBatches
 from staged_training.loop import train_stage
 from staged_training.many_processes import ManyProcesses

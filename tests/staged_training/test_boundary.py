@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from lm.accounting import meta_model
 from lm.config import ModelConfig
 from moe.config import MoEConfig
-from routing.null_experts import NullExperts
-from routing.top_p import TopP
+from routing.policies.null_experts import NullExperts
+from routing.policies.top_p import TopP
 from staged_training.boundary import added_weights, choose_cut, compose, different_blocks, frozen_share
 
 

@@ -12,8 +12,8 @@ import torch
 from lm.model import LanguageModel
 from routing.assignments import Assignments
 from routing.diagnostics import RoutingStatistics, routing_statistics
-from routing.random_k import RandomK, draw_k
-from routing.top_p import TopP
+from routing.policies.random_k import RandomK, draw_k
+from routing.policies.top_p import TopP
 from staged_training.data import TokenBatches
 from staged_training.diagnostics import read_diagnostics
 from staged_training.loop import train_stage

@@ -9,9 +9,9 @@ from lm.accounting import model_cost
 from lm.budget import experts_per_token
 from lm.evaluate import evaluate
 from lm.pretrained import load_calibration_tokens, load_pretrained
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
-from routing.top_p import TopP
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.top_p import TopP
 from staged_training.checkpoint import WEIGHTS, CheckpointMismatchError
 from staged_training.data import TokenBatches
 from staged_training.estimate import estimate

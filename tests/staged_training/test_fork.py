@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lm.model import LanguageModel
-from routing.null_experts import NullExperts
-from routing.router import TopKPolicy
-from routing.top_p import TopP, TopPPolicy
+from routing.policies.null_experts import NullExperts
+from routing.policies.top_k import TopKPolicy
+from routing.policies.top_p import TopP, TopPPolicy
 from staged_training.checkpoint import CheckpointMismatchError
 from staged_training.fork import fork
 

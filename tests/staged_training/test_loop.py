@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm.model import LanguageModel
-from routing.random_k import RandomK
+from routing.policies.random_k import RandomK
 from staged_training import checkpoint
 from staged_training.data import TokenBatches
 from staged_training.loop import NonFiniteLossError, train_stage
@@ -156,6 +156,17 @@ def test_scores_that_are_not_finite_stop_with_their_place_too(train, batches, tm
         NonFiniteLossError, match=r"router of layer 1.*at step 0, data position 0, batch 0; last good checkpoint: None"
     ):
         train(tmp_path, prepare=poison_router)
+
+
+def test_an_error_of_the_same_words_is_not_taken_for_a_diverged_router(train, tmp_path):
+    def refuse(model):
+        def hook(*_):
+            raise ValueError("the answer is not finite")
+
+        model.blocks[1].register_forward_pre_hook(hook)
+
+    with pytest.raises(ValueError, match=r"^the answer is not finite$"):
+        train(tmp_path, prepare=refuse)
 
 
 def test_an_infinite_gradient_stops_before_the_weights_change(train, batches, tmp_path):

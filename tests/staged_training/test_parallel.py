@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lm.pretrained import load_pretrained
-from routing.expert_choice import ExpertChoice
+from routing.policies.expert_choice import ExpertChoice
 from staged_training.__main__ import main
 from staged_training.data import OwnRows, TokenBatches
 from staged_training.diagnostics import read_diagnostics

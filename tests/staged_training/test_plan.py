@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from foundation.serialize import from_dict, to_dict
-from routing.null_experts import NullExperts
-from routing.top_p import TopP
+from routing.policies.null_experts import NullExperts
+from routing.policies.top_p import TopP
 from staged_training.describe import describe
 from staged_training.plan import Plan, Stage
 from staged_training.schedule import Schedule

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from routing.policies.threshold import ScoreThreshold
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 from routing.router import Router, RouterConfig
-from routing.threshold import ScoreThreshold
-from routing.top_k import TopK
-from routing.top_p import TopP
 from triton_kernels.expert_slots import router_scores
 
 
@@ -32,6 +32,7 @@ def draw(T, E, dtype=torch.float64, seed=0):
 def test_torch_path_is_what_the_policies_do(rule, policy, k, floor, score, renormalise):
     config = RouterConfig(policy=policy, score=score, renormalise=renormalise)
     router = Router(config, d_model=8, n_experts=10, layer_index=0).eval()
+    router.init_weights(torch.Generator().manual_seed(0))
     x_TD = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     scores = router.scores(x_TD)
     slots = router.policy.select(scores)

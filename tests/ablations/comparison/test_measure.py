@@ -7,12 +7,12 @@ from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import all_methods
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, prepare
-from routing.expert_choice import ExpertChoice
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
-from routing.skipping import Skipping
-from routing.top_k import TopK
-from routing.top_p import TopP
+from routing.policies.expert_choice import ExpertChoice
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.skipping import Skipping
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 
 
 def test_budgets_are_around_the_baselines_own():

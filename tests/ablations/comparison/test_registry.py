@@ -10,10 +10,10 @@ import pytest
 from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import all_methods, find_methods
 from ablations.method import Method, with_plan
-from routing.null_experts import NullExperts
-from routing.random_k import RandomK
-from routing.top_k import TopK
-from routing.top_p import TopP
+from routing.policies.null_experts import NullExperts
+from routing.policies.random_k import RandomK
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
 from staged_training.boundary import choose_cut
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -18,9 +18,9 @@ from lm.config import ModelConfig
 from lm.evaluate import evaluate
 from lm.model import LanguageModel
 from moe.config import MoEConfig
-from routing.difficulty_head import DifficultyHead
-from routing.null_experts import NullExperts
-from routing.top_p import TopP
+from routing.policies.difficulty_head import DifficultyHead
+from routing.policies.null_experts import NullExperts
+from routing.policies.top_p import TopP
 
 SEQ = 64
 

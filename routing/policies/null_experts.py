@@ -15,15 +15,22 @@ import dataclasses
 import torch
 
 from routing.budget import BudgetController
-from routing.policy import Policy, Scores, Slots, best, check_bounds, check_k
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds, check_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NullExperts:
-    """k: slots that real and null columns compete for. target_mean: real experts per token, or None to leave the bias
-    at zero. floor: real experts every token gets. null_weighs: chosen null columns take their share of renormalised
-    weights, so that they learn from the model's loss and the real ones sum to less than one (True), or the real ones
-    sum to one (False, AdaMoE). rate: of the controller, per step."""
+class NullExperts(PolicyConfig):
+    """Top-k over real and null columns; a null column computes nothing.
+
+    Attributes:
+        k: slots that real and null columns compete for.
+        n_null: null columns.
+        target_mean: real experts per token that the budget holds in the mean, or None to leave the bias at zero.
+        floor: real experts every token gets.
+        null_weighs: chosen null columns take their share of renormalised weights, so that they learn from the model's
+            loss and the real ones sum to less than one (True), or the real ones sum to one (False, AdaMoE).
+        rate: of the controller, per step.
+    """
 
     k: int = 20
     n_null: int = 40
@@ -32,10 +39,29 @@ class NullExperts:
     null_weighs: bool = True
     rate: float = 0.5
 
+    @property
+    def held_mean(self) -> float | None:
+        return self.target_mean
+
+    @property
+    def assumed_experts(self) -> float:
+        return self.target_mean if self.target_mean is not None else self.k / 2
+
+    @property
+    def needs_shared_expert(self) -> bool:
+        return self.floor == 0
+
+    @property
+    def null_columns(self) -> int:
+        return self.n_null
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "NullExpertsPolicy":
+        return NullExpertsPolicy(self, n_experts=n_experts)
+
 
 class NullExpertsPolicy(Policy):
-    def __init__(self, config: NullExperts, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: NullExperts, *, n_experts: int) -> None:
+        super().__init__(config)
         name = type(config).__name__
         check_k(f"{name}.k", config.k, n_experts)
         if config.n_null < 1:
@@ -46,7 +72,6 @@ class NullExpertsPolicy(Policy):
                 f"{name}.target_mean = {config.target_mean} is out of reach: with n_null = {config.n_null} null columns"
                 f" at least {config.k - config.n_null} of k = {config.k} slots go to real experts"
             )
-        self.config = config
         self.budget = BudgetController(
             target_mean=config.target_mean, initial=0.0, lowest=-2.0, highest=2.0, rate=config.rate
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from routing.budget import BudgetController
 from routing.losses import mean_over_tokens
-from routing.policy import Policy, Scores, Slots, best, check_bounds
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds
 
 # What a slot that only the floor keeps weighs before renormalisation: little, but a layer whose logits are all negative
 # still computes something.
@@ -30,10 +30,18 @@ FLOOR_SCORE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReLU:
-    """target_mean, floor, cap: experts per token; without a floor layers are known to collapse to no experts at all.
-    control: see above. l1_coefficient: initial, and l1_factor: its change per step, of "penalty". rate: of the
-    controller, per step, of "shift"."""
+class ReLU(PolicyConfig):
+    """The experts whose logit is positive, weighed by just that.
+
+    Attributes:
+        target_mean: experts per token that are held in the mean.
+        floor: least experts per token; without one, layers are known to collapse to no experts at all.
+        cap: most experts per token.
+        control: how the mean is held: "shift" of all logits, to the percent, or by the published "penalty".
+        l1_coefficient: initial weight of the penalty.
+        l1_factor: by which the penalty's weight changes per step.
+        rate: of the controller of "shift", per step.
+    """
 
     target_mean: float = 12.0
     floor: int = 1
@@ -43,18 +51,32 @@ class ReLU:
     l1_factor: float = 1.2
     rate: float = 0.5
 
+    @property
+    def held_mean(self) -> float:
+        return self.target_mean
+
+    @property
+    def assumed_experts(self) -> float:
+        return self.target_mean
+
+    @property
+    def needs_shared_expert(self) -> bool:
+        return self.floor == 0
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "ReLUPolicy":
+        return ReLUPolicy(self, n_experts=n_experts)
+
 
 class ReLUPolicy(Policy):
     l1_coefficient: Tensor
 
-    def __init__(self, config: ReLU, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: ReLU, *, n_experts: int) -> None:
+        super().__init__(config)
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
         if config.l1_factor <= 1.0 or config.l1_coefficient <= 0.0:
             raise ValueError(
                 f"ReLU needs l1_factor > 1 and l1_coefficient > 0, got {config.l1_factor} and {config.l1_coefficient}"
             )
-        self.config = config
         if config.control not in ("penalty", "shift"):
             raise ValueError(f"ReLU.control = {config.control!r} is not one of 'shift', 'penalty'")
         # Under "penalty" the threshold does not move in training; it is there to be calibrated.

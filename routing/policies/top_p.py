@@ -14,14 +14,22 @@ from torch import Tensor
 
 from routing.budget import BudgetController
 from routing.losses import mean_over_tokens
-from routing.policy import Policy, Scores, Slots, best, check_bounds
+from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots, best, check_bounds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopP:
-    """p: initial (or, without a target, fixed) probability mass. floor, cap, target_mean: experts per token.
-    entropy_coefficient weighs the mean entropy of the scores in nats, which the paper adds so that the mass gathers on
-    few experts. rate: of the controller, per step."""
+class TopP(PolicyConfig):
+    """As many experts as a token needs to gather a share of the probability.
+
+    Attributes:
+        p: initial (or, without a target, fixed) probability mass.
+        target_mean: experts per token that the budget holds in the mean; None leaves p as it is.
+        floor: least experts per token.
+        cap: most experts per token.
+        entropy_coefficient: weighs the mean entropy of the scores in nats, which the paper adds so that the mass
+            gathers on few experts.
+        rate: of the controller, per step.
+    """
 
     p: float = 0.4
     target_mean: float | None = 12.0
@@ -30,14 +38,32 @@ class TopP:
     entropy_coefficient: float = 0.0
     rate: float = 0.5
 
+    @property
+    def held_mean(self) -> float | None:
+        return self.target_mean
+
+    @property
+    def assumed_experts(self) -> float:
+        return self.target_mean if self.target_mean is not None else self.cap / 2
+
+    @property
+    def needs_shared_expert(self) -> bool:
+        return self.floor == 0
+
+    @property
+    def fused_rule(self) -> FusedRule:
+        return FusedRule("top_p", self.cap, self.floor)
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "TopPPolicy":
+        return TopPPolicy(self, n_experts=n_experts)
+
 
 class TopPPolicy(Policy):
-    def __init__(self, config: TopP, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: TopP, *, n_experts: int) -> None:
+        super().__init__(config)
         if not 0.0 < config.p < 1.0:
             raise ValueError(f"TopP.p = {config.p} is outside (0, 1)")
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
-        self.config = config
         self.budget = BudgetController(
             target_mean=config.target_mean, initial=config.p, lowest=0.0, highest=1.0, rate=config.rate
         )

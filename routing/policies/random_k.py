@@ -2,24 +2,47 @@
 
 The draw is a pure function of (seed, step, layer): a resumed or recomputed step repeats it without any saved random
 state. Outside training the router takes `k_eval` experts.
+
+Legend: K slots per token.
 """
 
 import dataclasses
 import random
 from typing import Literal
 
-from routing.policy import Policy, Scores, Slots, best, check_k
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomK:
-    """k uniform in [k_min, k_max], drawn anew for each step: per layer ("layer"; the paper's best) or one for the whole
-    model ("step")."""
+class RandomK(PolicyConfig):
+    """A number of experts drawn anew for each training step, so that any number works at inference.
+
+    Attributes:
+        k_min: least experts per token in training.
+        k_max: most experts per token in training; k is uniform in between.
+        k_eval: experts per token outside training.
+        per: one draw per "layer" (the paper's best), or per "step" for the whole model.
+    """
 
     k_min: int = 4
     k_max: int = 20
     k_eval: int = 12
     per: Literal["layer", "step"] = "layer"
+
+    @property
+    def assumed_experts(self) -> float:
+        return (self.k_min + self.k_max) / 2
+
+    @property
+    def evaluated_experts(self) -> int:
+        return self.k_eval
+
+    @property
+    def varies_by_token(self) -> bool:
+        return False
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "RandomKPolicy":
+        return RandomKPolicy(self, n_experts=n_experts, layer_index=layer_index)
 
 
 def draw_k(config: RandomK, *, seed: int, step: int, layer_index: int) -> int:
@@ -30,8 +53,8 @@ def draw_k(config: RandomK, *, seed: int, step: int, layer_index: int) -> int:
 
 
 class RandomKPolicy(Policy):
-    def __init__(self, config: RandomK, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: RandomK, *, n_experts: int, layer_index: int) -> None:
+        super().__init__(config)
         check_k("RandomK.k_min", config.k_min, n_experts)
         check_k("RandomK.k_max", config.k_max, n_experts)
         check_k("RandomK.k_eval", config.k_eval, n_experts)
@@ -39,7 +62,6 @@ class RandomKPolicy(Policy):
             raise ValueError(f"RandomK.k_min = {config.k_min} exceeds k_max = {config.k_max}")
         if config.per not in ("layer", "step"):
             raise ValueError(f"RandomK.per = {config.per!r} is not one of 'layer', 'step'")
-        self.config = config
         self.layer_index = layer_index
         self.k = config.k_eval
 

@@ -10,24 +10,35 @@ Legend: T tokens, K slots per token.
 import dataclasses
 
 from routing.budget import BudgetController
-from routing.policy import Policy, Scores, Slots, best, check_k
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Skipping:
-    """k: slots before skipping. ratio: of the best expert's score that an expert must reach, until calibrated."""
+class Skipping(PolicyConfig):
+    """Top-k without the experts that weigh little beside the token's best one.
+
+    Attributes:
+        k: slots before skipping.
+        ratio: of the best expert's score that an expert must reach, until calibrated.
+    """
 
     k: int = 12
     ratio: float = 0.5
 
+    @property
+    def assumed_experts(self) -> float:
+        return self.k
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "SkippingPolicy":
+        return SkippingPolicy(self, n_experts=n_experts)
+
 
 class SkippingPolicy(Policy):
-    def __init__(self, config: Skipping, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: Skipping, *, n_experts: int) -> None:
+        super().__init__(config)
         check_k("Skipping.k", config.k, n_experts)
         if not 0.0 <= config.ratio <= 1.0:
             raise ValueError(f"Skipping.ratio = {config.ratio} is outside [0, 1]")
-        self.config = config
         # The best expert has ratio 1 and is always used, so no floor is needed.
         self.budget = BudgetController(target_mean=None, initial=-config.ratio, lowest=-1.0, highest=0.0, rate=1.0)
 

@@ -11,16 +11,23 @@ import dataclasses
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from routing.budget import BudgetController
-from routing.policy import Policy, Scores, Slots, best, check_bounds
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DifficultyHead:
-    """target_mean, floor, cap: experts per token. softness: width of the soft edge, in units of log k. rate: of the
-    controller, per step."""
+class DifficultyHead(PolicyConfig):
+    """As many experts as a linear head predicts to pay off for the token.
+
+    Attributes:
+        target_mean: experts per token that the budget holds in the mean.
+        floor: least experts per token.
+        cap: most experts per token.
+        softness: width of the soft edge, in units of log k.
+        rate: of the controller, per step.
+    """
 
     target_mean: float = 12.0
     floor: int = 1
@@ -28,14 +35,28 @@ class DifficultyHead:
     softness: float = 0.3
     rate: float = 0.5
 
+    @property
+    def held_mean(self) -> float:
+        return self.target_mean
+
+    @property
+    def assumed_experts(self) -> float:
+        return self.target_mean
+
+    @property
+    def needs_shared_expert(self) -> bool:
+        return self.floor == 0
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "DifficultyHeadPolicy":
+        return DifficultyHeadPolicy(self, n_experts=n_experts, d_model=d_model)
+
 
 class DifficultyHeadPolicy(Policy):
-    def __init__(self, config: DifficultyHead, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: DifficultyHead, *, n_experts: int, d_model: int) -> None:
+        super().__init__(config)
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
         if config.softness <= 0.0:
             raise ValueError(f"DifficultyHead.softness = {config.softness} must be positive")
-        self.config = config
         # Zero: every token starts equally difficult.
         self.head_D = nn.Parameter(torch.zeros(d_model))
         initial = math.log(max(config.target_mean, 1.0))
@@ -56,3 +77,7 @@ class DifficultyHeadPolicy(Policy):
         return Slots(
             expert_TK, score_TK * ((self.budget.threshold - soft_level_TK) / self.config.softness).sigmoid(), keep_TK
         )
+
+    def select_dealt(self, scores: Scores, dealt_T: Tensor) -> Slots:
+        # The predicted number also weighs a token's last experts: another token's prediction must come whole.
+        return self.select(dataclasses.replace(scores, x_TD=scores.x_TD[dealt_T]))

@@ -17,24 +17,49 @@ import torch
 from torch import nn
 
 from routing.budget import BudgetController
-from routing.policy import Policy, Scores, Slots, best, check_bounds
+from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots, best, check_bounds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreThreshold:
-    """target_mean, floor, cap: experts per token. rate: of the controller, per step."""
+class ScoreThreshold(PolicyConfig):
+    """The experts whose score passes one bar, the same for all tokens.
+
+    Attributes:
+        target_mean: experts per token that the budget holds in the mean.
+        floor: least experts per token.
+        cap: most experts per token.
+        rate: of the controller, per step.
+    """
 
     target_mean: float = 12.0
     floor: int = 1
     cap: int = 24
     rate: float = 0.5
 
+    @property
+    def held_mean(self) -> float:
+        return self.target_mean
+
+    @property
+    def assumed_experts(self) -> float:
+        return self.target_mean
+
+    @property
+    def needs_shared_expert(self) -> bool:
+        return self.floor == 0
+
+    @property
+    def fused_rule(self) -> FusedRule:
+        return FusedRule("threshold", self.cap, self.floor)
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "ScoreThresholdPolicy":
+        return ScoreThresholdPolicy(self, n_experts=n_experts)
+
 
 class ScoreThresholdPolicy(Policy):
-    def __init__(self, config: ScoreThreshold, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: ScoreThreshold, *, n_experts: int) -> None:
+        super().__init__(config)
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
-        self.config = config
         # The level is minus the selection score. The first threshold is what an even router gives each expert.
         self.budget = BudgetController(
             target_mean=config.target_mean, initial=-1.0 / n_experts, lowest=-2.0, highest=2.0, rate=config.rate
@@ -48,21 +73,41 @@ class ScoreThresholdPolicy(Policy):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LearnedThreshold:
-    """target_mean, floor, cap: experts per token; target_mean None lets the bars alone decide. rate: of the controller,
-    per step."""
+class LearnedThreshold(PolicyConfig):
+    """The experts whose score passes their own bar, which each of them learns.
+
+    Attributes:
+        target_mean: experts per token that the budget holds in the mean; None lets the bars alone decide.
+        floor: least experts per token.
+        cap: most experts per token.
+        rate: of the controller, per step.
+    """
 
     target_mean: float | None = 12.0
     floor: int = 1
     cap: int = 24
     rate: float = 0.5
 
+    @property
+    def held_mean(self) -> float | None:
+        return self.target_mean
+
+    @property
+    def assumed_experts(self) -> float:
+        return self.target_mean if self.target_mean is not None else self.cap / 2
+
+    @property
+    def needs_shared_expert(self) -> bool:
+        return self.floor == 0
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "LearnedThresholdPolicy":
+        return LearnedThresholdPolicy(self, n_experts=n_experts)
+
 
 class LearnedThresholdPolicy(Policy):
-    def __init__(self, config: LearnedThreshold, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: LearnedThreshold, *, n_experts: int) -> None:
+        super().__init__(config)
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
-        self.config = config
         self.bar_E = nn.Parameter(torch.zeros(n_experts))
         self.budget = BudgetController(
             target_mean=config.target_mean, initial=0.0, lowest=-1e4, highest=1e4, rate=config.rate

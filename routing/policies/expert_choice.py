@@ -8,29 +8,42 @@ Legend: T tokens, E experts, C tokens per expert.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
-from routing.policy import Policy, Scores, Slots
+from routing.policy import Policy, PolicyConfig, Scores, Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertChoice:
-    """k: mean experts per token; each expert takes C = round(k * T / E) tokens."""
+class ExpertChoice(PolicyConfig):
+    """Each expert takes the tokens that score highest for it; for the analysis of training only.
+
+    Attributes:
+        k: mean experts per token; each expert takes C = round(k * T / E) tokens.
+    """
+
+    needs_whole_batch: ClassVar[bool] = True
 
     k: float = 12.0
 
-
-class ExpertChoicePolicy(Policy):
-    def __init__(self, config: ExpertChoice, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
-        if not 0.0 < config.k <= n_experts:
-            raise ValueError(f"ExpertChoice.k = {config.k} is outside (0, {n_experts}] (n_experts = {n_experts})")
-        self.config = config
+    @property
+    def assumed_experts(self) -> float:
+        return self.k
 
     @property
-    def asked_experts(self) -> float:
-        return self.config.k
+    def evaluated_experts(self) -> float:
+        return self.k
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "ExpertChoicePolicy":
+        return ExpertChoicePolicy(self, n_experts=n_experts)
+
+
+class ExpertChoicePolicy(Policy):
+    def __init__(self, config: ExpertChoice, *, n_experts: int) -> None:
+        super().__init__(config)
+        if not 0.0 < config.k <= n_experts:
+            raise ValueError(f"ExpertChoice.k = {config.k} is outside (0, {n_experts}] (n_experts = {n_experts})")
 
     def select(self, scores: Scores) -> Slots:
         if not self.training:

@@ -13,31 +13,52 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from routing.policy import Policy, Scores, Slots, best, check_k
+from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots, best, check_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopK:
-    """k experts per token, from the `top_groups` best of `n_groups` groups of consecutive experts."""
+class TopK(PolicyConfig):
+    """The same number of experts for every token.
+
+    Attributes:
+        k: experts per token.
+        n_groups: groups of consecutive experts.
+        top_groups: groups that a token's experts come from, its best ones; all of them: no limit.
+    """
 
     k: int = 12
     n_groups: int = 1
     top_groups: int = 1
 
+    @property
+    def assumed_experts(self) -> float:
+        return self.k
+
+    @property
+    def fixed_experts(self) -> int:
+        return self.k
+
+    @property
+    def varies_by_token(self) -> bool:
+        return False
+
+    @property
+    def fused_rule(self) -> FusedRule | None:
+        # The kernel ranks all experts together.
+        return FusedRule("top_k", self.k) if self.top_groups == self.n_groups else None
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "TopKPolicy":
+        return TopKPolicy(self, n_experts=n_experts)
+
 
 class TopKPolicy(Policy):
-    def __init__(self, config: TopK, *, n_experts: int, d_model: int, layer_index: int):
-        super().__init__()
+    def __init__(self, config: TopK, *, n_experts: int) -> None:
+        super().__init__(config)
         check_k("TopK.k", config.k, n_experts)
         if config.n_groups < 1 or n_experts % config.n_groups:
             raise ValueError(f"TopK.n_groups = {config.n_groups} does not divide n_experts = {n_experts}")
         check_k("TopK.top_groups", config.top_groups, config.n_groups)
         check_k("TopK.k", config.k, n_experts // config.n_groups * config.top_groups)
-        self.config = config
-
-    @property
-    def asked_experts(self) -> float:
-        return self.config.k
 
     def select(self, scores: Scores) -> Slots:
         config = self.config

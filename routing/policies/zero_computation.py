@@ -15,22 +15,39 @@ import dataclasses
 
 from torch import Tensor
 
-from routing.null_experts import NullExperts, NullExpertsPolicy
+from routing.policies.null_experts import NullExperts, NullExpertsPolicy
 from routing.policy import Scores, Slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroComputationExperts(NullExperts):
-    """As NullExperts, whose weights must be shared with the null columns: null_weighs = True. bias_rate: mu of
-    LongCat's controller, which then replaces the budget's in training (leave selection_bias_step at 0); calibration
-    stays."""
+    """Top-k over real and null columns; a null column returns the token itself.
+
+    Attributes:
+        k: slots that real and null columns compete for.
+        n_null: null columns.
+        target_mean: real experts per token that are held in the mean, or None to leave the bias at zero.
+        floor: real experts every token gets.
+        null_weighs: must be True: it is the null columns' share of the weights that the token returns with.
+        rate: of the controller, per step.
+        bias_rate: mu of LongCat's controller, which then replaces the budget's in training (leave selection_bias_step
+            at 0); calibration stays.
+    """
 
     floor: int = 0
     bias_rate: float = 0.0
 
+    @property
+    def needs_shared_expert(self) -> bool:
+        # A token without real experts is returned itself.
+        return False
+
+    def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "ZeroComputationPolicy":
+        return ZeroComputationPolicy(self, n_experts=n_experts)
+
 
 class ZeroComputationPolicy(NullExpertsPolicy):
-    def __init__(self, config: ZeroComputationExperts, *, n_experts: int, d_model: int, layer_index: int):
+    def __init__(self, config: ZeroComputationExperts, *, n_experts: int) -> None:
         if not config.null_weighs:
             raise ValueError(
                 "ZeroComputationExperts.null_weighs = False would leave the returned tokens without a weight"
@@ -40,7 +57,7 @@ class ZeroComputationPolicy(NullExpertsPolicy):
                 f"ZeroComputationExperts.bias_rate = {config.bias_rate} must not be negative, and needs a target_mean"
                 f" (is {config.target_mean})"
             )
-        super().__init__(config, n_experts=n_experts, d_model=d_model, layer_index=layer_index)
+        super().__init__(config, n_experts=n_experts)
         if config.bias_rate > 0:
             # Two controllers of one number would fight.
             assert self.budget is not None
