@@ -182,7 +182,7 @@ class LanguageModel(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
         """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
         return HybridCache(
-            self.config.attention, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device
+            self.config.attentions, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device
         )
 
     @property

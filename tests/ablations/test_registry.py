@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 from ablations.defaults import ModelOptions
 from ablations.registry import all_methods, find_methods
+from attention.kinds import KINDS
 from routing.null_experts import NullExperts
 from routing.random_k import RandomK
 from routing.top_k import TopK
@@ -75,6 +77,14 @@ def test_plans_are_the_ones_named():
         "gated_delta_hybrid": "GGGFGGGF",
         "mixed_heads_hybrid": "MMMMMMMM",
     }
+
+
+def test_the_help_of_the_layer_plan_names_every_letter(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(ModelOptions, args=["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for letter, kind in KINDS.items():
+        assert f"{letter} ({kind.sentence})" in text
 
 
 def test_the_baseline_comes_first_and_once():
