@@ -107,7 +107,15 @@ class TensorState:
 
 
 class GrowingKV(TensorState):
-    """Keys and values of every token seen."""
+    """Keys and values of every token seen.
+
+    Args:
+        batch_size: sequences side by side.
+        max_length: tokens of each that fit.
+        heads: key/value heads and their width.
+        dtype: of keys and values.
+        device: where they lie.
+    """
 
     def __init__(
         self, batch_size: int, max_length: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
@@ -133,7 +141,11 @@ class GrowingKV(TensorState):
 
 
 class RingKV(TensorState):
-    """Keys and values of the last `window` tokens: the token at position p lies in slot p modulo the capacity."""
+    """Keys and values of the last `window` tokens: the token at position p lies in slot p modulo the capacity.
+
+    Args:
+        window: tokens kept, or fewer where `max_length` is shorter; the others as in `GrowingKV`.
+    """
 
     def __init__(
         self,
@@ -176,11 +188,13 @@ class RingKV(TensorState):
         ring = self.tensors[name]
         if self.length <= self.capacity:
             return torch.cat([ring[:, : self.length], new], dim=1)
+        # A full ring starts with its oldest token where the next one would be written.
         oldest = self.length % self.capacity
         return torch.cat([ring[:, oldest:], ring[:, :oldest], new], dim=1)
 
     def _write(self, k_BTGK: Tensor, v_BTGV: Tensor) -> None:
         end = self.length + k_BTGK.shape[1]
+        # Of more tokens than slots only the newest stay.
         kept = min(k_BTGK.shape[1], self.capacity)
         slot = (end - kept) % self.capacity
         before_wrap = min(kept, self.capacity - slot)
@@ -205,9 +219,12 @@ class RecurrentState(TensorState):
     The matrices are fp32 whatever the model computes in: they sum over the whole text.
 
     Args:
+        batch_size: sequences side by side.
+        max_length: tokens of each that the cache is for; memory does not depend on it.
         shape: heads, key width and value width.
-        conv: channels and width W of the convolution.
+        conv: channels and width W of the convolution, or None.
         dtype: of the convolution's inputs.
+        device: where all of it lies.
     """
 
     def __init__(

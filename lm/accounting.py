@@ -78,9 +78,18 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
     """Costs of training or prefilling sequences of `length` tokens.
 
     Args:
+        config: the model.
+        length: tokens of a sequence; what mixing across tokens costs is averaged over them.
         mean_experts: real experts per token, measured or intended; one number, or one per block.
+
+    Returns:
+        Parameters and forward FLOPs per token, by block.
+
+    Raises:
+        ValueError: for another number of means than of blocks.
     """
     model = meta_model(config)
+    # Every block is asked for its own number of experts: configurations may differ from block to block.
     means = (float(mean_experts),) * config.n_layers if isinstance(mean_experts, int | float) else mean_experts
     if len(means) != config.n_layers:
         raise ValueError(f"mean_experts: {len(means)} numbers for {config.n_layers} layers")
