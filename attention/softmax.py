@@ -18,6 +18,7 @@ from attention.layer_states import KV, Alias, GrowingKV, LayerState, RingKV
 from attention.norm import RMSNorm
 from attention.projection import Projection
 from triton_kernels.flash_attention import flash_attention
+from triton_kernels.flash_decode import flash_decode
 from triton_kernels.rotary import rotary_tables, rotate
 
 
@@ -133,7 +134,15 @@ class SoftmaxAttention(AttentionLayer):
         else:
             kv = self._check_shared(shared, B, T, state)
         q_BTHK = self.q_norm(q.view(B, T, -1, K))
-        o_BTHK = flash_attention(q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary)
+        if state is not None and T == 1:
+            # The newest token sees all that is kept, in whatever order a ring holds it: there is no window to apply.
+            lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
+            o_BHK = flash_decode(rotate(q_BTHK, rotary)[:, 0], *kv, lengths_B, sinks_H=self.sink_H)
+            o_BTHK = o_BHK[:, None]
+        else:
+            o_BTHK = flash_attention(
+                q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary
+            )
         o_BTX = o_BTHK.flatten(2)
         if self.config.output_gate:
             o_BTX = o_BTX * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().to(o_BTX.dtype)
