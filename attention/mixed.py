@@ -24,7 +24,7 @@ from attention.layer_states import KV, LayerState, MixedState, RecurrentState
 from attention.lightning import lightning_flops, lightning_slopes
 from attention.norm import RMSNorm
 from attention.projection import Projection
-from attention.softmax import kv_bytes, new_kv, softmax_flops
+from attention.softmax import kv_state_bytes, new_kv, softmax_flops
 from triton_kernels.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear_decode import split_heads
 from triton_kernels.mixed_attention import mixed_attention, mixed_decode
@@ -56,7 +56,7 @@ class MixedKind(AttentionKind):
     def state_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
         """Those of an F or S layer and of a lightning layer, each with its share of the heads."""
         (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
-        kv = kv_bytes(config.mixed_window, (G, config.head_dim), length, element_size)
+        kv = kv_state_bytes(config.mixed_window, (G, config.head_dim), length, element_size)
         return kv + RecurrentState.matrix_bytes((J, K, V))
 
     def mixing_flops(self, config: AttentionConfig, length: int) -> float:

@@ -46,7 +46,7 @@ class SoftmaxKind(AttentionKind):
 
     def state_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
         """2 G K element_size bytes per token, of `length` tokens or of the window if that is shorter."""
-        return kv_bytes(self.window(config), (config.n_kv_heads, config.head_dim), length, element_size)
+        return kv_state_bytes(self.window(config), (config.n_kv_heads, config.head_dim), length, element_size)
 
     def mixing_flops(self, config: AttentionConfig, length: int) -> float:
         return softmax_flops(config.n_heads, config.head_dim, self.window(config), length)
@@ -71,7 +71,7 @@ def new_kv(
     return RingKV(batch_size, max_length, window, heads, dtype, device)
 
 
-def kv_bytes(window: int | None, heads: tuple[int, int], length: int, element_size: int) -> int:
+def kv_state_bytes(window: int | None, heads: tuple[int, int], length: int, element_size: int) -> int:
     """Bytes per sequence of what `new_kv` allocates for `length` tokens."""
     n_kv_heads, head_dim = heads
     kept = length if window is None else min(length, window)
