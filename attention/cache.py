@@ -3,41 +3,41 @@
 Legend: B batch.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
-from attention.layer_states import Alias, GrowingKV, MixedState, RecurrentState, RingKV
-from attention.plan import OWNER, LayerPlan
-
-# Recurrent states are fp32 whatever the model computes in: they sum over the whole text.
-STATE_ELEMENT_SIZE = 4
+from attention.layer_states import Alias, LayerState
+from attention.plan import LayerPlan
 
 
 class HybridCache:
-    """One state per layer: growing K/V (F), ring buffer (S), alias (R, r), fixed state (L), fixed state and convolution
-    tail (G, K), K/V and fixed state (M).
+    """One state per layer, of whatever type the layer's kind keeps.
 
     Everything is allocated at once for `max_length` tokens, so `nbytes()` is what `cache_bytes` says for that length
     and does not change while decoding. A forward with a cache is for inference: what the cache holds carries no
     gradients.
 
     Args:
-        config, plan: those of the model.
+        configs: of attention, one per layer.
+        plan: the model's.
         batch_size: sequences decoded side by side.
         max_length: tokens of each that fit.
         dtype: of keys, values and convolution tails: the model's activations.
+        device: of everything held.
 
     Attributes:
         layers: the state of each layer, to be passed to it as `state`.
 
     Raises:
-        ValueError: for a size below 1.
+        ValueError: for a size below 1, or configurations that the plan cannot have.
     """
 
     def __init__(
         self,
-        config: AttentionConfig,
+        configs: Sequence[AttentionConfig],
         plan: LayerPlan,
         batch_size: int,
         max_length: int,
@@ -47,25 +47,18 @@ class HybridCache:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"HybridCache: {name}={value}; legal: at least 1")
+        plan.check(configs)
         self.batch_size = batch_size
         self.max_length = max_length
-        device = torch.device(device)
-        heads = (config.n_kv_heads, config.head_dim)
-        self.layers: list[GrowingKV | RingKV | RecurrentState | MixedState | Alias] = []
-        for letter, source in zip(plan.letters, plan.source):
-            if letter in OWNER:
-                owner = self.layers[source]
-                assert isinstance(owner, GrowingKV | RingKV)
-                self.layers.append(Alias(owner))
-            elif letter == "F":
-                self.layers.append(GrowingKV(batch_size, max_length, heads, dtype, device))
-            elif letter == "S":
-                self.layers.append(RingKV(batch_size, max_length, config.window, heads, dtype, device))
-            elif letter == "M":
-                self.layers.append(_mixed_state(config, batch_size, max_length, dtype, device))
+        self.layers: list[LayerState] = []
+        for kind, source, config in zip(plan.kinds, plan.source, configs):
+            if kind.reads is None:
+                state = kind.new_state(
+                    config, batch_size=batch_size, max_length=max_length, dtype=dtype, device=torch.device(device)
+                )
             else:
-                conv = (config.conv_channels, config.conv_width) if letter in "GK" else None
-                self.layers.append(RecurrentState(batch_size, max_length, config.linear_shape, conv, dtype, device))
+                state = Alias(self.layers[source])
+            self.layers.append(state)
 
     @property
     def length(self) -> int:
@@ -98,14 +91,15 @@ class HybridCache:
     def crop(self, length: int) -> None:
         """Forgets the tokens from `length` on, in every layer or, where one cannot, in none.
 
-        Full attention can always; a ring buffer until it has overwritten what it would need; a linear state only back
-        to 0 tokens.
+        Keys and values of all tokens can always be cropped; a ring buffer until it has overwritten what it would need;
+        a linear state only back to 0 tokens.
 
         Raises:
             ValueError: naming the layer that cannot and why, or a length that is not between 0 and the tokens seen.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"crop to {length} tokens; legal: from 0 to the {self.length} seen")
+        # All are asked before any is cropped: a cache whose layers have seen different numbers of tokens is lost.
         for index, layer in enumerate(self.layers):
             if reason := layer.refusal_to_crop(length):
                 raise ValueError(f"crop to {length} of {self.length} tokens seen: layer {index} cannot: {reason}")
@@ -114,50 +108,30 @@ class HybridCache:
 
 
 def cache_bytes(
-    config: AttentionConfig, plan: LayerPlan, length: int, batch_size: int = 1, element_size: int = 2
+    configs: Sequence[AttentionConfig], plan: LayerPlan, length: int, batch_size: int = 1, element_size: int = 2
 ) -> list[int]:
-    """Bytes that each layer's state takes for `length` tokens, from the configuration alone.
-
-    Per sequence, with G key/value heads of width K and s bytes per element: 2 G K s length for F, 2 G K s min(length,
-    window) for S, 0 for R and r (the owner pays), and whatever the length 4 H K V for L, the same and X (W - 1) s for
-    the convolution tail for G and K. M is F or S and L, each with its share of the heads.
+    """Bytes that each layer's state takes for `length` tokens, from the configuration alone; the formulas are the
+    kinds' `state_bytes`.
 
     Args:
-        element_size: the s above, bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
+        configs: of attention, one per layer.
+        plan: the model's.
+        length: tokens of each sequence.
+        batch_size: sequences side by side.
+        element_size: bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
+
+    Returns:
+        One number per layer; 0 for a layer that reads another's keys and values, because the owner pays.
 
     Raises:
-        ValueError: for a length below 0, a batch size or an element size below 1.
+        ValueError: for a length below 0, a batch size or an element size below 1, or configurations that the plan
+            cannot have.
     """
     for name, value, least in (("length", length, 0), ("batch_size", batch_size, 1), ("element_size", element_size, 1)):
         if value < least:
             raise ValueError(f"cache_bytes: {name}={value}; legal: at least {least}")
-    H, K, V = config.linear_shape
-    kv_per_token = 2 * config.n_kv_heads * config.head_dim * element_size
-    recurrent = STATE_ELEMENT_SIZE * H * K * V
-    conv_tail = config.conv_channels * (config.conv_width - 1) * element_size
-    per_sequence = {
-        "F": kv_per_token * length,
-        "S": kv_per_token * min(length, config.window),
-        "R": 0,
-        "r": 0,
-        "L": recurrent,
-        "G": recurrent + conv_tail,
-        "K": recurrent + conv_tail,
-    }
-    if "M" in plan.letters:
-        _, G, J = config.mixed_heads
-        kept = min(length, config.mixed_window or length)
-        per_sequence["M"] = 2 * G * config.head_dim * element_size * kept + STATE_ELEMENT_SIZE * J * K * V
-    return [batch_size * per_sequence[letter] for letter in plan.letters]
-
-
-def _mixed_state(
-    config: AttentionConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
-) -> MixedState:
-    (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
-    heads = (G, config.head_dim)
-    if config.mixed_window is None:
-        kv = GrowingKV(batch_size, max_length, heads, dtype, device)
-    else:
-        kv = RingKV(batch_size, max_length, config.mixed_window, heads, dtype, device)
-    return MixedState(kv, RecurrentState(batch_size, max_length, (J, K, V), None, dtype, device))
+    plan.check(configs)
+    return [
+        batch_size * kind.state_bytes(config, length, element_size) if kind.reads is None else 0
+        for kind, config in zip(plan.kinds, configs)
+    ]

@@ -1,17 +1,20 @@
-"""The configuration shared by all attention layers of a model."""
+"""The configuration of an attention layer: one for a whole model, or one of its own for some layers.
+
+Every kind reads the fields that it needs and leaves the others alone, so one configuration serves a mixed plan.
+"""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Heads, widths and options of the softmax layers (F, S, R, r), the linear layers (L, G, K) and the mixed ones (M).
+    """Heads, widths and options of softmax layers, linear layers and mixed layers.
 
     Attributes:
         n_heads: query heads of a softmax layer.
         n_kv_heads: key/value heads of a softmax layer; each serves n_heads / n_kv_heads query heads.
         head_dim: width of a softmax layer's head.
-        window: how many tokens an S or r layer sees, the current one included.
+        window: how many tokens a sliding-window layer sees, the current one included.
         rope_base: base of the rotary embedding's wavelengths.
         rotary_fraction: share of head_dim that is rotated, from the front; 0 leaves positions out (NoPE).
         qk_norm: RMSNorm of every query and key head before the rotary embedding.
@@ -23,7 +26,7 @@ class AttentionConfig:
         mixed_linear_heads: how many of a mixed layer's n_heads are linear; half of them by default. Its softmax heads
             keep their share of n_kv_heads.
         mixed_window: how many tokens a mixed layer's softmax heads see, the current one included; None for all.
-        conv_width: taps of the short convolution before a G or K layer's delta rule, 2 to 4.
+        conv_width: taps of the short convolution before a delta rule, 2 to 4.
         chunk_size: tokens per chunk of the linear layers' chunked form, a power of two; changes speed, not results.
         norm_eps: added to the mean square in every RMSNorm.
 
@@ -122,6 +125,6 @@ class AttentionConfig:
 
     @property
     def conv_channels(self) -> int:
-        """Channels of a G or K layer's short convolution: queries, keys and values of all heads side by side."""
+        """Channels of the short convolution before a delta rule: queries, keys and values of all heads side by side."""
         H, K, V = self.linear_shape
         return H * (2 * K + V)

@@ -19,7 +19,12 @@ TIME_STEP = (1e-3, 1e-1)
 
 
 class DecayGate(nn.Module):
-    """From a [B, T, H * K] to log-decays [B, T, H, K] <= 0 in fp32: one rate per head, one bias per channel."""
+    """From a [B, T, H * K] to log-decays [B, T, H, K] <= 0 in fp32: one rate per head, one bias per channel.
+
+    Args:
+        n_heads: the H above.
+        n_channels: the K above: 1 where a head forgets as a whole.
+    """
 
     def __init__(self, n_heads: int, n_channels: int) -> None:
         super().__init__()
@@ -41,4 +46,5 @@ class DecayGate(nn.Module):
 
 
 def uniform(shape: Sequence[int], low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Numbers from [low, high) by the generator, fp32 on its device."""
     return torch.empty(shape, device=generator.device).uniform_(low, high, generator=generator)

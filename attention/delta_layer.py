@@ -1,17 +1,17 @@
 """What the layers with a delta rule (G, K) share: short convolution, recurrence and gated norm, from a cache or without
-one.
+one; and the facts of their kinds.
 
 Legend: B batch, T tokens, H heads, K key width, V value width, X convolution channels, W convolution width.
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import torch
 from torch import Tensor, nn
 
 from attention.config import AttentionConfig
 from attention.decay_gate import DecayGate, uniform
-from attention.layer import AttentionLayer
+from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import RecurrentState
 from attention.norm import RMSNorm
 from attention.projection import Projection
@@ -20,32 +20,53 @@ from triton_kernels.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear_decode import delta_decode
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaKind(AttentionKind):
+    """A kind whose memory is one fp32 K x V matrix per head and the last W - 1 inputs of the convolution."""
+
+    def new_state(
+        self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> RecurrentState:
+        conv = (config.conv_channels, config.conv_width)
+        return RecurrentState(batch_size, max_length, config.linear_shape, conv, dtype, device)
+
+    def state_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """4 H K V + X (W - 1) element_size bytes, whatever the length."""
+        tail = config.conv_channels * (config.conv_width - 1) * element_size
+        return RecurrentState.matrix_bytes(config.linear_shape) + tail
+
+    def mixing_flops(self, config: AttentionConfig, length: int) -> float:
+        heads, key, value = config.linear_shape
+        chunk = min(config.chunk_size, length)
+        # Inside a chunk: k k^T, q k^T and W = T K (K wide), U = T V and P N (V wide), the triangular inverse; on the
+        # state: W S, Q S, K^T N.
+        return heads * (4 * key * value + 2 * key * value + 2 * chunk * (3 * key + 2 * value) + 2 * chunk**2 / 3)
+
+
 class DeltaLayer(AttentionLayer):
-    """Base of G and K. Their memory is one K x V matrix per head and the last W - 1 inputs of the convolution.
+    """Base of G and K, which add their projections and choose the rule.
 
     Args:
-        rule: the recurrence over many tokens, of q, k, v, log_decay_BTHK and beta.
         decay_channels: log-decays per head: one, or one for every key channel.
+        kind: as in `AttentionLayer`, and so the others.
+
+    Attributes:
         activation: of the output gate.
     """
 
-    state_type = RecurrentState
+    activation: str
 
     def __init__(
         self,
-        letter: str,
+        kind: AttentionKind,
         config: AttentionConfig,
         *,
         d_model: int,
         layer_index: int,
         n_layers: int,
-        rule: Callable[..., tuple[Tensor, Tensor]],
         decay_channels: int,
-        activation: str,
     ) -> None:
-        super().__init__(letter, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
-        self.config = config
-        self.rule, self.activation = rule, activation
+        super().__init__(kind, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
         H, _, V = config.linear_shape
         self.conv_XW = nn.Parameter(torch.zeros(config.conv_channels, config.conv_width))
         self.decay_gate = DecayGate(H, decay_channels)
@@ -58,6 +79,25 @@ class DeltaLayer(AttentionLayer):
         bound = self.config.conv_width**-0.5
         with torch.no_grad():
             self.conv_XW.copy_(uniform(self.conv_XW.shape, -bound, bound, generator))
+
+    def rule(
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay_BTHK: Tensor,
+        beta_BTH: Tensor,
+        initial_state_BHKV: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence over many tokens, with queries and keys brought to unit length.
+
+        Args:
+            log_decay_BTHK: fp32 and at most 0; K is 1 where a head forgets as a whole.
+
+        Returns:
+            o_BTHV and the state after the last token, fp32 [B, H, K, V].
+        """
+        raise NotImplementedError
 
     def mix(
         self, qkv_BTX: Tensor, gate_BTX: Tensor, a_BTX: Tensor, b_BTH: Tensor, state: RecurrentState | None
@@ -77,22 +117,21 @@ class DeltaLayer(AttentionLayer):
                 eps=self.norm.eps,
                 activation=self.activation,
             )
+            # The op has moved matrices and tail in place; only the count is left to bring up to date.
             state.length += 1
             return y_BHV.view(B, 1, H * V)
         tail = None if state is None else state.tail_BXW
         qkv_BTX, tail = causal_conv1d(qkv_BTX, self.conv_XW.to(qkv_BTX.dtype), activation="silu", initial_tail=tail)
         q, k, v = qkv_BTX.split([H * K, H * K, H * V], dim=-1)
         log_decay = self.decay_gate(a_BTX)
-        inputs = (
+        o_BTHV, last_BHKV = self.rule(
             q.view(B, T, H, K),
             k.view(B, T, H, K),
             v.view(B, T, H, V),
             log_decay,
+            # In the decay's fp32: what a token writes is corrected by what the state holds, and errors would add up.
             b_BTH.to(log_decay.dtype).sigmoid(),
-        )
-        before = None if state is None else state.state_BHKV
-        o_BTHV, last_BHKV = self.rule(
-            *inputs, normalize_qk=True, chunk_size=self.config.chunk_size, initial_state_BHKV=before
+            None if state is None else state.state_BHKV,
         )
         if state is not None:
             state.update(T, last_BHKV, tail)

@@ -8,36 +8,62 @@ per head.
 Legend: B batch, T tokens, D model width, H heads, K key width, V value width, X convolution channels.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from attention.config import AttentionConfig
-from attention.delta_layer import DeltaLayer
-from attention.layer_states import KV, RecurrentState
+from attention.delta_layer import DeltaKind, DeltaLayer
+from attention.kind import AttentionKind
+from attention.layer_states import KV, LayerState, RecurrentState
 from attention.projection import Projection
 from triton_kernels.gated_delta_rule import gated_delta_rule
 
 
 class GatedDeltaNet(DeltaLayer):
-    """G."""
+    """The layer of the formulas above."""
 
-    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
-        kind = {"rule": _rule, "decay_channels": 1, "activation": "silu"}
-        super().__init__(letter, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, **kind)
+    activation = "silu"
+
+    def __init__(
+        self, kind: AttentionKind, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int
+    ) -> None:
+        super().__init__(kind, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, decay_channels=1)
         H, _, V = config.linear_shape
+        # Queries, keys and values before the convolution; output gate; decay and beta of each head.
         self.widths = [config.conv_channels, H * V, H, H]
         self.to_inner = Projection(d_model, sum(self.widths))
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
+        assert state is None or isinstance(state, RecurrentState)
         qkv_BTX, gate_BTX, a_BTH, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
         return self.to_out(self.mix(qkv_BTX, gate_BTX, a_BTH, b_BTH, state)), None
 
+    def rule(
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay_BTHK: Tensor,
+        beta_BTH: Tensor,
+        initial_state_BHKV: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return gated_delta_rule(
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            log_decay_BTHK.squeeze(-1),
+            beta_BTH,
+            normalize_qk=True,
+            initial_state_BHKV=initial_state_BHKV,
+            chunk_size=self.config.chunk_size,
+        )
 
-def _rule(
-    q: Tensor, k: Tensor, v: Tensor, log_decay_BTH1: Tensor, beta_BTH: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    return gated_delta_rule(q, k, v, log_decay_BTH1.squeeze(-1), beta_BTH, **options)
+
+GATED_DELTA_NET = DeltaKind(
+    letter="G",
+    sentence="gated DeltaNet (linear, delta rule, decay per head)",
+    layer=GatedDeltaNet,
+    state_type=RecurrentState,
+)

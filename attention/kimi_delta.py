@@ -12,28 +12,62 @@ Legend: B batch, T tokens, D model width, H heads, K key width, V value width, X
 from torch import Tensor
 
 from attention.config import AttentionConfig
-from attention.delta_layer import DeltaLayer
-from attention.layer_states import KV, RecurrentState
+from attention.delta_layer import DeltaKind, DeltaLayer
+from attention.kind import AttentionKind
+from attention.layer_states import KV, LayerState, RecurrentState
 from attention.projection import Projection
 from triton_kernels.kimi_delta_attention import kimi_delta_attention
 
 
 class KimiDeltaAttention(DeltaLayer):
-    """K."""
+    """The layer of the formulas above."""
 
-    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
+    activation = "sigmoid"
+
+    def __init__(
+        self, kind: AttentionKind, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int
+    ) -> None:
         H, K, V = config.linear_shape
-        kind = {"rule": kimi_delta_attention, "decay_channels": K, "activation": "sigmoid"}
-        super().__init__(letter, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, **kind)
+        super().__init__(kind, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers, decay_channels=K)
+        # Queries, keys and values before the convolution; the bottlenecks of gate and decay; beta of each head.
         self.widths = [config.conv_channels, V, K, H]
         self.to_inner = Projection(d_model, sum(self.widths))
         self.to_gate = Projection(V, H * V)
         self.to_decay = Projection(K, H * K)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
+        assert state is None or isinstance(state, RecurrentState)
         qkv_BTX, gate_BTV, decay_BTK, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
         y_BTX = self.mix(qkv_BTX, self.to_gate(gate_BTV), self.to_decay(decay_BTK), b_BTH, state)
         return self.to_out(y_BTX), None
+
+    def rule(
+        self,
+        q_BTHK: Tensor,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay_BTHK: Tensor,
+        beta_BTH: Tensor,
+        initial_state_BHKV: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return kimi_delta_attention(
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            log_decay_BTHK,
+            beta_BTH,
+            normalize_qk=True,
+            initial_state_BHKV=initial_state_BHKV,
+            chunk_size=self.config.chunk_size,
+        )
+
+
+KIMI_DELTA = DeltaKind(
+    letter="K",
+    sentence="Kimi delta attention (linear, delta rule, decay per key channel)",
+    layer=KimiDeltaAttention,
+    state_type=RecurrentState,
+)

@@ -7,28 +7,62 @@ Legend: B batch, T tokens, S keys, G key/value heads, H linear heads, K key widt
 X convolution channels, W convolution width.
 """
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
 class KV(NamedTuple):
-    """Keys and values in order of position, the newest last; what an F or S layer hands to the layers that reuse
-    them."""
+    """Keys and values in order of position, the newest last, or as a ring holds them; what a layer hands to the layers
+    that reuse them."""
 
     k_BSGK: Tensor
     v_BSGV: Tensor
 
 
-class LayerState:
-    """Common part: counts tokens, reorders sequences, counts bytes. Subclasses keep their tensors in `tensors`.
+class LayerState(Protocol):
+    """What a `HybridCache` asks of each of its entries.
 
     Attributes:
         length: tokens seen so far.
         max_length: tokens the cache was made for.
+        batch_size: sequences side by side.
         tensors: everything held, batch first.
     """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def nbytes(self) -> int:
+        """Bytes of memory held, used or not yet."""
+        ...
+
+    def reorder(self, index_B: Tensor) -> None:
+        """Sequence i becomes what sequence index_B[i] was; the batch takes the length of the index."""
+        ...
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        """Why the tokens from `length` on cannot be forgotten, or None where they can."""
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forgets the tokens from `length` on; ValueError where it cannot."""
+        ...
+
+
+class TensorState:
+    """Common part of states that hold tensors: counts tokens, reorders sequences, counts bytes."""
 
     def __init__(self, max_length: int, **tensors: Tensor) -> None:
         self.length = 0
@@ -72,8 +106,16 @@ class LayerState:
             )
 
 
-class GrowingKV(LayerState):
-    """Keys and values of every token seen (F)."""
+class GrowingKV(TensorState):
+    """Keys and values of every token seen.
+
+    Args:
+        batch_size: sequences side by side.
+        max_length: tokens of each that fit.
+        heads: key/value heads and their width.
+        dtype: of keys and values.
+        device: where they lie.
+    """
 
     def __init__(
         self, batch_size: int, max_length: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
@@ -98,8 +140,12 @@ class GrowingKV(LayerState):
         return None
 
 
-class RingKV(LayerState):
-    """Keys and values of the last `window` tokens (S): the token at position p lies in slot p modulo the capacity."""
+class RingKV(TensorState):
+    """Keys and values of the last `window` tokens: the token at position p lies in slot p modulo the capacity.
+
+    Args:
+        window: tokens kept, or fewer where `max_length` is shorter; the others as in `GrowingKV`.
+    """
 
     def __init__(
         self,
@@ -142,11 +188,13 @@ class RingKV(LayerState):
         ring = self.tensors[name]
         if self.length <= self.capacity:
             return torch.cat([ring[:, : self.length], new], dim=1)
+        # A full ring starts with its oldest token where the next one would be written.
         oldest = self.length % self.capacity
         return torch.cat([ring[:, oldest:], ring[:, :oldest], new], dim=1)
 
     def _write(self, k_BTGK: Tensor, v_BTGV: Tensor) -> None:
         end = self.length + k_BTGK.shape[1]
+        # Of more tokens than slots only the newest stay.
         kept = min(k_BTGK.shape[1], self.capacity)
         slot = (end - kept) % self.capacity
         before_wrap = min(kept, self.capacity - slot)
@@ -165,9 +213,19 @@ class RingKV(LayerState):
         )
 
 
-class RecurrentState(LayerState):
-    """The fp32 matrix per head of a linear layer (L, G, K), and the last W - 1 inputs of its short convolution where it
-    has one (G, K)."""
+class RecurrentState(TensorState):
+    """The fp32 matrix per head of a linear layer, and the last W - 1 inputs of its short convolution where it has one.
+
+    The matrices are fp32 whatever the model computes in: they sum over the whole text.
+
+    Args:
+        batch_size: sequences side by side.
+        max_length: tokens of each that the cache is for; memory does not depend on it.
+        shape: heads, key width and value width.
+        conv: channels and width W of the convolution, or None.
+        dtype: of the convolution's inputs.
+        device: where all of it lies.
+    """
 
     def __init__(
         self,
@@ -183,6 +241,11 @@ class RecurrentState(LayerState):
             channels, width = conv
             tensors["tail"] = torch.zeros((batch_size, channels, width - 1), dtype=dtype, device=device)
         super().__init__(max_length, **tensors)
+
+    @staticmethod
+    def matrix_bytes(shape: tuple[int, int, int]) -> int:
+        """Bytes per sequence of the matrices alone."""
+        return torch.float32.itemsize * math.prod(shape)
 
     @property
     def state_BHKV(self) -> Tensor:
@@ -216,8 +279,8 @@ class RecurrentState(LayerState):
 
 
 class MixedState:
-    """Keys and values of the softmax heads (growing or a ring) beside the matrices of the linear heads (M); both take
-    every token."""
+    """Keys and values of the softmax heads (growing or a ring) beside the matrices of the linear heads; both take every
+    token."""
 
     def __init__(self, kv: GrowingKV | RingKV, recurrent: RecurrentState) -> None:
         self.kv = kv
@@ -255,10 +318,10 @@ class MixedState:
 
 
 class Alias:
-    """The entry of a layer that reuses another's keys and values (R, r): holds nothing and follows its owner, which
-    `reorder` and `crop` act on."""
+    """The entry of a layer that reuses another's keys and values: holds nothing and follows its owner, which `reorder`
+    and `crop` act on."""
 
-    def __init__(self, owner: GrowingKV | RingKV) -> None:
+    def __init__(self, owner: LayerState) -> None:
         self.owner = owner
 
     @property
@@ -272,6 +335,10 @@ class Alias:
     @property
     def batch_size(self) -> int:
         return self.owner.batch_size
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
 
     def nbytes(self) -> int:
         return 0

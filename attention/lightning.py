@@ -9,13 +9,15 @@ There is no denominator: the norm, over all heads together, takes the scale out.
 Legend: B batch, T tokens, D model width, H heads, K key width, V value width.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from attention.config import AttentionConfig
-from attention.layer import AttentionLayer
-from attention.layer_states import KV, RecurrentState
+from attention.kind import AttentionKind, AttentionLayer
+from attention.layer_states import KV, LayerState, RecurrentState
 from attention.norm import RMSNorm
 from attention.projection import Projection
 from triton_kernels.decayed_linear_attention import decayed_linear_attention
@@ -30,15 +32,44 @@ def lightning_slopes(n_heads: int, layer_index: int, n_layers: int) -> Tensor:
     return (2.0 ** (-8 / n_heads * head_H) * depth).float()
 
 
-class LightningAttention(AttentionLayer):
-    """L. Its memory is one K x V matrix per head, whatever the length."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LightningKind(AttentionKind):
+    """L. Its memory is one fp32 K x V matrix per head, whatever the length."""
 
-    state_type = RecurrentState
+    def new_state(
+        self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> RecurrentState:
+        return RecurrentState(batch_size, max_length, config.linear_shape, None, dtype, device)
+
+    def state_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """4 H K V bytes."""
+        return RecurrentState.matrix_bytes(config.linear_shape)
+
+    def mixing_flops(self, config: AttentionConfig, length: int) -> float:
+        return lightning_flops(config.linear_shape, config.chunk_size, length)
+
+
+def lightning_flops(shape: tuple[int, int, int], chunk_size: int, length: int) -> int:
+    """FLOPs per token of the chunked form: writing and reading the state, then q k^T and its product with v inside a
+    chunk.
+
+    Args:
+        shape: heads, key width and value width.
+    """
+    heads, key, value = shape
+    chunk = min(chunk_size, length)
+    return heads * (4 * key * value + 2 * chunk * (key + value))
+
+
+class LightningAttention(AttentionLayer):
+    """The layer of the formulas above."""
+
     log_decay_H: Tensor
 
-    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
-        super().__init__(letter, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
-        self.config = config
+    def __init__(
+        self, kind: AttentionKind, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int
+    ) -> None:
+        super().__init__(kind, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
         H, K, V = config.linear_shape
         self.to_inner = Projection(d_model, 2 * H * (K + V))
         self.to_out = Projection(H * V, d_model, gain=self.output_gain)
@@ -46,9 +77,10 @@ class LightningAttention(AttentionLayer):
         self.register_buffer("log_decay_H", -lightning_slopes(H, layer_index, n_layers), persistent=False)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: RecurrentState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
+        assert state is None or isinstance(state, RecurrentState)
         B, T, _ = x_BTD.shape
         H, K, V = self.config.linear_shape
         qkv, gate = self.to_inner(x_BTD).split([H * (2 * K + V), H * V], dim=-1)
@@ -69,3 +101,11 @@ class LightningAttention(AttentionLayer):
                 state.update(T, last_BHKV)
         o_BTX = gated_rms_norm(o_BTHV.flatten(2), gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
         return self.to_out(o_BTX), None
+
+
+LIGHTNING = LightningKind(
+    letter="L",
+    sentence="lightning attention (linear, fixed decay)",
+    layer=LightningAttention,
+    state_type=RecurrentState,
+)

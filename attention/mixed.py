@@ -12,31 +12,68 @@ Legend: B batch, T tokens, D model width, H softmax heads, G key/value heads, J 
 width.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from attention.config import AttentionConfig
-from attention.layer import AttentionLayer
-from attention.layer_states import KV, MixedState
-from attention.lightning import lightning_slopes
+from attention.kind import AttentionKind, AttentionLayer
+from attention.layer_states import KV, LayerState, MixedState, RecurrentState
+from attention.lightning import lightning_flops, lightning_slopes
 from attention.norm import RMSNorm
 from attention.projection import Projection
+from attention.softmax import kv_state_bytes, new_kv, softmax_flops
 from triton_kernels.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear_decode import split_heads
 from triton_kernels.mixed_attention import mixed_attention, mixed_decode
 from triton_kernels.rotary import rotary_tables, rotate
 
 
-class MixedAttention(AttentionLayer):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedKind(AttentionKind):
     """M. Its memory is the keys and values of the softmax heads and one matrix per linear head."""
 
-    state_type = MixedState
+    def check(self, config: AttentionConfig) -> None:
+        # Read for its refusals: not every number of heads can be shared between two kinds, and only this layer minds.
+        _ = config.mixed_heads
+
+    def new_state(
+        self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> MixedState:
+        (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
+        kv = new_kv(
+            config.mixed_window,
+            (G, config.head_dim),
+            batch_size=batch_size,
+            max_length=max_length,
+            dtype=dtype,
+            device=device,
+        )
+        return MixedState(kv, RecurrentState(batch_size, max_length, (J, K, V), None, dtype, device))
+
+    def state_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """Those of an F or S layer and of a lightning layer, each with its share of the heads."""
+        (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
+        kv = kv_state_bytes(config.mixed_window, (G, config.head_dim), length, element_size)
+        return kv + RecurrentState.matrix_bytes((J, K, V))
+
+    def mixing_flops(self, config: AttentionConfig, length: int) -> float:
+        (H, _, J), (_, K, V) = config.mixed_heads, config.linear_shape
+        linear = lightning_flops((J, K, V), config.chunk_size, length)
+        return linear + softmax_flops(H, config.head_dim, config.mixed_window, length)
+
+
+class MixedAttention(AttentionLayer):
+    """The layer of the formula above."""
+
     log_decay_J: Tensor
 
-    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
-        super().__init__(letter, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
-        self.config = config
+    def __init__(
+        self, kind: AttentionKind, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int
+    ) -> None:
+        super().__init__(kind, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
         (H, G, J), (_, linear_K, linear_V), K = config.mixed_heads, config.linear_shape, config.head_dim
         self.linear_shape = (J, linear_K, linear_V)
         # Queries, output gate, keys and values of the softmax heads; then queries, keys and values, and the output
@@ -57,9 +94,10 @@ class MixedAttention(AttentionLayer):
             nn.init.zeros_(self.sink_H)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: MixedState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
+        assert state is None or isinstance(state, MixedState)
         B, T, _ = x_BTD.shape
         q, gate, k, v, linear_qkv, linear_gate = self.to_inner(x_BTD).split(self.widths, dim=-1)
         q_BTHK, k_BTGK, v_BTGK = (y.view(B, T, -1, self.config.head_dim) for y in (q, k, v))
@@ -69,11 +107,17 @@ class MixedAttention(AttentionLayer):
         kv = KV(k_BTGK, v_BTGK) if state is None else state.kv.update(k_BTGK, v_BTGK)
         if state is not None and T == 1:
             lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
-            memory = {"state_BJKV": state.recurrent.state_BHKV, "sinks_H": self.sink_H}
             o_BHK, linear_o_BJV = mixed_decode(
-                q_BTHK[:, 0], *kv, lengths_B, linear_qkv[:, 0], self.log_decay_J, **memory
+                q_BTHK[:, 0],
+                *kv,
+                lengths_B,
+                linear_qkv[:, 0],
+                self.log_decay_J,
+                state_BJKV=state.recurrent.state_BHKV,
+                sinks_H=self.sink_H,
             )
             o_BTHK, linear_o_BTJV = o_BHK[:, None], linear_o_BJV[:, None]
+            # The op has moved the matrices in place; only the count is left to bring up to date.
             state.recurrent.length += 1
         else:
             o_BTHK, linear_o_BTJV, last_BJKV = mixed_attention(
@@ -95,3 +139,11 @@ class MixedAttention(AttentionLayer):
             linear_o_BTJV.flatten(2), linear_gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid"
         )
         return self.to_out(torch.cat([o_BTX, linear_o_BTX], dim=-1)), None
+
+
+MIXED = MixedKind(
+    letter="M",
+    sentence="mixed: softmax heads (full or sliding) and lightning heads side by side",
+    layer=MixedAttention,
+    state_type=MixedState,
+)

@@ -10,7 +10,12 @@ from torch.nn import functional
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32 (fp64 for fp64 inputs), returned in
-    the dtype of x."""
+    the dtype of x.
+
+    Args:
+        width: the D above.
+        eps: added to the mean square.
+    """
 
     def __init__(self, width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
@@ -18,5 +23,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # The mean of squares of 16-bit numbers loses what the norm is there to keep.
         wide = torch.promote_types(x.dtype, torch.float32)
         return functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)

@@ -6,10 +6,11 @@ from torch.nn import functional
 
 
 class Projection(nn.Linear):
-    """y = x W^T in the dtype of x.
+    """y = x W^T in the dtype of x. Construction leaves the weight as memory was; `draw` makes it.
 
     Args:
-        d_in, d_out: widths of input and output.
+        d_in: width of the input.
+        d_out: width of the output.
         gain: the weights are normal with standard deviation gain / sqrt(d_in), so that a unit-variance input gives
             variance gain^2.
     """
@@ -17,6 +18,10 @@ class Projection(nn.Linear):
     def __init__(self, d_in: int, d_out: int, *, gain: float = 1.0) -> None:
         super().__init__(d_in, d_out, bias=False)
         self.gain = gain
+
+    def reset_parameters(self) -> None:
+        """Nothing. nn.Linear's constructor calls this to draw weights from the global generator, which `draw` would
+        only overwrite."""
 
     def draw(self, generator: torch.Generator) -> None:
         """Fresh weights from the generator, drawn on its device: a model on a GPU starts from the same numbers as one

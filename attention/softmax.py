@@ -7,30 +7,96 @@ layers: arXiv 2405.12981, 2412.01253.
 Legend: B batch, T tokens, S keys, D model width, H query heads, G key/value heads, K head width.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from attention.config import AttentionConfig
-from attention.layer import AttentionLayer
-from attention.layer_states import KV, Alias, GrowingKV, RingKV
+from attention.kind import AttentionKind, AttentionLayer
+from attention.layer_states import KV, Alias, GrowingKV, LayerState, RingKV
 from attention.norm import RMSNorm
-from attention.plan import OWNER
 from attention.projection import Projection
 from triton_kernels.flash_attention import flash_attention
+from triton_kernels.flash_decode import flash_decode
 from triton_kernels.rotary import rotary_tables, rotate
 
-STATE_TYPES = {"F": GrowingKV, "S": RingKV, "R": Alias, "r": Alias}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxKind(AttentionKind):
+    """A kind whose memory is keys and values.
+
+    Attributes:
+        sliding: whether a query sees the last `AttentionConfig.window` tokens only, and no more are kept.
+    """
+
+    sliding: bool
+
+    def window(self, config: AttentionConfig) -> int | None:
+        """How many tokens a query sees, its own included; None for all."""
+        return config.window if self.sliding else None
+
+    def new_state(
+        self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> GrowingKV | RingKV:
+        heads = (config.n_kv_heads, config.head_dim)
+        return new_kv(
+            self.window(config), heads, batch_size=batch_size, max_length=max_length, dtype=dtype, device=device
+        )
+
+    def state_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """2 G K element_size bytes per token, of `length` tokens or of the window if that is shorter."""
+        return kv_state_bytes(self.window(config), (config.n_kv_heads, config.head_dim), length, element_size)
+
+    def mixing_flops(self, config: AttentionConfig, length: int) -> float:
+        return softmax_flops(config.n_heads, config.head_dim, self.window(config), length)
+
+
+def new_kv(
+    window: int | None,
+    heads: tuple[int, int],
+    *,
+    batch_size: int,
+    max_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> GrowingKV | RingKV:
+    """Memory for the keys and values of all tokens, or of the last `window`.
+
+    Args:
+        heads: G and K.
+    """
+    if window is None:
+        return GrowingKV(batch_size, max_length, heads, dtype, device)
+    return RingKV(batch_size, max_length, window, heads, dtype, device)
+
+
+def kv_state_bytes(window: int | None, heads: tuple[int, int], length: int, element_size: int) -> int:
+    """Bytes per sequence of what `new_kv` allocates for `length` tokens."""
+    n_kv_heads, head_dim = heads
+    kept = length if window is None else min(length, window)
+    return 2 * n_kv_heads * head_dim * element_size * kept
+
+
+def softmax_flops(n_heads: int, head_dim: int, window: int | None, length: int) -> float:
+    """FLOPs per token of q k^T and p v, averaged over a causal sequence of `length` tokens."""
+    reach = min(window or length, length)
+    # The first `reach` tokens see 1, 2, ... keys, the others `reach` of them.
+    mean_keys = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    return n_heads * mean_keys * 4 * head_dim
 
 
 class SoftmaxAttention(AttentionLayer):
-    """F, S, R or r. A layer that reuses keys and values has a query and an output projection only."""
+    """A layer of any `SoftmaxKind`. One that reuses keys and values has a query and an output projection only."""
 
-    def __init__(self, letter: str, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int) -> None:
-        super().__init__(letter, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
-        self.config = config
-        self.state_type = STATE_TYPES[letter]
-        self.owns_kv = letter not in OWNER
-        self.window = config.window if letter in "Sr" else None
+    kind: SoftmaxKind
+
+    def __init__(
+        self, kind: SoftmaxKind, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int
+    ) -> None:
+        super().__init__(kind, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
+        self.owns_kv = kind.reads is None
+        self.window = kind.window(config)
         H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         # Queries, then the output gate, then keys and values: one product for all of them.
         self.widths = [H * K, H * K if config.output_gate else 0, *([G * K, G * K] if self.owns_kv else [0, 0])]
@@ -46,7 +112,7 @@ class SoftmaxAttention(AttentionLayer):
             nn.init.zeros_(self.sink_H)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state=None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         B, T, _ = x_BTD.shape
@@ -57,30 +123,79 @@ class SoftmaxAttention(AttentionLayer):
         if self.owns_kv:
             if shared is not None:
                 raise self.refuse(
-                    "was given the keys and values of another layer; legal: shared=None, only R and r reuse them"
+                    "was given the keys and values of another layer; legal: shared=None, this kind has its own"
                 )
             # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that
             # reads them.
             kv = KV(rotate(self.k_norm(k.view(B, T, -1, K)), rotary), v.view(B, T, -1, K))
-            kv = state.update(*kv) if state is not None else kv
+            if state is not None:
+                assert isinstance(state, GrowingKV | RingKV)
+                kv = state.update(*kv)
         else:
             kv = self._check_shared(shared, B, T, state)
         q_BTHK = self.q_norm(q.view(B, T, -1, K))
-        o_BTHK = flash_attention(q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary)
+        if state is not None and T == 1:
+            # The newest token sees all that is kept, in whatever order a ring holds it: there is no window to apply.
+            lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
+            o_BHK = flash_decode(rotate(q_BTHK, rotary)[:, 0], *kv, lengths_B, sinks_H=self.sink_H)
+            o_BTHK = o_BHK[:, None]
+        else:
+            o_BTHK = flash_attention(
+                q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary
+            )
         o_BTX = o_BTHK.flatten(2)
         if self.config.output_gate:
             o_BTX = o_BTX * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().to(o_BTX.dtype)
         return self.to_out(o_BTX), kv if self.owns_kv else None
 
-    def _check_shared(self, shared: KV | None, B: int, T: int, state: Alias | None) -> KV:
+    def _check_shared(self, shared: KV | None, B: int, T: int, state: LayerState | None) -> KV:
         if shared is None:
             raise self.refuse(
-                f"shared is missing; legal: the keys and values that the {OWNER[self.letter]} layer below returned for"
+                f"shared is missing; legal: the keys and values that the {self.kind.reads} layer below returned for"
                 " these tokens"
             )
         S = shared.k_BSGK.shape[1]
+        # One token may come with a ring that is shorter than the text, never with fewer keys than tokens.
         if shared.k_BSGK.shape[0] != B or S < T or (state is None and S != T):
             raise self.refuse(
                 f"shared keys of shape {tuple(shared.k_BSGK.shape)} for {B} x {T} tokens; legal: those of the same call"
             )
         return shared
+
+
+# What keys and values look like, and which positions they were turned to, is the owner's choice.
+SHARED = ("n_kv_heads", "head_dim", "rope_base", "rotary_fraction")
+
+FULL = SoftmaxKind(
+    letter="F",
+    sentence="full softmax attention",
+    layer=SoftmaxAttention,
+    state_type=GrowingKV,
+    sliding=False,
+)
+SLIDING = SoftmaxKind(
+    letter="S",
+    sentence="sliding-window softmax attention",
+    layer=SoftmaxAttention,
+    state_type=RingKV,
+    sliding=True,
+)
+FULL_SHARED = SoftmaxKind(
+    letter="R",
+    sentence="full attention that reuses the keys and values of the nearest F below",
+    layer=SoftmaxAttention,
+    state_type=Alias,
+    reads="F",
+    shared_fields=SHARED,
+    sliding=False,
+)
+SLIDING_SHARED = SoftmaxKind(
+    letter="r",
+    sentence="sliding-window attention that reuses the keys and values of the nearest S below",
+    layer=SoftmaxAttention,
+    state_type=Alias,
+    reads="S",
+    # The owner's ring has forgotten what a longer window would see, and shows a shorter one too much.
+    shared_fields=(*SHARED, "window"),
+    sliding=True,
+)

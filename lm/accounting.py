@@ -3,8 +3,7 @@
 One multiply-add is 2 FLOPs. Only products count (norms, activations, softmax and routing scores' sorting do not): the
 backward of a product costs two products of the same size, so backward = 2 x forward wherever weights and inputs both
 need gradients. Parameters are counted on a model built on the meta device, so they cannot disagree with the real one.
-
-Legend: K key width, V value width, C chunk length.
+Mixing across tokens is counted by the kinds of attention.
 """
 
 import dataclasses
@@ -14,7 +13,6 @@ from typing import cast
 import torch
 
 from attention.cache import cache_bytes
-from foundation.serialize import nearest
 from lm.config import ModelConfig
 from lm.model import Block, LanguageModel
 
@@ -80,9 +78,18 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
     """Costs of training or prefilling sequences of `length` tokens.
 
     Args:
+        config: the model.
+        length: tokens of a sequence; what mixing across tokens costs is averaged over them.
         mean_experts: real experts per token, measured or intended; one number, or one per block.
+
+    Returns:
+        Parameters and forward FLOPs per token, by block.
+
+    Raises:
+        ValueError: for another number of means than of blocks.
     """
     model = meta_model(config)
+    # Every block is asked for its own number of experts: configurations may differ from block to block.
     means = (float(mean_experts),) * config.n_layers if isinstance(mean_experts, int | float) else mean_experts
     if len(means) != config.n_layers:
         raise ValueError(f"mean_experts: {len(means)} numbers for {config.n_layers} layers")
@@ -101,39 +108,15 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
 
 
 def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:
-    """Forward FLOPs per token of mixing across tokens, without the projections, averaged over a causal sequence of
-    `length` tokens.
-
-    Raises:
-        ValueError: for a layer letter without a formula.
-    """
-    attention, letter = config.attention, config.plan.letters[layer]
-    heads, key, value = attention.linear_shape
-    softmax_heads, reach = attention.n_heads, attention.window if letter in "Sr" else None
-    if letter == "M":
-        softmax_heads, _, heads = attention.mixed_heads
-        reach = attention.mixed_window
-    window = min(reach or length, length)
-    # The first `window` tokens see 1, 2, ... keys, the others `window` of them.
-    mean_keys = (window * (window + 1) / 2 + (length - window) * window) / length
-    softmax_flops = softmax_heads * mean_keys * 4 * attention.head_dim
-    if letter in "FRSr":
-        return softmax_flops
-    chunk = min(attention.chunk_size, length)
-    state = 4 * key * value
-    if letter in "LM":
-        return heads * (state + 2 * chunk * (key + value)) + (softmax_flops if letter == "M" else 0)
-    if letter in "GK":
-        # Inside a chunk: k k^T, q k^T and W = T K (K wide), U = T V and P N (V wide), the triangular inverse; on the
-        # state: W S, Q S, K^T N.
-        return heads * (state + 2 * key * value + 2 * chunk * (3 * key + 2 * value) + 2 * chunk**2 / 3)
-    raise ValueError(f"layer {layer}: no FLOP formula for letter {letter!r}; {nearest(letter, 'FSRrLGKM')}")
+    """Forward FLOPs per token of mixing across tokens in one layer, without the projections, averaged over a causal
+    sequence of `length` tokens."""
+    return config.plan.kinds[layer].mixing_flops(config.block(layer).attention, length)
 
 
 def kv_bytes(config: ModelConfig, length: int) -> int:
     """Bytes of the whole cache of one sequence after `length` tokens: keys and values, ring buffers, linear states,
     convolution tails."""
-    return sum(cache_bytes(config.attention, config.plan, length, element_size=getattr(torch, config.dtype).itemsize))
+    return sum(cache_bytes(config.attentions, config.plan, length, element_size=getattr(torch, config.dtype).itemsize))
 
 
 def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float:
@@ -141,11 +124,12 @@ def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float
     cache."""
     element_size = getattr(torch, config.dtype).itemsize
     cost = model_cost(config, length=length, mean_experts=mean_experts)
-    per_layer = cache_bytes(config.attention, config.plan, length, element_size=element_size)
     # A layer that shares another's keys and values owns no bytes but reads the owner's.
-    return element_size * (cost.active_parameters + config.d_model) + sum(
-        per_layer[owner] for owner in config.plan.source
+    cache = sum(
+        kind.read_bytes(attention, length, element_size)
+        for kind, attention in zip(config.plan.kinds, config.attentions)
     )
+    return element_size * (cost.active_parameters + config.d_model) + cache
 
 
 @functools.lru_cache(maxsize=64)

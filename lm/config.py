@@ -19,7 +19,7 @@ class BlockConfig:
     """One block, resolved.
 
     Attributes:
-        letter: kind of attention, see `attention.plan`.
+        letter: kind of attention, see `attention.kinds`.
         attention: heads, widths, window, rotary embedding.
         moe: experts and router.
         norm: one of `NORM_PLACES`.
@@ -48,7 +48,8 @@ class ModelConfig:
         vocab_size: number of tokens, the boundary token included.
         d_model: width of the residual stream.
         n_layers: number of blocks; the layer plan is repeated to this depth.
-        layer_plan: one letter per layer, see `attention.plan`; `SSSF` is three sliding-window layers and a full one.
+        layer_plan: one letter per layer, see `attention.kinds` or `python -m ablations compare --help`; `SSSF` is three
+            sliding-window layers and a full one.
         attention: heads, widths, window, rotary embedding of every block that has none of its own.
         moe: number and width of the experts, router of every block that has none of its own.
         norm: where blocks normalise: "pre" x + f(norm(x)), "post" x + norm(f(x)), "sandwich" x + norm(f(norm(x))).
@@ -57,8 +58,9 @@ class ModelConfig:
         dtype: of activations and of weights as they enter a product; parameters stay fp32.
 
     Raises:
-        ValueError: for an unknown dtype or place of norms, a size below 1, a wrong number of `blocks`, or a plan that
-            does not parse.
+        ValueError: for an unknown dtype or place of norms, a size below 1, a wrong number of `blocks`, a plan that
+            does not parse, or attention that a layer cannot have or cannot share with the layer whose keys and values
+            it reads.
     """
 
     vocab_size: int = 4096
@@ -85,11 +87,17 @@ class ModelConfig:
         for place, norm in norms.items():
             if norm not in NORM_PLACES:
                 raise ValueError(f"{place}: {norm!r} is not supported; {nearest(norm, NORM_PLACES)}")
-        LayerPlan.parse(self.layer_plan, self.n_layers)
+        self.plan.check(self.attentions)
 
     @property
     def plan(self) -> LayerPlan:
         return LayerPlan.parse(self.layer_plan, self.n_layers)
+
+    @property
+    def attentions(self) -> tuple[AttentionConfig, ...]:
+        """The attention of every block, lowest first."""
+        own = self.blocks or (BlockOverride(),) * self.n_layers
+        return tuple(block.attention or self.attention for block in own)
 
     def block(self, layer: int) -> BlockConfig:
         """What block `layer` is made of, from 0 at the embedding."""

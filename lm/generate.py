@@ -67,6 +67,16 @@ def generate(
     """Streams tokens that follow `prompt`; ends before the token `stop` (the document boundary) or after
     `max_new_tokens`.
 
+    Args:
+        model: put into evaluation mode while this runs.
+        prompt: token ids, at least one.
+        max_new_tokens: how many at the most.
+        sampling: how each is drawn.
+        stop: the token that ends the text and is not yielded; None for none.
+
+    Returns:
+        An iterator over the tokens, each drawn when it is asked for.
+
     Raises:
         ValueError: for an empty prompt (give the boundary token to start a document) or a token outside the vocabulary.
     """
@@ -95,7 +105,13 @@ def generate(
 
 
 def sample(logits_V: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """Draws a token id from fp32 logits by temperature and nucleus (arXiv 1904.09751)."""
+    """Draws a token id by temperature and nucleus (arXiv 1904.09751).
+
+    Args:
+        logits_V: fp32, on the CPU, where `generator` is.
+        sampling: temperature 0 draws nothing and takes the largest logit.
+        generator: moved by one draw.
+    """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     probabilities_V, order_V = torch.softmax(logits_V / sampling.temperature, dim=-1).sort(descending=True, stable=True)

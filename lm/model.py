@@ -189,9 +189,9 @@ class LanguageModel(nn.Module):
         return choose_backend(x, experts.w_down_EFD, experts.backend)
 
     def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
-        """An empty cache for `max_length` tokens of each of `batch_size` sequences."""
+        """An empty cache for `max_length` tokens of each of `batch_size` sequences, on the model's device."""
         return HybridCache(
-            self.config.attention, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device
+            self.config.attentions, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device
         )
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.checks import check_backend, check_dtype, check_tensors
-from triton_kernels.flash_attention import check_heads, check_kernels_take
+from triton_kernels.flash_attention import check_heads, check_kernels_take, flash_attention_torch
 
 OP = "flash_decode"
 QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -67,12 +67,20 @@ def flash_decode(
         raise ValueError(f"{OP}: window={window}, must be at least 1, the token itself, or None")
     arguments = (q_BHK, k_cache, v_cache, lengths_B, scale, window, sinks_H, block_table_BN, k_scale, v_scale)
     if check_backend(backend, q_BHK) == "torch":
+        if k_scale is None and block_table_BN is None and window is None and _all_is_seen(k_cache, lengths_B):
+            # SDPA reads keys and values where they lie; the form below would copy, widen and mask them first.
+            return flash_attention_torch(q_BHK[:, None], k_cache, v_cache, None, None, sinks_H, True, None, scale)[:, 0]
         return flash_decode_torch(*arguments)
     check_kernels_take(OP, q_BHK, v_cache, widest=MAX_WIDTH)
     # Imported here because machines without Triton (macOS) still have the torch backend.
     from triton_kernels.flash_decode_triton import decode_op
 
     return decode_op(*arguments)
+
+
+def _all_is_seen(k_cache_BSGK: Tensor, lengths_B: Tensor) -> bool:
+    """Whether it is known that every row of the cache holds a token. On a GPU asking would wait for the device."""
+    return lengths_B.device.type == "cpu" and bool((lengths_B >= k_cache_BSGK.shape[1]).all())
 
 
 def check_decode(
@@ -115,7 +123,7 @@ def flash_decode_torch(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
-    """The torch form: gathers what is cached, widens it, and writes out the softmax."""
+    """The torch form of any cache: gathers what is cached, widens it, and writes out the softmax."""
     accumulator = torch.promote_types(q_BHK.dtype, torch.float32)
     k_BSGK = _gathered(k_cache, k_scale, block_table_BN, accumulator)
     v_BSGV = _gathered(v_cache, v_scale, block_table_BN, accumulator)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from attention.config import AttentionConfig
+from attention.kinds import describe_letters
 from corpus.prepare import CorpusConfig
 from lm.config import ModelConfig
 from lm.precision import fast_dtype
@@ -19,6 +20,8 @@ from routing.router import RouterConfig
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig
 
+LAYER_PLAN_HELP = f"one letter per layer, repeated to the depth: {describe_letters()}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -27,9 +30,7 @@ class ModelOptions:
     Attributes:
         n_layers: blocks.
         d_model: width of the residual stream.
-        layer_plan: one letter per layer, repeated to the depth: F full, S sliding window, R full with the keys and
-            values of the F below, L lightning, G gated DeltaNet, K Kimi delta attention, M softmax and lightning heads
-            side by side.
+        layer_plan: kinds of attention, see `attention.kinds`.
         n_heads, n_kv_heads, head_dim: query heads, key/value heads and their width.
         window: tokens that a sliding-window layer sees.
         n_experts: experts per layer.
@@ -41,7 +42,7 @@ class ModelOptions:
 
     n_layers: int = 8
     d_model: int = 128
-    layer_plan: str = "F"
+    layer_plan: Annotated[str, tyro.conf.arg(help=LAYER_PLAN_HELP)] = "F"
     n_heads: int = 4
     n_kv_heads: int = 2
     head_dim: int = 32

@@ -1,5 +1,7 @@
 """A residual stack of attention layers: the smallest thing that uses a layer plan as a model does."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,16 +10,26 @@ from attention import AttentionConfig, HybridCache, LayerPlan, build_attention
 
 
 class Stack(nn.Module):
+    """Args:
+    config: of all layers, or one per layer.
+    """
+
     def __init__(
-        self, pattern: str, config: AttentionConfig, *, d_model: int = 32, n_layers: int | None = None, seed: int = 0
+        self,
+        pattern: str,
+        config: AttentionConfig | Sequence[AttentionConfig],
+        *,
+        d_model: int = 32,
+        n_layers: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         n_layers = n_layers or len(pattern)
-        self.config = config
+        self.configs = [config] * n_layers if isinstance(config, AttentionConfig) else list(config)
         self.d_model = d_model
         self.plan = LayerPlan.parse(pattern, n_layers)
         self.layers = nn.ModuleList(
-            build_attention(letter, config, d_model=d_model, layer_index=index, n_layers=n_layers)
+            build_attention(letter, self.configs[index], d_model=d_model, layer_index=index, n_layers=n_layers)
             for index, letter in enumerate(self.plan.letters)
         )
         generator = torch.Generator().manual_seed(seed)
@@ -38,7 +50,7 @@ class Stack(nn.Module):
         return x_BTD
 
     def cache(self, batch_size: int, max_length: int, dtype: torch.dtype = torch.float32) -> HybridCache:
-        return HybridCache(self.config, self.plan, batch_size, max_length, dtype)
+        return HybridCache(self.configs, self.plan, batch_size, max_length, dtype)
 
     def input(self, batch_size: int, n_tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(batch_size, n_tokens, self.d_model, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import AttentionConfig, HybridCache, LayerPlan, cache_bytes
-from attention.plan import LETTERS
+from attention.kinds import KINDS
 
 
 def test_yi_lightning_saves_82_8125_percent_at_64k():
     config = AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128, window=4096)
-    hybrid = sum(cache_bytes(config, LayerPlan.parse("SSSFSSSR", 48), 65_536))
-    full = sum(cache_bytes(config, LayerPlan.parse("F", 48), 65_536))
+    hybrid = sum(cache_bytes([config] * 48, LayerPlan.parse("SSSFSSSR", 48), 65_536))
+    full = sum(cache_bytes([config] * 48, LayerPlan.parse("F", 48), 65_536))
     assert 100 * (1 - hybrid / full) == 82.8125
 
 
@@ -21,7 +21,7 @@ def test_jamba_52b_keeps_4_gib_at_256k():
     # here.
     config = AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128)
     plan = LayerPlan.parse("LLLFLLLL", 32)
-    per_layer = cache_bytes(config, plan, 256 * 1024)
+    per_layer = cache_bytes([config] * 32, plan, 256 * 1024)
     assert sum(size for size, letter in zip(per_layer, plan.letters) if letter == "F") == 4 * 2**30
 
 
@@ -36,9 +36,9 @@ def test_each_letter_by_hand():
         linear_value_dim=5,
         conv_width=4,
     )
-    plan = LayerPlan.parse("FSRrLGK", 7)
+    plan, configs = LayerPlan.parse("FSRrLGK", 7), [config] * 7
     state, tail = 3 * 4 * 5 * 4, 3 * (4 + 4 + 5) * 3 * 2
-    assert cache_bytes(config, plan, 7) == [
+    assert cache_bytes(configs, plan, 7) == [
         2 * 2 * 16 * 2 * 7,
         2 * 2 * 16 * 2 * 7,
         0,
@@ -47,7 +47,7 @@ def test_each_letter_by_hand():
         state + tail,
         state + tail,
     ]
-    assert cache_bytes(config, plan, 100, batch_size=3) == [
+    assert cache_bytes(configs, plan, 100, batch_size=3) == [
         3 * 12_800,
         3 * 1_280,
         0,
@@ -56,13 +56,13 @@ def test_each_letter_by_hand():
         3 * (state + tail),
         3 * (state + tail),
     ]
-    assert cache_bytes(config, plan, 0) == [0, 0, 0, 0, state, state + tail, state + tail]
-    assert cache_bytes(config, plan, 7, element_size=4)[5] == state + 2 * tail
+    assert cache_bytes(configs, plan, 0) == [0, 0, 0, 0, state, state + tail, state + tail]
+    assert cache_bytes(configs, plan, 7, element_size=4)[5] == state + 2 * tail
 
 
 @settings(deadline=None)
 @given(
-    pattern=st.text(alphabet="".join(LETTERS), max_size=6),
+    pattern=st.text(alphabet="".join(KINDS), max_size=6),
     max_length=st.integers(1, 40),
     batch_size=st.integers(1, 3),
     window=st.integers(1, 20),
@@ -71,20 +71,23 @@ def test_each_letter_by_hand():
 def test_real_bytes_equal_the_formula_for_any_plan_and_length(pattern, max_length, batch_size, window, dtype):
     config = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=window, linear_heads=3, linear_value_dim=10)
     plan = LayerPlan.parse("FS" + pattern, 2 + len(pattern))
-    cache = HybridCache(config, plan, batch_size, max_length, dtype)
-    expected = cache_bytes(config, plan, max_length, batch_size, dtype.itemsize)
+    configs = [config] * len(plan.letters)
+    cache = HybridCache(configs, plan, batch_size, max_length, dtype)
+    expected = cache_bytes(configs, plan, max_length, batch_size, dtype.itemsize)
     assert [layer.nbytes() for layer in cache.layers] == expected
     assert cache.nbytes() == sum(expected)
     cache.reorder(torch.zeros(batch_size, dtype=torch.int64))
     assert cache.nbytes() == sum(expected)
 
 
-@pytest.mark.parametrize("pattern", ["F", "S", "L", "G", "K", "SSSFSSSR", "SrGLKFRM"])
+@pytest.mark.parametrize(
+    "pattern", [*(kind.letter for kind in KINDS.values() if kind.reads is None), "SSSFSSSR", "SrGLKFRM"]
+)
 def test_bytes_do_not_move_while_decoding(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     cache = stack.cache(2, 12)
     x_BTD = stack.input(2, 12)
-    expected = sum(cache_bytes(tiny, stack.plan, 12, 2, element_size=4))
+    expected = sum(cache_bytes(stack.configs, stack.plan, 12, 2, element_size=4))
     with torch.no_grad():
         for begin, end in ((0, 7), (7, 8), (8, 12)):
             stack(x_BTD[:, begin:end], cache)
@@ -97,4 +100,4 @@ def test_bytes_do_not_move_while_decoding(make_stack, tiny, pattern):
 )
 def test_refusals(tiny, change, message):
     with pytest.raises(ValueError, match=message):
-        cache_bytes(tiny, LayerPlan.parse("F", 1), **({"length": 1} | change))
+        cache_bytes([tiny], LayerPlan.parse("F", 1), **({"length": 1} | change))

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from attention import build_attention
-from attention.plan import LETTERS, OWNER
+from attention.kinds import KINDS
+from attention.softmax import SoftmaxKind
 
 # The shortest plan in which each letter can stand, itself last.
-SHORTEST = {letter: OWNER.get(letter, "") + letter for letter in LETTERS}
+SHORTEST = {letter: (kind.reads or "") + letter for letter, kind in KINDS.items()}
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("letter", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_future_tokens_change_no_bit_of_past_outputs(make_stack, tiny, letter, dtype):
     stack = make_stack(SHORTEST[letter], tiny)
@@ -24,7 +25,7 @@ def test_future_tokens_change_no_bit_of_past_outputs(make_stack, tiny, letter, d
         assert not torch.equal(before_BTD[:, length:], after_BTD[:, length:])
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("letter", KINDS)
 def test_the_past_within_reach_changes_the_output(make_stack, tiny, letter):
     stack = make_stack(SHORTEST[letter], tiny)
     x_BTD = stack.input(1, 12).requires_grad_()
@@ -32,11 +33,12 @@ def test_the_past_within_reach_changes_the_output(make_stack, tiny, letter):
     reached = gradient_BTD[0].abs().sum(-1) > 0
     # A second S would reach twice as far; r does not, because the keys and values it reuses come from the input of the
     # S below.
-    reach = 5 if letter in "Sr" else 12
+    kind = KINDS[letter]
+    reach = 5 if isinstance(kind, SoftmaxKind) and kind.sliding else 12
     assert reached.tolist() == [False] * (12 - reach) + [True] * reach
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("letter", KINDS)
 def test_every_parameter_receives_a_gradient_and_one_step_lowers_the_loss(make_stack, tiny, letter):
     stack = make_stack(SHORTEST[letter], tiny)
     x_BTD, target_BTD = stack.input(2, 21), stack.input(2, 21, seed=3)
@@ -56,18 +58,20 @@ def test_every_parameter_receives_a_gradient_and_one_step_lowers_the_loss(make_s
     assert loss() < before
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("letter", KINDS)
 def test_gradients_agree_with_finite_differences(make_stack, tiny, letter):
     stack = make_stack(SHORTEST[letter], tiny, d_model=6).double()
     x_BTD = stack.input(1, 7, dtype=torch.float64).requires_grad_()
     torch.autograd.gradcheck(stack, x_BTD, eps=1e-6, atol=1e-5, fast_mode=True)
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("letter", KINDS)
 def test_weights_depend_on_the_generator_alone_and_have_the_documented_scale(tiny, letter):
     def fresh(seed, global_seed):
         torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
         layer = build_attention(letter, tiny, d_model=256, layer_index=1, n_layers=8)
+        assert torch.equal(torch.get_rng_state(), before), "construction draws nothing"
         layer.init_weights(torch.Generator().manual_seed(seed))
         return layer
 
@@ -84,7 +88,7 @@ def test_weights_depend_on_the_generator_alone_and_have_the_documented_scale(tin
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
 
 
-@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("letter", KINDS)
 def test_calls_that_do_not_fit_are_refused_by_the_layers_name(make_stack, tiny, letter):
     stack = make_stack(SHORTEST[letter], tiny)
     layer = stack.layers[-1]
@@ -96,7 +100,7 @@ def test_calls_that_do_not_fit_are_refused_by_the_layers_name(make_stack, tiny, 
         layer(stack.input(1, 3), start=-1)
 
 
-@pytest.mark.parametrize("letter", [letter for letter in LETTERS if letter not in OWNER])
+@pytest.mark.parametrize("letter", [letter for letter, kind in KINDS.items() if kind.reads is None])
 def test_caches_that_do_not_fit_are_refused_by_the_layers_name(make_stack, tiny, letter):
     stack = make_stack(letter, tiny)
     layer, x_BTD = stack.layers[0], stack.input(2, 6)
@@ -124,3 +128,12 @@ def test_caches_that_do_not_fit_are_refused_by_the_layers_name(make_stack, tiny,
 def test_an_unknown_letter_is_refused(tiny):
     with pytest.raises(ValueError, match="attention layer 3: unknown letter 'X'; legal: F, S, R, r, L, G, K"):
         build_attention("X", tiny, d_model=8, layer_index=3, n_layers=4)
+
+
+@pytest.mark.parametrize("letter", KINDS)
+def test_a_kind_is_listed_under_its_own_letter_and_reads_one_that_owns(letter):
+    kind = KINDS[letter]
+    assert kind.letter == letter
+    assert len(letter) == 1
+    assert kind.sentence
+    assert kind.reads is None or KINDS[kind.reads].reads is None

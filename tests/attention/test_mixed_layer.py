@@ -55,15 +55,15 @@ def test_memory_by_hand_and_its_kinds():
     )
     plan, state = LayerPlan.parse("M", 1), 6 * 4 * 5 * 4
     assert config.mixed_heads == (2, 1, 6)
-    assert cache_bytes(config, plan, 100) == [2 * 1 * 16 * 2 * 100 + state]
+    assert cache_bytes([config], plan, 100) == [2 * 1 * 16 * 2 * 100 + state]
     ring = dataclasses.replace(config, mixed_window=10)
-    assert cache_bytes(ring, plan, 100) == [2 * 1 * 16 * 2 * 10 + state]
+    assert cache_bytes([ring], plan, 100) == [2 * 1 * 16 * 2 * 10 + state]
     for options, kind in ((config, GrowingKV), (ring, RingKV)):
-        cache = HybridCache(options, plan, 3, 100, torch.bfloat16)
+        cache = HybridCache([options], plan, 3, 100, torch.bfloat16)
         (memory,) = cache.layers
         assert isinstance(memory, MixedState)
         assert isinstance(memory.kv, kind)
-        assert cache.nbytes() == 3 * sum(cache_bytes(options, plan, 100))
+        assert cache.nbytes() == 3 * sum(cache_bytes([options], plan, 100))
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -107,5 +107,10 @@ def test_decode_on_the_kernels_equals_the_forward(make_stack, tiny, monkeypatch)
     ],
 )
 def test_shares_of_heads_that_cannot_be_are_refused(tiny, change, message):
+    config = dataclasses.replace(tiny, **change)
     with pytest.raises(ValueError, match=message):
-        build_attention("M", dataclasses.replace(tiny, **change), d_model=32, layer_index=0, n_layers=1)
+        build_attention("M", config, d_model=32, layer_index=0, n_layers=1)
+    with pytest.raises(ValueError, match=message):
+        LayerPlan.parse("FM", 2).check([tiny, config])
+    # Only a mixed layer minds.
+    LayerPlan.parse("FM", 2).check([config, tiny])

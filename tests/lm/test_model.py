@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from attention.config import AttentionConfig
 from foundation.serialize import from_dict, to_dict
+from lm.accounting import decode_bytes, kv_bytes, mixing_flops
 from lm.config import NORM_PLACES, BlockOverride, ModelConfig
 from lm.model import IGNORED_TARGET, LanguageModel, token_losses
 from moe.config import MoEConfig
@@ -180,6 +181,26 @@ def test_blocks_may_differ_in_everything_but_the_model_width():
     assert config.with_blocks([base.block(layer) for layer in range(base.n_layers)]).blocks == ()
 
 
+@torch.no_grad()
+def test_blocks_with_attention_of_their_own_decode_as_they_run():
+    base = tiny("SFRG")
+    narrow = dataclasses.replace(base.attention, window=3, rotary_fraction=0.0, linear_heads=1)
+    wide = dataclasses.replace(base.attention, n_heads=4, n_kv_heads=2, head_dim=8, rope_base=500.0)
+    own = [narrow, wide, dataclasses.replace(wide, n_heads=2, output_gate=True), narrow]
+    config = dataclasses.replace(base, blocks=tuple(BlockOverride(attention=attention) for attention in own))
+    assert config.attentions == tuple(own)
+    model, tokens_BT = awake(config), tokens(2, 13)
+    cache = model.new_cache(2, 13)
+    parts = [model(tokens_BT[:, :6], cache).logits_BTV]
+    parts += [model(tokens_BT[:, t : t + 1], cache).logits_BTV for t in range(6, 13)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BT).logits_BTV, atol=2e-4, rtol=2e-4)
+    assert cache.nbytes() == 2 * kv_bytes(config, 13)
+    # A window of 3, all 100 tokens once for two layers, and a state that does not grow.
+    assert kv_bytes(config, 100) - kv_bytes(config, 3) == 97 * 2 * (2 * 8) * 4
+    assert decode_bytes(config, 100, 3) - decode_bytes(config, 3, 3) == 2 * 97 * 2 * (2 * 8) * 4
+    assert [mixing_flops(config, layer, 100) / mixing_flops(base, layer, 100) for layer in (1, 2)] == [1, 0.5]
+
+
 def test_the_frozen_part_has_names():
     model = awake(tiny("SF"))
     frozen = model.frozen_names(1)
@@ -193,6 +214,21 @@ def test_the_frozen_part_has_names():
     [
         ({"norm": "peri"}, "ModelConfig.norm: 'peri' is not supported; did you mean 'pre'"),
         ({"blocks": (BlockOverride(),)}, "ModelConfig.blocks: 1 for 4 blocks; legal: one each"),
+        (
+            {
+                "layer_plan": "FR",
+                "blocks": (
+                    BlockOverride(),
+                    BlockOverride(attention=AttentionConfig(n_heads=2, n_kv_heads=2, head_dim=16)),
+                )
+                * 2,
+            },
+            r"layer 1 \(R\) reads the keys and values of layer 0 \(F\), but n_kv_heads is 2, not 1; legal: the same",
+        ),
+        (
+            {"layer_plan": "FM", "attention": AttentionConfig(n_heads=1, n_kv_heads=1)},
+            "mixed_linear_heads: 0 of n_heads=1; legal: at least one head of either kind",
+        ),
         ({"blocks": (BlockOverride(norm="x"),) * 4}, r"ModelConfig.blocks\[0\].norm: 'x' is not supported"),
     ],
 )

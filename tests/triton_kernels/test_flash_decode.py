@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import triton_kernels.flash_decode
 from triton_kernels.flash_attention import flash_attention
-from triton_kernels.flash_decode import flash_decode
+from triton_kernels.flash_decode import flash_decode, flash_decode_torch
 
 
 def dense_decode(q_BHK, k_BSGK, v_BSGV, lengths_B, *, window=None, scale=None, sinks_H=None):
@@ -87,6 +88,18 @@ def test_reference_equals_the_formula(lengths, window, sinks, page):
     torch.testing.assert_close(
         flash_decode(q, k, v, lengths_B, block_table_BN=table, **options), expected, rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [90, 41]])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_cache_known_to_be_full_gives_what_the_general_form_gives(lengths, sinks, monkeypatch):
+    q, k, v = random_cache(2, 40, 4, 2, 8, 16)
+    sinks_H = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64) if sinks else None
+    lengths_B = torch.tensor(lengths)
+    general = flash_decode_torch(q, k, v, lengths_B, 0.3, None, sinks_H, None, None, None)
+    monkeypatch.delattr(triton_kernels.flash_decode, "flash_decode_torch")
+    full = flash_decode(q, k, v, lengths_B, scale=0.3, sinks_H=sinks_H)
+    torch.testing.assert_close(full, general, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

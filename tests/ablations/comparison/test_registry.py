@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import all_methods, find_methods
 from ablations.method import Method, with_plan
+from attention.kinds import KINDS
 from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK
 from routing.policies.top_k import TopK
@@ -101,6 +103,14 @@ def test_plans_are_the_ones_named():
         "kda_hybrid": "KKKFKKKF",
         "mixed_heads_hybrid": "MMMMMMMM",
     }
+
+
+def test_the_help_of_the_layer_plan_names_every_letter(capsys):
+    with pytest.raises(SystemExit):
+        tyro.cli(ModelOptions, args=["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for letter, kind in KINDS.items():
+        assert f"{letter} ({kind.sentence})" in text
 
 
 def test_the_baseline_comes_first_and_once():

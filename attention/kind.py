@@ -1,0 +1,166 @@
+"""What a kind of attention says about itself, and the base of its layers.
+
+A kind is one letter of a layer plan. Its file declares the layer (`AttentionLayer`) and everything others want to know
+about it (`AttentionKind`): they ask, and never look at the letter.
+
+Legend: B batch, T tokens, D model width.
+"""
+
+import abc
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from attention.config import AttentionConfig
+from attention.layer_states import KV, Alias, LayerState
+from attention.norm import RMSNorm
+from attention.projection import Projection
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionKind(abc.ABC):
+    """One letter of the layer plan. Every kind subclasses this, and `attention/kinds.py` lists its instances.
+
+    Attributes:
+        letter: a single character, the kind's name in a layer plan.
+        sentence: what the letter stands for, as help texts and errors show it.
+        layer: class of its layers.
+        state_type: what `new_state` returns and its layers update; `Alias` for a kind that reads another's.
+        reads: letter of the kind whose keys and values such a layer reuses, those of the nearest one below it; None
+            for a kind that keeps what it remembers itself.
+        shared_fields: fields of `AttentionConfig` in which a layer that reads must agree with the layer that owns.
+    """
+
+    letter: str
+    sentence: str
+    layer: "type[AttentionLayer]"
+    state_type: type[LayerState]
+    reads: str | None = None
+    shared_fields: tuple[str, ...] = ()
+
+    def check(self, config: AttentionConfig) -> None:  # noqa: B027
+        """Refuses a configuration that such a layer cannot have though other kinds can.
+
+        Raises:
+            ValueError: naming the field, its value and what is legal.
+        """
+
+    @abc.abstractmethod
+    def new_state(
+        self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> LayerState:
+        """An empty state of `batch_size` sequences, allocated for `max_length` tokens of each. Not asked of a kind that
+        reads another's.
+
+        Args:
+            dtype: of the activations. What sums over the whole text is kept in fp32 whatever this is.
+        """
+
+    @abc.abstractmethod
+    def state_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """Bytes per sequence, after `length` tokens, of the state that such a layer decodes from: its own, or the one
+        it reads. What `new_state` allocates for that length has as many.
+
+        Args:
+            element_size: bytes per element of the activations' dtype.
+        """
+
+    @abc.abstractmethod
+    def mixing_flops(self, config: AttentionConfig, length: int) -> float:
+        """Forward FLOPs per token of mixing across tokens, without the projections, averaged over a causal sequence of
+        `length` tokens; a multiply-add is 2."""
+
+    def read_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """Bytes of cache per sequence that decoding one more token after `length` reads: the whole state, unless a kind
+        says otherwise."""
+        return self.state_bytes(config, length, element_size)
+
+
+class AttentionLayer(nn.Module):
+    """Base of all layers. Calls look alike for every kind:
+
+        y_BTD, kv = layer(x_BTD, start=0, state=None, shared=None)
+
+    x_BTD holds the tokens at positions start .. start + T - 1; `state` is this layer's entry of a `HybridCache`,
+    updated in place; `shared` is the kv that the owning layer returned in this same forward, for kinds that read
+    another's. y_BTD has the dtype of x; kv is what a layer offers for reuse, else None. Parameters are fp32 and cast to
+    the dtype of x at use; norms, gates, decays and recurrent states are computed in fp32. Construction draws nothing:
+    weights are what `init_weights` makes them.
+
+    Args:
+        kind: what the layer's letter stands for.
+        config: its heads, widths and options.
+        d_model: the D above.
+        layer_index: from 0 at the embedding.
+        n_layers: depth of the model.
+
+    Raises:
+        ValueError: for an input of another width, a `start` that is not the cache's length, a cache that is too short,
+            of another batch size or of another kind of layer, and for missing or misplaced `shared`; names the layer.
+    """
+
+    def __init__(
+        self, kind: AttentionKind, config: AttentionConfig, *, d_model: int, layer_index: int, n_layers: int
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        self.config = config
+        self.d_model = d_model
+        self.layer_index = layer_index
+        # Each layer adds its output to the residual stream twice with its experts: this keeps the sum's variance
+        # independent of the depth.
+        self.output_gain = (2 * n_layers) ** -0.5
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fresh weights for the whole layer, from the generator alone."""
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.draw(generator)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def forward(
+        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+    ) -> tuple[Tensor, KV | None]:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"letter={self.kind.letter}, layer_index={self.layer_index}"
+
+    def refuse(self, problem: str) -> ValueError:
+        """The error for a call that does not fit, naming this layer."""
+        return ValueError(f"attention layer {self.layer_index} ({self.kind.letter}, {self.kind.sentence}): {problem}")
+
+    def check_call(self, x_BTD: Tensor, start: int, state: LayerState | None) -> None:
+        """Raises ValueError where input, position and cache do not fit together."""
+        if x_BTD.dim() != 3 or x_BTD.shape[-1] != self.d_model or x_BTD.shape[1] == 0:
+            raise self.refuse(f"input of shape {tuple(x_BTD.shape)}; legal: [batch, tokens >= 1, {self.d_model}]")
+        if start < 0:
+            raise self.refuse(f"start={start}; legal: at least 0")
+        if state is None:
+            return
+        if not isinstance(state, self.kind.state_type):
+            raise self.refuse(
+                f"state is a {type(state).__name__}; legal: a {self.kind.state_type.__name__}, from a HybridCache of"
+                " the same plan"
+            )
+        B, T, _ = x_BTD.shape
+        if state.batch_size != B:
+            raise self.refuse(f"input has batch size {B}, the cache {state.batch_size}; legal: the same")
+        if isinstance(state, Alias):
+            # The owner runs first and has counted these tokens already.
+            if start + T != state.length:
+                raise self.refuse(
+                    f"tokens {start} to {start + T - 1} after the owner of the keys took {state.length}; legal: first"
+                    " the owner"
+                )
+        elif start != state.length:
+            raise self.refuse(
+                f"start={start}, but the cache has seen {state.length} tokens; legal: start={state.length}"
+            )
+        if start + T > state.max_length:
+            raise self.refuse(
+                f"tokens {start} to {start + T - 1} do not fit a cache made for {state.max_length}; legal: a longer"
+                " max_length"
+            )
