@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.compare import compare
-from ablations.defaults import ModelOptions, Options
+from ablations.cli import compare
+from ablations.comparison.options import ModelOptions, Options
+from ablations.comparison.registry import find_methods
 from ablations.difficulty.observe import observe
 from ablations.difficulty.windows import Windows
 from ablations.method import Method, experts_of, with_policy
-from ablations.registry import find_methods
 from attention.config import AttentionConfig
 from corpus.prepare import CorpusConfig
 from foundation.serialize import from_dict, to_dict
