@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.compare import compare
+from ablations.cli import compare
 from ablations.comparison.options import ModelOptions, Options
 from ablations.comparison.registry import find_methods
 from ablations.difficulty.observe import observe

@@ -259,6 +259,7 @@ def test_every_policy_says_what_is_true_of_it(policy):
     assert policy.held_mean is None or built.policy.budget is not None
     # Every one of these was asked for four, in one way or another; skipping starts from its eight.
     assert policy.assumed_experts == (8 if isinstance(policy, Skipping) else 4.5 if isinstance(policy, RandomK) else 4)
+    assert policy.evaluated_experts == (None if isinstance(policy, Skipping) else 4)
     assert (built.null_weight_ZD is not None) == (policy.null_columns > 0)
     # A policy that looks at the whole batch decides otherwise for a part of it.
     part = router(policy).train()
