@@ -104,7 +104,12 @@ class Execution:
         return self.finish_trunk(model, folder, self._train(None, model, self.train_tokens, folder), summary)
 
     def finish_trunk(
-        self, model: LanguageModel, folder: Path, training: StageResult, summary: Summarise = summarise
+        self,
+        model: LanguageModel,
+        folder: Path,
+        training: StageResult,
+        summary: Summarise = summarise,
+        label: str = "trunk",
     ) -> RunRecord:
         """Exports and evaluates a trunk whose training is over, and leaves its record."""
         plan, ledger = self.plan, Ledger()
@@ -113,7 +118,7 @@ class Execution:
             "trunk", flops=cost.training_flops * plan.trunk.n_batches * plan.tokens_per_batch, seconds=training.seconds
         )
         return self._evaluate_and_finish(
-            None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary
+            None, label, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary
         )
 
     def _run_branch(self, branch: Branch, folder: Path, summary: Summarise) -> RunRecord:
@@ -133,7 +138,7 @@ class Execution:
         ledger.add(
             "branches", flops=flops * tokens + cost.flops(first=branch.boundary) * calibrated, seconds=training.seconds
         )
-        return self._evaluate_and_finish(branch, folder, model, valid, training, means, ledger, summary)
+        return self._evaluate_and_finish(branch, branch.name, folder, model, valid, training, means, ledger, summary)
 
     def folder_of(self, branch: Branch) -> Path:
         return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}"
@@ -250,6 +255,7 @@ class Execution:
     def _evaluate_and_finish(
         self,
         branch: Branch | None,
+        label: str,
         folder: Path,
         model: LanguageModel,
         valid: Batches,
@@ -279,7 +285,6 @@ class Execution:
         first = boundary if self.config.cache else 0
         flops = cost.flops(first=first) * len(valid) * plan.tokens_per_batch + cost.flops(first=boundary) * calibrated
         ledger.add("evaluation", flops=flops, seconds=time.perf_counter() - began)
-        label = branch.name if branch is not None else "trunk"
         print(f"{label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
         return finish_run(folder, result, ledger)
 

@@ -105,7 +105,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
         )
         # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
         if (whole := processes.whole(model)) is not None:
-            execution.finish_trunk(whole, folder, training)
+            execution.finish_trunk(whole, folder, training, label="parallel")
 
 
 def plan_of(config: ParallelConfig, facts: CorpusFacts) -> Plan:

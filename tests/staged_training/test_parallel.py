@@ -160,7 +160,7 @@ def test_the_command_under_torchrun(documents, tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
     )
     assert done.returncode == 0, done.stderr
-    for part in ("2 (gloo): 1 x data, 2 x experts", "parallel step=10/10", "valid bpb="):
+    for part in ("2 (gloo): 1 x data, 2 x experts", "parallel step=10/10", "parallel valid bpb="):
         assert done.stdout.count(part) == 1, part
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 11))
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 10
