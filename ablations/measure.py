@@ -47,7 +47,6 @@ class Measurement:
 
 def measure(run: TrainedRun, setting: Measurement) -> Measurements:
     """Measures one trained branch; its model is left with another policy."""
-    assert run.branch is not None
     boundary, length = run.boundary, run.plan.seq_len
     used, composed = run.evaluation.mean_experts, run.model.config
     cost = model_cost(composed, length=length, mean_experts=run.mean_experts[:boundary] + used)
@@ -60,7 +59,7 @@ def measure(run: TrainedRun, setting: Measurement) -> Measurements:
         histogram.pop()
     budgets, budget_tokens, budget_flops = other_budgets(run, setting)
     return Measurements(
-        method=run.branch.method,
+        method=run.run.method,
         trunk_seed=run.plan.trunk_seed,
         branch_seed=setting.pairing_seed,
         bits_per_byte=run.evaluation.bits_per_byte,

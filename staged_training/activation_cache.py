@@ -75,7 +75,7 @@ class ActivationBatches:
     """Stored x_BTD with the targets of their tokens, read from a verified cache."""
 
     def __init__(self, folder: Path, identity: CacheIdentity, batches: TokenBatches) -> None:
-        self.batches, self.identity = batches, identity
+        self.folder, self.batches, self.identity = folder, batches, identity
         self._place = {batch: place for place, batch in enumerate(identity.batches)}
         self._data = np.memmap(
             folder / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes)

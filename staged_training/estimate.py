@@ -55,8 +55,7 @@ def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
     if trunk_done and not pending:
         return Estimate(trunk=0.0, caching=0.0, branches=0.0, evaluation=0.0, peak_bytes=peak_memory(execution.device))
     tokens_BT, targets_BT = execution.train_tokens[0]
-    boundary = plan.branches[0].boundary if plan.branches else 0
-    n_valid = len(execution.valid_tokens)
+    boundary, n_valid = plan.boundary, len(execution.valid_tokens)
 
     trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
     step_seconds = 0.0 if trunk_done else _training(trunk, execution, tokens_BT, targets_BT, 0, steps)

@@ -7,8 +7,8 @@ from foundation.serialize import from_dict, to_dict
 from routing.null_experts import NullExperts
 from routing.top_p import TopP
 from staged_training.describe import describe
-from staged_training.plan import Plan, Stage
-from staged_training.schedule import Schedule
+from staged_training.plan import Plan
+from staged_training.schedule import Schedule, Stage
 
 
 @pytest.fixture(scope="module")
