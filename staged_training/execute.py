@@ -4,6 +4,7 @@ again."""
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -127,7 +128,14 @@ class Execution:
         plan, processes = self.plan, self.processes
         with processes.exclusive(run.folder):
             model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed).to(self.device))
-            training = self._train(run, model, processes.own_rows(self.train_tokens))
+
+            def calibrate() -> None:
+                calibrate_to_targets(model, self.calibration(0))
+
+            # The trunk is what its last checkpoint holds, and branches fork from it calibrated. Cut over processes it
+            # cannot run on text of its own here, and has no branches.
+            at_end = None if processes.many else calibrate
+            training = self._train(run, model, processes.own_rows(self.train_tokens), at_end)
             # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
             if (whole := processes.whole(model)) is None:
                 return None
@@ -161,7 +169,9 @@ class Execution:
         ledger.add("branches", flops=flops, seconds=training.seconds)
         return self._finish(run, model, valid, training, means, ledger, summary)
 
-    def _train(self, run: Run, model: LanguageModel, batches: Batches) -> StageResult:
+    def _train(
+        self, run: Run, model: LanguageModel, batches: Batches, at_end: Callable[[], None] | None = None
+    ) -> StageResult:
         plan, config = self.plan, self.config
         with contextlib.ExitStack() as cleanup:
             tracker = None
@@ -183,6 +193,7 @@ class Execution:
                 batches,
                 save_every=config.save_every,
                 progress=progress,
+                at_end=at_end,
                 processes=self.processes,
             )
 
@@ -205,6 +216,7 @@ class Execution:
         """
         plan, boundary = self.plan, run.boundary
         began = time.perf_counter()
+        # A trunk was calibrated when its training ended: the same text sets the same thresholds again.
         calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
         # Ahead of the evaluation: whatever that runs into, the trained model is there to be used.
         self._export(run.folder, model)

@@ -9,6 +9,7 @@ was killed and started again by the same command goes through the same numbers, 
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ def train_stage(
     *,
     save_every: int,
     progress: Progress,
+    at_end: Callable[[], object] | None = None,
     processes: Processes = ALONE,
 ) -> StageResult:
     """Trains blocks [boundary, L), norm and head (everything when the run's boundary is 0), or the rest of a stage that
@@ -64,6 +66,7 @@ def train_stage(
         model: with the weights the stage starts from; overwritten by a checkpoint where there is one.
         batches: inputs and targets_BT by batch number.
         save_every: steps between checkpoints; there is always one at the end.
+        at_end: called behind the last step and ahead of its checkpoint, which holds what it does to the model.
         processes: that train together; `model` is then this process's part, and `batches` have its rows.
 
     Raises:
@@ -140,6 +143,8 @@ def train_stage(
             progress.step(record)
             # Read once: a signal that comes after this line is the next step's.
             stopping = processes.agreed(stop.signal) is not None
+            if step == stage.n_batches and at_end is not None:
+                at_end()
             if step % save_every == 0 or step == stage.n_batches or stopping:
                 last_saved = save()
             if stopping:

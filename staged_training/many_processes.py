@@ -55,6 +55,8 @@ class ManyProcesses(Processes):
         ValueError: when the processes cannot be arranged so.
     """
 
+    many = True
+
     def __init__(self, n_expert: int, device: torch.device) -> None:
         self.n, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
         self.first = self.rank == 0

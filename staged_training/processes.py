@@ -24,6 +24,8 @@ Made = TypeVar("Made")
 class Processes:
     """One process: everything is its own, and whole."""
 
+    # Whether models are cut over several processes.
+    many = False
     # Whether this process is the one that prints and writes.
     first = True
 

@@ -196,3 +196,42 @@ def test_estimates_only_what_is_left_and_touches_nothing(
     assert "estimated time" in str(everything)
     assert "GiB" in str(everything)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def budgeted(plan_of, model_config, with_policy):
+    """A plan whose trunk has a budget, so that its frozen prefix routes by thresholds."""
+    top_p = with_policy(TopP(target_mean=2, cap=4))
+    return plan_of([("baseline", model_config, 0), ("top_p", top_p, 0)], model=top_p)
+
+
+def test_a_restarted_comparison_routes_as_an_uninterrupted_one(budgeted, corpus, execution_config, tmp_path, caplog):
+    straight = run_plan(budgeted, corpus, tmp_path / "straight", execution_config)
+    Execution(budgeted, corpus, tmp_path / "restarted", execution_config).branch(budgeted.branches[0])
+    (cache,) = (tmp_path / "restarted").glob("trunks/*/activations")
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    restarted = run_plan(budgeted, corpus, tmp_path / "restarted", execution_config)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == written
+    assert "activation cache refused" not in caplog.text
+    for one, other in zip(straight, restarted, strict=True):
+        assert weights(one) == weights(other)
+        assert (one.folder / METRICS).read_bytes() == (other.folder / METRICS).read_bytes()
+        assert one.result == other.result
+
+
+def test_the_last_checkpoint_of_a_trunk_is_the_trunk(budgeted, corpus, execution_config, tmp_path, monkeypatch):
+    def is_killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("staged_training.execute.evaluate", is_killed)
+        with pytest.raises(KeyboardInterrupt):
+            Execution(budgeted, corpus, tmp_path, execution_config).trunk()
+    (folder,) = tmp_path.glob("trunks/*")
+    last = folder / "checkpoints" / f"step_{budgeted.trunk.n_batches:08d}" / WEIGHTS
+    before = last.read_bytes()
+    trained, _ = Execution(budgeted, corpus, tmp_path, execution_config).trunk()
+    restored, _ = Execution(budgeted, corpus, tmp_path, execution_config).trunk()
+    assert last.read_bytes() == before == (folder / "model" / "weights.safetensors").read_bytes()
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, restored.state_dict()[name]), name
