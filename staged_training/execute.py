@@ -24,7 +24,7 @@ from staged_training.loop import StageResult, train_stage
 from staged_training.plan import Branch, Plan
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress, Tracker
-from staged_training.record import Ledger, RunRecord, finish_run, locked, open_run
+from staged_training.record import Ledger, RunRecord, add_cost, finish_run, locked, open_run
 from staged_training.run import Run
 from staged_training.trained_run import Summarise, TrainedRun, summarise
 from staged_training.trunk_activations import trunk_activations
@@ -298,12 +298,14 @@ class Execution:
             stored, computed = trunk_activations(
                 plan, trunk, tokens, split=split, numbers=numbers, folder=self.trunk_folder / "activations"
             )
+            if computed:
+                means = tuple(record.result["trained_mean_experts"])
+                cost = model_cost(plan.model, length=plan.seq_len, mean_experts=means)
+                flops = cost.flops(last=plan.boundary, head=False) * len(numbers) * plan.tokens_per_batch
+                # Other comparisons may have added to the ledger since this one read it, so it is read anew.
+                ledger = add_cost(self.trunk_folder, "caching", flops=flops, seconds=time.perf_counter() - began)
+                self._trunk = trunk, dataclasses.replace(record, ledger=ledger)
         if computed:
-            means = tuple(record.result["trained_mean_experts"])
-            cost = model_cost(plan.model, length=plan.seq_len, mean_experts=means)
-            flops = cost.flops(last=plan.boundary, head=False) * len(numbers) * plan.tokens_per_batch
-            record.ledger.add("caching", flops=flops, seconds=time.perf_counter() - began)
-            record.ledger.save(self.trunk_folder)
             print(
                 f"activations {split}: {len(numbers)} batches, {stored.identity.n_bytes / 2**20:.1f} MiB in"
                 f" {stored.folder}",
@@ -322,5 +324,8 @@ def run_plan(
         record.RunMismatchError: when a folder holds another run.
     """
     execution = Execution(plan, corpus, root, config, trunk_folder=trunk_folder)
-    _, trunk_record = execution.trunk()
-    return [trunk_record, *(execution.branch(branch) for branch in plan.branches)]
+    execution.trunk()
+    branches = [execution.branch(branch) for branch in plan.branches]
+    # Last, because storing activations for the branches adds to its ledger.
+    _, trunk = execution.trunk()
+    return [trunk, *branches]

@@ -122,6 +122,14 @@ def finish_run(folder: Path, result: dict[str, Any], ledger: Ledger) -> RunRecor
     return read_run(folder)
 
 
+def add_cost(folder: Path, kind: str, *, flops: float, seconds: float) -> Ledger:
+    """Adds to the costs of a finished run, inside its lock; returns all of them."""
+    ledger = Ledger.load(folder)
+    ledger.add(kind, flops=flops, seconds=seconds)
+    ledger.save(folder)
+    return ledger
+
+
 def differences(stored: Any, asked: Any, place: str = "") -> list[str]:
     """Where two JSON values differ, as "place: stored 12, asked 8"."""
     if isinstance(stored, dict) and isinstance(asked, dict):

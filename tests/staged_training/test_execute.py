@@ -17,7 +17,7 @@ from staged_training.data import TokenBatches
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, in_order, run_plan
 from staged_training.progress import METRICS
-from staged_training.record import RunMismatchError
+from staged_training.record import RunMismatchError, read_run
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,26 @@ def test_estimates_only_what_is_left_and_touches_nothing(
     assert "estimated time" in str(everything)
     assert "GiB" in str(everything)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_comparisons_that_share_a_trunk_each_add_what_their_caches_took(
+    plan_of, model_config, corpus, execution_config, tmp_path
+):
+    plans = [plan_of([("baseline", model_config, 0)], freeze=freeze) for freeze in (0.5, 0.7)]
+    executions = [Execution(plan, corpus, tmp_path, execution_config) for plan in plans]
+    # Both have read the trunk's record before either has stored anything.
+    records = [execution.trunk()[1] for execution in executions]
+    for execution in executions:
+        execution.activations()
+    cost = model_cost(model_config, length=plans[0].seq_len, mean_experts=2.0)
+    tokens, n_valid = plans[0].tokens_per_batch, len(executions[0].valid_tokens)
+    first, second = (cost.flops(last=plan.boundary, head=False) * (6 + n_valid) * tokens for plan in plans)
+    assert first != second
+    costs = read_run(executions[0].trunk_folder).ledger.costs
+    assert costs["caching"]["flops"] == pytest.approx(first + second)
+    assert costs["trunk"] == records[0].ledger.costs["trunk"]
+    # Each sees what lies on the disk since it wrote itself.
+    assert executions[1].trunk()[1].ledger.costs == costs
 
 
 @pytest.fixture(scope="module")
