@@ -1,5 +1,7 @@
-"""Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums. Nothing is
-ever unpickled.
+"""Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums.
+
+Nothing in this file unpickles anything, so such a checkpoint runs no code of whoever wrote it. The tensors of several
+processes lie in torch's format instead, whose index is a pickle: `staged_training.many_processes` opens those.
 
 A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its
 previous checkpoint or the new one. safetensors and torch load a file with a flipped byte without complaint, hence a

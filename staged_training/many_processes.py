@@ -6,6 +6,10 @@ expert dimension (`moe.expert_parallel`) and cut once more over the data dimensi
 processes and gathered block by block as they are needed (FSDP2). Gradients are means over processes, so they are those
 of one process with the whole batch. torch.distributed does all of it: DeviceMesh, DTensor, fully_shard, and distributed
 checkpoints, which any number of processes can load.
+
+This is the one file of this folder that unpickles: the index of a distributed checkpoint says as a pickle which tensor
+lies in which file, and what processes of one run send each other (`from_first`) travels as one. A checksum shows that a
+file is as it was written, not who wrote it: continue runs of your own only.
 """
 
 import contextlib
@@ -146,8 +150,7 @@ class ManyProcesses(Processes):
         """As for one process, from a checkpoint of any number of processes. Randomness is stateless in training, so no
         random state is kept.
 
-        torch stores which tensor lies in which file as a pickle: as anywhere with pickles, open checkpoints of your own
-        only.
+        Its index is unpickled, see the top of this file.
         """
 
         def newest() -> checkpoint.Checkpoint | None:
