@@ -14,11 +14,13 @@ from lm.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Attributes:
-    boundary: first block of the branches; 0 branches the whole network, embedding included.
-    fresh: the blocks above the boundary are initialised anew in every branch.
-    share: share of the parameters that is frozen.
-    reasons: how this was decided, for people.
+    """Where the branches of a plan begin.
+
+    Attributes:
+        boundary: first block of the branches; 0 branches the whole network, embedding included.
+        fresh: the blocks above the boundary are initialised anew in every branch.
+        share: share of the parameters that is frozen.
+        reasons: how this was decided, for people.
     """
 
     boundary: int

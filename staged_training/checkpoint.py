@@ -34,7 +34,7 @@ from foundation.files import (
     write_json,
     write_sealed,
 )
-from staged_training.record import differences
+from staged_training.record import json_differences
 
 KEPT = 2
 MANIFEST, STATE, WEIGHTS, OPTIMIZER, RANDOM = (
@@ -210,7 +210,7 @@ def refuse_other_identity(saved: Checkpoint, identity: dict[str, Any]) -> None:
     Schedules are part of it: a fork that carries a step count into another schedule trains at a wrong learning rate and
     says nothing.
     """
-    if problems := differences(saved.state["identity"], json.loads(json.dumps(identity))):
+    if problems := json_differences(saved.state["identity"], identity):
         raise CheckpointMismatchError(f"{saved.path} belongs to another run: {'; '.join(problems[:8])}")
 
 

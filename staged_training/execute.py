@@ -6,19 +6,19 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
-from lm.accounting import model_cost
 from lm.budget import calibrate_to_targets
 from lm.evaluate import evaluate
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
+from staged_training.flops import branch_flops, caching_flops, evaluation_flops, trunk_flops
 from staged_training.fork import fork
 from staged_training.loop import StageResult, train_stage
 from staged_training.plan import Branch, Plan
@@ -50,6 +50,9 @@ class ExecutionConfig:
 class Execution:
     """One plan on one corpus under one folder: `trunk()` first, then `branch(b)` for each branch, or `run_plan` for
     all.
+
+    A trunk is trained, calibrated and evaluated, or restored (`trunk`). Its activations at the boundary are stored once
+    (`activations`). A branch is forked, trained from them and evaluated likewise (`branch`).
 
     Args:
         root: holds `trunks/<hash>` and `branches/`.
@@ -84,6 +87,15 @@ class Execution:
         """Where a branch lies or will lie."""
         return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}"
 
+    def open(self, run: Run) -> RunRecord | None:
+        """The record of a finished run; None, with its folder made, for one that is to be run or continued.
+
+        Raises:
+            record.RunMismatchError: when the folder holds another run.
+        """
+        content_hash = self.plan.corpus.content_hash
+        return self.processes.from_first(lambda: open_run(run.folder, run.identity, content_hash))
+
     def trunk(self, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord]:
         """The trained trunk, trained now or before; frozen whole."""
         if self._trunk is None:
@@ -99,26 +111,6 @@ class Execution:
             self._trunk = model, record
         return self._trunk
 
-    def branch(self, branch: Branch, summary: Summarise = summarise) -> RunRecord:
-        """Trains and evaluates one branch, or returns what it was found to be before."""
-        run = self.plan.branch_run(branch, self.folder_of(branch))
-        if (record := self.open(run)) is not None:
-            print(f"{run.label}: finished before, taken from {run.folder}", flush=True)
-            return record
-        # Ahead of the branch's lock: computing them takes the trunk's.
-        self.activations()
-        with locked(run.folder):
-            return self._train_branch(branch, run, summary)
-
-    def open(self, run: Run) -> RunRecord | None:
-        """The record of a finished run; None, with its folder made, for one that is to be run or continued.
-
-        Raises:
-            record.RunMismatchError: when the folder holds another run.
-        """
-        content_hash = self.plan.corpus.content_hash
-        return self.processes.from_first(lambda: open_run(run.folder, run.identity, content_hash))
-
     def train_trunk(self, run: Run, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord] | None:
         """Trains the trunk or what is left of it, then evaluates it. All processes call it.
 
@@ -132,23 +124,100 @@ class Execution:
             def calibrate() -> None:
                 calibrate_to_targets(model, self.calibration(0))
 
-            # The trunk is what its last checkpoint holds, and branches fork from it calibrated. Cut over processes it
-            # cannot run on text of its own here, and has no branches.
+            # Branches fork from a calibrated trunk, also after a restart, which finds the last checkpoint only. A trunk
+            # that is cut over processes has no branches, and cannot run by itself as long as it is.
             at_end = None if processes.many else calibrate
             training = self._train(run, model, processes.own_rows(self.train_tokens), at_end)
             # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
             if (whole := processes.whole(model)) is None:
                 return None
             means, ledger = training.mean_experts, Ledger()
-            cost = model_cost(plan.model, length=plan.seq_len, mean_experts=means)
-            flops = cost.training_flops * run.stage.n_batches * plan.tokens_per_batch
-            ledger.add("trunk", flops=flops, seconds=training.seconds)
+            ledger.add("trunk", flops=trunk_flops(plan, means), seconds=training.seconds)
 
-            def with_means(trained: TrainedRun) -> dict:
+            def with_means(trained: TrainedRun) -> dict[str, Any]:
                 # What the branches need of the trunk to count the FLOPs of their frozen prefix.
                 return {**summary(trained), "trained_mean_experts": means}
 
             return whole, self._finish(run, whole, self.valid_tokens, training, means, ledger, with_means)
+
+    def _restored_trunk(self, run: Run) -> LanguageModel:
+        """The trunk of a finished run as its branches fork from it."""
+        saved = checkpoint.load_latest(run.checkpoints)
+        if saved is None or saved.step != run.stage.n_batches:
+            at = "none" if saved is None else f"step {saved.step}"
+            raise checkpoint.CheckpointMismatchError(
+                f"{run.folder}: branches start from step {run.stage.n_batches} of the trunk, its newest usable"
+                f" checkpoint is {at}"
+            )
+        checkpoint.refuse_other_identity(saved, run.identity)
+        model = LanguageModel(self.plan.model).init_weights(self.plan.trunk_seed).to(self.device)
+        checkpoint.restore_model(model, saved.weights, str(saved.path))
+        return model
+
+    def activations(self) -> tuple[Batches, Batches]:
+        """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run
+        each time."""
+        if self._activations is None:
+            trunk, _ = self.trunk()
+            if not self.plan.boundary:
+                self._activations = self.train_tokens, self.valid_tokens
+            elif not self.config.cache:
+                self._activations = (
+                    PrefixBatches(self.train_tokens, trunk, self.plan.boundary),
+                    PrefixBatches(self.valid_tokens, trunk, self.plan.boundary),
+                )
+            else:
+                used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
+                every = tuple(range(len(self.valid_tokens)))
+                self._activations = (
+                    self._stored("train", self.train_tokens, used),
+                    self._stored("valid", self.valid_tokens, every),
+                )
+        return self._activations
+
+    def _stored(self, split: str, tokens: TokenBatches, numbers: tuple[int, ...]) -> Batches:
+        """The trunk's activations for some batches, from its folder; what computing them took goes into its ledger."""
+        plan, (trunk, record) = self.plan, self.trunk()
+        began = time.perf_counter()
+        with locked(self.trunk_folder):
+            stored, computed = trunk_activations(
+                plan, trunk, tokens, split=split, numbers=numbers, folder=self.trunk_folder / "activations"
+            )
+            if computed:
+                means = tuple(record.result["trained_mean_experts"])
+                flops = caching_flops(plan, means, n_batches=len(numbers))
+                # Other comparisons may have added to the ledger since this one read it, so it is read anew.
+                ledger = add_cost(self.trunk_folder, "caching", flops=flops, seconds=time.perf_counter() - began)
+                self._trunk = trunk, dataclasses.replace(record, ledger=ledger)
+        if computed:
+            print(
+                f"activations {split}: {len(numbers)} batches, {stored.identity.n_bytes / 2**20:.1f} MiB in"
+                f" {stored.folder}",
+                flush=True,
+            )
+        return stored
+
+    def calibration(self, boundary: int) -> Tensor:
+        """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen
+        prefix."""
+        if boundary not in self._calibration:
+            inputs = [self.train_tokens[int(batch)][0] for batch in self.plan.calibration_batches()]
+            if boundary:
+                trunk, _ = self.trunk()
+                inputs = [prefix_activations(trunk, tokens_BT, boundary) for tokens_BT in inputs]
+            self._calibration[boundary] = torch.cat(inputs)
+        return self._calibration[boundary]
+
+    def branch(self, branch: Branch, summary: Summarise = summarise) -> RunRecord:
+        """Trains and evaluates one branch, or returns what it was found to be before."""
+        run = self.plan.branch_run(branch, self.folder_of(branch))
+        if (record := self.open(run)) is not None:
+            print(f"{run.label}: finished before, taken from {run.folder}", flush=True)
+            return record
+        # Ahead of the branch's lock: computing them takes the trunk's.
+        self.activations()
+        with locked(run.folder):
+            return self._train_branch(branch, run, summary)
 
     def _train_branch(self, branch: Branch, run: Run, summary: Summarise) -> RunRecord:
         plan, boundary = self.plan, run.boundary
@@ -159,12 +228,7 @@ class Execution:
         calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
         training = self._train(run, model, train)
         means = tuple(trunk_record.result["trained_mean_experts"][:boundary]) + training.mean_experts
-        cost = model_cost(branch.model, length=plan.seq_len, mean_experts=means)
-        # Forward and backward: the gradient of a product is two more of its size.
-        flops = 3 * cost.flops(first=boundary)
-        if not self.config.cache:
-            flops += cost.flops(last=boundary, head=False)
-        flops = flops * run.stage.n_batches * plan.tokens_per_batch + cost.flops(first=boundary) * calibrated
+        flops = branch_flops(plan, branch, means, cached=self.config.cache, calibrated=calibrated)
         ledger = Ledger()
         ledger.add("branches", flops=flops, seconds=training.seconds)
         return self._finish(run, model, valid, training, means, ledger, summary)
@@ -231,9 +295,15 @@ class Execution:
             mean_experts=means,
         )
         result = summary(trained)
-        cost = model_cost(model.config, length=plan.seq_len, mean_experts=means[:boundary] + evaluation.mean_experts)
-        first = boundary if self.config.cache else 0
-        flops = cost.flops(first=first) * len(valid) * plan.tokens_per_batch + cost.flops(first=boundary) * calibrated
+        flops = evaluation_flops(
+            plan,
+            model.config,
+            means[:boundary] + evaluation.mean_experts,
+            boundary=boundary,
+            cached=self.config.cache,
+            n_batches=len(valid),
+            calibrated=calibrated,
+        )
         ledger.add("evaluation", flops=flops, seconds=time.perf_counter() - began)
         print(f"{run.label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
         return finish_run(run.folder, result, ledger)
@@ -243,75 +313,6 @@ class Execution:
         another budget."""
         save_pretrained(folder / "model", model, self.calibration(0).cpu())
         self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
-
-    def _restored_trunk(self, run: Run) -> LanguageModel:
-        """The trunk of a finished run as its branches fork from it."""
-        saved = checkpoint.load_latest(run.checkpoints)
-        if saved is None or saved.step != run.stage.n_batches:
-            at = "none" if saved is None else f"step {saved.step}"
-            raise checkpoint.CheckpointMismatchError(
-                f"{run.folder}: branches start from step {run.stage.n_batches} of the trunk, its newest usable"
-                f" checkpoint is {at}"
-            )
-        checkpoint.refuse_other_identity(saved, run.identity)
-        model = LanguageModel(self.plan.model).init_weights(self.plan.trunk_seed).to(self.device)
-        checkpoint.restore_model(model, saved.weights, str(saved.path))
-        return model
-
-    def activations(self) -> tuple[Batches, Batches]:
-        """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run
-        each time."""
-        if self._activations is None:
-            trunk, _ = self.trunk()
-            if not self.plan.boundary:
-                self._activations = self.train_tokens, self.valid_tokens
-            elif not self.config.cache:
-                self._activations = (
-                    PrefixBatches(self.train_tokens, trunk, self.plan.boundary),
-                    PrefixBatches(self.valid_tokens, trunk, self.plan.boundary),
-                )
-            else:
-                used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
-                every = tuple(range(len(self.valid_tokens)))
-                self._activations = (
-                    self._stored("train", self.train_tokens, used),
-                    self._stored("valid", self.valid_tokens, every),
-                )
-        return self._activations
-
-    def calibration(self, boundary: int) -> Tensor:
-        """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen
-        prefix."""
-        if boundary not in self._calibration:
-            inputs = [self.train_tokens[int(batch)][0] for batch in self.plan.calibration_batches()]
-            if boundary:
-                trunk, _ = self.trunk()
-                inputs = [prefix_activations(trunk, tokens_BT, boundary) for tokens_BT in inputs]
-            self._calibration[boundary] = torch.cat(inputs)
-        return self._calibration[boundary]
-
-    def _stored(self, split: str, tokens: TokenBatches, numbers: tuple[int, ...]) -> Batches:
-        """The trunk's activations for some batches, from its folder; what computing them took goes into its ledger."""
-        plan, (trunk, record) = self.plan, self.trunk()
-        began = time.perf_counter()
-        with locked(self.trunk_folder):
-            stored, computed = trunk_activations(
-                plan, trunk, tokens, split=split, numbers=numbers, folder=self.trunk_folder / "activations"
-            )
-            if computed:
-                means = tuple(record.result["trained_mean_experts"])
-                cost = model_cost(plan.model, length=plan.seq_len, mean_experts=means)
-                flops = cost.flops(last=plan.boundary, head=False) * len(numbers) * plan.tokens_per_batch
-                # Other comparisons may have added to the ledger since this one read it, so it is read anew.
-                ledger = add_cost(self.trunk_folder, "caching", flops=flops, seconds=time.perf_counter() - began)
-                self._trunk = trunk, dataclasses.replace(record, ledger=ledger)
-        if computed:
-            print(
-                f"activations {split}: {len(numbers)} batches, {stored.identity.n_bytes / 2**20:.1f} MiB in"
-                f" {stored.folder}",
-                flush=True,
-            )
-        return stored
 
 
 def run_plan(

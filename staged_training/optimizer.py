@@ -19,8 +19,11 @@ class OptimizerConfig:
         eps: added to the root of the second moment.
         weight_decay: for matrices. Vectors (norms, biases, per-head constants) have none, and neither has the
             embedding: a row that does not occur in a batch gets no gradient, and decay would shrink rare tokens towards
-                zero.
+            zero.
         clip: largest norm of the whole gradient.
+
+    Raises:
+        ValueError: for a number outside its range.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
