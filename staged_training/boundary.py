@@ -53,6 +53,7 @@ def choose_cut(trunk: ModelConfig, methods: Mapping[str, ModelConfig], freeze: f
         f" ({share:.1%})"
     ]
     boundary = nearest
+    # Downwards only: a lower boundary trains more than was asked, a higher one would freeze more.
     while boundary and (problem := _problem(trunk, methods, architectural, boundary)):
         boundary -= 1
         reasons.append(f"lowered to {boundary}: {problem}")
@@ -75,6 +76,7 @@ def choose_cut(trunk: ModelConfig, methods: Mapping[str, ModelConfig], freeze: f
 
 def frozen_share(config: ModelConfig, boundary: int) -> float:
     """Share of all parameters below the boundary; with boundary 0 nothing is frozen, the embedding neither."""
+    # Parameters only, which depend neither on the length nor on how many experts a token uses.
     return model_cost(config, length=1, mean_experts=0).prefix_share(boundary) if boundary else 0.0
 
 

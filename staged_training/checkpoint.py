@@ -231,6 +231,7 @@ def restore_model(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
     Raises:
         CheckpointMismatchError: naming what is missing, unknown or of another shape or dtype.
     """
+    # All problems before the first copy: a model that was half restored would train without a word.
     own = model_tensors(model)
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is unknown to this model" for name in weights if name not in own]
@@ -258,6 +259,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(checkpoint: Checkpoint) -> None:
+    """The inverse of `random_states` and of Python's part in the JSON."""
     torch.set_rng_state(checkpoint.random["cpu"])
     for index in range(torch.cuda.device_count()):
         if (state := checkpoint.random.get(f"cuda:{index}")) is not None:

@@ -30,6 +30,7 @@ class Estimate:
 
     @property
     def total(self) -> float:
+        """Seconds."""
         return self.trunk + self.caching + self.branches + self.evaluation
 
     def __str__(self) -> str:
@@ -99,6 +100,7 @@ def _training(
     model.train()
 
     def step() -> None:
+        # The same draws in every step, so that all steps are as long.
         model.begin_step(0, 0)
         clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=execution.plan.optimizer.clip)
         update(optimizer, 1e-5)

@@ -85,6 +85,7 @@ def train_stage(
     print("{}: experts computed by {} ({})".format(run.label, *model.expert_backend()), flush=True)
 
     def save() -> Path:
+        # A checkpoint that is ahead of its metrics would leave a gap in them: resuming starts behind it.
         metrics.flush()
         state = {"position": step, "seconds": seconds, "experts_sum": experts_sum.tolist()}
         return processes.save(run, step, model, optimizer, state=state)
@@ -96,6 +97,7 @@ def train_stage(
             began = time.perf_counter()
             learning_rate = stage.schedule.value(step, stage.n_batches)
             where = f"step {step}, data position {step}, batch {order[step]}; last good checkpoint: {last_saved}"
+            # Draws are a function of seed and step, so a resumed run draws what an uninterrupted one does.
             model.begin_step(step, run.seed)
             inputs, targets_BT = batches[order[step]]
             try:
@@ -123,6 +125,7 @@ def train_stage(
                     f" {where}"
                 )
             update(optimizer, learning_rate)
+            # Behind the update and ahead of `after_step`: biases and budgets move by the counts of the whole batch.
             processes.count_together(model.routers(boundary))
             model.after_step(boundary)
             step += 1

@@ -51,6 +51,7 @@ def trained_parameters(model: LanguageModel, boundary: int) -> Iterator[tuple[st
 def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int) -> torch.optim.AdamW:
     """AdamW over the trained parameters; the others stop requiring gradients. The learning rate is set before every
     step."""
+    # Without this, backward would compute the gradients of frozen weights that no one reads.
     model.requires_grad_(False)
     decayed, plain = [], []
     for _, parameter in trained_parameters(model, boundary):
@@ -116,4 +117,5 @@ def restore_optimizer(
             raise ValueError(
                 f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} fits no trained parameter of this model"
             )
+        # A clone: the update works in place, and the tensors belong to whoever loaded them.
         optimizer.state[parameter][key] = tensor.to(parameter.device).clone()

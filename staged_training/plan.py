@@ -55,6 +55,7 @@ class Branch:
 
     @property
     def name(self) -> str:
+        """Unique in a plan."""
         return f"{self.method}-seed{self.seed}"
 
 
@@ -112,6 +113,7 @@ class Plan:
 
     @property
     def tokens_per_batch(self) -> int:
+        """Tokens that an update sees, predicted or not."""
         return self.batch_size * self.seq_len
 
     @property
@@ -125,16 +127,19 @@ class Plan:
 
     def calibration_batches(self) -> np.ndarray:
         """The batch numbers that no stage ever sees, evenly spaced through the text, int64."""
+        # One in the middle of each of as many equal parts: a text's domains lie one after the other.
         return (2 * np.arange(self.n_calibration) + 1) * self._n_batches // (2 * self.n_calibration)
 
     @property
     def trunk_identity(self) -> dict:
         """Everything the trunk's weights depend on. The branches are not part of it: comparisons share a trunk."""
+        # Named one by one: `decisions` are words, and a field that is added must not rename the trunks of before.
         fields = ("corpus", "model", "batch_size", "seq_len", "n_calibration", "trunk", "trunk_seed", "optimizer")
         return {name: to_dict(getattr(self, name)) for name in fields}
 
     @property
     def trunk_hash(self) -> str:
+        """Names the trunk's folder."""
         return fingerprint(self.trunk_identity)[:12]
 
     def branch_identity(self, branch: Branch) -> dict:
@@ -190,6 +195,7 @@ class Plan:
 
     def _check(self, branch: Branch, first: Branch) -> None:
         refuse_other_trunk(self.model, branch.model, branch.name)
+        # What `boundary`, `fresh` and `branch_stage` say of all.
         for field in ("stage", "boundary", "fresh"):
             if getattr(branch, field) != getattr(first, field):
                 raise ValueError(

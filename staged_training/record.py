@@ -101,7 +101,7 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a run folder; the lock goes with its process, however that ends.
+    """Keeps a second process out of a run folder. The lock goes with its process, however that ends.
 
     Raises:
         RunMismatchError: when another process is running it.

@@ -30,6 +30,7 @@ def trunk_activations(
     Raises:
         DiskFullError: before anything is computed.
     """
+    # Buffers too: thresholds and selection biases decide what the prefix computes as much as weights do.
     boundary, weights = plan.boundary, trunk.state_dict()
     identity = CacheIdentity(
         trunk=plan.trunk_hash,

@@ -64,7 +64,7 @@ def test_environment_says_where(monkeypatch):
 def test_continuing_elsewhere_is_said(tmp_path, monkeypatch, caplog):
     open_run(tmp_path, CONFIG, "hash")
     here = environment(data_hash="hash")
-    monkeypatch.setattr(record, "environment", lambda _: {**here, "threads": 99})
+    monkeypatch.setattr(record, "environment", lambda data_hash: {**here, "threads": 99})
     with caplog.at_level(logging.WARNING):
         open_run(tmp_path, CONFIG, "hash")
     assert f"threads: stored {here['threads']}, asked 99" in caplog.text
