@@ -56,6 +56,12 @@ class RunConfig:
 
 
 def run(config: RunConfig) -> None:
+    """Trains whatever is not finished.
+
+    Raises:
+        ValueError: for text, model or staging that do not fit.
+        loop.NonFiniteLossError, stopping.Interrupted: everything saved; the same call continues.
+    """
     corpus = prepare(config.corpus, config.out / "corpus")
     model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
     config = dataclasses.replace(config, model=model)

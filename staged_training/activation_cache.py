@@ -30,6 +30,7 @@ from foundation.files import (
     require_space,
     write_sealed,
 )
+from foundation.serialize import to_dict
 from staged_training.data import TokenBatches
 
 DATA, MANIFEST, PROGRESS = "activations.bin", "manifest.json", "progress.jsonl"
@@ -60,22 +61,20 @@ class CacheIdentity:
 
     @property
     def batch_bytes(self) -> int:
+        """Of one batch's activations."""
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
     @property
     def n_bytes(self) -> int:
+        """Of all activations; the manifest comes on top."""
         return self.batch_bytes * len(self.batches)
-
-    def to_dict(self) -> dict[str, Any]:
-        # Through JSON, so that tuples compare equal to the lists they come back as.
-        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 class ActivationBatches:
     """Stored x_BTD with the targets of their tokens, read from a verified cache."""
 
     def __init__(self, folder: Path, identity: CacheIdentity, batches: TokenBatches) -> None:
-        self.batches, self.identity = batches, identity
+        self.folder, self.batches, self.identity = folder, batches, identity
         self._place = {batch: place for place, batch in enumerate(identity.batches)}
         self._data = np.memmap(
             folder / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes)
@@ -124,7 +123,7 @@ def verify(folder: Path, identity: CacheIdentity) -> None:
     """
     try:
         manifest = read_sealed(folder / MANIFEST)
-        asked = identity.to_dict()
+        asked = to_dict(identity)
         if differing := [key for key in asked if manifest["identity"].get(key) != asked[key]]:
             shown = ", ".join(
                 f"{key} is {_short(manifest['identity'].get(key))} instead of {_short(asked[key])}" for key in differing
@@ -149,7 +148,7 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
         folder.parent.mkdir(parents=True, exist_ok=True)
         require_space(folder.parent, identity.n_bytes, f"activation cache {folder.name}")
         partial.mkdir()
-        (partial / PROGRESS).write_text(json.dumps(identity.to_dict()) + "\n")
+        (partial / PROGRESS).write_text(json.dumps(to_dict(identity)) + "\n")
         _reserve(partial, identity.n_bytes)
     data = np.memmap(partial / DATA, dtype=np.uint8, mode="r+", shape=(len(identity.batches), identity.batch_bytes))
     with open(partial / PROGRESS, "a", encoding="utf-8") as progress:
@@ -170,7 +169,7 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
     (partial / PROGRESS).unlink()
     write_sealed(
         partial / MANIFEST,
-        {"identity": identity.to_dict(), "checksums": [done[place] for place in range(len(identity.batches))]},
+        {"identity": to_dict(identity), "checksums": [done[place] for place in range(len(identity.batches))]},
     )
     fsync_path(partial)
     partial.rename(folder)
@@ -194,7 +193,7 @@ def _resumable(partial: Path, identity: CacheIdentity) -> dict[int, str]:
     """Places and checksums of the batches that an interrupted fill has really left on the disk."""
     try:
         first, *lines = (partial / PROGRESS).read_text().splitlines()
-        if json.loads(first) != identity.to_dict() or (partial / DATA).stat().st_size != identity.n_bytes:
+        if json.loads(first) != to_dict(identity) or (partial / DATA).stat().st_size != identity.n_bytes:
             return {}
         data = np.memmap(partial / DATA, dtype=np.uint8, mode="r", shape=(len(identity.batches), identity.batch_bytes))
     except (OSError, ValueError):

@@ -14,11 +14,13 @@ from lm.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Attributes:
-    boundary: first block of the branches; 0 branches the whole network, embedding included.
-    fresh: the blocks above the boundary are initialised anew in every branch.
-    share: share of the parameters that is frozen.
-    reasons: how this was decided, for people.
+    """Where the branches of a plan begin.
+
+    Attributes:
+        boundary: first block of the branches; 0 branches the whole network, embedding included.
+        fresh: the blocks above the boundary are initialised anew in every branch.
+        share: share of the parameters that is frozen.
+        reasons: how this was decided, for people.
     """
 
     boundary: int
@@ -51,6 +53,7 @@ def choose_cut(trunk: ModelConfig, methods: Mapping[str, ModelConfig], freeze: f
         f" ({share:.1%})"
     ]
     boundary = nearest
+    # Downwards only: a lower boundary trains more than was asked, a higher one would freeze more.
     while boundary and (problem := _problem(trunk, methods, architectural, boundary)):
         boundary -= 1
         reasons.append(f"lowered to {boundary}: {problem}")
@@ -73,6 +76,7 @@ def choose_cut(trunk: ModelConfig, methods: Mapping[str, ModelConfig], freeze: f
 
 def frozen_share(config: ModelConfig, boundary: int) -> float:
     """Share of all parameters below the boundary; with boundary 0 nothing is frozen, the embedding neither."""
+    # Parameters only, which depend neither on the length nor on how many experts a token uses.
     return model_cost(config, length=1, mean_experts=0).prefix_share(boundary) if boundary else 0.0
 
 

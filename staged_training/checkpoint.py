@@ -1,5 +1,7 @@
-"""Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums. Nothing is
-ever unpickled.
+"""Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums.
+
+Nothing in this file unpickles anything, so such a checkpoint runs no code of whoever wrote it. The tensors of several
+processes lie in torch's format instead, whose index is a pickle: `staged_training.many_processes` opens those.
 
 A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its
 previous checkpoint or the new one. safetensors and torch load a file with a flipped byte without complaint, hence a
@@ -32,7 +34,7 @@ from foundation.files import (
     write_json,
     write_sealed,
 )
-from staged_training.record import differences
+from staged_training.record import json_differences
 
 KEPT = 2
 MANIFEST, STATE, WEIGHTS, OPTIMIZER, RANDOM = (
@@ -208,7 +210,7 @@ def refuse_other_identity(saved: Checkpoint, identity: dict[str, Any]) -> None:
     Schedules are part of it: a fork that carries a step count into another schedule trains at a wrong learning rate and
     says nothing.
     """
-    if problems := differences(saved.state["identity"], json.loads(json.dumps(identity))):
+    if problems := json_differences(saved.state["identity"], identity):
         raise CheckpointMismatchError(f"{saved.path} belongs to another run: {'; '.join(problems[:8])}")
 
 
@@ -229,6 +231,7 @@ def restore_model(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
     Raises:
         CheckpointMismatchError: naming what is missing, unknown or of another shape or dtype.
     """
+    # All problems before the first copy: a model that was half restored would train without a word.
     own = model_tensors(model)
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is unknown to this model" for name in weights if name not in own]
@@ -256,6 +259,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(checkpoint: Checkpoint) -> None:
+    """The inverse of `random_states` and of Python's part in the JSON."""
     torch.set_rng_state(checkpoint.random["cpu"])
     for index in range(torch.cuda.device_count()):
         if (state := checkpoint.random.get(f"cuda:{index}")) is not None:

@@ -4,7 +4,8 @@ trunk."""
 from lm.accounting import ModelCost, model_cost
 from lm.config import ModelConfig
 from staged_training.boundary import added_weights, frozen_share
-from staged_training.plan import Plan, Stage
+from staged_training.plan import Plan
+from staged_training.schedule import Stage
 
 
 def describe(plan: Plan) -> str:
@@ -24,10 +25,9 @@ def describe(plan: Plan) -> str:
         ),
         f"  rate       {_schedule(plan.trunk)}",
     ]
-    if not plan.branches:
+    boundary, stage = plan.boundary, plan.branch_stage
+    if stage is None:
         return "\n".join([*lines, "no branches"])
-    first = plan.branches[0]
-    boundary, stage = first.boundary, first.stage
     branch_tokens = stage.n_batches * plan.tokens_per_batch
     share = frozen_share(model, boundary)
     methods = list(dict.fromkeys(branch.method for branch in plan.branches))
@@ -43,7 +43,7 @@ def describe(plan: Plan) -> str:
             " sequence, the same set for every branch, in the order of the branch's seed"
         ),
         f"  rate       {_schedule(stage)}",
-        f"  re-used    {_reused(first.fresh, boundary)}",
+        f"  re-used    {_reused(plan.fresh, boundary)}",
         (
             "  not taken  optimizer moments (each branch warms up its own), the trunk's schedule, the state of a"
             " routing policy"
@@ -52,9 +52,7 @@ def describe(plan: Plan) -> str:
     for branch in {branch.method: branch for branch in plan.branches}.values():
         added = added_weights(model, branch.model)
         new = (
-            f"; {len(added)} new router weights, initialised from the branch's seed"
-            if added and not branch.fresh
-            else ""
+            f"; {len(added)} new router weights, initialised from the branch's seed" if added and not plan.fresh else ""
         )
         lines.append(
             f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}{new}"

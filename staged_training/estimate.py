@@ -30,6 +30,7 @@ class Estimate:
 
     @property
     def total(self) -> float:
+        """Seconds."""
         return self.trunk + self.caching + self.branches + self.evaluation
 
     def __str__(self) -> str:
@@ -55,8 +56,7 @@ def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
     if trunk_done and not pending:
         return Estimate(trunk=0.0, caching=0.0, branches=0.0, evaluation=0.0, peak_bytes=peak_memory(execution.device))
     tokens_BT, targets_BT = execution.train_tokens[0]
-    boundary = plan.branches[0].boundary if plan.branches else 0
-    n_valid = len(execution.valid_tokens)
+    boundary, n_valid = plan.boundary, len(execution.valid_tokens)
 
     trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
     step_seconds = 0.0 if trunk_done else _training(trunk, execution, tokens_BT, targets_BT, 0, steps)
@@ -100,6 +100,7 @@ def _training(
     model.train()
 
     def step() -> None:
+        # The same draws in every step, so that all steps are as long.
         model.begin_step(0, 0)
         clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=execution.plan.optimizer.clip)
         update(optimizer, 1e-5)

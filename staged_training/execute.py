@@ -1,30 +1,33 @@
 """Runs a plan: trunk, activations at the boundary, branches, evaluation. What is finished is recognised and not run
 again."""
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
-from foundation.files import fingerprint
-from lm.accounting import model_cost
 from lm.budget import calibrate_to_targets
 from lm.evaluate import evaluate
-from lm.model import RESIDUAL_DTYPE, LanguageModel
+from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
-from staged_training.activation_cache import CacheIdentity, cached_activations, weights_hash
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
+from staged_training.flops import branch_flops, caching_flops, evaluation_flops, trunk_flops
 from staged_training.fork import fork
 from staged_training.loop import StageResult, train_stage
 from staged_training.plan import Branch, Plan
+from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress, Tracker
-from staged_training.record import Ledger, RunRecord, finish_run, locked, open_run
+from staged_training.record import Ledger, RunRecord, add_cost, finish_run, locked, open_run
+from staged_training.run import Run
 from staged_training.trained_run import Summarise, TrainedRun, summarise
+from staged_training.trunk_activations import trunk_activations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,14 @@ class Execution:
     """One plan on one corpus under one folder: `trunk()` first, then `branch(b)` for each branch, or `run_plan` for
     all.
 
+    A trunk is trained, calibrated and evaluated, or restored (`trunk`). Its activations at the boundary are stored once
+    (`activations`). A branch is forked, trained from them and evaluated likewise (`branch`).
+
     Args:
         root: holds `trunks/<hash>` and `branches/`.
         trunk_folder: where the trunk lies or will lie; give the same to several comparisons to share it.
+        device: the GPU, where there is one, by default.
+        processes: that train the trunk together; branches are trained by one.
     """
 
     def __init__(
@@ -62,9 +70,11 @@ class Execution:
         *,
         trunk_folder: Path | None = None,
         device: str | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.plan, self.corpus, self.config, self.root = plan, corpus, config, root
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.processes = processes
         self.trunk_folder = trunk_folder or root / "trunks" / plan.trunk_hash
         size = {"batch_size": plan.batch_size, "seq_len": plan.seq_len, "device": self.device}
         self.train_tokens = TokenBatches(corpus.train.tokens, **size)
@@ -73,92 +83,119 @@ class Execution:
         self._activations: tuple[Batches, Batches] | None = None
         self._calibration: dict[int, Tensor] = {}
 
+    def folder_of(self, branch: Branch) -> Path:
+        """Where a branch lies or will lie."""
+        return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}"
+
+    def open(self, run: Run) -> RunRecord | None:
+        """The record of a finished run; None, with its folder made, for one that is to be run or continued.
+
+        Raises:
+            record.RunMismatchError: when the folder holds another run.
+        """
+        content_hash = self.plan.corpus.content_hash
+        return self.processes.from_first(lambda: open_run(run.folder, run.identity, content_hash))
+
     def trunk(self, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord]:
-        """The trained trunk, trained now or before."""
+        """The trained trunk, trained now or before; frozen whole."""
         if self._trunk is None:
-            plan, folder = self.plan, self.trunk_folder
-            record = open_run(folder, plan.trunk_identity, plan.corpus.content_hash)
-            model = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(self.device)
-            if record is None:
-                with locked(folder):
-                    record = self._run_trunk(model, folder, summary)
+            run = self.plan.trunk_run(self.trunk_folder)
+            if (record := self.open(run)) is not None:
+                print(f"trunk {self.plan.trunk_hash}: finished before, taken from {run.folder}", flush=True)
+                model = self._restored_trunk(run)
             else:
-                print(f"trunk {plan.trunk_hash}: finished before, taken from {folder}", flush=True)
-                self._restore_trunk(model)
+                trained = self.train_trunk(run, summary)
+                assert trained is not None, "only the first of several processes has a whole trunk"
+                model, record = trained
             model.requires_grad_(False)
             self._trunk = model, record
         return self._trunk
 
-    def branch(self, branch: Branch, folder: Path | None = None, summary: Summarise = summarise) -> RunRecord:
-        """Trains and evaluates one branch, or returns what it was found to be before."""
-        plan = self.plan
-        folder = folder or self.folder_of(branch)
-        if (record := open_run(folder, plan.branch_identity(branch), plan.corpus.content_hash)) is not None:
-            print(f"{branch.name}: finished before, taken from {folder}", flush=True)
-            return record
-        self.activations()
-        with locked(folder):
-            return self._run_branch(branch, folder, summary)
+    def train_trunk(self, run: Run, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord] | None:
+        """Trains the trunk or what is left of it, then evaluates it. All processes call it.
 
-    def _run_trunk(self, model: LanguageModel, folder: Path, summary: Summarise) -> RunRecord:
-        return self.finish_trunk(model, folder, self._train(None, model, self.train_tokens, folder), summary)
+        Returns:
+            the whole model and its record; None on all processes but the first.
+        """
+        plan, processes = self.plan, self.processes
+        with processes.exclusive(run.folder):
+            model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed).to(self.device))
 
-    def finish_trunk(
-        self, model: LanguageModel, folder: Path, training: StageResult, summary: Summarise = summarise
-    ) -> RunRecord:
-        """Exports and evaluates a trunk whose training is over, and leaves its record."""
-        plan, ledger = self.plan, Ledger()
-        cost = model_cost(plan.model, length=plan.seq_len, mean_experts=training.mean_experts)
-        ledger.add(
-            "trunk", flops=cost.training_flops * plan.trunk.n_batches * plan.tokens_per_batch, seconds=training.seconds
-        )
-        return self._evaluate_and_finish(
-            None, folder, model, self.valid_tokens, training, training.mean_experts, ledger, summary
-        )
+            def calibrate() -> None:
+                calibrate_to_targets(model, self.calibration(0))
 
-    def _run_branch(self, branch: Branch, folder: Path, summary: Summarise) -> RunRecord:
-        plan = self.plan
-        trunk, trunk_record = self.trunk()
-        train, valid = self.activations()
-        model = fork(trunk, branch)
-        # A branch starts at its budget, not at the threshold its policy was born with.
-        calibrated = calibrate_to_targets(model, self.calibration(branch.boundary), boundary=branch.boundary)
-        training = self._train(branch, model, train, folder)
-        means = tuple(trunk_record.result["trained_mean_experts"][: branch.boundary]) + training.mean_experts
-        ledger, tokens = Ledger(), branch.stage.n_batches * plan.tokens_per_batch
-        cost = model_cost(branch.model, length=plan.seq_len, mean_experts=means)
-        flops = 3 * cost.flops(first=branch.boundary)
-        if not self.config.cache:
-            flops += cost.flops(last=branch.boundary, head=False)
-        ledger.add(
-            "branches", flops=flops * tokens + cost.flops(first=branch.boundary) * calibrated, seconds=training.seconds
-        )
-        return self._evaluate_and_finish(branch, folder, model, valid, training, means, ledger, summary)
+            # Branches fork from a calibrated trunk, also after a restart, which finds the last checkpoint only. A trunk
+            # that is cut over processes has no branches, and cannot run by itself as long as it is.
+            at_end = None if processes.many else calibrate
+            training = self._train(run, model, processes.own_rows(self.train_tokens), at_end)
+            # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
+            if (whole := processes.whole(model)) is None:
+                return None
+            means, ledger = training.mean_experts, Ledger()
+            ledger.add("trunk", flops=trunk_flops(plan, means), seconds=training.seconds)
 
-    def folder_of(self, branch: Branch) -> Path:
-        return self.root / "branches" / f"{branch.method}_trunk_{self.plan.trunk_seed}_seed_{branch.seed}"
+            def with_means(trained: TrainedRun) -> dict[str, Any]:
+                # What the branches need of the trunk to count the FLOPs of their frozen prefix.
+                return {**summary(trained), "trained_mean_experts": means}
+
+            return whole, self._finish(run, whole, self.valid_tokens, training, means, ledger, with_means)
+
+    def _restored_trunk(self, run: Run) -> LanguageModel:
+        """The trunk of a finished run as its branches fork from it."""
+        saved = checkpoint.load_latest(run.checkpoints)
+        if saved is None or saved.step != run.stage.n_batches:
+            at = "none" if saved is None else f"step {saved.step}"
+            raise checkpoint.CheckpointMismatchError(
+                f"{run.folder}: branches start from step {run.stage.n_batches} of the trunk, its newest usable"
+                f" checkpoint is {at}"
+            )
+        checkpoint.refuse_other_identity(saved, run.identity)
+        model = LanguageModel(self.plan.model).init_weights(self.plan.trunk_seed).to(self.device)
+        checkpoint.restore_model(model, saved.weights, str(saved.path))
+        return model
 
     def activations(self) -> tuple[Batches, Batches]:
         """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run
         each time."""
         if self._activations is None:
             trunk, _ = self.trunk()
-            boundary = self.plan.branches[0].boundary if self.plan.branches else 0
-            if not boundary:
+            if not self.plan.boundary:
                 self._activations = self.train_tokens, self.valid_tokens
             elif not self.config.cache:
                 self._activations = (
-                    PrefixBatches(self.train_tokens, trunk, boundary),
-                    PrefixBatches(self.valid_tokens, trunk, boundary),
+                    PrefixBatches(self.train_tokens, trunk, self.plan.boundary),
+                    PrefixBatches(self.valid_tokens, trunk, self.plan.boundary),
                 )
             else:
                 used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
                 every = tuple(range(len(self.valid_tokens)))
                 self._activations = (
-                    self._cache("train", self.train_tokens, used, boundary),
-                    self._cache("valid", self.valid_tokens, every, boundary),
+                    self._stored("train", self.train_tokens, used),
+                    self._stored("valid", self.valid_tokens, every),
                 )
         return self._activations
+
+    def _stored(self, split: str, tokens: TokenBatches, numbers: tuple[int, ...]) -> Batches:
+        """The trunk's activations for some batches, from its folder; what computing them took goes into its ledger."""
+        plan, (trunk, record) = self.plan, self.trunk()
+        began = time.perf_counter()
+        with locked(self.trunk_folder):
+            stored, computed = trunk_activations(
+                plan, trunk, tokens, split=split, numbers=numbers, folder=self.trunk_folder / "activations"
+            )
+            if computed:
+                means = tuple(record.result["trained_mean_experts"])
+                flops = caching_flops(plan, means, n_batches=len(numbers))
+                # Other comparisons may have added to the ledger since this one read it, so it is read anew.
+                ledger = add_cost(self.trunk_folder, "caching", flops=flops, seconds=time.perf_counter() - began)
+                self._trunk = trunk, dataclasses.replace(record, ledger=ledger)
+        if computed:
+            print(
+                f"activations {split}: {len(numbers)} batches, {stored.identity.n_bytes / 2**20:.1f} MiB in"
+                f" {stored.folder}",
+                flush=True,
+            )
+        return stored
 
     def calibration(self, boundary: int) -> Tensor:
         """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen
@@ -171,86 +208,62 @@ class Execution:
             self._calibration[boundary] = torch.cat(inputs)
         return self._calibration[boundary]
 
-    def _cache(self, split: str, batches: TokenBatches, numbers: tuple[int, ...], boundary: int) -> Batches:
-        trunk, record = self.trunk()
-        plan, model, weights = self.plan, self.plan.model, trunk.state_dict()
-        identity = CacheIdentity(
-            trunk=plan.trunk_hash,
-            weights=weights_hash({name: weights[name] for name in trunk.frozen_names(boundary)}),
-            boundary=boundary,
-            tokens=f"{split} {plan.corpus.content_hash}",
-            batches=numbers,
-            shape=(plan.batch_size, plan.seq_len, model.d_model),
-            dtype=RESIDUAL_DTYPE,
-        )
-        # The name says which activations, the manifest whose: a trunk trained anew finds its old cache stale.
-        folder = self.trunk_folder / "activations" / f"{split}_boundary_{boundary}_{fingerprint(numbers)[:8]}"
-        computed = False
+    def branch(self, branch: Branch, summary: Summarise = summarise) -> RunRecord:
+        """Trains and evaluates one branch, or returns what it was found to be before."""
+        run = self.plan.branch_run(branch, self.folder_of(branch))
+        if (record := self.open(run)) is not None:
+            print(f"{run.label}: finished before, taken from {run.folder}", flush=True)
+            return record
+        # Ahead of the branch's lock: computing them takes the trunk's.
+        self.activations()
+        with locked(run.folder):
+            return self._train_branch(branch, run, summary)
 
-        def compute(tokens_BT: Tensor) -> Tensor:
-            nonlocal computed
-            computed = True
-            return prefix_activations(trunk, tokens_BT, boundary)
+    def _train_branch(self, branch: Branch, run: Run, summary: Summarise) -> RunRecord:
+        plan, boundary = self.plan, run.boundary
+        trunk, trunk_record = self.trunk()
+        train, valid = self.activations()
+        model = fork(trunk, branch)
+        # A branch starts at its budget, not at the threshold its policy was born with.
+        calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
+        training = self._train(run, model, train)
+        means = tuple(trunk_record.result["trained_mean_experts"][:boundary]) + training.mean_experts
+        flops = branch_flops(plan, branch, means, cached=self.config.cache, calibrated=calibrated)
+        ledger = Ledger()
+        ledger.add("branches", flops=flops, seconds=training.seconds)
+        return self._finish(run, model, valid, training, means, ledger, summary)
 
-        began = time.perf_counter()
-        with locked(self.trunk_folder):
-            cached = cached_activations(folder, identity, batches, compute)
-        if computed:
-            cost = model_cost(model, length=plan.seq_len, mean_experts=tuple(record.result["trained_mean_experts"]))
-            flops = cost.flops(last=boundary, head=False) * len(numbers) * plan.tokens_per_batch
-            record.ledger.add("caching", flops=flops, seconds=time.perf_counter() - began)
-            record.ledger.save(self.trunk_folder)
-            print(
-                f"activations {split}: {len(numbers)} batches, {identity.n_bytes / 2**20:.1f} MiB in {folder}",
-                flush=True,
-            )
-        return cached
-
-    def _train(self, branch: Branch | None, model: LanguageModel, batches: Batches, folder: Path) -> StageResult:
+    def _train(
+        self, run: Run, model: LanguageModel, batches: Batches, at_end: Callable[[], None] | None = None
+    ) -> StageResult:
         plan, config = self.plan, self.config
-        if branch is None:
-            label, stage, seed, boundary, order, identity = (
-                "trunk",
-                plan.trunk,
-                plan.trunk_seed,
-                0,
-                plan.trunk_batches(),
-                plan.trunk_identity,
+        with contextlib.ExitStack() as cleanup:
+            tracker = None
+            if config.track != "none" and self.processes.first:
+                tracker = Tracker(config.track, run.folder, run.label, run.identity)
+                # Also when training is interrupted: what was logged has to reach the tracker.
+                cleanup.callback(tracker.close)
+            progress = Progress(
+                run.label,
+                n_steps=run.stage.n_batches,
+                every=config.log_every,
+                tokens_per_step=plan.tokens_per_batch,
+                bytes_per_token=plan.corpus.train_bytes / plan.corpus.train_tokens,
+                tracker=tracker,
             )
-        else:
-            label, stage, seed, boundary = branch.name, branch.stage, branch.seed, branch.boundary
-            order, identity = plan.order_of(branch), plan.branch_identity(branch)
-        tracker = Tracker(config.track, folder, label, identity) if config.track != "none" else None
-        progress = Progress(
-            label,
-            n_steps=stage.n_batches,
-            every=config.log_every,
-            tokens_per_step=plan.tokens_per_batch,
-            bytes_per_token=plan.corpus.train_bytes / plan.corpus.train_tokens,
-            tracker=tracker,
-        )
-        try:
             return train_stage(
+                run,
                 model,
                 batches,
-                order,
-                stage=stage,
-                optimizer_config=plan.optimizer,
-                seed=seed,
-                boundary=boundary,
-                folder=folder,
-                identity=identity,
                 save_every=config.save_every,
                 progress=progress,
+                at_end=at_end,
+                processes=self.processes,
             )
-        finally:
-            if tracker is not None:
-                tracker.close()
 
-    def _evaluate_and_finish(
+    def _finish(
         self,
-        branch: Branch | None,
-        folder: Path,
+        run: Run,
         model: LanguageModel,
         valid: Batches,
         training: StageResult,
@@ -258,47 +271,48 @@ class Execution:
         ledger: Ledger,
         summary: Summarise,
     ) -> RunRecord:
-        plan, boundary = self.plan, branch.boundary if branch is not None else 0
+        """Calibrates, exports, evaluates; leaves costs and result.
+
+        Args:
+            valid: inputs at the run's boundary.
+            means: experts per token of every block, over training.
+            ledger: with the cost of training.
+        """
+        plan, boundary = self.plan, run.boundary
         began = time.perf_counter()
+        # A trunk was calibrated when its training ended: the same text sets the same thresholds again.
         calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
-        self._export(folder, model)
+        # Ahead of the evaluation: whatever that runs into, the trained model is there to be used.
+        self._export(run.folder, model)
         evaluation = evaluate(model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary)
         trained = TrainedRun(
+            run=run,
             plan=plan,
-            branch=branch,
-            folder=folder,
             model=model,
             valid=valid,
             evaluation=evaluation,
             training=training,
             mean_experts=means,
         )
-        result = {**summary(trained), "trained_mean_experts": means} if branch is None else summary(trained)
-        evaluated_means = means[:boundary] + evaluation.mean_experts
-        cost = model_cost(model.config, length=plan.seq_len, mean_experts=evaluated_means)
-        first = boundary if self.config.cache else 0
-        flops = cost.flops(first=first) * len(valid) * plan.tokens_per_batch + cost.flops(first=boundary) * calibrated
+        result = summary(trained)
+        flops = evaluation_flops(
+            plan,
+            model.config,
+            means[:boundary] + evaluation.mean_experts,
+            boundary=boundary,
+            cached=self.config.cache,
+            n_batches=len(valid),
+            calibrated=calibrated,
+        )
         ledger.add("evaluation", flops=flops, seconds=time.perf_counter() - began)
-        label = branch.name if branch is not None else "trunk"
-        print(f"{label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
-        return finish_run(folder, result, ledger)
+        print(f"{run.label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
+        return finish_run(run.folder, result, ledger)
 
     def _export(self, folder: Path, model: LanguageModel) -> None:
         """The trained model for `python -m lm generate`, calibrated, with the text that it can be calibrated on to
         another budget."""
         save_pretrained(folder / "model", model, self.calibration(0).cpu())
         self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
-
-    def _restore_trunk(self, model: LanguageModel) -> None:
-        saved = checkpoint.load_latest(self.trunk_folder / "checkpoints")
-        if saved is None or saved.step != self.plan.trunk.n_batches:
-            at = "none" if saved is None else f"step {saved.step}"
-            raise checkpoint.CheckpointMismatchError(
-                f"{self.trunk_folder}: branches start from step {self.plan.trunk.n_batches} of the trunk, its newest"
-                f" usable checkpoint is {at}"
-            )
-        checkpoint.refuse_other_identity(saved, self.plan.trunk_identity)
-        checkpoint.restore_model(model, saved.weights, str(saved.path))
 
 
 def run_plan(
@@ -311,5 +325,8 @@ def run_plan(
         record.RunMismatchError: when a folder holds another run.
     """
     execution = Execution(plan, corpus, root, config, trunk_folder=trunk_folder)
-    _, trunk_record = execution.trunk()
-    return [trunk_record, *(execution.branch(branch) for branch in plan.branches)]
+    execution.trunk()
+    branches = [execution.branch(branch) for branch in plan.branches]
+    # Last, because storing activations for the branches adds to its ledger.
+    _, trunk = execution.trunk()
+    return [trunk, *branches]

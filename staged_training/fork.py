@@ -38,6 +38,7 @@ def fork(trunk: LanguageModel, branch: Branch) -> LanguageModel:
                 f"{name} {list(tensor.shape)} (the trunk has {list(theirs[name].shape) if name in theirs else 'none'})"
             )
         else:
+            # Into memory of its own: the branch trains, the trunk serves the branches after it.
             tensor.copy_(theirs[name])
     if problems:
         raise CheckpointMismatchError(

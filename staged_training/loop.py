@@ -9,8 +9,8 @@ was killed and started again by the same command goes through the same numbers, 
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +19,10 @@ from moe.freed_memory import keep_freed_memory
 from routing.router import NonFiniteScoresError
 from staged_training.data import Batches
 from staged_training.diagnostics import step_diagnostics
-from staged_training.optimizer import OptimizerConfig, build_optimizer, update
-from staged_training.plan import Stage
+from staged_training.optimizer import build_optimizer, update
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
+from staged_training.run import Run
 from staged_training.step import clipped_gradients
 from staged_training.stopping import Interrupted, StopSignals
 
@@ -33,12 +33,14 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """Attributes:
-    steps: updates done in all, those before an interruption included.
-    seconds: spent in steps that are part of the result.
-    mean_experts: per trained block, real experts per token over the whole stage.
-    checkpoint: where the result lies.
-    skipped: corrupt checkpoints that were passed over when the stage was resumed.
+    """What the loop reports of a stage that came to its end.
+
+    Attributes:
+        steps: updates done in all, those before an interruption included.
+        seconds: spent in steps that are part of the result.
+        mean_experts: per trained block, real experts per token over the whole stage.
+        checkpoint: where the result lies.
+        skipped: corrupt checkpoints that were passed over when the stage was resumed.
     """
 
     steps: int
@@ -49,30 +51,24 @@ class StageResult:
 
 
 def train_stage(
+    run: Run,
     model: LanguageModel,
     batches: Batches,
-    order: np.ndarray,
     *,
-    stage: Stage,
-    optimizer_config: OptimizerConfig,
-    seed: int,
-    boundary: int,
-    folder: Path,
-    identity: dict[str, Any],
     save_every: int,
     progress: Progress,
+    at_end: Callable[[], object] | None = None,
     processes: Processes = ALONE,
 ) -> StageResult:
-    """Trains blocks [boundary, L), norm and head (everything when `boundary` is 0) for one stage, or the rest of it.
+    """Trains blocks [boundary, L), norm and head (everything when the run's boundary is 0), or the rest of a stage that
+    was interrupted.
 
     Args:
+        run: what to train, in which order, and where its checkpoints, metrics and diagnostics go.
         model: with the weights the stage starts from; overwritten by a checkpoint where there is one.
         batches: inputs and targets_BT by batch number.
-        order: the batch number of every step.
-        seed: of the routers' draws.
-        folder: run folder; checkpoints go to `folder/checkpoints`, metrics and diagnostics beside them.
-        identity: what this stage is; a checkpoint of anything else is refused.
         save_every: steps between checkpoints; there is always one at the end.
+        at_end: called behind the last step and ahead of its checkpoint, which holds what it does to the model.
         processes: that train together; `model` is then this process's part, and `batches` have its rows.
 
     Raises:
@@ -80,33 +76,34 @@ def train_stage(
         Interrupted: after SIGTERM or SIGINT, with everything saved.
         checkpoint.CheckpointMismatchError: when the checkpoints are of another stage or another model.
     """
-    assert len(order) == stage.n_batches
     # As `python -m moe bench` times the experts: their pages are not cleared anew in every step.
     keep_freed_memory()
-    checkpoints = folder / "checkpoints"
-    optimizer = build_optimizer(model, optimizer_config, boundary)
+    stage, order, boundary = run.stage, run.order, run.boundary
+    optimizer = build_optimizer(model, run.optimizer, boundary)
     step, seconds, experts_sum, skipped = 0, 0.0, np.zeros(model.config.n_layers - boundary), ()
-    if (saved := processes.restore(checkpoints, model, optimizer, boundary=boundary, identity=identity)) is not None:
+    if (saved := processes.restore(run, model, optimizer)) is not None:
         step, seconds, skipped = saved.step, saved.state["seconds"], saved.skipped
         experts_sum = np.array(saved.state["experts_sum"])
-        print(f"{progress.label} continues at step {step} of {stage.n_batches} from {saved.path}", flush=True)
+        print(f"{run.label} continues at step {step} of {stage.n_batches} from {saved.path}", flush=True)
     last_saved = saved.path if saved is not None else None
-    print("{}: experts computed by {} ({})".format(progress.label, *model.expert_backend()), flush=True)
+    print("{}: experts computed by {} ({})".format(run.label, *model.expert_backend()), flush=True)
 
     def save() -> Path:
+        # A checkpoint that is ahead of its metrics would leave a gap in them: resuming starts behind it.
         metrics.flush()
-        state = {"identity": identity, "position": step, "seconds": seconds, "experts_sum": experts_sum.tolist()}
-        return processes.save(checkpoints, step, model, optimizer, boundary=boundary, state=state)
+        state = {"position": step, "seconds": seconds, "experts_sum": experts_sum.tolist()}
+        return processes.save(run, step, model, optimizer, state=state)
 
-    metrics = processes.metrics(folder, step)
+    metrics = processes.metrics(run.folder, step)
     model.train()
     with StopSignals() as stop:
         while step < stage.n_batches:
             began = time.perf_counter()
             learning_rate = stage.schedule.value(step, stage.n_batches)
             where = f"step {step}, data position {step}, batch {order[step]}; last good checkpoint: {last_saved}"
-            model.begin_step(step, seed)
-            inputs, targets_BT = batches[int(order[step])]
+            # Draws are a function of seed and step, so a resumed run draws what an uninterrupted one does.
+            model.begin_step(step, run.seed)
+            inputs, targets_BT = batches[order[step]]
             try:
                 numbers = clipped_gradients(
                     model,
@@ -114,7 +111,7 @@ def train_stage(
                     inputs,
                     targets_BT,
                     boundary=boundary,
-                    clip=optimizer_config.clip,
+                    clip=run.optimizer.clip,
                     diagnose=progress.ends_interval(step + 1),
                     processes=processes,
                 )
@@ -132,6 +129,7 @@ def train_stage(
                     f" {where}"
                 )
             update(optimizer, learning_rate)
+            # Behind the update and ahead of `after_step`: biases and budgets move by the counts of the whole batch.
             processes.count_together(model.routers(boundary))
             model.after_step(boundary)
             step += 1
@@ -152,15 +150,15 @@ def train_stage(
             progress.step(record)
             # Read once: a signal that comes after this line is the next step's.
             stopping = processes.agreed(stop.signal) is not None
+            if step == stage.n_batches and at_end is not None:
+                at_end()
             if step % save_every == 0 or step == stage.n_batches or stopping:
                 last_saved = save()
             if stopping:
                 break
     metrics.close()
     if (stop_signal := processes.agreed(stop.signal)) is not None:
-        message = (
-            f"{progress.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
-        )
+        message = f"{run.label}: saved at step {step} of {stage.n_batches} in {last_saved}; the same command continues"
         raise Interrupted(stop_signal, message)
     assert last_saved is not None
     means = tuple((experts_sum / max(step, 1)).tolist())

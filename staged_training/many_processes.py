@@ -6,6 +6,10 @@ expert dimension (`moe.expert_parallel`) and cut once more over the data dimensi
 processes and gathered block by block as they are needed (FSDP2). Gradients are means over processes, so they are those
 of one process with the whole batch. torch.distributed does all of it: DeviceMesh, DTensor, fully_shard, and distributed
 checkpoints, which any number of processes can load.
+
+This is the one file of this folder that unpickles: the index of a distributed checkpoint says as a pickle which tensor
+lies in which file, and what processes of one run send each other (`from_first`) travels as one. A checksum shows that a
+file is as it was written, not who wrote it: continue runs of your own only.
 """
 
 import contextlib
@@ -14,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -38,12 +42,13 @@ from moe.expert_parallel import ExpertParallelExperts
 from routing.over_processes import count_over_processes
 from routing.router import Router
 from staged_training import checkpoint
-from staged_training.processes import Processes
+from staged_training.data import OwnRows, TokenBatches
+from staged_training.processes import Made, Processes
 from staged_training.progress import MetricsFile, NoMetrics
 from staged_training.record import locked
+from staged_training.run import Run
 
 SHARDS = "shards"
-Made = TypeVar("Made")
 
 
 class ManyProcesses(Processes):
@@ -53,8 +58,11 @@ class ManyProcesses(Processes):
         ValueError: when the processes cannot be arranged so.
     """
 
+    many = True
+
     def __init__(self, n_expert: int, device: torch.device) -> None:
         self.n, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
+        self.first = self.rank == 0
         if n_expert < 1 or self.n % n_expert:
             raise ValueError(
                 f"expert_parallel: {n_expert} processes per set of experts do not divide the {self.n} processes of"
@@ -66,11 +74,6 @@ class ManyProcesses(Processes):
         # of its own.
         self.everyone = self.mesh._flatten("all")
         self.group = self.everyone.get_group()
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that prints and writes."""
-        return self.rank == 0
 
     def __str__(self) -> str:
         n_data, n_expert = self.mesh.shape
@@ -102,13 +105,15 @@ class ManyProcesses(Processes):
         return model
 
     def whole(self, model: LanguageModel) -> LanguageModel | None:
-        """The model in one piece, on the first process; None on the others. All call it."""
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.first:
             return None
         single = LanguageModel(model.config)
         single.load_state_dict(weights)
         return single.to(self.device)
+
+    def own_rows(self, batches: TokenBatches) -> OwnRows:
+        return OwnRows(batches, self.rank, self.n)
 
     def mean(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)
@@ -126,11 +131,9 @@ class ManyProcesses(Processes):
         return MetricsFile(folder, step) if self.first else NoMetrics()
 
     def exclusive(self, folder: Path) -> contextlib.AbstractContextManager[None]:
-        """Keeps other runs out of `folder`."""
         return locked(folder) if self.first else contextlib.nullcontext()
 
     def from_first(self, make: Callable[[], Made]) -> Made:
-        """What `make` returns on the first process, or raises there, on all."""
         outcome: list[Any] = [None, None]
         if self.first:
             try:
@@ -142,25 +145,16 @@ class ManyProcesses(Processes):
             raise outcome[1]
         return outcome[0]
 
-    def restore(
-        self,
-        checkpoints: Path,
-        model: LanguageModel,
-        optimizer: torch.optim.AdamW,
-        *,
-        boundary: int,
-        identity: dict[str, Any],
-    ) -> checkpoint.Checkpoint | None:
+    def restore(self, run: Run, model: LanguageModel, optimizer: torch.optim.AdamW) -> checkpoint.Checkpoint | None:
         """As for one process, from a checkpoint of any number of processes. Randomness is stateless in training, so no
         random state is kept.
 
-        torch stores which tensor lies in which file as a pickle: as anywhere with pickles, open checkpoints of your own
-        only.
+        Its index is unpickled, see the top of this file.
         """
 
         def newest() -> checkpoint.Checkpoint | None:
-            if (found := checkpoint.newest(checkpoints)) is not None:
-                checkpoint.refuse_other_identity(found, identity)
+            if (found := checkpoint.newest(run.checkpoints)) is not None:
+                checkpoint.refuse_other_identity(found, run.identity)
                 if not (found.path / SHARDS).is_dir():
                     raise checkpoint.CheckpointMismatchError(
                         f"{found.path} was not written by `python -m staged_training parallel`"
@@ -175,18 +169,12 @@ class ManyProcesses(Processes):
         return saved
 
     def save(
-        self,
-        checkpoints: Path,
-        step: int,
-        model: LanguageModel,
-        optimizer: torch.optim.AdamW,
-        *,
-        boundary: int,
-        state: dict[str, Any],
+        self, run: Run, step: int, model: LanguageModel, optimizer: torch.optim.AdamW, *, state: dict[str, Any]
     ) -> Path:
-        assert boundary == 0
+        assert run.boundary == 0, "branches are trained by one process"
+        # Weights and the optimizer's two moments.
         n_bytes = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        temporary = self.from_first(lambda: checkpoint.begin(checkpoints, step, n_bytes=n_bytes))
+        temporary = self.from_first(lambda: checkpoint.begin(run.checkpoints, step, n_bytes=n_bytes))
         weights, moments = get_state_dict(model, optimizer)
         save_shards(
             {"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group
@@ -194,7 +182,7 @@ class ManyProcesses(Processes):
 
         def seal() -> Path:
             with checkpoint.writing(temporary):
-                write_json(temporary / checkpoint.STATE, {"step": step, **state})
+                write_json(temporary / checkpoint.STATE, {"step": step, "identity": run.identity, **state})
                 files = [str(path.relative_to(temporary)) for path in sorted(temporary.rglob("*")) if path.is_file()]
                 return checkpoint.seal(temporary, step, files)
 

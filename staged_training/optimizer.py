@@ -19,8 +19,11 @@ class OptimizerConfig:
         eps: added to the root of the second moment.
         weight_decay: for matrices. Vectors (norms, biases, per-head constants) have none, and neither has the
             embedding: a row that does not occur in a batch gets no gradient, and decay would shrink rare tokens towards
-                zero.
+            zero.
         clip: largest norm of the whole gradient.
+
+    Raises:
+        ValueError: for a number outside its range.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -48,6 +51,7 @@ def trained_parameters(model: LanguageModel, boundary: int) -> Iterator[tuple[st
 def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int) -> torch.optim.AdamW:
     """AdamW over the trained parameters; the others stop requiring gradients. The learning rate is set before every
     step."""
+    # Without this, backward would compute the gradients of frozen weights that no one reads.
     model.requires_grad_(False)
     decayed, plain = [], []
     for _, parameter in trained_parameters(model, boundary):
@@ -113,4 +117,5 @@ def restore_optimizer(
             raise ValueError(
                 f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} fits no trained parameter of this model"
             )
+        # A clone: the update works in place, and the tensors belong to whoever loaded them.
         optimizer.state[parameter][key] = tensor.to(parameter.device).clone()

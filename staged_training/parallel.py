@@ -14,15 +14,11 @@ from typing import Any
 from corpus.prepare import CorpusConfig, prepare
 from foundation.serialize import from_dict
 from lm.config import ModelConfig
-from lm.model import LanguageModel
 from routing.router import RouterConfig
-from staged_training.data import OwnRows
 from staged_training.describe import describe
 from staged_training.execute import Execution, ExecutionConfig
-from staged_training.loop import train_stage
-from staged_training.plan import CorpusFacts, Plan, Stage
-from staged_training.progress import Progress, Tracker
-from staged_training.record import open_run
+from staged_training.plan import CorpusFacts, Plan
+from staged_training.schedule import Stage
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 
 
@@ -67,45 +63,20 @@ def train_in_parallel(config: ParallelConfig) -> None:
         model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
         plan = plan_of(dataclasses.replace(config, model=model), corpus_facts(corpus))
         print(f"{describe(plan)}\n{processes}", flush=True)
-        folder, identity = config.out, plan.trunk_identity
-        if processes.from_first(lambda: open_run(folder, identity, plan.corpus.content_hash)) is not None:
-            print(f"finished before: {folder}", flush=True)
-            return
-        cleanup.enter_context(processes.exclusive(folder))
-        execution = Execution(plan, corpus, config.out, config.execution, trunk_folder=folder, device=str(device))
-        model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed).to(device))
-        tracker = (
-            Tracker(config.execution.track, folder, "parallel", identity)
-            if processes.first and config.execution.track != "none"
-            else None
-        )
-        progress = Progress(
-            "parallel",
-            n_steps=plan.trunk.n_batches,
-            every=config.execution.log_every,
-            tokens_per_step=plan.tokens_per_batch,
-            bytes_per_token=plan.corpus.train_bytes / plan.corpus.train_tokens,
-            tracker=tracker,
-        )
-        if tracker is not None:
-            cleanup.callback(tracker.close)
-        training = train_stage(
-            model,
-            OwnRows(execution.train_tokens, processes.rank, processes.n),
-            plan.trunk_batches(),
-            stage=plan.trunk,
-            optimizer_config=plan.optimizer,
-            seed=plan.trunk_seed,
-            boundary=0,
-            folder=folder,
-            identity=identity,
-            save_every=config.execution.save_every,
-            progress=progress,
+        execution = Execution(
+            plan,
+            corpus,
+            config.out,
+            config.execution,
+            trunk_folder=config.out,
+            device=str(device),
             processes=processes,
         )
-        # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
-        if (whole := processes.whole(model)) is not None:
-            execution.finish_trunk(whole, folder, training)
+        run = dataclasses.replace(plan.trunk_run(config.out), label="parallel")
+        if execution.open(run) is not None:
+            print(f"finished before: {run.folder}", flush=True)
+            return
+        execution.train_trunk(run)
 
 
 def plan_of(config: ParallelConfig, facts: CorpusFacts) -> Plan:

@@ -4,6 +4,7 @@ Nothing here runs anything: a plan can be printed, stored, hashed and compared b
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from lm.config import ModelConfig
 from staged_training.boundary import compose, different_blocks, refuse_other_trunk
 from staged_training.data import branch_order, trunk_order
 from staged_training.optimizer import OptimizerConfig
-from staged_training.schedule import Schedule
+from staged_training.run import Run
+from staged_training.schedule import Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,21 +33,6 @@ class CorpusFacts:
     train_bytes: int
     valid_tokens: int
     valid_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A stretch of training: so many batches, one update each, under one schedule."""
-
-    n_batches: int
-    schedule: Schedule
-
-    def __post_init__(self) -> None:
-        if self.n_batches < 1:
-            raise ValueError(f"Stage.n_batches: {self.n_batches}, must be at least 1")
-        ramps = self.schedule.warmup_steps + self.schedule.decay_steps
-        if ramps > self.n_batches:
-            raise ValueError(f"Stage: warm-up and decay take {ramps} steps, the stage has {self.n_batches}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +55,7 @@ class Branch:
 
     @property
     def name(self) -> str:
+        """Unique in a plan."""
         return f"{self.method}-seed{self.seed}"
 
 
@@ -109,7 +97,23 @@ class Plan:
             )
 
     @property
+    def boundary(self) -> int:
+        """The first block that trains in every branch; 0 where all do, or without branches."""
+        return self.branches[0].boundary if self.branches else 0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the blocks from the boundary on are initialised anew in every branch; False without branches."""
+        return self.branches[0].fresh if self.branches else False
+
+    @property
+    def branch_stage(self) -> Stage | None:
+        """Length and schedule of every branch; None without branches."""
+        return self.branches[0].stage if self.branches else None
+
+    @property
     def tokens_per_batch(self) -> int:
+        """Tokens that an update sees, predicted or not."""
         return self.batch_size * self.seq_len
 
     @property
@@ -123,21 +127,54 @@ class Plan:
 
     def calibration_batches(self) -> np.ndarray:
         """The batch numbers that no stage ever sees, evenly spaced through the text, int64."""
+        # One in the middle of each of as many equal parts: a text's domains lie one after the other.
         return (2 * np.arange(self.n_calibration) + 1) * self._n_batches // (2 * self.n_calibration)
 
     @property
     def trunk_identity(self) -> dict:
         """Everything the trunk's weights depend on. The branches are not part of it: comparisons share a trunk."""
+        # Named one by one: `decisions` are words, and a field that is added must not rename the trunks of before.
         fields = ("corpus", "model", "batch_size", "seq_len", "n_calibration", "trunk", "trunk_seed", "optimizer")
         return {name: to_dict(getattr(self, name)) for name in fields}
 
     @property
     def trunk_hash(self) -> str:
+        """Names the trunk's folder."""
         return fingerprint(self.trunk_identity)[:12]
 
     def branch_identity(self, branch: Branch) -> dict:
         """Everything the branch's weights depend on."""
         return {"trunk": self.trunk_identity, "branch": to_dict(branch)}
+
+    def trunk_run(self, folder: Path) -> Run:
+        """The trunk's training, from its seed's weights, in `folder`."""
+        return Run(
+            label="trunk",
+            method="trunk",
+            branch_seed=None,
+            stage=self.trunk,
+            optimizer=self.optimizer,
+            seed=self.trunk_seed,
+            boundary=0,
+            order=tuple(self.trunk_batches().tolist()),
+            identity=self.trunk_identity,
+            folder=folder,
+        )
+
+    def branch_run(self, branch: Branch, folder: Path) -> Run:
+        """A branch's training, from the fork of the trunk, in `folder`."""
+        return Run(
+            label=branch.name,
+            method=branch.method,
+            branch_seed=branch.seed,
+            stage=branch.stage,
+            optimizer=self.optimizer,
+            seed=branch.seed,
+            boundary=branch.boundary,
+            order=tuple(self.order_of(branch).tolist()),
+            identity=self.branch_identity(branch),
+            folder=folder,
+        )
 
     def trunk_batches(self) -> np.ndarray:
         """Batch numbers in the order the trunk visits them, int64."""
@@ -145,8 +182,8 @@ class Plan:
 
     def branch_batches(self) -> np.ndarray:
         """The batches behind the trunk's last position, in the trunk's order: the data of every branch."""
-        count = max((branch.stage.n_batches for branch in self.branches), default=0)
-        return self._numbers(self.trunk.n_batches, count)
+        stage = self.branch_stage
+        return self._numbers(self.trunk.n_batches, stage.n_batches if stage is not None else 0)
 
     def order_of(self, branch: Branch) -> np.ndarray:
         """Batch numbers in the order this branch visits them: its method plays no part, its seed does."""
@@ -158,6 +195,7 @@ class Plan:
 
     def _check(self, branch: Branch, first: Branch) -> None:
         refuse_other_trunk(self.model, branch.model, branch.name)
+        # What `boundary`, `fresh` and `branch_stage` say of all.
         for field in ("stage", "boundary", "fresh"):
             if getattr(branch, field) != getattr(first, field):
                 raise ValueError(

@@ -33,10 +33,12 @@ class MetricsFile:
         self._timing: IO[str] = open(folder / TIMING, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
+        """One step."""
         self._metrics.write(json.dumps(metrics) + "\n")
         self._timing.write(json.dumps(timing) + "\n")
 
     def write_diagnostics(self, diagnostics: dict[str, Any]) -> None:
+        """One step that ends an interval."""
         self._diagnostics.write(json.dumps(diagnostics) + "\n")
 
     def flush(self) -> None:
@@ -110,9 +112,11 @@ class Progress:
         self._began = time.perf_counter()
 
     def ends_interval(self, step: int) -> bool:
+        """Whether a line is printed behind this step; the last one always ends an interval."""
         return step % self.every == 0 or step == self.n_steps
 
     def step(self, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of the step that was just done."""
         self._since.append(metrics)
         step = metrics["step"]
         if not self.ends_interval(step):

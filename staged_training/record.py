@@ -29,27 +29,39 @@ class RunMismatchError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """Cost by kind of work ("trunk", "caching", "branches", "evaluation"): FLOPs counted from the configuration, and
-    measured seconds."""
+    """What a run has cost.
+
+    Attributes:
+        costs: by kind of work ("trunk", "caching", "branches", "evaluation") its "flops", counted from the
+            configuration, and its measured "seconds".
+    """
 
     costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     def add(self, kind: str, *, flops: float, seconds: float) -> None:
+        """Adds to what a kind of work has cost so far."""
         cost = self.costs.setdefault(kind, {"flops": 0.0, "seconds": 0.0})
         cost["flops"] += flops
         cost["seconds"] += seconds
 
     def save(self, folder: Path) -> None:
+        """Replaces the ledger of a run folder."""
         write_json(folder / LEDGER, self.costs)
 
     @classmethod
     def load(cls, folder: Path) -> "Ledger":
+        """The ledger of a finished run."""
         return cls(json.loads((folder / LEDGER).read_text()))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A finished run: the trunk or a branch."""
+    """A finished run, trunk or branch, as its folder holds it.
+
+    Attributes:
+        config: its identity, see `run.Run`.
+        result: what `trained_run.summarise`, or whoever took its place, had to say.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -67,11 +79,9 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
         RunMismatchError: when the folder holds a run of another configuration, naming each key that differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.loads(json.dumps(config))
     path = folder / CONFIG
     if path.exists():
-        differing = differences(json.loads(path.read_text()), config)
-        if differing:
+        if differing := json_differences(json.loads(path.read_text()), config):
             raise RunMismatchError(
                 f"{folder} holds another run: {'; '.join(differing[:8])}. Choose another folder, or remove this one"
             )
@@ -79,9 +89,10 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
         write_json(path, config)
     if (folder / RESULT).exists():
         return read_run(folder)
+    # Also where the run continues: a bit that changes with the machine must not look like one of the method.
     here = environment(data_hash=data_hash)
     if (folder / ENVIRONMENT).exists() and (
-        changed := differences(json.loads((folder / ENVIRONMENT).read_text()), here)
+        changed := json_differences(json.loads((folder / ENVIRONMENT).read_text()), here)
     ):
         log.warning("%s continues in another environment, so its last bits may differ: %s", folder, "; ".join(changed))
     write_json(folder / ENVIRONMENT, here)
@@ -90,7 +101,7 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a run folder; the lock goes with its process, however that ends.
+    """Keeps a second process out of a run folder. The lock goes with its process, however that ends.
 
     Raises:
         RunMismatchError: when another process is running it.
@@ -122,12 +133,25 @@ def finish_run(folder: Path, result: dict[str, Any], ledger: Ledger) -> RunRecor
     return read_run(folder)
 
 
-def differences(stored: Any, asked: Any, place: str = "") -> list[str]:
-    """Where two JSON values differ, as "place: stored 12, asked 8"."""
+def add_cost(folder: Path, kind: str, *, flops: float, seconds: float) -> Ledger:
+    """Adds to the costs of a finished run, inside its lock; returns all of them."""
+    ledger = Ledger.load(folder)
+    ledger.add(kind, flops=flops, seconds=seconds)
+    ledger.save(folder)
+    return ledger
+
+
+def json_differences(stored: Any, asked: Any) -> list[str]:
+    """Where a value that was read from JSON differs from one that is asked for, as "place: stored 12, asked 8"."""
+    # Through JSON, so that a tuple that is asked for equals the list that it was stored as.
+    return _differences(stored, json.loads(json.dumps(asked)), "")
+
+
+def _differences(stored: Any, asked: Any, place: str) -> list[str]:
     if isinstance(stored, dict) and isinstance(asked, dict):
         return [
             line
             for key in sorted(stored | asked)
-            for line in differences(stored.get(key), asked.get(key), f"{place}.{key}" if place else key)
+            for line in _differences(stored.get(key), asked.get(key), f"{place}.{key}" if place else key)
         ]
     return [] if stored == asked else [f"{place}: stored {json.dumps(stored)}, asked {json.dumps(asked)}"]

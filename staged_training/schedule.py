@@ -15,7 +15,9 @@ DECAY_SHAPES = ("linear", "1-sqrt")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Attributes:
+    """A rise, a plateau, and a decay that may be missing.
+
+    Attributes:
         peak: learning rate of the stable part.
         warmup_steps: steps of linear rise; the last of them runs at the peak.
         decay_steps: last steps of the stage, falling from the peak; 0 keeps the peak to the end.
@@ -44,8 +46,28 @@ class Schedule:
     def value(self, step: int, n_steps: int) -> float:
         """Learning rate of update `step` (from 0) of a stage of `n_steps`; 0 at `n_steps` when the schedule decays."""
         if step < self.warmup_steps:
+            # From one share of the peak instead of zero: an update at rate 0 would be a batch read for nothing.
             return self.peak * ((step + 1) / self.warmup_steps)
         if not self.decay_steps:
             return self.peak
         t = min(1.0, max(0.0, (step - (n_steps - self.decay_steps)) / self.decay_steps))
         return self.peak * (1 - t if self.decay_shape == "linear" else 1 - math.sqrt(t))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of training: so many batches, one update each, under one schedule.
+
+    Raises:
+        ValueError: for a stage without a batch, or ramps longer than the stage.
+    """
+
+    n_batches: int
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        if self.n_batches < 1:
+            raise ValueError(f"Stage.n_batches: {self.n_batches}, must be at least 1")
+        ramps = self.schedule.warmup_steps + self.schedule.decay_steps
+        if ramps > self.n_batches:
+            raise ValueError(f"Stage: warm-up and decay take {ramps} steps, the stage has {self.n_batches}")

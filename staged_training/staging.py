@@ -9,8 +9,8 @@ from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from staged_training.boundary import choose_cut, compose
 from staged_training.optimizer import OptimizerConfig
-from staged_training.plan import Branch, CorpusFacts, Plan, Stage
-from staged_training.schedule import Schedule
+from staged_training.plan import Branch, CorpusFacts, Plan
+from staged_training.schedule import Schedule, Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

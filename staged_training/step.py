@@ -17,13 +17,14 @@ from staged_training.processes import ALONE, Processes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepNumbers:
-    """Attributes:
-    loss: mean over the tokens, in nats.
-    routing_loss: sum of the routers' weighted losses.
-    grad_norm: before clipping.
-    mean_experts: per trained block, real experts per token.
-    statistics: per trained block, over the tokens of all processes (their counts divided by the number of processes);
-        empty unless asked for.
+    """What a step is known by, over the tokens of all processes.
+
+    Attributes:
+        loss: mean over the tokens, in nats.
+        routing_loss: sum of the routers' weighted losses.
+        grad_norm: before clipping.
+        mean_experts: per trained block, real experts per token.
+        statistics: per trained block, counts divided by the number of processes; empty unless asked for.
     """
 
     loss: float
@@ -34,6 +35,7 @@ class StepNumbers:
 
     @property
     def finite(self) -> bool:
+        """Whether the step may change the weights."""
         return all(map(math.isfinite, (self.loss, self.routing_loss, self.grad_norm)))
 
 

@@ -53,7 +53,6 @@ def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
         run: a branch; its model is left with another policy or another threshold.
         context: the models it is compared as, and the text.
     """
-    assert run.branch is not None, "a trunk is no method: there is nothing to compare it with"
     boundary, length = run.boundary, run.plan.seq_len
     used, composed = run.evaluation.mean_experts, run.model.config
     cost = model_cost(composed, length=length, mean_experts=run.mean_experts[:boundary] + used)
@@ -68,7 +67,7 @@ def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
         histogram.pop()
     budgets, budget_tokens, budget_flops = other_budgets(run, context)
     return BranchResult(
-        method=run.branch.method,
+        method=run.run.method,
         trunk_seed=run.plan.trunk_seed,
         branch_seed=context.pairing_seed,
         bits_per_byte=run.evaluation.bits_per_byte,

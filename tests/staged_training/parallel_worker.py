@@ -24,14 +24,14 @@ from routing.policies.relu import ReLU
 from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
 from routing.router import RouterConfig
-from staged_training.data import OwnRows, TokenBatches
+from staged_training.data import Batches, TokenBatches
 from staged_training.loop import train_stage
 from staged_training.many_processes import ManyProcesses
 from staged_training.optimizer import OptimizerConfig
-from staged_training.plan import Stage
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
-from staged_training.schedule import Schedule
+from staged_training.run import Run
+from staged_training.schedule import Schedule, Stage
 from staged_training.stopping import Interrupted
 
 LEVELS = ThreeLevelBalance(
@@ -62,7 +62,7 @@ def model_of(policy: str) -> LanguageModel:
 class Stopping:
     """Batches that send SIGTERM to this process when it reads the one of step STOP_AT."""
 
-    def __init__(self, batches: OwnRows) -> None:
+    def __init__(self, batches: Batches) -> None:
         self.batches, self.reads = batches, 0
 
     def __len__(self) -> int:
@@ -80,26 +80,25 @@ def train(policy: str, folder: Path, processes: Processes = ALONE, *, stop: bool
     folder.mkdir(parents=True, exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, 30, STEPS * BATCH * LENGTH + 1) // 2
     batches, model = TokenBatches(tokens, batch_size=BATCH, seq_len=LENGTH), model_of(policy)
-    if isinstance(processes, ManyProcesses):
-        batches, model = OwnRows(batches, processes.rank, processes.n), processes.shard(model)
-        if stop and processes.rank == processes.n - 1:
-            batches = Stopping(batches)
-    train_stage(
-        model,
-        batches,
-        np.arange(STEPS),
+    rows, part = processes.own_rows(batches), processes.shard(model)
+    if stop and isinstance(processes, ManyProcesses) and processes.rank == processes.n - 1:
+        rows = Stopping(rows)
+    run = Run(
+        label=policy,
+        method="trunk",
+        branch_seed=None,
         stage=Stage(n_batches=STEPS, schedule=Schedule(peak=3e-3, warmup_steps=2, decay_steps=2)),
         # A gradient that is nearly zero must not become a full step of either sign: rounding would decide.
-        optimizer_config=OptimizerConfig(eps=1e-3, clip=0.1),
+        optimizer=OptimizerConfig(eps=1e-3, clip=0.1),
         seed=0,
         boundary=0,
-        folder=folder,
+        order=tuple(range(STEPS)),
         identity={"policy": policy},
-        save_every=SAVE_EVERY,
-        progress=Progress(policy, n_steps=STEPS, every=SAVE_EVERY, tokens_per_step=BATCH * LENGTH, bytes_per_token=1.0),
-        processes=processes,
+        folder=folder,
     )
-    return processes.whole(model) if isinstance(processes, ManyProcesses) else model
+    progress = Progress(policy, n_steps=STEPS, every=SAVE_EVERY, tokens_per_step=BATCH * LENGTH, bytes_per_token=1.0)
+    train_stage(run, part, rows, save_every=SAVE_EVERY, progress=progress, processes=processes)
+    return processes.whole(part)
 
 
 def main(folder: Path, rank: int, world_size: int, n_expert: int, jobs: list[str]) -> None:

@@ -18,9 +18,9 @@ from staged_training.data import TokenBatches
 from staged_training.diagnostics import read_diagnostics
 from staged_training.loop import train_stage
 from staged_training.optimizer import OptimizerConfig
-from staged_training.plan import Stage
 from staged_training.progress import Progress, read_metrics
-from staged_training.schedule import Schedule
+from staged_training.run import Run
+from staged_training.schedule import Schedule, Stage
 
 STEPS, EVERY = 7, 3
 
@@ -33,19 +33,19 @@ def train(corpus, with_policy):
         batches = TokenBatches(corpus.train.tokens, batch_size=2, seq_len=16)
         progress = Progress("test", n_steps=STEPS, every=EVERY, tokens_per_step=32, bytes_per_token=2.0)
         folder.mkdir(exist_ok=True)
-        train_stage(
-            model,
-            batches,
-            np.arange(STEPS),
+        stage_run = Run(
+            label="test",
+            method="trunk",
+            branch_seed=None,
             stage=stage,
-            optimizer_config=OptimizerConfig(),
+            optimizer=OptimizerConfig(),
             seed=0,
             boundary=boundary,
-            folder=folder,
+            order=tuple(range(STEPS)),
             identity={},
-            save_every=STEPS,
-            progress=progress,
+            folder=folder,
         )
+        train_stage(stage_run, model, batches, save_every=STEPS, progress=progress)
         return read_diagnostics(folder)
 
     return run

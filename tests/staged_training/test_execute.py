@@ -17,7 +17,7 @@ from staged_training.data import TokenBatches
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, in_order, run_plan
 from staged_training.progress import METRICS
-from staged_training.record import RunMismatchError
+from staged_training.record import RunMismatchError, read_run
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +196,62 @@ def test_estimates_only_what_is_left_and_touches_nothing(
     assert "estimated time" in str(everything)
     assert "GiB" in str(everything)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_comparisons_that_share_a_trunk_each_add_what_their_caches_took(
+    plan_of, model_config, corpus, execution_config, tmp_path
+):
+    plans = [plan_of([("baseline", model_config, 0)], freeze=freeze) for freeze in (0.5, 0.7)]
+    executions = [Execution(plan, corpus, tmp_path, execution_config) for plan in plans]
+    # Both have read the trunk's record before either has stored anything.
+    records = [execution.trunk()[1] for execution in executions]
+    for execution in executions:
+        execution.activations()
+    cost = model_cost(model_config, length=plans[0].seq_len, mean_experts=2.0)
+    tokens, n_valid = plans[0].tokens_per_batch, len(executions[0].valid_tokens)
+    first, second = (cost.flops(last=plan.boundary, head=False) * (6 + n_valid) * tokens for plan in plans)
+    assert first != second
+    costs = read_run(executions[0].trunk_folder).ledger.costs
+    assert costs["caching"]["flops"] == pytest.approx(first + second)
+    assert costs["trunk"] == records[0].ledger.costs["trunk"]
+    # Each sees what lies on the disk since it wrote itself.
+    assert executions[1].trunk()[1].ledger.costs == costs
+
+
+@pytest.fixture(scope="module")
+def budgeted(plan_of, model_config, with_policy):
+    """A plan whose trunk has a budget, so that its frozen prefix routes by thresholds."""
+    top_p = with_policy(TopP(target_mean=2, cap=4))
+    return plan_of([("baseline", model_config, 0), ("top_p", top_p, 0)], model=top_p)
+
+
+def test_a_restarted_comparison_routes_as_an_uninterrupted_one(budgeted, corpus, execution_config, tmp_path, caplog):
+    straight = run_plan(budgeted, corpus, tmp_path / "straight", execution_config)
+    Execution(budgeted, corpus, tmp_path / "restarted", execution_config).branch(budgeted.branches[0])
+    (cache,) = (tmp_path / "restarted").glob("trunks/*/activations")
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    restarted = run_plan(budgeted, corpus, tmp_path / "restarted", execution_config)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == written
+    assert "activation cache refused" not in caplog.text
+    for one, other in zip(straight, restarted, strict=True):
+        assert weights(one) == weights(other)
+        assert (one.folder / METRICS).read_bytes() == (other.folder / METRICS).read_bytes()
+        assert one.result == other.result
+
+
+def test_the_last_checkpoint_of_a_trunk_is_the_trunk(budgeted, corpus, execution_config, tmp_path, monkeypatch):
+    def is_killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("staged_training.execute.evaluate", is_killed)
+        with pytest.raises(KeyboardInterrupt):
+            Execution(budgeted, corpus, tmp_path, execution_config).trunk()
+    (folder,) = tmp_path.glob("trunks/*")
+    last = folder / "checkpoints" / f"step_{budgeted.trunk.n_batches:08d}" / WEIGHTS
+    before = last.read_bytes()
+    trained, _ = Execution(budgeted, corpus, tmp_path, execution_config).trunk()
+    restored, _ = Execution(budgeted, corpus, tmp_path, execution_config).trunk()
+    assert last.read_bytes() == before == (folder / "model" / "weights.safetensors").read_bytes()
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, restored.state_dict()[name]), name

@@ -13,9 +13,9 @@ from staged_training import checkpoint
 from staged_training.data import TokenBatches
 from staged_training.loop import NonFiniteLossError, train_stage
 from staged_training.optimizer import OptimizerConfig
-from staged_training.plan import Stage
 from staged_training.progress import DIAGNOSTICS, METRICS, Progress
-from staged_training.schedule import Schedule
+from staged_training.run import Run
+from staged_training.schedule import Schedule, Stage
 from staged_training.stopping import Interrupted
 
 STEPS = 12
@@ -54,20 +54,19 @@ def train(batches, with_policy):
             prepare(model)
         folder.mkdir(exist_ok=True)
         progress = Progress("test", n_steps=STEPS, every=4, tokens_per_step=32, bytes_per_token=2.0)
-        identity = {"stage": dataclasses.asdict(stage), "seed": seed}
-        return train_stage(
-            model,
-            batches,
-            np.arange(STEPS),
+        stage_run = Run(
+            label="test",
+            method="trunk",
+            branch_seed=None,
             stage=stage,
-            optimizer_config=OptimizerConfig(),
+            optimizer=OptimizerConfig(),
             seed=seed,
             boundary=0,
+            order=tuple(range(STEPS)),
+            identity={"stage": dataclasses.asdict(stage), "seed": seed},
             folder=folder,
-            identity=identity,
-            save_every=3,
-            progress=progress,
         )
+        return train_stage(stage_run, model, batches, save_every=3, progress=progress)
 
     return run
 

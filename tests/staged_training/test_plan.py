@@ -7,8 +7,8 @@ from foundation.serialize import from_dict, to_dict
 from routing.policies.null_experts import NullExperts
 from routing.policies.top_p import TopP
 from staged_training.describe import describe
-from staged_training.plan import Plan, Stage
-from staged_training.schedule import Schedule
+from staged_training.plan import Plan
+from staged_training.schedule import Schedule, Stage
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,31 @@ def test_branches_go_on_where_the_trunk_stopped(plan):
         assert sorted(order) == sorted(plan.branch_batches())
     assert orders["baseline-seed0"] == orders["top_p-seed0"] == orders["null-seed0"]
     assert orders["baseline-seed0"] != orders["baseline-seed1"]
+
+
+def test_runs_hold_what_training_asks_of_trunk_and_branch(plan, tmp_path):
+    trunk = plan.trunk_run(tmp_path)
+    assert (trunk.label, trunk.method, trunk.branch_seed, trunk.seed, trunk.boundary) == ("trunk", "trunk", None, 0, 0)
+    assert (trunk.stage, trunk.identity) == (plan.trunk, plan.trunk_identity)
+    assert list(trunk.order) == plan.trunk_batches().tolist()
+    branch = plan.branches[4]
+    run = plan.branch_run(branch, tmp_path)
+    assert (run.label, run.method, run.branch_seed, run.seed, run.boundary) == ("top_p-seed1", "top_p", 1, 1, 2)
+    assert (run.stage, run.identity) == (branch.stage, plan.branch_identity(branch))
+    assert list(run.order) == plan.order_of(branch).tolist()
+    assert {trunk.optimizer, run.optimizer} == {plan.optimizer}
+    assert trunk.folder == run.folder == tmp_path
+    with pytest.raises(AssertionError):
+        dataclasses.replace(run, order=run.order[:-1])
+
+
+def test_what_is_true_of_all_branches_is_said_once(plan, plan_of, model_config):
+    assert (plan.boundary, plan.fresh, plan.branch_stage) == (2, False, plan.branches[0].stage)
+    alone = plan_of([])
+    assert (alone.boundary, alone.fresh, alone.branch_stage) == (0, False, None)
+    assert len(alone.branch_batches()) == 0
+    hybrid = dataclasses.replace(model_config, layer_plan="S")
+    assert plan_of([("hybrid", hybrid, 0)]).fresh
 
 
 def test_calibration_text_is_spread_out_and_never_trained_on(plan, plan_of):

@@ -7,9 +7,9 @@ from staged_training import record
 from staged_training.record import (
     Ledger,
     RunMismatchError,
-    differences,
     environment,
     finish_run,
+    json_differences,
     locked,
     open_run,
     read_run,
@@ -47,8 +47,8 @@ def test_another_config_is_refused_by_key(tmp_path):
 
 
 def test_differences_name_the_place():
-    assert differences({"a": [1, 2], "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1}}) == []
-    assert differences({"b": {"c": 1}}, {"b": {"c": 1, "d": None}, "e": 0}) == ["e: stored null, asked 0"]
+    assert json_differences({"a": [1, 2], "b": {"c": 1}}, {"a": [1, 2], "b": {"c": 1}}) == []
+    assert json_differences({"b": {"c": 1}}, {"b": {"c": 1, "d": None}, "e": 0}) == ["e: stored null, asked 0"]
 
 
 def test_environment_says_where(monkeypatch):
@@ -64,7 +64,7 @@ def test_environment_says_where(monkeypatch):
 def test_continuing_elsewhere_is_said(tmp_path, monkeypatch, caplog):
     open_run(tmp_path, CONFIG, "hash")
     here = environment(data_hash="hash")
-    monkeypatch.setattr(record, "environment", lambda **_: {**here, "threads": 99})
+    monkeypatch.setattr(record, "environment", lambda data_hash: {**here, "threads": 99})
     with caplog.at_level(logging.WARNING):
         open_run(tmp_path, CONFIG, "hash")
     assert f"threads: stored {here['threads']}, asked 99" in caplog.text
