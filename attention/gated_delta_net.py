@@ -16,7 +16,7 @@ from attention.config import AttentionConfig
 from attention.delta_layer import DeltaLayer
 from attention.layer_states import KV, RecurrentState
 from attention.projection import Projection
-from triton_kernels.gated_delta_rule import gated_delta_rule
+from triton_kernels.linear.gated_delta_rule import gated_delta_rule
 
 
 class GatedDeltaNet(DeltaLayer):

@@ -15,7 +15,7 @@ from attention.config import AttentionConfig
 from attention.delta_layer import DeltaLayer
 from attention.layer_states import KV, RecurrentState
 from attention.projection import Projection
-from triton_kernels.kimi_delta_attention import kimi_delta_attention
+from triton_kernels.linear.kimi_delta_attention import kimi_delta_attention
 
 
 class KimiDeltaAttention(DeltaLayer):

@@ -16,8 +16,8 @@ from attention.layer_states import KV, Alias, GrowingKV, RingKV
 from attention.norm import RMSNorm
 from attention.plan import OWNER
 from attention.projection import Projection
-from triton_kernels.flash_attention import flash_attention
-from triton_kernels.rotary import rotary_tables, rotate
+from triton_kernels.softmax.flash_attention import flash_attention
+from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 STATE_TYPES = {"F": GrowingKV, "S": RingKV, "R": Alias, "r": Alias}
 

@@ -28,7 +28,7 @@ from routing.threshold import LearnedThreshold, LearnedThresholdPolicy, ScoreThr
 from routing.top_k import TopK, TopKPolicy
 from routing.top_p import TopP, TopPPolicy
 from routing.zero_computation import ZeroComputationExperts, ZeroComputationPolicy
-from triton_kernels.expert_slots import router_scores
+from triton_kernels.experts.expert_slots import router_scores
 
 PolicyConfig = (
     TopK

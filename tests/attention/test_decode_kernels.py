@@ -4,7 +4,7 @@ that has one."""
 import pytest
 import torch
 
-import triton_kernels.linear_decode
+import triton_kernels.linear.linear_decode
 
 
 @pytest.mark.parametrize("letter", ["L", "G", "K"])
@@ -21,7 +21,7 @@ def test_fused_decode_equals_the_forward(make_stack, tiny, letter, monkeypatch):
 
     with torch.no_grad():
         outputs = [stack(x_BTD[:, :6], cache)]
-        monkeypatch.setattr(triton_kernels.linear_decode, "check_backend", always_triton)
+        monkeypatch.setattr(triton_kernels.linear.linear_decode, "check_backend", always_triton)
         outputs += [stack(x_BTD[:, t : t + 1], cache) for t in range(6, 9)]
     assert used == ["auto"] * 3
     assert cache.length == 9

@@ -1,0 +1,90 @@
+"""The kernels of mixed_attention: softmax heads and linear heads of one layer in one launch, forward and decode, whose
+programs take either role.
+
+The scan of a linear head is a chain of chunks that no second program can shorten, and there are few of them: alone they
+leave most processors idle for their whole length. Beside the softmax heads' blocks of queries, which are many and
+independent, they cost their arithmetic only. So the scans come first, being as long as the longest block of queries,
+then the blocks, the longest first. The sequence is not cut into segments here.
+
+Legend: B batch, T tokens, S keys, H query heads, G key/value heads, J linear heads, K key width, V value width, N
+sequences.
+"""
+
+# pyright: reportArgumentType=false
+from collections import namedtuple
+
+import triton
+import triton.language as tl
+
+from triton_kernels.common.tiles import wide
+from triton_kernels.linear import decayed_linear_attention_kernels
+from triton_kernels.linear.linear_decode_kernels import lightning_head
+from triton_kernels.softmax import flash_attention_kernels
+from triton_kernels.softmax.flash_decode_kernels import decode_kernel
+
+softmax_block = flash_attention_kernels.forward_kernel
+linear_scan = decayed_linear_attention_kernels.forward_kernel
+# Of the linear heads: tensors, their strides by token and head, and what is known beforehand.
+Linear = namedtuple("Linear", "q k v gate o initial final cu_seqlens strides T J n_head_rows scale")
+LinearForm = namedtuple("LinearForm", "K V BLOCK_IN HAS_GATE HAS_INITIAL PACKED")
+StateForm = namedtuple("StateForm", "K V BLOCK_K BLOCK_V")
+
+
+@triton.jit
+def mixed_forward_kernel(
+    softmax,
+    sinks,
+    o,
+    lse,
+    linear,
+    n_scans,
+    FORM: tl.constexpr,
+    LINEAR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """o and lse of the softmax heads, o and the final state of the linear heads."""
+    if tl.program_id(0) < n_scans:
+        linear_scan(
+            linear.q,
+            linear.k,
+            linear.v,
+            linear.gate,
+            linear.o,
+            linear.initial,
+            linear.final,
+            linear.final,
+            linear.final,
+            linear.cu_seqlens,
+            wide(linear.T),
+            linear.J,
+            linear.n_head_rows,
+            1,
+            (LINEAR.V + BLOCK - 1) // BLOCK,
+            *linear.strides,
+            linear.scale,
+            LINEAR.K,
+            LINEAR.V,
+            LINEAR.BLOCK_IN,
+            BLOCK,
+            CHUNK,
+            True,
+            LINEAR.HAS_GATE,
+            LINEAR.HAS_INITIAL,
+            LINEAR.PACKED,
+            PRECISION,
+        )
+    else:
+        softmax_block(softmax, sinks, o, lse, FORM, BLOCK_M, BLOCK_N, n_scans)
+
+
+@triton.jit
+def mixed_decode_kernel(softmax, linear, n_linear, FORM: tl.constexpr, LINEAR: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Slices of the linear heads' states, then splits of the softmax heads' caches."""
+    if tl.program_id(0) < n_linear:
+        lightning_head(tl.program_id(0), *linear, LINEAR.K, LINEAR.V, LINEAR.BLOCK_K, LINEAR.BLOCK_V)
+    else:
+        decode_kernel(softmax, FORM, BLOCK_N, n_linear)
