@@ -10,7 +10,7 @@ Letters: B batch, T tokens, H heads, K key width, V value width, S sequences (B 
 import torch
 
 from triton_kernels.common.checks import check_backend, check_dtype, check_shape, check_tensors
-from triton_kernels.linear.gated_delta_rule import check_sequences
+from triton_kernels.linear.delta_rule import check_sequences
 
 OP = "decayed_linear_attention"
 

@@ -12,7 +12,20 @@ from torch import Tensor
 
 from triton_kernels.common.registration import has_work, kernel_op
 from triton_kernels.common.sizes import cdiv, padded
-from triton_kernels.linear.decayed_linear_attention_kernels import backward_kernel, forward_kernel, gate_gradient_kernel
+from triton_kernels.linear.decayed_linear_attention_kernels import (
+    BackwardStrides,
+    BackwardTensors,
+    ForwardStrides,
+    ForwardTensors,
+    GateForm,
+    GateTensors,
+    ScanForm,
+    ScanSizes,
+    Segments,
+    backward_kernel,
+    forward_kernel,
+    gate_gradient_kernel,
+)
 from triton_kernels.linear.launch_tables import ANCHOR, DECAYED
 from triton_kernels.linear.linear_attention_launch import (
     LinearCall,
@@ -20,6 +33,7 @@ from triton_kernels.linear.linear_attention_launch import (
     choose_segments,
     token_strides,
 )
+from triton_kernels.linear.tiles import SlotSizes
 
 # Starting from a segment's state costs a step of adding it, a quarter of a chunk's.
 FOLD = 0.25
@@ -29,24 +43,49 @@ class Scan(LinearCall):
     """Launch options shared by the launches of one call: scans over the same heads, so many of slices of K and of
     slices of V."""
 
-    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk_size: int, of_k: int, of_v: int):
+    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, *, chunk_size: int, of_k: int, of_v: int):
         super().__init__(q, v, cu_seqlens)
         if chunk_size < 16 or chunk_size & (chunk_size - 1):
             raise ValueError(
                 f"decayed_linear_attention: chunk_size={chunk_size}, the kernels take powers of two from 16 on"
             )
-        options, self.slices = self.widest_slices(DECAYED[self.is_single].options(self.width), of_k, of_v)
-        constants = options.keywords
-        self.chunk, self.k_slices = min(chunk_size, constants["CHUNK"]), cdiv(self.K, constants["BLOCK"])
+        options, self.slices = self.widest_slices(DECAYED[self.is_single].options(self.width), of_k=of_k, of_v=of_v)
+        self.chunk = min(chunk_size, options.blocks["CHUNK"])
+        self.k_slices = cdiv(self.K, options.blocks["BLOCK"])
         self.segments = choose_segments(self.head_rows * self.slices, self.chunks(self.chunk), FOLD)
-        self.constants |= {**constants, "CHUNK": self.chunk, "V": self.V}
+        self.options = {**options.keywords, "CHUNK": self.chunk}
         # A first launch for the segments but the last on their own, where there are any, then everything.
         self.passes = [(False, self.segments - 1), (True, self.segments)] if self.segments > 1 else [(True, 1)]
 
-    def segment_buffers(self, q: Tensor, roles: int) -> tuple[Tensor, Tensor]:
+    def form(self, block_in: int, gate: Tensor | None, initial: Tensor | None) -> ScanForm:
+        """The constants of a scan whose query and key are padded to block_in columns."""
+        return ScanForm(
+            K=self.K,
+            V=self.V,
+            BLOCK_IN=block_in,
+            ANCHOR=ANCHOR,
+            HAS_GATE=gate is not None,
+            HAS_INITIAL=initial is not None,
+            PACKED=self.is_packed,
+            PRECISION=self.precision,
+        )
+
+    def sizes(self, segments: int) -> ScanSizes:
+        """Those of a launch over so many segments of each sequence."""
+        return ScanSizes(
+            n_heads=self.H,
+            n_head_rows=self.head_rows,
+            n_segments=self.segments,
+            n_programs=segments * self.slices,
+        )
+
+    def segment_buffers(self, q: Tensor, roles: int) -> Segments:
         """Room for the state and the decay of every segment but the last, per role."""
         rows = roles * (self.segments - 1) * self.head_rows
-        return q.new_empty(rows, self.K, self.V, dtype=torch.float32), q.new_empty(rows, dtype=torch.float32)
+        return Segments(
+            states=q.new_empty(rows, self.K, self.V, dtype=torch.float32),
+            decays=q.new_empty(rows, dtype=torch.float32),
+        )
 
 
 @kernel_op("decayed_linear_attention")
@@ -67,8 +106,8 @@ def forward_op(
         return o, final
     q, k, v = addressable(q), addressable(k), addressable(v)
     gate = None if log_decay is None else addressable(log_decay)
-    scan = Scan(q, v, cu_seqlens, chunk_size, 0, 1)
-    buffers = scan.segment_buffers(q, 1)
+    scan = Scan(q, v, cu_seqlens, chunk_size=chunk_size, of_k=0, of_v=1)
+    segment_buffers = scan.segment_buffers(q, roles=1)
     for output, segments in scan.passes:
         # The last segment's own state is never needed, so the first launch does not read its rows (in a single
         # sequence, the tail of the tensor).
@@ -78,27 +117,24 @@ def forward_op(
             else cdiv(cdiv(scan.T, scan.chunk), scan.segments) * (scan.segments - 1) * scan.chunk
         )
         forward_kernel[(scan.head_rows * segments * scan.slices,)](
-            q if output else None,
-            k[:, :rows],
-            v[:, :rows],
-            None if gate is None else gate[:, :rows],
-            o if output else None,
-            initial,
-            final,
-            *buffers,
-            cu_seqlens,
-            scan.T,
-            scan.H,
-            scan.head_rows,
-            scan.segments,
-            segments * scan.slices,
-            *token_strides(q, k, v, gate),
-            scale,
-            BLOCK_IN=padded(scan.K),
+            tensors=ForwardTensors(
+                q=q if output else None,
+                k=k[:, :rows],
+                v=v[:, :rows],
+                gate=None if gate is None else gate[:, :rows],
+                o=o if output else None,
+                initial=initial,
+                final=final,
+            ),
+            segments=segment_buffers,
+            cu_seqlens=cu_seqlens,
+            n_tokens=scan.T,
+            sizes=scan.sizes(segments),
+            strides=ForwardStrides(*token_strides(q, k, v, gate)),
+            scale=scale,
+            FORM=scan.form(padded(scan.K), gate, initial),
             OUTPUT=output,
-            HAS_GATE=gate is not None,
-            HAS_INITIAL=initial is not None,
-            **scan.constants,
+            **scan.options,
         )
     return o, final
 
@@ -127,8 +163,8 @@ def backward_op(
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     gate = None if log_decay is None else addressable(log_decay)
     dfinal = None if dfinal is None else dfinal.contiguous()
-    scan = Scan(q, v, cu_seqlens, chunk_size, 2, 1)
-    buffers = scan.segment_buffers(q, 3)
+    scan = Scan(q, v, cu_seqlens, chunk_size=chunk_size, of_k=2, of_v=1)
+    segment_buffers = scan.segment_buffers(q, roles=3)
     all_tokens, slot_rows = scan.B * scan.T, ANCHOR * scan.chunk
     n_slots = scan.slots(slot_rows)
     dots = anchors = None
@@ -139,59 +175,54 @@ def backward_op(
             2, scan.H, n_slots, scan.V, scan.K, dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         )
     for output, segments in scan.passes:
-        # The kernel picks initial or dfinal by role and reads neither where it does not exist.
         backward_kernel[(scan.head_rows * segments * scan.slices,)](
-            q,
-            k,
-            v,
-            gate,
-            do,
-            dq,
-            dk,
-            dv,
-            dots if output else None,
-            anchors,
-            dfinal if initial is None else initial,
-            None if initial is None else dinitial,
-            initial if dfinal is None else dfinal,
-            *buffers,
-            cu_seqlens,
-            scan.T,
-            all_tokens,
-            n_slots,
-            scan.H,
-            scan.head_rows,
-            scan.segments,
-            segments * scan.slices,
-            *token_strides(q, k, v, do, gate),
-            scale,
-            int(initial is not None),
-            int(dfinal is not None),
-            BLOCK_IN=padded(scan.width),
-            ANCHOR=ANCHOR,
+            tensors=BackwardTensors(
+                q=q,
+                k=k,
+                v=v,
+                gate=gate,
+                do=do,
+                dq=dq,
+                dk=dk,
+                dv=dv,
+                dots=dots if output else None,
+                anchors=anchors,
+                # The kernel picks initial or dfinal by role and reads neither where it does not exist.
+                start=dfinal if initial is None else initial,
+                dinitial=None if initial is None else dinitial,
+                dfinal=initial if dfinal is None else dfinal,
+            ),
+            segments=segment_buffers,
+            cu_seqlens=cu_seqlens,
+            n_tokens=scan.T,
+            n_all_tokens=all_tokens,
+            n_slots=n_slots,
+            sizes=scan.sizes(segments),
+            strides=BackwardStrides(*token_strides(q, k, v, do, gate)),
+            scale=scale,
+            with_initial=int(initial is not None),
+            with_dfinal=int(dfinal is not None),
+            FORM=scan.form(padded(scan.width), gate, initial),
             OUTPUT=output,
-            **scan.constants,
+            **scan.options,
         )
     if gate_gradient and dgate.numel() > 0:
         size = scan.K * scan.V
         gate_gradient_kernel[(n_slots * scan.H,)](
-            dots,
-            anchors,
-            final,
-            dfinal,
-            dgate,
-            cu_seqlens,
-            scan.T,
-            all_tokens,
-            n_slots,
-            scan.H,
-            scan.S,
-            SIZE=size,
-            BLOCK_SIZE=min(2048, padded(size)),
-            K_SLICES=scan.k_slices,
-            ROWS=slot_rows,
-            BLOCK_S=scan.block_s,
-            PACKED=scan.is_packed,
+            tensors=GateTensors(
+                dots=dots, anchors=anchors, final=final, dfinal=dfinal, dgate=dgate, cu_seqlens=cu_seqlens
+            ),
+            n_tokens=scan.T,
+            n_all_tokens=all_tokens,
+            sizes=SlotSizes(n_slots=n_slots, n_heads=scan.H, n_sequences=scan.S),
+            FORM=GateForm(
+                SIZE=size,
+                BLOCK_SIZE=min(2048, padded(size)),
+                K_SLICES=scan.k_slices,
+                ROWS=slot_rows,
+                BLOCK_S=scan.block_s,
+                PACKED=scan.is_packed,
+            ),
         )
     return dq, dk, dv, dgate, dinitial
 

@@ -16,11 +16,15 @@ the registers: they meet only in Z and in the row sums that normalisation and be
 and the sum over a group of value heads. Otherwise the latter is left to the caller.
 """
 
-# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
 from triton_kernels.linear.tiles import (
+    Matrix,
     channel_decays,
     chunk_decays,
     decay_within,
@@ -30,29 +34,26 @@ from triton_kernels.linear.tiles import (
     place_chunk,
 )
 
+# Of one call: what goes in and what comes out, and strides by token and by head.
+GradientTensors = namedtuple(
+    "GradientTensors", "q k gate beta do errors dv states dstates dq dk dgate dbeta cu_seqlens"
+)
+GradientStrides = namedtuple("GradientStrides", "q q_head k k_head do do_head")
+FinishTensors = namedtuple("FinishTensors", "q k head_dq head_dk block_dbeta dq dk dbeta")
+FinishForm = namedtuple("FinishForm", "K BLOCK_K N_BLOCKS ROWS GROUP NORMALIZE")
+
 
 @triton.jit
 def row_product(
-    y,
-    y_stride,
-    x,
-    x_stride,
-    rows,
-    x_rows,
-    inside,
-    x_inside,
-    V: tl.constexpr,
-    N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    y, x, V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Y X^T [CHUNK, N] over all value columns, for N rows of X."""
+    """Y X^T [CHUNK, N] over all V value columns, for N rows of X; both are a `Matrix`."""
     out = tl.zeros([CHUNK, N], tl.float32)
     for column0 in range(0, V, BLOCK):
         columns = column0 + tl.arange(0, BLOCK)
-        x_tile = load_tile(x, x_rows, x_stride, columns, x_inside, V)
-        out = tl.dot(load_tile(y, rows, y_stride, columns, inside, V), tl.trans(x_tile), out, input_precision=PRECISION)
+        x_tile = load_tile(x.ptr, x.rows, x.stride, columns, x.inside, V)
+        y_tile = load_tile(y.ptr, y.rows, y.stride, columns, y.inside, V)
+        out = tl.dot(y_tile, tl.trans(x_tile), out, input_precision=PRECISION)
     return out
 
 
@@ -109,69 +110,50 @@ def normalized_gradient(dy, x, length):
 
 @triton.jit
 def gradient_kernel(
-    q,
-    k,
-    gate,
-    beta,
-    do,
-    errors,
-    dv,
-    states,
-    dstates,
-    dq,
-    dk,
-    dgate,
-    dbeta,
-    cu_seqlens,
+    tensors,
     n_tokens: tl.int64,
     n_all_tokens: tl.int64,
-    n_slots,
-    n_heads,
-    n_sequences,
-    q_stride,
-    q_head,
-    k_stride,
-    k_head,
-    do_stride,
-    do_head,
+    sizes,
+    strides,
     scale,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """dq and dk of a value head [tokens, H, K], the gate's and beta's gradient. CHANNEL: dq and dk are those of the
     normalised q and k, in fp32, and beta's is one for each block of channels."""
+    K: tl.constexpr = FORM.K
+    V: tl.constexpr = FORM.V
+    BLOCK_K: tl.constexpr = FORM.BLOCK_K
+    CHUNK: tl.constexpr = FORM.CHUNK
+    CHANNEL: tl.constexpr = FORM.CHANNEL
+    NORMALIZE: tl.constexpr = FORM.NORMALIZE
+    PRECISION: tl.constexpr = FORM.PRECISION
+    gate, dq, dk, dgate, dbeta = tensors.gate, tensors.dq, tensors.dk, tensors.dgate, tensors.dbeta
+    n_slots, n_heads, n_sequences = sizes
     N_BLOCKS: tl.constexpr = (K + CHANNELS - 1) // CHANNELS
     block, program = tl.program_id(0) % N_BLOCKS, tl.program_id(0) // N_BLOCKS
     slot, head, _, token0, n_rows = place_chunk(
-        cu_seqlens, program, n_tokens, n_sequences, n_heads, CHUNK, BLOCK_S, PACKED
+        tensors.cu_seqlens, program, n_tokens, n_sequences, n_heads, CHUNK, FORM.BLOCK_S, FORM.PACKED
     )
     if n_rows <= 0:
         return
     rows = tl.arange(0, CHUNK)
     inside = rows < n_rows
     columns = block * CHANNELS + tl.arange(0, CHANNELS)
-    q += token0 * q_stride + head // GROUP * q_head
-    k += token0 * k_stride + head // GROUP * k_head
-    do += token0 * do_stride + head * do_head
+    q = tensors.q + (token0 * strides.q + head // FORM.GROUP * strides.q_head)
+    k = tensors.k + (token0 * strides.k + head // FORM.GROUP * strides.k_head)
     token_head = token0 * n_heads + head
-    dv += token_head * V
-    errors += token_head * V
     v_stride = n_heads * V
-    states += (head * n_slots + slot) * (K * V)
-    dstates += (head * n_slots + slot) * (K * V)
-    q_length = normalization(q, rows, q_stride, inside, K, BLOCK_K, CHUNK, NORMALIZE)
-    k_length = normalization(k, rows, k_stride, inside, K, BLOCK_K, CHUNK, NORMALIZE)
-    b = tl.load(beta + token_head + rows * n_heads, mask=inside, other=0.0).to(tl.float32)
+    # Rows of value columns: of this chunk's tokens, or of the state's key channels.
+    do = Matrix(tensors.do + (token0 * strides.do + head * strides.do_head), strides.do, rows, inside)
+    dv = Matrix(tensors.dv + token_head * V, v_stride, rows, inside)
+    errors = Matrix(tensors.errors + token_head * V, v_stride, rows, inside)
+    states = Matrix(tensors.states + (head * n_slots + slot) * (K * V), V, columns, columns < K)
+    dstates = Matrix(tensors.dstates + (head * n_slots + slot) * (K * V), V, columns, columns < K)
+    q_length = normalization(q, rows, strides.q, inside, K, BLOCK_K, CHUNK, NORMALIZE)
+    k_length = normalization(k, rows, strides.k, inside, K, BLOCK_K, CHUNK, NORMALIZE)
+    b = tl.load(tensors.beta + token_head + rows * n_heads, mask=inside, other=0.0).to(tl.float32)
     if CHANNEL:
         c, c_last = channel_decays(gate + token_head * K, rows, n_heads * K, columns, inside, K)
         to_end = tl.exp2(c_last[None, :] - c)
@@ -182,16 +164,14 @@ def gradient_kernel(
     mask = inside[:, None] & (columns < K)[None, :]
 
     # What the keys wrote: U. The weights carry the factor of the row that read.
-    u = row_product(
-        errors, v_stride, dstates, V, rows, columns, inside, columns < K, V, CHANNELS, CHUNK, BLOCK, PRECISION
-    )
-    z = row_product(errors, v_stride, do, do_stride, rows, rows, inside, inside, V, CHUNK, CHUNK, BLOCK, PRECISION)
+    u = row_product(errors, dstates, V, CHANNELS, CHUNK, BLOCK, PRECISION)
+    z = row_product(errors, do, V, CHUNK, CHUNK, BLOCK, PRECISION)
     u *= to_end
-    k_tile = load_tile(k, rows, k_stride, columns, inside, K)
+    k_tile = load_tile(k, rows, strides.k, columns, inside, K)
     along_state = tl.sum(k_tile.to(tl.float32) * u * (b * k_length)[:, None], 0 if CHANNEL else 1)
-    q_tile = load_tile(q, rows, q_stride, columns, inside, K)
+    q_tile = load_tile(q, rows, strides.q, columns, inside, K)
     u = add_decayed(u, z * (q_length * scale)[None, :], q_tile, c, rows, -1, False, CHUNK, CHANNEL, PRECISION)
-    z = row_product(errors, v_stride, dv, v_stride, rows, rows, inside, inside, V, CHUNK, CHUNK, BLOCK, PRECISION)
+    z = row_product(errors, dv, V, CHUNK, CHUNK, BLOCK, PRECISION)
     u = add_decayed(u, z * -k_length[None, :], k_tile, c, rows, -1, True, CHUNK, CHANNEL, PRECISION)
     tl.store(
         dbeta + block * n_all_tokens * n_heads + token_head + rows * n_heads,
@@ -202,9 +182,9 @@ def gradient_kernel(
 
     # What the keys read: -dL_k. The weights carry b_j / |k_j| of the key; a row's own factor comes at the end.
     from_start = tl.exp2(c) if CHANNEL else tl.exp2(c)[:, None]
-    dl = row_product(dv, v_stride, states, V, rows, columns, inside, columns < K, V, CHANNELS, CHUNK, BLOCK, PRECISION)
-    z = row_product(dv, v_stride, errors, v_stride, rows, rows, inside, inside, V, CHUNK, CHUNK, BLOCK, PRECISION)
-    k_tile = load_tile(k, rows, k_stride, columns, inside, K)
+    dl = row_product(dv, states, V, CHANNELS, CHUNK, BLOCK, PRECISION)
+    z = row_product(dv, errors, V, CHUNK, CHUNK, BLOCK, PRECISION)
+    k_tile = load_tile(k, rows, strides.k, columns, inside, K)
     dl = add_decayed(dl * from_start, z * (b * k_length)[None, :], k_tile, c, rows, 1, True, CHUNK, CHANNEL, PRECISION)
     dc = of_gate(k_tile.to(tl.float32) * (-k_length)[:, None] * (dl + u), CHANNEL)
     dl = u - dl
@@ -213,14 +193,14 @@ def gradient_kernel(
     tl.store(dk + tile, dl, mask=mask)
 
     # What the queries read: dL_q.
-    dl = row_product(do, do_stride, states, V, rows, columns, inside, columns < K, V, CHANNELS, CHUNK, BLOCK, PRECISION)
-    z = row_product(do, do_stride, errors, v_stride, rows, rows, inside, inside, V, CHUNK, CHUNK, BLOCK, PRECISION)
-    k_tile = load_tile(k, rows, k_stride, columns, inside, K)
+    dl = row_product(do, states, V, CHANNELS, CHUNK, BLOCK, PRECISION)
+    z = row_product(do, errors, V, CHUNK, CHUNK, BLOCK, PRECISION)
+    k_tile = load_tile(k, rows, strides.k, columns, inside, K)
     dl = (
         add_decayed(dl * from_start, z * (b * k_length)[None, :], k_tile, c, rows, 1, False, CHUNK, CHANNEL, PRECISION)
         * scale
     )
-    q_tile = load_tile(q, rows, q_stride, columns, inside, K)
+    q_tile = load_tile(q, rows, strides.q, columns, inside, K)
     dc += of_gate(q_tile.to(tl.float32) * q_length[:, None] * dl, CHANNEL)
     if NORMALIZE and not CHANNEL:
         dl = normalized_gradient(dl, q_tile, q_length)
@@ -230,8 +210,8 @@ def gradient_kernel(
         state_products = tl.zeros([CHANNELS, 16], tl.float32)
         for value0 in range(0, V, 16):
             values = value0 + tl.arange(0, 16)
-            s_tile = load_tile(states, columns, V, values, columns < K, V).to(tl.float32)
-            state_products += s_tile * load_tile(dstates, columns, V, values, columns < K, V).to(tl.float32)
+            s_tile = load_tile(states.ptr, columns, V, values, columns < K, V).to(tl.float32)
+            state_products += s_tile * load_tile(dstates.ptr, columns, V, values, columns < K, V).to(tl.float32)
         if CHANNEL:
             dc = tl.cumsum(dc, 0, reverse=True) + (tl.sum(state_products, 1) * tl.exp2(c_last) + along_state)[None, :]
             tl.store(dgate + tile, dc, mask=mask)
@@ -243,98 +223,41 @@ def gradient_kernel(
 
 
 @triton.jit
-def finish_tile(
-    x,
-    x_stride,
-    grads,
-    out,
-    row0,
-    rows,
-    inside,
-    head,
-    n_heads,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    """Sum over the value heads of a group and take the gradient through the normalisation."""
+def finish_tile(x, grads, out, row0, head, n_heads, FORM: tl.constexpr):
+    """Sum over the value heads of a group and take the gradient through the normalisation; x is a `Matrix`."""
+    K: tl.constexpr = FORM.K
+    ROWS: tl.constexpr = FORM.ROWS
+    BLOCK_K: tl.constexpr = FORM.BLOCK_K
+    rows, inside = x.rows, x.inside
     columns = tl.arange(0, BLOCK_K)
     grad = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for member in range(0, GROUP):
-        grad += load_tile(grads + (row0 * n_heads + head * GROUP + member) * K, rows, n_heads * K, columns, inside, K)
-    if NORMALIZE:
-        length = normalization(x, rows, x_stride, inside, K, BLOCK_K, ROWS, True)
-        grad = normalized_gradient(grad, load_tile(x, rows, x_stride, columns, inside, K), length)
-    groups = n_heads // GROUP
+    for member in range(0, FORM.GROUP):
+        member_grads = grads + (row0 * n_heads + head * FORM.GROUP + member) * K
+        grad += load_tile(member_grads, rows, n_heads * K, columns, inside, K)
+    if FORM.NORMALIZE:
+        length = normalization(x.ptr, rows, x.stride, inside, K, BLOCK_K, ROWS, True)
+        grad = normalized_gradient(grad, load_tile(x.ptr, rows, x.stride, columns, inside, K), length)
+    groups = n_heads // FORM.GROUP
     tile = (row0 * groups + head) * K + rows[:, None] * (groups * K) + columns[None, :]
     tl.store(out + tile, grad, mask=inside[:, None] & (columns < K)[None, :])
 
 
 @triton.jit
-def finish_kernel(
-    q,
-    k,
-    head_dq,
-    head_dk,
-    block_dbeta,
-    dq,
-    dk,
-    dbeta,
-    n_all_tokens: tl.int64,
-    n_heads,
-    q_stride,
-    q_head,
-    k_stride,
-    k_head,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    N_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    groups = n_heads // GROUP
+def finish_kernel(tensors, n_all_tokens: tl.int64, n_heads, strides, FORM: tl.constexpr):
+    """dq and dk [tokens, G, K] and dbeta [tokens, H] of a block of tokens and a query/key head."""
+    ROWS: tl.constexpr = FORM.ROWS
+    groups = n_heads // FORM.GROUP
     row0 = (tl.program_id(0) // groups).to(tl.int64) * ROWS
     head = (tl.program_id(0) % groups).to(tl.int64)
     rows = tl.arange(0, ROWS)
     inside = row0 + rows < n_all_tokens
-    finish_tile(
-        q + row0 * q_stride + head * q_head,
-        q_stride,
-        head_dq,
-        dq,
-        row0,
-        rows,
-        inside,
-        head,
-        n_heads,
-        K,
-        BLOCK_K,
-        ROWS,
-        GROUP,
-        NORMALIZE,
-    )
-    finish_tile(
-        k + row0 * k_stride + head * k_head,
-        k_stride,
-        head_dk,
-        dk,
-        row0,
-        rows,
-        inside,
-        head,
-        n_heads,
-        K,
-        BLOCK_K,
-        ROWS,
-        GROUP,
-        NORMALIZE,
-    )
-    for member in range(0, GROUP):
-        at = (row0 + rows) * n_heads + head * GROUP + member
+    q = Matrix(tensors.q + row0 * strides.q + head * strides.q_head, strides.q, rows, inside)
+    finish_tile(q, tensors.head_dq, tensors.dq, row0, head, n_heads, FORM)
+    k = Matrix(tensors.k + row0 * strides.k + head * strides.k_head, strides.k, rows, inside)
+    finish_tile(k, tensors.head_dk, tensors.dk, row0, head, n_heads, FORM)
+    for member in range(0, FORM.GROUP):
+        at = (row0 + rows) * n_heads + head * FORM.GROUP + member
         db = tl.zeros([ROWS], tl.float32)
-        for block in range(0, N_BLOCKS):
-            db += tl.load(block_dbeta + block * n_all_tokens * n_heads + at, mask=inside, other=0.0)
-        tl.store(dbeta + at, db, mask=inside)
+        for block in range(0, FORM.N_BLOCKS):
+            db += tl.load(tensors.block_dbeta + block * n_all_tokens * n_heads + at, mask=inside, other=0.0)
+        tl.store(tensors.dbeta + at, db, mask=inside)

@@ -8,7 +8,9 @@ q, read_k = e^c k, write = b e^{c_C - c} k, whole = e^{c_C}. With a decay per ch
 [H, slots].
 """
 
-# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
@@ -64,47 +66,40 @@ def channel_scores(
     return f_q, f_k
 
 
+# What all kernels of a delta rule know beforehand: widths, what the key width is padded to, tokens of a chunk, value
+# heads per query/key head, whether each key channel has a decay of its own, whether q and k are normalised, whether
+# sequences are packed and what their number is padded to, and how fp32 products are computed.
+DeltaForm = namedtuple("DeltaForm", "K V BLOCK_K CHUNK GROUP CHANNEL NORMALIZE PACKED BLOCK_S PRECISION")
+Inputs = namedtuple("Inputs", "q k gate beta")
+Prepared = namedtuple("Prepared", "attention inverse read_q read_k write whole")
+ChunkSizes = namedtuple("ChunkSizes", "n_tokens n_all_tokens n_slots n_heads n_sequences")
+# By token and by head.
+QueryKeyStrides = namedtuple("QueryKeyStrides", "q q_head k k_head")
+
+
 @triton.jit
-def prepare_kernel(
-    q,
-    k,
-    gate,
-    beta,
-    attention,
-    inverse,
-    factors,
-    whole,
-    cu_seqlens,
-    sizes,
-    strides,
-    scale,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PACKED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    read_q, read_k, write = factors
+def prepare_kernel(inputs, prepared, cu_seqlens, sizes, strides, scale, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """The parts of `prepared` for one chunk of one value head."""
+    K: tl.constexpr = FORM.K
+    BLOCK_K: tl.constexpr = FORM.BLOCK_K
+    CHUNK: tl.constexpr = FORM.CHUNK
+    CHANNEL: tl.constexpr = FORM.CHANNEL
+    PRECISION: tl.constexpr = FORM.PRECISION
+    attention, inverse, read_q, read_k, write, whole = prepared
     n_tokens, n_all_tokens, n_slots, n_heads, n_sequences = sizes
-    q_stride, q_head, k_stride, k_head = strides
     slot, head, _, token0, n_rows = place_chunk(
-        cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, CHUNK, BLOCK_S, PACKED
+        cu_seqlens, tl.program_id(0), n_tokens, n_sequences, n_heads, CHUNK, FORM.BLOCK_S, FORM.PACKED
     )
     if n_rows <= 0:
         return
     rows = tl.arange(0, CHUNK)
     inside = rows < n_rows
-    q += token0 * q_stride + head // GROUP * q_head
-    k += token0 * k_stride + head // GROUP * k_head
+    q = inputs.q + (token0 * strides.q + head // FORM.GROUP * strides.q_head)
+    k = inputs.k + (token0 * strides.k + head // FORM.GROUP * strides.k_head)
     row_k = (token0 * n_heads + head) * K
-    b = tl.load(beta + (token0 + rows) * n_heads + head, mask=inside, other=0.0).to(tl.float32)
-    q_factor = normalization(q, rows, q_stride, inside, K, BLOCK_K, CHUNK, NORMALIZE) * scale
-    k_factor = normalization(k, rows, k_stride, inside, K, BLOCK_K, CHUNK, NORMALIZE)
+    b = tl.load(inputs.beta + (token0 + rows) * n_heads + head, mask=inside, other=0.0).to(tl.float32)
+    q_factor = normalization(q, rows, strides.q, inside, K, BLOCK_K, CHUNK, FORM.NORMALIZE) * scale
+    k_factor = normalization(k, rows, strides.k, inside, K, BLOCK_K, CHUNK, FORM.NORMALIZE)
 
     # Channels never meet before the sums over them: a few at a time where all would not stay within the registers.
     COLUMNS: tl.constexpr = BLOCK if BLOCK < BLOCK_K else BLOCK_K
@@ -112,11 +107,11 @@ def prepare_kernel(
     f_k = tl.zeros([CHUNK, CHUNK], tl.float32)
     for column0 in range(0, K, COLUMNS):
         columns = column0 + tl.arange(0, COLUMNS)
-        q_tile = load_tile(q, rows, q_stride, columns, inside, K)
-        k_tile = load_tile(k, rows, k_stride, columns, inside, K)
+        q_tile = load_tile(q, rows, strides.q, columns, inside, K)
+        k_tile = load_tile(k, rows, strides.k, columns, inside, K)
         if CHANNEL:
             q_tile, k_tile = q_tile.to(tl.float32), k_tile.to(tl.float32)
-            c, c_last = channel_decays(gate + row_k, rows, n_heads * K, columns, inside, K)
+            c, c_last = channel_decays(inputs.gate + row_k, rows, n_heads * K, columns, inside, K)
             tile = row_k + rows[:, None] * (n_heads * K) + columns[None, :]
             mask = inside[:, None] & (columns < K)[None, :]
             from_start = tl.exp2(c)
@@ -132,7 +127,8 @@ def prepare_kernel(
     weight = (b * k_factor)[None, :]
     at = head * n_all_tokens + token0 + rows
     if not CHANNEL:
-        c, c_last = chunk_decays(None if gate is None else gate + token0 * n_heads + head, rows, n_heads, inside, CHUNK)
+        gate = None if inputs.gate is None else inputs.gate + token0 * n_heads + head
+        c, c_last = chunk_decays(gate, rows, n_heads, inside, CHUNK)
         weight *= decay_within(c, rows, 1)
         f_k = tl.where(rows[:, None] > rows[None, :], f_k, 0.0)
         from_start = tl.exp2(c)

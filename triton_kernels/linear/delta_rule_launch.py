@@ -16,9 +16,31 @@ from torch import Tensor
 from triton_kernels.common.launch_tables import LaunchOptions, Tables
 from triton_kernels.common.registration import has_work, kernel_op
 from triton_kernels.common.sizes import cdiv, padded
-from triton_kernels.linear.delta_gradient_kernels import finish_kernel, gradient_kernel
-from triton_kernels.linear.delta_prepare_kernels import prepare_kernel
-from triton_kernels.linear.delta_scan_kernels import scan_kernel
+from triton_kernels.linear.delta_gradient_kernels import (
+    FinishForm,
+    FinishTensors,
+    GradientStrides,
+    GradientTensors,
+    finish_kernel,
+    gradient_kernel,
+)
+from triton_kernels.linear.delta_prepare_kernels import (
+    ChunkSizes,
+    DeltaForm,
+    Inputs,
+    Prepared,
+    QueryKeyStrides,
+    prepare_kernel,
+)
+from triton_kernels.linear.delta_scan_kernels import (
+    Given,
+    Operands,
+    OperandStrides,
+    Outputs,
+    ScanSizes,
+    Segments,
+    scan_kernel,
+)
 from triton_kernels.linear.launch_tables import (
     CHANNELS,
     FINISH_ROWS,
@@ -35,6 +57,7 @@ from triton_kernels.linear.linear_attention_launch import (
     choose_segments,
     token_strides,
 )
+from triton_kernels.linear.tiles import SlotSizes
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -55,17 +78,30 @@ class DeltaCall(LinearCall):
         # Slices of a scan are 32 columns wide, or 16, which nearly fill the device for 15 heads and more.
         wide, narrow = (self.head_rows * cdiv(self.V, width) for width in (32, 16))
         self.segments = choose_segments(wide, self.chunks(chunk_size), 1.0) if narrow < 0.9 * MIN_PROGRAMS else 1
-        self.constants |= {"CHUNK": chunk_size, "GROUP": self.H // self.G, "CHANNEL": self.channel}
         # The fold of segments takes halves of the key width, and no product takes less than 16.
-        self.constants["BLOCK_K"] = max(32, self.block_k) if self.segments > 1 else self.block_k
-        self.chunk_sizes = (self.T, self.B * self.T, self.n_slots, self.H, self.S)
-        self.scan_sizes = (self.T, self.B * self.T, self.n_slots, self.H, self.head_rows, self.segments)
+        self.padded_k = max(32, self.block_k) if self.segments > 1 else self.block_k
+
+    def form(self, normalize_qk: bool) -> DeltaForm:
+        """The constants of its kernels."""
+        return DeltaForm(
+            K=self.K,
+            V=self.V,
+            BLOCK_K=self.padded_k,
+            CHUNK=self.chunk,
+            GROUP=self.H // self.G,
+            CHANNEL=self.channel,
+            NORMALIZE=normalize_qk,
+            PACKED=self.is_packed,
+            BLOCK_S=self.block_s,
+            PRECISION=self.precision,
+        )
 
     def options(self, tables: Tables) -> tuple[LaunchOptions, ...]:
         return tables[self.is_single + 2 * self.channel].options(self.width)
 
-    def scan(self, tables: Tables, forward: bool, *arguments: Any) -> None:
-        """One launch, or two over segments: first their own states and transitions, then everything else."""
+    def scan(self, tables: Tables, form: DeltaForm, *, forward: bool, **arguments: Any) -> None:
+        """One launch, or two over segments: first their own states and transitions, then everything else. `arguments`
+        are those of `scan_kernel` that the launches share."""
         # (tables, first pass, slices of K and of V per head, segments) of each launch.
         launches = [(tables, False, (0, 1 if forward else 2), 1)]
         if self.segments > 1:
@@ -73,26 +109,26 @@ class DeltaCall(LinearCall):
                 (tables, True, (int(forward), 1), self.segments - 1),
                 (SCAN_SEGMENTS, *launches[0][1:3], self.segments),
             ]
-        for table, first, of_k_and_v, segments in launches:
-            options, slices = self.widest_slices(self.options(table), *of_k_and_v, segments)
+        sizes = ScanSizes(
+            n_tokens=self.T,
+            n_all_tokens=self.B * self.T,
+            n_slots=self.n_slots,
+            n_heads=self.H,
+            n_head_rows=self.head_rows,
+            n_segments=self.segments,
+        )
+        for table, first, (of_k, of_v), segments in launches:
+            options, slices = self.widest_slices(self.options(table), of_k=of_k, of_v=of_v, segments=segments)
             scan_kernel[(self.head_rows * segments * slices,)](
-                *arguments,
-                self.scan_sizes,
-                V=self.V,
-                FORWARD=forward,
-                FIRST=first,
-                **self.constants,
-                **options.keywords,
+                **arguments, sizes=sizes, FORM=form, FORWARD=forward, FIRST=first, **options.keywords
             )
 
-    def operands(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor | None, *prepared: Tensor
-    ) -> tuple[tuple[Any, ...], ...]:
+    def operands(self, q: Tensor, k: Tensor, prepared: Prepared) -> Operands:
         """What reads and writes the state: matrices read_q, read_k and write, or q and k with a factor per row for each
-        of the three; its strides."""
-        attention, inverse, factors, whole = prepared
-        matrices, row_factors = (tuple(factors), (None, None, None)) if self.channel else ((q, k, None), tuple(factors))
-        return (*matrices, attention, inverse, *row_factors, whole), token_strides(*matrices, v, do)
+        of the three."""
+        factors = (prepared.read_q, prepared.read_k, prepared.write)
+        (q_, k_, w_), row_factors = (factors, (None, None, None)) if self.channel else ((q, k, None), factors)
+        return Operands(q_, k_, w_, prepared.attention, prepared.inverse, *row_factors, prepared.whole)
 
     def sum_groups(self, grad_BTHK: Tensor) -> Tensor:
         """[B, T, G, K]: the gradient of q or k, summed over the value heads that share it."""
@@ -128,44 +164,35 @@ def forward_op(
     if not has_work(final):
         return outputs
     q, k, v = addressable(q), addressable(k), addressable(v)
+    form, prepared = call.form(normalize_qk), Prepared(attention, inverse, *factors, whole)
     if o.numel() > 0:
         prepare_kernel[(call.n_slots * call.H,)](
-            q,
-            k,
-            g,
-            beta,
-            attention,
-            inverse,
-            tuple(factors),
-            whole,
-            cu_seqlens,
-            call.chunk_sizes,
-            token_strides(q, k),
-            scale,
-            NORMALIZE=normalize_qk,
-            BLOCK_S=call.block_s,
-            **call.constants,
+            inputs=Inputs(q=q, k=k, gate=g, beta=beta),
+            prepared=prepared,
+            cu_seqlens=cu_seqlens,
+            sizes=ChunkSizes(
+                n_tokens=call.T,
+                n_all_tokens=rows,
+                n_slots=call.n_slots,
+                n_heads=call.H,
+                n_sequences=call.S,
+            ),
+            strides=QueryKeyStrides(*token_strides(q, k)),
+            scale=scale,
+            FORM=form,
             **call.options(PREPARE)[0].keywords,
         )
-    operands = call.operands(q, k, v, None, attention, inverse, factors, whole)
-    segments = (own, transition, None) if call.segments > 1 else (None, None, None)
+    operands = call.operands(q, k, prepared)
     call.scan(
         SCAN_FORWARD,
-        True,
-        *operands,
-        v,
-        None,
-        initial,
-        None,
-        segments,
-        o,
-        final,
-        None,
-        None,
-        None,
-        None,
-        None,
-        cu_seqlens,
+        form,
+        forward=True,
+        operands=operands,
+        strides=OperandStrides(*token_strides(*operands[:3], v, None)),
+        given=Given(v=v, do=None, initial=initial, dfinal=None),
+        segments=Segments(own, transition, None) if call.segments > 1 else Segments(None, None, None),
+        outputs=Outputs(out=o, final=final, errors=None, states=None, dv=None, dstates=None, dinitial=None),
+        cu_seqlens=cu_seqlens,
     )
     return outputs
 
@@ -201,25 +228,19 @@ def backward_op(
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     errors = torch.empty_like(dv)
     states, dstates = (v.new_empty(call.H, call.n_slots, call.K, call.V) for _ in range(2))
-    operands = call.operands(q, k, v, do, attention, inverse, factors, whole)
+    form = call.form(normalize_qk)
+    operands = call.operands(q, k, Prepared(attention, inverse, *factors, whole))
     segments = (own, transition, torch.empty_like(own)) if call.segments > 1 else (None, None, None)
     call.scan(
         SCAN_BACKWARD,
-        False,
-        *operands,
-        v,
-        do,
-        initial,
-        dfinal,
-        segments,
-        None,
-        None,
-        errors,
-        states,
-        dv,
-        dstates,
-        dinitial,
-        cu_seqlens,
+        form,
+        forward=False,
+        operands=operands,
+        strides=OperandStrides(*token_strides(*operands[:3], v, do)),
+        given=Given(v=v, do=do, initial=initial, dfinal=dfinal),
+        segments=Segments(*segments),
+        outputs=Outputs(out=None, final=None, errors=errors, states=states, dv=dv, dstates=dstates, dinitial=dinitial),
+        cu_seqlens=cu_seqlens,
     )
     if dv.numel() == 0:
         return dq, dk, dv, dg, dbeta, dinitial
@@ -234,50 +255,48 @@ def backward_op(
     # At least two blocks of V: with one there is no loop, and all of the kernel's loads move to its front.
     options["BLOCK"] = min(options["BLOCK"], max(16, padded(call.V) // 2))
     gradient_kernel[(call.n_slots * call.H * blocks,)](
-        q,
-        k,
-        g,
-        beta,
-        do,
-        errors,
-        dv,
-        states,
-        dstates,
-        head_dq,
-        head_dk,
-        dg,
-        block_dbeta,
-        cu_seqlens,
-        *call.chunk_sizes,
-        *token_strides(q, k, do),
-        scale,
-        V=call.V,
+        tensors=GradientTensors(
+            q=q,
+            k=k,
+            gate=g,
+            beta=beta,
+            do=do,
+            errors=errors,
+            dv=dv,
+            states=states,
+            dstates=dstates,
+            dq=head_dq,
+            dk=head_dk,
+            dgate=dg,
+            dbeta=block_dbeta,
+            cu_seqlens=cu_seqlens,
+        ),
+        n_tokens=call.T,
+        n_all_tokens=call.B * call.T,
+        sizes=SlotSizes(n_slots=call.n_slots, n_heads=call.H, n_sequences=call.S),
+        strides=GradientStrides(*token_strides(q, k, do)),
+        scale=scale,
+        FORM=form,
         CHANNELS=channels,
-        NORMALIZE=normalize_qk,
-        BLOCK_S=call.block_s,
-        **call.constants,
         **options,
     )
     if not call.channel:
         return call.sum_groups(head_dq), call.sum_groups(head_dk), dv, dg, dbeta, dinitial
     finish_kernel[(cdiv(call.B * call.T, FINISH_ROWS) * call.G,)](
-        q,
-        k,
-        head_dq,
-        head_dk,
-        block_dbeta,
-        dq,
-        dk,
-        dbeta,
-        call.B * call.T,
-        call.H,
-        *token_strides(q, k),
-        K=call.K,
-        BLOCK_K=call.block_k,
-        N_BLOCKS=blocks,
-        ROWS=FINISH_ROWS,
-        GROUP=call.H // call.G,
-        NORMALIZE=normalize_qk,
+        tensors=FinishTensors(
+            q=q, k=k, head_dq=head_dq, head_dk=head_dk, block_dbeta=block_dbeta, dq=dq, dk=dk, dbeta=dbeta
+        ),
+        n_all_tokens=call.B * call.T,
+        n_heads=call.H,
+        strides=QueryKeyStrides(*token_strides(q, k)),
+        FORM=FinishForm(
+            K=call.K,
+            BLOCK_K=call.block_k,
+            N_BLOCKS=blocks,
+            ROWS=FINISH_ROWS,
+            GROUP=call.H // call.G,
+            NORMALIZE=normalize_qk,
+        ),
         num_warps=4,
     )
     return dq, dk, dv, dg, dbeta, dinitial
@@ -302,8 +321,19 @@ def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tup
 forward_op.register_autograd(backward, setup_context=setup_context)
 
 
+def check_kernels_take(op: str, q_BTGK: Tensor, v_BTHV: Tensor, chunk_size: int) -> None:
+    """Raises ValueError where the Triton kernels have no form for such heads or chunks."""
+    width = max(q_BTGK.shape[3], v_BTHV.shape[3])
+    if width > MAX_WIDTH or q_BTGK.dtype == torch.float64:
+        raise ValueError(
+            f"{op}: {q_BTGK.dtype} heads of width {width}; the Triton kernels take float32, float16 and bfloat16 up to"
+            f" {MAX_WIDTH}"
+        )
+    if chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"{op}: chunk_size={chunk_size}; the Triton kernels take {CHUNK_SIZES}")
+
+
 def delta_rule_triton(
-    op: str,
     q_BTGK: Tensor,
     k_BTGK: Tensor,
     v_BTHV: Tensor,
@@ -317,15 +347,7 @@ def delta_rule_triton(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """The kernels behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H, K]),
-    whose arguments these are."""
-    width = max(q_BTGK.shape[3], v_BTHV.shape[3])
-    if width > MAX_WIDTH or q_BTGK.dtype == torch.float64:
-        raise ValueError(
-            f"{op}: {q_BTGK.dtype} heads of width {width}; the Triton kernels take float32, float16 and bfloat16 up to"
-            f" {MAX_WIDTH}"
-        )
-    if chunk_size not in CHUNK_SIZES:
-        raise ValueError(f"{op}: chunk_size={chunk_size}; the Triton kernels take {CHUNK_SIZES}")
+    whose arguments these are; `check_kernels_take` them."""
     chunk_size = min(chunk_size, SINGLE_CHUNK) if q_BTGK.dtype == torch.float32 else chunk_size
     log_decay, initial_SHKV = (None if x is None else x.contiguous() for x in (log_decay, initial_SHKV))
     o, final, *_ = forward_op(

@@ -17,6 +17,9 @@ dS to M^T dS + own, M being that of the forward. Segments are counted in the dir
 """
 
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
@@ -41,50 +44,54 @@ def load_whole(whole, slot, k_columns, K: tl.constexpr, CHANNEL: tl.constexpr):
         return tl.load(whole + slot + tl.arange(0, 1))[:, None]
 
 
+# With what the state is read and written; its strides by token and by head, those of v and dO among them.
+Operands = namedtuple("Operands", "q k w attention inverse read_q read_k write whole")
+OperandStrides = namedtuple("OperandStrides", "q q_head k k_head w w_head v v_head do do_head")
+# What goes in besides, what the segments are on their own (see above), and what comes out; None where a pass has none.
+Given = namedtuple("Given", "v do initial dfinal")
+Segments = namedtuple("Segments", "own transition down")
+Outputs = namedtuple("Outputs", "out final errors states dv dstates dinitial")
+ScanSizes = namedtuple("ScanSizes", "n_tokens n_all_tokens n_slots n_heads n_head_rows n_segments")
+
+# Inside a kernel: strides by token, `value` for v or dO and `out` for what lies like o.
+TokenStrides = namedtuple("TokenStrides", "q k w value out")
+States = namedtuple("States", "v out errors states")
+Gradients = namedtuple("Gradients", "do dv dstates")
+# The how manieth segment of the scan a program walks.
+Nth = namedtuple("Nth", "head_row n_head_rows nth n_segments")
+
+
 @triton.jit
-def scan_states(
-    operands,
-    strides,
-    v,
-    v_stride,
-    out,
-    errors,
-    states,
-    out_stride,
-    state,
-    n_rows,
-    columns,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def scan_states(operands, strides, tensors, state, n_rows, columns, FORM: tl.constexpr):
     """Run over all chunks from the first; every pointer is at the sequence's first token (or slot) of its head. Writes
     O, or E and the state before each chunk, which the gradients need, or nothing: whatever is not None. Returns the
     last state."""
     q, k, w, attention, inverse, read_q, read_k, write, whole = operands
-    q_stride, k_stride, w_stride = strides
+    K: tl.constexpr = FORM.K
+    V: tl.constexpr = FORM.V
+    CHUNK: tl.constexpr = FORM.CHUNK
+    CHANNEL: tl.constexpr = FORM.CHANNEL
+    PRECISION: tl.constexpr = FORM.PRECISION
+    v, out, errors, states = tensors
     rows = tl.arange(0, CHUNK)
-    k_columns = tl.arange(0, BLOCK_K)
+    k_columns = tl.arange(0, FORM.BLOCK_K)
     state_mask = tile_mask(k_columns < K, columns, V)
     dtype: tl.constexpr = v.dtype.element_ty
     row0 = n_rows * 0
     slot = n_rows * 0
     for _ in range(0, tl.cdiv(n_rows, CHUNK).to(tl.int32)):
         inside = row0 + rows < n_rows
-        k_tile = load_tile(k + row0 * k_stride, rows, k_stride, k_columns, inside, K)
-        v_tile = load_tile(v + row0 * v_stride, rows, v_stride, columns, inside, V).to(tl.float32)
+        k_tile = load_tile(k + row0 * strides.k, rows, strides.k, k_columns, inside, K)
+        v_tile = load_tile(v + row0 * strides.value, rows, strides.value, columns, inside, V).to(tl.float32)
         t_tile = load_tile(inverse + row0 * CHUNK, rows, CHUNK, rows, inside, CHUNK)
         low_state = state.to(dtype)
         if states is not None:
             tl.store(states + slot * (K * V) + k_columns[:, None] * V + columns[None, :], low_state, mask=state_mask)
         predicted = scaled(tl.dot(k_tile, low_state, input_precision=PRECISION), read_k, row0, rows, inside, CHANNEL)
         error = tl.dot(t_tile, (v_tile - predicted).to(dtype), input_precision=PRECISION)
-        tile = row0 * out_stride + rows[:, None] * out_stride + columns[None, :]
+        tile = row0 * strides.out + rows[:, None] * strides.out + columns[None, :]
         if out is not None:
-            q_tile = load_tile(q + row0 * q_stride, rows, q_stride, k_columns, inside, K)
+            q_tile = load_tile(q + row0 * strides.q, rows, strides.q, k_columns, inside, K)
             f_tile = load_tile(attention + row0 * CHUNK, rows, CHUNK, rows, inside, CHUNK)
             o = scaled(tl.dot(q_tile, low_state, input_precision=PRECISION), read_q, row0, rows, inside, CHANNEL)
             o = tl.dot(f_tile, error.to(dtype), o, input_precision=PRECISION)
@@ -93,7 +100,7 @@ def scan_states(
             tl.store(errors + tile, error, mask=tile_mask(inside, columns, V))
         written = scaled(error, write, row0, rows, inside, CHANNEL).to(dtype)
         if CHANNEL:
-            k_tile = load_tile(w + row0 * w_stride, rows, w_stride, k_columns, inside, K)
+            k_tile = load_tile(w + row0 * strides.w, rows, strides.w, k_columns, inside, K)
         decayed = state * load_whole(whole, slot, k_columns, K, CHANNEL)
         state = tl.dot(tl.trans(k_tile), written, decayed, input_precision=PRECISION)
         row0 += CHUNK
@@ -102,30 +109,18 @@ def scan_states(
 
 
 @triton.jit
-def scan_gradients(
-    operands,
-    strides,
-    do,
-    do_stride,
-    dv,
-    dstates,
-    dv_stride,
-    dstate,
-    n_rows,
-    columns,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHANNEL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def scan_gradients(operands, strides, tensors, dstate, n_rows, columns, FORM: tl.constexpr):
     """Run over all chunks from the last, writing dV and the gradient of the state after each chunk (unless they are
     None). Returns that of the first state."""
     q, k, w, attention, inverse, read_q, read_k, write, whole = operands
-    q_stride, k_stride, w_stride = strides
+    K: tl.constexpr = FORM.K
+    V: tl.constexpr = FORM.V
+    CHUNK: tl.constexpr = FORM.CHUNK
+    CHANNEL: tl.constexpr = FORM.CHANNEL
+    PRECISION: tl.constexpr = FORM.PRECISION
+    do, dv, dstates = tensors
     rows = tl.arange(0, CHUNK)
-    k_columns = tl.arange(0, BLOCK_K)
+    k_columns = tl.arange(0, FORM.BLOCK_K)
     state_mask = tile_mask(k_columns < K, columns, V)
     dtype: tl.constexpr = do.dtype.element_ty
     n_chunks = tl.cdiv(n_rows, CHUNK)
@@ -133,12 +128,12 @@ def scan_gradients(
     row0 = slot * CHUNK
     for _ in range(0, n_chunks.to(tl.int32)):
         inside = row0 + rows < n_rows
-        q_tile = load_tile(q + row0 * q_stride, rows, q_stride, k_columns, inside, K)
-        k_tile = load_tile(k + row0 * k_stride, rows, k_stride, k_columns, inside, K)
-        do_tile = load_tile(do + row0 * do_stride, rows, do_stride, columns, inside, V)
+        q_tile = load_tile(q + row0 * strides.q, rows, strides.q, k_columns, inside, K)
+        k_tile = load_tile(k + row0 * strides.k, rows, strides.k, k_columns, inside, K)
+        do_tile = load_tile(do + row0 * strides.value, rows, strides.value, columns, inside, V)
         t_tile = load_tile(inverse + row0 * CHUNK, rows, CHUNK, rows, inside, CHUNK)
         f_tile = load_tile(attention + row0 * CHUNK, rows, CHUNK, rows, inside, CHUNK)
-        w_tile = load_tile(w + row0 * w_stride, rows, w_stride, k_columns, inside, K) if CHANNEL else k_tile
+        w_tile = load_tile(w + row0 * strides.w, rows, strides.w, k_columns, inside, K) if CHANNEL else k_tile
         low_dstate = dstate.to(dtype)
         derror = scaled(tl.dot(w_tile, low_dstate, input_precision=PRECISION), write, row0, rows, inside, CHANNEL)
         derror = tl.dot(tl.trans(f_tile), do_tile, derror, input_precision=PRECISION)
@@ -146,7 +141,7 @@ def scan_gradients(
         if dv is not None:
             tl.store(dstates + slot * (K * V) + k_columns[:, None] * V + columns[None, :], low_dstate, mask=state_mask)
             tl.store(
-                dv + row0 * dv_stride + rows[:, None] * dv_stride + columns[None, :],
+                dv + row0 * strides.out + rows[:, None] * strides.out + columns[None, :],
                 dv_tile,
                 mask=tile_mask(inside, columns, V),
             )
@@ -165,21 +160,20 @@ def start_state(
     start,
     own,
     transition,
-    head_row,
-    n_head_rows,
-    nth,
-    n_segments,
+    place,
     columns,
+    FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """What the nth segment of the scan starts from: `start` (or zero) before the first, then the fold of the segments
     between, in fp32."""
+    K: tl.constexpr = FORM.K
+    V: tl.constexpr = FORM.V
+    BLOCK_K: tl.constexpr = FORM.BLOCK_K
     HALF: tl.constexpr = BLOCK_K // 2
+    head_row, n_head_rows, nth, n_segments = place
     k_columns, m_columns = tl.arange(0, BLOCK_K), tl.arange(0, HALF)
     tile = k_columns[:, None] * V + columns[None, :]
     mask = tile_mask(k_columns < K, columns, V)
@@ -212,38 +206,27 @@ def start_state(
 def scan_kernel(
     operands,
     strides,
-    v,
-    do,
-    initial,
-    dfinal,
+    given,
     segments,
-    out,
-    final,
-    errors,
-    states,
-    dv,
-    dstates,
-    dinitial,
+    outputs,
     cu_seqlens,
     sizes,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHANNEL: tl.constexpr,
     FORWARD: tl.constexpr,
     FIRST: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """FORWARD: O and the final state; else the two scans the gradients need, as two roles of one launch, because
     neither waits for the other. FIRST: instead own [segments - 1, S, H, K, V] and transition [segments - 1, S, H, K,
     K], or down, that of the gradients."""
+    K: tl.constexpr = FORM.K
+    V: tl.constexpr = FORM.V
+    CHUNK: tl.constexpr = FORM.CHUNK
+    CHANNEL: tl.constexpr = FORM.CHANNEL
     q, k, w, attention, inverse, read_q, read_k, write, whole = operands
-    q_stride, q_head, k_stride, k_head, w_stride, w_head, v_stride, v_head, do_stride, do_head = strides
+    v, do, initial, dfinal = given
     own, transition, down = segments
+    out, final, errors, states, dv, dstates, dinitial = outputs
     n_tokens, n_all_tokens, n_slots, n_heads, n_head_rows, n_segments = sizes
     V_SLICES: tl.constexpr = (V + BLOCK - 1) // BLOCK
     SLICES: tl.constexpr = V_SLICES + ((K + BLOCK - 1) // BLOCK if FORWARD and FIRST else 0)
@@ -256,8 +239,8 @@ def scan_kernel(
     head_row = (tl.program_id(0) // (SLICES * ROLES) // n_scanned).to(tl.int64)
     sequence, head = head_row // n_heads, head_row % n_heads
     segment = nth + role * (n_segments - 1 - 2 * nth)
-    first, n_rows = place_sequence(cu_seqlens, sequence, n_tokens, PACKED)
-    slot0 = first_slot(first, sequence, n_rows, CHUNK, PACKED)
+    first, n_rows = place_sequence(cu_seqlens, sequence, n_tokens, FORM.PACKED)
+    slot0 = first_slot(first, sequence, n_rows, CHUNK, FORM.PACKED)
     segment_chunks = tl.cdiv(tl.cdiv(n_rows, CHUNK), n_segments)
     row0 = tl.minimum(segment * segment_chunks * CHUNK, n_rows)
     n_rows = tl.minimum(n_rows - row0, segment_chunks * CHUNK)
@@ -266,22 +249,22 @@ def scan_kernel(
 
     at = head * n_all_tokens + first
     # One set of heads for matrices made by the prepare kernel, one per group for the inputs.
-    qk_head = head if CHANNEL else head // GROUP
-    q += first * q_stride + qk_head * q_head
-    k += first * k_stride + qk_head * k_head
+    qk_head = head if CHANNEL else head // FORM.GROUP
+    q += first * strides.q + qk_head * strides.q_head
+    k += first * strides.k + qk_head * strides.k_head
     if CHANNEL:
-        w += first * w_stride + head * w_head
+        w += first * strides.w + head * strides.w_head
     else:
         read_q += at
         read_k += at
         write += at
     whole += (head * n_slots + slot0) * (K if CHANNEL else 1)
-    operands = (q, k, w, attention + at * CHUNK, inverse + at * CHUNK, read_q, read_k, write, whole)
-    strides = (q_stride, k_stride, w_stride)
+    operands = Operands(q, k, w, attention + at * CHUNK, inverse + at * CHUNK, read_q, read_k, write, whole)
     row_v, v_row_stride = (first * n_heads + head) * V, n_heads * V
+    place = Nth(head_row, n_head_rows, nth, n_segments)
     slot_states = (head * n_slots + slot0) * (K * V)
     columns = slice_ * BLOCK + tl.arange(0, BLOCK)
-    k_columns = tl.arange(0, BLOCK_K)
+    k_columns = tl.arange(0, FORM.BLOCK_K)
     tile = head_row * (K * V) + k_columns[:, None] * V + columns[None, :]
     own_row = nth * n_head_rows
     mask = tile_mask(k_columns < K, columns, V)
@@ -293,22 +276,7 @@ def scan_kernel(
 
     if FORWARD or not FIRST:  # noqa: SIM102
         if role == 0:
-            state = start_state(
-                initial,
-                own,
-                transition,
-                head_row,
-                n_head_rows,
-                nth,
-                n_segments,
-                columns,
-                FIRST,
-                False,
-                K,
-                V,
-                BLOCK_K,
-                BLOCK,
-            )
+            state = start_state(initial, own, transition, place, columns, FORM, BLOCK, FIRST, False)
             if FIRST:
                 state += tl.where(k_columns[:, None] == m_columns[None, :], 1.0, 0.0)
             if out is not None:
@@ -316,26 +284,10 @@ def scan_kernel(
             if errors is not None:
                 errors += row_v
                 states += slot_states
-            v += first * v_stride + head * v_head
-            state = scan_states(
-                operands,
-                strides,
-                v,
-                v_stride,
-                out,
-                errors,
-                states,
-                v_row_stride,
-                state,
-                n_rows,
-                columns,
-                K,
-                V,
-                BLOCK_K,
-                CHUNK,
-                CHANNEL,
-                PRECISION,
-            )
+            v += first * strides.v + head * strides.v_head
+            token_strides = TokenStrides(strides.q, strides.k, strides.w, strides.v, v_row_stride)
+            walked = States(v, out, errors, states)
+            state = scan_states(operands, token_strides, walked, state, n_rows, columns, FORM)
             if FIRST:
                 m_tile = (own_row + head_row) * (K * K) + k_columns[:, None] * K + m_columns[None, :]
                 tl.store(own + own_row * (K * V) + tile, state, mask=mask)
@@ -346,44 +298,14 @@ def scan_kernel(
                 tl.store(final + tile, state, mask=mask & (nth == n_segments - 1))
     if not FORWARD:  # noqa: SIM102
         if role == 1:
-            dstate = start_state(
-                dfinal,
-                down,
-                transition,
-                head_row,
-                n_head_rows,
-                nth,
-                n_segments,
-                columns,
-                FIRST,
-                True,
-                K,
-                V,
-                BLOCK_K,
-                BLOCK,
-            )
+            dstate = start_state(dfinal, down, transition, place, columns, FORM, BLOCK, FIRST, True)
             if not FIRST:
                 dv += row_v
                 dstates += slot_states
-            do += first * do_stride + head * do_head
-            dstate = scan_gradients(
-                operands,
-                strides,
-                do,
-                do_stride,
-                dv,
-                dstates,
-                v_row_stride,
-                dstate,
-                n_rows,
-                columns,
-                K,
-                V,
-                BLOCK_K,
-                CHUNK,
-                CHANNEL,
-                PRECISION,
-            )
+            do += first * strides.do + head * strides.do_head
+            gradient_strides = TokenStrides(strides.q, strides.k, strides.w, strides.do, v_row_stride)
+            walked_back = Gradients(do, dv, dstates)
+            dstate = scan_gradients(operands, gradient_strides, walked_back, dstate, n_rows, columns, FORM)
             if FIRST:
                 tl.store(down + own_row * (K * V) + tile, dstate, mask=mask)
             elif initial is not None:

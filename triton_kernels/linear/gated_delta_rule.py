@@ -6,14 +6,9 @@ Letters: B batch, T tokens, G query/key heads, H value heads (a multiple of G), 
 (B of them, or those packed by `cu_seqlens`).
 """
 
-from itertools import islice
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_cu_seqlens, check_dtype, check_tensors
-from triton_kernels.linear.linear_attention_torch import delta_rule_torch
+from triton_kernels.linear.delta_rule import DeltaTensors, check_delta_inputs, run_delta_rule
 
 OP = "gated_delta_rule"
 
@@ -48,61 +43,13 @@ def gated_delta_rule(
     sizes = check_delta_inputs(
         OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTH=log_decay_BTH, beta_BTH=beta_BTH
     )
-    inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH)
-    return run_delta_rule(OP, sizes, *inputs, initial_state_BHKV, scale, normalize_qk, cu_seqlens, chunk_size, backend)
-
-
-def check_delta_inputs(op: str, **tensors: Tensor | None) -> dict[str, int]:
-    """What both delta rules refuse. q, k and v come first: the heads of all others follow from theirs. Returns the
-    sizes by letter."""
-    q_k_v: dict[str, Any] = dict(islice(tensors.items(), 3))
-    sizes = check_tensors(op, **q_k_v)
-    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
-        raise ValueError(f"{op}: {sizes['H']} value heads are not a multiple of {sizes['G']} query/key heads")
-    check_dtype(op, {name[0]: x for name, x in q_k_v.items()})
-    return check_tensors(op, sizes, **tensors)
-
-
-def check_sequences(
-    op: str, sizes: dict[str, int], dtype: torch.dtype, cu_seqlens: Tensor | None, initial_state_BHKV: Any
-) -> Tensor | None:
-    """The offsets, and the initial state, one per sequence, which is returned in the state's dtype: fp32, or fp64 for
-    fp64 inputs."""
-    check_cu_seqlens(op, cu_seqlens, sizes["B"], sizes["T"])
-    n_states = sizes["B"] if cu_seqlens is None else cu_seqlens.numel() - 1
-    check_tensors(op, {**sizes, "B": n_states}, initial_state_BHKV=initial_state_BHKV)
-    return None if initial_state_BHKV is None else initial_state_BHKV.to(torch.promote_types(dtype, torch.float32))
-
-
-def run_delta_rule(
-    op: str,
-    sizes: dict[str, int],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor,
-    initial: Tensor | None,
-    scale: float | None,
-    normalize_qk: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Either delta rule on the backend that is asked for; `sizes` are those of the shapes by letter."""
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
-    initial = check_sequences(op, sizes, q.dtype, cu_seqlens, initial)
-    scale = sizes["K"] ** -0.5 if scale is None else scale
-    options: dict[str, Any] = {
-        "scale": scale,
-        "normalize_qk": normalize_qk,
-        "cu_seqlens": cu_seqlens,
-        "chunk_size": chunk_size,
-    }
-    if check_backend(backend, q) == "triton":
-        # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
-        from triton_kernels.linear.delta_rule_launch import delta_rule_triton
-
-        return delta_rule_triton(op, q, k, v, log_decay, beta, initial, **options)
-    return delta_rule_torch(q, k, v, log_decay, beta, initial, **options)
+    return run_delta_rule(
+        OP,
+        sizes,
+        DeltaTensors(q=q_BTGK, k=k_BTGK, v=v_BTHV, log_decay=log_decay_BTH, beta=beta_BTH, initial=initial_state_BHKV),
+        scale=scale,
+        normalize_qk=normalize_qk,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        backend=backend,
+    )

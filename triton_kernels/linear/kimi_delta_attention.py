@@ -7,7 +7,7 @@ Letters as in `gated_delta_rule.py`.
 
 from torch import Tensor
 
-from triton_kernels.linear.gated_delta_rule import check_delta_inputs, run_delta_rule
+from triton_kernels.linear.delta_rule import DeltaTensors, check_delta_inputs, run_delta_rule
 
 OP = "kimi_delta_attention"
 
@@ -35,5 +35,13 @@ def kimi_delta_attention(
     sizes = check_delta_inputs(
         OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTHK=log_decay_BTHK, beta_BTH=beta_BTH
     )
-    inputs = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTHK, beta_BTH)
-    return run_delta_rule(OP, sizes, *inputs, initial_state_BHKV, scale, normalize_qk, cu_seqlens, chunk_size, backend)
+    return run_delta_rule(
+        OP,
+        sizes,
+        DeltaTensors(q=q_BTGK, k=k_BTGK, v=v_BTHV, log_decay=log_decay_BTHK, beta=beta_BTH, initial=initial_state_BHKV),
+        scale=scale,
+        normalize_qk=normalize_qk,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+        backend=backend,
+    )

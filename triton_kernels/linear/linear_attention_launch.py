@@ -4,8 +4,6 @@ into segments.
 Letters: B batch, T tokens, G query/key heads, H (value) heads, K key width, V value width, S sequences, C chunk length.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -58,11 +56,7 @@ class LinearCall:
         # The tables' first lines are for 2-byte elements: fp32 tiles need twice the room, and their products run on the
         # plain multipliers.
         self.is_single = q.dtype == torch.float32
-        self.constants: dict[str, Any] = {
-            "K": self.K,
-            "PACKED": self.is_packed,
-            "PRECISION": "ieee" if self.is_single else "tf32",
-        }
+        self.precision = "ieee" if self.is_single else "tf32"
 
     def slots(self, n_tokens: int) -> int:
         """Pieces of n_tokens, as `linear_attention_tiles.py` numbers them."""
@@ -73,7 +67,7 @@ class LinearCall:
         return cdiv(self.B * self.T, max(1, self.S) * chunk_size)
 
     def widest_slices(
-        self, table: tuple[LaunchOptions, ...], of_k: int, of_v: int, segments: int = 1
+        self, table: tuple[LaunchOptions, ...], *, of_k: int, of_v: int, segments: int = 1
     ) -> tuple[LaunchOptions, int]:
         """The options with the widest slices of the state that still fill the device, or with the narrowest if none do,
         and how many slices a head has: so many times those of the key width and those of the value width."""

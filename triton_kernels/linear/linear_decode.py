@@ -20,7 +20,7 @@ from torch import Tensor
 from triton_kernels.common.checks import check_backend, check_dtype, check_shape, check_tensors
 from triton_kernels.linear.causal_conv1d import WIDTHS, causal_conv1d
 from triton_kernels.linear.chunked_rule_torch import inverse_length
-from triton_kernels.linear.gated_delta_rule import check_delta_inputs
+from triton_kernels.linear.delta_rule import check_delta_inputs
 from triton_kernels.linear.gated_rms_norm import ACTIVATIONS, gated_rms_norm
 from triton_kernels.linear.linear_attention_torch import linear_attention_recurrence
 

@@ -16,10 +16,17 @@ its future. A level is a product of whole matrices with the other pairs masked o
 """
 
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportArgumentType=false
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+# What a launch over chunks (or larger slots) is told of their number.
+SlotSizes = namedtuple("SlotSizes", "n_slots n_heads n_sequences")
+# Rows of a matrix: its pointer, the stride from row to row, which rows, and which of them exist.
+Matrix = namedtuple("Matrix", "ptr stride rows inside")
 
 
 @triton.jit

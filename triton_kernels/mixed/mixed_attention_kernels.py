@@ -10,7 +10,7 @@ Legend: B batch, T tokens, S keys, H query heads, G key/value heads, J linear he
 sequences.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from collections import namedtuple
 
 import triton
@@ -18,24 +18,24 @@ import triton.language as tl
 
 from triton_kernels.common.tiles import wide
 from triton_kernels.linear import decayed_linear_attention_kernels
+from triton_kernels.linear.decayed_linear_attention_kernels import ScanSizes, Segments
 from triton_kernels.linear.linear_decode_kernels import lightning_head
 from triton_kernels.softmax import flash_attention_kernels
 from triton_kernels.softmax.flash_decode_kernels import decode_kernel
 
 softmax_block = flash_attention_kernels.forward_kernel
 linear_scan = decayed_linear_attention_kernels.forward_kernel
-# Of the linear heads: tensors, their strides by token and head, and what is known beforehand.
-Linear = namedtuple("Linear", "q k v gate o initial final cu_seqlens strides T J n_head_rows scale")
-LinearForm = namedtuple("LinearForm", "K V BLOCK_IN HAS_GATE HAS_INITIAL PACKED")
+# The linear heads' scan, as `decayed_linear_attention_kernels.forward_kernel` takes it.
+Linear = namedtuple("Linear", "tensors cu_seqlens strides T J n_head_rows scale")
+# Of the softmax heads: sink logits, output and statistics.
+Softmax = namedtuple("Softmax", "call sinks o lse")
+# Of the linear heads' states, as one program of the decode launch takes them.
 StateForm = namedtuple("StateForm", "K V BLOCK_K BLOCK_V")
 
 
 @triton.jit
 def mixed_forward_kernel(
     softmax,
-    sinks,
-    o,
-    lse,
     linear,
     n_scans,
     FORM: tl.constexpr,
@@ -44,41 +44,25 @@ def mixed_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """o and lse of the softmax heads, o and the final state of the linear heads."""
     if tl.program_id(0) < n_scans:
+        # One segment: nothing is ever written to the states of segments.
         linear_scan(
-            linear.q,
-            linear.k,
-            linear.v,
-            linear.gate,
-            linear.o,
-            linear.initial,
-            linear.final,
-            linear.final,
-            linear.final,
+            linear.tensors,
+            Segments(linear.tensors.final, linear.tensors.final),
             linear.cu_seqlens,
             wide(linear.T),
-            linear.J,
-            linear.n_head_rows,
-            1,
-            (LINEAR.V + BLOCK - 1) // BLOCK,
-            *linear.strides,
+            ScanSizes(linear.J, linear.n_head_rows, 1, (LINEAR.V + BLOCK - 1) // BLOCK),
+            linear.strides,
             linear.scale,
-            LINEAR.K,
-            LINEAR.V,
-            LINEAR.BLOCK_IN,
+            LINEAR,
             BLOCK,
             CHUNK,
             True,
-            LINEAR.HAS_GATE,
-            LINEAR.HAS_INITIAL,
-            LINEAR.PACKED,
-            PRECISION,
         )
     else:
-        softmax_block(softmax, sinks, o, lse, FORM, BLOCK_M, BLOCK_N, n_scans)
+        softmax_block(softmax.call, softmax.sinks, softmax.o, softmax.lse, FORM, BLOCK_M, BLOCK_N, n_scans)
 
 
 @triton.jit

@@ -12,18 +12,19 @@ from torch import Tensor
 from triton_kernels.common.registration import has_work, kernel_op
 from triton_kernels.common.sizes import padded
 from triton_kernels.common.tiles import rows
+from triton_kernels.linear.decayed_linear_attention_kernels import ForwardStrides, ForwardTensors, ScanForm
 from triton_kernels.linear.decayed_linear_attention_launch import backward_op as linear_backward
 from triton_kernels.linear.linear_attention_launch import addressable, token_strides
 from triton_kernels.linear.linear_decode_launch import tiles
 from triton_kernels.mixed.launch_tables import MIXED_FORWARD
 from triton_kernels.mixed.mixed_attention_kernels import (
     Linear,
-    LinearForm,
+    Softmax,
     StateForm,
     mixed_decode_kernel,
     mixed_forward_kernel,
 )
-from triton_kernels.softmax.flash_attention_launch import AttentionCall, sink_gradient
+from triton_kernels.softmax.flash_attention_launch import AttentionCall, Visibility, sink_gradient
 from triton_kernels.softmax.flash_attention_launch import backward_op as softmax_backward
 from triton_kernels.softmax.flash_decode_launch import DecodeCall
 
@@ -55,26 +56,38 @@ def forward_op(
     n_states = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     linear_o, final = linear_v.new_empty(linear_v.shape), q.new_empty(n_states, J, K, V, dtype=torch.float32)
     if has_work(final) or has_work(o):
-        call = AttentionCall(q, k, v, cu_seqlens, None, None, True, window, scale)
+        call = AttentionCall(
+            q, k, v, cu_seqlens=cu_seqlens, rotary=None, visibility=Visibility(causal=True, window=window, scale=scale)
+        )
         single = q.dtype == torch.float32
         options = MIXED_FORWARD[single].options(max(q.shape[3], v.shape[3], K, V))[0]
         blocks = {**options.keywords, "CHUNK": min(chunk_size, options.blocks["CHUNK"])}
         n_blocks, softmax = call.arguments(T, blocks["BLOCK_M"])
         n_scans = n_states * J * -(-V // blocks["BLOCK"])
         tensors = [None if x is None else addressable(x) for x in (linear_q, linear_k, linear_v, log_decay)]
-        strides = tuple(stride for x in tensors for stride in token_strides(x))
-        linear = Linear(*tensors, linear_o, initial, final, cu_seqlens, strides, T, J, n_states * J, linear_scale)
-        form = LinearForm(K, V, padded(K), log_decay is not None, initial is not None, cu_seqlens is not None)
         mixed_forward_kernel[(n_scans + n_blocks * H * B,)](
-            softmax,
-            sinks,
-            rows(o),
-            lse,
-            linear,
-            n_scans,
+            softmax=Softmax(call=softmax, sinks=sinks, o=rows(o), lse=lse),
+            linear=Linear(
+                tensors=ForwardTensors(*tensors, o=linear_o, initial=initial, final=final),
+                cu_seqlens=cu_seqlens,
+                strides=ForwardStrides(*(stride for x in tensors for stride in token_strides(x))),
+                T=T,
+                J=J,
+                n_head_rows=n_states * J,
+                scale=linear_scale,
+            ),
+            n_scans=n_scans,
             FORM=call.form,
-            LINEAR=form,
-            PRECISION="ieee" if single else "tf32",
+            LINEAR=ScanForm(
+                K=K,
+                V=V,
+                BLOCK_IN=padded(K),
+                ANCHOR=1,
+                HAS_GATE=log_decay is not None,
+                HAS_INITIAL=initial is not None,
+                PACKED=cu_seqlens is not None,
+                PRECISION="ieee" if single else "tf32",
+            ),
             **blocks,
         )
     return o, lse, linear_o, final

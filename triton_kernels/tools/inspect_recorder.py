@@ -8,6 +8,7 @@ recorded too: on a GPU each is a launch that reads and writes memory. One that h
 name, because there the host would wait for the device, unless it is a peer's.
 """
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -140,6 +141,10 @@ def recording(architecture: int, *, compiles: bool = True, may_wait: bool = Fals
     """Within the block, Triton compiles for `architecture` (or, without `compiles`, does not even that) and launches
     nothing; yields the list the launches go to, in their order. RuntimeError where the host would wait for the device,
     unless it `may_wait`."""
+    # Imported beforehand: what a launcher makes once for the whole process (the counters of flash_decode) is no launch
+    # of a call.
+    for path in Path(checks.__file__).parents[1].glob("*/*_launch.py"):
+        importlib.import_module(f"triton_kernels.{path.parent.name}.{path.stem}")
     launches: list[Launch] = []
     compile_and_run = JITFunction.run
 
