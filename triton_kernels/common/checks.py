@@ -1,6 +1,6 @@
 """Refusals every sequence op shares: shapes, dtypes and offsets that are wrong are named before any kernel sees them.
 
-Letters: B batch, T tokens, H heads, K key width, V value width, S packed sequences.
+Legend: B batch, T tokens, H heads, K key width, V value width, S packed sequences.
 """
 
 import re

@@ -54,19 +54,39 @@ def router_scores(
         )
     if not 0 <= floor <= k <= E:
         raise ValueError(f"router_scores: floor={floor}, k={k}, E={E}; they must not fall, from 0 on")
-    arguments = (logits_TE, bias_E, threshold, k, rule, score, renormalise, floor)
     if check_backend(backend, logits_TE) == "torch":
-        return router_scores_torch(*arguments)
+        return router_scores_torch(
+            logits_TE, bias_E, threshold, k=k, rule=rule, score=score, renormalise=renormalise, floor=floor
+        )
     # Imported here because machines without Triton (macOS) still have the torch backend.
     from triton_kernels.experts.expert_slots_launch import scores_op
 
     if logits_TE.dtype != torch.float32:
         raise ValueError(f"router_scores: logits are {logits_TE.dtype}; the Triton kernels take float32")
-    return Slots(*scores_op(*arguments))
+    return Slots(
+        *scores_op(
+            logits=logits_TE,
+            bias=bias_E,
+            threshold=threshold,
+            k=k,
+            rule=rule,
+            score=score,
+            renormalise=renormalise,
+            floor=floor,
+        )
+    )
 
 
 def router_scores_torch(
-    logits_TE: Tensor, bias_E: Tensor, threshold: Tensor, k: int, rule: str, score: str, renormalise: bool, floor: int
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    threshold: Tensor,
+    *,
+    k: int,
+    rule: str,
+    score: str,
+    renormalise: bool,
+    floor: int,
 ) -> Slots:
     """The same as `routing`'s policies, step by step."""
     scores_TE = logits_TE.softmax(-1) if score == "softmax" else logits_TE.sigmoid()
@@ -118,7 +138,7 @@ def sort_slots(
         )
     from triton_kernels.experts.expert_slots_launch import sort_op
 
-    return Rows(*sort_op(weight_TK, expert_TK, keep_TK, n_experts)[:-1])
+    return Rows(*sort_op(weight=weight_TK, expert=expert_TK, keep=keep_TK, n_experts=n_experts)[:-1])
 
 
 def sort_slots_torch(

@@ -16,7 +16,9 @@ block.
 """
 
 # Jitted helpers that return tuples are beyond a type checker.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false
+from collections import namedtuple
+
 import torch
 import triton
 import triton.language as tl
@@ -46,26 +48,21 @@ def row_scores(logit_ME, SOFTMAX: tl.constexpr):
         return tl.sigmoid(logit_ME)
 
 
+# A router's tensors, the slots it fills, and the constants of both passes.
+RouterTensors = namedtuple("RouterTensors", "logits bias threshold")
+SlotTensors = namedtuple("SlotTensors", "weight expert keep level")
+ScoreForm = namedtuple("ScoreForm", "SOFTMAX RENORMALISE BLOCK_M BLOCK_E")
+LogitTensors = namedtuple("LogitTensors", "logits dweight expert keep dlogits")
+
+
 @triton.jit
-def select_kernel(
-    logits_ptr,
-    bias_ptr,
-    threshold_ptr,
-    weight_ptr,
-    expert_ptr,
-    keep_ptr,
-    level_ptr,
-    T,
-    E,
-    K,
-    floor,
-    RULE: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def select_kernel(router, slots, T, E, K, floor, RULE: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The slots of BLOCK_M tokens, the best expert first; the first `floor` of them are kept whatever the threshold."""
+    SOFTMAX: tl.constexpr = FORM.SOFTMAX
+    BLOCK_M: tl.constexpr = FORM.BLOCK_M
+    BLOCK_E: tl.constexpr = FORM.BLOCK_E
+    logits_ptr, bias_ptr, threshold_ptr = router
+    weight_ptr, expert_ptr, keep_ptr, level_ptr = slots
     token_M, e_E, logit_ME = token_logits(logits_ptr, T, E, BLOCK_M, BLOCK_E)
     k_K, score_ME = tl.arange(0, BLOCK_K), row_scores(logit_ME, SOFTMAX)
     mass_ME = row_scores(logit_ME, True) if RULE == "top_p" else score_ME
@@ -96,7 +93,7 @@ def select_kernel(
         tl.store(expert_ptr + token_M * K + slot, expert_M.to(tl.int64), mask=token_M < T)
         tl.store(keep_ptr + token_M * K + slot, kept_M, mask=token_M < T)
         tl.store(level_ptr + token_M * K + slot, level_M, mask=token_M < T)
-    if RENORMALISE:
+    if FORM.RENORMALISE:
         weight_MK /= tl.maximum(total_M, TINY)[:, None]
     tl.store(
         weight_ptr + token_M[:, None] * K + k_K[None, :], weight_MK, mask=(token_M < T)[:, None] & (k_K < K)[None, :]
@@ -104,20 +101,12 @@ def select_kernel(
 
 
 @triton.jit
-def logit_gradient_kernel(
-    logits_ptr,
-    dweight_ptr,
-    expert_ptr,
-    keep_ptr,
-    dlogits_ptr,
-    T,
-    E,
-    K,
-    SOFTMAX: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+def logit_gradient_kernel(tensors, T, E, K, FORM: tl.constexpr):
+    """dlogits of BLOCK_M tokens, from the gradient of their slots' weights."""
+    SOFTMAX: tl.constexpr = FORM.SOFTMAX
+    BLOCK_M: tl.constexpr = FORM.BLOCK_M
+    BLOCK_E: tl.constexpr = FORM.BLOCK_E
+    logits_ptr, dweight_ptr, expert_ptr, keep_ptr, dlogits_ptr = tensors
     token_M, e_E, logit_ME = token_logits(logits_ptr, T, E, BLOCK_M, BLOCK_E)
     score_ME = row_scores(logit_ME, SOFTMAX)
     kept_ME, dscore_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32), tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -129,7 +118,7 @@ def logit_gradient_kernel(
         dscore_ME += tl.where(
             is_its_ME, (kept_M * tl.load(dweight_ptr + place_M, mask=token_M < T, other=0.0))[:, None], 0.0
         )
-    if RENORMALISE:
+    if FORM.RENORMALISE:
         total_M = tl.maximum(tl.sum(kept_ME * score_ME, 1), TINY)
         dscore_ME = kept_ME * (dscore_ME - (tl.sum(dscore_ME * score_ME, 1) / total_M)[:, None]) / total_M[:, None]
     if SOFTMAX:
@@ -179,6 +168,10 @@ def scan_kernel(count_ptr, start_ptr, expert_offsets_ptr, n_blocks, SCAN: tl.con
         before += tl.sum(count_P)
 
 
+# What has an entry per row, per token and per slot.
+RowTensors = namedtuple("RowTensors", "weight token expert token_offsets row_of_slot row")
+
+
 @triton.jit
 def place_kernel(
     expert_ptr,
@@ -186,12 +179,7 @@ def place_kernel(
     weight_ptr,
     start_ptr,
     expert_offsets_ptr,
-    weight_N_ptr,
-    token_N_ptr,
-    expert_N_ptr,
-    token_offsets_ptr,
-    row_of_slot_ptr,
-    row_ptr,
+    rows,
     N,
     K,
     E,
@@ -200,6 +188,7 @@ def place_kernel(
 ):
     """Everything that has an entry per slot; row [N] is the row of each slot, -1 for dropped ones."""
     slot_P, bucket_P = slot_buckets(expert_ptr, keep_ptr, N, E, BLOCK_P)
+    weight_N_ptr, token_N_ptr, expert_N_ptr, token_offsets_ptr, row_of_slot_ptr, row_ptr = rows
     exists_P = slot_P < N
     earlier_PP = tl.arange(0, BLOCK_P)[:, None] > tl.arange(0, BLOCK_P)[None, :]
     rank_P = tl.sum((earlier_PP & (bucket_P[:, None] == bucket_P[None, :])).to(tl.int32), 1)

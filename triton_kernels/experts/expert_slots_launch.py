@@ -3,12 +3,19 @@
 Legend: T tokens, E experts, K slots per token, N slots or rows, B blocks of slots, P slots of a block.
 """
 
+# The launches' constexpr parameters are plain values to the caller, which a type checker cannot know.
+# pyright: reportArgumentType=false
 import torch
 from torch import Tensor
 
 from triton_kernels.common.registration import has_work, kernel_op
 from triton_kernels.common.sizes import cdiv, padded, power_of_two
 from triton_kernels.experts.expert_slots_kernels import (
+    LogitTensors,
+    RouterTensors,
+    RowTensors,
+    ScoreForm,
+    SlotTensors,
     count_kernel,
     logit_gradient_kernel,
     place_kernel,
@@ -29,9 +36,19 @@ def scores_op(
     (T, E), dtypes = logits.shape, (logits.dtype, torch.int64, torch.bool, logits.dtype)
     weight, expert, keep, level = (logits.new_empty(T, k, dtype=dtype) for dtype in dtypes)
     if has_work(weight):
-        grid, options = _scores_launch(logits, score, renormalise)
-        inputs, outputs = (logits.contiguous(), bias.contiguous(), threshold), (weight, expert, keep, level)
-        select_kernel[grid](*inputs, *outputs, T, E, k, floor, RULE=rule, BLOCK_K=power_of_two(k), **options)
+        grid, form = _scores_launch(logits, score, renormalise)
+        select_kernel[grid](
+            router=RouterTensors(logits=logits.contiguous(), bias=bias.contiguous(), threshold=threshold),
+            slots=SlotTensors(weight=weight, expert=expert, keep=keep, level=level),
+            T=T,
+            E=E,
+            K=k,
+            floor=floor,
+            RULE=rule,
+            FORM=form,
+            BLOCK_K=power_of_two(k),
+            num_warps=4,
+        )
     return weight, expert, keep, level
 
 
@@ -41,24 +58,27 @@ def scores_backward_op(
 ) -> Tensor:
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if has_work(dlogits):
-        grid, options = _scores_launch(logits, score, renormalise)
-        # On sm_80 four warps spill two registers.
-        inputs, options = (logits.contiguous(), dweight.contiguous(), expert, keep), options | {"num_warps": 8}
-        logit_gradient_kernel[grid](*inputs, dlogits, *logits.shape, expert.shape[1], **options)
+        grid, form = _scores_launch(logits, score, renormalise)
+        logit_gradient_kernel[grid](
+            tensors=LogitTensors(
+                logits=logits.contiguous(), dweight=dweight.contiguous(), expert=expert, keep=keep, dlogits=dlogits
+            ),
+            T=logits.shape[0],
+            E=logits.shape[1],
+            K=expert.shape[1],
+            FORM=form,
+            # On sm_80 four warps spill two registers.
+            num_warps=8,
+        )
     return dlogits
 
 
-def _scores_launch(logits: Tensor, score: str, renormalise: bool) -> tuple[tuple[int], dict[str, int]]:
+def _scores_launch(logits: Tensor, score: str, renormalise: bool) -> tuple[tuple[int], ScoreForm]:
+    """(grid, constants): whole rows of experts, about ELEMENTS of them in a program."""
     block_e = padded(logits.shape[1])
     block_m = max(1, ELEMENTS // block_e)
-    options = {
-        "SOFTMAX": score == "softmax",
-        "RENORMALISE": renormalise,
-        "BLOCK_M": block_m,
-        "BLOCK_E": block_e,
-        "num_warps": 4,
-    }
-    return (cdiv(logits.shape[0], block_m),), options
+    form = ScoreForm(SOFTMAX=score == "softmax", RENORMALISE=renormalise, BLOCK_M=block_m, BLOCK_E=block_e)
+    return (cdiv(logits.shape[0], block_m),), form
 
 
 def _save_scores(ctx, inputs, output) -> None:
@@ -90,14 +110,41 @@ def sort_op(
     weight_N = weight.new_empty(N)
     if has_work(weight_N):
         n_blocks, buckets = cdiv(N, BLOCK_P), power_of_two(n_experts + 2)
-        slots = (expert.contiguous(), keep if keep is None else keep.contiguous())
+        expert, keep = expert.contiguous(), keep if keep is None else keep.contiguous()
         count = expert.new_empty(n_experts + 1, n_blocks, dtype=torch.int32)
         start = torch.empty_like(count, dtype=torch.int64)
-        count_kernel[(n_blocks,)](*slots, count, N, n_experts, n_blocks, BUCKETS=buckets, BLOCK_P=BLOCK_P)
-        scan_kernel[(n_experts + 1,)](count, start, expert_offsets, n_blocks, SCAN=SCAN)
-        rows = (weight_N, token_N, expert_N, token_offsets, row_of_slot_N, row_TK)
+        count_kernel[(n_blocks,)](
+            expert_ptr=expert,
+            keep_ptr=keep,
+            count_ptr=count,
+            N=N,
+            E=n_experts,
+            n_blocks=n_blocks,
+            BUCKETS=buckets,
+            BLOCK_P=BLOCK_P,
+        )
+        scan_kernel[(n_experts + 1,)](
+            count_ptr=count, start_ptr=start, expert_offsets_ptr=expert_offsets, n_blocks=n_blocks, SCAN=SCAN
+        )
         place_kernel[(n_blocks,)](
-            *slots, weight.contiguous(), start, expert_offsets, *rows, N, K, n_experts, n_blocks, BLOCK_P=BLOCK_P
+            expert_ptr=expert,
+            keep_ptr=keep,
+            weight_ptr=weight.contiguous(),
+            start_ptr=start,
+            expert_offsets_ptr=expert_offsets,
+            rows=RowTensors(
+                weight=weight_N,
+                token=token_N,
+                expert=expert_N,
+                token_offsets=token_offsets,
+                row_of_slot=row_of_slot_N,
+                row=row_TK,
+            ),
+            N=N,
+            K=K,
+            E=n_experts,
+            n_blocks=n_blocks,
+            BLOCK_P=BLOCK_P,
         )
     elif has_work(expert_offsets):
         expert_offsets.zero_()
@@ -109,7 +156,9 @@ def sort_op(
 def sort_backward_op(dweight_N: Tensor, row_TK: Tensor) -> Tensor:
     dweight, N = dweight_N.new_empty(row_TK.shape), row_TK.numel()
     if has_work(dweight):
-        slot_gradient_kernel[(cdiv(N, SCAN),)](dweight_N.contiguous(), row_TK, dweight, N, BLOCK=SCAN)
+        slot_gradient_kernel[(cdiv(N, SCAN),)](
+            dweight_N_ptr=dweight_N.contiguous(), row_ptr=row_TK, dweight_ptr=dweight, N=N, BLOCK=SCAN
+        )
     return dweight
 
 

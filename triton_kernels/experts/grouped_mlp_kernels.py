@@ -16,6 +16,9 @@ expert width, S rows of a token.
 
 # Jitted helpers that return tuples are beyond a type checker.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
@@ -87,32 +90,32 @@ def expert_product(
     return out_MN, second_MN
 
 
+# Of each kernel: its tensors, and its constants besides the sizes of its tiles. BLOCK_E is the number of experts,
+# padded.
+GateUpTensors = namedtuple("GateUpTensors", "x w token expert_offsets h a")
+GateUpForm = namedtuple("GateUpForm", "D F KEEP_H BLOCK_E")
+RowTensors = namedtuple("RowTensors", "rows w expert_offsets out")
+RowForm = namedtuple("RowForm", "DEPTH WIDTH TRANSPOSED BLOCK_E")
+ActivationTensors = namedtuple("ActivationTensors", "dy w h token weight expert_offsets dh aw partial")
+ActivationForm = namedtuple("ActivationForm", "D F BLOCK_E")
+WeightTensors = namedtuple("WeightTensors", "left right token expert_offsets dw")
+WeightForm = namedtuple("WeightForm", "HEIGHT WIDTH GATHER_LEFT")
+
+
 @triton.jit
-def gate_up_kernel(
-    x_ptr,
-    w_ptr,
-    token_ptr,
-    expert_offsets_ptr,
-    h_ptr,
-    a_ptr,
-    E,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    KEEP_H: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def gate_up_kernel(tensors, E, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """h = x[token] @ w, kept for backward only; a = silu(gate half of h) * up half."""
-    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
+    D: tl.constexpr = FORM.D
+    F: tl.constexpr = FORM.F
+    x_ptr, w_ptr, token_ptr, expert_offsets_ptr, h_ptr, a_ptr = tensors
+    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, FORM.BLOCK_E, BLOCK_M, BLOCK_N)
     if n_rows <= 0:
         return
     m_M, n_N = tl.arange(0, BLOCK_M), tile * BLOCK_N + tl.arange(0, BLOCK_N)
     # Rows past the expert's last read token 0, whose result is not stored.
     token_M = tl.load(token_ptr + first + m_M, mask=m_M < n_rows, other=0)
     gate_MN, up_MN = expert_product(x_ptr, token_M, w_ptr, expert, n_N, D, F, True, False, BLOCK_N, BLOCK_K)
-    if KEEP_H:
+    if FORM.KEEP_H:
         store_tile(h_ptr + first * (2 * F), gate_MN, n_rows, n_N, F, 2 * F)
         store_tile(h_ptr + first * (2 * F) + F, up_MN, n_rows, n_N, F, 2 * F)
     store_tile(a_ptr + first * F, gate_MN * tl.sigmoid(gate_MN) * up_MN, n_rows, n_N, F, F)
@@ -120,28 +123,20 @@ def gate_up_kernel(
 
 @triton.jit
 def row_product_kernel(
-    rows_ptr,
-    w_ptr,
-    expert_offsets_ptr,
-    out_ptr,
-    E,
-    DEPTH: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tensors, E, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """out [N, WIDTH] = rows [N, DEPTH] @ w[expert], w being [E, DEPTH, WIDTH], or [E, WIDTH, DEPTH] if TRANSPOSED."""
-    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, WIDTH, BLOCK_E, BLOCK_M, BLOCK_N)
+    DEPTH: tl.constexpr = FORM.DEPTH
+    WIDTH: tl.constexpr = FORM.WIDTH
+    rows_ptr, w_ptr, expert_offsets_ptr, out_ptr = tensors
+    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, WIDTH, FORM.BLOCK_E, BLOCK_M, BLOCK_N)
     if n_rows <= 0:
         return
     n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     # The expert's last row stands in for those past it, which may not exist.
     row_M = tl.minimum(tl.arange(0, BLOCK_M), n_rows - 1)
     out_MN, _ = expert_product(
-        rows_ptr + first * DEPTH, row_M, w_ptr, expert, n_N, DEPTH, WIDTH, False, TRANSPOSED, BLOCK_N, BLOCK_K
+        rows_ptr + first * DEPTH, row_M, w_ptr, expert, n_N, DEPTH, WIDTH, False, FORM.TRANSPOSED, BLOCK_N, BLOCK_K
     )
     store_tile(out_ptr + first * WIDTH, out_MN, n_rows, n_N, WIDTH, WIDTH)
 
@@ -196,27 +191,20 @@ def swiglu_gradient(da_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N, F: t
 
 @triton.jit
 def activation_gradient_kernel(
-    dy_ptr,
-    w_ptr,
-    h_ptr,
-    token_ptr,
-    weight_ptr,
-    expert_offsets_ptr,
-    dh_ptr,
-    aw_ptr,
-    partial_ptr,
-    N_ROWS,
+    tensors,
+    n_all_rows,
     E,
-    D: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """dh [N, 2F], aw = w A [N, F], and this tile's share of the rows' weight gradients, partial [tiles of F, N] in
     fp32. w_down is [E, F, D]."""
-    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, BLOCK_E, BLOCK_M, BLOCK_N)
+    D: tl.constexpr = FORM.D
+    F: tl.constexpr = FORM.F
+    dy_ptr, w_ptr, h_ptr, token_ptr, weight_ptr, expert_offsets_ptr, dh_ptr, aw_ptr, partial_ptr = tensors
+    expert, first, n_rows, tile = expert_tile(expert_offsets_ptr, E, F, FORM.BLOCK_E, BLOCK_M, BLOCK_N)
     if n_rows <= 0:
         return
     m_M = tl.arange(0, BLOCK_M)
@@ -231,25 +219,19 @@ def activation_gradient_kernel(
     n_N = tile * BLOCK_N + tl.arange(0, BLOCK_N // 2)
     dweight_M = swiglu_gradient(low_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N, F)
     dweight_M += swiglu_gradient(high_MN, h_base, weight_M, dh_base, aw_base, n_rows, n_N + BLOCK_N // 2, F)
-    tl.store(partial_ptr + wide(tile) * N_ROWS + first + m_M, dweight_M, mask=m_M < n_rows)
+    tl.store(partial_ptr + wide(tile) * n_all_rows + first + m_M, dweight_M, mask=m_M < n_rows)
 
 
 @triton.jit
 def weight_gradient_kernel(
-    left_ptr,
-    right_ptr,
-    token_ptr,
-    expert_offsets_ptr,
-    dw_ptr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GATHER_LEFT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    tensors, FORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """dw [E, HEIGHT, WIDTH] = left^T @ right over each expert's rows, zero without any. One side has a row per assigned
     row, the other (left if GATHER_LEFT) a row per token."""
+    HEIGHT: tl.constexpr = FORM.HEIGHT
+    WIDTH: tl.constexpr = FORM.WIDTH
+    GATHER_LEFT: tl.constexpr = FORM.GATHER_LEFT
+    left_ptr, right_ptr, token_ptr, expert_offsets_ptr, dw_ptr = tensors
     UPRIGHT: tl.constexpr = (HEIGHT + BLOCK_M - 1) // BLOCK_M
     ACROSS: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)

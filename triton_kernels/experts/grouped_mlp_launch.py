@@ -5,6 +5,8 @@ Nothing here waits for the device: the grids need nothing but N, a bound on the 
 Legend: T tokens, N assigned rows, D model width, E experts, F expert width.
 """
 
+# The launches' constexpr parameters are plain values to the caller, which a type checker cannot know.
+# pyright: reportArgumentType=false
 import torch
 from torch import Tensor
 
@@ -12,6 +14,14 @@ from triton_kernels.common.launch_tables import Tables
 from triton_kernels.common.registration import has_work, kernel_op
 from triton_kernels.common.sizes import cdiv, power_of_two
 from triton_kernels.experts.grouped_mlp_kernels import (
+    ActivationForm,
+    ActivationTensors,
+    GateUpForm,
+    GateUpTensors,
+    RowForm,
+    RowTensors,
+    WeightForm,
+    WeightTensors,
     activation_gradient_kernel,
     combine_kernel,
     gate_up_kernel,
@@ -45,17 +55,24 @@ def forward_op(
     y, h = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(N if keep_h else 0, 2 * F)
     if has_work(y):
         a = x.new_empty(N, F)
-        grid, options = _row_tiles(GATE_UP, a, E, D, F)
-        # Weights are cast anew in each pass, because a cast copy saved for backward would outweigh all else that is.
-        inputs = (x.contiguous(), w_gate_up.to(x.dtype).contiguous(), token, expert_offsets)
-        gate_up_kernel[grid](*inputs, h, a, E, D=D, F=F, KEEP_H=keep_h, **options)
-        _combine(
-            _row_product(a, w_down, expert_offsets, D, transposed=False),
-            weight.contiguous(),
-            token_offsets,
-            row_of_slot,
-            y,
+        grid, options = _row_tiles(GATE_UP, a, n_experts=E, depth=D, columns=F)
+        gate_up_kernel[grid](
+            tensors=GateUpTensors(
+                x=x.contiguous(),
+                # Weights are cast anew in each pass, because a cast copy saved for backward would outweigh all else
+                # that is.
+                w=w_gate_up.to(x.dtype).contiguous(),
+                token=token,
+                expert_offsets=expert_offsets,
+                h=h,
+                a=a,
+            ),
+            E=E,
+            FORM=GateUpForm(D=D, F=F, KEEP_H=keep_h, BLOCK_E=power_of_two(E)),
+            **options,
         )
+        out = _row_product(a, w_down, expert_offsets, D, transposed=False)
+        _combine(out, weight.contiguous(), token_offsets=token_offsets, row_of_slot=row_of_slot, y=y)
     return y, h
 
 
@@ -77,13 +94,29 @@ def backward_op(
     expert without rows)."""
     N, (E, F, D) = token.shape[0], w_down.shape
     dx, dh, aw = torch.empty_like(dy), torch.empty_like(h), h.new_empty(N, F)
-    grid, options = _row_tiles(ACTIVATION_GRADIENT, h, E, D, F)
+    grid, options = _row_tiles(ACTIVATION_GRADIENT, h, n_experts=E, depth=D, columns=F)
     # Rows of padding belong to no program, and their weights' gradient is zero.
     partial = dy.new_zeros(cdiv(F, options["BLOCK_N"]), N, dtype=torch.float32)
     if has_work(dx):
-        inputs = (dy, w_down.to(dy.dtype).contiguous(), h, token, weight.contiguous(), expert_offsets)
-        activation_gradient_kernel[grid](*inputs, dh, aw, partial, N, E, D=D, F=F, **options)
-        _combine(_row_product(dh, w_gate_up, expert_offsets, D, transposed=True), None, token_offsets, row_of_slot, dx)
+        activation_gradient_kernel[grid](
+            tensors=ActivationTensors(
+                dy=dy,
+                w=w_down.to(dy.dtype).contiguous(),
+                h=h,
+                token=token,
+                weight=weight.contiguous(),
+                expert_offsets=expert_offsets,
+                dh=dh,
+                aw=aw,
+                partial=partial,
+            ),
+            n_all_rows=N,
+            E=E,
+            FORM=ActivationForm(D=D, F=F, BLOCK_E=power_of_two(E)),
+            **options,
+        )
+        dout = _row_product(dh, w_gate_up, expert_offsets, D, transposed=True)
+        _combine(dout, None, token_offsets=token_offsets, row_of_slot=row_of_slot, y=dx)
     d_gate_up, d_down = (w.new_empty(w.shape if experts else 0) for w in (w_gate_up, w_down))
     options = _options(WEIGHT_GRADIENT, x.dtype, D)
     for left, right, dw, gather_left in ((x.contiguous(), dh, d_gate_up, True), (aw, dy, d_down, False)):
@@ -91,7 +124,9 @@ def backward_op(
             _, height, width = dw.shape
             grid = (E * cdiv(height, options["BLOCK_M"]) * cdiv(width, options["BLOCK_N"]),)
             weight_gradient_kernel[grid](
-                left, right, token, expert_offsets, dw, HEIGHT=height, WIDTH=width, GATHER_LEFT=gather_left, **options
+                tensors=WeightTensors(left=left, right=right, token=token, expert_offsets=expert_offsets, dw=dw),
+                FORM=WeightForm(HEIGHT=height, WIDTH=width, GATHER_LEFT=gather_left),
+                **options,
             )
     return dx, partial.sum(0).to(weight.dtype), d_gate_up, d_down
 
@@ -116,25 +151,41 @@ def _options(tables: Tables, dtype: torch.dtype, width: int) -> dict[str, int]:
     return tables[dtype == torch.float32].options(width)[0].keywords
 
 
-def _row_tiles(tables: Tables, rows: Tensor, E: int, D: int, columns: int) -> tuple[tuple[int], dict[str, int]]:
+def _row_tiles(
+    tables: Tables, rows: Tensor, *, n_experts: int, depth: int, columns: int
+) -> tuple[tuple[int], dict[str, int]]:
     """(grid, launch options) of a kernel with tiles of `rows` and of so many columns; see `expert_tile` for the number
     of row tiles."""
-    options = _options(tables, rows.dtype, D) | {"BLOCK_E": power_of_two(E)}
-    return ((rows.shape[0] // options["BLOCK_M"] + E) * cdiv(columns, options["BLOCK_N"]),), options
+    options = _options(tables, rows.dtype, depth)
+    return ((rows.shape[0] // options["BLOCK_M"] + n_experts) * cdiv(columns, options["BLOCK_N"]),), options
 
 
 def _row_product(rows: Tensor, w: Tensor, expert_offsets: Tensor, D: int, *, transposed: bool) -> Tensor:
     """rows @ w[expert] [N, D], or by the transpose."""
     (N, depth), E = rows.shape, w.shape[0]
-    grid, options = _row_tiles(ROW_PRODUCT, rows, E, D, D)
+    grid, options = _row_tiles(ROW_PRODUCT, rows, n_experts=E, depth=D, columns=D)
     out, w = rows.new_empty(N, D), w.to(rows.dtype).contiguous()
-    row_product_kernel[grid](rows, w, expert_offsets, out, E, DEPTH=depth, WIDTH=D, TRANSPOSED=transposed, **options)
+    row_product_kernel[grid](
+        tensors=RowTensors(rows=rows, w=w, expert_offsets=expert_offsets, out=out),
+        E=E,
+        FORM=RowForm(DEPTH=depth, WIDTH=D, TRANSPOSED=transposed, BLOCK_E=power_of_two(E)),
+        **options,
+    )
     return out
 
 
-def _combine(rows: Tensor, weight: Tensor | None, token_offsets: Tensor, row_of_slot: Tensor, y: Tensor) -> None:
+def _combine(rows: Tensor, weight: Tensor | None, *, token_offsets: Tensor, row_of_slot: Tensor, y: Tensor) -> None:
+    """y: the sum of each token's rows, times their weights where there are any."""
     T, D = y.shape
     block_d = min(power_of_two(D), SUM_WIDTH)
     combine_kernel[T, cdiv(D, block_d)](
-        rows, weight, token_offsets, row_of_slot, y, D=D, BLOCK_S=SUM_ROWS, BLOCK_D=block_d, num_warps=4
+        rows_ptr=rows,
+        weight_ptr=weight,
+        token_offsets_ptr=token_offsets,
+        row_of_slot_ptr=row_of_slot,
+        y_ptr=y,
+        D=D,
+        BLOCK_S=SUM_ROWS,
+        BLOCK_D=block_d,
+        num_warps=4,
     )

@@ -10,7 +10,9 @@ a block, P blocks of rows.
 """
 
 # Jitted helpers that return tuples are beyond a type checker.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
@@ -61,28 +63,29 @@ def convolve(inputs, row_M, sequence_M, first_M, channel_C, mask_MC, D, W: tl.co
     return z_MC
 
 
+# What both passes read, what the backward writes, and how many rows there are in all, of a sequence, and so on.
+Inputs = namedtuple("Inputs", "x weight bias tail")
+Gradients = namedtuple("Gradients", "dx dtail partial")
+Sizes = namedtuple("Sizes", "n_rows T D n_sequences")
+
+
 @triton.jit
 def convolution_forward_kernel(
-    x,
-    weight,
-    bias,
-    tail,
+    inputs,
     cu_seqlens,
     y,
-    n_rows,
-    T,
-    D,
-    n_sequences,
+    sizes,
     W: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """y [B, T, D]."""
+    n_rows, T, D, n_sequences = sizes
     row_M, sequence_M, first_M, past_M = place_rows(tl.program_id(0), cu_seqlens, n_rows, T, n_sequences, BLOCK_M)
     channel_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_MC = (row_M < past_M)[:, None] & (channel_C < D)[None, :]
-    z_MC = convolve((x, weight, bias, tail), row_M, sequence_M, first_M, channel_C, mask_MC, D, W)
+    z_MC = convolve(inputs, row_M, sequence_M, first_M, channel_C, mask_MC, D, W)
     y_MC = z_MC * tl.sigmoid(z_MC) if SILU else z_MC
     tl.store(y + row_M[:, None] * D + channel_C[None, :], y_MC.to(y.dtype.element_ty), mask=mask_MC)
 
@@ -90,18 +93,10 @@ def convolution_forward_kernel(
 @triton.jit
 def convolution_backward_kernel(
     dy,
-    x,
-    weight,
-    bias,
-    tail,
+    inputs,
     cu_seqlens,
-    dx,
-    dtail,
-    partial,
-    n_rows,
-    T,
-    D,
-    n_sequences,
+    gradients,
+    sizes,
     W: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -109,6 +104,9 @@ def convolution_backward_kernel(
 ):
     """dx [B, T, D], or dtail [S, W - 1, D], from the W outputs that each input reached, and this block's share of
     dweight and dbias, partial [P, W + 1, D] in fp32."""
+    x, weight, _, tail = inputs
+    dx, dtail, partial = gradients
+    n_rows, T, D, n_sequences = sizes
     block = tl.program_id(0)
     row_M, sequence_M, first_M, past_M = place_rows(block, cu_seqlens, n_rows, T, n_sequences, BLOCK_M)
     channel_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -121,7 +119,7 @@ def convolution_backward_kernel(
         reached_MC = ((output_M >= first_M) & (output_M < past_M))[:, None] & channels[None, :]
         dz_MC = tl.load(dy + output_M[:, None] * D + channel_C[None, :], mask=reached_MC, other=0.0).to(tl.float32)
         if SILU:
-            z_MC = convolve((x, weight, bias, tail), output_M, sequence_M, first_M, channel_C, reached_MC, D, W)
+            z_MC = convolve(inputs, output_M, sequence_M, first_M, channel_C, reached_MC, D, W)
             sigmoid_MC = tl.sigmoid(z_MC)
             dz_MC *= sigmoid_MC * (1 + z_MC * (1 - sigmoid_MC))
         dx_MC += dz_MC * tl.load(weight + channel_C * W + w, mask=channels, other=0.0).to(tl.float32)[None, :]

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from triton_kernels.common.registration import has_work, kernel_op
 from triton_kernels.common.sizes import cdiv
-from triton_kernels.linear.causal_conv1d_kernels import convolution_backward_kernel, convolution_forward_kernel
+from triton_kernels.linear.causal_conv1d_kernels import (
+    Gradients,
+    Inputs,
+    Sizes,
+    convolution_backward_kernel,
+    convolution_forward_kernel,
+)
 
 # Rows and channels of a program: 16 elements per thread at 4 warps forward; the backward holds more of them at once and
 # takes half as many.
@@ -21,28 +27,20 @@ BLOCK_C = 128
 
 
 def launch(
-    kernel: Any,
-    inputs: tuple[Tensor | None, ...],
-    outputs: tuple[Tensor, ...],
-    silu: bool,
-    block_m: int,
-    n_tails: int = 0,
+    kernel: Any, inputs: Inputs, cu_seqlens: Tensor | None, *, silu: bool, block_m: int, n_tails: int, **tensors: Any
 ) -> None:
-    """Over the blocks of rows, and the tails after them, times blocks of channels; the inputs end in x, weight, bias,
-    tail, cu_seqlens."""
-    x, weight, *_, cu_seqlens = inputs[-5:]
-    B, T, D = x.shape
+    """Over the blocks of rows, and the tails after them, times blocks of channels; `tensors` are what this kernel has
+    besides, by its parameters' names."""
+    B, T, D = inputs.x.shape
     kernel[(cdiv(B * T, block_m) + n_tails, cdiv(D, BLOCK_C))](
-        *(None if t is None else t.contiguous() for t in inputs),
-        *outputs,
-        B * T,
-        T,
-        D,
-        0 if cu_seqlens is None else len(cu_seqlens) - 1,
-        W=weight.shape[1],
+        inputs=Inputs(*(None if t is None else t.contiguous() for t in inputs)),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        sizes=Sizes(n_rows=B * T, T=T, D=D, n_sequences=0 if cu_seqlens is None else len(cu_seqlens) - 1),
+        W=inputs.weight.shape[1],
         SILU=silu,
         BLOCK_M=block_m,
         BLOCK_C=BLOCK_C,
+        **tensors,
     )
 
 
@@ -53,7 +51,8 @@ def forward_op(
     """y; the arguments are those of `causal_conv1d`, already checked."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_work(y):
-        launch(convolution_forward_kernel, (x, weight, bias, tail, cu_seqlens), (y,), silu, BLOCK_M)
+        inputs = Inputs(x=x, weight=weight, bias=bias, tail=tail)
+        launch(convolution_forward_kernel, inputs, cu_seqlens, silu=silu, block_m=BLOCK_M, n_tails=0, y=y)
     return y
 
 
@@ -66,8 +65,16 @@ def backward_op(
     dx, dtail = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, tail))
     partial_PWD = x.new_empty(cdiv(B * T, BACKWARD_BLOCK_M), W + 1, D, dtype=torch.float32)
     if has_work(dtail):
-        inputs, outputs = (dy, x, weight, bias, tail, cu_seqlens), (dx, dtail, partial_PWD)
-        launch(convolution_backward_kernel, inputs, outputs, silu, BACKWARD_BLOCK_M, n_tails=len(tail))
+        launch(
+            convolution_backward_kernel,
+            Inputs(x=x, weight=weight, bias=bias, tail=tail),
+            cu_seqlens,
+            silu=silu,
+            block_m=BACKWARD_BLOCK_M,
+            n_tails=len(tail),
+            dy=dy.contiguous(),
+            gradients=Gradients(dx=dx, dtail=dtail, partial=partial_PWD),
+        )
     return dx, dtail, partial_PWD.sum(0)
 
 

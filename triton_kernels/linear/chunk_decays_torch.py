@@ -3,7 +3,7 @@ ops.
 
 Everything is an exponential of a difference that is at most 0, so nothing overflows and the hidden half of a chunk
 gives no 0 * inf. Exponentials are powers of two: on a CPU exp2 is 4 to 25 times faster than exp.
-Letters: X chunks times heads, r kinds of rows that read (queries; queries and keys), C chunk length, P pairs of
+Legend: X chunks times heads, r kinds of rows that read (queries; queries and keys), C chunk length, P pairs of
 neighbouring sub-chunks, s their length, K key width.
 """
 

@@ -19,7 +19,7 @@ queries and -dV for the keys, Z = Y E^T of each:
       e^{c_C} dS' + (e^c Q)^T dO - (A e^c K)^T dE
 
 Derived in notes/kernels/gated_delta_rule.md. WY form: arXiv 2406.06484; gates: 2312.06635, 2412.06464 (scalar),
-2510.26692 (per channel). Letters: B batch, T tokens, G query/key heads, H value heads, n chunks of a block, N of all
+2510.26692 (per channel). Legend: B batch, T tokens, G query/key heads, H value heads, n chunks of a block, N of all
 blocks, M = B * H, X = n * M, r kinds of rows (queries; queries and keys), C chunk length, K key width, V value width, S
 sequences.
 """
@@ -294,10 +294,13 @@ def chunked_rule(
     k: Tensor,
     v: Tensor,
     g: Tensor,
+    *,
     beta: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    **options: Any,
+    chunk: int,
+    scale: float,
+    normalize_qk: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, finals) of `forward_op`, from a state of zeros where none is given."""
     if initial is None:
@@ -305,7 +308,19 @@ def chunked_rule(
         initial = v.new_zeros(
             n_states, v.shape[2], q.shape[3], v.shape[3], dtype=torch.promote_types(v.dtype, torch.float32)
         )
-    return forward_op(q, k, v, g, beta, initial, cu_seqlens, **options)[:2]
+    out, finals, *_ = forward_op(
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        initial=initial,
+        cu_seqlens=cu_seqlens,
+        chunk=chunk,
+        scale=scale,
+        normalize_qk=normalize_qk,
+    )
+    return out, finals
 
 
 def multiplied(scratch: Scratch, a: Tensor, b: Tensor) -> Tensor:

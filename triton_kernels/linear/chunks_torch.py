@@ -3,7 +3,7 @@
 Chunks hold C tokens each; every sequence starts on a chunk of its own and pads its last one with zeros. Without
 `cu_seqlens` each batch row is one sequence; with it B is 1 and the chunks of the packed sequences follow one another.
 The work goes over blocks, a few consecutive chunks of all heads: what a block needs is loaded into scratch memory that
-all blocks share, worked on while it lies in the cache, and stored back. Letters: B batch, T tokens, G query/key heads,
+all blocks share, worked on while it lies in the cache, and stored back. Legend: B batch, T tokens, G query/key heads,
 H heads, R = H / G, N chunks, n chunks of a block, M = B * H, X = n * M, C chunk length, D any width.
 """
 

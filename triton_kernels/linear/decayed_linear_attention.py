@@ -3,7 +3,7 @@ plain linear attention (none).
 
     S_t = e^{g_t} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
-Letters: B batch, T tokens, H heads, K key width, V value width, S sequences (B of them, or those packed by
+Legend: B batch, T tokens, H heads, K key width, V value width, S sequences (B of them, or those packed by
 `cu_seqlens`).
 """
 

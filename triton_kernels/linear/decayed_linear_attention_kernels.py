@@ -9,7 +9,7 @@ into segments: one launch finds each segment's own state (OUTPUT False), the nex
 before it. No product takes the transpose of another product's result, the pattern that Triton miscompiles on Hopper
 before 3.7.1.
 
-Letters: IN width of query and key, OUT width of value. Offsets to rows are int64; offsets inside a tile are int32.
+Legend: IN width of query and key, OUT width of value. Offsets to rows are int64; offsets inside a tile are int32.
 """
 
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportAssignmentType=false

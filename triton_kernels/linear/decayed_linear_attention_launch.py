@@ -1,6 +1,6 @@
 """Decayed linear attention on its Triton kernels, as operators that torch.compile and CUDA graphs see as one node each.
 
-Letters: B batch, T tokens, H heads, K key width, V value width, S sequences.
+Legend: B batch, T tokens, H heads, K key width, V value width, S sequences.
 """
 
 # The launches' constexpr parameters are plain values to the caller, which a type checker cannot know.
@@ -238,7 +238,18 @@ def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor
     gate_gradient = log_decay is not None and ctx.needs_input_grad[3]
     do = torch.zeros_like(v) if do is None else do
     dq, dk, dv, dgate, dinitial = backward_op(
-        do, dfinal, q, k, v, log_decay, initial, final, cu_seqlens, ctx.scale, ctx.chunk_size, gate_gradient
+        do=do,
+        dfinal=dfinal,
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        initial=initial,
+        final=final,
+        cu_seqlens=cu_seqlens,
+        scale=ctx.scale,
+        chunk_size=ctx.chunk_size,
+        gate_gradient=gate_gradient,
     )
     return dq, dk, dv, dgate if gate_gradient else None, dinitial if initial is not None else None, None, None, None
 
@@ -260,4 +271,13 @@ def decayed_linear_attention_triton(
     """The kernels behind `decayed_linear_attention`; log_decay is None, [H] or [B, T, H]."""
     if log_decay is not None:
         log_decay = log_decay.float().expand(q_BTHK.shape[:3])
-    return forward_op(q_BTHK, k_BTHK, v_BTHV, log_decay, initial_SHKV, cu_seqlens, scale, chunk_size)
+    return forward_op(
+        q=q_BTHK,
+        k=k_BTHK,
+        v=v_BTHV,
+        log_decay=log_decay,
+        initial=initial_SHKV,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        chunk_size=chunk_size,
+    )

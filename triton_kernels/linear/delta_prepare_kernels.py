@@ -1,7 +1,7 @@
 """First launch of the delta rules: everything of a chunk that does not depend on the state, one program per chunk and
 value head.
 
-Letters as in notes/kernels/gated_delta_rule.md. Outputs: attention F_q and inverse (I + G)^-1 [H, tokens, CHUNK], and
+Legend as in notes/kernels/gated_delta_rule.md. Outputs: attention F_q and inverse (I + G)^-1 [H, tokens, CHUNK], and
 that with which the scan reads and writes the state, so that it knows neither gate nor normalisation: read_q = scale e^c
 q, read_k = e^c k, write = b e^{c_C - c} k, whole = e^{c_C}. With a decay per channel (CHANNEL) these are matrices
 [tokens, H, K] and whole is [H, slots, K]; otherwise only the factors of the rows of q and k, [H, tokens], and whole is

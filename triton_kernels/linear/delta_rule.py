@@ -75,7 +75,6 @@ def run_delta_rule(
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
     tensors = tensors._replace(initial=check_sequences(op, sizes, tensors.q.dtype, cu_seqlens, tensors.initial))
-    scale = sizes["K"] ** -0.5 if scale is None else scale
     if check_backend(backend, tensors.q) == "triton":
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
         from triton_kernels.linear.delta_rule_launch import check_kernels_take, delta_rule_triton
@@ -85,5 +84,9 @@ def run_delta_rule(
     else:
         implementation = delta_rule_torch
     return implementation(
-        *tensors, scale=scale, normalize_qk=normalize_qk, cu_seqlens=cu_seqlens, chunk_size=chunk_size
+        *tensors,
+        scale=sizes["K"] ** -0.5 if scale is None else scale,
+        normalize_qk=normalize_qk,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
     )

@@ -2,7 +2,7 @@
 
 Forward: prepare (chunks in parallel), scan. Backward: both scans in one launch, then the gradients (chunks in parallel;
 with a decay per key channel also blocks of channels, and a launch for their row sums). Where heads are few a scan is
-two launches, see `delta_scan.py`. Letters: B batch, T tokens, G query/key heads, H value heads, K key width, V value
+two launches, see `delta_scan.py`. Legend: B batch, T tokens, G query/key heads, H value heads, K key width, V value
 width, S sequences, C chunk length, N segments.
 """
 
@@ -351,15 +351,15 @@ def delta_rule_triton(
     chunk_size = min(chunk_size, SINGLE_CHUNK) if q_BTGK.dtype == torch.float32 else chunk_size
     log_decay, initial_SHKV = (None if x is None else x.contiguous() for x in (log_decay, initial_SHKV))
     o, final, *_ = forward_op(
-        q_BTGK,
-        k_BTGK,
-        v_BTHV,
-        log_decay,
-        beta_BTH.contiguous(),
-        initial_SHKV,
-        cu_seqlens,
-        scale,
-        normalize_qk,
-        chunk_size,
+        q=q_BTGK,
+        k=k_BTGK,
+        v=v_BTHV,
+        g=log_decay,
+        beta=beta_BTH.contiguous(),
+        initial=initial_SHKV,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        normalize_qk=normalize_qk,
+        chunk_size=chunk_size,
     )
     return o, final

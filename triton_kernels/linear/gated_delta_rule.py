@@ -2,7 +2,7 @@
 
     S_t = e^{g_t} (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T        o_t = scale * S_t^T q_t
 
-Letters: B batch, T tokens, G query/key heads, H value heads (a multiple of G), K key width, V value width, S sequences
+Legend: B batch, T tokens, G query/key heads, H value heads (a multiple of G), K key width, V value width, S sequences
 (B of them, or those packed by `cu_seqlens`).
 """
 

@@ -7,20 +7,21 @@ computed again in the backward, from the x that it reads anyway, rather than sav
 Legend: N rows (all dimensions but the last), D width of the norm, M rows of a step, P programs.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
+
+Inputs = namedtuple("Inputs", "x gate weight")
+# All None forward.
+Gradients = namedtuple("Gradients", "dy dx dgate partial")
 
 
 @triton.jit
 def norm_kernel(
-    x,
-    gate,
-    weight,
+    inputs,
     y,
-    dy,
-    dx,
-    dgate,
-    partial,
+    gradients,
     N,
     D,
     eps,
@@ -31,6 +32,8 @@ def norm_kernel(
 ):
     """y of this program's rows or, where there is a dy, their dx and dgate and its share of dweight, partial [P, D] in
     fp32."""
+    x, gate, weight = inputs
+    dy, dx, dgate, partial = gradients
     d_D = tl.arange(0, BLOCK_D)
     weight_D = tl.load(weight + d_D, mask=d_D < D, other=0.0).to(tl.float32)
     dweight_D = tl.zeros([BLOCK_D], tl.float32)

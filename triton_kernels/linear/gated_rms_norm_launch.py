@@ -4,12 +4,14 @@ gradients.
 Legend: N rows (all dimensions but the last), D width of the norm, P programs.
 """
 
+# The launches' constexpr parameters are plain values to the caller, which a type checker cannot know.
+# pyright: reportArgumentType=false
 import torch
 from torch import Tensor
 
 from triton_kernels.common.registration import has_work, kernel_op
 from triton_kernels.common.sizes import cdiv
-from triton_kernels.linear.gated_rms_norm_kernels import norm_kernel
+from triton_kernels.linear.gated_rms_norm_kernels import Gradients, Inputs, norm_kernel
 
 MAX_WIDTH = 16384
 # Elements of a step of one program, and the programs that share the rows of a backward: their partial sums cost P x D.
@@ -32,8 +34,17 @@ def forward_op(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) 
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_work(y):
         N, steps, blocks = step_sizes(x)
-        inputs = (t.contiguous() for t in (x, gate, weight))
-        norm_kernel[(steps,)](*inputs, y, None, None, None, None, N, x.shape[-1], eps, 1, SILU=silu, **blocks)
+        norm_kernel[(steps,)](
+            inputs=Inputs(x=x.contiguous(), gate=gate.contiguous(), weight=weight.contiguous()),
+            y=y,
+            gradients=Gradients(dy=None, dx=None, dgate=None, partial=None),
+            N=N,
+            D=x.shape[-1],
+            eps=eps,
+            steps=1,
+            SILU=silu,
+            **blocks,
+        )
     return y
 
 
@@ -48,9 +59,16 @@ def backward_op(
     N, steps, blocks = step_sizes(x)
     steps_each = cdiv(steps, BACKWARD_PROGRAMS)
     partial_PD = x.new_empty(cdiv(steps, steps_each), x.shape[-1], dtype=torch.float32)
-    x, gate, weight_D, dy = (t.contiguous() for t in (x, gate, weight, dy))
     norm_kernel[(len(partial_PD),)](
-        x, gate, weight_D, None, dy, dx, dgate, partial_PD, N, x.shape[-1], eps, steps_each, SILU=silu, **blocks
+        inputs=Inputs(x=x.contiguous(), gate=gate.contiguous(), weight=weight.contiguous()),
+        y=None,
+        gradients=Gradients(dy=dy.contiguous(), dx=dx, dgate=dgate, partial=partial_PD),
+        N=N,
+        D=x.shape[-1],
+        eps=eps,
+        steps=steps_each,
+        SILU=silu,
+        **blocks,
     )
     return dx, dgate, partial_PD.sum(0).to(weight.dtype)
 

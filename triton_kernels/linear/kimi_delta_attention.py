@@ -2,7 +2,7 @@
 
     S_t = (I - b_t k_t k_t^T) Diag(e^{g_t}) S_{t-1} + b_t k_t v_t^T        o_t = scale * S_t^T q_t
 
-Letters as in `gated_delta_rule.py`.
+Legend as in `gated_delta_rule.py`.
 """
 
 from torch import Tensor

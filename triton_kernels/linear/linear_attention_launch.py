@@ -1,7 +1,7 @@
 """What the launchers of linear attention share: how a tensor is walked, the sizes of a call, and when a sequence is cut
 into segments.
 
-Letters: B batch, T tokens, G query/key heads, H (value) heads, K key width, V value width, S sequences, C chunk length.
+Legend: B batch, T tokens, G query/key heads, H (value) heads, K key width, V value width, S sequences, C chunk length.
 """
 
 import torch

@@ -6,7 +6,7 @@ that defines them all.
     gated delta rule          S_t = (I - b_t k_t k_t^T) e^{g_t} S_{t-1} + b_t k_t v_t^T
     Kimi delta attention      the same with a diagonal matrix of decays, one per key channel
 
-Letters: B batch, T tokens, G query/key heads, H value heads, C chunk length, K key width, V value width, S sequences.
+Legend: B batch, T tokens, G query/key heads, H value heads, C chunk length, K key width, V value width, S sequences.
 """
 
 from itertools import pairwise
@@ -35,8 +35,18 @@ def decayed_linear_attention_torch(
     g = q_BTHK.new_zeros(q_BTHK.shape[2], dtype=torch.float32) if log_decay is None else log_decay
     # One number per head without a gradient takes a shorter way.
     g = token_log_decay(g, q_BTHK) if g.requires_grad else g
-    options = {"chunk": min(chunk_size, MAX_CHUNK), "scale": scale, "normalize_qk": False}
-    return chunked_rule(q_BTHK, k_BTHK, v_BTHV, g, None, initial_SHKV, cu_seqlens, **options)
+    return chunked_rule(
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
+        g,
+        beta=None,
+        initial=initial_SHKV,
+        cu_seqlens=cu_seqlens,
+        chunk=min(chunk_size, MAX_CHUNK),
+        scale=scale,
+        normalize_qk=False,
+    )
 
 
 def delta_rule_torch(
@@ -55,8 +65,18 @@ def delta_rule_torch(
     """The chunked form behind `gated_delta_rule` (log_decay None or [B, T, H]) and `kimi_delta_attention` ([B, T, H,
     K])."""
     g = beta_BTH.new_zeros(()).expand(beta_BTH.shape) if log_decay is None else log_decay
-    options = {"chunk": min(chunk_size, MAX_CHUNK), "scale": scale, "normalize_qk": normalize_qk}
-    return chunked_rule(q_BTGK, k_BTGK, v_BTHV, g, beta_BTH, initial_SHKV, cu_seqlens, **options)
+    return chunked_rule(
+        q_BTGK,
+        k_BTGK,
+        v_BTHV,
+        g,
+        beta=beta_BTH,
+        initial=initial_SHKV,
+        cu_seqlens=cu_seqlens,
+        chunk=min(chunk_size, MAX_CHUNK),
+        scale=scale,
+        normalize_qk=normalize_qk,
+    )
 
 
 def token_log_decay(log_decay: Tensor | None, q_BTHK: Tensor) -> Tensor:

@@ -70,18 +70,18 @@ def delta_decode(
         from triton_kernels.linear.linear_decode_launch import delta_decode_op
 
         return delta_decode_op(
-            qkv_BX,
-            gate_BHV,
-            a,
-            b_BH,
-            conv_XW,
-            A_log_H,
-            dt_bias,
-            norm_V,
-            state_BHKV,
-            tail_BXW,
-            eps,
-            activation == "silu",
+            qkv=qkv_BX,
+            gate=gate_BHV,
+            a=a,
+            b=b_BH,
+            conv=conv_XW,
+            A_log=A_log_H,
+            dt_bias=dt_bias,
+            norm=norm_V,
+            state=state_BHKV,
+            tail=tail_BXW,
+            eps=eps,
+            silu=activation == "silu",
         )
     qkv_B1X, tail = causal_conv1d(qkv_BX[:, None], conv_XW.to(qkv_BX.dtype), initial_tail=tail_BXW, backend="torch")
     log_decay = decay_gate(a, A_log_H, dt_bias)

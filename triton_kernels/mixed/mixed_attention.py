@@ -51,7 +51,9 @@ def mixed_attention(
     Returns (o_BTHV, linear_o_BTJV, final_state_NJKV fp32); gradients flow to every tensor, through all three.
     Raises ValueError for shapes, dtypes, offsets and options that do not fit.
     """
-    scale = check_attention(OP, q_BTHK, k_BSGK, v_BSGV, True, window, scale, sinks_H, cu_seqlens)
+    scale = check_attention(
+        OP, q_BTHK, k_BSGK, v_BSGV, causal=True, window=window, scale=scale, sinks_H=sinks_H, cu_seqlens=cu_seqlens
+    )
     B, T = q_BTHK.shape[:2]
     sizes = {"B": B, "T": T, "N": B if cu_seqlens is None else len(cu_seqlens) - 1}
     linear = {"linear_q_BTJK": linear_q_BTJK, "linear_k_BTJK": linear_k_BTJK, "linear_v_BTJV": linear_v_BTJV}
@@ -63,9 +65,14 @@ def mixed_attention(
         o_BTHV = flash_attention(
             q_BTHK, k_BSGK, v_BSGV, window=window, scale=scale, sinks_H=sinks_H, cu_seqlens=cu_seqlens, backend="torch"
         )
-        state = {"initial_state_BHKV": initial_state_NJKV, "cu_seqlens": cu_seqlens}
         return o_BTHV, *decayed_linear_attention(
-            *linear.values(), log_decay, scale=linear_scale, chunk_size=chunk_size, backend="torch", **state
+            *linear.values(),
+            log_decay,
+            scale=linear_scale,
+            initial_state_BHKV=initial_state_NJKV,
+            cu_seqlens=cu_seqlens,
+            chunk_size=chunk_size,
+            backend="torch",
         )
     check_kernels_take(OP, q_BTHK, v_BSGV, linear_q_BTJK, linear_v_BTJV)
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
@@ -75,8 +82,22 @@ def mixed_attention(
 
     decays = None if log_decay is None else log_decay.float().expand(B, T, sizes["J"])
     initial = None if initial_state_NJKV is None else initial_state_NJKV.float().contiguous()
-    tensors = (q_BTHK, k_BSGK, v_BSGV, sinks_H, *linear.values(), decays, initial, cu_seqlens)
-    o_BTHV, _, *linear_results = forward_op(*tensors, window, scale, linear_scale, chunk_size)
+    o_BTHV, _, *linear_results = forward_op(
+        q=q_BTHK,
+        k=k_BSGK,
+        v=v_BSGV,
+        sinks=sinks_H,
+        linear_q=linear_q_BTJK,
+        linear_k=linear_k_BTJK,
+        linear_v=linear_v_BTJV,
+        log_decay=decays,
+        initial=initial,
+        cu_seqlens=cu_seqlens,
+        window=window,
+        scale=scale,
+        linear_scale=linear_scale,
+        chunk_size=chunk_size,
+    )
     return o_BTHV, *linear_results
 
 
@@ -102,9 +123,8 @@ def mixed_decode(
     not fit.
     """
     op = "mixed_decode"
-    scale = check_decode(
-        op, q_BHK, {"k_cache_BSGK": k_cache_BSGK, "v_cache_BSGV": v_cache_BSGV}, {}, lengths_B, sinks_H, scale
-    )
+    caches = {"k_cache_BSGK": k_cache_BSGK, "v_cache_BSGV": v_cache_BSGV}
+    scale = check_decode(op, q_BHK, caches, scales={}, lengths_B=lengths_B, sinks_H=sinks_H, scale=scale)
     check_dtype(op, {"q_BHK": q_BHK, "linear_qkv_BX": linear_qkv_BX})
     if check_linear_projection(op, linear_qkv_BX, state_BJKV)[0] != len(q_BHK):
         raise ValueError(
@@ -121,5 +141,13 @@ def mixed_decode(
     from triton_kernels.mixed.mixed_attention_launch import decode_op
 
     return decode_op(
-        q_BHK, k_cache_BSGK, v_cache_BSGV, lengths_B, sinks_H, linear_qkv_BX, log_decay_J, state_BJKV, scale
+        q=q_BHK,
+        k=k_cache_BSGK,
+        v=v_cache_BSGV,
+        lengths=lengths_B,
+        sinks=sinks_H,
+        linear_qkv=linear_qkv_BX,
+        log_decay=log_decay_J,
+        state=state_BJKV,
+        scale=scale,
     )

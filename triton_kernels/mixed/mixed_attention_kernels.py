@@ -29,8 +29,6 @@ linear_scan = decayed_linear_attention_kernels.forward_kernel
 Linear = namedtuple("Linear", "tensors cu_seqlens strides T J n_head_rows scale")
 # Of the softmax heads: sink logits, output and statistics.
 Softmax = namedtuple("Softmax", "call sinks o lse")
-# Of the linear heads' states, as one program of the decode launch takes them.
-StateForm = namedtuple("StateForm", "K V BLOCK_K BLOCK_V")
 
 
 @triton.jit
@@ -69,6 +67,6 @@ def mixed_forward_kernel(
 def mixed_decode_kernel(softmax, linear, n_linear, FORM: tl.constexpr, LINEAR: tl.constexpr, BLOCK_N: tl.constexpr):
     """Slices of the linear heads' states, then splits of the softmax heads' caches."""
     if tl.program_id(0) < n_linear:
-        lightning_head(tl.program_id(0), *linear, LINEAR.K, LINEAR.V, LINEAR.BLOCK_K, LINEAR.BLOCK_V)
+        lightning_head(tl.program_id(0), linear, LINEAR)
     else:
         decode_kernel(softmax, FORM, BLOCK_N, n_linear)

@@ -4,29 +4,30 @@ Legend: B batch, T tokens, S keys, H query heads, G key/value heads, J linear he
 sequences.
 """
 
+# The launches' constexpr parameters are plain values to the caller, which a type checker cannot know.
+# pyright: reportArgumentType=false
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_kernels.common.registration import has_work, kernel_op
-from triton_kernels.common.sizes import padded
+from triton_kernels.common.sizes import cdiv, padded
 from triton_kernels.common.tiles import rows
 from triton_kernels.linear.decayed_linear_attention_kernels import ForwardStrides, ForwardTensors, ScanForm
 from triton_kernels.linear.decayed_linear_attention_launch import backward_op as linear_backward
 from triton_kernels.linear.linear_attention_launch import addressable, token_strides
-from triton_kernels.linear.linear_decode_launch import tiles
+from triton_kernels.linear.linear_decode_launch import lightning_tensors, tiles
 from triton_kernels.mixed.launch_tables import MIXED_FORWARD
 from triton_kernels.mixed.mixed_attention_kernels import (
     Linear,
     Softmax,
-    StateForm,
     mixed_decode_kernel,
     mixed_forward_kernel,
 )
 from triton_kernels.softmax.flash_attention_launch import AttentionCall, Visibility, sink_gradient
 from triton_kernels.softmax.flash_attention_launch import backward_op as softmax_backward
-from triton_kernels.softmax.flash_decode_launch import DecodeCall
+from triton_kernels.softmax.flash_decode_launch import Cache, DecodeCall
 
 # Value columns of a linear head's state that one program of the decode launch takes.
 DECODE_BLOCK = 32
@@ -63,7 +64,7 @@ def forward_op(
         options = MIXED_FORWARD[single].options(max(q.shape[3], v.shape[3], K, V))[0]
         blocks = {**options.keywords, "CHUNK": min(chunk_size, options.blocks["CHUNK"])}
         n_blocks, softmax = call.arguments(T, blocks["BLOCK_M"])
-        n_scans = n_states * J * -(-V // blocks["BLOCK"])
+        n_scans = n_states * J * cdiv(V, blocks["BLOCK"])
         tensors = [None if x is None else addressable(x) for x in (linear_q, linear_k, linear_v, log_decay)]
         mixed_forward_kernel[(n_scans + n_blocks * H * B,)](
             softmax=Softmax(call=softmax, sinks=sinks, o=rows(o), lse=lse),
@@ -108,22 +109,35 @@ def _backward(
         ctx.saved_tensors
     )
     do = torch.zeros_like(o) if do is None else do
-    dq, dk, dv, delta = softmax_backward(do, o, lse, q, k, v, cu_seqlens, None, None, True, ctx.window, ctx.scale)
-    gate_gradient = log_decay is not None and ctx.needs_input_grad[7]
-    dlinear_o = torch.zeros_like(linear_o) if dlinear_o is None else dlinear_o
-    linear = (
-        linear_q,
-        linear_k,
-        linear_v,
-        log_decay,
-        initial,
-        final,
-        cu_seqlens,
-        ctx.linear_scale,
-        ctx.chunk_size,
-        gate_gradient,
+    dq, dk, dv, delta = softmax_backward(
+        do=do,
+        o=o,
+        lse=lse,
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens=cu_seqlens,
+        cos=None,
+        sin=None,
+        causal=True,
+        window=ctx.window,
+        scale=ctx.scale,
     )
-    *dlinear, dgate, dinitial = linear_backward(dlinear_o, dfinal, *linear)
+    gate_gradient = log_decay is not None and ctx.needs_input_grad[7]
+    *dlinear, dgate, dinitial = linear_backward(
+        do=torch.zeros_like(linear_o) if dlinear_o is None else dlinear_o,
+        dfinal=dfinal,
+        q=linear_q,
+        k=linear_k,
+        v=linear_v,
+        log_decay=log_decay,
+        initial=initial,
+        final=final,
+        cu_seqlens=cu_seqlens,
+        scale=ctx.linear_scale,
+        chunk_size=ctx.chunk_size,
+        gate_gradient=gate_gradient,
+    )
     linear_gradients = (*dlinear, dgate if gate_gradient else None, dinitial if initial is not None else None)
     return dq, dk, dv, sink_gradient(sinks, lse, delta), *linear_gradients, None, None, None, None, None
 
@@ -146,14 +160,18 @@ def decode_op(
     """(o [B, H, V], linear_o [B, J, V]); the arguments are those of `mixed_decode`, already checked."""
     o, linear_o = q.new_empty(*q.shape[:2], v.shape[3]), q.new_empty(*state.shape[:2], state.shape[3])
     if has_work(o):
-        call = DecodeCall(q, k, v, lengths, scale, None, sinks, None, None, None, o)
-        constants = tiles(*state.shape[2:], DECODE_BLOCK)
-        form = StateForm(*(constants[name] for name in StateForm._fields))
+        call = DecodeCall(
+            q, Cache(k=k, v=v), lengths, o=o, visibility=Visibility(causal=True, window=None, scale=scale), sinks=sinks
+        )
+        form, _ = tiles(*state.shape[2:], DECODE_BLOCK)
         # The linear heads' programs are short beside the splits.
-        n_linear = state.shape[0] * state.shape[1] * -(-form.V // form.BLOCK_V)
-        linear_qkv = linear_qkv if linear_qkv.stride(-1) == 1 else linear_qkv.contiguous()
-        linear = (linear_qkv, log_decay.contiguous(), state, linear_o, linear_qkv.stride(0), state.shape[1])
+        n_linear = state.shape[0] * state.shape[1] * cdiv(form.V, form.BLOCK_V)
         mixed_decode_kernel[(n_linear + call.programs,)](
-            call.arguments, linear, n_linear, LINEAR=form, **call.constants
+            softmax=call.arguments,
+            linear=lightning_tensors(linear_qkv, log_decay, state, linear_o),
+            n_linear=n_linear,
+            LINEAR=form,
+            FORM=call.form,
+            **call.options.keywords,
         )
     return o, linear_o

@@ -55,12 +55,24 @@ def flash_attention(
     Returns:
         o_BTHV in the dtype of q. Raises ValueError for shapes, dtypes and options that do not fit.
     """
-    scale = check_attention(OP, q_BTHK, k_BSGK, v_BSGV, causal, window, scale, sinks_H, cu_seqlens)
+    scale = check_attention(
+        OP, q_BTHK, k_BSGK, v_BSGV, causal=causal, window=window, scale=scale, sinks_H=sinks_H, cu_seqlens=cu_seqlens
+    )
     if rotary is not None:
         check_rotary(OP, rotary, q_BTHK.shape[1], q_BTHK.shape[3])
         rotary = rotary if rotary[0].shape[1] > 0 else None
     if check_backend(backend, q_BTHK) == "torch":
-        return flash_attention_torch(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, rotary, sinks_H, causal, window, scale)
+        return flash_attention_torch(
+            q_BTHK,
+            k_BSGK,
+            v_BSGV,
+            cu_seqlens=cu_seqlens,
+            rotary=rotary,
+            sinks_H=sinks_H,
+            causal=causal,
+            window=window,
+            scale=scale,
+        )
     check_kernels_take(OP, q_BTHK, v_BSGV)
     if rotary is not None and (
         rotary[0].shape[1].bit_count() > 1 or max(q_BTHK.shape[3], v_BSGV.shape[3]) > MAX_ROTARY_WIDTH
@@ -71,7 +83,19 @@ def flash_attention(
     # Imported here because machines without Triton (macOS) still have the torch backend.
     from triton_kernels.softmax.flash_attention_launch import forward_op
 
-    return forward_op(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, *(rotary or (None, None)), sinks_H, causal, window, scale)[0]
+    cos, sin = rotary or (None, None)
+    return forward_op(
+        q=q_BTHK,
+        k=k_BSGK,
+        v=v_BSGV,
+        cu_seqlens=cu_seqlens,
+        cos=cos,
+        sin=sin,
+        sinks=sinks_H,
+        causal=causal,
+        window=window,
+        scale=scale,
+    )[0]
 
 
 def check_attention(
@@ -79,6 +103,7 @@ def check_attention(
     q_BTHK: Tensor,
     k_BSGK: Tensor,
     v_BSGV: Tensor,
+    *,
     causal: bool,
     window: int | None,
     scale: float | None,

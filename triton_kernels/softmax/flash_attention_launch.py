@@ -192,7 +192,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, sinks, o, lse = ctx.saved_tensors
-    dq, dk, dv, delta = backward_op(do, o, lse, *inputs, ctx.causal, ctx.window, ctx.scale)
+    dq, dk, dv, delta = backward_op(do, o, lse, *inputs, causal=ctx.causal, window=ctx.window, scale=ctx.scale)
     return dq, dk, dv, None, None, None, sink_gradient(sinks, lse, delta), None, None, None
 
 

@@ -8,6 +8,8 @@ Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key widt
 N blocks.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,7 @@ def flash_attention_torch(
     q_BTHK: Tensor,
     k_BSGK: Tensor,
     v_BSGV: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     rotary: Rotary | None,
     sinks_H: Tensor | None,
@@ -36,9 +39,16 @@ def flash_attention_torch(
         # Tensor.split accepts the empty pieces that empty sequences give.
         lengths = cu_seqlens.diff().tolist()
         pieces = zip(q_BTHK.split(lengths, 1), k_BSGK.split(lengths, 1), v_BSGV.split(lengths, 1))
-        return torch.cat(
-            [flash_attention_torch(q, k, v, None, None, sinks_H, causal, window, scale) for q, k, v in pieces], dim=1
+        alone = partial(
+            flash_attention_torch,
+            cu_seqlens=None,
+            rotary=None,
+            sinks_H=sinks_H,
+            causal=causal,
+            window=window,
+            scale=scale,
         )
+        return torch.cat([alone(q, k, v) for q, k, v in pieces], dim=1)
     T, S, V = q_BTHK.shape[1], k_BSGK.shape[1], v_BSGV.shape[3]
     if q_BTHK.numel() == 0 or S == 0:
         # Nothing to attend to: zeros that still hang on the graph, so that every input receives its (zero) gradient.

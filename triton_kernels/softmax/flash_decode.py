@@ -57,28 +57,49 @@ def flash_decode(
     """
     rows = "BS" if block_table_BN is None else "PC"
     caches = {f"k_cache_{rows}GK": k_cache, f"v_cache_{rows}GV": v_cache}
-    scale = check_decode(
-        OP, q_BHK, caches, {f"k_scale_{rows}G": k_scale, f"v_scale_{rows}G": v_scale}, lengths_B, sinks_H, scale
-    )
+    scales = {f"k_scale_{rows}G": k_scale, f"v_scale_{rows}G": v_scale}
+    scale = check_decode(OP, q_BHK, caches, scales=scales, lengths_B=lengths_B, sinks_H=sinks_H, scale=scale)
     check_tensors(OP, {"B": len(q_BHK)}, block_table_BN=block_table_BN)
     if block_table_BN is not None and block_table_BN.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{OP}: block_table_BN is {block_table_BN.dtype}, legal are torch.int32 and torch.int64")
     if window is not None and window < 1:
         raise ValueError(f"{OP}: window={window}, must be at least 1, the token itself, or None")
-    arguments = (q_BHK, k_cache, v_cache, lengths_B, scale, window, sinks_H, block_table_BN, k_scale, v_scale)
     if check_backend(backend, q_BHK) == "torch":
-        return flash_decode_torch(*arguments)
+        return flash_decode_torch(
+            q_BHK,
+            k_cache,
+            v_cache,
+            lengths_B,
+            scale=scale,
+            window=window,
+            sinks_H=sinks_H,
+            block_table_BN=block_table_BN,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
     check_kernels_take(OP, q_BHK, v_cache, widest=MAX_WIDTH)
     # Imported here because machines without Triton (macOS) still have the torch backend.
     from triton_kernels.softmax.flash_decode_launch import decode_op
 
-    return decode_op(*arguments)
+    return decode_op(
+        q=q_BHK,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        lengths=lengths_B,
+        scale=scale,
+        window=window,
+        sinks=sinks_H,
+        block_table=block_table_BN,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
 
 
 def check_decode(
     op: str,
     q_BHK: Tensor,
     caches: dict[str, Tensor],
+    *,
     scales: dict[str, Tensor | None],
     lengths_B: Tensor,
     sinks_H: Tensor | None,
@@ -108,6 +129,7 @@ def flash_decode_torch(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths_B: Tensor,
+    *,
     scale: float,
     window: int | None,
     sinks_H: Tensor | None,

@@ -3,15 +3,17 @@
 Legend: B batch, T tokens, H heads, K head width, P half of the rotated channels.
 """
 
+# The launches' constexpr parameters are plain values to the caller, which a type checker cannot know.
+# pyright: reportArgumentType=false
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_kernels.common.registration import has_work, kernel_op
-from triton_kernels.common.sizes import padded
+from triton_kernels.common.sizes import cdiv, padded
 from triton_kernels.common.tiles import dense_channels, rows
-from triton_kernels.softmax.rotary_kernels import rotate_kernel
+from triton_kernels.softmax.rotary_kernels import RotaryForm, rotate_kernel
 
 # Pairs of channels of a program of `rotate`.
 ROTATED_PAIRS = 1024
@@ -23,12 +25,20 @@ def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_work(y):
         (B, T, H, K), half = x.shape, cos.shape[1]
-        tables = [rows(table.float().contiguous()[None, :, None]) for table in (cos, sin)]
-        constants = {"WIDTH": K, "HALF": half, "BACK": back, "BLOCK_P": padded(half), "BLOCK_W": padded(K - 2 * half)}
+        cos_rows, sin_rows = (rows(table.float().contiguous()[None, :, None]) for table in (cos, sin))
         block_m = max(1, ROTATED_PAIRS // padded(half))
-        n_blocks = -(-T // block_m)
+        n_blocks = cdiv(T, block_m)
         rotate_kernel[(B * n_blocks * H,)](
-            rows(dense_channels(x)), *tables, rows(y), T, H, n_blocks, BLOCK_M=block_m, **constants
+            x=rows(dense_channels(x)),
+            cos=cos_rows,
+            sin=sin_rows,
+            y=rows(y),
+            T=T,
+            H=H,
+            n_blocks=n_blocks,
+            FORM=RotaryForm(
+                WIDTH=K, HALF=half, BACK=back, BLOCK_M=block_m, BLOCK_P=padded(half), BLOCK_W=padded(K - 2 * half)
+            ),
         )
     return y
 

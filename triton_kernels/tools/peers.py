@@ -4,7 +4,7 @@ beside ours.
 Each takes the tensors its op's `Operation.inputs` draws and returns the op's first output; a library is imported when
 it is called, so that one that is not installed costs nothing but its row. None of them is a dependency.
 
-Letters: B batch, T queries, S keys, H query (or value) heads, G key/value (or query/key) heads, K key width, V value
+Legend: B batch, T queries, S keys, H query (or value) heads, G key/value (or query/key) heads, K key width, V value
 width, D channels, W width.
 """
 
