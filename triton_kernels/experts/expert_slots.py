@@ -129,7 +129,11 @@ def sort_slots(
     # Slots can be taken out only by waiting for their number.
     if check_backend(backend, expert_TK) == "torch" or (backend == "auto" and padded is False):
         return sort_slots_torch(
-            expert_TK, weight_TK, keep_TK, n_experts, expert_TK.device.type != "cpu" if padded is None else padded
+            expert_TK,
+            weight_TK,
+            keep_TK,
+            n_experts=n_experts,
+            padded=expert_TK.device.type != "cpu" if padded is None else padded,
         )
     if padded is False:
         raise ValueError(

@@ -58,7 +58,7 @@ def causal_conv1d(
     else:
         # Imported here because machines without Triton (macOS) still have the torch backend.
         from triton_kernels.linear.causal_conv1d_launch import forward_op as convolve
-    y_BTD = convolve(x_BTD, weight_DW, bias_D, tail_SRD, cu_seqlens, activation == "silu")
+    y_BTD = convolve(x_BTD, weight_DW, bias_D, tail_SRD, cu_seqlens=cu_seqlens, silu=activation == "silu")
     return y_BTD, last_inputs(x_BTD, tail_SRD, cu_seqlens).transpose(1, 2)
 
 

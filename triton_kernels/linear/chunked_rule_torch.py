@@ -46,7 +46,7 @@ class Inputs:
     log-decays."""
 
     def __init__(
-        self, chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, normalize_qk: bool
+        self, chunks: Chunks, q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor | None, normalize_qk: bool
     ):
         (B, T, H), kinds = v.shape[:3], 1 if beta is None else 2
         self.normalize_qk, self.M = normalize_qk, B * H
@@ -130,7 +130,7 @@ def forward_op(
     if not has_work(v):
         return v.new_empty(v.shape), finals, attention_YCC, states_YKV, inverse_YCC, errors_YCV
     chunks = Chunks(T, chunk, cu_seqlens)
-    inputs, out = Inputs(chunks, q, k, v, g, beta, normalize_qk), chunks.empty(v)
+    inputs, out = Inputs(chunks, q, k, v, g=g, beta=beta, normalize_qk=normalize_qk), chunks.empty(v)
     scratch, states_MKV = inputs.scratch, states_YKV.split(M)
     split = partial(scratch.once, torch.split)
     for block in inputs.blocks:
@@ -192,7 +192,7 @@ def backward_op(
         wanted = (q, k, v, g if gate_gradient else no_gradient, no_gradient if beta is None else beta)
         return *(x.new_zeros(x.shape) for x in wanted), dinitial  # pyright: ignore[reportReturnType]
     chunks = Chunks(v.shape[1], attention_YCC.shape[1], cu_seqlens)
-    inputs, douts = Inputs(chunks, q, k, v, g, beta, normalize_qk), chunks.view(dout)
+    inputs, douts = Inputs(chunks, q, k, v, g=g, beta=beta, normalize_qk=normalize_qk), chunks.view(dout)
     dq, dk, dv = (chunks.empty(x) for x in (q, k, v))
     dg, dbeta = chunks.empty(g) if gate_gradient else None, None if beta is None else chunks.empty(beta)
     M, scratch, dstate = inputs.M, inputs.scratch, dfinals.new_zeros(())

@@ -71,7 +71,7 @@ MAX_WIDTH = 128
 class DeltaCall(LinearCall):
     """Sizes and launch options of one call; g is None, [B, T, H] or, with a decay per channel, [B, T, H, K]."""
 
-    def __init__(self, q: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int):
+    def __init__(self, q: Tensor, v: Tensor, g: Tensor | None, *, cu_seqlens: Tensor | None, chunk_size: int):
         super().__init__(q, v, cu_seqlens)
         self.channel = g is not None and g.dim() == 4
         self.chunk, self.n_slots = chunk_size, self.slots(chunk_size)
@@ -127,8 +127,20 @@ class DeltaCall(LinearCall):
         """What reads and writes the state: matrices read_q, read_k and write, or q and k with a factor per row for each
         of the three."""
         factors = (prepared.read_q, prepared.read_k, prepared.write)
-        (q_, k_, w_), row_factors = (factors, (None, None, None)) if self.channel else ((q, k, None), factors)
-        return Operands(q_, k_, w_, prepared.attention, prepared.inverse, *row_factors, prepared.whole)
+        matrices, row_factors = (factors, (None, None, None)) if self.channel else ((q, k, None), factors)
+        q_, k_, w_ = matrices
+        read_q, read_k, write = row_factors
+        return Operands(
+            q=q_,
+            k=k_,
+            w=w_,
+            attention=prepared.attention,
+            inverse=prepared.inverse,
+            read_q=read_q,
+            read_k=read_k,
+            write=write,
+            whole=prepared.whole,
+        )
 
     def sum_groups(self, grad_BTHK: Tensor) -> Tensor:
         """[B, T, G, K]: the gradient of q or k, summed over the value heads that share it."""
@@ -151,7 +163,7 @@ def forward_op(
     """(o, final state, attention [H, B T, C], inverse [H, B T, C], row factors [3, H, B T], decays of whole chunks [H,
     slots], states of segments on their own [N - 1, S, H, K, V], transitions [N - 1, S, H, K, K]); with a decay per
     channel the factors are matrices [3, B, T, H, K] and the decays are [H, slots, K]."""
-    call = DeltaCall(q, v, g, cu_seqlens, chunk_size)
+    call = DeltaCall(q, v, g, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
     rows, single = call.B * call.T, {"dtype": torch.float32}
     o, final = v.new_empty(v.shape), v.new_empty(call.S, call.H, call.K, call.V, **single)
     attention, inverse = (v.new_empty(call.H, rows, chunk_size) for _ in range(2))
@@ -219,7 +231,7 @@ def backward_op(
     chunk_size: int,
 ) -> Six:
     """(dq, dk, dv, dg, dbeta, dinitial); dg and dinitial are empty where there is no gate or no initial state."""
-    call = DeltaCall(q, v, g, cu_seqlens, chunk_size)
+    call = DeltaCall(q, v, g, cu_seqlens=cu_seqlens, chunk_size=chunk_size)
     dq, dk, dv, dbeta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), beta.new_empty(beta.shape)
     dg = beta.new_empty((0,)) if g is None else g.new_empty(g.shape)
     dinitial = beta.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32)
@@ -303,18 +315,35 @@ def backward_op(
 
 
 def setup_context(ctx: Any, inputs: tuple, output: Eight) -> None:
-    *tensors, cu_seqlens, scale, normalize_qk, chunk_size = inputs
+    *tensors, cu_seqlens, ctx.scale, ctx.normalize_qk, ctx.chunk_size = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, *output[2:])
-    ctx.options = (scale, normalize_qk, chunk_size)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, g, beta, initial, *rest = ctx.saved_tensors
-    do = torch.zeros_like(v) if do is None else do
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    dq, dk, dv, dg, dbeta, dinitial = backward_op(do, dfinal, q, k, v, g, beta, initial, *rest, *ctx.options)
+    q, k, v, g, beta, initial, cu_seqlens, *prepared = ctx.saved_tensors
+    attention, inverse, factors, whole, own, transition = prepared
+    dq, dk, dv, dg, dbeta, dinitial = backward_op(
+        do=torch.zeros_like(v) if do is None else do,
+        dfinal=None if dfinal is None else dfinal.contiguous(),
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        initial=initial,
+        cu_seqlens=cu_seqlens,
+        attention=attention,
+        inverse=inverse,
+        factors=factors,
+        whole=whole,
+        own=own,
+        transition=transition,
+        scale=ctx.scale,
+        normalize_qk=ctx.normalize_qk,
+        chunk_size=ctx.chunk_size,
+    )
     return dq, dk, dv, None if g is None else dg, dbeta, None if initial is None else dinitial, None, None, None, None
 
 

@@ -41,4 +41,4 @@ def gated_rms_norm(
             f"{OP}: {x.dtype} of width {x.shape[-1]}; the Triton kernels take float32, float16 and bfloat16 up to"
             f" {MAX_WIDTH}"
         )
-    return forward_op(x, gate, weight, eps, activation == "silu")
+    return forward_op(x, gate, weight, eps=eps, silu=activation == "silu")

@@ -324,4 +324,4 @@ def test_when_a_sequence_is_cut(monkeypatch):
         from triton_kernels.linear.delta_rule_launch import DeltaCall
 
         q = torch.empty(1, tokens, heads, 128, device="meta", dtype=torch.bfloat16)
-        assert DeltaCall(q, q, None, None, 64).segments == segments
+        assert DeltaCall(q, q, None, cu_seqlens=None, chunk_size=64).segments == segments
