@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from triton_kernels.linear_decode import decay_gate
+from triton_kernels.linear.linear_decode import decay_gate
 
 # Where decays start: exp(A_log) is uniform in the first range and softplus(dt_bias) log-uniform in the second, as in
 # Mamba-2 (arXiv 2405.21060).

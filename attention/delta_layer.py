@@ -15,9 +15,9 @@ from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import RecurrentState
 from attention.norm import RMSNorm
 from attention.projection import Projection
-from triton_kernels.causal_conv1d import causal_conv1d
-from triton_kernels.gated_rms_norm import gated_rms_norm
-from triton_kernels.linear_decode import delta_decode
+from triton_kernels.linear.causal_conv1d import causal_conv1d
+from triton_kernels.linear.gated_rms_norm import gated_rms_norm
+from triton_kernels.linear.linear_decode import delta_decode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

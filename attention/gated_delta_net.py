@@ -15,7 +15,7 @@ from attention.delta_layer import DeltaKind, DeltaLayer
 from attention.kind import AttentionKind
 from attention.layer_states import KV, LayerState, RecurrentState
 from attention.projection import Projection
-from triton_kernels.gated_delta_rule import gated_delta_rule
+from triton_kernels.linear.gated_delta_rule import gated_delta_rule
 
 
 class GatedDeltaNet(DeltaLayer):

@@ -16,7 +16,7 @@ from attention.delta_layer import DeltaKind, DeltaLayer
 from attention.kind import AttentionKind
 from attention.layer_states import KV, LayerState, RecurrentState
 from attention.projection import Projection
-from triton_kernels.kimi_delta_attention import kimi_delta_attention
+from triton_kernels.linear.kimi_delta_attention import kimi_delta_attention
 
 
 class KimiDeltaAttention(DeltaLayer):

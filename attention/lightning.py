@@ -20,9 +20,9 @@ from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, LayerState, RecurrentState
 from attention.norm import RMSNorm
 from attention.projection import Projection
-from triton_kernels.decayed_linear_attention import decayed_linear_attention
-from triton_kernels.gated_rms_norm import gated_rms_norm
-from triton_kernels.linear_decode import lightning_decode
+from triton_kernels.linear.decayed_linear_attention import decayed_linear_attention
+from triton_kernels.linear.gated_rms_norm import gated_rms_norm
+from triton_kernels.linear.linear_decode import lightning_decode
 
 
 def lightning_slopes(n_heads: int, layer_index: int, n_layers: int) -> Tensor:

@@ -25,10 +25,10 @@ from attention.lightning import lightning_flops, lightning_slopes
 from attention.norm import RMSNorm
 from attention.projection import Projection
 from attention.softmax import kv_state_bytes, new_kv, softmax_flops
-from triton_kernels.gated_rms_norm import gated_rms_norm
-from triton_kernels.linear_decode import split_heads
-from triton_kernels.mixed_attention import mixed_attention, mixed_decode
-from triton_kernels.rotary import rotary_tables, rotate
+from triton_kernels.linear.gated_rms_norm import gated_rms_norm
+from triton_kernels.linear.linear_decode import split_heads
+from triton_kernels.mixed.mixed_attention import mixed_attention, mixed_decode
+from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, Alias, GrowingKV, LayerState, RingKV
 from attention.norm import RMSNorm
 from attention.projection import Projection
-from triton_kernels.flash_attention import flash_attention
-from triton_kernels.flash_decode import flash_decode
-from triton_kernels.rotary import rotary_tables, rotate
+from triton_kernels.softmax.flash_attention import flash_attention
+from triton_kernels.softmax.flash_decode import flash_decode
+from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.cpu_experts import experts_on_cpu
 from moe.grouped_products import experts_by_gmm, experts_by_grouped_mm, why_not_gmm, why_not_grouped_mm
 from routing.assignments import Assignments
-from triton_kernels.grouped_mlp import check_grouped_mlp, grouped_mlp, why_not_triton
+from triton_kernels.experts.grouped_mlp import check_grouped_mlp, grouped_mlp, why_not_triton
 
 
 class Choice(NamedTuple):

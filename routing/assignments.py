@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from triton_kernels.expert_slots import sort_slots
+from triton_kernels.experts.expert_slots import sort_slots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

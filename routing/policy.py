@@ -15,7 +15,7 @@ from routing.budget import BudgetController
 
 
 class FusedRule(NamedTuple):
-    """A policy whose decision `triton_kernels.router_scores` can take in one kernel: its arguments.
+    """The arguments with which `triton_kernels.experts.expert_slots.router_scores` takes a policy's decision.
 
     Attributes:
         rule: what a slot's level is: "top_k", "top_p" or "threshold".

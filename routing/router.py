@@ -20,7 +20,7 @@ from routing.policies import AnyPolicy
 from routing.policies.top_k import TopK
 from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots
 from routing.selection_bias import updated_selection_bias
-from triton_kernels.expert_slots import router_scores
+from triton_kernels.experts.expert_slots import router_scores
 
 SCORES = ("softmax", "sigmoid")
 

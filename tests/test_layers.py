@@ -18,6 +18,19 @@ BELOW["staged_training"] = BELOW["lm"] | {"lm"}
 BELOW["ablations"] = BELOW["staged_training"] | {"staged_training"}
 BELOW["demos"] = BELOW["ablations"] | {"ablations"}
 
+# The same inside a package: its folders, and what each may import of the others. Files that lie in no folder
+# (`__main__.py`) stand above all of them.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "triton_kernels": {
+        "common": set(),
+        "softmax": {"common"},
+        "linear": {"common"},
+        "experts": {"common"},
+        "mixed": {"common", "softmax", "linear"},
+        "tools": {"common", "softmax", "linear", "experts", "mixed"},
+    }
+}
+
 # Files past 400 lines, each with the reason why it is one idea.
 LONG_FILES: dict[str, str] = {}
 
@@ -56,6 +69,27 @@ def test_imports_point_down(package):
         for name, others in IMPORTS.items()
         for other, line in others.items()
         if name.split(".")[0] == package and other.split(".")[0] not in BELOW[package] | {package}
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def room_of(name: str, package: str) -> str:
+    """The folder of `package` that a module lies in, or "" where it lies in none."""
+    below, _, rest = name.removeprefix(f"{package}.").partition(".")
+    return below if rest or (ROOT / package / below).is_dir() else ""
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports_point_down_inside_a_package(package):
+    rooms = ROOMS[package]
+    inside = {name: room_of(name, package) for name in MODULES if name.startswith(f"{package}.")}
+    assert set(inside.values()) - {""} == rooms.keys()
+    upward = [
+        f"{name}:{line} imports {other}"
+        for name, room in inside.items()
+        if room
+        for other, line in IMPORTS[name].items()
+        if other in inside and inside[other] not in rooms[room] | {room}
     ]
     assert not upward, "\n".join(upward)
 

@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from triton_kernels.configurations import Operation, read_rows, select_operations
+from foundation.tables import read_rows
+from triton_kernels.tools.operations import Operation, select_operations
 
 RECORDED, SPILLS = Path("notes/kernels/inspect.csv"), Path("notes/kernels/spills.csv")
 
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_benchmark(selected: list[Operation], options: argparse.Namespace) -> int:
     import torch
 
-    from triton_kernels.bench import plot_roofline, run_bench
+    from triton_kernels.tools.bench import plot_roofline, run_bench
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = options.dtype or (["bfloat16"] if device == "cuda" else ["float32", "bfloat16"])
@@ -80,13 +81,13 @@ def run_benchmark(selected: list[Operation], options: argparse.Namespace) -> int
 
 
 def run_check(selected: list[Operation], options: argparse.Namespace) -> int:
-    from triton_kernels.gpu_check import run_gpu_check
+    from triton_kernels.tools.gpu_check import run_gpu_check
 
     return 0 if run_gpu_check(selected, options.folder, limit_s=60 * options.minutes) else 1
 
 
 def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
-    from triton_kernels.inspect_table import (
+    from triton_kernels.tools.inspect_table import (
         Row,
         Spill,
         find_spills,

@@ -4,15 +4,15 @@ that has one."""
 import pytest
 import torch
 
-import triton_kernels.flash_decode
-import triton_kernels.linear_decode
+import triton_kernels.linear.linear_decode
+import triton_kernels.softmax.flash_decode
 
 
 @pytest.mark.parametrize(
     ("pattern", "op"),
     [
-        *((pattern, triton_kernels.flash_decode) for pattern in ("F", "S", "FR", "Sr")),
-        *((pattern, triton_kernels.linear_decode) for pattern in ("L", "G", "K")),
+        *((pattern, triton_kernels.softmax.flash_decode) for pattern in ("F", "S", "FR", "Sr")),
+        *((pattern, triton_kernels.linear.linear_decode) for pattern in ("L", "G", "K")),
     ],
 )
 def test_fused_decode_equals_the_forward(make_stack, tiny, pattern, op, monkeypatch):

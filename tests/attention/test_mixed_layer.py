@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-import triton_kernels.mixed_attention
+import triton_kernels.mixed.mixed_attention
 from attention import AttentionConfig, HybridCache, LayerPlan, build_attention, cache_bytes
 from attention.layer_states import GrowingKV, MixedState, RingKV
 from attention.lightning import lightning_slopes
@@ -90,7 +90,7 @@ def test_decode_on_the_kernels_equals_the_forward(make_stack, tiny, monkeypatch)
     with torch.no_grad():
         expected_BTD = stack(x_BTD)
         outputs = [stack(x_BTD[:, :5], cache)]
-        monkeypatch.setattr(triton_kernels.mixed_attention, "check_backend", lambda backend, x: "triton")
+        monkeypatch.setattr(triton_kernels.mixed.mixed_attention, "check_backend", lambda backend, x: "triton")
         outputs += [stack(x_BTD[:, t : t + 1], cache) for t in (5, 6)]
     torch.testing.assert_close(torch.cat(outputs, 1), expected_BTD, rtol=0, atol=1e-5)
 

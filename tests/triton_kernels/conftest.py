@@ -15,14 +15,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from triton_kernels import chunk
+from triton_kernels.linear import chunks_torch
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty() -> Iterator[None]:
     """torch.empty returns NaN (torch.utils.deterministic.fill_uninitialized_memory) as long as deterministic algorithms
     are on; so does the scratch memory of the torch forms, which every test gets anew."""
-    chunk._of_thread.__dict__.clear()
+    chunks_torch._of_thread.__dict__.clear()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield

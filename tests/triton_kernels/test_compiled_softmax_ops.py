@@ -10,11 +10,11 @@ on the kernels alone.
 import pytest
 import torch
 
-from triton_kernels.causal_conv1d import causal_conv1d
-from triton_kernels.flash_attention import flash_attention
-from triton_kernels.flash_decode import flash_decode
-from triton_kernels.gated_rms_norm import gated_rms_norm
-from triton_kernels.rotary import rotary_tables, rotate
+from triton_kernels.linear.causal_conv1d import causal_conv1d
+from triton_kernels.linear.gated_rms_norm import gated_rms_norm
+from triton_kernels.softmax.flash_attention import flash_attention
+from triton_kernels.softmax.flash_decode import flash_decode
+from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 TABLES = rotary_tables(torch.arange(20), rotary_dim=8, base=100.0)
 

@@ -28,7 +28,7 @@ def recorder() -> Any:
 
 def numbers(value: Any) -> list[float]:
     """Losses and measured bits per byte, in a fixed order."""
-    return [loss for run in value["runs"].values() for loss in (*run["losses"], run["bits_per_byte"] or 0.0)]
+    return [loss for _, run in sorted(value["runs"].items()) for loss in (*run["losses"], run["bits_per_byte"] or 0.0)]
 
 
 @pytest.mark.slow

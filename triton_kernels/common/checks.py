@@ -1,0 +1,82 @@
+"""Refusals every sequence op shares: shapes, dtypes and offsets that are wrong are named before any kernel sees them.
+
+Legend: B batch, T tokens, H heads, K key width, V value width, S packed sequences.
+"""
+
+import re
+from itertools import pairwise
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_backend(backend: str, x: torch.Tensor) -> str:
+    """Resolve "auto": the Triton kernels on CUDA tensors, the torch reference everywhere else.
+
+    "triton" on CPU tensors is for Triton's interpreter and for the offline compiler; elsewhere Triton itself reports
+    that it has no driver."""
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend={backend!r}: legal are 'auto', 'torch' and 'triton'")
+    if backend == "auto":
+        return "triton" if x.is_cuda else "torch"
+    return backend
+
+
+def check_shape(op: str, name: str, x: torch.Tensor, expected: dict[str, int | None]) -> None:
+    """expected: axis letter -> size, None where any size will do."""
+    layout = "[" + ", ".join(letter if size is None else f"{letter}={size}" for letter, size in expected.items()) + "]"
+    if x.dim() != len(expected) or any(
+        size is not None and size != have for size, have in zip(expected.values(), x.shape)
+    ):
+        raise ValueError(f"{op}: {name} has shape {list(x.shape)}, expected {layout}")
+
+
+def axes_of(name: str) -> list[str]:
+    """The axes that the name of a tensor ends in: k_BSGK has B, S, G and K, w_EDF2 has E, D and F2."""
+    return re.findall(r"[A-Z]\d*", name.rsplit("_", 1)[-1])
+
+
+def check_tensors(op: str, sizes: dict[str, int] | None = None, **tensors: torch.Tensor | None) -> dict[str, int]:
+    """Every tensor has the axes its name ends in, a letter being one size throughout: that of `sizes`, or of the first
+    tensor it occurs in. Tensors that are None are passed over. Returns all sizes by letter."""
+    sizes = dict(sizes or {})
+    for name, x in tensors.items():
+        if x is not None:
+            check_shape(op, name, x, {axis: sizes.get(axis) for axis in axes_of(name)})
+            sizes |= dict(zip(axes_of(name), x.shape))
+    return sizes
+
+
+def check_dtype(op: str, tensors: dict[str, torch.Tensor]) -> None:
+    """All tensors share one floating dtype and one device."""
+    first_name, first = next(iter(tensors.items()))
+    if first.dtype not in FLOATS:
+        raise ValueError(f"{op}: {first_name} is {first.dtype}, legal are {', '.join(str(d) for d in FLOATS)}")
+    for name, x in tensors.items():
+        if x.dtype != first.dtype:
+            raise ValueError(f"{op}: {name} is {x.dtype} but {first_name} is {first.dtype}; they must be the same")
+        if x.device != first.device:
+            raise ValueError(f"{op}: {name} is on {x.device} but {first_name} is on {first.device}")
+
+
+def values_are_free(x: torch.Tensor) -> bool:
+    """Whether a check may look at values: on a CPU only, for reading them from a GPU would make the host wait; nor
+    while compiling, where there are none yet. The offline recorder, whose CPU tensors stand for a GPU's, says no."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor | None, batch: int, tokens: int) -> None:
+    """Packed sequences: int64 offsets [S+1] from 0 to T, never falling, with one batch row."""
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens must be int64 [S+1] with S >= 1, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        )
+    if batch != 1:
+        raise ValueError(f"{op}: with cu_seqlens the sequences are packed into one row, so B must be 1, got B={batch}")
+    if values_are_free(cu_seqlens):
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != tokens or any(a > b for a, b in pairwise(offsets)):
+            raise ValueError(f"{op}: cu_seqlens must rise from 0 to T={tokens}, got {offsets}")

@@ -1,0 +1,103 @@
+"""Grouped gated MLP: every expert's SwiGLU network on the rows assigned to it, weighted and added up per token.
+
+Legend: T tokens, D model width, E experts, F expert width, F2 = 2F, N assigned rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_kernels.common.checks import check_backend, check_shape, check_tensors
+
+OP = "grouped_mlp"
+
+
+def grouped_mlp(
+    x_TD: Tensor,
+    w_gate_up_EDF2: Tensor,
+    w_down_EFD: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    row_of_slot_N: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights
+    of expert_n.
+
+    x_TD             [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better
+    w_gate_up_EDF2   [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in
+    w_down_EFD       [E, F, D]
+    token_N          [N] int64; weight_N [N] floating point; expert_offsets [E+1], token_offsets [T+1], row_of_slot_N
+                     [N]: the fields of `routing.assignments.Assignments`, rows sorted by expert, padding behind
+                     expert_offsets[E] ignored
+
+    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for what does
+    not fit together, or not into the kernels (`why_not_triton`). "torch" is a loop over experts; `moe.backends` knows
+    faster ways without Triton.
+    """
+    backend = check_backend(backend, x_TD)
+    tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
+    check_grouped_mlp(*tensors, look=backend == "torch")
+    if backend == "torch":
+        return grouped_mlp_torch(*tensors[:6])
+    if (obstacle := why_not_triton(x_TD, w_down_EFD)) is not None:
+        raise ValueError(f"{OP}: {obstacle}")
+    # Imported here because machines without Triton (macOS) still have the torch backend.
+    from triton_kernels.experts.grouped_mlp_launch import forward_op
+
+    keep_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, w_gate_up_EDF2, w_down_EFD, weight_N))
+    return forward_op(*tensors, keep_h)[0]
+
+
+def grouped_mlp_torch(
+    x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, token_N: Tensor, weight_N: Tensor, expert_offsets: Tensor
+) -> Tensor:
+    """A loop over experts that says what the operation is, in any floating dtype, fp64 included."""
+    bounds = expert_offsets.tolist()
+    y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    # Unbound once: indexing the packed weights in the loop would make each backward step write a full-size gradient.
+    for start, stop, w_gate_up_DF2, w_down_FD in zip(bounds, bounds[1:], w_gate_up_EDF2.unbind(), w_down_EFD.unbind()):
+        rows = slice(start, stop)
+        gate_NF, up_NF = (x_TD.index_select(0, token_N[rows]) @ w_gate_up_DF2.to(x_TD.dtype)).chunk(2, dim=-1)
+        out_ND = (F.silu(gate_NF) * up_NF) @ w_down_FD.to(x_TD.dtype)
+        y_TD = y_TD.index_add(0, token_N[rows], out_ND * weight_N[rows, None].to(y_TD.dtype))
+    return y_TD.to(x_TD.dtype)
+
+
+def why_not_triton(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on these tensors, or None. On the CPU they run in Triton's interpreter only."""
+    if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels do not take {x_TD.dtype}"
+    if any(width % 16 for width in w_down_EFD.shape[1:]):
+        return f"the Triton kernels need widths that are multiples of 16, got {tuple(w_down_EFD.shape[1:])}"
+    return None
+
+
+def check_grouped_mlp(
+    x_TD: Tensor,
+    w_gate_up_EDF2: Tensor,
+    w_down_EFD: Tensor,
+    token_N: Tensor,
+    weight_N: Tensor,
+    expert_offsets: Tensor,
+    token_offsets: Tensor,
+    row_of_slot_N: Tensor,
+    *,
+    look: bool,
+) -> None:
+    """Refuse shapes that do not fit and, if `look` and looking is free, offsets that would read past the rows."""
+    sizes = check_tensors(OP, x_TD=x_TD, w_down_EFD=w_down_EFD, token_N=token_N, weight_N=weight_N)
+    check_tensors(OP, sizes | {"F2": 2 * sizes["F"]}, w_gate_up_EDF2=w_gate_up_EDF2)
+    check_shape(OP, "expert_offsets", expert_offsets, {"E+1": sizes["E"] + 1})
+    check_shape(OP, "token_offsets", token_offsets, {"T+1": sizes["T"] + 1})
+    if not look or x_TD.device.type != "cpu":
+        return
+    last_row, last_slot, n_slots = int(expert_offsets[-1]), int(token_offsets[-1]), row_of_slot_N.shape[0]
+    if int(expert_offsets[0]) != 0 or bool((expert_offsets.diff() < 0).any()):
+        raise ValueError(f"{OP}: expert_offsets must start at 0 and never fall, got {expert_offsets.tolist()}")
+    if not last_row == last_slot <= min(sizes["N"], n_slots):
+        ends = f"expert_offsets end at {last_row} and token_offsets at {last_slot}"
+        raise ValueError(f"{OP}: {ends}: they must agree and not exceed the {sizes['N']} rows and {n_slots} slots")

@@ -1,0 +1,58 @@
+"""Decayed linear attention: lightning and RetNet (a fixed decay per head), simple GLA (one that depends on the token),
+plain linear attention (none).
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+
+Legend: B batch, T tokens, H heads, K key width, V value width, S sequences (B of them, or those packed by
+`cu_seqlens`).
+"""
+
+import torch
+
+from triton_kernels.common.checks import check_backend, check_dtype, check_shape, check_tensors
+from triton_kernels.linear.delta_rule import check_sequences
+
+OP = "decayed_linear_attention"
+
+
+def decayed_linear_attention(
+    q_BTHK: torch.Tensor,
+    k_BTHK: torch.Tensor,
+    v_BTHV: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    *,
+    scale: float = 1.0,
+    initial_state_BHKV: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    chunk_size: int = 64,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunked linear attention with a scalar decay per head, current token included, no denominator.
+
+    q, k [B, T, H, K] and v [B, T, H, V] in one dtype. `log_decay` (nats per token, <= 0 and finite) is None for no
+    decay, [H] for a fixed decay per head, [B, T, H] for one per token. `cu_seqlens` (int64 [S+1], with B = 1) packs S
+    sequences, empty ones allowed; the states are then [S, H, K, V]. The state before the first token is zero unless
+    given. Returns o [B, T, H, V] in v's dtype and the final state in fp32 (fp64 for fp64 inputs); gradients flow to
+    every tensor, states included.
+
+    Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2401.04658 (lightning), 2307.08621
+    (RetNet), 2312.06635 (GLA).
+    """
+    sizes = check_tensors(OP, q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV)
+    check_dtype(OP, {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV})
+    if chunk_size < 1:
+        raise ValueError(f"{OP}: chunk_size={chunk_size}, must be at least 1")
+    if log_decay is not None:
+        check_shape(
+            OP, "log_decay", log_decay, {axis: sizes[axis] for axis in ("H" if log_decay.dim() == 1 else "BTH")}
+        )
+    initial = check_sequences(OP, sizes, q_BTHK.dtype, cu_seqlens, initial_state_BHKV)
+    if check_backend(backend, q_BTHK) == "triton":
+        from triton_kernels.linear.decayed_linear_attention_launch import (
+            decayed_linear_attention_triton as implementation,
+        )
+    else:
+        from triton_kernels.linear.linear_attention_torch import decayed_linear_attention_torch as implementation
+    return implementation(
+        q_BTHK, k_BTHK, v_BTHV, log_decay, initial, scale=scale, cu_seqlens=cu_seqlens, chunk_size=chunk_size
+    )

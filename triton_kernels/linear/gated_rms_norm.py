@@ -1,0 +1,44 @@
+"""RMS norm of the output of a linear-attention head, times an activated gate.
+
+y = x * rsqrt(mean(x^2) + eps) * weight * act(gate),   act = silu (gated DeltaNet, arXiv 2412.06464) or sigmoid
+(lightning, arXiv 2401.04658)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_kernels.common.checks import check_backend, check_dtype, check_shape
+
+OP = "gated_rms_norm"
+ACTIVATIONS = ("silu", "sigmoid")
+
+
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, *, eps: float, activation: str = "silu", backend: str = "auto"
+) -> Tensor:
+    """RMSNorm over the last dimension of x, scaled by weight and by the activated gate.
+
+    x and gate have one shape [..., D] and one dtype, which is y's; weight [D] has any floating dtype. The statistics
+    and products are fp32 (fp64 for fp64). Raises ValueError for shapes, dtypes and options that do not fit.
+    """
+    if x.dim() == 0:
+        raise ValueError(f"{OP}: x is a scalar, expected [..., D]")
+    check_shape(OP, "gate", gate, {f"axis {i}": size for i, size in enumerate(x.shape)})
+    check_shape(OP, "weight", weight, {"D": x.shape[-1]})
+    check_dtype(OP, {"x": x, "gate": gate})
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{OP}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
+    if check_backend(backend, x) == "torch":
+        sums = torch.promote_types(x.dtype, torch.float32)
+        normed = F.rms_norm(x.to(sums), (x.shape[-1],), weight.to(sums), eps)
+        return (normed * (F.silu if activation == "silu" else torch.sigmoid)(gate.to(sums))).to(x.dtype)
+    # Imported here because machines without Triton (macOS) still have the torch backend.
+    from triton_kernels.linear.gated_rms_norm_launch import MAX_WIDTH, forward_op
+
+    if x.dtype == torch.float64 or x.shape[-1] > MAX_WIDTH:
+        raise ValueError(
+            f"{OP}: {x.dtype} of width {x.shape[-1]}; the Triton kernels take float32, float16 and bfloat16 up to"
+            f" {MAX_WIDTH}"
+        )
+    return forward_op(x, gate, weight, eps=eps, silu=activation == "silu")
