@@ -24,7 +24,7 @@ def checkout(tmp_path_factory):
     """This checkout with the note's file added: everything but `ablations/` by reference, so that the real one stays as
     it is."""
     folder = tmp_path_factory.mktemp("checkout")
-    for package in ("attention", "corpus", "lm", "moe", "routing", "staged_training", "triton_kernels"):
+    for package in ("attention", "corpus", "foundation", "lm", "moe", "routing", "staged_training", "triton_kernels"):
         (folder / package).symlink_to(ROOT / package)
     shutil.copytree(ROOT / "ablations", folder / "ablations", ignore=shutil.ignore_patterns("__pycache__"))
     (path,) = re.findall(r"^`(ablations/\w+\.py)`", NOTE, re.MULTILINE)
