@@ -152,12 +152,12 @@ def load_latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as written, or None where there is none; see `newest`."""
     if (found := newest(folder)) is None:
         return None
-    path = found.path
-    tensors = {
-        field: load_file(path / name)
-        for field, name in (("weights", WEIGHTS), ("optimizer", OPTIMIZER), ("random", RANDOM))
-    }
-    return dataclasses.replace(found, **tensors)
+    return dataclasses.replace(
+        found,
+        weights=load_file(found.path / WEIGHTS),
+        optimizer=load_file(found.path / OPTIMIZER),
+        random=load_file(found.path / RANDOM),
+    )
 
 
 def newest(folder: Path) -> Checkpoint | None:

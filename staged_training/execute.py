@@ -76,9 +76,12 @@ class Execution:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.processes = processes
         self.trunk_folder = trunk_folder or root / "trunks" / plan.trunk_hash
-        size = {"batch_size": plan.batch_size, "seq_len": plan.seq_len, "device": self.device}
-        self.train_tokens = TokenBatches(corpus.train.tokens, **size)
-        self.valid_tokens = TokenBatches(corpus.valid.tokens, pad=True, **size)
+        self.train_tokens = TokenBatches(
+            corpus.train.tokens, batch_size=plan.batch_size, seq_len=plan.seq_len, device=self.device
+        )
+        self.valid_tokens = TokenBatches(
+            corpus.valid.tokens, batch_size=plan.batch_size, seq_len=plan.seq_len, device=self.device, pad=True
+        )
         self._trunk: tuple[LanguageModel, RunRecord] | None = None
         self._activations: tuple[Batches, Batches] | None = None
         self._calibration: dict[int, Tensor] = {}

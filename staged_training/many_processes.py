@@ -215,9 +215,13 @@ def process_group() -> Iterator[torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    store = None if dist.is_torchelastic_launched() else dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-    alone = {} if store is None else {"store": store, "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if on_gpu else "gloo", **alone)
+    backend = "nccl" if on_gpu else "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        # A store in memory: a run of one process needs no port.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield device
     finally:
