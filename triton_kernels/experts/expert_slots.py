@@ -36,15 +36,22 @@ def router_scores(
 ) -> Slots:
     """The k experts of highest score + bias, of which those are kept whose level is at or below the threshold.
 
-    logits_TE   fp32 or fp64; bias_E selects and never weighs; threshold: a scalar tensor, so that a budget's controller
-                needs no host
-    rule        a slot's level: "top_k" -inf, "top_p" the softmax mass ahead of it (arXiv 2403.07652), "threshold" minus
-                its score and bias
-    floor       the first so many slots have level -inf
-    renormalise the kept ones' weights sum to one
+    Args:
+        logits_TE: fp32 or fp64.
+        bias_E: selects and never weighs.
+        threshold: a scalar tensor, so that a budget's controller needs no host.
+        rule: a slot's level: "top_k" -inf, "top_p" the softmax mass ahead of it (arXiv 2403.07652), "threshold" minus
+            its score and bias.
+        score: "softmax" or "sigmoid" of the logits.
+        renormalise: the kept ones' weights sum to one.
+        floor: the first so many slots have level -inf.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
-    Equal scores: the lower expert first in the Triton kernel; torch.topk promises no order. Raises ValueError for what
-    does not fit.
+    Returns:
+        The slots. Equal scores: the lower expert first in the Triton kernel; torch.topk promises no order.
+
+    Raises:
+        ValueError: for what does not fit.
     """
     E = check_tensors("router_scores", logits_TE=logits_TE, bias_E=bias_E)["E"]
     if threshold.numel() != 1 or score not in SCORES or rule not in RULES:
@@ -117,13 +124,19 @@ def sort_slots(
 ) -> Rows:
     """A stable sort by expert of the kept slots.
 
-    expert_TK  integers in [0, n_experts); what a dropped slot holds does not matter
-    weight_TK  floating point
-    keep_TK    bool, or None to keep every slot
-    padded     leave dropped slots as rows of weight zero behind the last expert: the default but on the CPU, where
-               counting the kept ones makes nobody wait, and the only way of the Triton kernels
+    Args:
+        expert_TK: integers in [0, n_experts); what a dropped slot holds does not matter.
+        weight_TK: floating point.
+        keep_TK: bool, or None to keep every slot.
+        padded: leave dropped slots as rows of weight zero behind the last expert: the default but on the CPU, where
+            counting the kept ones makes nobody wait, and the only way of the Triton kernels.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
-    Raises ValueError for shapes that differ, and for padded = False with the Triton kernels.
+    Returns:
+        The rows; gradients flow from weight_N to weight_TK.
+
+    Raises:
+        ValueError: for shapes that differ, and for padded = False with the Triton kernels.
     """
     check_tensors("sort_slots", expert_TK=expert_TK, weight_TK=weight_TK, keep_TK=keep_TK)
     # Slots can be taken out only by waiting for their number.

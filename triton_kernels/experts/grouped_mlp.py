@@ -27,16 +27,22 @@ def grouped_mlp(
     """y_t = sum over the rows n of token t of weight_n * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)), with the weights
     of expert_n.
 
-    x_TD             [T, D] floating point; products run in its dtype, sums over a token's rows in fp32 or better
-    w_gate_up_EDF2   [E, D, 2F], the gate's columns first; another dtype than x's is cast on the way in
-    w_down_EFD       [E, F, D]
-    token_N          [N] int64; weight_N [N] floating point; expert_offsets [E+1], token_offsets [T+1], row_of_slot_N
-                     [N]: the fields of `routing.assignments.Assignments`, rows sorted by expert, padding behind
-                     expert_offsets[E] ignored
+    Args:
+        x_TD: floating point; products run in its dtype, sums over a token's rows in fp32 or better.
+        w_gate_up_EDF2: the gate's columns first; another dtype than x's is cast on the way in.
+        w_down_EFD: as above.
+        token_N: int64, each row's token.
+        weight_N: floating point, each row's weight.
+        expert_offsets, token_offsets, row_of_slot_N: [E + 1], [T + 1] and [N], the fields of
+            `routing.assignments.Assignments`: rows sorted by expert, padding behind expert_offsets[E] ignored.
+        backend: "torch", a loop over experts, "triton", or "auto": Triton on CUDA tensors. `moe.backends` knows faster
+            ways without Triton.
 
-    Returns y_TD [T, D] in x's dtype. Differentiable in x, both weights and weight_N. Raises ValueError for what does
-    not fit together, or not into the kernels (`why_not_triton`). "torch" is a loop over experts; `moe.backends` knows
-    faster ways without Triton.
+    Returns:
+        y_TD in x's dtype, differentiable in x, both weights and weight_N.
+
+    Raises:
+        ValueError: for what does not fit together, or not into the kernels (`why_not_triton`).
     """
     backend = check_backend(backend, x_TD)
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)

@@ -31,12 +31,21 @@ def causal_conv1d(
     """Convolves every channel with its own W weights over the current token, which weight_DW[:, W - 1] meets, and the W
     - 1 before it.
 
-    Sums are fp32 (fp64 for fp64), whatever the floating dtypes of weight, bias and `initial_tail` [S, D, W - 1]: the
-    inputs before each sequence, oldest first, zeros by default. `cu_seqlens` (int64 [S+1], with B = 1) packs S
-    sequences, empty ones allowed. `activation` is "silu" or None. Returns y_BTD and the tail [S, D, W - 1] in x's
-    dtype: the last W - 1 inputs of each sequence, those of initial_tail included when it is shorter. Gradients flow to
-    x, weight, bias and initial_tail, through both. Raises ValueError for shapes, dtypes, offsets and options that do
-    not fit.
+    Args:
+        x_BTD: inputs; sums are fp32 (fp64 for fp64), whatever the floating dtypes of the other tensors.
+        weight_DW: W is 2, 3 or 4.
+        bias_D: added before the activation.
+        activation: "silu" or None.
+        initial_tail: [S, D, W - 1], the inputs before each sequence, oldest first; zeros by default.
+        cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        y_BTD, and the tail [S, D, W - 1], both in x's dtype: the last W - 1 inputs of each sequence, those of
+        initial_tail included when it is shorter. Gradients flow to x, weight, bias and initial_tail, through both.
+
+    Raises:
+        ValueError: for shapes, dtypes, offsets and options that do not fit.
     """
     B, T, D, W = check_tensors(OP, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D).values()
     if W not in WIDTHS:

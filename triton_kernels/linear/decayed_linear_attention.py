@@ -29,14 +29,25 @@ def decayed_linear_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chunked linear attention with a scalar decay per head, current token included, no denominator.
 
-    q, k [B, T, H, K] and v [B, T, H, V] in one dtype. `log_decay` (nats per token, <= 0 and finite) is None for no
-    decay, [H] for a fixed decay per head, [B, T, H] for one per token. `cu_seqlens` (int64 [S+1], with B = 1) packs S
-    sequences, empty ones allowed; the states are then [S, H, K, V]. The state before the first token is zero unless
-    given. Returns o [B, T, H, V] in v's dtype and the final state in fp32 (fp64 for fp64 inputs); gradients flow to
-    every tensor, states included.
+    Args:
+        q_BTHK, k_BTHK, v_BTHV: in one dtype.
+        log_decay: nats per token, <= 0 and finite: None for no decay, [H] for a fixed one per head, [B, T, H] for one
+            per token.
+        scale: of the queries.
+        initial_state_BHKV: the state before the first token, one per sequence; zero by default.
+        cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed; states are then [S, H, K,
+            V].
+        chunk_size: tokens of a chunk; the kernels take powers of two from 16 on.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
-    Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2401.04658 (lightning), 2307.08621
-    (RetNet), 2312.06635 (GLA).
+    Returns:
+        o_BTHV in v's dtype and the final state in fp32 (fp64 for fp64 inputs); gradients flow to every tensor, states
+        included.
+
+    Raises:
+        ValueError: for shapes, dtypes or offsets that do not fit.
+
+    Sources: arXiv 2401.04658 (lightning), 2307.08621 (RetNet), 2312.06635 (GLA).
     """
     sizes = check_tensors(OP, q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV)
     check_dtype(OP, {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV})

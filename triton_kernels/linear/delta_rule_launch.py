@@ -2,8 +2,8 @@
 
 Forward: prepare (chunks in parallel), scan. Backward: both scans in one launch, then the gradients (chunks in parallel;
 with a decay per key channel also blocks of channels, and a launch for their row sums). Where heads are few a scan is
-two launches, see `delta_scan.py`. Legend: B batch, T tokens, G query/key heads, H value heads, K key width, V value
-width, S sequences, C chunk length, N segments.
+two launches, see `delta_scan_kernels.py`. Legend: B batch, T tokens, G query/key heads, H value heads, K key width, V
+value width, S sequences, C chunk length, N segments.
 """
 
 # A launch's options are keywords that no kernel lists, which a type checker cannot know.

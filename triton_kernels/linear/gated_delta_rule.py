@@ -30,15 +30,27 @@ def gated_delta_rule(
     """Chunked gated delta rule: the state forgets by e^{log_decay}, then the part that k reads is moved toward v by
     beta.
 
-    q, k [B, T, G, K] and v [B, T, H, V] in one dtype, H a multiple of G (value head h reads query head h // (H / G)).
-    `log_decay_BTH` (nats per token, <= 0 and finite) or None for the plain delta rule; `beta_BTH` in [0, 2] (above 1
-    the transition has negative eigenvalues; k must then have unit length for stability: `normalize_qk` divides q and k
-    by their length over K). `scale` is K^-1/2 unless given. `cu_seqlens` (int64 [S+1], with B = 1) packs S sequences,
-    empty ones allowed; the states are then [S, H, K, V]. Returns o [B, T, H, V] in v's dtype and the final state in
-    fp32 (fp64 for fp64 inputs); gradients flow to every tensor, states included.
+    Args:
+        q_BTGK, k_BTGK: queries and keys; value head h reads query head h // (H / G), H being a multiple of G.
+        v_BTHV: values, in the dtype of q and k.
+        log_decay_BTH: nats per token, <= 0 and finite; None for the plain delta rule.
+        beta_BTH: in [0, 2]. Above 1 the transition has negative eigenvalues, and k must have unit length for stability.
+        scale: of the queries; K^-1/2 by default.
+        normalize_qk: divides q and k by their length over K.
+        initial_state_BHKV: the state before the first token, one per sequence; zero by default.
+        cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed; states are then [S, H, K,
+            V].
+        chunk_size: tokens of a chunk, a power of two.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
-    Raises ValueError for shapes, dtypes or offsets that do not fit. Sources: arXiv 2412.06464 (gate), 2406.06484 (WY
-    form), 2411.12537 (beta to 2).
+    Returns:
+        o_BTHV in v's dtype and the final state in fp32 (fp64 for fp64 inputs); gradients flow to every tensor, states
+        included.
+
+    Raises:
+        ValueError: for shapes, dtypes or offsets that do not fit.
+
+    Sources: arXiv 2412.06464 (gate), 2406.06484 (WY form), 2411.12537 (beta to 2).
     """
     sizes = check_delta_inputs(
         OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTH=log_decay_BTH, beta_BTH=beta_BTH

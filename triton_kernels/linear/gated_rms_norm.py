@@ -19,8 +19,18 @@ def gated_rms_norm(
 ) -> Tensor:
     """RMSNorm over the last dimension of x, scaled by weight and by the activated gate.
 
-    x and gate have one shape [..., D] and one dtype, which is y's; weight [D] has any floating dtype. The statistics
-    and products are fp32 (fp64 for fp64). Raises ValueError for shapes, dtypes and options that do not fit.
+    Args:
+        x, gate: [..., D] in one dtype, which is y's; statistics and products are fp32 (fp64 for fp64).
+        weight: [D] in any floating dtype.
+        eps: added to the mean of the squares.
+        activation: "silu" or "sigmoid".
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        y in the shape and dtype of x, differentiable in all three tensors.
+
+    Raises:
+        ValueError: for shapes, dtypes and options that do not fit.
     """
     if x.dim() == 0:
         raise ValueError(f"{OP}: x is a scalar, expected [..., D]")

@@ -26,11 +26,20 @@ def kimi_delta_attention(
     chunk_size: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Chunked Kimi delta attention, with the arguments of `gated_delta_rule` but a `log_decay_BTHK` for every key
-    channel (nats per token, <= 0, finite, bounded below or not). Returns o [B, T, H, V] in v's dtype and the final
-    state [S, H, K, V] in fp32 (fp64 for fp64 inputs); gradients flow to every tensor, states included.
+    """Chunked Kimi delta attention.
 
-    Raises ValueError for shapes, dtypes or offsets that do not fit. Source: Kimi Linear, arXiv 2510.26692.
+    Args:
+        log_decay_BTHK: of every key channel, nats per token, <= 0, finite, bounded below or not. The other arguments
+            are those of `gated_delta_rule`.
+
+    Returns:
+        o_BTHV in v's dtype and the final state [S, H, K, V] in fp32 (fp64 for fp64 inputs); gradients flow to every
+        tensor, states included.
+
+    Raises:
+        ValueError: for shapes, dtypes or offsets that do not fit.
+
+    Source: Kimi Linear, arXiv 2510.26692.
     """
     sizes = check_delta_inputs(
         OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTHK=log_decay_BTHK, beta_BTH=beta_BTH

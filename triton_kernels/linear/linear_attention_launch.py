@@ -59,7 +59,7 @@ class LinearCall:
         self.precision = "ieee" if self.is_single else "tf32"
 
     def slots(self, n_tokens: int) -> int:
-        """Pieces of n_tokens, as `linear_attention_tiles.py` numbers them."""
+        """Pieces of n_tokens, as `tiles.py` numbers them."""
         return self.T // n_tokens + self.S if self.is_packed else self.B * cdiv(self.T, n_tokens)
 
     def chunks(self, chunk_size: int) -> int:

@@ -43,13 +43,25 @@ def delta_decode(
     activation: str,
     backend: str = "auto",
 ) -> Tensor:
-    """One token of a gated DeltaNet (arXiv 2412.06464) or KDA (2510.26692) layer, from its projections to the input of
-    its output projection, y_BHV.
+    """One token of a gated DeltaNet or KDA layer, from its projections to the input of its output projection.
 
-    The projections and `tail_BXW`, the last W - 1 inputs of the convolution, share a dtype, which is y's; conv_XW is
-    rounded to it. a is [B, H], or [B, H * K] for a decay per key channel; dt_bias has as many entries as a row of a.
-    state_BHKV (fp32) and tail_BXW are updated in place. eps and activation ("silu" or "sigmoid") are those of the gated
-    norm. No gradient on Triton. Raises ValueError for shapes, dtypes and options that do not fit.
+    Args:
+        qkv_BX, gate_BHV, b_BH: projections in one dtype, which is y's.
+        a: [B, H], or [B, H * K] for a decay per key channel.
+        conv_XW: the convolution's weights, rounded to the projections' dtype.
+        A_log_H, dt_bias: parameters of the decay; dt_bias has as many entries as a row of a.
+        norm_V: weights of the gated norm; eps and activation ("silu" or "sigmoid") are its options.
+        state_BHKV: fp32, updated in place.
+        tail_BXW: the last W - 1 inputs of the convolution in the projections' dtype, updated in place.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        y_BHV. No gradient on Triton.
+
+    Raises:
+        ValueError: for shapes, dtypes and options that do not fit.
+
+    Sources: arXiv 2412.06464 (gated DeltaNet), 2510.26692 (KDA).
     """
     op = "delta_decode"
     B, H, K, V = check_linear_projection(op, qkv_BX, state_BHKV)
@@ -95,11 +107,22 @@ def delta_decode(
 
 
 def lightning_decode(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: Tensor, backend: str = "auto") -> Tensor:
-    """One token of a lightning layer's heads, from the projected queries, keys and values (before their SiLU) to o_BHV,
-    which is yet to be normed.
+    """One token of a lightning layer's heads, from the projected queries, keys and values (before their SiLU) to what
+    is yet to be normed.
 
-    log_decay_H: fp32 nats per token, <= 0. state_BHKV (fp32) is updated in place. o has the dtype of qkv; no gradient
-    on Triton. Raises ValueError for shapes and dtypes that do not fit. Source: arXiv 2401.04658.
+    Args:
+        qkv_BX: queries, keys and values side by side.
+        log_decay_H: fp32 nats per token, <= 0.
+        state_BHKV: fp32, updated in place.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        o_BHV in the dtype of qkv. No gradient on Triton.
+
+    Raises:
+        ValueError: for shapes and dtypes that do not fit.
+
+    Source: arXiv 2401.04658.
     """
     op = "lightning_decode"
     _, H, K, V = check_linear_projection(op, qkv_BX, state_BHKV)
@@ -132,9 +155,18 @@ def linear_attention_step(
     """One token of `gated_delta_rule`, `kimi_delta_attention` or, without beta, `decayed_linear_attention`, by the
     recurrence itself.
 
-    log_decay is [B, H, 1], [B, H, K] or None; scale is K^-1/2 unless given. Returns o [B, H, V] in v's dtype and the
-    new state in the state's dtype (fp32, or fp64); gradients flow to every tensor. Raises ValueError for shapes and
-    dtypes that do not fit.
+    Args:
+        log_decay: [B, H, 1], [B, H, K] or None.
+        beta_BH: None for no correction.
+        state_BHKV: fp32 or fp64; all is computed in its dtype.
+        scale: of the queries; K^-1/2 by default.
+        normalize_qk: divides q and k by their length over K.
+
+    Returns:
+        o_BHV in v's dtype and the new state in the state's dtype; gradients flow to every tensor.
+
+    Raises:
+        ValueError: for shapes and dtypes that do not fit.
     """
     op, H = "linear_attention_step", v_BHV.shape[1]
     sizes = check_delta_inputs(op, q_BGK=q_BGK, k_BGK=k_BGK, v_BHV=v_BHV, beta_BH=beta_BH, state_BHKV=state_BHKV)

@@ -44,12 +44,18 @@ def mixed_attention(
     """Causal `flash_attention` of the softmax heads and `decayed_linear_attention` of the linear heads over the same T
     tokens.
 
-    The first three tensors, `window`, `scale` and `sinks_H` are those of flash_attention, the next four,
-    `linear_scale`, `initial_state_NJKV` and `chunk_size` those of decayed_linear_attention; `cu_seqlens` holds for both
-    kinds of heads. All tensors but log_decay and the state share a dtype.
+    Args:
+        q_BTHK, k_BSGK, v_BSGV, window, scale, sinks_H: those of `flash_attention`.
+        linear_q_BTJK, linear_k_BTJK, linear_v_BTJV, log_decay, linear_scale, initial_state_NJKV, chunk_size: those of
+            `decayed_linear_attention`. All tensors but log_decay and the state share a dtype.
+        cu_seqlens: int64 [N + 1], packed sequences of both kinds of heads.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
-    Returns (o_BTHV, linear_o_BTJV, final_state_NJKV fp32); gradients flow to every tensor, through all three.
-    Raises ValueError for shapes, dtypes, offsets and options that do not fit.
+    Returns:
+        (o_BTHV, linear_o_BTJV, final_state_NJKV in fp32); gradients flow to every tensor, through all three.
+
+    Raises:
+        ValueError: for shapes, dtypes, offsets and options that do not fit.
     """
     scale = check_attention(
         OP, q_BTHK, k_BSGK, v_BSGV, causal=True, window=window, scale=scale, sinks_H=sinks_H, cu_seqlens=cu_seqlens
@@ -114,13 +120,24 @@ def mixed_decode(
     sinks_H: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token: `flash_decode` of the softmax heads over their cache, `lightning_decode` of the linear heads, whose
-    state is updated in place.
+    """One token: `flash_decode` of the softmax heads over their cache, `lightning_decode` of the linear heads.
 
-    The caches grow or are rings (lengths_B > S: gone round), in the dtype of q, the token's own key and value already
-    in them. linear_qkv_BX are the projected queries, keys and values of the linear heads side by side, before their
-    SiLU. Returns (o_BHV, linear_o_BJV); no gradient on Triton. Raises ValueError for shapes, dtypes and options that do
-    not fit.
+    Args:
+        q_BHK: the query of each sequence's newest token.
+        k_cache_BSGK, v_cache_BSGV: growing caches or rings, in the dtype of q, the token's own key and value already in
+            them.
+        lengths_B: int64, tokens each sequence has seen; above S the ring has gone round.
+        linear_qkv_BX: the projected queries, keys and values of the linear heads side by side, before their SiLU.
+        log_decay_J: fp32 nats per token, <= 0.
+        state_BJKV: fp32, updated in place.
+        scale, sinks_H: those of `flash_decode`.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        (o_BHV, linear_o_BJV). No gradient on Triton.
+
+    Raises:
+        ValueError: for shapes, dtypes and options that do not fit.
     """
     op = "mixed_decode"
     caches = {"k_cache_BSGK": k_cache_BSGK, "v_cache_BSGV": v_cache_BSGV}

@@ -53,7 +53,10 @@ def flash_attention(
         backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
     Returns:
-        o_BTHV in the dtype of q. Raises ValueError for shapes, dtypes and options that do not fit.
+        o_BTHV in the dtype of q.
+
+    Raises:
+        ValueError: for shapes, dtypes and options that do not fit.
     """
     scale = check_attention(
         OP, q_BTHK, k_BSGK, v_BSGV, causal=causal, window=window, scale=scale, sinks_H=sinks_H, cu_seqlens=cu_seqlens

@@ -53,8 +53,10 @@ def flash_decode(
         backend: "torch", "triton", or "auto": Triton on CUDA tensors.
 
     Returns:
-        o_BHV in q's dtype; zeros for a sequence of length 0. No gradients. Raises ValueError for arguments that do not
-        fit.
+        o_BHV in q's dtype; zeros for a sequence of length 0. No gradients.
+
+    Raises:
+        ValueError: for arguments that do not fit.
     """
     rows = "BS" if block_table_BN is None else "PC"
     caches = {f"k_cache_{rows}GK": k_cache, f"v_cache_{rows}GV": v_cache}

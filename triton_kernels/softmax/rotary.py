@@ -31,9 +31,17 @@ def rotary_tables(position_T: Tensor, *, rotary_dim: int, base: float) -> Rotary
 def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
     """Turns the first 2 P channels of every head of x_BTHK (queries or keys), computing in fp32 (fp64 for fp64 inputs).
 
-    rotary: cosine and sine [T, P] of each token's angles, 2 P <= K; without gradients. backend: "torch", "triton", or
-    "auto": Triton on CUDA tensors. Returns [B, T, H, K] in the dtype of x, differentiable in x. Raises ValueError for
-    shapes and dtypes that do not fit."""
+    Args:
+        x_BTHK: queries or keys.
+        rotary: cosine and sine [T, P] of each token's angles, 2 P <= K; without gradients.
+        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+
+    Returns:
+        [B, T, H, K] in the dtype of x, differentiable in x.
+
+    Raises:
+        ValueError: for shapes and dtypes that do not fit.
+    """
     sizes = check_tensors(OP, x_BTHK=x_BTHK)
     check_dtype(OP, {"x_BTHK": x_BTHK})
     check_rotary(OP, rotary, sizes["T"], sizes["K"])
