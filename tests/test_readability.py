@@ -1,4 +1,4 @@
-"""What keeps code readable at a call: few parameters."""
+"""What keeps code readable at a call: few parameters, and names beside the arguments of a launch."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ PACKAGES = (
     *("foundation", "triton_kernels", "corpus", "attention", "routing"),
     *("moe", "lm", "staged_training", "ablations", "demos"),
 )
-MOST = 10
+MOST, MOST_POSITIONAL = 10, 4
 
 # Functions with more parameters, each with the reason why they are not grouped. Besides them only two kinds may have
 # more: kernels (`@triton.jit`), and functions registered as torch operators, whose schemas are flat.
@@ -58,3 +58,33 @@ def test_a_long_signature_is_found_and_a_kernels_is_not() -> None:
         (f"@kernel_op('f')\ndef f({parameters}, y): pass", None),
     ):
         assert list(long_signatures(ast.parse(code), "m")) == ([("m.f", n)] if n else [])
+
+
+def crowded_launches(tree: ast.AST) -> Iterator[int]:
+    """Lines of calls of operators (`..._op`) and of kernels (`kernel[grid]`) with more than MOST_POSITIONAL arguments
+    that only their place names. Kernels call one another as jitted code must."""
+    jitted = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and "jit" in " ".join(map(ast.unparse, node.decorator_list))
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and id(node) not in jitted and len(node.args) > MOST_POSITIONAL:
+            if isinstance(node.func, ast.Subscript) or ast.unparse(node.func).endswith("_op"):
+                yield node.lineno
+
+
+def test_launches_name_their_arguments() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted((ROOT / "triton_kernels").rglob("*.py"))
+        for line in crowded_launches(ast.parse(path.read_text()))
+    ]
+    assert not found, f"more than {MOST_POSITIONAL} arguments by place: {found}"
+
+
+def test_a_crowded_launch_is_found() -> None:
+    assert list(crowded_launches(ast.parse("x = forward_op(a, b, c, d, None)"))) == [1]
+    assert list(crowded_launches(ast.parse("kernel[grid](a, b, c, d, e, N=1)"))) == [1]
+    assert list(crowded_launches(ast.parse("forward_op(a, b, c, d, e=1)\nf(a, b, c, d, e)"))) == []

@@ -279,11 +279,27 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor, dfinals: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    gate_gradient, corrected = ctx.needs_input_grad[3], ctx.saved_tensors[4] is not None
+    q, k, v, g, beta, cu_seqlens, attention_YCC, states_YKV, inverse_YCC, errors_YCV = ctx.saved_tensors
+    gate_gradient = ctx.needs_input_grad[3]
     dq, dk, dv, dg, dbeta, dinitial = backward_op(
-        dout, dfinals, *ctx.saved_tensors, ctx.scale, ctx.normalize_qk, gate_gradient
+        dout,
+        dfinals,
+        q=q,
+        k=k,
+        v=v,
+        g=g,
+        beta=beta,
+        cu_seqlens=cu_seqlens,
+        attention_YCC=attention_YCC,
+        states_YKV=states_YKV,
+        inverse_YCC=inverse_YCC,
+        errors_YCV=errors_YCV,
+        scale=ctx.scale,
+        normalize_qk=ctx.normalize_qk,
+        gate_gradient=gate_gradient,
     )
-    return dq, dk, dv, dg if gate_gradient else None, dbeta if corrected else None, dinitial, None, None, None, None
+    dg, dbeta = dg if gate_gradient else None, None if beta is None else dbeta
+    return dq, dk, dv, dg, dbeta, dinitial, None, None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_save)
