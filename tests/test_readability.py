@@ -70,9 +70,10 @@ def crowded_launches(tree: ast.AST) -> Iterator[int]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and id(node) not in jitted and len(node.args) > MOST_POSITIONAL:
-            if isinstance(node.func, ast.Subscript) or ast.unparse(node.func).endswith("_op"):
-                yield node.lineno
+        if not isinstance(node, ast.Call) or id(node) in jitted or len(node.args) <= MOST_POSITIONAL:
+            continue
+        if isinstance(node.func, ast.Subscript) or ast.unparse(node.func).endswith("_op"):
+            yield node.lineno
 
 
 def test_launches_name_their_arguments() -> None:
