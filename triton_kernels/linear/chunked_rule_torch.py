@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.common.checks import values_are_free
-from triton_kernels.common.registration import has_work, kernel_op
+from triton_kernels.common.registration import ALL, has_work, kernel_op
 from triton_kernels.linear.chunk_decays_torch import ChannelDecay, ScalarDecay
 from triton_kernels.linear.chunks_torch import Chunks, Scratch, load, scratch_on, store
 from triton_kernels.linear.products_torch import add_matmul, matmul
@@ -100,7 +100,7 @@ class Operands:
         self.write = torch.mul(weighted, self.decay.to_end, out=scratch("write", *weighted.shape))
 
 
-@kernel_op("chunked_linear_attention")
+@kernel_op("chunked_linear_attention", strided=ALL)
 def forward_op(
     q: Tensor,
     k: Tensor,
@@ -168,7 +168,7 @@ def forward_op(
     return chunks.tokens(out), finals, attention_YCC, states_YKV, inverse_YCC, errors_YCV
 
 
-@kernel_op("chunked_linear_attention_backward")
+@kernel_op("chunked_linear_attention_backward", strided=ALL)
 def backward_op(
     dout: Tensor,
     dfinals: Tensor,

@@ -87,7 +87,7 @@ def mixed_attention(
     from triton_kernels.mixed.mixed_attention_launch import forward_op
 
     decays = None if log_decay is None else log_decay.float().expand(B, T, sizes["J"])
-    initial = None if initial_state_NJKV is None else initial_state_NJKV.float().contiguous()
+    initial = None if initial_state_NJKV is None else initial_state_NJKV.float()
     o_BTHV, _, *linear_results = forward_op(
         q=q_BTHK,
         k=k_BSGK,
