@@ -177,8 +177,9 @@ def flash_decode_torch(
     if sinks_H is not None:
         sink_BGR1 = sinks_H.to(accumulator).reshape(1, G, H // G, 1).expand(B, -1, -1, -1)
         s_BGRS = torch.cat([s_BGRS, sink_BGR1], dim=-1)
-    # A sequence without any cached token attends to nothing: zeros, as in the kernel, where softmax would give NaN.
-    p_BGRS = s_BGRS.softmax(-1).nan_to_num(0.0)[..., :S]
+    # A sequence without any cached token attends to nothing: zeros, as in the kernel, where softmax would give NaN. Any
+    # other NaN is the caller's and stays.
+    p_BGRS = s_BGRS.softmax(-1)[..., :S].masked_fill(~seen_BS.any(-1)[:, None, None, None], 0.0)
     return torch.einsum("bgrs,bsgv->bgrv", p_BGRS, v_BSGV).reshape(B, H, -1).to(q_BHK.dtype)
 
 
