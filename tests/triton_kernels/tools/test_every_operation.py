@@ -49,7 +49,8 @@ def every_argument(name: str, **changed: int) -> dict:
     if "G" in shape and "H" in shape:
         shape["G"] = 1
     inputs = operations()[name].inputs(torch.float32, "cpu", **shape)
-    sizes = shape | {"N": shape.get("B", 1), "V": shape.get("V", shape.get("K", 1))}
+    n_states = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else shape.get("B", 1)
+    sizes = shape | {"N": n_states, "V": shape.get("V", shape.get("K", 1))}
     names = OPTIONAL.get(name, OPTIONAL.get(name.split("/")[0], "")).split()
     drawn = random_inputs(5, torch.float32, "cpu", sizes, *names)
     decodes = not any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs.values())
