@@ -118,6 +118,5 @@ def compute_experts(
             expert_offsets=rows.expert_offsets,
             token_offsets=rows.token_offsets,
             row_of_slot_N=rows.row_of_slot_N,
-            look=True,
         )
     return BACKENDS[chosen].compute(x_TD, w_gate_up_EDF2, w_down_EFD, rows)

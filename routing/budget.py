@@ -89,7 +89,8 @@ class BudgetController(nn.Module):
     def keep(self, level_TK: Tensor) -> Tensor:
         """Which slots are used, bool. The levels are observed first, see `observe`."""
         self.observe(level_TK)
-        return level_TK.detach() <= self.threshold
+        # What cannot be compared is kept: dropped, a NaN would become a token that no expert computes.
+        return ~(level_TK.detach() > self.threshold)
 
     def observe(self, level_TK: Tensor) -> bool:
         """Learns a forward's levels: in training they are remembered for `after_step`; after `calibrate` they set the

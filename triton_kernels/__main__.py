@@ -98,6 +98,8 @@ def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
         record,
     )
 
+    # Read before anything is written: --csv may name the very table that --gate compares with.
+    recorded, known_spills = read_rows(RECORDED, Row), read_rows(SPILLS, Spill)
     rows: list[Row] = []
     for operation in selected:
         for architecture in options.arch:
@@ -115,15 +117,16 @@ def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
         if options.all_options
         else []
     )
-    if options.csv is not None:
+    problems: list[str] = []
+    if options.gate:
+        problems = gate(rows, recorded, {operation.name: operation for operation in selected})
+        problems += new_spills(spills, known_spills)
+        print("\n".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
+    # What the gate refuses must not become the record that the next gate compares with.
+    if options.csv is not None and not (problems and options.csv.resolve() == RECORDED.resolve()):
         record(options.csv, Row, rows, {row.subject for row in rows})
         if options.all_options:
             record(options.csv.with_name(SPILLS.name), Spill, spills, {row.subject for row in rows})
-    if not options.gate:
-        return 0
-    problems = gate(rows, read_rows(RECORDED, Row), {operation.name: operation for operation in selected})
-    problems += new_spills(spills, read_rows(SPILLS, Spill))
-    print("\n".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
     return 1 if problems else 0
 
 

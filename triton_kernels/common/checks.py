@@ -3,12 +3,30 @@
 Legend: B batch, T tokens, H heads, K key width, V value width, S packed sequences.
 """
 
+import math
 import re
 from itertools import pairwise
 
 import torch
+import torch.autograd.forward_ad as fwAD
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+# The dtypes of the arguments that are no numbers; all others are floating.
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
+DTYPES = {
+    "cu_seqlens": (torch.int64,),
+    "lengths_B": (torch.int64,),
+    "block_table_BN": (torch.int64, torch.int32),
+    "token_N": (torch.int64,),
+    "row_of_slot_N": (torch.int64,),
+    "expert_offsets": (torch.int64,),
+    "token_offsets": (torch.int64,),
+    "expert_TK": WHOLE,
+    "keep_TK": (torch.bool,),
+    "k_cache": (*FLOATS, *QUANTISED),
+    "v_cache": (*FLOATS, *QUANTISED),
+}
 
 
 def check_backend(backend: str, x: torch.Tensor) -> str:
@@ -58,6 +76,46 @@ def check_dtype(op: str, tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{op}: {name} is {x.dtype} but {first_name} is {first.dtype}; they must be the same")
         if x.device != first.device:
             raise ValueError(f"{op}: {name} is on {x.device} but {first_name} is on {first.device}")
+
+
+def check_placed(op: str, **tensors: torch.Tensor | None) -> None:
+    """All tensors of a call, by argument: on the device of the first, in a dtype that the argument may have, and
+    without tangents. Those that are None are passed over."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    first_name, first = next(iter(given.items()))
+    for name, x in given.items():
+        legal = DTYPES.get(name, FLOATS)
+        if x.dtype not in legal:
+            raise ValueError(f"{op}: {name} is {x.dtype}, legal are {', '.join(map(str, legal))}")
+        if x.device != first.device:
+            raise ValueError(f"{op}: {name} is on {x.device} but {first_name} is on {first.device}")
+        # Forward-mode differentiation passes an operator by, and gives 0 without a word.
+        if not torch.compiler.is_compiling() and fwAD._current_level >= 0 and fwAD.unpack_dual(x).tangent is not None:
+            raise ValueError(f"{op}: {name} carries a tangent (torch.func.jvp, jacfwd); legal is reverse mode only")
+
+
+def check_number(op: str, name: str, x: float | None, *, least: float = -math.inf) -> None:
+    """A finite number, or None; `least` is the smallest legal one."""
+    if x is not None and not (math.isfinite(x) and x >= least):
+        above = "" if least == -math.inf else f" and at least {least}"
+        raise ValueError(f"{op}: {name}={x}; it must be finite{above}")
+
+
+def check_range(
+    op: str, name: str, x: torch.Tensor, least: float, most: float, where: torch.Tensor | None = None
+) -> None:
+    """Refuses values outside [least, most], of those that `where` marks, if looking is free. NaN is no such value: it
+    stays NaN in what is computed."""
+    if values_are_free(x) and x.numel() > 0:
+        wrong = (x < least) | (x > most)
+        if bool(wrong.any()) and bool((wrong := wrong if where is None else wrong & where).any()):
+            raise ValueError(f"{op}: {name} holds {x[wrong][0].item()}, legal are {least} to {most}")
+
+
+def check_offsets(op: str, name: str, x: torch.Tensor, most: int) -> None:
+    """Offsets from 0 on that never fall and end at `most` at the latest, if looking is free."""
+    if values_are_free(x) and not (x[0] == 0 and x[-1] <= most and bool((x.diff() >= 0).all())):
+        raise ValueError(f"{op}: {name} must start at 0, never fall and end at {most} at most, got {x.tolist()}")
 
 
 def values_are_free(x: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from triton_kernels.common.checks import check_backend, check_tensors
+from triton_kernels.common.checks import check_backend, check_placed, check_range, check_tensors
 
 SCORES, RULES = ("softmax", "sigmoid"), ("top_k", "top_p", "threshold")
 
@@ -54,6 +54,7 @@ def router_scores(
         ValueError: for what does not fit.
     """
     E = check_tensors("router_scores", logits_TE=logits_TE, bias_E=bias_E)["E"]
+    check_placed("router_scores", logits_TE=logits_TE, bias_E=bias_E, threshold=threshold)
     if threshold.numel() != 1 or score not in SCORES or rule not in RULES:
         raise ValueError(
             f"router_scores: threshold {list(threshold.shape)}, rule={rule!r}, score={score!r}; legal: a scalar,"
@@ -106,8 +107,11 @@ def router_scores_torch(
     elif rule == "threshold":
         level_TK = -selection_TE.gather(-1, expert_TK)
     level_TK[:, :floor] = -torch.inf
-    keep_TK = level_TK <= threshold
-    weight_TK = scores_TE.gather(-1, expert_TK) * keep_TK
+    # What cannot be compared is kept: dropped, a NaN would become a zero. An expert that a NaN in its bias selects
+    # weighs NaN.
+    keep_TK = ~(level_TK > threshold)
+    is_nan_TK = selection_TE.gather(-1, expert_TK).isnan()
+    weight_TK = (scores_TE.gather(-1, expert_TK) * keep_TK).masked_fill(is_nan_TK, torch.nan)
     if renormalise:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_TK.dtype).tiny)
     return Slots(weight_TK, expert_TK, keep_TK, level_TK)
@@ -139,6 +143,8 @@ def sort_slots(
         ValueError: for shapes that differ, and for padded = False with the Triton kernels.
     """
     check_tensors("sort_slots", expert_TK=expert_TK, weight_TK=weight_TK, keep_TK=keep_TK)
+    check_placed("sort_slots", expert_TK=expert_TK, weight_TK=weight_TK, keep_TK=keep_TK)
+    check_range("sort_slots", "expert_TK", expert_TK, 0, n_experts - 1, keep_TK)
     # Slots can be taken out only by waiting for their number.
     if check_backend(backend, expert_TK) == "torch" or (backend == "auto" and padded is False):
         return sort_slots_torch(

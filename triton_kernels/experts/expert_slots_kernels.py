@@ -25,7 +25,7 @@ import triton.language as tl
 
 from triton_kernels.common.tiles import wide
 
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+TINY, LEAST = tl.constexpr(torch.finfo(torch.float32).tiny), tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -66,9 +66,13 @@ def select_kernel(router, slots, T, E, K, floor, RULE: tl.constexpr, FORM: tl.co
     token_M, e_E, logit_ME = token_logits(logits_ptr, T, E, BLOCK_M, BLOCK_E)
     k_K, score_ME = tl.arange(0, BLOCK_K), row_scores(logit_ME, SOFTMAX)
     mass_ME = row_scores(logit_ME, True) if RULE == "top_p" else score_ME
-    selection_ME = tl.where(
-        (e_E < E)[None, :], score_ME + tl.load(bias_ptr + e_E, mask=e_E < E, other=0.0)[None, :], float("-inf")
-    )
+    selection_ME = score_ME + tl.load(bias_ptr + e_E, mask=e_E < E, other=0.0)[None, :]
+    # A NaN goes first, as in torch, and weighs NaN, whether it comes from the logits or from the bias. No expert that
+    # exists is at -inf, where those are that do not, or were taken.
+    is_nan_ME = selection_ME != selection_ME
+    score_ME = tl.where(is_nan_ME, float("nan"), score_ME)
+    selection_ME = tl.where(is_nan_ME, float("inf"), tl.maximum(selection_ME, LEAST))
+    selection_ME = tl.where((e_E < E)[None, :], selection_ME, float("-inf"))
     threshold, mass_M, total_M = (
         tl.load(threshold_ptr),
         tl.zeros([BLOCK_M], tl.float32),
@@ -86,7 +90,8 @@ def select_kernel(router, slots, T, E, K, floor, RULE: tl.constexpr, FORM: tl.co
         if slot >= floor and RULE == "threshold":
             level_M = -best_M
         mass_M += tl.sum(tl.where(is_best_ME, mass_ME, 0.0), 1)
-        kept_M = level_M <= threshold
+        # What cannot be compared is kept: dropped, a NaN would become a zero.
+        kept_M = (level_M > threshold) == 0
         score_M = tl.where(kept_M, tl.sum(tl.where(is_best_ME, score_ME, 0.0), 1), 0.0)
         total_M += score_M
         weight_MK += tl.where(k_K[None, :] == slot, score_M[:, None], 0.0)
@@ -94,7 +99,7 @@ def select_kernel(router, slots, T, E, K, floor, RULE: tl.constexpr, FORM: tl.co
         tl.store(keep_ptr + token_M * K + slot, kept_M, mask=token_M < T)
         tl.store(level_ptr + token_M * K + slot, level_M, mask=token_M < T)
     if FORM.RENORMALISE:
-        weight_MK /= tl.maximum(total_M, TINY)[:, None]
+        weight_MK /= tl.where(total_M < TINY, TINY, total_M)[:, None]
     tl.store(
         weight_ptr + token_M[:, None] * K + k_K[None, :], weight_MK, mask=(token_M < T)[:, None] & (k_K < K)[None, :]
     )
@@ -119,7 +124,8 @@ def logit_gradient_kernel(tensors, T, E, K, FORM: tl.constexpr):
             is_its_ME, (kept_M * tl.load(dweight_ptr + place_M, mask=token_M < T, other=0.0))[:, None], 0.0
         )
     if FORM.RENORMALISE:
-        total_M = tl.maximum(tl.sum(kept_ME * score_ME, 1), TINY)
+        total_M = tl.sum(kept_ME * score_ME, 1)
+        total_M = tl.where(total_M < TINY, TINY, total_M)
         dscore_ME = kept_ME * (dscore_ME - (tl.sum(dscore_ME * score_ME, 1) / total_M)[:, None]) / total_M[:, None]
     if SOFTMAX:
         dlogit_ME = score_ME * (dscore_ME - tl.sum(dscore_ME * score_ME, 1)[:, None])

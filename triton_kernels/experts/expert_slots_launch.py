@@ -38,7 +38,7 @@ def scores_op(
     if has_work(weight):
         grid, form = _scores_launch(logits, score, renormalise)
         select_kernel[grid](
-            router=RouterTensors(logits=logits.contiguous(), bias=bias.contiguous(), threshold=threshold),
+            router=RouterTensors(logits=logits, bias=bias, threshold=threshold),
             slots=SlotTensors(weight=weight, expert=expert, keep=keep, level=level),
             T=T,
             E=E,
@@ -60,9 +60,7 @@ def scores_backward_op(
     if has_work(dlogits):
         grid, form = _scores_launch(logits, score, renormalise)
         logit_gradient_kernel[grid](
-            tensors=LogitTensors(
-                logits=logits.contiguous(), dweight=dweight.contiguous(), expert=expert, keep=keep, dlogits=dlogits
-            ),
+            tensors=LogitTensors(logits=logits, dweight=dweight, expert=expert, keep=keep, dlogits=dlogits),
             T=logits.shape[0],
             E=logits.shape[1],
             K=expert.shape[1],
@@ -110,7 +108,6 @@ def sort_op(
     weight_N = weight.new_empty(N)
     if has_work(weight_N):
         n_blocks, buckets = cdiv(N, BLOCK_P), power_of_two(n_experts + 2)
-        expert, keep = expert.contiguous(), keep if keep is None else keep.contiguous()
         count = expert.new_empty(n_experts + 1, n_blocks, dtype=torch.int32)
         start = torch.empty_like(count, dtype=torch.int64)
         count_kernel[(n_blocks,)](
@@ -129,7 +126,7 @@ def sort_op(
         place_kernel[(n_blocks,)](
             expert_ptr=expert,
             keep_ptr=keep,
-            weight_ptr=weight.contiguous(),
+            weight_ptr=weight,
             start_ptr=start,
             expert_offsets_ptr=expert_offsets,
             rows=RowTensors(
@@ -157,7 +154,7 @@ def sort_backward_op(dweight_N: Tensor, row_TK: Tensor) -> Tensor:
     dweight, N = dweight_N.new_empty(row_TK.shape), row_TK.numel()
     if has_work(dweight):
         slot_gradient_kernel[(cdiv(N, SCAN),)](
-            dweight_N_ptr=dweight_N.contiguous(), row_ptr=row_TK, dweight_ptr=dweight, N=N, BLOCK=SCAN
+            dweight_N_ptr=dweight_N, row_ptr=row_TK, dweight_ptr=dweight, N=N, BLOCK=SCAN
         )
     return dweight
 

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_shape, check_tensors
+from triton_kernels.common import checks
+from triton_kernels.common.checks import (
+    check_backend,
+    check_offsets,
+    check_placed,
+    check_range,
+    check_shape,
+    check_tensors,
+)
 
 OP = "grouped_mlp"
 
@@ -46,7 +54,7 @@ def grouped_mlp(
     """
     backend = check_backend(backend, x_TD)
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
-    check_grouped_mlp(*tensors, look=backend == "torch")
+    check_grouped_mlp(*tensors)
     if backend == "torch":
         return grouped_mlp_torch(*tensors[:6])
     if (obstacle := why_not_triton(x_TD, w_down_EFD)) is not None:
@@ -91,19 +99,31 @@ def check_grouped_mlp(
     expert_offsets: Tensor,
     token_offsets: Tensor,
     row_of_slot_N: Tensor,
-    *,
-    look: bool,
 ) -> None:
-    """Refuse shapes that do not fit and, if `look` and looking is free, offsets that would read past the rows."""
+    """Refuse shapes that do not fit and, if looking is free, indices and offsets that would read elsewhere."""
     sizes = check_tensors(OP, x_TD=x_TD, w_down_EFD=w_down_EFD, token_N=token_N, weight_N=weight_N)
     check_tensors(OP, sizes | {"F2": 2 * sizes["F"]}, w_gate_up_EDF2=w_gate_up_EDF2)
     check_shape(OP, "expert_offsets", expert_offsets, {"E+1": sizes["E"] + 1})
     check_shape(OP, "token_offsets", token_offsets, {"T+1": sizes["T"] + 1})
-    if not look or x_TD.device.type != "cpu":
+    check_placed(
+        OP,
+        x_TD=x_TD,
+        w_gate_up_EDF2=w_gate_up_EDF2,
+        w_down_EFD=w_down_EFD,
+        weight_N=weight_N,
+        token_N=token_N,
+        expert_offsets=expert_offsets,
+        token_offsets=token_offsets,
+        row_of_slot_N=row_of_slot_N,
+    )
+    n_slots = row_of_slot_N.shape[0]
+    check_offsets(OP, "expert_offsets", expert_offsets, sizes["N"])
+    check_offsets(OP, "token_offsets", token_offsets, n_slots)
+    if not checks.values_are_free(x_TD):
         return
-    last_row, last_slot, n_slots = int(expert_offsets[-1]), int(token_offsets[-1]), row_of_slot_N.shape[0]
-    if int(expert_offsets[0]) != 0 or bool((expert_offsets.diff() < 0).any()):
-        raise ValueError(f"{OP}: expert_offsets must start at 0 and never fall, got {expert_offsets.tolist()}")
-    if not last_row == last_slot <= min(sizes["N"], n_slots):
+    last_row, last_slot = int(expert_offsets[-1]), int(token_offsets[-1])
+    check_range(OP, "token_N", token_N[:last_row], 0, sizes["T"] - 1)
+    check_range(OP, "row_of_slot_N", row_of_slot_N[:last_slot], 0, last_row - 1)
+    if last_row != last_slot:
         ends = f"expert_offsets end at {last_row} and token_offsets at {last_slot}"
-        raise ValueError(f"{OP}: {ends}: they must agree and not exceed the {sizes['N']} rows and {n_slots} slots")
+        raise ValueError(f"{OP}: {ends}; they must agree")

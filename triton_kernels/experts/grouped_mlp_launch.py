@@ -38,7 +38,7 @@ from triton_kernels.experts.launch_tables import (
 )
 
 
-@kernel_op("grouped_mlp")
+@kernel_op("grouped_mlp", strided="w_gate_up w_down")
 def forward_op(
     x: Tensor,
     w_gate_up: Tensor,
@@ -58,7 +58,7 @@ def forward_op(
         grid, options = _row_tiles(GATE_UP, a, n_experts=E, depth=D, columns=F)
         gate_up_kernel[grid](
             tensors=GateUpTensors(
-                x=x.contiguous(),
+                x=x,
                 # Weights are cast anew in each pass, because a cast copy saved for backward would outweigh all else
                 # that is.
                 w=w_gate_up.to(x.dtype).contiguous(),
@@ -72,11 +72,11 @@ def forward_op(
             **options,
         )
         out = _row_product(a, w_down, expert_offsets, D, transposed=False)
-        _combine(out, weight.contiguous(), token_offsets=token_offsets, row_of_slot=row_of_slot, y=y)
+        _combine(out, weight, token_offsets=token_offsets, row_of_slot=row_of_slot, y=y)
     return y, h
 
 
-@kernel_op("grouped_mlp_backward")
+@kernel_op("grouped_mlp_backward", strided="w_gate_up w_down")
 def backward_op(
     dy: Tensor,
     x: Tensor,
@@ -104,7 +104,7 @@ def backward_op(
                 w=w_down.to(dy.dtype).contiguous(),
                 h=h,
                 token=token,
-                weight=weight.contiguous(),
+                weight=weight,
                 expert_offsets=expert_offsets,
                 dh=dh,
                 aw=aw,
@@ -119,7 +119,7 @@ def backward_op(
         _combine(dout, None, token_offsets=token_offsets, row_of_slot=row_of_slot, y=dx)
     d_gate_up, d_down = (w.new_empty(w.shape if experts else 0) for w in (w_gate_up, w_down))
     options = _options(WEIGHT_GRADIENT, x.dtype, D)
-    for left, right, dw, gather_left in ((x.contiguous(), dh, d_gate_up, True), (aw, dy, d_down, False)):
+    for left, right, dw, gather_left in ((x, dh, d_gate_up, True), (aw, dy, d_down, False)):
         if has_work(dw):
             _, height, width = dw.shape
             grid = (E * cdiv(height, options["BLOCK_M"]) * cdiv(width, options["BLOCK_N"]),)
@@ -140,7 +140,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, dy: Tensor, _: None):
     # Experts that are frozen are half of the backward's work less.
     experts = any(ctx.needs_input_grad[1:3])
-    dx, dweight, *dw = backward_op(dy.contiguous(), *ctx.saved_tensors, experts)
+    dx, dweight, *dw = backward_op(dy, *ctx.saved_tensors, experts)
     return dx, *(dw if experts else (None, None)), None, dweight, None, None, None, None
 
 

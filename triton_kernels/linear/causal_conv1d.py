@@ -11,7 +11,14 @@ those packed by `cu_seqlens`).
 import torch
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_cu_seqlens, check_dtype, check_shape, check_tensors
+from triton_kernels.common.checks import (
+    check_backend,
+    check_cu_seqlens,
+    check_dtype,
+    check_placed,
+    check_shape,
+    check_tensors,
+)
 from triton_kernels.linear.causal_conv1d_torch import causal_conv1d_torch
 
 OP = "causal_conv1d"
@@ -53,6 +60,7 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise ValueError(f"{OP}: activation={activation!r}, legal are 'silu' and None")
     check_dtype(OP, {"x_BTD": x_BTD})
+    check_placed(OP, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D, initial_tail=initial_tail, cu_seqlens=cu_seqlens)
     check_cu_seqlens(OP, cu_seqlens, B, T)
     S = B if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_tail is None:

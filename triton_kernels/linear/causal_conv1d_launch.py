@@ -33,8 +33,8 @@ def launch(
     besides, by its parameters' names."""
     B, T, D = inputs.x.shape
     kernel[(cdiv(B * T, block_m) + n_tails, cdiv(D, BLOCK_C))](
-        inputs=Inputs(*(None if t is None else t.contiguous() for t in inputs)),
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        inputs=inputs,
+        cu_seqlens=cu_seqlens,
         sizes=Sizes(n_rows=B * T, T=T, D=D, n_sequences=0 if cu_seqlens is None else len(cu_seqlens) - 1),
         W=inputs.weight.shape[1],
         SILU=silu,
@@ -72,7 +72,7 @@ def backward_op(
             silu=silu,
             block_m=BACKWARD_BLOCK_M,
             n_tails=len(tail),
-            dy=dy.contiguous(),
+            dy=dy,
             gradients=Gradients(dx=dx, dtail=dtail, partial=partial_PWD),
         )
     return dx, dtail, partial_PWD.sum(0)

@@ -19,6 +19,9 @@ from triton_kernels.linear.products_torch import add_matmul, matmul
 # Bits by which a fixed decay may shrink a chunk and still be taken out of its scores: the rest of fp32's exponent is
 # left to what is multiplied.
 FIXED_BITS = 60
+# A log-decay below this is a zero: where a reset by -1e4 entered the cumulative sums, the ordinary decays behind it, as
+# differences of such sums, would lose their digits.
+STRONGEST = -100.0
 
 
 @dataclass(frozen=True)

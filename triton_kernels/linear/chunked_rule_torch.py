@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from triton_kernels.common.checks import values_are_free
-from triton_kernels.common.registration import has_work, kernel_op
-from triton_kernels.linear.chunk_decays_torch import ChannelDecay, ScalarDecay
+from triton_kernels.common.registration import ALL, has_work, kernel_op
+from triton_kernels.linear.chunk_decays_torch import STRONGEST, ChannelDecay, ScalarDecay
 from triton_kernels.linear.chunks_torch import Chunks, Scratch, load, scratch_on, store
 from triton_kernels.linear.products_torch import add_matmul, matmul
 
@@ -79,7 +79,7 @@ class Operands:
             self.weighted = self.write = load(k, scratch("write", self.X, C, K), self.decay.to_end)
             return
         assert inputs.g is not None
-        g = load(inputs.g[block], scratch("gates", self.X, *inputs.g.shape[4:]))
+        g = load(inputs.g[block], scratch("gates", self.X, *inputs.g.shape[4:])).clamp_(min=STRONGEST)
         self.decay = ScalarDecay.of(g, scratch) if g.dim() == 2 else ChannelDecay(g, scratch)
         readers = [q] if inputs.beta is None else [q, k]
         # Queries, and keys where they read too, as one stack of rows.
@@ -100,7 +100,7 @@ class Operands:
         self.write = torch.mul(weighted, self.decay.to_end, out=scratch("write", *weighted.shape))
 
 
-@kernel_op("chunked_linear_attention")
+@kernel_op("chunked_linear_attention", strided=ALL)
 def forward_op(
     q: Tensor,
     k: Tensor,
@@ -168,7 +168,7 @@ def forward_op(
     return chunks.tokens(out), finals, attention_YCC, states_YKV, inverse_YCC, errors_YCV
 
 
-@kernel_op("chunked_linear_attention_backward")
+@kernel_op("chunked_linear_attention_backward", strided=ALL)
 def backward_op(
     dout: Tensor,
     dfinals: Tensor,

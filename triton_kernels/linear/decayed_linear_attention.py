@@ -7,9 +7,19 @@ Legend: B batch, T tokens, H heads, K key width, V value width, S sequences (B o
 `cu_seqlens`).
 """
 
+import math
+
 import torch
 
-from triton_kernels.common.checks import check_backend, check_dtype, check_shape, check_tensors
+from triton_kernels.common.checks import (
+    check_backend,
+    check_dtype,
+    check_number,
+    check_placed,
+    check_range,
+    check_shape,
+    check_tensors,
+)
 from triton_kernels.linear.delta_rule import check_sequences
 
 OP = "decayed_linear_attention"
@@ -51,13 +61,16 @@ def decayed_linear_attention(
     """
     sizes = check_tensors(OP, q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV)
     check_dtype(OP, {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "v_BTHV": v_BTHV})
+    check_placed(OP, q_BTHK=q_BTHK, k_BTHK=k_BTHK, v_BTHV=v_BTHV, log_decay=log_decay)
+    check_number(OP, "scale", scale)
     if chunk_size < 1:
         raise ValueError(f"{OP}: chunk_size={chunk_size}, must be at least 1")
     if log_decay is not None:
         check_shape(
             OP, "log_decay", log_decay, {axis: sizes[axis] for axis in ("H" if log_decay.dim() == 1 else "BTH")}
         )
-    initial = check_sequences(OP, sizes, q_BTHK.dtype, cu_seqlens, initial_state_BHKV)
+        check_range(OP, "log_decay", log_decay, -math.inf, 0)
+    initial = check_sequences(OP, sizes, q_BTHK, cu_seqlens, initial_state_BHKV)
     if check_backend(backend, q_BTHK) == "triton":
         from triton_kernels.linear.decayed_linear_attention_launch import (
             decayed_linear_attention_triton as implementation,

@@ -88,7 +88,7 @@ class Scan(LinearCall):
         )
 
 
-@kernel_op("decayed_linear_attention")
+@kernel_op("decayed_linear_attention", strided="q k v log_decay")
 def forward_op(
     q: Tensor,
     k: Tensor,
@@ -139,7 +139,7 @@ def forward_op(
     return o, final
 
 
-@kernel_op("decayed_linear_attention_backward")
+@kernel_op("decayed_linear_attention_backward", strided="do q k v log_decay")
 def backward_op(
     do: Tensor,
     dfinal: Tensor | None,
@@ -162,7 +162,6 @@ def backward_op(
         return dq, dk, dv, dgate, dinitial
     do, q, k, v = addressable(do), addressable(q), addressable(k), addressable(v)
     gate = None if log_decay is None else addressable(log_decay)
-    dfinal = None if dfinal is None else dfinal.contiguous()
     scan = Scan(q, v, cu_seqlens, chunk_size=chunk_size, of_k=2, of_v=1)
     segment_buffers = scan.segment_buffers(q, roles=3)
     all_tokens, slot_rows = scan.B * scan.T, ANCHOR * scan.chunk

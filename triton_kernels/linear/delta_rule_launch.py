@@ -147,7 +147,7 @@ class DeltaCall(LinearCall):
         return grad_BTHK if self.H == self.G else grad_BTHK.unflatten(2, (self.G, -1)).sum(3)
 
 
-@kernel_op("delta_rule")
+@kernel_op("delta_rule", strided="q k v")
 def forward_op(
     q: Tensor,
     k: Tensor,
@@ -209,7 +209,7 @@ def forward_op(
     return outputs
 
 
-@kernel_op("delta_rule_backward")
+@kernel_op("delta_rule_backward", strided="do q k v")
 def backward_op(
     do: Tensor,
     dfinal: Tensor | None,
@@ -326,7 +326,7 @@ def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: Any) -> tup
     attention, inverse, factors, whole, own, transition = prepared
     dq, dk, dv, dg, dbeta, dinitial = backward_op(
         do=torch.zeros_like(v) if do is None else do,
-        dfinal=None if dfinal is None else dfinal.contiguous(),
+        dfinal=dfinal,
         q=q,
         k=k,
         v=v,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_dtype, check_shape
+from triton_kernels.common.checks import check_backend, check_dtype, check_number, check_placed, check_shape
 
 OP = "gated_rms_norm"
 ACTIVATIONS = ("silu", "sigmoid")
@@ -37,6 +37,8 @@ def gated_rms_norm(
     check_shape(OP, "gate", gate, {f"axis {i}": size for i, size in enumerate(x.shape)})
     check_shape(OP, "weight", weight, {"D": x.shape[-1]})
     check_dtype(OP, {"x": x, "gate": gate})
+    check_placed(OP, x=x, gate=gate, weight=weight)
+    check_number(OP, "eps", eps, least=0)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
     if check_backend(backend, x) == "torch":

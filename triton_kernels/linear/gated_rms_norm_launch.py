@@ -35,7 +35,7 @@ def forward_op(x: Tensor, gate: Tensor, weight: Tensor, eps: float, silu: bool) 
     if has_work(y):
         N, steps, blocks = step_sizes(x)
         norm_kernel[(steps,)](
-            inputs=Inputs(x=x.contiguous(), gate=gate.contiguous(), weight=weight.contiguous()),
+            inputs=Inputs(x=x, gate=gate, weight=weight),
             y=y,
             gradients=Gradients(dy=None, dx=None, dgate=None, partial=None),
             N=N,
@@ -60,9 +60,9 @@ def backward_op(
     steps_each = cdiv(steps, BACKWARD_PROGRAMS)
     partial_PD = x.new_empty(cdiv(steps, steps_each), x.shape[-1], dtype=torch.float32)
     norm_kernel[(len(partial_PD),)](
-        inputs=Inputs(x=x.contiguous(), gate=gate.contiguous(), weight=weight.contiguous()),
+        inputs=Inputs(x=x, gate=gate, weight=weight),
         y=None,
-        gradients=Gradients(dy=dy.contiguous(), dx=dx, dgate=dgate, partial=partial_PD),
+        gradients=Gradients(dy=dy, dx=dx, dgate=dgate, partial=partial_PD),
         N=N,
         D=x.shape[-1],
         eps=eps,

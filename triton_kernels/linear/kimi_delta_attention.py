@@ -41,6 +41,8 @@ def kimi_delta_attention(
 
     Source: Kimi Linear, arXiv 2510.26692.
     """
+    if log_decay_BTHK is None:
+        raise ValueError(f"{OP}: log_decay_BTHK=None; legal is a tensor, without a decay call gated_delta_rule")
     sizes = check_delta_inputs(
         OP, q_BTGK=q_BTGK, k_BTGK=k_BTGK, v_BTHV=v_BTHV, log_decay_BTHK=log_decay_BTHK, beta_BTH=beta_BTH
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.common.launch_tables import LaunchOptions
+from triton_kernels.common.layout import in_one_piece
 from triton_kernels.common.sizes import cdiv, padded, power_of_two
 
 # A launch should keep every multiprocessor of an H200 busy.
@@ -20,7 +21,7 @@ def addressable(x: Tensor) -> Tensor:
     return (
         x
         if (x.dim() == 3 or x.stride(3) == 1) and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-        else x.contiguous()
+        else in_one_piece(x)
     )
 
 

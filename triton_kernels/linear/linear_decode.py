@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_dtype, check_shape, check_tensors
+from triton_kernels.common.checks import (
+    check_backend,
+    check_dtype,
+    check_number,
+    check_placed,
+    check_shape,
+    check_tensors,
+)
 from triton_kernels.linear.causal_conv1d import WIDTHS, causal_conv1d
 from triton_kernels.linear.chunked_rule_torch import inverse_length
 from triton_kernels.linear.delta_rule import check_delta_inputs
@@ -71,6 +78,17 @@ def delta_decode(
     check_shape(op, "a", a, {"B": B, "H or H*K": channels})
     check_shape(op, "dt_bias", dt_bias, {"entries of a": channels})
     check_shape(op, "tail_BXW", tail_BXW, {"B": B, "X": sizes["X"], "W-1": W - 1})
+    check_placed(
+        op,
+        qkv_BX=qkv_BX,
+        conv_XW=conv_XW,
+        A_log_H=A_log_H,
+        dt_bias=dt_bias,
+        norm_V=norm_V,
+        state_BHKV=state_BHKV,
+        tail_BXW=tail_BXW,
+    )
+    check_number(op, "eps", eps, least=0)
     check_dtype(op, {"qkv_BX": qkv_BX, "gate_BHV": gate_BHV, "a": a, "b_BH": b_BH, "tail_BXW": tail_BXW})
     if W not in WIDTHS:
         raise ValueError(f"{op}: conv_XW has width W={W}, legal are {', '.join(map(str, WIDTHS))}")
@@ -128,6 +146,7 @@ def lightning_decode(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: Tensor,
     _, H, K, V = check_linear_projection(op, qkv_BX, state_BHKV)
     check_tensors(op, {"H": H}, log_decay_H=log_decay_H)
     check_dtype(op, {"qkv_BX": qkv_BX})
+    check_placed(op, qkv_BX=qkv_BX, log_decay_H=log_decay_H, state_BHKV=state_BHKV)
     if check_backend(backend, qkv_BX) == "triton":
         check_in_place(op, qkv_BX, state_BHKV)
         from triton_kernels.linear.linear_decode_launch import lightning_decode_op

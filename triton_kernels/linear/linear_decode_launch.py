@@ -40,12 +40,10 @@ def dense_rows(x: Tensor) -> Tensor:
 def lightning_tensors(qkv: Tensor, log_decay: Tensor, state: Tensor, o: Tensor) -> LightningTensors:
     """What the kernels of lightning heads are given."""
     qkv = dense_rows(qkv)
-    return LightningTensors(
-        qkv=qkv, log_decay=log_decay.contiguous(), state=state, o=o, qkv_stride=qkv.stride(0), H=state.shape[1]
-    )
+    return LightningTensors(qkv=qkv, log_decay=log_decay, state=state, o=o, qkv_stride=qkv.stride(0), H=state.shape[1])
 
 
-@kernel_op("delta_decode", mutates_args=("state", "tail"))
+@kernel_op("delta_decode", strided="qkv gate a b", mutates_args=("state", "tail"))
 def delta_decode_op(
     qkv: Tensor,
     gate: Tensor,
@@ -69,10 +67,10 @@ def delta_decode_op(
         delta_decode_kernel[(B * H,)](
             tensors=DeltaTensors(
                 *projections,
-                conv=conv.contiguous(),
-                A_log=A_log.contiguous(),
-                dt_bias=dt_bias.contiguous(),
-                norm=norm.contiguous(),
+                conv=conv,
+                A_log=A_log,
+                dt_bias=dt_bias,
+                norm=norm,
                 state=state,
                 tail=tail,
                 y=y,
@@ -87,7 +85,7 @@ def delta_decode_op(
     return y
 
 
-@kernel_op("lightning_decode", mutates_args=("state",))
+@kernel_op("lightning_decode", strided="qkv", mutates_args=("state",))
 def lightning_decode_op(qkv: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """o [B, H, V]; the arguments are those of `lightning_decode`, already checked."""
     B, H, K, V = state.shape

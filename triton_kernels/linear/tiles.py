@@ -22,6 +22,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# A log2-decay below this (-100 nats) is a zero, and is bounded here: a reset by -1e4 would leave the sums behind it, of
+# which ordinary decays are differences, without the digits that tell them apart.
+STRONGEST = tl.constexpr(-100 * 1.4426950408889634)
 
 # What a launch over chunks (or larger slots) is told of their number.
 SlotSizes = namedtuple("SlotSizes", "n_slots n_heads n_sequences")
@@ -100,20 +103,27 @@ def normalization(
 
 
 @triton.jit
+def bounded(g):
+    """Natural log-decays in base 2, none stronger than a zero; NaN stays NaN."""
+    g = g.to(tl.float32) * LOG2_E
+    return tl.where(g < STRONGEST, STRONGEST, g)
+
+
+@triton.jit
 def chunk_decays(gate, rows, stride, inside, CHUNK: tl.constexpr):
     """Inclusive cumulative log2-decay c [CHUNK] of the chunk's rows, and its total; zeros without a gate. `gate` points
     at the chunk's first row of one head."""
     if gate is None:
         return tl.zeros([CHUNK], tl.float32), tl.zeros([], tl.float32)
     else:
-        g = tl.load(gate + rows * stride, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        g = bounded(tl.load(gate + rows * stride, mask=inside, other=0.0))
         return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
 @triton.jit
 def channel_decays(gate, rows, stride, k_columns, inside, K: tl.constexpr):
     """The same for a decay per key channel: c [CHUNK, K] and its total [K]."""
-    g = load_tile(gate, rows, stride, k_columns, inside, K).to(tl.float32) * LOG2_E
+    g = bounded(load_tile(gate, rows, stride, k_columns, inside, K))
     return tl.cumsum(g, 0), tl.sum(g, 0)
 
 

@@ -12,9 +12,18 @@ linear heads have widths of their own), N sequences (B of them, or those packed 
 channels.
 """
 
+import math
+
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_dtype, check_tensors
+from triton_kernels.common.checks import (
+    check_backend,
+    check_dtype,
+    check_number,
+    check_placed,
+    check_range,
+    check_tensors,
+)
 from triton_kernels.linear.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.linear.linear_decode import check_in_place, check_linear_projection, lightning_decode
 from triton_kernels.softmax.flash_attention import check_attention, check_kernels_take, flash_attention
@@ -65,8 +74,11 @@ def mixed_attention(
     linear = {"linear_q_BTJK": linear_q_BTJK, "linear_k_BTJK": linear_k_BTJK, "linear_v_BTJV": linear_v_BTJV}
     sizes = check_tensors(OP, sizes, **linear, initial_state_NJKV=initial_state_NJKV)
     check_dtype(OP, {"q_BTHK": q_BTHK, **linear})
+    check_placed(OP, q_BTHK=q_BTHK, log_decay=log_decay, initial_state_NJKV=initial_state_NJKV, **linear)
+    check_number(OP, "linear_scale", linear_scale)
     if log_decay is not None:
         check_tensors(OP, sizes, **{"log_decay_J" if log_decay.dim() == 1 else "log_decay_BTJ": log_decay})
+        check_range(OP, "log_decay", log_decay, -math.inf, 0)
     if check_backend(backend, q_BTHK) == "torch":
         o_BTHV = flash_attention(
             q_BTHK, k_BSGK, v_BSGV, window=window, scale=scale, sinks_H=sinks_H, cu_seqlens=cu_seqlens, backend="torch"
@@ -87,7 +99,7 @@ def mixed_attention(
     from triton_kernels.mixed.mixed_attention_launch import forward_op
 
     decays = None if log_decay is None else log_decay.float().expand(B, T, sizes["J"])
-    initial = None if initial_state_NJKV is None else initial_state_NJKV.float().contiguous()
+    initial = None if initial_state_NJKV is None else initial_state_NJKV.float()
     o_BTHV, _, *linear_results = forward_op(
         q=q_BTHK,
         k=k_BSGK,
@@ -143,6 +155,8 @@ def mixed_decode(
     caches = {"k_cache_BSGK": k_cache_BSGK, "v_cache_BSGV": v_cache_BSGV}
     scale = check_decode(op, q_BHK, caches, scales={}, lengths_B=lengths_B, sinks_H=sinks_H, scale=scale)
     check_dtype(op, {"q_BHK": q_BHK, "linear_qkv_BX": linear_qkv_BX})
+    check_placed(op, q_BHK=q_BHK, linear_qkv_BX=linear_qkv_BX, log_decay_J=log_decay_J, state_BJKV=state_BJKV)
+    check_range(op, "lengths_B", lengths_B, 0, math.inf)
     if check_linear_projection(op, linear_qkv_BX, state_BJKV)[0] != len(q_BHK):
         raise ValueError(
             f"{op}: state_BJKV holds {len(state_BJKV)} sequences, q_BHK {len(q_BHK)}; they must be as many"

@@ -33,7 +33,7 @@ from triton_kernels.softmax.flash_decode_launch import Cache, DecodeCall
 DECODE_BLOCK = 32
 
 
-@kernel_op("mixed_attention")
+@kernel_op("mixed_attention", strided="q k v linear_q linear_k linear_v log_decay")
 def forward_op(
     q: Tensor,
     k: Tensor,
@@ -145,7 +145,7 @@ def _backward(
 forward_op.register_autograd(_backward, setup_context=_save)
 
 
-@kernel_op("mixed_decode", mutates_args=("state",))
+@kernel_op("mixed_decode", strided="k v linear_qkv", mutates_args=("state",))
 def decode_op(
     q: Tensor,
     k: Tensor,

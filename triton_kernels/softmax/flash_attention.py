@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_cu_seqlens, check_dtype, check_tensors
+from triton_kernels.common.checks import check_backend, check_cu_seqlens, check_dtype, check_placed, check_tensors
 from triton_kernels.softmax.flash_attention_torch import flash_attention_torch
 from triton_kernels.softmax.rotary import Rotary, check_rotary, rotate
 
@@ -63,6 +63,7 @@ def flash_attention(
     )
     if rotary is not None:
         check_rotary(OP, rotary, q_BTHK.shape[1], q_BTHK.shape[3])
+        check_placed(OP, q_BTHK=q_BTHK, rotary_cosines_TP=rotary[0], rotary_sines_TP=rotary[1])
         rotary = rotary if rotary[0].shape[1] > 0 else None
     if check_backend(backend, q_BTHK) == "torch":
         return flash_attention_torch(
@@ -116,16 +117,15 @@ def check_attention(
     """The scale; raises ValueError, naming the argument, its value and what is legal."""
     sizes = check_tensors(op, q_BTHK=q_BTHK, k_BSGK=k_BSGK, v_BSGV=v_BSGV, sinks_H=sinks_H)
     check_dtype(op, {"q_BTHK": q_BTHK, "k_BSGK": k_BSGK, "v_BSGV": v_BSGV})
+    check_placed(op, q_BTHK=q_BTHK, k_BSGK=k_BSGK, v_BSGV=v_BSGV, sinks_H=sinks_H, cu_seqlens=cu_seqlens)
     T, S = sizes["T"], sizes["S"]
     if causal and T > S:
         raise ValueError(
             f"{op}: causal with T={T} queries and S={S} keys; there must be at least as many keys as queries"
         )
-    if window is not None and not (causal and window >= 1):
-        raise ValueError(
-            f"{op}: window={window} with causal={causal}; legal are None, or at least 1 (the query itself) in causal"
-            " attention"
-        )
+    check_window(op, window)
+    if window is not None and not causal:
+        raise ValueError(f"{op}: window={window} with causal={causal}; a window is legal in causal attention only")
     check_cu_seqlens(op, cu_seqlens, sizes["B"], T)
     if cu_seqlens is not None and T != S:
         raise ValueError(
@@ -133,6 +133,11 @@ def check_attention(
             " itself"
         )
     return check_heads(op, sizes, scale)
+
+
+def check_window(op: str, window: int | None) -> None:
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int | torch.SymInt) or window < 1):
+        raise ValueError(f"{op}: window={window!r}; legal are None and whole numbers from 1, the query itself, on")
 
 
 def check_heads(op: str, sizes: dict[str, int], scale: float | None) -> float:

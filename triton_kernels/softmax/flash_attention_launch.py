@@ -49,7 +49,7 @@ class AttentionCall:
         self.q, self.k, self.v = dense_channels(q), dense_channels(k), dense_channels(v)
         self.cu_seqlens, self.scale = cu_seqlens, visibility.scale
         self.n_sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-        self.tables = (None, None) if rotary is None else tuple(table.float().contiguous() for table in rotary)
+        self.tables = (None, None) if rotary is None else tuple(table.float() for table in rotary)
         # A window as long as the keys hides nothing.
         window = visibility.window
         self.window = window if window is not None and window < k.shape[1] else 0
@@ -101,7 +101,7 @@ class AttentionCall:
         kernel[(n_blocks * heads * self.q.shape[0],)](call=call, **tensors, FORM=self.form, **options.keywords)
 
 
-@kernel_op("flash_attention")
+@kernel_op("flash_attention", strided="q k v")
 def forward_op(
     q: Tensor,
     k: Tensor,
@@ -130,7 +130,7 @@ def forward_op(
     return o, lse
 
 
-@kernel_op("flash_attention_backward")
+@kernel_op("flash_attention_backward", strided="do q k v")
 def backward_op(
     do: Tensor,
     o: Tensor,

@@ -114,7 +114,10 @@ def _with_sink_key(
     There are two of them because one bf16 number would round the logit: the second holds what the first lost.
     """
     B, H, T, _ = q_BHTK.shape
-    logit_H = sinks_H.to(torch.promote_types(q_BHTK.dtype, torch.float32)) / scale
+    # Kept finite in the queries' dtype: an infinite channel would meet the zeros of all other keys, 0 * inf. A logit
+    # of -inf is a weight of zero all the same.
+    largest = torch.finfo(q_BHTK.dtype).max / 4
+    logit_H = (sinks_H.to(torch.promote_types(q_BHTK.dtype, torch.float32)) / scale).clamp(-largest, largest)
     high_H = logit_H.detach().to(q_BHTK.dtype)
     low_H = (logit_H - high_H.to(logit_H.dtype)).to(q_BHTK.dtype)
     channels_H2 = torch.stack([high_H, low_H], dim=-1)

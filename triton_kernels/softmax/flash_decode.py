@@ -10,15 +10,24 @@ Legend: B sequences, S rows of the cache, H query heads, G key/value heads, R qu
 value width, P blocks of the pool, C tokens per block, N blocks of the longest sequence.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_dtype, check_tensors
-from triton_kernels.softmax.flash_attention import check_heads, check_kernels_take
+from triton_kernels.common import checks
+from triton_kernels.common.checks import (
+    QUANTISED,
+    check_backend,
+    check_dtype,
+    check_placed,
+    check_range,
+    check_tensors,
+)
+from triton_kernels.softmax.flash_attention import check_heads, check_kernels_take, check_window
 from triton_kernels.softmax.flash_attention_torch import flash_attention_torch
 
 OP = "flash_decode"
-QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # A latent cache is as wide as its latent and its rotary part together.
 MAX_WIDTH = 1024
 
@@ -63,10 +72,9 @@ def flash_decode(
     scales = {f"k_scale_{rows}G": k_scale, f"v_scale_{rows}G": v_scale}
     scale = check_decode(OP, q_BHK, caches, scales=scales, lengths_B=lengths_B, sinks_H=sinks_H, scale=scale)
     check_tensors(OP, {"B": len(q_BHK)}, block_table_BN=block_table_BN)
-    if block_table_BN is not None and block_table_BN.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{OP}: block_table_BN is {block_table_BN.dtype}, legal are torch.int32 and torch.int64")
-    if window is not None and window < 1:
-        raise ValueError(f"{OP}: window={window}, must be at least 1, the token itself, or None")
+    check_placed(OP, q_BHK=q_BHK, block_table_BN=block_table_BN)
+    check_window(OP, window)
+    _check_cached(k_cache, lengths_B, window, block_table_BN)
     if check_backend(backend, q_BHK) == "torch":
         if k_scale is None and block_table_BN is None and window is None and _all_is_seen(k_cache, lengths_B):
             # SDPA reads keys and values where they lie; the form below would copy, widen and mask them first.
@@ -112,6 +120,17 @@ def flash_decode(
     )
 
 
+def _check_cached(k_cache: Tensor, lengths_B: Tensor, window: int | None, block_table_BN: Tensor | None) -> None:
+    """Lengths that the cache can hold, and blocks that the pool has, if looking is free."""
+    rows = k_cache.shape[1] * (1 if block_table_BN is None else block_table_BN.shape[1])
+    # Without a window or a table the rows may be a ring, which holds the last of any number of tokens.
+    is_ring = window is None and block_table_BN is None
+    check_range(OP, "lengths_B", lengths_B, 0, math.inf if is_ring else rows)
+    if block_table_BN is not None and checks.values_are_free(block_table_BN):
+        in_use_BN = torch.arange(block_table_BN.shape[1]) * k_cache.shape[1] < lengths_B[:, None]
+        check_range(OP, "block_table_BN", block_table_BN, 0, k_cache.shape[0] - 1, in_use_BN)
+
+
 def _all_is_seen(k_cache_BSGK: Tensor, lengths_B: Tensor) -> bool:
     """Whether it is known that every row of the cache holds a token. On a GPU asking would wait for the device."""
     return lengths_B.device.type == "cpu" and bool((lengths_B >= k_cache_BSGK.shape[1]).all())
@@ -131,6 +150,8 @@ def check_decode(
     axes; no scales: not quantised."""
     sizes = check_tensors(op, None, q_BHK=q_BHK, **caches, **scales, lengths_B=lengths_B, sinks_H=sinks_H)
     check_dtype(op, {"q_BHK": q_BHK})
+    others = {name.rsplit("_", 1)[0]: x for name, x in (caches | scales).items()}
+    check_placed(op, q_BHK=q_BHK, lengths_B=lengths_B, sinks_H=sinks_H, **others)
     for (name, cache), scale_name in zip(caches.items(), scales or (None, None)):
         has_scale = scale_name is not None and scales[scale_name] is not None
         legal = QUANTISED if scales else ()
@@ -141,8 +162,6 @@ def check_decode(
                 f"{op}: {name} is {cache.dtype} {'with' if has_scale else 'without'} {scale_name}; int8 and fp8 need"
                 " one, others none"
             )
-    if lengths_B.dtype != torch.int64:
-        raise ValueError(f"{op}: lengths_B is {lengths_B.dtype}, legal is torch.int64")
     return check_heads(op, sizes, scale)
 
 
@@ -177,8 +196,9 @@ def flash_decode_torch(
     if sinks_H is not None:
         sink_BGR1 = sinks_H.to(accumulator).reshape(1, G, H // G, 1).expand(B, -1, -1, -1)
         s_BGRS = torch.cat([s_BGRS, sink_BGR1], dim=-1)
-    # A sequence without any cached token attends to nothing: zeros, as in the kernel, where softmax would give NaN.
-    p_BGRS = s_BGRS.softmax(-1).nan_to_num(0.0)[..., :S]
+    # A sequence without any cached token attends to nothing: zeros, as in the kernel, where softmax would give NaN. Any
+    # other NaN is the caller's and stays.
+    p_BGRS = s_BGRS.softmax(-1)[..., :S].masked_fill(~seen_BS.any(-1)[:, None, None, None], 0.0)
     return torch.einsum("bgrs,bsgv->bgrv", p_BGRS, v_BSGV).reshape(B, H, -1).to(q_BHK.dtype)
 
 

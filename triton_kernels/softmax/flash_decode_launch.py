@@ -57,10 +57,7 @@ class DecodeCall:
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (cache.k, cache.v))
         if current_architecture() < OLDEST_WITH_E4M3:
             k, v = (x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in (k, v))
-        q, lengths = q.contiguous(), lengths.contiguous()
-        sinks, block_table, k_scale, v_scale = (
-            None if x is None else x.contiguous() for x in (sinks, cache.block_table, cache.k_scale, cache.v_scale)
-        )
+        block_table, k_scale, v_scale = cache.block_table, cache.k_scale, cache.v_scale
         (B, H, V), (G, K) = o.shape, k.shape[2:]
         page, columns = (0, 0) if block_table is None else (k.shape[1], block_table.shape[1])
         S = page * columns or k.shape[1]
@@ -123,7 +120,7 @@ def split_counters(x: Tensor) -> Tensor:
     return counters
 
 
-@kernel_op("flash_decode")
+@kernel_op("flash_decode", strided="k_cache v_cache")
 def decode_op(
     q: Tensor,
     k_cache: Tensor,

@@ -12,7 +12,7 @@ Legend: B batch, T tokens, H heads, K head width, P half of the rotated channels
 import torch
 from torch import Tensor
 
-from triton_kernels.common.checks import check_backend, check_dtype, check_tensors
+from triton_kernels.common.checks import check_backend, check_dtype, check_placed, check_tensors
 
 OP = "rotate"
 Rotary = tuple[Tensor, Tensor]
@@ -45,6 +45,7 @@ def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
     sizes = check_tensors(OP, x_BTHK=x_BTHK)
     check_dtype(OP, {"x_BTHK": x_BTHK})
     check_rotary(OP, rotary, sizes["T"], sizes["K"])
+    check_placed(OP, x_BTHK=x_BTHK, rotary_cosines_TP=rotary[0], rotary_sines_TP=rotary[1])
     if rotary[0].shape[1] == 0:
         return x_BTHK
     if check_backend(backend, x_BTHK) == "torch":

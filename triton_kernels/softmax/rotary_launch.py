@@ -19,13 +19,13 @@ from triton_kernels.softmax.rotary_kernels import RotaryForm, rotate_kernel
 ROTATED_PAIRS = 1024
 
 
-@kernel_op("rotate")
+@kernel_op("rotate", strided="x")
 def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """x [B, T, H, K] turned by the tables [T, P], or turned back."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if has_work(y):
         (B, T, H, K), half = x.shape, cos.shape[1]
-        cos_rows, sin_rows = (rows(table.float().contiguous()[None, :, None]) for table in (cos, sin))
+        cos_rows, sin_rows = (rows(table.float()[None, :, None]) for table in (cos, sin))
         block_m = max(1, ROTATED_PAIRS // padded(half))
         n_blocks = cdiv(T, block_m)
         rotate_kernel[(B * n_blocks * H,)](

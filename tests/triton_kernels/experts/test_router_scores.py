@@ -10,7 +10,8 @@ from routing.policies.threshold import ScoreThreshold
 from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
 from routing.router import Router, RouterConfig
-from triton_kernels.experts.expert_slots import router_scores
+from triton_kernels.experts.expert_slots import router_scores, sort_slots
+from triton_kernels.experts.grouped_mlp import grouped_mlp
 
 
 def draw(T, E, dtype=torch.float64, seed=0):
@@ -110,3 +111,35 @@ def test_wrong_arguments_are_refused_by_name(change, message):
     arguments = {"logits_TE": torch.zeros(2, 7), "bias_E": torch.zeros(7), "threshold": torch.tensor(0.5), "k": 3}
     with pytest.raises(ValueError, match=message):
         router_scores(**arguments | change)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("rule", ["top_k", "top_p", "threshold"])
+def test_a_nan_stays_nan_through_slots_rows_and_experts(rule: str, score: str, backend: str) -> None:
+    """In the logits of one token, or in the bias of one expert: never a zero, and no other token sees it."""
+    nan, zeros_E = torch.nan, torch.zeros(4)
+    x_TD, w_gate_up, w_down = torch.randn(2, 16), torch.randn(4, 16, 32), torch.randn(4, 16, 16)
+    for logits, bias, is_nan in (
+        ([[nan, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]], zeros_E, [True, False]),
+        ([[0.0, 1.0, 2.0, 3.0], [3.0, 1.0, 2.0, 0.0]], torch.tensor([0.0, nan, 0.0, 0.0]), [True, True]),
+    ):
+        options = {"k": 2, "rule": rule, "score": score, "floor": 0, "backend": backend}
+        logits_TE = torch.tensor(logits, requires_grad=True)
+        slots = router_scores(logits_TE, bias, torch.tensor(0.5), **options)
+        assert ((slots.expert_TK >= 0) & (slots.expert_TK < 4)).all()
+        assert slots.weight_TK.isnan().any(1).tolist() == is_nan
+        rows = sort_slots(slots.expert_TK, slots.weight_TK, slots.keep_TK, n_experts=4, backend=backend)._asdict()
+        del rows["expert_N"]
+        y_TD = grouped_mlp(x_TD, w_gate_up, w_down, **rows, backend=backend)
+        assert y_TD.isnan().any(1).tolist() == is_nan
+        if logits_TE.isnan().any():
+            (dlogits_TE,) = torch.autograd.grad(y_TD.sum(), logits_TE)
+            assert dlogits_TE.isnan().any(1).tolist() == is_nan
+
+
+def test_experts_without_a_chance_are_taken_one_after_the_other() -> None:
+    """More slots than experts above -inf: no expert twice, and none that does not exist."""
+    bias = torch.tensor([0.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf])
+    slots = router_scores(torch.zeros(1, 5), bias, torch.tensor(0.0), k=5, backend="triton")
+    assert sorted(slots.expert_TK[0].tolist()) == [0, 1, 2, 3, 4]

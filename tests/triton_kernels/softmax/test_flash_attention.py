@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.softmax.flash_attention import flash_attention
+from triton_kernels.softmax.flash_decode import flash_decode
 from triton_kernels.softmax.rotary import rotary_tables
 
 NAMES = ("q_BTHK", "k_BSGK", "v_BSGV", "sinks_H")
@@ -171,3 +172,40 @@ def test_what_the_kernels_do_not_take_is_refused(change):
     q, k, v = random_inputs(1, 4, 4, 1, 1, change.get("K", 32), 32, False, change.get("dtype", torch.float32))
     with pytest.raises(ValueError, match="Triton kernels take"):
         flash_attention(q, k, v, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("T", "window"), [(1, None), (5, None), (64, None), (70, None), (140, 8)])
+def test_a_sink_of_minus_infinity_is_none(T: int, window: int | None, backend: str) -> None:
+    """At every length, forward and backward, and in decoding; the other head's sink is not disturbed."""
+    drawn = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(1, T, 2, 16, generator=drawn).requires_grad_() for _ in range(3))
+    sinks_H = torch.tensor([-torch.inf, 0.3], requires_grad=True)
+    with_sinks = flash_attention(q, k, v, sinks_H=sinks_H, window=window, backend=backend)
+    without = flash_attention(q, k, v, window=window, backend="torch")
+    torch.testing.assert_close(with_sinks[:, :, 0], without[:, :, 0], rtol=1e-4, atol=1e-5)
+    *grads, dsinks_H = torch.autograd.grad(with_sinks.square().sum(), (q, k, v, sinks_H))
+    expected = torch.autograd.grad(without[:, :, 0].square().sum(), (q, k, v))
+    for grad, right in zip(grads, expected):
+        torch.testing.assert_close(grad[:, :, 0], right[:, :, 0], rtol=1e-4, atol=1e-4)
+    assert dsinks_H[0] == 0
+    assert dsinks_H[1].abs() > 0
+    decoded = flash_decode(
+        q[:, -1].detach(),
+        k.detach(),
+        v.detach(),
+        torch.tensor([T]),
+        window=window,
+        sinks_H=sinks_H.detach(),
+        backend=backend,
+    )
+    torch.testing.assert_close(decoded, with_sinks[:, -1].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_nan_query_decodes_to_nan_and_no_tokens_to_zeros(backend: str) -> None:
+    q_BHK, cache = torch.randn(3, 2, 16), torch.randn(3, 8, 2, 16)
+    q_BHK[0, 1, 3] = torch.nan
+    o_BHV = flash_decode(q_BHK, cache, cache, torch.tensor([5, 5, 0]), backend=backend)
+    assert o_BHV.isnan().all(-1).tolist() == [[False, True], [False, False], [False, False]]
+    assert (o_BHV[2] == 0).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from triton_kernels.tools.agreement import results
-from triton_kernels.tools.operations import operations
+from triton_kernels.tools.operations import operations, random_inputs
 
 # Long enough for several blocks, chunks and steps, short enough for the interpreter.
 SHORT = {"T": 70, "S": 80, "D": 48, "H": 4, "E": 8, "K": 64, "V": 64, "C": 16, "W": 40, "P": 32, "sequences": 3}
@@ -25,27 +25,105 @@ def run(name: str, inputs: dict) -> dict[str, torch.Tensor]:
     return results(functools.partial(operations()[name].call, backend="triton"), inputs)
 
 
-def laid_out_otherwise(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers with three more channels beside every row and a gap between the rows of the first axis, like
-    slices of fused projections."""
-    if x.dim() < 2 or not x.is_floating_point():
-        return x
-    room = torch.full((2 * x.shape[0], *x.shape[1:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype)
-    view = room[::2, ..., : x.shape[-1]]
-    view.copy_(x.detach())
-    return view.detach().requires_grad_(x.requires_grad)
+# Small enough for six runs of the interpreter.
+TINY = {"T": 20, "S": 24, "D": 16, "F": 16, "H": 2, "E": 4, "K": 16, "V": 16, "C": 8, "W": 6, "P": 8, "J": 2, "B": 2}
+OPTIONAL = {
+    "decayed_linear_attention": "initial_state_BHKV",
+    "gated_delta_rule": "initial_state_BHKV",
+    "kimi_delta_attention": "initial_state_BHKV",
+    "mixed_attention": "initial_state_NJKV sinks_H",
+    "flash_attention": "sinks_H",
+    "flash_decode": "sinks_H",
+    "mixed_attention/decode": "sinks_H",
+}
+CAN_BE_PACKED = {*OPTIONAL, "causal_conv1d"} - {"flash_decode", "mixed_attention/decode"}
+# What a decode step updates where it lies, which must be in one piece.
+IN_PLACE = ("state_", "tail_BXW")
+
+
+def every_argument(name: str, **changed: int) -> dict:
+    """An operation's inputs with those that it may leave out: states, sinks, offsets of packed sequences."""
+    shape = dict(operations()[name].check_shapes[0])
+    shape = {axis: min(size, TINY.get(axis, size)) for axis, size in shape.items()}
+    shape |= {axis: 1 for axis in changed if axis in shape}
+    if "G" in shape and "H" in shape:
+        shape["G"] = 1
+    inputs = operations()[name].inputs(torch.float32, "cpu", **shape)
+    n_states = len(inputs["cu_seqlens"]) - 1 if "cu_seqlens" in inputs else shape.get("B", 1)
+    sizes = shape | {"N": n_states, "V": shape.get("V", shape.get("K", 1))}
+    names = OPTIONAL.get(name, OPTIONAL.get(name.split("/")[0], "")).split()
+    drawn = random_inputs(5, torch.float32, "cpu", sizes, *names)
+    decodes = not any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs.values())
+    inputs |= {key: x.detach() if decodes else x for key, x in drawn.items() if key not in inputs}
+    if name.split("/")[0] in CAN_BE_PACKED and not decodes and shape["B"] == 1 and "cu_seqlens" not in inputs:
+        T = shape["T"]
+        inputs["cu_seqlens"] = torch.tensor([0, T // 3, T])
+        for key in ("initial_state_BHKV", "initial_state_NJKV", "initial_tail"):
+            if key in inputs:
+                x = inputs[key].detach()
+                inputs[key] = torch.cat([x, x.flip(1)]).requires_grad_()
+    return inputs
+
+
+def sliced(x: torch.Tensor) -> torch.Tensor:
+    """Every second entry of every axis, from an offset on, of memory full of other numbers."""
+    room = torch.full([2 * size + 3 for size in x.shape], 99, dtype=torch.float32).to(x.dtype)
+    view = room[tuple(slice(3, 3 + 2 * size, 2) for size in x.shape)]
+    return view.copy_(x)
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """The axes in memory in reversed order."""
+    axes = tuple(reversed(range(x.dim())))
+    return x.permute(axes).contiguous().permute(axes)
+
+
+def odd_ones(x: torch.Tensor) -> torch.Tensor:
+    """Axes of size 1 whose stride leads nowhere, as transposing or expanding leaves them."""
+    x = x.contiguous()
+    strides = [1000 + 7 * axis if size == 1 else step for axis, (size, step) in enumerate(zip(x.shape, x.stride()))]
+    room = torch.cat([x.reshape(-1), x.new_full((5000,), 99)])
+    return room.as_strided(x.shape, strides)
+
+
+def expanded(x: torch.Tensor) -> torch.Tensor:
+    """One entry of the first axis for all: the numbers change, so it is compared with a copy of itself."""
+    return x[:1].expand(x.shape) if x.is_floating_point() and x.dim() else x
+
+
+def moved(inputs: dict, layout) -> dict:
+    def move(key: str, x):
+        if isinstance(x, tuple):
+            return tuple(move(key, part) for part in x)
+        if not isinstance(x, torch.Tensor) or key.startswith(IN_PLACE):
+            return x
+        return layout(x.detach()).detach().requires_grad_(x.requires_grad)
+
+    return {key: move(key, x) for key, x in inputs.items()}
+
+
+@pytest.mark.parametrize("ones", ["", "T", "B"])
+@pytest.mark.parametrize("name", operations())
+def test_every_argument_may_lie_anywhere(name: str, ones: str) -> None:
+    """Offsets, states, sinks and routing tables included; with axes of size 1, whose stride `.contiguous()` leaves as
+    it is."""
+    inputs = every_argument(name, **dict.fromkeys(ones, 1))
+    first = run(name, inputs)
+    assert not any(x.isnan().any() for x in first.values())
+    for layout in (odd_ones,) if ones == "T" else (sliced, transposed, odd_ones):
+        second = run(name, moved(inputs, layout))
+        for result, x in first.items():
+            assert torch.equal(x, second[result]), (layout.__name__, result)
+    if not ones:
+        first, second = run(name, moved(inputs, lambda x: expanded(x).clone())), run(name, moved(inputs, expanded))
+        for result, x in first.items():
+            assert torch.equal(x, second[result]), ("expanded", result)
 
 
 @pytest.mark.parametrize("name", operations())
-def test_two_runs_give_the_same_bits_wherever_the_inputs_lie(name: str) -> None:
+def test_two_runs_give_the_same_bits_at_several_blocks(name: str) -> None:
     inputs = small_inputs(name)
-    # A decode step updates its state and tail where they lie, which must be in one piece.
-    in_place = ("state", "tail_BXW")
-    moved = {
-        key: x if key.startswith(in_place) or not isinstance(x, torch.Tensor) else laid_out_otherwise(x)
-        for key, x in inputs.items()
-    }
-    first, second = run(name, inputs), run(name, moved)
+    first, second = run(name, inputs), run(name, moved(inputs, sliced))
     assert first.keys() == second.keys()
     for result, x in first.items():
         assert not x.isnan().any(), result

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import triton_kernels.__main__ as command_line
 from foundation.tables import read_rows
+from triton_kernels.tools import inspect_table
 from triton_kernels.tools.inspect_recorder import resident_blocks
 from triton_kernels.tools.inspect_table import TOTAL, Row, Spill, gate, new_spills, record
 from triton_kernels.tools.operations import operations
@@ -211,6 +213,26 @@ def test_the_gate_finds(change: dict, message: str) -> None:
     problems = gate([dataclasses.replace(row, **change)], recorded, operations())
     assert len(problems) == 1
     assert message in problems[0]
+
+
+def test_the_gate_compares_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table that --csv names may be the very one that --gate compares with: worse rows fail, again and again."""
+    name = f"{OP}/token"
+    rows = [row for row in read_rows(RECORDED, Row) if row.subject == (name, "ours", 90)]
+    better = [dataclasses.replace(row, bytes=row.bytes - 1) if row.kernel == TOTAL else row for row in rows]
+    table = tmp_path / "inspect.csv"
+    record(table, Row, better, {row.subject for row in rows})
+    monkeypatch.setattr(command_line, "RECORDED", table)
+    monkeypatch.setattr(inspect_table, "inspect_operation", lambda *_: rows)
+    for _ in range(2):
+        assert command_line.main(["inspect", "--op", name, "--gate", "--csv", str(table)]) == 1
+        assert "recorded" in capsys.readouterr().out
+    # Without the gate the table is written, and with rows as recorded too.
+    assert command_line.main(["inspect", "--op", name, "--csv", str(table)]) == 0
+    assert read_rows(table, Row) == rows
+    assert command_line.main(["inspect", "--op", name, "--gate", "--csv", str(table)]) == 0
 
 
 def test_a_row_nobody_recorded_is_a_problem() -> None:
