@@ -324,7 +324,7 @@ def run_plan(
     """Runs whatever of the plan is not finished: the trunk's record, then one per branch.
 
     Raises:
-        loop.NonFiniteLossError, stopping.Interrupted: everything saved; the same call continues.
+        loop.NonFiniteLossError, foundation.stopping.Interrupted: everything saved; the same call continues.
         record.RunMismatchError: when a folder holds another run.
     """
     execution = Execution(plan, corpus, root, config, trunk_folder=trunk_folder)

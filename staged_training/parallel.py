@@ -54,7 +54,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
 
     Raises:
         ValueError: for sizes that the processes cannot share, or a policy that needs the whole batch in one place.
-        stopping.Interrupted: after a stop signal to any process, everything saved.
+        foundation.stopping.Interrupted: after a stop signal to any process, everything saved.
     """
     # A second of imports that a run in one process need not wait for.
     from staged_training.many_processes import ManyProcesses, process_group

@@ -132,7 +132,7 @@ def train(options: TrainingOptions) -> Study:
 
     Raises:
         ValueError: for options, text or methods that do not fit.
-        staged_training.stopping.Interrupted: after a stop signal, everything saved.
+        foundation.stopping.Interrupted: after a stop signal, everything saved.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = prepare_text(options)
