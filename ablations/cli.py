@@ -16,6 +16,7 @@ from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
 from ablations.report.report import show
 from foundation.command import deferred, run_command
+from foundation.numbers import objection
 
 Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="METHOD ...")]
 FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
@@ -90,6 +91,8 @@ def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) 
         methods: names as `list` shows them; by default all whose number of experts depends on the token.
         last_steps: of training, whose mean is reported.
     """
+    if problem := objection(last_steps, 1):
+        raise ValueError(f"--last-steps {last_steps}: {problem}")
     # Which policy a method has does not depend on the vocabulary.
     baseline = options.model.config(vocab_size=1)
     names = methods or tuple(name for name, method in all_methods().items() if method.has_budget(baseline))

@@ -15,6 +15,7 @@ import tyro
 from corpus.prepare import CorpusConfig, prepare
 from foundation.command import run_command
 from foundation.environment import environment
+from foundation.numbers import check_numbers
 from foundation.serialize import to_dict
 from lm.config import ModelConfig
 from staged_training.describe import describe
@@ -49,6 +50,9 @@ class RunConfig:
     branch_seed: int = 0
     branch: bool = True
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, trunk_seed=0, branch_seed=0)
 
 
 def run(config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.prepare import CorpusConfig, prepare
+from foundation.numbers import check_numbers
 from foundation.serialize import from_dict
 from lm.config import ModelConfig
 from routing.router import RouterConfig
@@ -47,6 +48,9 @@ class ParallelConfig:
     staging: StagingConfig = dataclasses.field(default_factory=StagingConfig)
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, expert_parallel=0, seed=0)
 
 
 def train_in_parallel(config: ParallelConfig) -> None:
