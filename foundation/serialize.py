@@ -133,7 +133,7 @@ def _restore(hint: Any, value: Any, place: str) -> Any:
                 raise ValueError(f"{place}: unknown type {tag!r}; {nearest(str(tag), alternatives)}")
             return from_dict(alternatives[tag], {key: item for key, item in value.items() if key != "type"}, place)
     elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_dict(hint, value, place)
+        return from_dict(hint, typing.cast(Mapping[str, Any], value), place)
     elif origin in (types.UnionType, typing.Union):
         members = [member for member in arguments if member is not types.NoneType]
         # A single member says what is wrong inside of it; of several one has to fit.

@@ -22,7 +22,11 @@ class Interrupted(BaseException):
 
     def __init__(self, signal_number: int, message: str = "") -> None:
         super().__init__(message or f"stopped by {signal.Signals(signal_number).name}")
-        self.exit_code = 128 + signal_number
+        self.signal_number, self.exit_code = signal_number, 128 + signal_number
+
+    # Processes send each other what stopped them.
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[int, str]]:
+        return type(self), (self.signal_number, str(self))
 
 
 class StopSignals:

@@ -64,7 +64,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
     from staged_training.many_processes import ManyProcesses, process_group
 
     with process_group() as device, contextlib.ExitStack() as cleanup:
-        processes = ManyProcesses(config.expert_parallel or int(os.environ.get("WORLD_SIZE", 1)), device)
+        processes = ManyProcesses(config.expert_parallel, device)
         if not processes.first:
             cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
         processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and None)
