@@ -1,9 +1,6 @@
 """The commands: `python -m ablations list | compare | report | budgets | difficulty`, and `python -m
 ablations.<method>`."""
 
-import logging
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,8 +15,8 @@ from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
 from ablations.report.report import show
-from staged_training.loop import NonFiniteLossError
-from staged_training.stopping import Interrupted
+from foundation.command import deferred, run_command
+from foundation.numbers import objection
 
 Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="METHOD ...")]
 FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
@@ -34,7 +31,16 @@ def main() -> None:
         "budgets": budgets_command,
         "difficulty": difficulty_command,
     }
-    guarded(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m ablations", description=__doc__))
+    run_command(
+        lambda arguments: tyro.extras.subcommand_cli_from_dict(
+            {name: deferred(command) for name, command in commands.items()},
+            prog="python -m ablations",
+            description=__doc__,
+            args=arguments,
+        ),
+        lambda command: command(),
+        continues=True,
+    )
 
 
 def list_command() -> None:
@@ -62,7 +68,7 @@ def compare(methods: list[Method], options: Options) -> Path | None:
         The path of the report; None after a dry run.
 
     Raises:
-        ValueError, staged_training.stopping.Interrupted: see `run_comparison`.
+        ValueError, foundation.stopping.Interrupted: see `run_comparison`.
     """
     folder = run_comparison(methods, options)
     return None if folder is None else show(folder)
@@ -85,6 +91,8 @@ def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) 
         methods: names as `list` shows them; by default all whose number of experts depends on the token.
         last_steps: of training, whose mean is reported.
     """
+    if problem := objection(last_steps, 1):
+        raise ValueError(f"--last-steps {last_steps}: {problem}")
     # Which policy a method has does not depend on the vocabulary.
     baseline = options.model.config(vocab_size=1)
     names = methods or tuple(name for name, method in all_methods().items() if method.has_budget(baseline))
@@ -115,22 +123,9 @@ def difficulty_command(
 
 def run_alone(method: Method) -> None:
     """`python -m ablations.<method>`: this method against the baseline."""
-    guarded(
-        lambda: compare(
-            find_methods([method.name]),
-            tyro.cli(Options, prog=f"python -m ablations.{method.name}", description=method.question),
-        )
+    prog = f"python -m ablations.{method.name}"
+    run_command(
+        lambda arguments: tyro.cli(Options, prog=prog, description=method.question, args=arguments),
+        lambda options: compare(find_methods([method.name]), options),
+        continues=True,
     )
-
-
-def guarded(command: Callable[[], object]) -> None:
-    """Runs a command; a user's mistake, a full disk or a loss that is not finite ends it with one line, a stop signal
-    with its exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    try:
-        command()
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)

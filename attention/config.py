@@ -5,6 +5,8 @@ Every kind reads the fields that it needs and leaves the others alone, so one co
 
 import dataclasses
 
+from foundation.numbers import check_numbers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -53,12 +55,8 @@ class AttentionConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        at_least_one = ["n_heads", "n_kv_heads", "head_dim", "window", "chunk_size"]
-        optional = ["linear_heads", "linear_key_dim", "linear_value_dim", "mixed_linear_heads", "mixed_window"]
-        at_least_one += [name for name in optional if getattr(self, name) is not None]
-        for name in at_least_one:
-            if getattr(self, name) < 1:
-                raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: at least 1")
+        check_numbers(self, n_heads=1, n_kv_heads=1, head_dim=1, window=1, chunk_size=1)
+        check_numbers(self, linear_heads=1, linear_key_dim=1, linear_value_dim=1, mixed_linear_heads=1, mixed_window=1)
         if not 2 <= self.conv_width <= 4:
             raise ValueError(f"AttentionConfig.conv_width: {self.conv_width}; legal: 2, 3 or 4")
         if self.chunk_size & (self.chunk_size - 1) != 0:

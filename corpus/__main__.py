@@ -1,7 +1,6 @@
 """`python -m corpus prepare` makes a tokenizer and packed tokens; `python -m corpus show` describes a prepared
 folder."""
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import tyro
 
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
+from foundation.command import deferred, run_command
 
 
 def summary(prepared: PreparedCorpus) -> str:
@@ -54,20 +54,19 @@ def show_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
     print(summary(open_prepared(folder)))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 for input that cannot be used, after one line that says why."""
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"prepare": prepare_command, "show": show_command},
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command(
+        lambda given: tyro.extras.subcommand_cli_from_dict(
+            {"prepare": deferred(prepare_command), "show": deferred(show_command)},
             prog="python -m corpus",
             description=__doc__,
-            args=arguments,
-        )
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            args=given,
+        ),
+        lambda command: command(),
+        arguments,
+        continues=True,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

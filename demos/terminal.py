@@ -20,6 +20,9 @@ import tyro
 
 from corpus.tokenizer import Tokenizer
 from demos.terminal_view import Palette, Summary
+from foundation.command import refuse_unwritable, run_command
+from foundation.console import escaped
+from foundation.numbers import check_numbers
 from foundation.serialize import from_dict, load_json
 from lm.accounting import kv_bytes
 from lm.budget import experts_per_token, set_budget, variable_layers
@@ -59,6 +62,9 @@ class DemoConfig:
     replay: Path | None = None
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
 
+    def __post_init__(self) -> None:
+        check_numbers(self, max_new_tokens=1, budget=0)
+
 
 def main(config: DemoConfig) -> None:
     """Shows a generation, new or recorded.
@@ -66,6 +72,7 @@ def main(config: DemoConfig) -> None:
     Raises:
         ValueError: for a folder that holds no model or no recording, or a budget that the model cannot hold.
     """
+    refuse_unwritable("--trace", config.trace, folder=True)
     colours = config.colours == "always" or (
         config.colours == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
@@ -73,7 +80,7 @@ def main(config: DemoConfig) -> None:
     head = next(recorded)
     palette = Palette(head["low"], head["high"], colours)
     print(palette.legend())
-    print(head["prompt"], end="")
+    print(escaped(head["prompt"]), end="")
     for event in recorded:
         if "text" in event:
             print(palette.paint(event["text"], event["experts"]), end="", flush=True)
@@ -173,7 +180,7 @@ def varies_by_token(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(DemoConfig, prog="python -m demos.terminal", description=__doc__))
-    except ValueError as problem:
-        sys.exit(f"error: {problem}")
+    run_command(
+        lambda arguments: tyro.cli(DemoConfig, prog="python -m demos.terminal", description=__doc__, args=arguments),
+        main,
+    )

@@ -3,6 +3,8 @@ of numbers and strings."""
 
 import dataclasses
 
+from foundation.console import escaped
+
 # Five steps of a colour-blind-safe sequential scale (ColorBrewer YlGnBu) as 256-colour backgrounds, light to dark, with
 # a readable foreground.
 SCALE = ((230, 16), (151, 16), (79, 16), (32, 231), (24, 231))
@@ -27,7 +29,9 @@ class Palette:
         return min(max(int(share * len(SCALE)), 0), len(SCALE) - 1)
 
     def paint(self, text: str, experts: float) -> str:
-        """The token's text in its colour, or followed by its number in brackets."""
+        """The token's text in its colour, or followed by its number in brackets; what it holds of control characters
+        is escaped."""
+        text = escaped(text)
         if not self.colours:
             return f"{text}[{experts:.0f}]"
         background, foreground = SCALE[self.step(experts)]

@@ -26,10 +26,14 @@ def environment(**more: Any) -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        # What torchrun sets.
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1,
         **more,
     }
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process. WORLD_SIZE and LOCAL_RANK alone may be left over from another program."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def device_name() -> str:

@@ -5,6 +5,7 @@ dataclass does not know, because a misspelt key that is silently dropped is an e
 else.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -76,10 +77,12 @@ def from_dict(cls: type[Config], stored: Mapping[str, Any], place: str = "") -> 
     """Inverse of `to_dict`. `place` names where the mapping came from in error messages.
 
     Raises:
-        ValueError: for an unknown key (with the nearest legal one), an unknown "type" or a missing key, naming the
-            place.
+        ValueError: for an unknown key (with the nearest legal one), an unknown "type", a missing key or a value of
+            another type than the field's, naming the place.
     """
     place = place or cls.__name__
+    if not isinstance(stored, Mapping):
+        raise ValueError(f"{place}: {_shown(stored)}, must be an object with the fields of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # pyright: ignore[reportArgumentType]
     for key in stored:
@@ -104,27 +107,81 @@ def save_json(path: Path, config: Any) -> None:
 
 
 def load_json(cls: type[Config], path: Path) -> Config:
-    return from_dict(cls, json.loads(path.read_text()), place=str(path))
+    """Reads what `save_json` wrote.
+
+    Raises:
+        ValueError: for a file that is not JSON or holds no such config, naming the file.
+    """
+    try:
+        return from_dict(cls, json.loads(path.read_text(encoding="utf-8")), place=str(path))
+    except ValueError as error:
+        # A config that refuses its own values does not know where they came from.
+        raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error
 
 
 def _restore(hint: Any, value: Any, place: str) -> Any:
+    """The value of a field from its JSON form, strictly of the type that the field declares."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if value is None and (hint is types.NoneType or types.NoneType in arguments):
+        return None
     if alternatives := _alternatives(hint):
         if isinstance(value, Mapping):
             tag = value.get("type")
             if tag not in alternatives:
                 raise ValueError(f"{place}: unknown type {tag!r}; {nearest(str(tag), alternatives)}")
             return from_dict(alternatives[tag], {key: item for key, item in value.items() if key != "type"}, place)
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_dict(hint, value, place)
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        inner = [alternative for alternative in typing.get_args(hint) if alternative is not type(None)]
-        return None if value is None else _restore(inner[0], value, place)
-    if origin is tuple:
-        item_hint = typing.get_args(hint)[0] if typing.get_args(hint) else Any
-        return tuple(_restore(item_hint, item, f"{place}[{index}]") for index, item in enumerate(value))
-    return Path(value) if hint is Path else value
+    elif dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, typing.cast(Mapping[str, Any], value), place)
+    elif origin in (types.UnionType, typing.Union):
+        members = [member for member in arguments if member is not types.NoneType]
+        # A single member says what is wrong inside of it; of several one has to fit.
+        if len(members) == 1:
+            return _restore(members[0], value, place)
+        for member in members:
+            with contextlib.suppress(ValueError):
+                return _restore(member, value, place)
+    elif origin is typing.Literal:
+        if any(value == legal and type(value) is type(legal) for legal in arguments):
+            return value
+        raise ValueError(f"{place}: {_shown(value)} is none of {', '.join(map(repr, arguments))}")
+    elif tuple in (origin, hint):
+        if isinstance(value, list | tuple):
+            repeated = not arguments or arguments[-1] is Ellipsis
+            hints = [arguments[0] if arguments else Any] * len(value) if repeated else arguments
+            if len(hints) != len(value):
+                raise ValueError(f"{place}: {_shown(value)}, must be {len(hints)} values")
+            return tuple(
+                _restore(item_hint, item, f"{place}[{index}]")
+                for index, (item_hint, item) in enumerate(zip(hints, value))
+            )
+    elif dict in (origin, hint):
+        if isinstance(value, Mapping):
+            item_hint = arguments[1] if arguments else Any
+            return {key: _restore(item_hint, item, f"{place}.{key}") for key, item in value.items()}
+    elif hint is Path:
+        if isinstance(value, str):
+            return Path(value)
+    elif hint is float:
+        # JSON has one kind of number; a float that was written as an integer stays one, and so its hash.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    elif hint in (bool, int, str):
+        if type(value) is hint:
+            return value
+    else:
+        raise TypeError(f"{place}: fields of type {hint} cannot be stored")
+    raise ValueError(f"{place}: {_shown(value)}, must be {_type_name(hint)}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _alternatives(hint: Any) -> dict[str, type]:

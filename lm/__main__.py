@@ -3,13 +3,16 @@
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
 
 from corpus.tokenizer import Tokenizer
+from foundation.command import refuse_unwritable, run_command
+from foundation.console import escaped
+from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
@@ -35,13 +38,19 @@ class GenerateConfig:
     trace: Path | None = None
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
 
+    def __post_init__(self) -> None:
+        check_numbers(self, max_new_tokens=0)
+
 
 def run_generate(config: GenerateConfig) -> None:
+    refuse_unwritable("--trace", config.trace, folder=True)
     folder = find_model(config.run)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     model = load_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
     decoder = tokenizer.stream_decoder()
-    print(config.prompt, end="", flush=True)
+    # Into a file or a pipe goes the text itself.
+    shown = escaped if sys.stdout.isatty() else str
+    print(shown(config.prompt), end="", flush=True)
     prompt = [tokenizer.boundary_id, *tokenizer.encode(config.prompt)]
     started, count, cache_bytes = time.perf_counter(), 0, 0
     with traced_generation(model, config.trace, prompt=prompt) as record:
@@ -49,27 +58,24 @@ def run_generate(config: GenerateConfig) -> None:
             model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id
         ):
             piece = decoder.push(step.token)
-            print(piece, end="", flush=True)
             record(step.token, piece)
+            print(shown(piece), end="", flush=True)
             count, cache_bytes = count + 1, step.cache_bytes
-    print(decoder.flush())
+    print(shown(decoder.flush()))
     print(
         f"[{count} tokens, {count / (time.perf_counter() - started):.0f} tokens/s, cache {cache_bytes:,} bytes]",
         file=sys.stderr,
     )
 
 
-def main() -> None:
-    config = tyro.cli(
-        Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
-        | Annotated[BenchConfig, tyro.conf.subcommand("bench")],  # pyright: ignore
-        prog="python -m lm",
-        description=__doc__,
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command(
+        lambda given: tyro.extras.subcommand_cli_from_dict(
+            {"generate": GenerateConfig, "bench": BenchConfig}, prog="python -m lm", description=__doc__, args=given
+        ),
+        lambda config: run_generate(config) if isinstance(config, GenerateConfig) else bench(config),
+        arguments,
     )
-    try:
-        run_generate(config) if isinstance(config, GenerateConfig) else bench(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from foundation.command import refuse_unwritable
 from foundation.environment import device_name
+from foundation.numbers import check_numbers
 from foundation.tables import write_table
 from foundation.timing import median_seconds
 from lm.accounting import decode_bytes, model_cost
@@ -31,6 +33,9 @@ class BenchConfig:
         repeats: timed repetitions after 2 warm-ups; medians are printed.
         threads: CPU threads; 0 keeps torch's choice.
         csv: also write the rows there.
+
+    Raises:
+        ValueError: for a number that nothing can be timed with.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -41,9 +46,14 @@ class BenchConfig:
     threads: int = 0
     csv: Path | None = None
 
+    def __post_init__(self) -> None:
+        # Two steps of a decode do not count, and the median needs one that does.
+        check_numbers(self, batch_size=1, length=1, decode_tokens=3, repeats=1, threads=0)
+
 
 def bench(config: BenchConfig) -> list[dict[str, str]]:
     """Times the parts and prints the table; returns its rows."""
+    refuse_unwritable("--csv", config.csv)
     if config.threads:
         torch.set_num_threads(config.threads)
     # As training does.
@@ -102,6 +112,8 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     rows.append(_row("decode, 1 sequence", 1 / seconds, cost.forward_flops, ceiling))
     mean_experts = sum(sum(step.experts) for step in steps) / (len(steps) * config.model.n_layers)
     read = decode_bytes(config.model, config.length, mean_experts)
+    if config.csv:
+        write_table(config.csv, list(rows[0]), [list(row.values()) for row in rows])
     print(f"{'':20} {'tokens/s':>10} {'GFLOP/token':>12} {'GFLOP/s':>9} {'of dense':>9}")
     for row in rows:
         print(
@@ -110,8 +122,6 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
         )
     print(f"a decode step reads {read / 1e6:.2f} MB ({read / seconds / 1e9:.2f} GB/s)")
     print("the experts alone, against dense products of the same FLOPs: python -m moe bench")
-    if config.csv:
-        write_table(config.csv, list(rows[0]), [list(row.values()) for row in rows])
     return rows
 
 

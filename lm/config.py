@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from attention.config import AttentionConfig
 from attention.plan import LayerPlan
+from foundation.numbers import check_numbers
 from foundation.serialize import nearest
 from moe.config import MoEConfig
 
@@ -77,9 +78,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"ModelConfig.dtype: {self.dtype!r} is not supported; {nearest(self.dtype, DTYPES)}")
-        for name in ("vocab_size", "d_model", "n_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig.{name}: {getattr(self, name)}, must be at least 1")
+        check_numbers(self, vocab_size=1, d_model=1, n_layers=1, norm_eps=0)
         if len(self.blocks) not in (0, self.n_layers):
             raise ValueError(f"ModelConfig.blocks: {len(self.blocks)} for {self.n_layers} blocks; legal: one each")
         norms = {"ModelConfig.norm": self.norm}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from foundation.numbers import check_numbers
 from lm.evaluate import evaluating
 from lm.model import LanguageModel
 
@@ -24,7 +25,7 @@ class SamplingConfig:
         seed: of the draws.
 
     Raises:
-        ValueError: for a negative temperature or top_p outside (0, 1].
+        ValueError: for a temperature that is negative or not finite, or top_p outside (0, 1].
     """
 
     temperature: float = 0.8
@@ -32,10 +33,9 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature: {self.temperature}, must be 0 (greedy) or more")
+        check_numbers(self, temperature=0)
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p}, must lie in (0, 1]")
+            raise ValueError(f"SamplingConfig.top_p: {self.top_p}, must lie in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

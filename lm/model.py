@@ -126,7 +126,8 @@ class LanguageModel(nn.Module):
             cache: updated in place.
 
         Raises:
-            ValueError: for a token id outside the vocabulary or tokens that are not [B, T].
+            ValueError: for tokens that are not [B, T], or a token id outside the vocabulary, on the CPU; a GPU stops
+                by an assertion of its own.
         """
         return self._from_block(self._embed(tokens_BT), 0, cache)
 
@@ -201,7 +202,10 @@ class LanguageModel(nn.Module):
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         if tokens_BT.dim() != 2:
             raise ValueError(f"tokens: shape {tuple(tokens_BT.shape)}, must be [batch, tokens]")
-        return functional.embedding(tokens_BT, self.embedding_VD)
+        try:
+            return functional.embedding(tokens_BT, self.embedding_VD)
+        except IndexError:
+            raise ValueError(_outside("tokens", tokens_BT, self.config.vocab_size)) from None
 
     def _from_block(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None) -> Output:
         x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
@@ -226,11 +230,22 @@ class LanguageModel(nn.Module):
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of every token in nats, fp32 [B, T]; 0 where the target is `IGNORED_TARGET`."""
-    losses = functional.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
-    )
+    """Cross-entropy of every token in nats, fp32 [B, T]; 0 where the target is `IGNORED_TARGET`.
+
+    Raises:
+        ValueError: for another target outside the vocabulary, on the CPU; a GPU stops by an assertion of its own.
+    """
+    try:
+        losses = functional.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED_TARGET, reduction="none"
+        )
+    except IndexError:
+        raise ValueError(_outside("targets", targets_BT, logits_BTV.shape[-1])) from None
     return losses.view_as(targets_BT)
+
+
+def _outside(name: str, ids_BT: Tensor, vocab_size: int) -> str:
+    return f"{name}: ids from {int(ids_BT.min())} to {int(ids_BT.max())}, must lie in the vocabulary [0, {vocab_size})"
 
 
 def _generator(seed: int, index: int) -> torch.Generator:

@@ -2,10 +2,13 @@
 fewer experts save."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from foundation.command import refuse_unwritable, run_command
+from foundation.numbers import argument
 from moe.backends import choose_backend
 from moe.bench import Shape
 from moe.bench_table import HEADER, environment, line, table, write_csv
@@ -14,14 +17,15 @@ from moe.freed_memory import keep_freed_memory
 WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m moe", description=__doc__)
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "bench", help="time forward + backward of the expert layer"
     )
     defaults = Shape()
     for name in ("tokens", "d_model", "n_experts", "d_expert", "k"):
-        command.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
+        command.add_argument(f"--{name.replace('_', '-')}", type=argument(int, 1), default=getattr(defaults, name))
     command.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     command.add_argument(
         "--weight-dtype",
@@ -30,10 +34,14 @@ def main() -> None:
         help="of the stored weights under bf16 activations",
     )
     command.add_argument(
-        "--load", nargs="+", type=float, default=[1.0, 4.5], help="rows of the busiest expert over the mean"
+        "--load",
+        nargs="+",
+        type=argument(float, 1),
+        default=[1.0, 4.5],
+        help="rows of the busiest expert over the mean",
     )
-    command.add_argument("--threads", type=int, default=None)
-    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--threads", type=argument(int, 1), default=None)
+    command.add_argument("--repeats", type=argument(int, 1), default=3)
     command.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     command.add_argument(
         "--csv", type=Path, default=None, help="also write the table, with what it depends on, to this file"
@@ -43,7 +51,12 @@ def main() -> None:
         action="store_true",
         help="let the C library return freed memory after each step, its default",
     )
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def bench(options: argparse.Namespace) -> None:
+    """Times every way and prints its row; the csv is written as it grows."""
+    refuse_unwritable("--csv", options.csv)
     if options.threads:
         torch.set_num_threads(options.threads)
     kept = not options.return_memory and keep_freed_memory()
@@ -75,9 +88,13 @@ def main() -> None:
         repeats=options.repeats,
     ):
         rows.append(row)
+        if options.csv:
+            write_csv(options.csv, rows, columns)
         print(line(row), flush=True)
-    if options.csv:
-        write_csv(options.csv, rows, columns)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command(parse, bench, arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foundation.numbers import check_numbers
 from moe.backends import compute_experts
 from routing.assignments import Assignments
 
@@ -27,6 +28,9 @@ class Shape:
         n_experts: routed experts.
         d_expert: hidden width of each.
         k: experts per token.
+
+    Raises:
+        ValueError: for a size below 1, or more experts per token than there are.
     """
 
     tokens: int = 4096
@@ -34,6 +38,11 @@ class Shape:
     n_experts: int = 80
     d_expert: int = 256
     k: int = 12
+
+    def __post_init__(self) -> None:
+        check_numbers(self, tokens=1, d_model=1, n_experts=1, d_expert=1, k=1)
+        if self.k > self.n_experts:
+            raise ValueError(f"Shape.k: {self.k}, must be at most n_experts = {self.n_experts}")
 
     def flops(self, mean_experts: float) -> float:
         """Of forward and backward: three products of 2 N (D 2F + F D) each."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from foundation.numbers import check_numbers
 from routing.router import RouterConfig
 
 
@@ -29,8 +30,4 @@ class MoEConfig:
     # Whether the policy fits so many experts is asked where a router is built: sizes and policy are often replaced one
     # after the other.
     def __post_init__(self) -> None:
-        for name in ("n_experts", "d_expert"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MoEConfig.{name} = {getattr(self, name)} must be at least 1")
-        if self.d_shared < 0:
-            raise ValueError(f"MoEConfig.d_shared = {self.d_shared} must not be negative")
+        check_numbers(self, n_experts=1, d_expert=1, d_shared=0)

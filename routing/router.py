@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foundation.numbers import check_numbers
 from foundation.serialize import kinds
 from routing.assignments import Assignments
 from routing.diagnostics import RoutingStatistics, routing_statistics
@@ -43,7 +44,7 @@ class RouterConfig:
         three_level_balance: a further balance loss over groups of experts, or None.
 
     Raises:
-        ValueError: for an unknown score, or a policy that is none.
+        ValueError: for an unknown score, a policy that is none, or a number that is not finite or negative.
     """
 
     policy: AnyPolicy = dataclasses.field(default_factory=TopK)
@@ -58,6 +59,10 @@ class RouterConfig:
         if self.score not in SCORES:
             raise ValueError(f"RouterConfig.score = {self.score!r} is not one of {', '.join(map(repr, SCORES))}")
         check_is_policy(self.policy)
+        check_numbers(self, balance_coefficient=0, z_coefficient=0, selection_bias_step=0)
+        for part in (self.policy, self.three_level_balance):
+            if part is not None:
+                check_numbers(part)
 
 
 def check_is_policy(policy: object) -> None:

@@ -2,31 +2,28 @@
 `parallel`: one model, one stage, in several processes under torchrun. `diagnostics`: what the routers of a run did, by
 layer and over time.
 
-Started again by the same command it continues where it was, or says that it is finished. It leaves with exit code 143
-after SIGTERM and 130 after Ctrl-C, both times with everything saved, and 1 with a message when the data, the options or
-the disk are at fault or the loss is not finite.
+Started again by the same command it continues where it was, or says that it is finished. A stop signal leaves
+everything saved; exit codes are those of `foundation.command`.
 """
 
 import dataclasses
 import json
-import logging
-import sys
 from pathlib import Path
 
 import tyro
 
 from corpus.prepare import CorpusConfig, prepare
+from foundation.command import run_command
 from foundation.environment import environment
+from foundation.numbers import check_numbers
 from foundation.serialize import to_dict
 from lm.config import ModelConfig
 from staged_training.describe import describe
 from staged_training.diagnostics import DiagnosticsConfig, show_diagnostics
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
-from staged_training.loop import NonFiniteLossError
 from staged_training.parallel import ParallelConfig, train_in_parallel
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
-from staged_training.stopping import Interrupted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +51,16 @@ class RunConfig:
     branch: bool = True
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        check_numbers(self, trunk_seed=0, branch_seed=0)
+
 
 def run(config: RunConfig) -> None:
     """Trains whatever is not finished.
 
     Raises:
         ValueError: for text, model or staging that do not fit.
-        loop.NonFiniteLossError, stopping.Interrupted: everything saved; the same call continues.
+        loop.NonFiniteLossError, foundation.stopping.Interrupted: everything saved; the same call continues.
     """
     corpus = prepare(config.corpus, config.out / "corpus")
     model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
@@ -80,27 +80,29 @@ def run(config: RunConfig) -> None:
         execution.branch(branch)
 
 
+def run_any(config: RunConfig | ParallelConfig | DiagnosticsConfig) -> None:
+    """What each configuration asks for."""
+    if isinstance(config, RunConfig):
+        run(config)
+    elif isinstance(config, ParallelConfig):
+        train_in_parallel(config)
+    else:
+        show_diagnostics(config)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    config = tyro.extras.subcommand_cli_from_dict(
-        {"run": RunConfig, "parallel": ParallelConfig, "diagnostics": DiagnosticsConfig},
-        prog="python -m staged_training",
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.AvoidSubcommands,),
+    run_command(
+        lambda given: tyro.extras.subcommand_cli_from_dict(
+            {"run": RunConfig, "parallel": ParallelConfig, "diagnostics": DiagnosticsConfig},
+            prog="python -m staged_training",
+            description=__doc__,
+            args=given,
+            config=(tyro.conf.AvoidSubcommands,),
+        ),
+        run_any,
+        arguments,
+        continues=True,
     )
-    try:
-        if isinstance(config, RunConfig):
-            run(config)
-        elif isinstance(config, ParallelConfig):
-            train_in_parallel(config)
-        else:
-            show_diagnostics(config)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

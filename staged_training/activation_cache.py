@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -181,12 +181,23 @@ def _reserve(partial: Path, n_bytes: int) -> None:
     raising an error."""
     try:
         with open(partial / DATA, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            _allocate(file, n_bytes)
     except OSError as error:
         shutil.rmtree(partial)
         raise DiskFullError(
             f"activation cache {partial.name} needs {n_bytes / 2**20:.1f} MiB in {partial.parent}: {error}"
         ) from error
+
+
+def _allocate(file: IO[bytes], n_bytes: int) -> None:
+    """Gives a file its blocks; where the system has no call for it (macOS), by writing them."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return
+    block = bytes(1 << 20)
+    for start in range(0, n_bytes, len(block)):
+        file.write(block[: n_bytes - start])
+    file.flush()
 
 
 def _resumable(partial: Path, identity: CacheIdentity) -> dict[int, str]:

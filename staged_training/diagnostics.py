@@ -110,6 +110,9 @@ def show_diagnostics(config: DiagnosticsConfig) -> None:
             f"{config.run} holds no {DIAGNOSTICS} of a step;"
             f" {'try ' + ', '.join(below) if below else 'none lies below it'}"
         )
+    # Written first: whatever happens to what is printed, the table is there.
+    if config.csv is not None:
+        write_csv(steps, config.csv)
     print(f"step {steps[-1].step}, by layer; 5 %, 50 %, 95 %: quantiles of experts per token")
     print(
         _aligned(
@@ -128,7 +131,6 @@ def show_diagnostics(config: DiagnosticsConfig) -> None:
         )
     )
     if config.csv is not None:
-        write_csv(steps, config.csv)
         print(f"\nall {len(steps)} steps in {config.csv}")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -89,8 +90,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most this process has held so far, or the most tensors have held on the GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In KiB everywhere but on macOS.
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _training(

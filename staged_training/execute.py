@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
+from foundation.numbers import check_numbers
 from lm.budget import calibrate_to_targets
 from lm.evaluate import evaluate
 from lm.model import LanguageModel
@@ -39,12 +40,18 @@ class ExecutionConfig:
         save_every: steps between checkpoints.
         log_every: steps between lines of progress.
         track: "none" or "wandb".
+
+    Raises:
+        ValueError: for a number of steps below 1.
     """
 
     cache: bool = True
     save_every: int = 200
     log_every: int = 20
     track: Literal["none", "wandb"] = "none"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, save_every=1, log_every=1)
 
 
 class Execution:
@@ -324,7 +331,7 @@ def run_plan(
     """Runs whatever of the plan is not finished: the trunk's record, then one per branch.
 
     Raises:
-        loop.NonFiniteLossError, stopping.Interrupted: everything saved; the same call continues.
+        loop.NonFiniteLossError, foundation.stopping.Interrupted: everything saved; the same call continues.
         record.RunMismatchError: when a folder holds another run.
     """
     execution = Execution(plan, corpus, root, config, trunk_folder=trunk_folder)

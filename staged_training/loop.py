@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from foundation.command import CannotGoOn
+from foundation.stopping import Interrupted, StopSignals
 from lm.model import LanguageModel
 from moe.freed_memory import keep_freed_memory
 from routing.router import NonFiniteScoresError
@@ -24,10 +26,9 @@ from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
 from staged_training.run import Run
 from staged_training.step import clipped_gradients
-from staged_training.stopping import Interrupted, StopSignals
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(CannotGoOn):
     """The loss or the gradient is NaN or infinite; names the step, the data position and the last good checkpoint."""
 
 
@@ -73,7 +74,7 @@ def train_stage(
 
     Raises:
         NonFiniteLossError: the weights on the disk are from before it.
-        Interrupted: after SIGTERM or SIGINT, with everything saved.
+        Interrupted: after a stop signal, with everything saved.
         checkpoint.CheckpointMismatchError: when the checkpoints are of another stage or another model.
     """
     # As `python -m moe bench` times the experts: their pages are not cleared anew in every step.

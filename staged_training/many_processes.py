@@ -13,6 +13,7 @@ file is as it was written, not who wrote it: continue runs of your own only.
 """
 
 import contextlib
+import datetime
 import math
 import os
 import warnings
@@ -35,7 +36,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
+from foundation.environment import under_torchrun
 from foundation.files import write_json
+from foundation.stopping import Interrupted
 from lm.config import ModelConfig
 from lm.model import Block, LanguageModel
 from moe.expert_parallel import ExpertParallelExperts
@@ -49,10 +52,13 @@ from staged_training.record import locked
 from staged_training.run import Run
 
 SHARDS = "shards"
+# Of processes that wait for the first; where it dies, torchrun ends them.
+PATIENCE = datetime.timedelta(days=7)
 
 
 class ManyProcesses(Processes):
-    """The processes that torchrun started, inside `process_group`; `n_expert` of them share one set of experts.
+    """The processes that torchrun started, inside `process_group`; `n_expert` of them share one set of experts, all
+    where it is 0.
 
     Raises:
         ValueError: when the processes cannot be arranged so.
@@ -63,6 +69,7 @@ class ManyProcesses(Processes):
     def __init__(self, n_expert: int, device: torch.device) -> None:
         self.n, self.rank, self.device = dist.get_world_size(), dist.get_rank(), device
         self.first = self.rank == 0
+        n_expert = n_expert or self.n
         if n_expert < 1 or self.n % n_expert:
             raise ValueError(
                 f"expert_parallel: {n_expert} processes per set of experts do not divide the {self.n} processes of"
@@ -74,6 +81,9 @@ class ManyProcesses(Processes):
         # of its own.
         self.everyone = self.mesh._flatten("all")
         self.group = self.everyone.get_group()
+        # What one process does while the others wait for it (preparing text, sealing a checkpoint) takes as long as it
+        # takes; a collective of the backend would be taken for stuck after ten or thirty minutes.
+        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def __str__(self) -> str:
         n_data, n_expert = self.mesh.shape
@@ -138,9 +148,9 @@ class ManyProcesses(Processes):
         if self.first:
             try:
                 outcome[0] = make()
-            except Exception as error:
+            except (Exception, Interrupted) as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        dist.broadcast_object_list(outcome, src=0, group=self.patient)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -212,11 +222,12 @@ def process_group() -> Iterator[torch.device]:
     """Joins the processes of torchrun (NCCL on GPUs, gloo otherwise), or starts a group of one without it. Yields this
     process's device."""
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"]) if under_torchrun() else 0
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
-    if dist.is_torchelastic_launched():
+    if under_torchrun():
         dist.init_process_group(backend)
     else:
         # A store in memory: a run of one process needs no port.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foundation.numbers import check_numbers
 from lm.model import LanguageModel
 
 
@@ -32,6 +33,7 @@ class OptimizerConfig:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"OptimizerConfig.betas: {self.betas}, must be two numbers in [0, 1)")
         for name, legal in (("eps", self.eps > 0), ("weight_decay", self.weight_decay >= 0), ("clip", self.clip > 0)):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.prepare import CorpusConfig, prepare
+from foundation.numbers import check_numbers
 from foundation.serialize import from_dict
 from lm.config import ModelConfig
 from routing.router import RouterConfig
@@ -48,19 +49,22 @@ class ParallelConfig:
     execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_numbers(self, expert_parallel=0, seed=0)
+
 
 def train_in_parallel(config: ParallelConfig) -> None:
     """Trains the model, or what is left of its training. All processes call it; the first prints and writes.
 
     Raises:
         ValueError: for sizes that the processes cannot share, or a policy that needs the whole batch in one place.
-        stopping.Interrupted: after a stop signal to any process, everything saved.
+        foundation.stopping.Interrupted: after a stop signal to any process, everything saved.
     """
     # A second of imports that a run in one process need not wait for.
     from staged_training.many_processes import ManyProcesses, process_group
 
     with process_group() as device, contextlib.ExitStack() as cleanup:
-        processes = ManyProcesses(config.expert_parallel or int(os.environ.get("WORLD_SIZE", 1)), device)
+        processes = ManyProcesses(config.expert_parallel, device)
         if not processes.first:
             cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
         processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and None)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from foundation.files import write_text
+from foundation.files import fingerprint, write_text
 
 METRICS, DIAGNOSTICS, TIMING = "metrics.jsonl", "diagnostics.jsonl", "timing.jsonl"
 TRACKERS = ("none", "wandb")
@@ -152,7 +152,8 @@ class Tracker:
     no account.
 
     Raises:
-        ValueError: for an unknown tracker, or when its library is not installed.
+        ValueError: for an unknown tracker, or when its library is not installed or cannot begin: without a key and a
+            terminal to ask for one, say.
     """
 
     def __init__(self, name: str, folder: Path, label: str, config: dict[str, Any]) -> None:
@@ -164,7 +165,14 @@ class Tracker:
             raise ValueError(
                 f"--track wandb needs the wandb package ({error}): install the 'track' extra, or leave the option out"
             ) from error
-        self._run = wandb.init(project="hybrid-moe-lab", name=label, dir=str(folder), config=config)
+        # A run that is continued is the same run there too.
+        identity = fingerprint([str(folder.resolve()), config])[:16]
+        try:
+            self._run = wandb.init(
+                project="hybrid-moe-lab", name=label, dir=str(folder), config=config, id=identity, resume="allow"
+            )
+        except wandb.Error as error:
+            raise ValueError(f"--track wandb: {error}. WANDB_MODE=offline needs no account") from error
 
     def log(self, values: dict[str, float]) -> None:
         self._run.log({key: value for key, value in values.items() if key != "step"}, step=int(values["step"]))

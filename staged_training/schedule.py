@@ -8,6 +8,7 @@ scheduler object: nothing to save, nothing to restore wrongly.
 import dataclasses
 import math
 
+from foundation.numbers import check_numbers
 from foundation.serialize import nearest
 
 DECAY_SHAPES = ("linear", "1-sqrt")
@@ -37,11 +38,9 @@ class Schedule:
             raise ValueError(
                 f"Schedule.decay_shape: {self.decay_shape!r} is not known; {nearest(self.decay_shape, DECAY_SHAPES)}"
             )
-        if not self.peak > 0 or not math.isfinite(self.peak):
+        check_numbers(self, warmup_steps=0, decay_steps=0)
+        if not self.peak > 0:
             raise ValueError(f"Schedule.peak: {self.peak}, must be positive")
-        for name in ("warmup_steps", "decay_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Schedule.{name}: {getattr(self, name)}, must not be negative")
 
     def value(self, step: int, n_steps: int) -> float:
         """Learning rate of update `step` (from 0) of a stage of `n_steps`; 0 at `n_steps` when the schedule decays."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from corpus.prepare import PreparedCorpus
 from foundation.files import fingerprint, sha256_file
+from foundation.numbers import check_numbers
 from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from staged_training.boundary import choose_cut, compose
@@ -30,7 +31,7 @@ class StagingConfig:
         decay_shape: "linear" or "1-sqrt".
 
     Raises:
-        ValueError: for a share outside its range or a size below 1.
+        ValueError: for a share outside its range, a size below 1 or a learning rate that is not positive.
     """
 
     tokens: int = 2_000_000
@@ -51,9 +52,9 @@ class StagingConfig:
         for name in ("freeze", "warmup_share", "branch_warmup_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be 0 or more and below 1")
-        for name in ("tokens", "batch_size", "seq_len", "calibration_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be at least 1")
+        if self.learning_rate <= 0:
+            raise ValueError(f"StagingConfig.learning_rate: {self.learning_rate}, must be above 0")
+        check_numbers(self, tokens=1, batch_size=1, seq_len=1, calibration_tokens=1)
 
 
 def corpus_facts(corpus: PreparedCorpus) -> CorpusFacts:
@@ -86,9 +87,17 @@ def make_plan(
         branches: name of the method, its model as if nothing were frozen, and the seed.
 
     Raises:
-        ValueError: when the budget is too small for one batch per stage, or a method does not fit the trunk.
+        ValueError: when the budget is too small for one batch per stage or the text for two batches, or a method does
+            not fit the trunk.
     """
     tokens_per_batch = config.batch_size * config.seq_len
+    # The last token of a text has no target.
+    if (corpus.train_tokens - 1) // tokens_per_batch < 2:
+        raise ValueError(
+            f"StagingConfig.batch_size, StagingConfig.seq_len: {config.batch_size} x {config.seq_len} tokens per batch;"
+            f" the training text has {corpus.train_tokens} tokens, too few for a batch to train on and one to"
+            " calibrate on"
+        )
     total = config.tokens // tokens_per_batch
     trunk_batches = round(total * config.trunk_share)
     branch_batches = total - trunk_batches

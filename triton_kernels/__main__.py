@@ -3,15 +3,19 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from foundation.command import refuse_unwritable, run_command
+from foundation.numbers import argument
 from foundation.tables import read_rows
 from triton_kernels.tools.operations import Operation, select_operations
 
 RECORDED, SPILLS = Path("notes/kernels/inspect.csv"), Path("notes/kernels/spills.csv")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m triton_kernels", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
@@ -38,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument(
         "--peers", action="store_true", help="also time the other libraries that can be imported, in turns with ours"
     )
-    bench.add_argument("--repeats", type=int, default=20, help="timed turns; the median counts (default: 20)")
+    bench.add_argument(
+        "--repeats", type=argument(int, 1), default=20, help="timed turns; the median counts (default: 20)"
+    )
     dtypes = ("float32", "bfloat16", "float16")
     bench.add_argument(
         "--dtype", nargs="+", choices=dtypes, default=[], help="default: bfloat16; on a CPU float32 as well"
@@ -53,17 +59,28 @@ def main(arguments: list[str] | None = None) -> int:
     gpu_check.add_argument(
         "--folder", type=Path, default=folder, help="where the tables go (default: $OUT, or runs/gpu-check)"
     )
-    gpu_check.add_argument("--minutes", type=float, default=8.0, help="nothing new is begun after so many (default: 8)")
+    gpu_check.add_argument(
+        "--minutes", type=argument(float, 0), default=8.0, help="nothing new is begun after so many (default: 8)"
+    )
 
     for command, run in ((inspect, run_inspect), (bench, run_benchmark), (gpu_check, run_check)):
         command.add_argument("--op", nargs="+", help="ops or op/variant (default: all)")
         command.set_defaults(run=run)
-    options = parser.parse_args(arguments)
-    try:
-        return options.run(select_operations(options.op), options)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)
+
+
+def run_selected(options: argparse.Namespace) -> None:
+    """Runs a command; a table that is not as it must be is exit code 1."""
+    selected = select_operations(options.op)
+    for option in ("csv", "plot"):
+        refuse_unwritable(f"--{option}", getattr(options, option, None))
+    refuse_unwritable("--folder", getattr(options, "folder", None), folder=True)
+    if status := options.run(selected, options):
+        sys.exit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_command(parse, run_selected, arguments)
 
 
 def run_benchmark(selected: list[Operation], options: argparse.Namespace) -> int:
@@ -107,11 +124,9 @@ def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
             for peer in options.peer:
                 try:
                     rows += inspect_operation(operation, architecture, peer)
-                except (
-                    Exception
-                ) as error:  # Whatever stops another library, or its not being registered, must not stop this table.
+                # Whatever stops another library, or its not being registered, must not stop this table.
+                except Exception as error:
                     print(f"{operation.name}: no rows for {peer}, {type(error).__name__}: {error}", file=sys.stderr)
-    print(format_table(rows))
     spills = (
         [spill for architecture in options.arch for spill in find_spills(selected, architecture)]
         if options.all_options
@@ -121,14 +136,18 @@ def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
     if options.gate:
         problems = gate(rows, recorded, {operation.name: operation for operation in selected})
         problems += new_spills(spills, known_spills)
-        print("\n".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
     # What the gate refuses must not become the record that the next gate compares with.
     if options.csv is not None and not (problems and options.csv.resolve() == RECORDED.resolve()):
         record(options.csv, Row, rows, {row.subject for row in rows})
         if options.all_options:
             record(options.csv.with_name(SPILLS.name), Spill, spills, {row.subject for row in rows})
+    # Behind the tables: whatever happens to what is printed, they are there.
+    print(format_table(rows))
+    if options.gate:
+        print("
+".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

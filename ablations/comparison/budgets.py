@@ -63,6 +63,8 @@ def budget_rows(records: Records, *, last_steps: int) -> list[BudgetRow]:
     Args:
         last_steps: of training, over which the mean in training is taken; single steps scatter with their batch.
     """
+    # A slice of the last 0 steps holds all of them.
+    assert last_steps >= 1
     rows = []
     for method in records.methods:
         for (trunk_seed, branch_seed), result in records.results[method].items():

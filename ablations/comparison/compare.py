@@ -129,7 +129,7 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
 
     Raises:
         ValueError: for what cannot be compared.
-        staged_training.stopping.Interrupted: after a stop signal, with everything saved; the same call continues.
+        foundation.stopping.Interrupted: after a stop signal, with everything saved; the same call continues.
     """
     job = prepare_job(methods, options)
     executions = [SharedExecution(job, plan) for plan in job.plans]

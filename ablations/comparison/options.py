@@ -12,6 +12,7 @@ import tyro
 from attention.config import AttentionConfig
 from attention.kinds import describe_letters
 from corpus.prepare import CorpusConfig
+from foundation.numbers import check_numbers
 from lm.config import ModelConfig
 from lm.precision import fast_dtype
 from moe.config import MoEConfig
@@ -114,6 +115,4 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "trunk_seeds", "budget_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check_numbers(self, seeds=1, trunk_seeds=1, budget_batches=1)

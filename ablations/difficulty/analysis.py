@@ -25,6 +25,7 @@ from ablations.difficulty.training import EARLY, PROBLEMS_FILE, REFERENCE, Study
 from ablations.difficulty.verdict import verdict_text
 from ablations.difficulty.windows import HeldOut, Windows, held_out
 from corpus.prepare import PreparedCorpus, open_prepared
+from foundation.numbers import check_numbers
 from staged_training.record import CONFIG
 
 DECILES = 10
@@ -54,9 +55,7 @@ class AnalysisOptions:
     def __post_init__(self) -> None:
         if len(self.forced) < 2 or list(self.forced) != sorted(set(self.forced)):
             raise ValueError(f"--forced {self.forced}: at least two numbers of experts, ascending")
-        for name in ("windows_per_document", "resamples", "shuffles"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        check_numbers(self, forced=1, budgets=1, windows_per_document=1, resamples=1, shuffles=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

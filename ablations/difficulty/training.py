@@ -25,6 +25,7 @@ from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from foundation.environment import environment
+from foundation.numbers import check_numbers
 from foundation.serialize import load_json, save_json
 from lm.config import ModelConfig
 from routing.policies.random_k import RandomK
@@ -86,6 +87,9 @@ class TrainingOptions:
             raise ValueError(
                 f"--synthetic-documents {self.synthetic_documents}: at least 30, or none of a task is held out"
             )
+        check_numbers(self, static=1)
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"--minutes {self.minutes}: must be above 0")
         if self.staging.freeze:
             raise ValueError(f"--freeze {self.staging.freeze}: must be 0, the study counts the experts of every layer")
         if not self.methods or not self.static:
@@ -132,7 +136,7 @@ def train(options: TrainingOptions) -> Study:
 
     Raises:
         ValueError: for options, text or methods that do not fit.
-        staged_training.stopping.Interrupted: after a stop signal, everything saved.
+        foundation.stopping.Interrupted: after a stop signal, everything saved.
     """
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = prepare_text(options)

@@ -36,7 +36,7 @@ CSS_FILE = Path(__file__).with_name("report.css")
 
 
 def show(folder: Path) -> Path:
-    """Prints the table of a comparison and writes its report, from the run folders alone.
+    """Writes the report of a comparison, from the run folders alone, and prints its table.
 
     Args:
         folder: of the comparison, `<out>/comparisons/<hash>`.
@@ -48,9 +48,9 @@ def show(folder: Path) -> Path:
         ValueError: where the folder holds no comparison, or no finished branch of its baseline.
     """
     records = read_records(folder)
-    print(f"\n{table_text(records)}\n")
+    # Written first: whatever happens to what is printed, the report is there.
     report = write_report(records)
-    print(f"report: {report}", flush=True)
+    print(f"\n{table_text(records)}\n\nreport: {report}", flush=True)
     return report
 
 

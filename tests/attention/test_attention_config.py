@@ -8,8 +8,8 @@ from attention import AttentionConfig
     [
         ({"n_heads": 6, "n_kv_heads": 4}, "n_kv_heads: 4; legal: a divisor of n_heads=6"),
         ({"head_dim": 15}, "head_dim: 15; legal: even"),
-        ({"window": 0}, "window: 0; legal: at least 1"),
-        ({"linear_heads": 0}, "linear_heads: 0; legal: at least 1"),
+        ({"window": 0}, "window: 0, must be at least 1"),
+        ({"linear_heads": 0}, "linear_heads: 0, must be at least 1"),
         ({"conv_width": 5}, "conv_width: 5; legal: 2, 3 or 4"),
         ({"chunk_size": 48}, "chunk_size: 48; legal: a power of two"),
         ({"rotary_fraction": 1.5}, "rotary_fraction: 1.5; legal: from 0"),

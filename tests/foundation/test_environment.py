@@ -55,3 +55,10 @@ def test_without_git_nothing_is_claimed(checkout, monkeypatch):
 def test_a_repository_that_git_cannot_read_is_not_called_clean(checkout):
     shutil.rmtree(checkout / ".git" / "objects")
     assert environment.environment()["uncommitted_changes"] is None
+
+
+def test_only_torchrun_says_how_many_processes_there_are(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert environment.environment()["processes"] == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert environment.environment()["processes"] == 8

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -57,6 +59,61 @@ def test_absent_keys_take_their_defaults():
 def test_unknown_names_are_refused_with_the_nearest_legal_one(change, message):
     with pytest.raises(ValueError, match=message):
         from_dict(Nested, to_dict(NESTED) | change)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Typed:
+    count: int = 1
+    share: float = 0.5
+    on: bool = True
+    name: str = ""
+    place: Path = Path(".")
+    maybe: int | None = None
+    mode: Literal["a", "b"] = "a"
+    either: int | str = 1
+    pair: tuple[float, float] = (0.0, 1.0)
+    many: tuple[int, ...] = ()
+    table: dict[str, int] = dataclasses.field(default_factory=dict)
+    policy: Fixed | Threshold = Fixed()
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("count", ["2", 2.0, True, None, [2], {}]),
+        ("share", ["0.5", True, None, [0.5]]),
+        ("on", [1, "true", None]),
+        ("name", [1, None, ["a"]]),
+        ("place", [1, None, {}]),
+        ("maybe", ["1", 1.0, False]),
+        ("mode", ["c", 1, None, ["a"]]),
+        ("either", [1.5, None, []]),
+        ("pair", [[0.5], [0.5, 1.0, 2.0], 0.5, ["0", 1], "ab"]),
+        ("many", [[1.5], 1, "12", {"a": 1}]),
+        ("table", [{"a": "1"}, [1], None]),
+        ("policy", [1, "Fixed", None, {"type": "Fixed", "k": "2"}, [], {}]),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_place(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^Typed\.{field}\b"):
+            from_dict(Typed, {field: value})
+
+
+def test_values_of_their_types_are_taken_as_they_are():
+    stored = {"share": 1, "maybe": 3, "mode": "b", "either": "x", "pair": [1, 2.5], "many": [1, 2], "table": {"a": 1}}
+    typed = from_dict(Typed, stored)
+    assert typed == Typed(share=1, maybe=3, mode="b", either="x", pair=(1, 2.5), many=(1, 2), table={"a": 1})
+    assert type(typed.share) is int, "a hash of it must not change"
+    assert from_dict(Typed, {"maybe": None}) == Typed()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"name": 1}', "\udcff"])
+def test_a_file_that_holds_no_config_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"^{path}"):
+        load_json(Nested, path)
 
 
 def test_missing_key_is_named():

@@ -174,9 +174,9 @@ def test_checkpoint_holds_the_controllers():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"n_experts": 0}, "n_experts = 0"),
-        ({"d_expert": 0}, "d_expert = 0"),
-        ({"d_shared": -1}, "d_shared = -1"),
+        ({"n_experts": 0}, "n_experts: 0"),
+        ({"d_expert": 0}, "d_expert: 0"),
+        ({"d_shared": -1}, "d_shared: -1"),
         ({"n_experts": 2}, "TopK.k = 3"),
     ],
     ids=repr,

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from attention.config import AttentionConfig
+from foundation.stopping import Interrupted
 from lm.config import ModelConfig
 from lm.model import LanguageModel
 from moe.config import MoEConfig
@@ -32,7 +33,6 @@ from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
 from staged_training.run import Run
 from staged_training.schedule import Schedule, Stage
-from staged_training.stopping import Interrupted
 
 LEVELS = ThreeLevelBalance(
     n_groups=2, n_partitions=2, expert_coefficient=1e-2, group_coefficient=1e-2, partition_coefficient=1e-2

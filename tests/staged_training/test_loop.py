@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from foundation.stopping import Interrupted
 from lm.model import LanguageModel
 from routing.policies.random_k import RandomK
 from staged_training import checkpoint
@@ -16,7 +17,6 @@ from staged_training.optimizer import OptimizerConfig
 from staged_training.progress import DIAGNOSTICS, METRICS, Progress
 from staged_training.run import Run
 from staged_training.schedule import Schedule, Stage
-from staged_training.stopping import Interrupted
 
 STEPS = 12
 STAGE = Stage(n_batches=STEPS, schedule=Schedule(peak=1e-2, warmup_steps=2, decay_steps=4))
@@ -94,7 +94,7 @@ def test_learns_and_reports_every_step(train, tmp_path, capsys):
     assert (result.steps, result.checkpoint.name, result.skipped) == (STEPS, "step_00000012", ())
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("at", [1, 5, STEPS])
 def test_a_stop_signal_saves_and_the_same_call_continues_bit_for_bit(train, batches, tmp_path, stop, at):
     train(tmp_path / "straight")

@@ -167,7 +167,12 @@ def test_the_command_under_torchrun(documents, tmp_path):
     assert load_pretrained(tmp_path / "model").config.moe.router.policy.target_mean == 2
 
 
-def test_the_command_without_torchrun_is_one_process_and_knows_what_is_finished(documents, tmp_path, capsys):
+def test_the_command_without_torchrun_is_one_process_and_knows_what_is_finished(
+    documents, tmp_path, capsys, monkeypatch
+):
+    # Left over from another program; without torchrun they mean nothing.
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
     command = ["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
     main(command)
     assert "1 (gloo): 1 x data, 1 x experts" in capsys.readouterr().out
@@ -188,6 +193,40 @@ def test_the_command_without_torchrun_is_one_process_and_knows_what_is_finished(
 def test_what_cannot_be_run_is_refused(documents, tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
         main(["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY, *changes])
+
+
+PATIENT = """
+import datetime, os, sys, time
+import torch, torch.distributed as dist
+from foundation.stopping import Interrupted
+from staged_training.many_processes import ManyProcesses
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+short = datetime.timedelta(seconds=2)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=short)
+processes = ManyProcesses(0, torch.device("cpu"))
+
+def long():
+    time.sleep(5)
+    return 7
+
+def stopped():
+    raise Interrupted(15)
+
+assert processes.from_first(long) == 7
+try:
+    processes.from_first(stopped)
+except Interrupted as stop:
+    assert (stop.exit_code, str(stop)) == (143, "stopped by SIGTERM")
+    os._exit(0)
+os._exit(1)
+"""
+
+
+def test_the_others_wait_for_the_first_as_long_as_it_takes_and_stop_with_it(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", PATIENT, str(tmp_path), str(rank)] for rank in range(2)]
+    finish([subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands])
 
 
 def test_sizes_that_cannot_be_divided_are_refused(with_policy, model_config):

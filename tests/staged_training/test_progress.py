@@ -63,3 +63,14 @@ def test_wandb_offline_needs_no_account(tmp_path, monkeypatch):
     wandb.teardown()
     (stored,) = tmp_path.rglob("*.wandb")
     assert b"mean_experts" in stored.read_bytes()
+
+
+def test_wandb_without_a_key_and_a_terminal_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    # No file of this user's may hold a key.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ValueError, match=r"^--track wandb: .*WANDB_MODE=offline needs no account$"):
+        Tracker("wandb", tmp_path, "run", {})

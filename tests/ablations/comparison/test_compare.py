@@ -171,7 +171,7 @@ def test_a_misspelt_option_is_refused_with_the_nearest(capsys):
 def test_a_bad_value_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
         run("compare", "top_p", "--seeds", "0")
-    assert "--seeds 0: must be at least 1" in capsys.readouterr().err
+    assert "--seeds: Options.seeds: 0, must be at least 1" in capsys.readouterr().err
 
 
 def run(*arguments):

@@ -1,0 +1,225 @@
+"""Malformed command lines of every command: no traceback, no name from inside a parser, and nothing that makes no sense
+is run."""
+
+import functools
+import importlib
+import json
+import sys
+
+import pytest
+import tyro
+
+from demos.terminal import DemoConfig
+from demos.terminal import main as demo
+from foundation.command import run_command
+from lm.config import ModelConfig
+from lm.model import LanguageModel
+from lm.pretrained import save_pretrained
+from moe.config import MoEConfig
+from routing.policies.top_k import TopK
+from routing.router import RouterConfig
+
+# Names that only a parser knows.
+INTERNAL = ("tyro", "dummy", "argparse", "_parse", "__main__")
+
+
+def run(*words):
+    """Runs `python -m package ...` in this process."""
+    package, *arguments = words
+    if package == "demos":
+        run_command(lambda given: tyro.cli(DemoConfig, prog="demos", args=given), demo, arguments)
+        return
+    module = importlib.import_module("ablations.cli" if package == "ablations" else f"{package}.__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [package, *arguments])
+        module.main()
+
+
+def refusal(capsys, *words):
+    """What a command says that refuses its command line; everything but SystemExit fails the test."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*words)
+    said = capsys.readouterr().err
+    if isinstance(stopped.value.code, str):
+        said += stopped.value.code
+    else:
+        assert stopped.value.code in (1, 2), (words, said)
+    assert not any(name in said for name in (*INTERNAL, "Traceback")), said
+    return said
+
+
+TINY_RUN = ("--out", "{out}", "--corpus.data", "{text}", "--corpus.vocab-size", "300", "--model.d-model", "16")
+TINY_COMPARE = ("top_p", "--out", "{out}", "--data", "{text}", "--vocab-size", "300", "--d-model", "16", "--dry-run")
+NONSENSE = {
+    "staged_training run": {
+        "--execution.save-every": ("0", "-1", "nan"),
+        "--execution.log-every": ("0", "-3"),
+        "--execution.track": ("paper",),
+        "--staging.tokens": ("0", "-1", "1e400", "nan", "1" + "0" * 23, "100"),
+        "--staging.learning-rate": ("0", "-1", "nan", "inf", "1e400"),
+        "--staging.batch-size": ("0", "100000000"),
+        "--staging.seq-len": ("-1", "100000000"),
+        "--staging.freeze": ("1", "nan", "-0.1"),
+        "--staging.trunk-share": ("0", "1", "nan"),
+        "--staging.optimizer.clip": ("0", "inf"),
+        "--model.d-model": ("0", "-1", "1" + "0" * 23),
+        "--model.layer-plan": ("", "X", "R"),
+        "--model.moe.router.balance-coefficient": ("nan", "inf", "-1"),
+        "--model.moe.router.z-coefficient": ("nan",),
+        "--model.moe.n-experts": ("0",),
+        "--model.attention.rope-base": ("nan", "inf", "0"),
+        "--corpus.valid-share": ("nan", "-1", "0", "2"),
+        "--corpus.shard-tokens": ("0", "-1"),
+        "--trunk-seed": ("-1", "x"),
+    },
+    "staged_training parallel": {
+        "--expert-parallel": ("-1", "3"),
+        "--seed": ("-1",),
+        "--policy": ("{", "[]", "3", '"TopP"', '{"type": "TopK", "k": "2"}', '{"type": "TopK", "k": 2.5}'),
+    },
+    "ablations compare": {
+        "--seeds": ("0", "-1", "nan"),
+        "--trunk-seeds": ("0",),
+        "--budget-batches": ("0",),
+        "--tokens": ("0", "1" + "0" * 23),
+        "--k": ("0", "81", "-1"),
+        "--learning-rate": ("nan",),
+        "--log-every": ("0",),
+        "--dtype": ("int8",),
+    },
+    "ablations budgets": {"--last-steps": ("0", "-1", "nan")},
+    "ablations difficulty": {
+        "--minutes": ("0", "-1", "nan", "inf"),
+        "--reference-share": ("0", "nan", "2"),
+        "--static": ("0", "-1"),
+        "--forced": ("1", "3 2"),
+        "--resamples": ("0",),
+        "--synthetic-documents": ("1",),
+    },
+    "ablations report": {"": ("/nowhere", "/dev/null")},
+    "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
+    "corpus show": {"": ("/nowhere", "/dev/null")},
+    "lm generate": {
+        "--temperature": ("nan", "inf", "-1", "1e400"),
+        "--top-p": ("0", "nan", "2"),
+        "--max-new-tokens": ("-1", "1" + "0" * 23, "x"),
+        "--seed": ("1" + "0" * 23, "nan"),
+        "--run": ("/nowhere", "/dev/null"),
+        "--trace": ("/dev/null/x", "/dev/null"),
+    },
+    "lm bench": {
+        "--batch-size": ("0", "-1", "1" + "0" * 23),
+        "--length": ("0",),
+        "--decode-tokens": ("0", "2"),
+        "--repeats": ("0",),
+        "--threads": ("-1",),
+        "--csv": ("/dev/null/x", "/proc/x", "/tmp"),
+        "--model.d-model": ("0",),
+    },
+    "moe bench": {
+        "--tokens": ("0", "-1", "nan", "1" + "0" * 23),
+        "--k": ("0", "99"),
+        "--load": ("nan", "inf", "0"),
+        "--repeats": ("0",),
+        "--threads": ("0",),
+        "--csv": ("/dev/null/x", "/tmp"),
+    },
+    "triton_kernels inspect": {"--arch": ("70", "x"), "--op": ("nothing",), "--csv": ("/dev/null/x", "/tmp")},
+    "triton_kernels bench": {"--repeats": ("0",), "--csv": ("/dev/null/x",), "--plot": ("/dev/null/x",)},
+    "triton_kernels gpu-check": {"--minutes": ("nan", "-1"), "--folder": ("/dev/null/x",)},
+    "staged_training diagnostics": {"": ("/nowhere", "/dev/null")},
+    "demos": {
+        "--max-new-tokens": ("0", "-1"),
+        "--budget": ("nan", "-1", "inf"),
+        "--temperature": ("inf",),
+        "--run": ("/nowhere",),
+        "--replay": ("/nowhere", "/dev/null"),
+        "--trace": ("/dev/null",),
+        "--colours": ("red",),
+    },
+}
+REST = {
+    "staged_training run": (*TINY_RUN, "--dry-run"),
+    "staged_training parallel": TINY_RUN,
+    "ablations compare": TINY_COMPARE,
+    "ablations budgets": TINY_COMPARE,
+    "lm generate": ("--run", "/nowhere"),
+    "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
+}
+CASES = [
+    (command, option, value) for command, options in NONSENSE.items() for option in options for value in options[option]
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("lines")
+    (root / "text").mkdir()
+    for number in range(30):
+        (root / "text" / f"{number}.txt").write_text(f"document {number}: " + "the same words again and again " * 20)
+    return {"{out}": str(root / "out"), "{text}": str(root / "text")}
+
+
+@pytest.mark.parametrize(("command", "option", "value"), CASES)
+def test_nonsense_is_refused(command, option, value, places, capsys):
+    rest = [places.get(word, word) for word in REST.get(command, ())]
+    if option in rest:
+        del rest[rest.index(option) : rest.index(option) + 2]
+    values = value.split(" ") if option == "--forced" else [value]
+    words = [*command.split(), *rest, *([option] if option else []), *values]
+    if value.startswith("-"):
+        words[-2:] = [f"{option}={value}"]
+    said = refusal(capsys, *words)
+    name = option.lstrip("-").split(".")[-1]
+    assert name in said or name.replace("-", "_") in said or value in said, said
+
+
+@functools.cache
+def tiny_config():
+    moe = MoEConfig(n_experts=4, d_expert=8, router=RouterConfig(policy=TopK(k=2)))
+    return ModelConfig(vocab_size=300, d_model=16, n_layers=1, moe=moe)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"d_model": "16"},
+        {"d_model": -1},
+        {"d_model": 10**13},
+        {"d_model": 32},
+        {"n_layers": 1.0},
+        {"vocab_size": None},
+        {"moe": 3},
+        {"moe": {"router": {"policy": {"type": "TopK", "k": "2"}}}},
+        {"moe": {"router": {"policy": {"type": "TopQ"}}}},
+        {"moe": {"router": {"balance_coefficient": float("nan")}}},
+        {"attention": {"n_heads": 0}},
+        {"dtype": "float8"},
+        {"layer_plan": ["F"]},
+        {"blocks": [None]},
+        None,
+    ],
+    ids=str,
+)
+def test_a_model_config_edited_by_hand_is_refused_by_name(change, tmp_path, capsys):
+    save_pretrained(tmp_path, LanguageModel(tiny_config()).init_weights(0))
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(path.read_text()[:40] if change is None else json.dumps(stored | change))
+    said = refusal(capsys, "lm", "generate", "--run", str(tmp_path))
+    assert str(tmp_path) in said or "memory" in said
+
+
+def test_a_policy_of_wrong_type_names_its_place(places, capsys):
+    words = [places.get(word, word) for word in TINY_RUN]
+    said = refusal(capsys, "staged_training", "parallel", *words, "--policy", '{"type": "TopK", "k": "2"}')
+    assert "--policy.policy.k: '2', must be int" in said
+
+
+def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
+    words = [places.get(word, word) for word in TINY_RUN]
+    said = refusal(capsys, "staged_training", "run", *words, "--execution.save-every", "0")
+    assert said == "error: --execution.save-every: ExecutionConfig.save_every: 0, must be at least 1\n"
+    said = refusal(capsys, "staged_training", "run", *words, "--staging.seq-len", "4096", "--dry-run")
+    assert said.startswith("error: ")
+    assert "StagingConfig.seq_len: 8 x 4096 tokens per batch; the training text has" in said
