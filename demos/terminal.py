@@ -20,6 +20,7 @@ import tyro
 
 from corpus.tokenizer import Tokenizer
 from demos.terminal_view import Palette, Summary
+from foundation.files import read_json
 from foundation.serialize import from_dict, load_json
 from lm.accounting import kv_bytes
 from lm.budget import experts_per_token, set_budget, variable_layers
@@ -142,7 +143,7 @@ def replay(folder: Path) -> Iterator[dict]:
     """
     text, experts_NL = read_generation(folder)
     try:
-        shown = json.loads((folder / SHOWN).read_text())
+        shown = read_json(folder / SHOWN)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds a generation that this demo did not record: {error}") from error
     yield shown["head"]

@@ -7,12 +7,13 @@ else.
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from foundation.files import read_json, write_json
 
 Config = TypeVar("Config")
 
@@ -100,11 +101,18 @@ def nearest(name: str, legal: typing.Iterable[str]) -> str:
 
 
 def save_json(path: Path, config: Any) -> None:
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Replaces `path` atomically by a config's JSON form."""
+    write_json(path, to_dict(config))
 
 
 def load_json(cls: type[Config], path: Path) -> Config:
-    return from_dict(cls, json.loads(path.read_text()), place=str(path))
+    """Inverse of `save_json`.
+
+    Raises:
+        ValueError: see `from_dict`.
+        CorruptFileError: naming the file, where it is cut or no JSON.
+    """
+    return from_dict(cls, read_json(path), place=str(path))
 
 
 def _restore(hint: Any, value: Any, place: str) -> Any:

@@ -6,15 +6,15 @@ without `result.json` is unfinished.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from ablations.comparison.statistics import RunKey
+from foundation.files import check_seal, read_json
 from foundation.serialize import load_json
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
-from staged_training.progress import TIMING, read_metrics
-from staged_training.record import ENVIRONMENT, RESULT, Ledger
+from staged_training.progress import TIMING, read_metrics, read_steps
+from staged_training.record import ENVIRONMENT, RESULT, Ledger, check_run
 
 COMPARISON_FILE = "comparison.json"
 
@@ -208,14 +208,15 @@ def read_records(folder: Path) -> Records:
     """
     if not (folder / COMPARISON_FILE).is_file():
         raise ValueError(f"{folder} holds no {COMPARISON_FILE}: not the folder of a comparison")
+    check_seal(folder)
     comparison = load_json(Comparison, folder / COMPARISON_FILE)
     branches: dict[str, dict[RunKey, RecordedRun]] = {}
     results: dict[str, dict[RunKey, BranchResult]] = {}
     for reference in comparison.branches:
         run_folder, key = folder / reference.folder, (reference.trunk_seed, reference.branch_seed)
         if (run_folder / RESULT).is_file():
-            measured = load_json(BranchResult, run_folder / RESULT)
             run = read_recorded_run(run_folder)
+            measured = load_json(BranchResult, run_folder / RESULT)
             # The run's ledger counts the FLOPs of its own evaluation; those of the other budgets are this layer's. It
             # holds their seconds already, because its stopwatch runs until the measurements are done.
             run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
@@ -225,18 +226,23 @@ def read_records(folder: Path) -> Records:
         raise ValueError(f"{folder}: no finished branch of {comparison.baseline!r} yet, nothing to compare with")
     finished = [reference for reference in comparison.trunks if (folder / reference.folder / RESULT).is_file()]
     trunks = {reference.trunk_seed: read_recorded_run(folder / reference.folder) for reference in finished}
-    environment = json.loads((next(iter(trunks.values())).folder / ENVIRONMENT).read_text())
+    environment = read_json(next(iter(trunks.values())).folder / ENVIRONMENT)
     return Records(folder, comparison, environment, trunks, branches, results)
 
 
 def read_recorded_run(folder: Path) -> RecordedRun:
-    """Reads one run folder; only what the report needs of it."""
+    """Reads the folder of a finished run; only what the report needs of it.
+
+    Raises:
+        CorruptFileError: where a file is not as it was written.
+    """
+    check_run(folder)
     metrics = read_metrics(folder)
     return RecordedRun(
         folder=folder,
         losses=[line["loss"] for line in metrics],
         experts=[line["mean_experts"] for line in metrics],
-        seconds=[json.loads(line)["seconds"] for line in (folder / TIMING).read_text().splitlines()],
+        seconds=[line["seconds"] for line in read_steps(folder / TIMING)],
         costs={
             kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in Ledger.load(folder).costs.items()
         },

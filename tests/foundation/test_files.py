@@ -59,3 +59,46 @@ def test_a_write_that_cannot_end_is_not_begun(tmp_path):
 
 def test_fingerprints_do_not_depend_on_the_order_of_keys():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+def test_a_seal_names_what_was_changed_and_survives_a_crash_at_any_write(tmp_path, monkeypatch):
+    (tmp_path / "metrics").write_text("1\n")
+    files.write_into_seal(tmp_path, {"ledger": "old", "result": "3"}, seal_too=["metrics"])
+    files.check_seal(tmp_path)
+    whole, n_writes = files.write_text, 0
+
+    def crash(path, text):
+        nonlocal n_writes
+        n_writes += 1
+        if n_writes == stop:
+            raise OSError("power cut")
+        whole(path, text)
+
+    # The seal that knows both, the file, the seal that knows the new one.
+    for stop in (1, 2, 3):
+        n_writes = 0
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "write_text", crash)
+            with pytest.raises(OSError, match="power cut"):
+                files.write_into_seal(tmp_path, {"ledger": f"new {stop}"})
+        files.check_seal(tmp_path)
+        files.write_into_seal(tmp_path, {"result": "4"})
+        files.check_seal(tmp_path)
+    for name in ("ledger", "metrics", "result"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("x" + text[1:])
+        with pytest.raises(CorruptFileError, match=f"{name} does not match its checksum"):
+            files.check_seal(tmp_path)
+        (tmp_path / name).write_text(text)
+
+
+def test_cut_json_names_its_file(tmp_path):
+    (tmp_path / "result.json").write_text('{"a": 1, "b"')
+    with pytest.raises(CorruptFileError, match=r"result\.json is no readable JSON.*cut or changed"):
+        files.read_json(tmp_path / "result.json")
+    # The last line is still being written; the one before it is not.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert files.read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(CorruptFileError, match=r"metrics\.jsonl:2 is no readable JSON"):
+        files.read_json_lines(tmp_path / "metrics.jsonl")

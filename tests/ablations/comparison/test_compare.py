@@ -70,6 +70,7 @@ def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
         "comparison.json",
         "figures",
         "report.html",
+        "seal.json",
         "table.csv",
     ]
     assert len(list((out / "branches").iterdir())) == 6
