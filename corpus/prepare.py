@@ -20,7 +20,7 @@ from foundation.serialize import load_json, save_json
 DEFAULT_VOCAB_SIZE = 4096
 MANIFEST = "manifest.json"
 # Part of the cache key: raise it when the same input would give other tokens or another manifest.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 BATCH_CHARACTERS = 1 << 22
 
 log = logging.getLogger(__name__)
