@@ -268,7 +268,9 @@ def seal(folder: Path, names: Iterable[str]) -> None:
     write_sealed(folder / SEAL, {"files": {**_sealed_files(folder), **digests(folder, names)}, "replacing": {}})
 
 
-def write_into_seal(folder: Path, texts: Mapping[str, str], *, seal_too: Iterable[str] = ()) -> None:
+def write_into_seal(
+    folder: Path, texts: Mapping[str, str], *, seal_too: Iterable[str] = (), anew: bool = False
+) -> None:
     """Replaces text files of a sealed folder, in the given order, or seals a folder while writing its last files.
 
     After a crash at any moment each file is the old or the new one, and the seal knows both.
@@ -276,8 +278,9 @@ def write_into_seal(folder: Path, texts: Mapping[str, str], *, seal_too: Iterabl
     Args:
         texts: by file name.
         seal_too: files that are there already and join the seal.
+        anew: forget what an older seal says, and whether it is damaged: the files named here are all that count.
     """
-    files = {**_sealed_files(folder), **digests(folder, seal_too)}
+    files = {**({} if anew else _sealed_files(folder)), **digests(folder, seal_too)}
     new = {
         name: {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         for name, text in texts.items()
@@ -319,7 +322,10 @@ def _sealed_files(folder: Path) -> dict[str, Any]:
     """What the seal says of each file, replacements that came through before a crash included."""
     if not (folder / SEAL).exists():
         return {}
-    content = read_sealed(folder / SEAL)
+    try:
+        content = read_sealed(folder / SEAL)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{folder}: {error}") from None
     arrived = {
         name: digest
         for name, digest in content["replacing"].items()

@@ -155,7 +155,8 @@ def check_run(folder: Path) -> None:
 def finish_run(folder: Path, result: dict[str, Any], ledger: Ledger) -> RunRecord:
     """Stores ledger and result, the result last, because it marks the run as finished, and seals the folder."""
     written = [name for name in (CONFIG, ENVIRONMENT, METRICS, DIAGNOSTICS, TIMING) if (folder / name).exists()]
-    write_into_seal(folder, {LEDGER: json_text(ledger.costs), RESULT: json_text(result)}, seal_too=written)
+    texts = {LEDGER: json_text(ledger.costs), RESULT: json_text(result)}
+    write_into_seal(folder, texts, seal_too=written, anew=True)
     return read_run(folder)
 
 

@@ -145,7 +145,7 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
     # Before the first step, so that `report` can show a comparison that is still running or was stopped.
     job.folder.mkdir(parents=True, exist_ok=True)
     described = describe_comparison(job, executions, plan)
-    write_into_seal(job.folder, {COMPARISON_FILE: json_text(to_dict(described))})
+    write_into_seal(job.folder, {COMPARISON_FILE: json_text(to_dict(described))}, anew=True)
     for execution in executions:
         run_branches(job, execution)
     return job.folder

@@ -165,7 +165,7 @@ def train(options: TrainingOptions) -> Study:
             command=shlex.join(["python", *sys.orig_argv[1:]]),
             environment=environment(data_hash=main.plan.corpus.content_hash),
         )
-        write_into_seal(options.out, {STUDY_FILE: json_text(to_dict(study))}, seal_too=[PROBLEMS_FILE])
+        write_into_seal(options.out, {STUDY_FILE: json_text(to_dict(study))}, seal_too=[PROBLEMS_FILE], anew=True)
     assert study is not None
     return study
 
