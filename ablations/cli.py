@@ -1,4 +1,4 @@
-"""The commands: `python -m ablations list | compare | report | budgets | difficulty`, and `python -m
+"""The commands: `python -m ablations list | compare | report | budgets | difficulty | runs | prune`, and `python -m
 ablations.<method>`."""
 
 import logging
@@ -18,6 +18,7 @@ from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
 from ablations.report.report import show
+from ablations.report.run_folders import prune_command, runs_command
 from staged_training.loop import NonFiniteLossError
 from staged_training.stopping import Interrupted
 
@@ -33,6 +34,8 @@ def main() -> None:
         "report": report_command,
         "budgets": budgets_command,
         "difficulty": difficulty_command,
+        "runs": runs_command,
+        "prune": prune_command,
     }
     guarded(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m ablations", description=__doc__))
 

@@ -6,6 +6,7 @@ without `result.json` is unfinished.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,10 @@ class Records:
 
     Attributes:
         folder: of the comparison.
-        environment: of its first trunk: commit, versions, device.
-        trunks: by trunk seed.
+        environment: of its first run, a trunk's where there is one: commit, versions, device.
+        trunks: by trunk seed; without those of `missing`.
+        missing: folders of trunks that finished branches came from, and that are gone: their costs and curves are
+            unknown.
         branches, results: the run and the measurements of each finished branch, by method and seeds.
     """
 
@@ -187,6 +190,7 @@ class Records:
     trunks: dict[int, RecordedRun]
     branches: dict[str, dict[RunKey, RecordedRun]]
     results: dict[str, dict[RunKey, BranchResult]]
+    missing: tuple[Path, ...] = ()
 
     @property
     def methods(self) -> list[str]:
@@ -201,7 +205,8 @@ def read_records(folder: Path) -> Records:
         folder: `<out>/comparisons/<hash>`.
 
     Returns:
-        What has finished; branches without a result are left out, so a comparison can be looked at while it runs.
+        What has finished; branches without a result are left out, so a comparison can be looked at while it runs, and
+        so are trunks that were removed to free space.
 
     Raises:
         ValueError: where `folder` holds no comparison, or no finished branch of its baseline.
@@ -213,7 +218,7 @@ def read_records(folder: Path) -> Records:
     branches: dict[str, dict[RunKey, RecordedRun]] = {}
     results: dict[str, dict[RunKey, BranchResult]] = {}
     for reference in comparison.branches:
-        run_folder, key = folder / reference.folder, (reference.trunk_seed, reference.branch_seed)
+        run_folder, key = run_of(folder, reference), (reference.trunk_seed, reference.branch_seed)
         if (run_folder / RESULT).is_file():
             run = read_recorded_run(run_folder)
             measured = load_json(BranchResult, run_folder / RESULT)
@@ -224,10 +229,19 @@ def read_records(folder: Path) -> Records:
             results.setdefault(reference.method, {})[key] = measured
     if comparison.baseline not in results:
         raise ValueError(f"{folder}: no finished branch of {comparison.baseline!r} yet, nothing to compare with")
-    finished = [reference for reference in comparison.trunks if (folder / reference.folder / RESULT).is_file()]
-    trunks = {reference.trunk_seed: read_recorded_run(folder / reference.folder) for reference in finished}
-    environment = read_json(next(iter(trunks.values())).folder / ENVIRONMENT)
-    return Records(folder, comparison, environment, trunks, branches, results)
+    finished = [reference for reference in comparison.trunks if (run_of(folder, reference) / RESULT).is_file()]
+    trunks = {reference.trunk_seed: read_recorded_run(run_of(folder, reference)) for reference in finished}
+    used = {trunk_seed for runs in results.values() for trunk_seed, _ in runs}
+    missing = tuple(
+        run_of(folder, reference) for reference in comparison.trunks if reference.trunk_seed in used - trunks.keys()
+    )
+    first = next(iter([*trunks.values(), *branches[comparison.baseline].values()]))
+    return Records(folder, comparison, read_json(first.folder / ENVIRONMENT), trunks, branches, results, missing)
+
+
+def run_of(folder: Path, reference: RunReference) -> Path:
+    """Where a run of the comparison in `folder` lies."""
+    return Path(os.path.normpath(folder / reference.folder))
 
 
 def read_recorded_run(folder: Path) -> RecordedRun:
