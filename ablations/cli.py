@@ -1,4 +1,4 @@
-"""The commands: `python -m ablations list | compare | report | budgets | difficulty`, and `python -m
+"""The commands: `python -m ablations list | compare | report | budgets | difficulty | runs | prune`, and `python -m
 ablations.<method>`."""
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
 from ablations.report.report import show
+from ablations.report.run_folders import prune_command, runs_command
 from foundation.command import deferred, run_command
 from foundation.numbers import objection
 
@@ -30,6 +31,8 @@ def main() -> None:
         "report": report_command,
         "budgets": budgets_command,
         "difficulty": difficulty_command,
+        "runs": runs_command,
+        "prune": prune_command,
     }
     run_command(
         lambda arguments: tyro.extras.subcommand_cli_from_dict(

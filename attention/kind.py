@@ -16,6 +16,7 @@ from attention.config import AttentionConfig
 from attention.layer_states import KV, Alias, LayerState
 from attention.norm import RMSNorm
 from attention.projection import Projection
+from foundation.exact_buffers import ExactBuffers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class AttentionKind(abc.ABC):
         return self.state_bytes(config, length, element_size)
 
 
-class AttentionLayer(nn.Module):
+class AttentionLayer(ExactBuffers):
     """Base of all layers. Calls look alike for every kind:
 
         y_BTD, kv = layer(x_BTD, start=0, state=None, shared=None)

@@ -200,6 +200,4 @@ class PackedTokens:
         """
         for path, _, expected in self._files:
             if sha256_file(path) != expected:
-                raise ValueError(
-                    f"{path}: content differs from its checksum; delete {self.folder} and prepare the corpus again"
-                )
+                raise ValueError(f"{path}: content differs from its checksum")

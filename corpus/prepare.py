@@ -4,22 +4,26 @@ went in."""
 import dataclasses
 import hashlib
 import json
+import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from corpus.documents import Documents, load_documents
-from corpus.packing import PackedTokens, pack
+from corpus.packing import INDEX, PackedTokens, pack
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
-from foundation.files import atomic_folder, sha256_file
+from foundation.files import atomic_folder, check_seal, seal, sha256_file
 from foundation.serialize import load_json, save_json
 
 DEFAULT_VOCAB_SIZE = 4096
 MANIFEST = "manifest.json"
 # Part of the cache key: raise it when the same input would give other tokens or another manifest.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 BATCH_CHARACTERS = 1 << 22
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,27 +108,34 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
     """Reads the documents; opens the prepared corpus for exactly these under `root`, or makes it.
 
     The documents are read and hashed, and the cached files verified, each time, so a stale or damaged cache is never
-    used.
+    used: it is named in a warning and made again.
 
     Raises:
-        ValueError: for unusable input (see `load_documents`, `Tokenizer.train`) and for a damaged cache.
+        ValueError: for unusable input (see `load_documents`, `Tokenizer.train`).
     """
     tokenizer = None if config.tokenizer_file is None else Tokenizer.load(config.tokenizer_file)
     documents = load_documents(config.data, text_field=config.text_field, valid_share=config.valid_share)
     folder = Path(root) / _cache_key(config, documents, tokenizer)
-    if not folder.exists():
+    if folder.exists():
         try:
-            with atomic_folder(folder) as temporary:
-                _write(temporary, config, documents, tokenizer)
-        except OSError:
-            # Another process may have finished the same corpus in the meantime.
-            if not folder.exists():
-                raise
+            return _opened_and_verified(folder, documents)
+        except ValueError as error:
+            log.warning("prepared corpus refused and made again: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with atomic_folder(folder) as temporary:
+            _write(temporary, config, documents, tokenizer)
+    except OSError:
+        # Another process may have finished the same corpus in the meantime.
+        if not folder.exists():
+            raise
+    return _opened_and_verified(folder, documents)
+
+
+def _opened_and_verified(folder: Path, documents: Documents) -> PreparedCorpus:
     prepared = open_prepared(folder)
     if prepared.manifest.content_hash != documents.content_hash:
-        raise ValueError(
-            f"{folder}: the manifest speaks of other documents; delete the folder and prepare the corpus again"
-        )
+        raise ValueError(f"{folder}: the manifest speaks of other documents")
     prepared.train.verify()
     prepared.valid.verify()
     return prepared
@@ -142,18 +153,17 @@ def open_prepared(folder: str | Path) -> PreparedCorpus:
         manifest = load_json(CorpusManifest, path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no readable corpus manifest here ({error})") from error
+    check_seal(folder)
     model = folder / "tokenizer.model"
     if not model.is_file() or sha256_file(model) != manifest.tokenizer_file_hash:
-        raise ValueError(
-            f"{model}: missing, or not the tokenizer of the manifest; delete {folder} and prepare the corpus again"
-        )
+        raise ValueError(f"{model}: missing, or not the tokenizer of the manifest; prepare the corpus again")
     tokenizer = Tokenizer.load(model)
+    if tokenizer.hash() != manifest.tokenizer_hash:
+        raise ValueError(f"{path}: tokenizer_hash is not that of {model.name}; prepare the corpus again")
     train, valid = PackedTokens(folder / "train"), PackedTokens(folder / "valid")
     for packed, counts in ((train, manifest.train), (valid, manifest.valid)):
         if _counts(packed) != counts:
-            raise ValueError(
-                f"{packed.folder}: not the counts of the manifest; delete {folder} and prepare the corpus again"
-            )
+            raise ValueError(f"{packed.folder}: not the counts of the manifest; prepare the corpus again")
     return PreparedCorpus(folder=folder, tokenizer=tokenizer, train=train, valid=valid, manifest=manifest)
 
 
@@ -198,6 +208,8 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         skipped=documents.skipped,
     )
     save_json(folder / MANIFEST, manifest)
+    # The indices hold the checksums of the tokens.
+    seal(folder, (MANIFEST, "tokenizer.model", f"train/{INDEX}", f"valid/{INDEX}"))
 
 
 def _counts(packed: PackedTokens) -> SplitCounts:

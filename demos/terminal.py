@@ -22,6 +22,7 @@ from corpus.tokenizer import Tokenizer
 from demos.terminal_view import Palette, Summary
 from foundation.command import refuse_unwritable, run_command
 from foundation.console import escaped
+from foundation.files import read_json
 from foundation.numbers import check_numbers
 from foundation.serialize import from_dict, load_json
 from lm.accounting import kv_bytes
@@ -149,7 +150,7 @@ def replay(folder: Path) -> Iterator[dict]:
     """
     text, experts_NL = read_generation(folder)
     try:
-        shown = json.loads((folder / SHOWN).read_text())
+        shown = read_json(folder / SHOWN)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds a generation that this demo did not record: {error}") from error
     yield shown["head"]

@@ -8,12 +8,13 @@ else.
 import contextlib
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from foundation.files import read_json, write_json
 
 Config = TypeVar("Config")
 
@@ -103,17 +104,20 @@ def nearest(name: str, legal: typing.Iterable[str]) -> str:
 
 
 def save_json(path: Path, config: Any) -> None:
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Replaces `path` atomically by a config's JSON form."""
+    write_json(path, to_dict(config))
 
 
 def load_json(cls: type[Config], path: Path) -> Config:
-    """Reads what `save_json` wrote.
+    """Inverse of `save_json`.
 
     Raises:
-        ValueError: for a file that is not JSON or holds no such config, naming the file.
+        ValueError: for a file that holds no such config, naming the file.
+        CorruptFileError: naming the file, where it is cut or no JSON.
     """
+    stored = read_json(path)
     try:
-        return from_dict(cls, json.loads(path.read_text(encoding="utf-8")), place=str(path))
+        return from_dict(cls, stored, place=str(path))
     except ValueError as error:
         # A config that refuses its own values does not know where they came from.
         raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from error

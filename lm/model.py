@@ -15,6 +15,7 @@ from torch.nn import functional
 from attention import build_attention
 from attention.cache import HybridCache
 from attention.norm import RMSNorm
+from foundation.exact_buffers import ExactBuffers
 from lm.config import ModelConfig
 from moe.backends import Choice, choose_backend
 from moe.layer import MoE
@@ -85,7 +86,7 @@ class Block(nn.Module):
         return x_BTD + self.moe_out_norm(mixed_TD).view_as(x_BTD), kv, routing
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(ExactBuffers):
     """Embedding, blocks, norm, head. Parameters and the residual stream are fp32; `config.dtype` is what products
     compute in.
 

@@ -1,5 +1,5 @@
-"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`, `calibration.safetensors`.
-Nothing is ever unpickled.
+"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`, `calibration.safetensors`, and
+`seal.json` with a checksum of each. Nothing is ever unpickled.
 
 The calibration file holds a few thousand tokens of training text, so that a budget can be set exactly wherever the
 model goes. Legend: B batch, T tokens.
@@ -12,23 +12,41 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from corpus.tokenizer import Tokenizer
+from foundation.files import CorruptFileError, DiskFullError, atomic_folder, check_seal, require_space, seal
 from foundation.serialize import load_json, save_json
 from lm.config import ModelConfig
 from lm.model import LanguageModel
 
 CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE = "config.json", "weights.safetensors", "calibration.safetensors"
+TOKENIZER_FILE = "tokenizer.model"
 
 
-def save_pretrained(folder: Path, model: LanguageModel, calibration_BT: Tensor | None = None) -> None:
-    """Writes config, weights and calibration tokens (int64 [B, T]) into `folder`; the weights file comes last and
-    appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_json(folder / CONFIG_FILE, model.config)
+def save_pretrained(
+    folder: Path, model: LanguageModel, calibration_BT: Tensor | None = None, tokenizer: Tokenizer | None = None
+) -> None:
+    """Writes config, weights, calibration tokens (int64 [B, T]) and tokenizer into `folder`, which appears, or takes
+    an older one's place, whole or not at all.
+
+    Raises:
+        DiskFullError: naming the folder; nothing half-written is left.
+    """
+    tensors = {WEIGHTS_FILE: {name: tensor.contiguous() for name, tensor in model.state_dict().items()}}
     if calibration_BT is not None:
-        safetensors.torch.save_file({"tokens_BT": calibration_BT.contiguous()}, folder / CALIBRATION_FILE)
-    partial = folder / (WEIGHTS_FILE + ".partial")
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial)
-    partial.rename(folder / WEIGHTS_FILE)
+        tensors[CALIBRATION_FILE] = {"tokens_BT": calibration_BT.contiguous()}
+    n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_space(folder.parent, n_bytes, f"the model {folder}")
+    with atomic_folder(folder, replace=True) as temporary:
+        save_json(temporary / CONFIG_FILE, model.config)
+        if tokenizer is not None:
+            tokenizer.save(temporary / TOKENIZER_FILE)
+        for name, group in tensors.items():
+            try:
+                safetensors.torch.save_file(group, temporary / name)
+            except safetensors.SafetensorError as error:
+                raise DiskFullError(f"{folder} could not be written: {error}; nothing of it is left") from error
+        seal(temporary, sorted(path.name for path in temporary.iterdir()))
 
 
 def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> LanguageModel:
@@ -36,10 +54,12 @@ def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> Languag
 
     Raises:
         ValueError: when a file is missing or unreadable, or weights and config disagree; names the tensors.
+        CorruptFileError: when a file is not as it was written; names it.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no trained model: {name} is missing")
+    _check(folder)
     model = LanguageModel(load_json(ModelConfig, folder / CONFIG_FILE))
     try:
         stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
@@ -63,10 +83,21 @@ def load_calibration_tokens(folder: Path) -> Tensor:
 
     Raises:
         ValueError: when the model was saved without them.
+        CorruptFileError: when a file is not as it was written; names it.
     """
     if not (folder / CALIBRATION_FILE).is_file():
         raise ValueError(f"{folder} has no {CALIBRATION_FILE}: it was saved without calibration tokens")
+    _check(folder)
     return safetensors.torch.load_file(folder / CALIBRATION_FILE)["tokens_BT"]
+
+
+def _check(folder: Path) -> None:
+    try:
+        check_seal(folder)
+    except CorruptFileError as error:
+        raise CorruptFileError(
+            f"{error}. The model cannot be trusted: put the file back, or remove the run's folder and train it again"
+        ) from None
 
 
 def find_model(run: Path) -> Path:

@@ -4,14 +4,15 @@ Legend: T tokens, D model width, E experts.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from foundation.exact_buffers import ExactBuffers
 from moe.config import MoEConfig
 from moe.experts import Experts, SharedExpert
 from routing.router import Router, Routing
 
 
-class MoE(nn.Module):
+class MoE(ExactBuffers):
     """Replaces the MLP of a transformer block. Backward reaches the router through the rows' weights and through
     `Routing.losses`.
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foundation.exact_buffers import ExactBuffers
 from foundation.numbers import check_numbers
 from foundation.serialize import kinds
 from routing.assignments import Assignments
@@ -92,7 +93,7 @@ class Routing:
         return routing_statistics(self.assignments, self.probs_TE)
 
 
-class Router(nn.Module):
+class Router(ExactBuffers):
     """Scores the experts for each token and lets its policy choose.
 
     Null columns exist once a policy had some; other policies ignore them. Construction draws nothing: `init_weights`
@@ -196,7 +197,12 @@ class Router(nn.Module):
         self.policy.budget.calibrate(target_mean)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Routes the tokens x_TD [T, D] of any floating dtype; in training their number and rows are counted."""
+        """Routes the tokens x_TD [T, D] of any floating dtype; in training their number and rows are counted. Autocast
+        around it changes nothing: a token whose logits were rounded goes to other experts."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self._route(x_TD)
+
+    def _route(self, x_TD: Tensor) -> Routing:
         scores = self.scores(x_TD)
         slots, weight_TK = self.decide(scores)
         assignments = Assignments.from_slots(slots.expert_TK, weight_TK, slots.keep_TK, n_experts=self.n_experts)

@@ -10,12 +10,11 @@ SHA-256 of every file; the manifest carries its own.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import random
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,12 @@ from torch import Tensor, nn
 from foundation.files import (
     CorruptFileError,
     DiskFullError,
+    check_digests,
+    digests,
     fsync_path,
+    read_json,
     read_sealed,
     require_space,
-    sha256_file,
     write_json,
     write_sealed,
 )
@@ -72,6 +73,14 @@ class Checkpoint:
     random: dict[str, Tensor]
     state: dict[str, Any]
     skipped: tuple[str, ...] = ()
+
+
+Problem = Callable[[Checkpoint], str | None]
+
+
+def no_problem(found: Checkpoint) -> str | None:
+    """What is whole can be used."""
+    return None
 
 
 def save(
@@ -129,10 +138,7 @@ def seal(temporary: Path, step: int, files: Iterable[str]) -> Path:
     """Writes the manifest of `files`, which are on the disk, renames the folder, and drops all checkpoints but the
     newest two."""
     folder, target = temporary.parent, temporary.parent / _name(step)
-    sizes = {
-        name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_file(temporary / name)} for name in files
-    }
-    write_sealed(temporary / MANIFEST, {"step": step, "files": sizes})
+    write_sealed(temporary / MANIFEST, {"step": step, "files": digests(temporary, files)})
     fsync_path(temporary)
     if target.exists():
         # Only a checkpoint that failed verification is ever written again.
@@ -148,9 +154,9 @@ def seal(temporary: Path, step: int, files: Iterable[str]) -> Path:
     return target
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
+def load_latest(folder: Path, problem: Problem = no_problem) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as written, or None where there is none; see `newest`."""
-    if (found := newest(folder)) is None:
+    if (found := newest(folder, problem)) is None:
         return None
     return dataclasses.replace(
         found,
@@ -160,24 +166,32 @@ def load_latest(folder: Path) -> Checkpoint | None:
     )
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def newest(folder: Path, problem: Problem = no_problem) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as written, without its tensors, or None where there is none.
 
     A corrupt one is named in a warning and in `skipped`, and the one before it is used.
 
+    Args:
+        problem: says why a checkpoint that is whole cannot be continued from, or None. Where that holds for all that
+            are whole, the answer is None.
+
     Raises:
         CorruptFileError: when there are checkpoints and all are corrupt: starting over silently would lose the run.
     """
-    skipped = []
-    for step, path in _steps(folder):
+    skipped, n_corrupt = [], 0
+    steps = _steps(folder)
+    for step, path in steps:
         try:
             verify(path)
+            found = Checkpoint(path, step, {}, {}, {}, read_state(path), tuple(skipped))
+            if (reason := problem(found)) is None:
+                return found
+            reason = f"{path}: {reason}"
         except CorruptFileError as error:
-            skipped.append(str(error))
-            log.warning("checkpoint skipped: %s", error)
-            continue
-        return Checkpoint(path, step, {}, {}, {}, read_state(path), tuple(skipped))
-    if skipped:
+            reason, n_corrupt = str(error), n_corrupt + 1
+        skipped.append(reason)
+        log.warning("checkpoint skipped: %s", reason)
+    if steps and n_corrupt == len(steps):
         raise CorruptFileError(f"no usable checkpoint in {folder}: {'; '.join(skipped)}")
     return None
 
@@ -192,14 +206,7 @@ def verify(path: Path) -> None:
         manifest = read_sealed(path / MANIFEST)
         if path.name != _name(manifest["step"]):
             raise CorruptFileError(f"{MANIFEST} is that of step {manifest['step']}")
-        for name, expected in manifest["files"].items():
-            if not (path / name).is_file():
-                raise CorruptFileError(f"{name} is missing")
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                raise CorruptFileError(f"{name} has {size} bytes instead of {expected['bytes']}")
-            if sha256_file(path / name) != expected["sha256"]:
-                raise CorruptFileError(f"{name} does not match its checksum")
+        check_digests(path, manifest["files"])
     except CorruptFileError as error:
         raise CorruptFileError(f"{path}: {error}") from None
 
@@ -216,7 +223,7 @@ def refuse_other_identity(saved: Checkpoint, identity: dict[str, Any]) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The JSON state of a verified checkpoint."""
-    return json.loads((path / STATE).read_text())
+    return read_json(path / STATE)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ tokens, of all processes. Rows dispatched are counted, never logical experts.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from foundation.files import read_json_lines
 from foundation.serialize import from_dict, to_dict
 from foundation.tables import write_table
 from routing.diagnostics import RoutingStatistics
@@ -81,10 +81,8 @@ def _layer(router: Router, counted: RoutingStatistics) -> LayerDiagnostics:
 def read_diagnostics(folder: Path) -> list[StepDiagnostics]:
     """The lines of a run, empty if it wrote none."""
     path = folder / DIAGNOSTICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [
-        from_dict(StepDiagnostics, json.loads(line), place=f"{path}:{number}") for number, line in enumerate(lines, 1)
-    ]
+    lines = read_json_lines(path) if path.exists() else []
+    return [from_dict(StepDiagnostics, line, place=f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

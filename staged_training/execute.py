@@ -3,6 +3,8 @@ again."""
 
 import contextlib
 import dataclasses
+import logging
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
+from foundation.files import CorruptFileError
 from foundation.numbers import check_numbers
 from lm.budget import calibrate_to_targets
 from lm.evaluate import evaluate
@@ -25,10 +28,12 @@ from staged_training.loop import StageResult, train_stage
 from staged_training.plan import Branch, Plan
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress, Tracker
-from staged_training.record import Ledger, RunRecord, add_cost, finish_run, locked, open_run
+from staged_training.record import Ledger, RunRecord, add_cost, finish_run, kept_costs, locked, open_run, reopen_run
 from staged_training.run import Run
 from staged_training.trained_run import Summarise, TrainedRun, summarise
 from staged_training.trunk_activations import trunk_activations
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,10 +115,10 @@ class Execution:
         """The trained trunk, trained now or before; frozen whole."""
         if self._trunk is None:
             run = self.plan.trunk_run(self.trunk_folder)
-            if (record := self.open(run)) is not None:
+            record, model = self.open(run), None
+            if record is not None and (model := self._restored_trunk(run)) is not None:
                 print(f"trunk {self.plan.trunk_hash}: finished before, taken from {run.folder}", flush=True)
-                model = self._restored_trunk(run)
-            else:
+            if record is None or model is None:
                 trained = self.train_trunk(run, summary)
                 assert trained is not None, "only the first of several processes has a whole trunk"
                 model, record = trained
@@ -141,7 +146,7 @@ class Execution:
             # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
             if (whole := processes.whole(model)) is None:
                 return None
-            means, ledger = training.mean_experts, Ledger()
+            means, ledger = training.mean_experts, kept_costs(run.folder)
             ledger.add("trunk", flops=trunk_flops(plan, means), seconds=training.seconds)
 
             def with_means(trained: TrainedRun) -> dict[str, Any]:
@@ -150,15 +155,24 @@ class Execution:
 
             return whole, self._finish(run, whole, self.valid_tokens, training, means, ledger, with_means)
 
-    def _restored_trunk(self, run: Run) -> LanguageModel:
-        """The trunk of a finished run as its branches fork from it."""
-        saved = checkpoint.load_latest(run.checkpoints)
+    def _restored_trunk(self, run: Run) -> LanguageModel | None:
+        """The trunk of a finished run as its branches fork from it; None where its last checkpoint is gone or damaged,
+        and the run reopened: training what is missing gives the same weights again."""
+        try:
+            saved = checkpoint.load_latest(run.checkpoints)
+        except CorruptFileError:
+            # Each has been named in a warning, and none can be of use any more.
+            saved = None
+            shutil.rmtree(run.checkpoints)
         if saved is None or saved.step != run.stage.n_batches:
-            at = "none" if saved is None else f"step {saved.step}"
-            raise checkpoint.CheckpointMismatchError(
-                f"{run.folder}: branches start from step {run.stage.n_batches} of the trunk, its newest usable"
-                f" checkpoint is {at}"
+            log.warning(
+                "%s: its checkpoint at step %d, which branches start from, is missing or damaged; training %s",
+                run.folder,
+                run.stage.n_batches,
+                "again from the start" if saved is None else f"on from step {saved.step}",
             )
+            reopen_run(run.folder)
+            return None
         checkpoint.refuse_other_identity(saved, run.identity)
         model = LanguageModel(self.plan.model).init_weights(self.plan.trunk_seed).to(self.device)
         checkpoint.restore_model(model, saved.weights, str(saved.path))
@@ -321,8 +335,7 @@ class Execution:
     def _export(self, folder: Path, model: LanguageModel) -> None:
         """The trained model for `python -m lm generate`, calibrated, with the text that it can be calibrated on to
         another budget."""
-        save_pretrained(folder / "model", model, self.calibration(0).cpu())
-        self.corpus.tokenizer.save(folder / "model" / "tokenizer.model")
+        save_pretrained(folder / "model", model, self.calibration(0).cpu(), self.corpus.tokenizer)
 
 
 def run_plan(

@@ -91,8 +91,8 @@ def train_stage(
 
     def save() -> Path:
         # A checkpoint that is ahead of its metrics would leave a gap in them: resuming starts behind it.
-        metrics.flush()
-        state = {"position": step, "seconds": seconds, "experts_sum": experts_sum.tolist()}
+        logs = metrics.flush()
+        state = {"position": step, "seconds": seconds, "experts_sum": experts_sum.tolist(), "logs": logs}
         return processes.save(run, step, model, optimizer, state=state)
 
     metrics = processes.metrics(run.folder, step)

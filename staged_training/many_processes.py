@@ -46,7 +46,7 @@ from routing.over_processes import count_over_processes
 from routing.router import Router
 from staged_training import checkpoint
 from staged_training.data import OwnRows, TokenBatches
-from staged_training.processes import Made, Processes
+from staged_training.processes import Made, Processes, continuable
 from staged_training.progress import MetricsFile, NoMetrics
 from staged_training.record import locked
 from staged_training.run import Run
@@ -163,7 +163,7 @@ class ManyProcesses(Processes):
         """
 
         def newest() -> checkpoint.Checkpoint | None:
-            if (found := checkpoint.newest(run.checkpoints)) is not None:
+            if (found := checkpoint.newest(run.checkpoints, continuable(run))) is not None:
                 checkpoint.refuse_other_identity(found, run.identity)
                 if not (found.path / SHARDS).is_dir():
                     raise checkpoint.CheckpointMismatchError(

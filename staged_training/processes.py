@@ -14,7 +14,7 @@ from routing.router import Router
 from staged_training import checkpoint
 from staged_training.data import Batches, TokenBatches
 from staged_training.optimizer import optimizer_tensors, restore_optimizer
-from staged_training.progress import MetricsFile
+from staged_training.progress import MetricsFile, problem_of_logs
 from staged_training.record import locked
 from staged_training.run import Run
 
@@ -70,7 +70,7 @@ class Processes:
         Raises:
             checkpoint.CheckpointMismatchError: when it is of another stage or another model.
         """
-        if (saved := checkpoint.load_latest(run.checkpoints)) is not None:
+        if (saved := checkpoint.load_latest(run.checkpoints, continuable(run))) is not None:
             checkpoint.refuse_other_identity(saved, run.identity)
             checkpoint.restore_model(model, saved.weights, str(saved.path))
             restore_optimizer(model, optimizer, run.boundary, saved.optimizer)
@@ -88,6 +88,11 @@ class Processes:
             optimizer=optimizer_tensors(model, optimizer, run.boundary),
             state={"identity": run.identity, **state},
         )
+
+
+def continuable(run: Run) -> checkpoint.Problem:
+    """Refuses checkpoints whose steps the run's files do not hold as they were: a curve would have a hole."""
+    return lambda saved: problem_of_logs(run.folder, saved.step, saved.state.get("logs", {}))
 
 
 ALONE = Processes()

@@ -5,18 +5,22 @@ tracker on request.
 bytes as an uninterrupted one. So does `diagnostics.jsonl`, what the routers did in every step that ends an interval
 (see `staged_training.diagnostics`). What differs from run to run (seconds, tokens per second) lies beside them in
 `timing.jsonl`.
+
+A run under way appends to these files, and each of its checkpoints holds their checksums up to its step. A run
+continues from a checkpoint only where they are as it knows them: no step is missing from a curve and none was changed.
 """
 
+import hashlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import IO, Any
 
-from foundation.files import fingerprint, write_text
+from foundation.files import CorruptFileError, fingerprint, fsync, read_json_lines, write_text
 
 METRICS, DIAGNOSTICS, TIMING = "metrics.jsonl", "diagnostics.jsonl", "timing.jsonl"
+LOGS = (METRICS, DIAGNOSTICS, TIMING)
 TRACKERS = ("none", "wandb")
 
 
@@ -26,30 +30,42 @@ class MetricsFile:
 
     def __init__(self, folder: Path, step: int) -> None:
         """Cuts the files back to `step`, so that the steps after a checkpoint are written once."""
-        for name in (METRICS, DIAGNOSTICS, TIMING):
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        self._sums = {name: hashlib.sha256() for name in LOGS}
+        for name in LOGS:
             cut_back(folder / name, step)
-        self._metrics: IO[str] = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._diagnostics: IO[str] = open(folder / DIAGNOSTICS, "a", encoding="utf-8")  # noqa: SIM115
-        self._timing: IO[str] = open(folder / TIMING, "a", encoding="utf-8")  # noqa: SIM115
+            self._sums[name].update((folder / name).read_bytes() if (folder / name).exists() else b"")
+            self._files[name] = open(folder / name, "ab")  # noqa: SIM115
 
     def write(self, metrics: dict[str, Any], timing: dict[str, Any]) -> None:
         """One step."""
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._timing.write(json.dumps(timing) + "\n")
+        self._append(METRICS, metrics)
+        self._append(TIMING, timing)
 
     def write_diagnostics(self, diagnostics: dict[str, Any]) -> None:
         """One step that ends an interval."""
-        self._diagnostics.write(json.dumps(diagnostics) + "\n")
+        self._append(DIAGNOSTICS, diagnostics)
 
-    def flush(self) -> None:
-        """To the disk: called before a checkpoint, which must never be ahead of its metrics."""
-        for file in (self._metrics, self._diagnostics, self._timing):
+    def _append(self, name: str, content: dict[str, Any]) -> None:
+        line = f"{json.dumps(content)}\n".encode()
+        self._files[name].write(line)
+        self._sums[name].update(line)
+
+    def flush(self) -> dict[str, str]:
+        """To the disk: called before a checkpoint, which must never be ahead of its metrics.
+
+        Returns:
+            the SHA-256 of each file as it was written, for `problem_of_logs`.
+        """
+        for name, file in self._files.items():
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno(), self._folder / name)
+        return {name: total.hexdigest() for name, total in self._sums.items()}
 
     def close(self) -> None:
         self.flush()
-        for file in (self._metrics, self._diagnostics, self._timing):
+        for file in self._files.values():
             file.close()
 
 
@@ -65,8 +81,8 @@ class NoMetrics(MetricsFile):
     def write_diagnostics(self, diagnostics: dict[str, Any]) -> None:
         pass
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> None:
         pass
@@ -76,15 +92,51 @@ def cut_back(path: Path, step: int) -> None:
     """Drops lines of later steps and a torn last line."""
     if not path.exists():
         return
-    kept = [
-        line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and _step_of(line) <= step
-    ]
-    write_text(path, "".join(kept))
+    write_text(path, _lines_up_to(path, step).decode())
+
+
+def _lines_up_to(path: Path, step: int) -> bytes:
+    """The lines of steps up to `step`; without a torn last one."""
+    if not path.exists():
+        return b""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return b"".join(line for line in lines if line.endswith(b"\n") and _step_of(line) <= step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, one per step."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    """The lines of `metrics.jsonl`: of step 1, step 2, ...; see `read_steps`."""
+    return read_steps(folder / METRICS)
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that has one for every step.
+
+    Raises:
+        CorruptFileError: naming the first step that is not where it belongs: a curve would be shifted.
+    """
+    if not path.exists():
+        raise CorruptFileError(f"{path} is missing")
+    lines = read_json_lines(path)
+    for number, line in enumerate(lines, 1):
+        if (step := line.get("step") if isinstance(line, dict) else None) != number:
+            raise CorruptFileError(f"{path}:{number} is of step {step}: lines are missing or were changed")
+    return lines
+
+
+def problem_of_logs(folder: Path, step: int, sums: dict[str, str]) -> str | None:
+    """Why a run cannot continue from a checkpoint at `step`: what its files miss or say otherwise up to there.
+
+    Args:
+        sums: what `MetricsFile.flush` returned then; empty in checkpoints from before they held it, for which only
+            the number of lines is looked at.
+    """
+    for name in LOGS:
+        before = _lines_up_to(folder / name, step)
+        if name in sums and hashlib.sha256(before).hexdigest() != sums[name]:
+            return f"{name} is not as it was at step {step}"
+        if name != DIAGNOSTICS and (n_lines := len(before.splitlines())) != step:
+            return f"{name} holds {n_lines} of the {step} steps before it"
+    return None
 
 
 class Progress:
@@ -181,8 +233,9 @@ class Tracker:
         self._run.finish()
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+    return step if isinstance(step, int) else math.inf

@@ -2,12 +2,12 @@
 from it.
 
 `config.json` (resolved), `environment.json`, `metrics.jsonl`, `checkpoints/`, `ledger.json`, `result.json`;
-`result.json` is written last and says that the run is finished.
+`result.json` is written last and says that the run is finished. `seal.json` then holds a checksum of each of these
+files: a number that was changed afterwards is noticed by whoever reads the record.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import logging
 from collections.abc import Iterator
@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from foundation.environment import environment
-from foundation.files import write_json
+from foundation.files import (
+    SEAL,
+    CorruptFileError,
+    check_seal,
+    json_text,
+    read_json,
+    remove_leftovers,
+    try_lock,
+    write_into_seal,
+    write_json,
+)
+from staged_training.progress import DIAGNOSTICS, METRICS, TIMING
 
 CONFIG, ENVIRONMENT, LEDGER, RESULT = "config.json", "environment.json", "ledger.json", "result.json"
 
@@ -51,7 +62,7 @@ class Ledger:
     @classmethod
     def load(cls, folder: Path) -> "Ledger":
         """The ledger of a finished run."""
-        return cls(json.loads((folder / LEDGER).read_text()))
+        return cls(read_json(folder / LEDGER))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +92,7 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
     if path.exists():
-        if differing := json_differences(json.loads(path.read_text()), config):
+        if differing := json_differences(read_json(path), config):
             raise RunMismatchError(
                 f"{folder} holds another run: {'; '.join(differing[:8])}. Choose another folder, or remove this one"
             )
@@ -91,9 +102,7 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
         return read_run(folder)
     # Also where the run continues: a bit that changes with the machine must not look like one of the method.
     here = environment(data_hash=data_hash)
-    if (folder / ENVIRONMENT).exists() and (
-        changed := json_differences(json.loads((folder / ENVIRONMENT).read_text()), here)
-    ):
+    if (folder / ENVIRONMENT).exists() and (changed := json_differences(read_json(folder / ENVIRONMENT), here)):
         log.warning("%s continues in another environment, so its last bits may differ: %s", folder, "; ".join(changed))
     write_json(folder / ENVIRONMENT, here)
     return None
@@ -101,16 +110,16 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a run folder. The lock goes with its process, however that ends.
+    """Keeps a second process out of a run folder, and removes what killed writes left in it. The lock goes with its
+    process, however that ends.
 
     Raises:
         RunMismatchError: when another process is running it.
     """
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunMismatchError(f"{folder} is being run by another process; wait for it or stop it") from None
+        if not try_lock(file.fileno(), folder):
+            raise RunMismatchError(f"{folder} is being run by another process; wait for it or stop it")
+        remove_leftovers(folder)
         yield
 
 
@@ -119,25 +128,59 @@ def read_run(folder: Path) -> RunRecord:
 
     Raises:
         ValueError: when the folder holds no finished run.
+        CorruptFileError: when a file of it is not as it was written; names it.
     """
     if not (folder / RESULT).exists():
         raise ValueError(f"{folder} holds no finished run: {RESULT} is missing")
-    config, result = (json.loads((folder / name).read_text()) for name in (CONFIG, RESULT))
+    check_run(folder)
+    config, result = (read_json(folder / name) for name in (CONFIG, RESULT))
     return RunRecord(folder=folder, config=config, result=result, ledger=Ledger.load(folder))
 
 
+def check_run(folder: Path) -> None:
+    """Compares the files of a finished run with its seal.
+
+    Raises:
+        CorruptFileError: naming the file, and how to get the run back.
+    """
+    try:
+        check_seal(folder)
+    except CorruptFileError as error:
+        raise CorruptFileError(
+            f"{error}. Its numbers cannot be trusted: put the file back, or remove the folder and run the same command"
+            " again"
+        ) from None
+
+
 def finish_run(folder: Path, result: dict[str, Any], ledger: Ledger) -> RunRecord:
-    """Stores ledger and result; the result last, because it marks the run as finished."""
-    ledger.save(folder)
-    write_json(folder / RESULT, result)
+    """Stores ledger and result, the result last, because it marks the run as finished, and seals the folder."""
+    written = [name for name in (CONFIG, ENVIRONMENT, METRICS, DIAGNOSTICS, TIMING) if (folder / name).exists()]
+    texts = {LEDGER: json_text(ledger.costs), RESULT: json_text(result)}
+    write_into_seal(folder, texts, seal_too=written, anew=True)
     return read_run(folder)
+
+
+def reopen_run(folder: Path) -> None:
+    """A finished run is unfinished again: the same command runs what is missing of it."""
+    with locked(folder):
+        (folder / RESULT).unlink()
+
+
+def kept_costs(folder: Path) -> Ledger:
+    """The costs that a run which was reopened keeps: what branches have stored beside it was not lost."""
+    costs = Ledger.load(folder).costs if (folder / LEDGER).exists() else {}
+    return Ledger({kind: cost for kind, cost in costs.items() if kind == "caching"})
 
 
 def add_cost(folder: Path, kind: str, *, flops: float, seconds: float) -> Ledger:
     """Adds to the costs of a finished run, inside its lock; returns all of them."""
     ledger = Ledger.load(folder)
     ledger.add(kind, flops=flops, seconds=seconds)
-    ledger.save(folder)
+    # A folder from before there were seals stays without: nobody knows whether its other files are as written.
+    if (folder / SEAL).exists():
+        write_into_seal(folder, {LEDGER: json_text(ledger.costs)})
+    else:
+        ledger.save(folder)
     return ledger
 
 

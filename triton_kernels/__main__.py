@@ -144,8 +144,7 @@ def run_inspect(selected: list[Operation], options: argparse.Namespace) -> int:
     # Behind the tables: whatever happens to what is printed, they are there.
     print(format_table(rows))
     if options.gate:
-        print("
-".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
+        print("\n".join(problems) if problems else f"gate: {len(rows)} rows, nothing wrong")
     return 1 if problems else 0
 
 

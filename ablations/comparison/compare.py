@@ -23,8 +23,8 @@ from ablations.method import Method
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
 from foundation.environment import environment
-from foundation.files import fingerprint
-from foundation.serialize import save_json, to_dict
+from foundation.files import fingerprint, json_text, write_into_seal
+from foundation.serialize import to_dict
 from lm.config import ModelConfig
 from staged_training.describe import describe
 from staged_training.estimate import Estimate, estimate
@@ -144,7 +144,8 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
         return None
     # Before the first step, so that `report` can show a comparison that is still running or was stopped.
     job.folder.mkdir(parents=True, exist_ok=True)
-    save_json(job.folder / COMPARISON_FILE, describe_comparison(job, executions, plan))
+    described = describe_comparison(job, executions, plan)
+    write_into_seal(job.folder, {COMPARISON_FILE: json_text(to_dict(described))}, anew=True)
     for execution in executions:
         run_branches(job, execution)
     return job.folder

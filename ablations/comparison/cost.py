@@ -7,6 +7,7 @@ trunk was measured to train; evaluation is left out of it, so the comparison lea
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from ablations.comparison.records import Cost, Records
@@ -23,11 +24,13 @@ class CostComparison:
         phases: of the staged runs, by kind of work; they add up to `staged`.
         per_method: one full training of each method.
         seeds: how often each would be repeated: branches per method.
+        complete: whether the costs of all trunks are known; otherwise `staged` is less than was spent.
     """
 
     phases: dict[str, Cost]
     per_method: dict[str, Cost]
     seeds: int
+    complete: bool = True
 
     @property
     def staged(self) -> Cost:
@@ -46,8 +49,8 @@ class CostComparison:
 
     @property
     def share_of_once(self) -> float:
-        """Staged FLOPs as a share of one full training per method; below 1 is a saving."""
-        return self.staged.flops / self.scratch_once.flops
+        """Staged FLOPs as a share of one full training per method; below 1 is a saving. NaN where not all are known."""
+        return self.staged.flops / self.scratch_once.flops if self.complete else math.nan
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -62,7 +65,7 @@ def compare_costs(records: Records) -> CostComparison:
     phases = {phase: total(run.costs.get(phase, ZERO) for run in runs) for phase in PHASES}
     tokens = records.comparison.trunk_tokens + records.comparison.branch_tokens
     # The trunk is the one run here that trains a whole network, as a run from scratch would.
-    speed = phases["trunk"].flops / phases["trunk"].seconds
+    speed = phases["trunk"].flops / phases["trunk"].seconds if records.trunks else math.nan
     per_method = {}
     for method in records.methods:
         results = records.results[method].values()
@@ -72,6 +75,7 @@ def compare_costs(records: Records) -> CostComparison:
         phases=phases,
         per_method=per_method,
         seeds=len(records.comparison.trunk_seeds) * len(records.comparison.branch_seeds),
+        complete=not records.missing,
     )
 
 
@@ -94,6 +98,9 @@ def cost_text(costs: CostComparison) -> str:
     for what, flops, seconds in cost_rows(costs):
         lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / costs.staged.flops:>9.0f}%")
     n, repeats = len(costs.per_method), f" ({costs.seeds} seeds each)" if costs.seeds > 1 else ""
+    if not costs.complete:
+        lines.append("A trunk's folder is missing and its cost with it: no share of training from scratch can be told.")
+        return "\n".join(lines)
     lines.append(
         f"{n} methods{repeats} cost {100 * costs.share_of_once:.0f} % of the FLOPs of training {n} methods from"
         " scratch once each."
@@ -102,7 +109,9 @@ def cost_text(costs: CostComparison) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: `42 s`, `3 min 20 s`, `5 h 07 min`."""
+    """Seconds as people read them: `42 s`, `3 min 20 s`, `5 h 07 min`; `-` for NaN."""
+    if math.isnan(seconds):
+        return "-"
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -6,15 +6,16 @@ without `result.json` is unfinished.
 """
 
 import dataclasses
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from ablations.comparison.statistics import RunKey
+from foundation.files import check_seal, read_json
 from foundation.serialize import load_json
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
-from staged_training.progress import TIMING, read_metrics
-from staged_training.record import ENVIRONMENT, RESULT, Ledger
+from staged_training.progress import TIMING, read_metrics, read_steps
+from staged_training.record import ENVIRONMENT, RESULT, Ledger, check_run
 
 COMPARISON_FILE = "comparison.json"
 
@@ -176,8 +177,10 @@ class Records:
 
     Attributes:
         folder: of the comparison.
-        environment: of its first trunk: commit, versions, device.
-        trunks: by trunk seed.
+        environment: of its first run, a trunk's where there is one: commit, versions, device.
+        trunks: by trunk seed; without those of `missing`.
+        missing: folders of trunks that finished branches came from, and that are gone: their costs and curves are
+            unknown.
         branches, results: the run and the measurements of each finished branch, by method and seeds.
     """
 
@@ -187,6 +190,7 @@ class Records:
     trunks: dict[int, RecordedRun]
     branches: dict[str, dict[RunKey, RecordedRun]]
     results: dict[str, dict[RunKey, BranchResult]]
+    missing: tuple[Path, ...] = ()
 
     @property
     def methods(self) -> list[str]:
@@ -201,21 +205,23 @@ def read_records(folder: Path) -> Records:
         folder: `<out>/comparisons/<hash>`.
 
     Returns:
-        What has finished; branches without a result are left out, so a comparison can be looked at while it runs.
+        What has finished; branches without a result are left out, so a comparison can be looked at while it runs, and
+        so are trunks that were removed to free space.
 
     Raises:
         ValueError: where `folder` holds no comparison, or no finished branch of its baseline.
     """
     if not (folder / COMPARISON_FILE).is_file():
         raise ValueError(f"{folder} holds no {COMPARISON_FILE}: not the folder of a comparison")
+    check_seal(folder)
     comparison = load_json(Comparison, folder / COMPARISON_FILE)
     branches: dict[str, dict[RunKey, RecordedRun]] = {}
     results: dict[str, dict[RunKey, BranchResult]] = {}
     for reference in comparison.branches:
-        run_folder, key = folder / reference.folder, (reference.trunk_seed, reference.branch_seed)
+        run_folder, key = run_of(folder, reference), (reference.trunk_seed, reference.branch_seed)
         if (run_folder / RESULT).is_file():
-            measured = load_json(BranchResult, run_folder / RESULT)
             run = read_recorded_run(run_folder)
+            measured = load_json(BranchResult, run_folder / RESULT)
             # The run's ledger counts the FLOPs of its own evaluation; those of the other budgets are this layer's. It
             # holds their seconds already, because its stopwatch runs until the measurements are done.
             run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
@@ -223,20 +229,34 @@ def read_records(folder: Path) -> Records:
             results.setdefault(reference.method, {})[key] = measured
     if comparison.baseline not in results:
         raise ValueError(f"{folder}: no finished branch of {comparison.baseline!r} yet, nothing to compare with")
-    finished = [reference for reference in comparison.trunks if (folder / reference.folder / RESULT).is_file()]
-    trunks = {reference.trunk_seed: read_recorded_run(folder / reference.folder) for reference in finished}
-    environment = json.loads((next(iter(trunks.values())).folder / ENVIRONMENT).read_text())
-    return Records(folder, comparison, environment, trunks, branches, results)
+    finished = [reference for reference in comparison.trunks if (run_of(folder, reference) / RESULT).is_file()]
+    trunks = {reference.trunk_seed: read_recorded_run(run_of(folder, reference)) for reference in finished}
+    used = {trunk_seed for runs in results.values() for trunk_seed, _ in runs}
+    missing = tuple(
+        run_of(folder, reference) for reference in comparison.trunks if reference.trunk_seed in used - trunks.keys()
+    )
+    first = next(iter([*trunks.values(), *branches[comparison.baseline].values()]))
+    return Records(folder, comparison, read_json(first.folder / ENVIRONMENT), trunks, branches, results, missing)
+
+
+def run_of(folder: Path, reference: RunReference) -> Path:
+    """Where a run of the comparison in `folder` lies."""
+    return Path(os.path.normpath(folder / reference.folder))
 
 
 def read_recorded_run(folder: Path) -> RecordedRun:
-    """Reads one run folder; only what the report needs of it."""
+    """Reads the folder of a finished run; only what the report needs of it.
+
+    Raises:
+        CorruptFileError: where a file is not as it was written.
+    """
+    check_run(folder)
     metrics = read_metrics(folder)
     return RecordedRun(
         folder=folder,
         losses=[line["loss"] for line in metrics],
         experts=[line["mean_experts"] for line in metrics],
-        seconds=[json.loads(line)["seconds"] for line in (folder / TIMING).read_text().splitlines()],
+        seconds=[line["seconds"] for line in read_steps(folder / TIMING)],
         costs={
             kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in Ledger.load(folder).costs.items()
         },

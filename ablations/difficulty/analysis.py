@@ -8,7 +8,6 @@ Legend: N tokens of real text, K forced numbers of experts, W windows, R resampl
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from ablations.difficulty.verdict import verdict_text
 from ablations.difficulty.windows import HeldOut, Windows, held_out
 from corpus.prepare import PreparedCorpus, open_prepared
 from foundation.numbers import check_numbers
-from staged_training.record import CONFIG
+from staged_training.record import read_run
 
 DECILES = 10
 
@@ -92,7 +91,7 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
     if not options.forced[0] <= study.k <= options.forced[-1]:
         raise ValueError(f"--forced {options.forced}: must enclose the models' k = {study.k}")
     corpus = open_prepared(folder / study.corpus)
-    seq_len = json.loads((folder / next(iter(study.runs.values())) / CONFIG).read_text())["trunk"]["seq_len"]
+    seq_len = read_run(folder / next(iter(study.runs.values()))).config["trunk"]["seq_len"]
     data = held_out(
         corpus,
         read_problems(folder / PROBLEMS_FILE),

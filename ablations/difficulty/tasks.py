@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from foundation.files import read_json_lines
 from foundation.serialize import from_dict
 
 DIGITS = 8
@@ -116,8 +117,7 @@ def write_problems(problems: Sequence[Problem], path: Path) -> None:
 
 def read_problems(path: Path) -> dict[str, Problem]:
     """What `write_problems` wrote, by text."""
-    lines = path.read_text().splitlines()
-    problems = (from_dict(Problem, json.loads(line), place=str(path)) for line in lines)
+    problems = (from_dict(Problem, line, place=str(path)) for line in read_json_lines(path))
     return {problem.text: problem for problem in problems}
 
 

@@ -25,8 +25,9 @@ from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from foundation.environment import environment
+from foundation.files import check_seal, json_text, write_into_seal
 from foundation.numbers import check_numbers
-from foundation.serialize import load_json, save_json
+from foundation.serialize import load_json, to_dict
 from lm.config import ModelConfig
 from routing.policies.random_k import RandomK
 from routing.policies.top_k import TopK
@@ -168,7 +169,7 @@ def train(options: TrainingOptions) -> Study:
             command=shlex.join(["python", *sys.orig_argv[1:]]),
             environment=environment(data_hash=main.plan.corpus.content_hash),
         )
-        save_json(options.out / STUDY_FILE, study)
+        write_into_seal(options.out, {STUDY_FILE: json_text(to_dict(study))}, seal_too=[PROBLEMS_FILE], anew=True)
     assert study is not None
     return study
 
@@ -256,4 +257,5 @@ def read_study(folder: Path) -> Study:
             f"{folder} holds no finished {STUDY_FILE}: train it first with `python -m ablations difficulty --out"
             f" {folder} --data ...`"
         )
+    check_seal(folder)
     return load_json(Study, folder / STUDY_FILE)

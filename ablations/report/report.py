@@ -138,7 +138,7 @@ def facts(records: Records, rows: list[TableRow], costs: CostComparison) -> str:
         "runs": str(sum(row.runs for row in rows)),
         "frozen": f"{comparison.boundary} of {comparison.n_layers} blocks" if comparison.boundary else "nothing",
         "cost of the staged runs": duration(costs.staged.seconds),
-        "FLOPs, of one full run per method": f"{100 * costs.share_of_once:.0f} %",
+        "FLOPs, of one full run per method": f"{100 * costs.share_of_once:.0f} %" if costs.complete else "-",
     }
     entries = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in shown.items())
     return f'<dl class="facts">{"".join(entries)}</dl>'

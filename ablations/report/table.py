@@ -238,6 +238,11 @@ def footnotes(records: Records) -> list[str]:
     finished = {method.name: len(records.results.get(method.name, ())) for method in comparison.methods}
     if unfinished := [f"{method} {count} of {planned}" for method, count in finished.items() if count < planned]:
         notes.append(f"Not all runs are finished: {', '.join(unfinished)}.")
+    if records.missing:
+        notes.append(
+            f"Missing: {', '.join(map(str, records.missing))}. Curves and costs of that training are left out; what is"
+            " shown of the branches is whole. A comparison that needs the trunk trains it again."
+        )
     return notes
 
 

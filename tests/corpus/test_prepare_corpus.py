@@ -16,6 +16,7 @@ from corpus.packing import PackedTokens
 from corpus.prepare import CorpusConfig, open_prepared, prepare
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
+from foundation import files
 from foundation.files import atomic_folder
 
 REPOSITORY = Path(prepare_module.__file__).parents[1]
@@ -116,28 +117,53 @@ def test_changed_input_is_never_served_from_the_cache(config, data, tmp_path):
         "train/tokens_00001.bin",
         "valid/tokens_00000.bin",
         "train/document_offsets.bin",
-        "manifest.json",
+        "train/index.json",
+        "manifest.json content_hash",
+        "manifest.json tokenizer_hash",
+        "manifest.json cut",
+        "seal.json",
         "tokenizer.model",
     ],
 )
-def test_damaged_cache_is_refused(config, tmp_path, name):
+def test_a_damaged_cache_is_named_and_made_again(config, tmp_path, name, caplog):
     folder = prepare(config, tmp_path / "root").folder
-    path = folder / name
-    data = bytearray(path.read_bytes())
-    if name == "manifest.json":
-        place = data.index(b'"content_hash": "') + 17
+    written = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    file, _, part = name.partition(" ")
+    data = bytearray((folder / file).read_bytes())
+    if part == "cut":
+        data = data[:200]
+    elif part:
+        place = data.index(f'"{part}": "'.encode()) + len(part) + 5
         data[place] = ord("0" if data[place] != ord("0") else "1")
     else:
         data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="prepare the corpus again"):
-        prepare(config, tmp_path / "root")
+    (folder / file).write_bytes(data)
+    prepare(config, tmp_path / "root")
+    assert "prepared corpus refused and made again" in caplog.text
+    assert Path(file).name in caplog.text
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == written
+
+
+def test_a_corpus_from_before_seals_opens_with_one_warning(config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(files, "_warned", set())
+    folder = prepare(config, tmp_path / "root").folder
+    (folder / "seal.json").unlink()
+    for _ in range(2):
+        open_prepared(folder)
+    assert caplog.text.count("was written without a seal") == 1
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_hash": "0" * 64}))
+    with pytest.raises(ValueError, match=r"tokenizer_hash is not that of tokenizer\.model"):
+        open_prepared(folder)
 
 
 def test_index_and_manifest_must_agree(config, tmp_path):
     folder = prepare(config, tmp_path / "root").folder
     index = json.loads((folder / "valid" / "index.json").read_text())
     (folder / "valid" / "index.json").write_text(json.dumps(index | {"n_bytes": index["n_bytes"] + 1}))
+    with pytest.raises(ValueError, match=r"valid/index\.json "):
+        open_prepared(folder)
+    (folder / "seal.json").unlink()
     with pytest.raises(ValueError, match="not the counts of the manifest"):
         open_prepared(folder)
 

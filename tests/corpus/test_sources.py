@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import os
 import sys
@@ -263,9 +264,43 @@ def test_split_does_not_depend_on_order_or_repetition(tmp_path_factory, texts, s
         assert first is second
         return
     assert (first.train, first.valid, first.content_hash) == (second.train, second.valid, second.content_hash)
-    assert sorted(first.train + first.valid) == sorted(set(texts))
-    assert first.duplicates_removed == len(texts) - len(set(texts))
-    assert second.duplicates_removed == len(shuffled) - len(set(texts))
+    distinct = {as_shown(text) for text in texts}
+    assert sorted(map(as_shown, first.train + first.valid)) == sorted(distinct)
+    assert set(first.train + first.valid) <= set(texts)
+    assert first.duplicates_removed == len(texts) - len(distinct)
+    assert second.duplicates_removed == len(shuffled) - len(distinct)
+
+
+def as_shown(text):
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_copies_that_differ_in_marks_stand_in_one_split_only(tmp_path, reverse):
+    texts = [f"document {number}\nof two lines\n" for number in range(40)]
+    copies = [text.replace("\n", "\r\n") for text in texts]
+    marked = ["\ufeff" + text for text in texts]
+    old = [text.replace("\n", "\r") for text in texts]
+    every = [*texts, *copies, *marked, *old]
+    path = write(tmp_path / "all.jsonl", jsonl(*(reversed(every) if reverse else every)))
+    found = load_documents([str(path)], text_field="text", valid_share=0.3)
+    assert not {as_shown(text) for text in found.valid} & {as_shown(text) for text in found.train}
+    assert len(found.train) + len(found.valid) == 40
+    assert found.duplicates_removed == 120
+    # What stays is a text that was read, whichever came first.
+    assert set(found.train + found.valid) <= set(every)
+    again = write(tmp_path / "again.jsonl", jsonl(*sorted(every)))
+    same = load_documents([str(again)], text_field="text", valid_share=0.3)
+    assert (same.train, same.valid, same.content_hash) == (found.train, found.valid, found.content_hash)
+
+
+def test_without_such_copies_the_hashes_are_those_of_the_texts(tmp_path):
+    texts = [f"line\r\nends {number}" for number in range(20)]
+    path = write(tmp_path / "texts.jsonl", jsonl(*texts))
+    found = load_documents([str(path)], text_field="text", valid_share=0.3)
+    hashes = sorted(hashlib.sha256(text.encode()).digest() for text in texts)
+    assert found.content_hash == hashlib.sha256(b"".join(hashes)).hexdigest()
+    assert [hashlib.sha256(text.encode()).digest() for text in found.valid + found.train] == hashes
 
 
 def test_documents_keep_their_split_when_others_are_added(tmp_path):

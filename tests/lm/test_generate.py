@@ -5,13 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from attention.config import AttentionConfig
+from foundation.files import CorruptFileError, DiskFullError
 from lm.accounting import kv_bytes
 from lm.config import ModelConfig
 from lm.generate import SamplingConfig, generate, sample
 from lm.model import LanguageModel
-from lm.pretrained import find_model, load_pretrained, save_pretrained
+from lm.pretrained import find_model, load_calibration_tokens, load_pretrained, save_pretrained
 from moe.config import MoEConfig
 
 CONFIG = ModelConfig(
@@ -106,5 +108,36 @@ def test_damaged_or_absent_models_are_named(model, tmp_path):
         find_model(tmp_path)
     weights = tmp_path / "deep" / "model" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"weights\.safetensors has 1000 bytes instead of"):
+        load_pretrained(tmp_path / "deep" / "model")
+    (tmp_path / "deep" / "model" / "seal.json").unlink()
     with pytest.raises(ValueError, match=r"weights\.safetensors cannot be read"):
         load_pretrained(tmp_path / "deep" / "model")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "calibration.safetensors", "config.json"])
+def test_a_flipped_byte_of_a_saved_model_is_named(model, tmp_path, name):
+    save_pretrained(tmp_path / "model", model, torch.arange(8).view(2, 4))
+    # Twice: what is written anew takes the old one's place whole.
+    save_pretrained(tmp_path / "model", model, torch.arange(8).view(2, 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    data = bytearray((tmp_path / "model" / name).read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "model" / name).write_bytes(data)
+    for load in (load_pretrained, load_calibration_tokens):
+        with pytest.raises(CorruptFileError, match=f"{name} does not match its checksum. The model cannot be trusted"):
+            load(tmp_path / "model")
+
+
+def test_a_disk_that_runs_full_during_the_export_is_said_and_leaves_nothing(model, tmp_path, monkeypatch):
+    save_pretrained(tmp_path / "model", model)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("lm.pretrained.safetensors.torch.save_file", full)
+    with pytest.raises(DiskFullError, match=r"model could not be written: .*No space left"):
+        save_pretrained(tmp_path / "model", model)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

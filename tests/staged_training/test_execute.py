@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from foundation.files import CorruptFileError
 from lm.accounting import model_cost
 from lm.budget import experts_per_token
 from lm.evaluate import evaluate
@@ -12,11 +13,11 @@ from lm.pretrained import load_calibration_tokens, load_pretrained
 from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK
 from routing.policies.top_p import TopP
-from staged_training.checkpoint import WEIGHTS, CheckpointMismatchError
+from staged_training.checkpoint import WEIGHTS
 from staged_training.data import TokenBatches
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, in_order, run_plan
-from staged_training.progress import METRICS
+from staged_training.progress import DIAGNOSTICS, METRICS, TIMING
 from staged_training.record import RunMismatchError, read_run
 
 
@@ -149,17 +150,58 @@ def test_a_folder_of_another_run_is_refused_by_key(finished, plan_of, model_conf
         run_plan(other, corpus, root, execution_config, trunk_folder=trunk.folder)
 
 
-def test_a_fork_from_an_unfinished_trunk_is_refused(finished, plan, corpus, execution_config, tmp_path):
-    _, (trunk, *_) = finished
-    # A result without its last checkpoint: what is left of the trunk is not where the branches start.
-    execution = Execution(plan, corpus, tmp_path, execution_config, trunk_folder=tmp_path / "trunk")
+@pytest.mark.parametrize(
+    ("harmed", "said"),
+    [
+        ("step_00000024/optimizer.safetensors", "training on from step 20"),
+        ("step_00000024", "training on from step 20"),
+        ("*/weights.safetensors", "training again from the start"),
+        ("*", "training again from the start"),
+    ],
+)
+def test_a_finished_trunk_without_its_last_checkpoint_is_trained_on(
+    finished, plan, corpus, execution_config, tmp_path, caplog, harmed, said
+):
+    _, (trunk, baseline, *_) = finished
     shutil.copytree(trunk.folder, tmp_path / "trunk")
-    shutil.rmtree(tmp_path / "trunk" / "checkpoints" / "step_00000024")
-    with pytest.raises(
-        CheckpointMismatchError,
-        match="branches start from step 24 of the trunk, its newest usable checkpoint is step 20",
-    ):
-        execution.branch(plan.branches[0])
+    for path in list((tmp_path / "trunk" / "checkpoints").glob(harmed)):
+        if path.is_file():
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        else:
+            shutil.rmtree(path)
+    execution = Execution(plan, corpus, tmp_path, execution_config, trunk_folder=tmp_path / "trunk")
+    _, again = execution.trunk()
+    assert said in caplog.text
+    assert again.result["bits_per_byte"] == trunk.result["bits_per_byte"]
+    assert again.ledger.costs["caching"] == trunk.ledger.costs["caching"]
+    for name in (METRICS, "model/weights.safetensors", f"checkpoints/step_00000024/{WEIGHTS}"):
+        assert (again.folder / name).read_bytes() == (trunk.folder / name).read_bytes()
+    if said.endswith("start"):
+        # Once is enough: the branch is forked from the same bits.
+        return
+    assert execution.branch(plan.branches[0]).result == baseline.result
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "environment.json", METRICS, DIAGNOSTICS, TIMING, "ledger.json", "result.json", "seal.json"]
+)
+def test_one_changed_digit_of_a_finished_run_is_named(finished, plan, corpus, execution_config, tmp_path, name):
+    _, (trunk, *_) = finished
+    shutil.copytree(trunk.folder, tmp_path / "trunk")
+    path = tmp_path / "trunk" / name
+    text = path.read_text()
+    place = max(text.rfind(digit) for digit in "123456789")
+    path.write_text(f"{text[:place]}0{text[place + 1 :]}")
+    with pytest.raises(CorruptFileError, match=rf"{name} (does not match|has \d+ bytes).*cannot be trusted"):
+        read_run(tmp_path / "trunk")
+    path.write_text(text)
+    assert read_run(tmp_path / "trunk").result == trunk.result
+    path.unlink()
+    if name not in ("result.json", "seal.json"):
+        with pytest.raises(CorruptFileError, match=f"{name} is missing"):
+            read_run(tmp_path / "trunk")
 
 
 def test_freeze_zero_trains_the_whole_network(plan_of, model_config, corpus, execution_config, tmp_path):

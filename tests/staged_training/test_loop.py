@@ -14,7 +14,7 @@ from staged_training import checkpoint
 from staged_training.data import TokenBatches
 from staged_training.loop import NonFiniteLossError, train_stage
 from staged_training.optimizer import OptimizerConfig
-from staged_training.progress import DIAGNOSTICS, METRICS, Progress
+from staged_training.progress import DIAGNOSTICS, METRICS, TIMING, Progress
 from staged_training.run import Run
 from staged_training.schedule import Schedule, Stage
 
@@ -119,6 +119,47 @@ def test_a_corrupt_checkpoint_is_named_and_costs_steps_but_no_bit(train, batches
     result = train(tmp_path / "stopped")
     assert "step_00000008: weights.safetensors does not match its checksum" in result.skipped[0]
     assert "step_00000008" in caplog.text
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def forget(path):
+    path.unlink()
+
+
+def change_a_digit(path):
+    text = path.read_text()
+    place = text.index('"loss": ') + 9 if '"loss": ' in text else text.index('"seconds": ') + 13
+    path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10 if text[place].isdigit() else 1}{text[place + 1 :]}")
+
+
+def lose_step_5(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["step"] != 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "continues_at"),
+    [
+        (METRICS, forget, None),
+        (TIMING, forget, None),
+        (METRICS, change_a_digit, None),
+        (TIMING, change_a_digit, None),
+        (METRICS, lose_step_5, 3),
+    ],
+)
+def test_steps_that_the_metrics_lost_are_trained_again(
+    train, batches, tmp_path, caplog, capsys, name, harm, continues_at
+):
+    train(tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", batches=Watched(batches, 5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    harm(tmp_path / "stopped" / name)
+    capsys.readouterr()
+    train(tmp_path / "stopped")
+    # A curve without its first steps would look like one that begins later.
+    assert f"step_00000005: {name}" in caplog.text
+    printed = capsys.readouterr().out
+    assert (f"continues at step {continues_at} of" in printed) == (continues_at is not None)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
 
 

@@ -1,6 +1,7 @@
 """The whole comparison through its command: two methods, two seeds, a real text folder, in seconds."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
         "comparison.json",
         "figures",
         "report.html",
+        "seal.json",
         "table.csv",
     ]
     assert len(list((out / "branches").iterdir())) == 6
@@ -178,3 +180,26 @@ def run(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ablations", *arguments])
         cli.main()
+
+
+def test_what_was_freed_comes_back_when_a_comparison_needs_it(first_run, arguments, tmp_path, capsys):
+    first, _, _ = first_run
+    out = tmp_path / "runs"
+    shutil.copytree(first, out)
+    (trunk,) = (out / "trunks").iterdir()
+    metrics = (trunk / "metrics.jsonl").read_bytes()
+    run("prune", str(out), "--yes")
+    assert not (trunk / "activations").exists()
+    assert not list(out.glob("branches/*/checkpoints"))
+    assert "kept" not in capsys.readouterr().out
+    shutil.rmtree(out / "trunks")
+    # What is finished is shown without its trunk, and trains nothing.
+    run("compare", "no_op", "top_p", *arguments, "--out", str(out))
+    printed = capsys.readouterr().out
+    assert "trunk step=" not in printed
+    assert f"Missing: {trunk}." in printed
+    run("compare", "null_experts", *arguments, "--out", str(out))
+    printed = capsys.readouterr().out
+    assert "trunk step=" in printed
+    assert "Missing" not in printed
+    assert (trunk / "metrics.jsonl").read_bytes() == metrics

@@ -1,0 +1,201 @@
+"""What lies in a folder of runs, and what of it can go: `python -m ablations runs` and `prune`.
+
+A run is worth its weights, its numbers and its text. Checkpoints are there to continue from, stored activations to
+train further branches from: behind the last branch both only take room, and both come back by the command that made
+them.
+"""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tyro
+
+from ablations.comparison.records import COMPARISON_FILE, Comparison, read_records, run_of
+from ablations.report.table import table_rows
+from corpus.prepare import MANIFEST as CORPUS_MANIFEST
+from foundation.serialize import load_json
+from lm.pretrained import load_pretrained
+from staged_training import checkpoint
+from staged_training.progress import METRICS
+from staged_training.record import CONFIG, ENVIRONMENT, RESULT, RunMismatchError, locked, read_run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """One line of the list.
+
+    Attributes:
+        what: "trunk", "branch", "run", "comparison" or "corpus".
+        changed: when it was last written to, seconds since 1970.
+        n_bytes: of all files below.
+        verdict: what came out, or how far it is.
+    """
+
+    folder: Path
+    what: str
+    changed: float
+    n_bytes: int
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Removable:
+    """A folder that nothing needs, and why."""
+
+    folder: Path
+    run: Path
+    n_bytes: int
+    why: str
+
+
+def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
+    """List trunks, branches, comparisons and prepared texts: what, when, how large, what came out.
+
+    Args:
+        root: folder that is searched, with all folders below it.
+    """
+    found = run_folders(root)
+    if not found:
+        print(f"no runs in {root}")
+        return
+    width = max(len(str(run.folder)) for run in found)
+    for run in found:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
+        print(f"{run.folder!s:<{width}}  {run.what:<10}  {when}  {mebibytes(run.n_bytes)}  {run.verdict}")
+    print(f"{len(found)} folders, {mebibytes(sum(run.n_bytes for run in found)).strip()}")
+
+
+def prune_command(root: tyro.conf.Positional[Path] = Path("runs"), yes: bool = False) -> None:
+    """Free what nothing needs any more: checkpoints of finished runs, and stored activations where no branch is
+    unfinished. A finished trunk keeps its last checkpoint, from which further branches start.
+
+    Args:
+        root: folder that is searched, with all folders below it.
+        yes: remove it; otherwise it is only listed.
+    """
+    found = removable(root)
+    for item in found:
+        print(
+            f"{'freed' if yes and remove(item) else 'kept' if yes else 'would free'} {mebibytes(item.n_bytes)}  "
+            f"{item.folder}  ({item.why})"
+        )
+    total = mebibytes(sum(item.n_bytes for item in found)).strip()
+    print(f"{len(found)} folders, {total}" + ("" if yes or not found else "; --yes removes them"))
+
+
+def run_folders(root: Path) -> list[RunFolder]:
+    """Everything below `root` that a command of this project has left."""
+    runs = [
+        _listed(folder, {"trunks": "trunk", "branches": "branch"}.get(folder.parent.name, "run"), run_verdict(folder))
+        for folder in training_runs(root)
+    ]
+    comparisons = [
+        _listed(path.parent, "comparison", comparison_verdict(path.parent))
+        for path in sorted(root.rglob(COMPARISON_FILE))
+    ]
+    texts = [
+        _listed(path.parent, "corpus", "prepared text") for path in sorted(root.glob(f"**/corpus/*/{CORPUS_MANIFEST}"))
+    ]
+    return [*comparisons, *runs, *texts]
+
+
+def training_runs(root: Path) -> list[Path]:
+    """Folders of trunks, branches and other trainings."""
+    return sorted(path.parent for path in root.rglob(ENVIRONMENT) if (path.parent / CONFIG).is_file())
+
+
+def run_verdict(folder: Path) -> str:
+    """What a run has to say for itself in a few words."""
+    if not (folder / RESULT).is_file():
+        newest = max((folder / "checkpoints").glob("step_*"), default=None)
+        return "unfinished, " + ("no checkpoint" if newest is None else f"checkpoint at step {int(newest.name[5:])}")
+    try:
+        bits_per_byte = read_run(folder).result.get("bits_per_byte")
+    except ValueError as error:
+        return f"damaged: {error}"
+    return "finished" if bits_per_byte is None else f"finished, {bits_per_byte:.4f} bits per byte"
+
+
+def comparison_verdict(folder: Path) -> str:
+    """Every method with its verdict, or why there is none yet."""
+    try:
+        return ", ".join(f"{row.method} {row.verdict}" for row in table_rows(read_records(folder)))
+    except (OSError, ValueError) as error:
+        return str(error).removeprefix(f"{folder}: ")
+
+
+def removable(root: Path) -> list[Removable]:
+    """What can go below `root`."""
+    return [
+        Removable(folder=folder, run=run, n_bytes=size_of(folder), why=why)
+        for run in training_runs(root)
+        if (run / RESULT).is_file()
+        for folder, why in _not_needed(run)
+    ]
+
+
+def _not_needed(run: Path) -> Iterator[tuple[Path, str]]:
+    """Folders of a finished run."""
+    if run.parent.name == "branches":
+        if (run / "checkpoints").is_dir():
+            yield run / "checkpoints", "the branch is finished, model/ holds its weights"
+        return
+    # By name, newest first: `step_00000009` before `step_00000012`.
+    for old in sorted((run / "checkpoints").glob("step_*"), key=_step, reverse=True)[1:]:
+        yield old, "older than the last checkpoint of a finished run"
+    if (run / "activations").is_dir() and not waits(run):
+        yield run / "activations", "no branch of this trunk is unfinished; another comparison computes them again"
+
+
+def waits(trunk: Path) -> bool:
+    """Whether a branch that may start from this trunk is planned or begun and not finished. Branches do not name their
+    trunk, so any in the folder that holds both counts."""
+    root = trunk.parent.parent
+    begun = [path.parent for path in root.glob(f"branches/*/{CONFIG}")]
+    planned = []
+    for path in root.glob(f"comparisons/*/{COMPARISON_FILE}"):
+        comparison = load_json(Comparison, path)
+        planned += [run_of(path.parent, reference) for reference in comparison.branches]
+    return any(not (branch / RESULT).is_file() for branch in (*begun, *planned))
+
+
+def remove(item: Removable) -> bool:
+    """Removes a folder unless its run is being used."""
+    try:
+        with locked(item.run):
+            # Only with its last checkpoint whole: otherwise the older one is what training goes on from.
+            if item.folder.parent.name == "checkpoints":
+                checkpoint.verify(max(item.folder.parent.glob("step_*"), key=_step))
+            # The checkpoint may be all that is left of a model that was damaged.
+            if item.folder.name == "checkpoints":
+                load_pretrained(item.run / "model")
+            shutil.rmtree(item.folder)
+    except (RunMismatchError, ValueError):
+        return False
+    return True
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def mebibytes(n_bytes: int) -> str:
+    """A size for a column of sizes."""
+    return f"{n_bytes / 2**20:>9.1f} MiB"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _listed(folder: Path, what: str, verdict: str) -> RunFolder:
+    marks = [
+        path.stat().st_mtime
+        for name in (RESULT, METRICS, COMPARISON_FILE, CORPUS_MANIFEST, CONFIG)
+        if (path := folder / name).is_file()
+    ]
+    return RunFolder(folder=folder, what=what, changed=max(marks), n_bytes=size_of(folder), verdict=verdict)
