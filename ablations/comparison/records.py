@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.comparison.statistics import RunKey
-from foundation.files import check_seal, read_json
+from foundation.files import CorruptFileError, check_seal, read_json
 from foundation.serialize import load_json
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
 from staged_training.progress import TIMING, read_metrics, read_steps
@@ -213,7 +213,10 @@ def read_records(folder: Path) -> Records:
     """
     if not (folder / COMPARISON_FILE).is_file():
         raise ValueError(f"{folder} holds no {COMPARISON_FILE}: not the folder of a comparison")
-    check_seal(folder)
+    try:
+        check_seal(folder)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}. The command that made the comparison writes it again") from None
     comparison = load_json(Comparison, folder / COMPARISON_FILE)
     branches: dict[str, dict[RunKey, RecordedRun]] = {}
     results: dict[str, dict[RunKey, BranchResult]] = {}
