@@ -1,5 +1,5 @@
-"""Gates that reset the state: a decay below e^-100 is a zero, and in a sum with it the ordinary decays behind it lose no
-digits. Against the recurrence in fp64, forward and every gradient."""
+"""Gates that reset the state: a decay below e^-100 is a zero, and in a sum with it the ordinary decays behind it lose
+no digits. Against the recurrence in fp64, forward and every gradient."""
 
 import pytest
 import torch
