@@ -282,7 +282,7 @@ def test_only_asked_gradients_and_saved_tensors():
     ("change", "message"),
     [
         ({"expert_offsets": torch.tensor([0, 3, 2, 4])}, "must start at 0 and never fall"),
-        ({"expert_offsets": torch.tensor([0, 1, 2, 9])}, "expert_offsets end at 9 and token_offsets at 4"),
+        ({"expert_offsets": torch.tensor([0, 1, 2, 9])}, "expert_offsets must .* exceed 4, got"),
         ({"expert_offsets": torch.tensor([0, 1, 4])}, r"expert_offsets has shape \[3\], expected \[E\+1=4\]"),
         ({"token_offsets": torch.tensor([0, 4])}, r"token_offsets has shape \[2\], expected \[T\+1=3\]"),
         ({"weight_N": torch.ones(3)}, r"weight_N has shape \[3\], expected \[N=4\]"),

@@ -115,7 +115,7 @@ def check_range(
 def check_offsets(op: str, name: str, x: torch.Tensor, most: int) -> None:
     """Offsets from 0 on that never fall and end at `most` at the latest, if looking is free."""
     if values_are_free(x) and not (x[0] == 0 and x[-1] <= most and bool((x.diff() >= 0).all())):
-        raise ValueError(f"{op}: {name} must start at 0, never fall and end at {most} at most, got {x.tolist()}")
+        raise ValueError(f"{op}: {name} must start at 0 and never fall, nor exceed {most}, got {x.tolist()}")
 
 
 def values_are_free(x: torch.Tensor) -> bool:
