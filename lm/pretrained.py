@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from corpus.tokenizer import Tokenizer
 from foundation.serialize import load_json, save_json
 from lm.config import ModelConfig
 from lm.model import LanguageModel
@@ -67,6 +68,21 @@ def load_calibration_tokens(folder: Path) -> Tensor:
     if not (folder / CALIBRATION_FILE).is_file():
         raise ValueError(f"{folder} has no {CALIBRATION_FILE}: it was saved without calibration tokens")
     return safetensors.torch.load_file(folder / CALIBRATION_FILE)["tokens_BT"]
+
+
+def load_tokenizer(folder: Path, model: LanguageModel) -> Tokenizer:
+    """The tokenizer stored with a model.
+
+    Raises:
+        ValueError: when it is missing, unreadable or another one: its ids would mean something else, or nothing.
+    """
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.model'}: {tokenizer.vocab_size} tokens, the model's vocabulary has"
+            f" {model.config.vocab_size}: it belongs to another model"
+        )
+    return tokenizer
 
 
 def find_model(run: Path) -> Path:
