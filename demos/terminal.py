@@ -18,7 +18,6 @@ from typing import Literal
 import torch
 import tyro
 
-from corpus.tokenizer import Tokenizer
 from demos.terminal_view import Palette, Summary
 from foundation.command import refuse_unwritable, run_command
 from foundation.console import escaped
@@ -30,7 +29,7 @@ from lm.budget import experts_per_token, set_budget, variable_layers
 from lm.config import ModelConfig
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import read_generation, traced_generation
-from lm.pretrained import CONFIG_FILE, find_model, load_calibration_tokens, load_pretrained
+from lm.pretrained import CONFIG_FILE, find_model, load_calibration_tokens, load_pretrained, load_tokenizer
 from routing.policies.top_p import TopP
 
 # Beside a recorded generation: what else the demo showed.
@@ -93,7 +92,8 @@ def record(config: DemoConfig) -> Iterator[dict]:
     """Runs the model: first the head (prompt and colour scale), then one event per token, last the summary."""
     folder = find_model(config.run or newest_model(Path("runs")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_pretrained(folder, device), Tokenizer.load(folder / "tokenizer.model")
+    model = load_pretrained(folder, device)
+    tokenizer = load_tokenizer(folder, model)
     calibration_BT = load_calibration_tokens(folder).to(device)
     if config.budget is not None:
         for router in model.routers():

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from corpus.tokenizer import Tokenizer
 from foundation.command import refuse_unwritable, run_command
 from foundation.console import escaped
 from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
-from lm.pretrained import find_model, load_pretrained
+from lm.pretrained import find_model, load_pretrained, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +44,8 @@ class GenerateConfig:
 def run_generate(config: GenerateConfig) -> None:
     refuse_unwritable("--trace", config.trace, folder=True)
     folder = find_model(config.run)
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
     model = load_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(folder, model)
     decoder = tokenizer.stream_decoder()
     # Into a file or a pipe goes the text itself.
     shown = escaped if sys.stdout.isatty() else str

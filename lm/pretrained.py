@@ -100,6 +100,21 @@ def _check(folder: Path) -> None:
         ) from None
 
 
+def load_tokenizer(folder: Path, model: LanguageModel) -> Tokenizer:
+    """The tokenizer stored with a model.
+
+    Raises:
+        ValueError: when it is missing, unreadable or another one: its ids would mean something else, or nothing.
+    """
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER_FILE}: {tokenizer.vocab_size} tokens, the model's vocabulary has"
+            f" {model.config.vocab_size}: it belongs to another model"
+        )
+    return tokenizer
+
+
 def find_model(run: Path) -> Path:
     """The model folder meant by `run`: itself, its `model/`, or an error that lists the models below it."""
     for folder in (run, run / "model"):

@@ -4,6 +4,7 @@ is run."""
 import functools
 import importlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -208,6 +209,15 @@ def test_a_model_config_edited_by_hand_is_refused_by_name(change, tmp_path, caps
     path.write_text(path.read_text()[:40] if change is None else json.dumps(stored | change))
     said = refusal(capsys, "lm", "generate", "--run", str(tmp_path))
     assert str(tmp_path) in said or "memory" in said
+
+
+def test_a_tokenizer_of_another_model_is_refused(places, tmp_path, capsys):
+    save_pretrained(tmp_path, LanguageModel(tiny_config()).init_weights(0))
+    run("corpus", "prepare", "--data", places["{text}"], "--vocab-size", "290", "--root", str(tmp_path / "corpus"))
+    (tokenizer,) = (tmp_path / "corpus").rglob("*.model")
+    shutil.copy(tokenizer, tmp_path / "tokenizer.model")
+    said = refusal(capsys, "lm", "generate", "--run", str(tmp_path))
+    assert "290 tokens, the model's vocabulary has 300" in said
 
 
 def test_a_policy_of_wrong_type_names_its_place(places, capsys):

@@ -169,6 +169,12 @@ def test_backgrounds_end_at_line_ends():
     assert painted.endswith("\x1b[0m")
 
 
+@pytest.mark.parametrize("colours", [True, False])
+def test_control_sequences_of_the_text_are_shown(colours):
+    painted = Palette(1, 5, colours=colours).paint("a\x1b[2Jb\r", 3)
+    assert "a\\x1b[2Jb\\x0d" in painted
+
+
 def test_summary_says_what_the_cache_saves():
     text = str(Summary(mean_experts=6.0, budget=None, milliseconds=2.0, cache_bytes=250, full_attention_bytes=1000))
     assert "75.0% saved" in text

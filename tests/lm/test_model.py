@@ -235,3 +235,12 @@ def test_the_frozen_part_has_names():
 def test_refuses_wrong_blocks(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(tiny("F"), **change)
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    model = LanguageModel(ModelConfig(vocab_size=10, d_model=16, n_layers=1)).init_weights(0)
+    for ids in ([[1, 10]], [[-1, 3]]):
+        with pytest.raises(ValueError, match=r"tokens: ids from -?\d+ to \d+, must lie in the vocabulary \[0, 10\)"):
+            model(torch.tensor(ids))
+    with pytest.raises(ValueError, match=r"targets: ids from 3 to 12, must lie in the vocabulary \[0, 10\)"):
+        token_losses(torch.zeros(1, 2, 10), torch.tensor([[3, 12]]))

@@ -9,7 +9,7 @@ import pytest
 
 from ablations.comparison.records import read_records
 from ablations.report.figures import all_figures
-from ablations.report.report import headline, write_report
+from ablations.report.report import REPORT_FILE, TABLE_FILE, headline, show, write_report
 from ablations.report.table import table_rows
 
 LOADING = {"src", "href", "xlink:href", "action", "data", "poster", "srcset"}
@@ -107,6 +107,20 @@ def test_follows_light_and_dark_and_narrow_screens(report):
     assert "prefers-color-scheme:dark" in content
     assert 'name="viewport"' in content
     assert "max-width: 560px" in content
+
+
+def test_everything_is_written_before_anything_is_printed(comparison_folder, monkeypatch):
+    for name in (REPORT_FILE, TABLE_FILE):
+        (comparison_folder / name).unlink(missing_ok=True)
+
+    def broken(*values, **options):
+        raise UnicodeEncodeError("ascii", "\xb1", 0, 1, "ordinal not in range")
+
+    monkeypatch.setattr("builtins.print", broken)
+    with pytest.raises(UnicodeEncodeError):
+        show(comparison_folder)
+    assert (comparison_folder / REPORT_FILE).is_file()
+    assert (comparison_folder / TABLE_FILE).is_file()
 
 
 def test_headline_claims_no_more_than_the_verdicts(comparison_folder, write_synthetic):
