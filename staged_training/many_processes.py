@@ -83,7 +83,7 @@ class ManyProcesses(Processes):
         self.group = self.everyone.get_group()
         # What one process does while the others wait for it (preparing text, sealing a checkpoint) takes as long as it
         # takes; a collective of the backend would be taken for stuck after ten or thirty minutes.
-        self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
 
     def __str__(self) -> str:
         n_data, n_expert = self.mesh.shape
