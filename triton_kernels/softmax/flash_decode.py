@@ -23,6 +23,7 @@ from triton_kernels.common.checks import (
     check_placed,
     check_range,
     check_tensors,
+    values_are_free,
 )
 from triton_kernels.softmax.flash_attention import check_heads, check_kernels_take, check_window
 from triton_kernels.softmax.flash_attention_torch import flash_attention_torch
@@ -132,8 +133,8 @@ def _check_cached(k_cache: Tensor, lengths_B: Tensor, window: int | None, block_
 
 
 def _all_is_seen(k_cache_BSGK: Tensor, lengths_B: Tensor) -> bool:
-    """Whether it is known that every row of the cache holds a token. On a GPU asking would wait for the device."""
-    return lengths_B.device.type == "cpu" and bool((lengths_B >= k_cache_BSGK.shape[1]).all())
+    """Whether it is known, because looking is free, that every row of the cache holds a token."""
+    return values_are_free(lengths_B) and bool((lengths_B >= k_cache_BSGK.shape[1]).all())
 
 
 def check_decode(
