@@ -188,7 +188,8 @@ def cost_table(costs: CostComparison) -> str:
         row_class = ' class="sum"' if what.startswith("staged") else ""
         share = f"{100 * flops / costs.staged.flops:.0f} %"
         lines.append(
-            f"<tr{row_class}><td>{html.escape(what)}</td><td>{flops:.3g}</td><td>{duration(seconds)}</td><td>{share}</td></tr>"
+            f"<tr{row_class}><td>{html.escape(what)}</td><td>{flops:.3g}</td>"
+            f"<td>{duration(seconds)}</td><td>{share}</td></tr>"
         )
     head = "<tr><th></th><th>FLOPs</th><th>time</th><th>of staged</th></tr>"
     note = (
