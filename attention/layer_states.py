@@ -136,6 +136,13 @@ class GrowingKV(TensorState):
         self.length = end
         return KV(self.tensors["k"][:, :end], self.tensors["v"][:, :end])
 
+    def next_row(self, new: Tensor) -> tuple[int, KV]:
+        """Counts one more token, `new` being its key or value: the row that it is to be written to, and all rows in use
+        then."""
+        self._check("k", new)
+        self.length += 1
+        return self.length - 1, KV(self.tensors["k"][:, : self.length], self.tensors["v"][:, : self.length])
+
     def refusal_to_crop(self, length: int) -> str | None:
         return None
 
@@ -181,6 +188,14 @@ class RingKV(TensorState):
         seen = KV(self._with_predecessors("k", k_BTGK), self._with_predecessors("v", v_BTGV))
         self._write(k_BTGK, v_BTGV)
         return seen
+
+    def next_row(self, new: Tensor) -> tuple[int, KV]:
+        """As `GrowingKV.next_row`."""
+        self._check("k", new)
+        row = self.length % self.capacity
+        self.length += 1
+        held = min(self.length, self.capacity)
+        return row, KV(self.tensors["k"][:, :held], self.tensors["v"][:, :held])
 
     def _with_predecessors(self, name: str, new: Tensor) -> Tensor:
         if self.length == 0:

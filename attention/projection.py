@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from triton_kernels.native.library import is_native, linear
+
 
 class Projection(nn.Linear):
     """y = x W^T in the dtype of x. Construction leaves the weight as memory was; `draw` makes it.
@@ -31,4 +33,11 @@ class Projection(nn.Linear):
             self.weight.copy_(fresh * (self.gain * self.in_features**-0.5))
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, self.weight.to(input.dtype))
+        return project(input, self.weight)
+
+
+def project(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T in the dtype of x."""
+    if is_native(x, 4 * (x.numel() // x.shape[-1]), weight_OI):
+        return linear(x.flatten(0, -2), weight_OI).view(*x.shape[:-1], -1)
+    return functional.linear(x, weight_OI.to(x.dtype))

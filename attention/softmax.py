@@ -17,8 +17,10 @@ from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, Alias, GrowingKV, LayerState, RingKV
 from attention.norm import RMSNorm
 from attention.projection import Projection
+from triton_kernels.native.library import is_native
 from triton_kernels.softmax.flash_attention import flash_attention
 from triton_kernels.softmax.flash_decode import flash_decode
+from triton_kernels.softmax.native import rotary_at, softmax_decode_native
 from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 
@@ -117,14 +119,17 @@ class SoftmaxAttention(AttentionLayer):
         self.check_call(x_BTD, start, state)
         B, T, _ = x_BTD.shape
         K = self.config.head_dim
+        if self.owns_kv and shared is not None:
+            raise self.refuse(
+                "was given the keys and values of another layer; legal: shared=None, this kind has its own"
+            )
         q, gate, k, v = self.to_inner(x_BTD).split(self.widths, dim=-1)
+        if state is not None and T == 1 and is_native(x_BTD, B, *self._vectors()):
+            o_BX, kv = self._decode(q[:, 0], k[:, 0], v[:, 0], state, shared, start)
+            return self._out(o_BX[:, None], gate), kv
         position_T = torch.arange(start, start + T, device=x_BTD.device)
         rotary = rotary_tables(position_T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base)
         if self.owns_kv:
-            if shared is not None:
-                raise self.refuse(
-                    "was given the keys and values of another layer; legal: shared=None, this kind has its own"
-                )
             # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that
             # reads them.
             kv = KV(rotate(self.k_norm(k.view(B, T, -1, K)), rotary), v.view(B, T, -1, K))
@@ -143,10 +148,42 @@ class SoftmaxAttention(AttentionLayer):
             o_BTHK = flash_attention(
                 q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary
             )
-        o_BTX = o_BTHK.flatten(2)
+        return self._out(o_BTHK.flatten(2), gate), kv if self.owns_kv else None
+
+    def _decode(
+        self, q_BX: Tensor, k_BX: Tensor, v_BX: Tensor, state: LayerState, shared: KV | None, start: int
+    ) -> tuple[Tensor, KV | None]:
+        """What `forward` does for one token between its projections, in one call."""
+        row, new_kv = 0, None
+        if self.owns_kv:
+            assert isinstance(state, GrowingKV | RingKV)
+            row, kv = state.next_row(k_BX)
+            new_kv = k_BX, v_BX
+        else:
+            kv = self._check_shared(shared, len(q_BX), 1, state)
+        o_BX = softmax_decode_native(
+            q_BX,
+            new_kv,
+            kv,
+            row=row,
+            q_norm_K=getattr(self.q_norm, "weight", None),
+            k_norm_K=getattr(self.k_norm, "weight", None),
+            eps=self.config.norm_eps,
+            rotary=rotary_at(start, self.config.rotary_dim, self.config.rope_base),
+            sinks_H=self.sink_H,
+        )
+        return o_BX, kv if self.owns_kv else None
+
+    def _vectors(self) -> list[Tensor]:
+        """What the layer holds beside its projections, where it has it."""
+        own = (getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None), self.sink_H)
+        return [x for x in own if x is not None]
+
+    def _out(self, o_BTX: Tensor, gate_BTX: Tensor) -> Tensor:
         if self.config.output_gate:
-            o_BTX = o_BTX * gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().to(o_BTX.dtype)
-        return self.to_out(o_BTX), kv if self.owns_kv else None
+            wide = torch.promote_types(gate_BTX.dtype, torch.float32)
+            o_BTX = o_BTX * gate_BTX.to(wide).sigmoid().to(o_BTX.dtype)
+        return self.to_out(o_BTX)
 
     def _check_shared(self, shared: KV | None, B: int, T: int, state: LayerState | None) -> KV:
         if shared is None:

@@ -1,10 +1,12 @@
-"""`python -m lm generate | bench`: text from a trained model, and how fast the model is on this machine."""
+"""`python -m lm generate | bench | bench-peers`: text from a trained model, and how fast a model is on this machine,
+alone and beside transformers."""
 
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -13,6 +15,7 @@ from foundation.command import refuse_unwritable, run_command
 from foundation.console import escaped
 from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
+from lm.bench_peers import PeersConfig, bench_peers
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
@@ -67,12 +70,22 @@ def run_generate(config: GenerateConfig) -> None:
     )
 
 
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "generate": (GenerateConfig, run_generate),
+    "bench": (BenchConfig, bench),
+    "bench-peers": (PeersConfig, bench_peers),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     run_command(
         lambda given: tyro.extras.subcommand_cli_from_dict(
-            {"generate": GenerateConfig, "bench": BenchConfig}, prog="python -m lm", description=__doc__, args=given
+            {name: config for name, (config, _) in COMMANDS.items()},
+            prog="python -m lm",
+            description=__doc__,
+            args=given,
         ),
-        lambda config: run_generate(config) if isinstance(config, GenerateConfig) else bench(config),
+        lambda config: next(run for kind, run in COMMANDS.values() if isinstance(config, kind))(config),
         arguments,
     )
 

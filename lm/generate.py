@@ -14,6 +14,9 @@ from foundation.numbers import check_numbers
 from lm.evaluate import evaluating
 from lm.model import LanguageModel
 
+# Tokens of a prompt that are read at once: enough to fill the products, few enough to stay small.
+PREFILL_TOKENS = 1024
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -89,11 +92,14 @@ def generate(
     generator = torch.Generator().manual_seed(sampling.seed)
     # The last token drawn is never fed back.
     cache = model.new_cache(1, max(len(prompt) + max_new_tokens - 1, 1))
-    inputs_BT = torch.tensor([list(prompt)], device=device)
+    # A long prompt in pieces: memory for its activations then does not grow with it.
+    *pieces, inputs_BT = torch.tensor([list(prompt)], device=device).split(PREFILL_TOKENS, dim=1)
     with evaluating(model):
         for _ in range(max_new_tokens):
             started = time.perf_counter()
-            output = model(inputs_BT, cache)
+            while pieces:
+                model(pieces.pop(0), cache, last_only=True)
+            output = model(inputs_BT, cache, last_only=True)
             logits_V = output.logits_BTV[0, -1].float().cpu()
             seconds = time.perf_counter() - started
             token = sample(logits_V, sampling, generator)

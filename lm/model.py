@@ -15,6 +15,7 @@ from torch.nn import functional
 from attention import build_attention
 from attention.cache import HybridCache
 from attention.norm import RMSNorm
+from attention.projection import project
 from foundation.exact_buffers import ExactBuffers
 from lm.config import ModelConfig
 from moe.backends import Choice, choose_backend
@@ -119,18 +120,20 @@ class LanguageModel(ExactBuffers):
             nn.init.zeros_(self.head_VD)
         return self
 
-    def forward(self, tokens_BT: Tensor, cache: HybridCache | None = None) -> Output:
-        """Logits of the next token at every position.
+    def forward(self, tokens_BT: Tensor, cache: HybridCache | None = None, *, last_only: bool = False) -> Output:
+        """Logits of the next token at every position, or at the last one only.
 
         Args:
             tokens_BT: int64 token ids. With a cache they follow the `cache.length` tokens it has seen.
             cache: updated in place.
+            last_only: logits_BTV for the last position alone, [B, 1, V]: all that a prompt is read for, and the logits
+                of a long one take more memory than its model.
 
         Raises:
             ValueError: for tokens that are not [B, T], or a token id outside the vocabulary, on the CPU; a GPU stops
                 by an assertion of its own.
         """
-        return self._from_block(self._embed(tokens_BT), 0, cache)
+        return self._from_block(self._embed(tokens_BT), 0, cache, last_only)
 
     def prefix(self, tokens_BT: Tensor, boundary: int) -> Tensor:
         """The residual stream x_BTD that enters block `boundary`, fp32."""
@@ -208,9 +211,10 @@ class LanguageModel(ExactBuffers):
         except IndexError:
             raise ValueError(_outside("tokens", tokens_BT, self.config.vocab_size)) from None
 
-    def _from_block(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None) -> Output:
+    def _from_block(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None, last_only: bool = False) -> Output:
         x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
-        return Output(functional.linear(self.norm(x_BTD).to(self._dtype), self.head_VD.to(self._dtype)), routings)
+        x_BTD = x_BTD[:, -1:] if last_only else x_BTD
+        return Output(project(self.norm(x_BTD).to(self._dtype), self.head_VD), routings)
 
     def _run_blocks(
         self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None

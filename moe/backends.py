@@ -13,6 +13,8 @@ from moe.cpu_experts import experts_on_cpu
 from moe.grouped_products import experts_by_gmm, experts_by_grouped_mm, why_not_gmm, why_not_grouped_mm
 from routing.assignments import Assignments
 from triton_kernels.experts.grouped_mlp import check_grouped_mlp, grouped_mlp, why_not_triton
+from triton_kernels.experts.native import grouped_mlp_native
+from triton_kernels.native.library import MOST_TOKENS, is_native, native
 
 
 class Choice(NamedTuple):
@@ -52,8 +54,32 @@ def _why_not_cpu(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
     return None if x_TD.device.type == "cpu" else f"it needs tensors on the CPU, these are on {x_TD.device}"
 
 
+def _native(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, rows: Assignments) -> Tensor:
+    return grouped_mlp_native(
+        x_TD,
+        w_gate_up_EDF2,
+        w_down_EFD,
+        rows.token_N,
+        rows.weight_N,
+        rows.expert_offsets,
+        rows.token_offsets,
+        rows.row_of_slot_N,
+    )
+
+
+def _why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
+    if is_native(x_TD, len(x_TD), w_down_EFD):
+        return None
+    return (
+        native().reason
+        if native().library is None
+        else (f"it takes up to {MOST_TOKENS} tokens on a CPU, without gradients, by float32 weights")
+    )
+
+
 BACKENDS = {
     "reference": Backend(partial(_kernel_op, backend="torch"), lambda x_TD, w_down_EFD: None),
+    "native": Backend(_native, _why_not_native),
     "cpu": Backend(experts_on_cpu, _why_not_cpu),
     "grouped_mm": Backend(experts_by_grouped_mm, why_not_grouped_mm),
     "triton": Backend(partial(_kernel_op, backend="triton"), why_not_triton),
@@ -78,6 +104,8 @@ def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> C
         if (obstacle := BACKENDS[backend].why_not(x_TD, w_down_EFD)) is not None:
             raise ValueError(f"backend = {backend!r} cannot run: {obstacle}")
         return Choice(backend, "asked for")
+    if len(x_TD) and is_native(x_TD, len(x_TD), w_down_EFD):
+        return Choice("native", "few tokens on the CPU, without gradients")
     if x_TD.device.type == "cpu":
         return Choice("cpu", "tensors are on the CPU")
     without_triton = why_not_triton(x_TD, w_down_EFD)
@@ -107,8 +135,8 @@ def compute_experts(
         ValueError: for shapes that do not fit together.
     """
     chosen = choose_backend(x_TD, w_down_EFD, backend).name
-    # Those that are `grouped_mlp` check for themselves.
-    if chosen not in ("reference", "triton"):
+    # Those that are `grouped_mlp` check for themselves, and the native form looks at indices where it reads them.
+    if chosen not in ("reference", "triton", "native"):
         check_grouped_mlp(
             x_TD,
             w_gate_up_EDF2,

@@ -5,7 +5,9 @@ Legend: T tokens, D model width, E experts, Z null columns, K slots per token.
 """
 
 import dataclasses
-from functools import cached_property
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -23,6 +25,7 @@ from routing.policies.top_k import TopK
 from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots
 from routing.selection_bias import updated_selection_bias
 from triton_kernels.experts.expert_slots import router_scores
+from triton_kernels.native.library import is_native
 
 SCORES = ("softmax", "sigmoid")
 
@@ -79,14 +82,19 @@ class Routing:
     Attributes:
         assignments: which experts compute which tokens.
         probs_TE: softmax over real experts, at least fp32, differentiable.
-        losses: scalars by name, already weighted.
+        losses_of: what gives the losses: scalars by name, already weighted. Nobody asks for them while text is
+            generated.
         identity_T: what the token itself weighs beside its experts' outputs, or None.
     """
 
     assignments: Assignments
     probs_TE: Tensor
-    losses: dict[str, Tensor]
+    losses_of: Callable[[], dict[str, Tensor]]
     identity_T: Tensor | None = None
+
+    @cached_property
+    def losses(self) -> dict[str, Tensor]:
+        return self.losses_of()
 
     @cached_property
     def statistics(self) -> RoutingStatistics:
@@ -209,6 +217,10 @@ class Router(ExactBuffers):
         if self.training:
             self.step_rows_E += assignments.rows_per_expert_E()
             self.step_tokens += assignments.n_tokens
+        identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
+        return Routing(assignments, scores.probs_TE, partial(self._losses, scores), identity_T)
+
+    def _losses(self, scores: Scores) -> dict[str, Tensor]:
         losses = {
             "balance": self.config.balance_coefficient * switch_balance_loss(self.load_E, scores.probs_TE),
             "z": self.config.z_coefficient * z_loss(scores.logits_TE),
@@ -218,8 +230,7 @@ class Router(ExactBuffers):
             losses["three_level_balance"] = three_level_balance_loss(
                 self.config.three_level_balance, self.load_E, scores.probs_TE
             )
-        identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
-        return Routing(assignments, scores.probs_TE, losses, identity_T)
+        return losses
 
     def decide(self, scores: Scores) -> tuple[Slots, Tensor]:
         """The policy's slots and their weight_TK; on a GPU one kernel gives both where the policy names a rule of
@@ -236,9 +247,11 @@ class Router(ExactBuffers):
         return slots, slots.score_TK
 
     def takes_the_kernel(self, scores: Scores) -> bool:
-        """Whether a decision that the kernel can take is left to it: in fp32, on CUDA, and not dealt out anew."""
+        """Whether a decision that a kernel can take is left to it: in fp32, on CUDA or for few tokens on a CPU, and not
+        dealt out anew."""
         logits_TE = scores.logits_TE
-        return logits_TE.is_cuda and logits_TE.dtype == torch.float32 and self.policy.dealt_T is None
+        here = logits_TE.is_cuda or is_native(logits_TE, len(logits_TE))
+        return here and logits_TE.dtype == torch.float32 and self.policy.dealt_T is None
 
     def _decide_fused(self, scores: Scores, rule: FusedRule) -> tuple[Slots, Tensor]:
         """Slots whose score_TK are their weights already, and level_TK."""
@@ -253,7 +266,7 @@ class Router(ExactBuffers):
             score=self.config.score,
             renormalise=self.config.renormalise,
             floor=rule.floor,
-            backend="triton",
+            backend="native" if is_native(logits_TE, len(logits_TE)) else "triton",
         )
         keep_TK = None if budget is None else fused.keep_TK
         return Slots(fused.expert_TK, fused.weight_TK, keep_TK), fused.level_TK
@@ -332,11 +345,11 @@ class Router(ExactBuffers):
         self.step_tokens.zero_()
 
     def _refuse_non_finite(self, logits: Tensor) -> None:
-        finite = torch.isfinite(logits).all()
         if logits.device.type == "cuda":
             # The host must not wait here: the device itself stops the run.
-            torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
-        elif not finite:
+            torch._assert_async(torch.isfinite(logits).all())  # pyright: ignore[reportPrivateImportUsage]
+        # The sum of finite numbers is finite, NaN and infinity stay in it, and it is one operator.
+        elif not math.isfinite(float(logits.detach().sum())):
             raise NonFiniteScoresError(
                 f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its"
                 " weights)"

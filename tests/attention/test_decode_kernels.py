@@ -15,7 +15,7 @@ import triton_kernels.softmax.flash_decode
         *((pattern, triton_kernels.linear.linear_decode) for pattern in ("L", "G", "K")),
     ],
 )
-def test_fused_decode_equals_the_forward(make_stack, tiny, pattern, op, monkeypatch):
+def test_fused_decode_equals_the_forward(make_stack, tiny, pattern, op, monkeypatch, without_native):
     """The window of 5 is a ring that goes round twice on the way."""
     stack = make_stack(pattern, tiny)
     x_BTD = stack.input(2, 13)
@@ -23,7 +23,7 @@ def test_fused_decode_equals_the_forward(make_stack, tiny, pattern, op, monkeypa
     cache = stack.cache(2, 13)
     used = []
 
-    def always_triton(backend, x):
+    def always_triton(backend, x, native=None):
         used.append(backend)
         return "triton"
 

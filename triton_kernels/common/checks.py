@@ -29,15 +29,25 @@ DTYPES = {
 }
 
 
-def check_backend(backend: str, x: torch.Tensor) -> str:
-    """Resolve "auto": the Triton kernels on CUDA tensors, the torch reference everywhere else.
+def check_backend(backend: str, x: torch.Tensor, *, native: bool | None = None) -> str:
+    """Resolve "auto": the Triton kernels on CUDA tensors, the torch reference everywhere else, but for few tokens on a
+    CPU where the op has a native form.
+
+    Args:
+        native: whether the op's native form takes these tensors (`native.library.is_native`); None: it has none.
 
     "triton" on CPU tensors is for Triton's interpreter and for the offline compiler; elsewhere Triton itself reports
     that it has no driver."""
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend={backend!r}: legal are 'auto', 'torch' and 'triton'")
+    names = ("auto", "torch", "triton") if native is None else ("auto", "torch", "triton", "native")
+    if backend not in names:
+        raise ValueError(f"backend={backend!r}: legal are {', '.join(map(repr, names[:-1]))} and {names[-1]!r}")
+    if backend == "native" and not native:
+        raise ValueError(
+            "backend='native' takes few tokens of float32 or bfloat16 on a CPU, with float32 weights and without"
+            " gradients, where a C compiler is found"
+        )
     if backend == "auto":
-        return "triton" if x.is_cuda else "torch"
+        return "triton" if x.is_cuda else "native" if native else "torch"
     return backend
 
 

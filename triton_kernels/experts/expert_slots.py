@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from triton_kernels.common.checks import check_backend, check_placed, check_range, check_tensors
+from triton_kernels.experts.native import router_scores_native, sort_slots_native
+from triton_kernels.native.library import is_native
 
 SCORES, RULES = ("softmax", "sigmoid"), ("top_k", "top_p", "threshold")
 
@@ -62,7 +64,21 @@ def router_scores(
         )
     if not 0 <= floor <= k <= E:
         raise ValueError(f"router_scores: floor={floor}, k={k}, E={E}; they must not fall, from 0 on")
-    if check_backend(backend, logits_TE) == "torch":
+    backend = check_backend(backend, logits_TE, native=is_native(logits_TE, logits_TE.shape[0], bias_E))
+    if backend == "native":
+        return Slots(
+            *router_scores_native(
+                logits_TE,
+                bias_E,
+                threshold,
+                k=k,
+                rule=RULES.index(rule),
+                score=score,
+                renormalise=renormalise,
+                floor=floor,
+            )
+        )
+    if backend == "torch":
         return router_scores_torch(
             logits_TE, bias_E, threshold, k=k, rule=rule, score=score, renormalise=renormalise, floor=floor
         )
@@ -145,8 +161,13 @@ def sort_slots(
     check_tensors("sort_slots", expert_TK=expert_TK, weight_TK=weight_TK, keep_TK=keep_TK)
     check_placed("sort_slots", expert_TK=expert_TK, weight_TK=weight_TK, keep_TK=keep_TK)
     check_range("sort_slots", "expert_TK", expert_TK, 0, n_experts - 1, keep_TK)
+    # Integers have no gradient: what the native form cannot take is seen by the weights.
+    native = padded is not True and expert_TK.dtype == torch.int64 and is_native(weight_TK, len(weight_TK))
+    backend = check_backend(backend, expert_TK, native=native)
+    if backend == "native":
+        return Rows(*sort_slots_native(expert_TK, weight_TK, keep_TK, n_experts=n_experts))
     # Slots can be taken out only by waiting for their number.
-    if check_backend(backend, expert_TK) == "torch" or (backend == "auto" and padded is False):
+    if backend == "torch" or (backend == "auto" and padded is False):
         return sort_slots_torch(
             expert_TK,
             weight_TK,

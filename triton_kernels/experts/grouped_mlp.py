@@ -16,6 +16,8 @@ from triton_kernels.common.checks import (
     check_shape,
     check_tensors,
 )
+from triton_kernels.experts.native import grouped_mlp_native
+from triton_kernels.native.library import is_native
 
 OP = "grouped_mlp"
 
@@ -52,9 +54,12 @@ def grouped_mlp(
     Raises:
         ValueError: for what does not fit together, or not into the kernels (`why_not_triton`).
     """
-    backend = check_backend(backend, x_TD)
+    native = is_native(x_TD, len(x_TD), w_gate_up_EDF2, w_down_EFD)
+    backend = check_backend(backend, x_TD, native=native)
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
     check_grouped_mlp(*tensors)
+    if backend == "native":
+        return grouped_mlp_native(*tensors)
     if backend == "torch":
         return grouped_mlp_torch(*tensors[:6])
     if (obstacle := why_not_triton(x_TD, w_down_EFD)) is not None:

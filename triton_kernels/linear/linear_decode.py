@@ -30,6 +30,8 @@ from triton_kernels.linear.chunked_rule_torch import inverse_length
 from triton_kernels.linear.delta_rule import check_delta_inputs
 from triton_kernels.linear.gated_rms_norm import ACTIVATIONS, gated_rms_norm
 from triton_kernels.linear.linear_attention_torch import linear_attention_recurrence
+from triton_kernels.linear.native import delta_decode_native, lightning_decode_native
+from triton_kernels.native.library import is_native
 
 MAX_WIDTH = 256
 
@@ -94,7 +96,9 @@ def delta_decode(
         raise ValueError(f"{op}: conv_XW has width W={W}, legal are {', '.join(map(str, WIDTHS))}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
-    if check_backend(backend, qkv_BX) == "triton":
+    native = tail_BXW.is_contiguous() and is_native(qkv_BX, B, conv_XW, A_log_H, dt_bias, norm_V, state_BHKV)
+    backend = check_backend(backend, qkv_BX, native=native)
+    if backend == "triton":
         check_in_place(op, qkv_BX, state_BHKV, tail_BXW)
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
         from triton_kernels.linear.linear_decode_launch import delta_decode_op
@@ -110,6 +114,18 @@ def delta_decode(
             norm=norm_V,
             state=state_BHKV,
             tail=tail_BXW,
+            eps=eps,
+            silu=activation == "silu",
+        )
+    if backend == "native":
+        return delta_decode_native(
+            *(qkv_BX, gate_BHV, a, b_BH),
+            conv_XW=conv_XW,
+            A_log_H=A_log_H,
+            dt_bias=dt_bias,
+            norm_V=norm_V,
+            state_BHKV=state_BHKV,
+            tail_BXW=tail_BXW,
             eps=eps,
             silu=activation == "silu",
         )
@@ -147,11 +163,14 @@ def lightning_decode(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: Tensor,
     check_tensors(op, {"H": H}, log_decay_H=log_decay_H)
     check_dtype(op, {"qkv_BX": qkv_BX})
     check_placed(op, qkv_BX=qkv_BX, log_decay_H=log_decay_H, state_BHKV=state_BHKV)
-    if check_backend(backend, qkv_BX) == "triton":
+    backend = check_backend(backend, qkv_BX, native=is_native(qkv_BX, len(qkv_BX), log_decay_H, state_BHKV))
+    if backend == "triton":
         check_in_place(op, qkv_BX, state_BHKV)
         from triton_kernels.linear.linear_decode_launch import lightning_decode_op
 
         return lightning_decode_op(qkv_BX, log_decay_H, state_BHKV)
+    if backend == "native":
+        return lightning_decode_native(qkv_BX, log_decay_H, state_BHKV=state_BHKV)
     log_decay_BH1 = log_decay_H[:, None].expand(len(qkv_BX), H, 1)
     o_BHV, state = linear_attention_step(
         *split_heads(F.silu(qkv_BX), (H, K, V)), log_decay_BH1, None, state_BHKV, scale=1.0

@@ -72,6 +72,8 @@ def flash_attention_torch(
         # SDPA aligns its causal mask to the top left: a dummy query in front makes room for the sink key in front.
         q_BHTK = F.pad(q_BHTK, (0, 0, n_sinks, 0)) if n_sinks else q_BHTK
         o_BHTV = _attend(q_BHTK, k_BGSK, v_BGSV, scale, causal=True)[:, :, n_sinks:]
+    elif window is None and _gives_log_sums(q_BHTK):
+        o_BHTV = _past_and_present(q_BHTK, k_BGSK, v_BGSV, scale)
     else:
         position_T1, key_S = (
             torch.arange(S - T, S, device=q_BHTK.device)[:, None],
@@ -88,6 +90,22 @@ def _attend(
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def _gives_log_sums(q_BHTK: Tensor) -> bool:
+    """Whether SDPA's CPU kernel can be asked for its softmax's denominators: outside of autograd and compilation."""
+    return q_BHTK.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _past_and_present(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, scale: float) -> Tensor:
+    """The T newest queries over S > T keys: first over all keys that every one of them sees, then causally over their
+    own, and both weighed by their denominators. A mask over T x S would take more memory than the keys."""
+    past = k_BGSK.shape[2] - q_BHTK.shape[2]
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    o_past, log_past = attend(q_BHTK, k_BGSK[:, :, :past], v_BGSK[:, :, :past], 0.0, False, scale=scale)
+    o_own, log_own = attend(q_BHTK, k_BGSK[:, :, past:], v_BGSK[:, :, past:], 0.0, True, scale=scale)
+    share_BHT1 = torch.sigmoid(log_past - log_own)[..., None].to(o_own.dtype)
+    return o_past * share_BHT1 + o_own * (1 - share_BHT1)
 
 
 def _visible(position_T1: Tensor, key_S: Tensor, window: int | None, n_sinks: int) -> Tensor:

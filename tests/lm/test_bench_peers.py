@@ -1,0 +1,38 @@
+"""The benchmark against transformers compares models of the same size, and runs."""
+
+import csv
+
+import pytest
+
+from foundation.environment import version
+from lm.__main__ import main
+from lm.accounting import meta_model
+from lm.peer_sides import CASES, FAMILIES
+
+pytestmark = pytest.mark.skipif(version("transformers") is None, reason="transformers is not installed")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+def test_both_sides_have_as_many_parameters(case):
+    import torch
+
+    with torch.device("meta"):
+        theirs = sum(p.numel() for p in FAMILIES[case.family](case).parameters())
+    ours = sum(p.numel() for p in meta_model(case.model_config("float32")).parameters())
+    assert abs(ours / theirs - 1) < 0.03
+
+
+def test_a_row_says_who_is_how_fast(tmp_path, capsys):
+    table = tmp_path / "peers.csv"
+    arguments = "--cases GGGF --dtypes float32 --parts decode --longest 1024 --rounds 1 --threads 1 --csv"
+    main(["bench-peers", *arguments.split(), str(table)])
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["part"], row["batch"], row["length"]) for row in rows] == [
+        ("decode", "1", "1024"),
+        ("decode", "8", "1024"),
+    ]
+    for row in rows:
+        ours, theirs = float(row["ours_tokens_per_second"]), float(row["transformers_tokens_per_second"])
+        assert ours > 0
+        assert float(row["ratio"]) == pytest.approx(ours / theirs, rel=0.01)
+        assert f"{row['ratio']}x" in capsys.readouterr().out or row is not rows[0]

@@ -1,0 +1,232 @@
+"""The forms for few tokens on a CPU compute what the torch forms compute, by one thread or more alike.
+
+Legend: T tokens, D model width, E experts, F expert width, K slots per token or head width, B sequences, H heads, G
+key/value heads, V value width.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from triton_kernels.experts.expert_slots import RULES, SCORES, router_scores, sort_slots
+from triton_kernels.experts.grouped_mlp import grouped_mlp
+from triton_kernels.linear.linear_decode import delta_decode, lightning_decode
+from triton_kernels.native.library import linear, native, rms_norm
+
+pytestmark = pytest.mark.skipif(native().library is None, reason=native().reason)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def by_threads(compute):
+    """The result, which must have the same bits with one, two and three threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    return results[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "n_in", "n_out"), [(1, 256, 512), (3, 33, 7), (8, 130, 1030), (2, 1, 1)])
+def test_linear_and_norm(dtype, T, n_in, n_out):
+    x_TI, weight_OI, gain_I = draw(T, n_in, dtype=dtype), draw(n_out, n_in), draw(n_in)
+    y_TO = by_threads(lambda: linear(x_TI, weight_OI))
+    expected_TO = (x_TI.double() @ weight_OI.double().T).to(dtype)
+    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y_TO, expected_TO, rtol=rtol, atol=1e-4)
+    expected_TI = torch.nn.functional.rms_norm(x_TI.double(), (n_in,), gain_I.double(), 1e-5).to(dtype)
+    torch.testing.assert_close(
+        rms_norm(x_TI, gain_I, 1e-5), expected_TI, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    T=st.integers(1, 32),
+    E=st.integers(1, 81),
+    rule=st.sampled_from(RULES),
+    score=st.sampled_from(SCORES),
+    renormalise=st.booleans(),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_decisions_and_rows(T, E, rule, score, renormalise, seed, data):
+    k = data.draw(st.integers(1, E))
+    floor = data.draw(st.integers(0, k))
+    logits_TE, bias_E = draw(T, E, seed=seed), 0.1 * draw(E, seed=seed)
+    threshold = torch.tensor({"top_k": 0.0, "top_p": 0.4, "threshold": -1.5 / E}[rule])
+
+    def decide(backend):
+        return router_scores(
+            logits_TE,
+            bias_E,
+            threshold,
+            k=k,
+            rule=rule,
+            score=score,
+            renormalise=renormalise,
+            floor=floor,
+            backend=backend,
+        )
+
+    ours, theirs = decide("native"), decide("torch")
+    assert torch.equal(ours.expert_TK, theirs.expert_TK)
+    torch.testing.assert_close(ours.level_TK, theirs.level_TK, rtol=1e-5, atol=1e-6)
+    # A level within rounding of the threshold may fall to either side.
+    clear_TK = (theirs.level_TK - threshold).abs() > 1e-5
+    assert torch.equal(ours.keep_TK[clear_TK], theirs.keep_TK[clear_TK])
+    if bool(clear_TK.all()):
+        torch.testing.assert_close(ours.weight_TK, theirs.weight_TK, rtol=1e-4, atol=1e-6)
+    for keep_TK in (ours.keep_TK, None):
+        rows = [
+            sort_slots(ours.expert_TK, ours.weight_TK, keep_TK, n_experts=E, padded=False, backend=backend)
+            for backend in ("native", "torch")
+        ]
+        assert all(torch.equal(x, y) for x, y in zip(*rows))
+
+
+def test_nan_is_chosen_and_stays():
+    logits_TE = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for bias_E, threshold in ((torch.tensor([torch.nan, 0, 0, 0]), 0.5), (torch.zeros(4), torch.nan)):
+        slots = router_scores(logits_TE, bias_E, torch.tensor(threshold), k=2, rule="top_p", backend="native")
+        assert bool(slots.keep_TK.all())
+        assert bool(slots.expert_TK.lt(4).all())
+    slots = router_scores(torch.full((1, 4), torch.nan), torch.zeros(4), torch.tensor(0.0), k=2, backend="native")
+    assert slots.expert_TK.tolist() == [[0, 1]]
+    assert bool(slots.weight_TK.isnan().all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    T=st.integers(1, 32),
+    E=st.integers(1, 20),
+    D=st.integers(1, 70),
+    F=st.integers(1, 40),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_experts(T, E, D, F, dtype, seed, data):
+    K = data.draw(st.integers(1, E))
+    expert_TK = draw(T, E, seed=seed).topk(K)[1]
+    rows = sort_slots(expert_TK, draw(T, K, seed=seed), draw(T, K, seed=seed + 1) > -0.5, n_experts=E, padded=False)
+    x_TD, gate_up, down = draw(T, D, dtype=dtype, seed=seed), draw(E, D, 2 * F, seed=seed), draw(E, F, D, seed=seed)
+    y_TD = by_threads(lambda: grouped_mlp(x_TD, gate_up, down, **_by_name(rows), backend="native"))
+    expected_TD = grouped_mlp(x_TD.double(), gate_up.double(), down.double(), **_by_name(rows), backend="torch")
+    scale = expected_TD.abs().max().item() + 1e-6
+    torch.testing.assert_close(
+        y_TD.double(), expected_TD, rtol=0, atol=scale * (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    )
+
+
+def test_rows_that_lead_elsewhere_are_refused():
+    rows = sort_slots(torch.tensor([[0, 1]]), torch.ones(1, 2), None, n_experts=2, padded=False)
+    for name, wrong in (("token_N", [0, 1]), ("row_of_slot_N", [0, 2]), ("expert_offsets", [0, 3, 2])):
+        broken = _by_name(rows) | {name: torch.tensor(wrong)}
+        with pytest.raises(ValueError):
+            grouped_mlp(torch.ones(1, 4), torch.ones(2, 4, 6), torch.ones(2, 3, 4), **broken, backend="native")
+
+
+def _by_name(rows):
+    return {name: x for name, x in rows._asdict().items() if name != "expert_N"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("W", [2, 4])
+def test_delta_decode(dtype, per_channel, W):
+    B, H, K, V = 2, 3, 16, 24
+    channels, X = H * K if per_channel else H, H * (2 * K + V)
+    # Parts of one projection, as the layer hands them over.
+    parts = draw(B, X + H * V + channels + H, dtype=dtype).split([X, H * V, channels, H], dim=-1)
+
+    def run(backend):
+        state, tail = draw(B, H, K, V), draw(B, X, W - 1, dtype=dtype)
+        y = delta_decode(
+            parts[0],
+            parts[1].view(B, H, V),
+            *parts[2:],
+            conv_XW=draw(X, W),
+            A_log_H=draw(H),
+            dt_bias=draw(channels),
+            norm_V=draw(V),
+            state_BHKV=state,
+            tail_BXW=tail,
+            eps=1e-5,
+            activation="silu" if per_channel else "sigmoid",
+            backend=backend,
+        )
+        return torch.cat([x.float().flatten() for x in (y, state, tail)])
+
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(by_threads(lambda: run("native")), run("torch"), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lightning_decode(dtype):
+    B, H, K, V = 2, 3, 16, 24
+
+    def run(backend):
+        state = draw(B, H, K, V)
+        qkv_BX = draw(B, H * (2 * K + V) + 5, dtype=dtype)[:, :-5]
+        o = lightning_decode(qkv_BX, -draw(H).abs(), state_BHKV=state, backend=backend)
+        return torch.cat([o.float().flatten(), state.flatten()])
+
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(run("native"), run("torch"), rtol=tolerance, atol=tolerance)
+
+
+def test_gradients_and_fp64_are_left_to_torch():
+    x, weight = torch.ones(1, 4), torch.ones(2, 4, 6)
+    rows = _by_name(sort_slots(torch.tensor([[0, 1]]), torch.ones(1, 2), None, n_experts=2, padded=False))
+    with pytest.raises(ValueError, match="takes few tokens"):
+        grouped_mlp(x.double(), weight, torch.ones(2, 3, 4), **rows, backend="native")
+    with torch.enable_grad(), pytest.raises(ValueError, match="takes few tokens"):
+        grouped_mlp(x, weight, torch.ones(2, 3, 4), **rows, backend="native")
+
+
+def test_a_forked_process_has_no_helpers_and_computes_the_same():
+    program = """
+import os, torch
+from triton_kernels.native.library import linear
+torch.set_num_threads(2)
+x, w = torch.ones(1, 256), torch.ones(4096, 256)
+with torch.no_grad():
+    linear(x, w)
+    child = os.fork()
+    good = bool((linear(x, w) == 256).all())
+    if child == 0:
+        os._exit(0 if good else 1)
+    print(good, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "0"], done.stderr
+
+
+def test_without_a_compiler_the_reason_is_said():
+    program = "from triton_kernels.native.library import native; print(native().library, native().reason)"
+    for setting, reason in (({"HYBRID_MOE_NATIVE": "0"}, "switched off"), ({"PATH": ""}, "no C compiler")):
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **setting}, timeout=120
+        )
+        assert done.stdout.startswith("None"), done.stderr
+        assert reason in done.stdout

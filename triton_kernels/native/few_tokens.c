@@ -1,0 +1,554 @@
+/* Few tokens on a CPU: what a decode step computes between its memory reads, one call per part of a layer.
+ *
+ * At one token a layer of a small model takes microseconds, and an operator of a framework as long as that, so the parts are whole here:
+ * the experts of a layer, its attention with norms, rotation and cache, a router's decision. All reduce in a fixed order that does not
+ * depend on the number of threads, sums are fp32, and a NaN stays one.
+ *
+ * Everything is row-major and dense unless a stride says otherwise. Legend: T tokens (or sequences), D model width, E experts, F expert
+ * width, K slots per token or width of a head, H query heads, G key/value heads, S rows of a cache.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST_ROWS = 8, NO_MEMORY = -1, OUT_OF_RANGE = -2 };
+
+/* ---- A second core, without waiting for it ------------------------------------------------------------------------------------------
+ * Pieces of a job are taken from a counter by whoever is free. A helper that the machine has given to someone else takes none, and the
+ * caller computes them itself; it waits for pieces that are under way, and for nothing else. After a fork there are no helpers: the same. */
+
+typedef void (*Piece)(void *job, long index);
+
+static struct {
+    pthread_mutex_t caller, lock;
+    pthread_cond_t posted;
+    atomic_long generation, next, running;
+    long pieces;
+    Piece run;
+    void *job;
+    int helpers;
+} pool = {.caller = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .posted = PTHREAD_COND_INITIALIZER};
+
+static void start_anew(void) {
+    pthread_mutex_init(&pool.caller, NULL), pthread_mutex_init(&pool.lock, NULL), pthread_cond_init(&pool.posted, NULL);
+    atomic_store(&pool.running, 0);
+    pool.pieces = 0, pool.helpers = 0;
+}
+
+/* About 30 microseconds: the parts of a layer follow each other more closely than that. */
+enum { SPINS = 2000 };
+
+static void breathe(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void take_pieces(Piece run, void *job, long pieces) {
+    /* Whoever comes too late must not touch the counter: it may be the next job's already. */
+    if (pieces == 0) return;
+    for (long i; (i = atomic_fetch_add(&pool.next, 1)) < pieces;) run(job, i);
+}
+
+static void *help(void *unused) {
+    long seen = 0;
+    (void)unused;
+    for (;;) {
+        for (int spin = 0; spin < SPINS && atomic_load(&pool.generation) == seen; spin++) breathe();
+        pthread_mutex_lock(&pool.lock);
+        while (atomic_load(&pool.generation) == seen) pthread_cond_wait(&pool.posted, &pool.lock);
+        seen = atomic_load(&pool.generation);
+        Piece run = pool.run;
+        void *job = pool.job;
+        long pieces = pool.pieces;
+        atomic_fetch_add(&pool.running, 1);
+        pthread_mutex_unlock(&pool.lock);
+        take_pieces(run, job, pieces);
+        atomic_fetch_sub(&pool.running, 1);
+    }
+    return NULL;
+}
+
+static void in_pieces(Piece run, void *job, long pieces, int threads) {
+    /* One job at a time: another thread of the program that comes meanwhile works alone. */
+    if (threads < 2 || pieces < 2 || pthread_mutex_trylock(&pool.caller)) {
+        for (long i = 0; i < pieces; i++) run(job, i);
+        return;
+    }
+    pthread_mutex_lock(&pool.lock);
+    if (pool.helpers == 0) pthread_atfork(NULL, NULL, start_anew);
+    while (pool.helpers < threads - 1) {
+        pthread_t thread;
+        pool.helpers++;
+        if (pthread_create(&thread, NULL, help, NULL) == 0) pthread_detach(thread);
+    }
+    pool.run = run, pool.job = job, pool.pieces = pieces;
+    atomic_store(&pool.next, 0);
+    atomic_fetch_add(&pool.generation, 1);
+    pthread_cond_broadcast(&pool.posted);
+    pthread_mutex_unlock(&pool.lock);
+    take_pieces(run, job, pieces);
+    /* The lock keeps a helper from joining between the look and the next job. */
+    for (;;) {
+        pthread_mutex_lock(&pool.lock);
+        long running = atomic_load(&pool.running);
+        if (running == 0) pool.pieces = 0;
+        pthread_mutex_unlock(&pool.lock);
+        if (running == 0) break;
+        breathe();
+    }
+    pthread_mutex_unlock(&pool.caller);
+}
+
+/* ---- Numbers ------------------------------------------------------------------------------------------------------------------------ */
+
+static inline float from_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+static inline uint16_t to_bf16(float wide) {
+    uint32_t bits;
+    memcpy(&bits, &wide, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* exp in fp32 to 2 units in the last place, in a form that loops over arrays become vectors of. */
+static inline float exp_fp32(float x) {
+    float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = nearbyintf(bounded * 1.44269504089f);
+    float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    float y = p * scale;
+    return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : x != x ? x : y;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_fp32(-x)); }
+static inline float silu(float x) { return x * sigmoid(x); }
+
+/* Sums and maxima run in so many lanes, which compilers make vectors of without being allowed to reorder anything. */
+enum { LANES = 16 };
+
+static inline float sum_lanes(float *lane) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; j++) lane[j] += lane[j + width];
+    return lane[0];
+}
+
+static inline float dot(const float *a, const float *b, long n) {
+    float lane[LANES] = {0};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] += a[i + j] * b[i + j];
+    for (int j = 0; i < n; i++, j++) lane[j] += a[i] * b[i];
+    return sum_lanes(lane);
+}
+
+static float sum_of(const float *x, long n) {
+    float lane[LANES] = {0};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] += x[i + j];
+    for (int j = 0; i < n; i++, j++) lane[j] += x[i];
+    return sum_lanes(lane);
+}
+
+/* Of the numbers among them: a NaN shows in what is computed from it. */
+static float most_of(const float *x, long n) {
+    float lane[LANES], most = -INFINITY;
+    for (int j = 0; j < LANES; j++) lane[j] = -INFINITY;
+    long i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (int j = 0; i < n; i++, j++) lane[j] = x[i] > lane[j] ? x[i] : lane[j];
+    for (int j = 0; j < LANES; j++) most = lane[j] > most ? lane[j] : most;
+    return most;
+}
+
+static float inverse_rms(const float *x, long n, float eps) { return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps); }
+
+/* ---- x / rms(x) * weight over rows -------------------------------------------------------------------------------------------------- */
+
+void rms_norm(const float *x, const float *weight, float *y, long rows, long width, float eps) {
+    for (long r = 0; r < rows; r++, x += width, y += width) {
+        float scale = inverse_rms(x, width, eps);
+        for (long i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
+    }
+}
+
+/* ---- y[T, O] = x[T, I] weight[O, I]^T ------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const float *x, *weight;
+    float *y;
+    long rows, in, out;
+} Linear;
+
+enum { OUTPUTS = 64 };
+
+static void linear_piece(void *job, long index) {
+    Linear *l = job;
+    long last = (index + 1) * OUTPUTS < l->out ? (index + 1) * OUTPUTS : l->out;
+    for (long o = index * OUTPUTS; o < last; o++)
+        for (long r = 0; r < l->rows; r++) l->y[r * l->out + o] = dot(l->x + r * l->in, l->weight + o * l->in, l->in);
+}
+
+void linear(const float *x, const float *weight, float *y, long rows, long in, long out, int threads) {
+    Linear job = {x, weight, y, rows, in, out};
+    in_pieces(linear_piece, &job, (out + OUTPUTS - 1) / OUTPUTS, out * in < 65536 ? 1 : threads);
+}
+
+/* ---- Experts ------------------------------------------------------------------------------------------------------------------------
+ * y[t] = sum over the kept slots of t of weight * down[e]^T (silu(gate) * up), (gate | up) = gate_up[e]^T x[t]. Each expert's weights are
+ * read once, where they lie, for all of its tokens. */
+
+/* y[n][O] = x[n][I] w[I][O], n rows of x at x[r], of y at y[r]. */
+static void rows_times(long n, const float *const *x, float *const *y, const float *w, long in, long out) {
+    for (long r = 0; r < n; r++) memset(y[r], 0, (size_t)out * sizeof(float));
+    long i = 0;
+    for (; i + 4 <= in; i += 4, w += 4 * out)
+        for (long r = 0; r < n; r++) {
+            float x0 = x[r][i], x1 = x[r][i + 1], x2 = x[r][i + 2], x3 = x[r][i + 3], *restrict yr = y[r];
+            const float *restrict w0 = w, *restrict w1 = w + out, *restrict w2 = w + 2 * out, *restrict w3 = w + 3 * out;
+            for (long o = 0; o < out; o++) yr[o] += (x0 * w0[o] + x1 * w1[o]) + (x2 * w2[o] + x3 * w3[o]);
+        }
+    for (; i < in; i++, w += out)
+        for (long r = 0; r < n; r++) {
+            float x0 = x[r][i], *restrict yr = y[r];
+            for (long o = 0; o < out; o++) yr[o] += x0 * w[o];
+        }
+}
+
+typedef struct {
+    const float *x, *gate_up, *down, *weight;
+    const int64_t *token;
+    const long *piece; /* expert, first row, rows of each piece */
+    float *hidden, *out; /* of each row: [N, 2 F] and [N, D] */
+    long d_model, d_expert;
+} Experts;
+
+static void experts_piece(void *job, long index) {
+    Experts *m = job;
+    long D = m->d_model, F = m->d_expert, e = m->piece[3 * index], first = m->piece[3 * index + 1];
+    long n = m->piece[3 * index + 2];
+    const float *x[MOST_ROWS];
+    float *hidden[MOST_ROWS], *out[MOST_ROWS];
+    for (long r = 0; r < n; r++) {
+        x[r] = m->x + m->token[first + r] * D;
+        hidden[r] = m->hidden + (first + r) * 2 * F;
+        out[r] = m->out + (first + r) * D;
+    }
+    rows_times(n, x, hidden, m->gate_up + e * D * 2 * F, D, 2 * F);
+    for (long r = 0; r < n; r++) {
+        float *restrict gate = hidden[r], weight = m->weight[first + r];
+        const float *restrict up = gate + F;
+        for (long f = 0; f < F; f++) gate[f] = silu(gate[f]) * up[f] * weight;
+    }
+    rows_times(n, (const float *const *)hidden, out, m->down + e * F * D, F, D);
+}
+
+/* Whether n + 1 offsets start at 0 and never fall, nor exceed `most`. */
+static int rising(const int64_t *offsets, long n, long most) {
+    int fits = offsets[0] == 0 && offsets[n] <= most;
+    for (long i = 0; i < n; i++) fits &= offsets[i] <= offsets[i + 1];
+    return fits;
+}
+
+long experts(const float *x, const float *gate_up, const float *down, const int64_t *token, const float *weight,
+            const int64_t *expert_offsets, const int64_t *token_offsets, const int64_t *row_of_slot, float *y, long tokens,
+            long most_rows, long n_experts, long d_model, long d_expert, int threads) {
+    long rows = expert_offsets[n_experts], pieces = 0;
+    /* Whoever gives rows of their own making reads an error, not somebody else's memory. */
+    if (!rising(expert_offsets, n_experts, most_rows) || !rising(token_offsets, tokens, rows) || token_offsets[tokens] != rows)
+        return OUT_OF_RANGE;
+    for (long row = 0; row < rows; row++)
+        if (token[row] < 0 || token[row] >= tokens || row_of_slot[row] < 0 || row_of_slot[row] >= rows) return OUT_OF_RANGE;
+    long *piece = malloc((size_t)(3 * rows + 1) * sizeof(long));
+    float *hidden = malloc((size_t)(rows * (2 * d_expert + d_model) + 1) * sizeof(float));
+    if (!piece || !hidden) {
+        free(piece), free(hidden);
+        return NO_MEMORY;
+    }
+    for (long e = 0; e < n_experts; e++)
+        for (long first = expert_offsets[e], last = expert_offsets[e + 1]; first < last; first += MOST_ROWS, pieces++) {
+            piece[3 * pieces] = e, piece[3 * pieces + 1] = first;
+            piece[3 * pieces + 2] = last - first < MOST_ROWS ? last - first : MOST_ROWS;
+        }
+    Experts job = {x, gate_up, down, weight, token, piece, hidden, hidden + rows * 2 * d_expert, d_model, d_expert};
+    in_pieces(experts_piece, &job, pieces, threads);
+    memset(y, 0, (size_t)(tokens * d_model) * sizeof(float));
+    for (long t = 0; t < tokens; t++, y += d_model)
+        for (long slot = token_offsets[t]; slot < token_offsets[t + 1]; slot++) {
+            const float *restrict out = job.out + row_of_slot[slot] * d_model;
+            for (long d = 0; d < d_model; d++) y[d] += out[d];
+        }
+    free(piece), free(hidden);
+    return 0;
+}
+
+/* ---- Slots into rows, as sort_slots describes it ---------------------------------------------------------------------
+ * keep may be NULL. Returns the number of rows, or an error. */
+
+long sort_slots(const int64_t *expert, const float *weight, const uint8_t *keep, float *row_weight, int64_t *token,
+                int64_t *row_expert, int64_t *expert_offsets, int64_t *token_offsets, int64_t *row_of_slot, long tokens, long k,
+                long n_experts) {
+    long rows = 0;
+    memset(expert_offsets, 0, (size_t)(n_experts + 1) * sizeof(int64_t));
+    for (long i = 0; i < tokens * k; i++) {
+        if (i % k == 0) token_offsets[i / k] = rows;
+        if (keep && !keep[i]) continue;
+        if (expert[i] < 0 || expert[i] >= n_experts) return OUT_OF_RANGE;
+        expert_offsets[expert[i] + 1]++;
+        rows++;
+    }
+    token_offsets[tokens] = rows;
+    for (long e = 0; e < n_experts; e++) expert_offsets[e + 1] += expert_offsets[e];
+    /* Each offset moves on as its rows are filled, and comes to lie where the next one began. */
+    for (long i = 0, slot = 0; i < tokens * k; i++) {
+        if (keep && !keep[i]) continue;
+        long row = expert_offsets[expert[i]]++;
+        row_weight[row] = weight[i], token[row] = i / k, row_expert[row] = expert[i], row_of_slot[slot++] = row;
+    }
+    memmove(expert_offsets + 1, expert_offsets, (size_t)n_experts * sizeof(int64_t));
+    expert_offsets[0] = 0;
+    return rows;
+}
+
+/* ---- A router's decision, as router_scores describes it ------------------------------------------------------------------------------- */
+
+enum { TOP_K, TOP_P, THRESHOLD };
+
+/* scratch: [3, E]. */
+void route(const float *logits, const float *bias, float threshold, float *weight, int64_t *expert, uint8_t *keep, float *level, float *scratch,
+           long tokens, long n_experts, long k, long floor, int rule, int use_sigmoid, int renormalise) {
+    float *score = scratch, *selection = score + n_experts, *mass = selection + n_experts;
+    for (long t = 0; t < tokens; t++, logits += n_experts, weight += k, expert += k, keep += k, level += k) {
+        float most = most_of(logits, n_experts);
+        for (long e = 0; e < n_experts; e++) mass[e] = exp_fp32(logits[e] - most);
+        float total = sum_of(mass, n_experts);
+        for (long e = 0; e < n_experts; e++) mass[e] /= total;
+        for (long e = 0; e < n_experts; e++) score[e] = use_sigmoid ? sigmoid(logits[e]) : mass[e];
+        for (long e = 0; e < n_experts; e++) selection[e] = score[e] + bias[e];
+        float ahead = 0, sum = 0;
+        for (long slot = 0; slot < k; slot++) {
+            /* A NaN comes before every number, as in torch.topk; equal ones in order. What was taken is marked by its index. */
+            long best = -1;
+            for (long e = 0; e < n_experts; e++) {
+                int taken = 0;
+                for (long s = 0; s < slot; s++) taken |= expert[s] == e;
+                if (taken) continue;
+                if (best < 0 || selection[e] > selection[best] || (selection[e] != selection[e] && selection[best] == selection[best])) best = e;
+            }
+            float here = rule == TOP_P ? ahead : -selection[best];
+            expert[slot] = best;
+            level[slot] = slot < floor || rule == TOP_K ? -INFINITY : here;
+            keep[slot] = !(level[slot] > threshold);
+            weight[slot] = selection[best] != selection[best] ? NAN : keep[slot] ? score[best] : 0.0f;
+            ahead += mass[best];
+            sum += weight[slot];
+        }
+        if (renormalise)
+            for (long slot = 0; slot < k; slot++) weight[slot] /= sum < 1.17549435e-38f ? 1.17549435e-38f : sum;
+    }
+}
+
+/* ---- Softmax attention of one token per sequence, between its projections --------------------------------------------------------------
+ * Norms and turns the query and the key (where norms and angles are given), writes key and value into their row of the cache, and attends
+ * over the rows in use. Caches are fp32 or bf16 [B, S, G, K] with a stride between sequences. */
+
+typedef struct {
+    const float *q, *k, *v; /* [B, H K], [B, G K] with a stride between sequences; k NULL: another layer wrote them */
+    long q_stride, kv_stride;
+    void *keys, *values;
+    long cache_stride, row, held;
+    int bf16;
+    const float *q_norm, *k_norm, *cosine, *sine, *sink; /* NULL for none */
+    float eps, scale;
+    long heads, kv_heads, width, half;
+    float *o, *scratch; /* o [B, H K]; scratch: [B, G, H / G, held + K] */
+} Attention;
+
+static void prepare(const Attention *a, const float *x, const float *norm, float *y) {
+    float scale = norm ? inverse_rms(x, a->width, a->eps) : 1.0f;
+    for (long i = 0; i < a->width; i++) y[i] = norm ? x[i] * scale * norm[i] : x[i];
+    for (long i = 0; i < a->half; i++) {
+        float first = y[i], second = y[i + a->half];
+        y[i] = first * a->cosine[i] - second * a->sine[i];
+        y[i + a->half] = second * a->cosine[i] + first * a->sine[i];
+    }
+}
+
+static inline const float *wide_row(const Attention *a, const void *cache, long offset, float *buffer) {
+    if (!a->bf16) return (const float *)cache + offset;
+    const uint16_t *row = (const uint16_t *)cache + offset;
+    for (long i = 0; i < a->width; i++) buffer[i] = from_bf16(row[i]);
+    return buffer;
+}
+
+static void write_row(const Attention *a, void *cache, long offset, const float *x) {
+    if (!a->bf16) memcpy((float *)cache + offset, x, (size_t)a->width * sizeof(float));
+    else
+        for (long i = 0; i < a->width; i++) ((uint16_t *)cache)[offset + i] = to_bf16(x[i]);
+}
+
+static void attention_piece(void *job, long index) {
+    const Attention *a = job;
+    long K = a->width, R = a->heads / a->kv_heads, b = index / a->kv_heads, g = index % a->kv_heads, line = a->kv_heads * K;
+    long start = b * a->cache_stride + g * K;
+    float *scratch = a->scratch + index * R * (a->held + K), *query = scratch + R * a->held, wide[K];
+    if (a->k) {
+        prepare(a, a->k + b * a->kv_stride + g * K, a->k_norm, wide);
+        write_row(a, a->keys, start + a->row * line, wide);
+        write_row(a, a->values, start + a->row * line, a->v + b * a->kv_stride + g * K);
+    }
+    for (long r = 0; r < R; r++) {
+        float *q = query + r * K;
+        prepare(a, a->q + b * a->q_stride + (g * R + r) * K, a->q_norm, q);
+        for (long i = 0; i < K; i++) q[i] *= a->scale;
+    }
+    for (long s = 0; s < a->held; s++) {
+        const float *key = wide_row(a, a->keys, start + s * line, wide);
+        for (long r = 0; r < R; r++) scratch[r * a->held + s] = dot(query + r * K, key, K);
+    }
+    for (long r = 0; r < R; r++) {
+        float *p = scratch + r * a->held, *o = a->o + (b * a->heads + g * R + r) * K;
+        float sink = a->sink ? a->sink[g * R + r] : -INFINITY, most = most_of(p, a->held);
+        most = sink > most ? sink : most;
+        for (long s = 0; s < a->held; s++) p[s] = exp_fp32(p[s] - most);
+        float total = sum_of(p, a->held) + exp_fp32(sink - most);
+        for (long s = 0; s < a->held; s++) p[s] /= total;
+        memset(o, 0, (size_t)K * sizeof(float));
+    }
+    for (long s = 0; s < a->held; s++) {
+        const float *value = wide_row(a, a->values, start + s * line, wide);
+        for (long r = 0; r < R; r++) {
+            float p = scratch[r * a->held + s], *restrict o = a->o + (b * a->heads + g * R + r) * K;
+            for (long i = 0; i < K; i++) o[i] += p * value[i];
+        }
+    }
+}
+
+long softmax_decode(const float *q, const float *k, const float *v, long q_stride, long kv_stride, void *keys, void *values, long cache_stride,
+                   long row, long held, int bf16, const float *q_norm, const float *k_norm, const float *cosine, const float *sine,
+                   const float *sink, float eps, float scale, long batch, long heads, long kv_heads, long width, long half, float *o,
+                   int threads) {
+    long R = heads / kv_heads;
+    float *scratch = malloc((size_t)(batch * kv_heads * R * (held + width)) * sizeof(float));
+    if (!scratch) return NO_MEMORY;
+    Attention job = {q, k, v, q_stride, kv_stride, keys, values, cache_stride, row, held, bf16, q_norm, k_norm, cosine, sine, sink, eps, scale,
+                     heads, kv_heads, width, half, o, scratch};
+    in_pieces(attention_piece, &job, batch * kv_heads, batch * kv_heads * held * width < 32768 ? 1 : threads);
+    free(scratch);
+    return 0;
+}
+
+/* ---- One token of a delta-rule layer (gated DeltaNet, KDA), as delta_decode describes it ------------------------------------------------ */
+
+typedef struct {
+    const float *qkv, *gate, *a, *b; /* with a stride between sequences: parts of one projection */
+    long qkv_stride, gate_stride, a_stride, b_stride;
+    const float *conv, *A_log, *dt_bias, *norm;
+    float *state;
+    void *tail;
+    int bf16_tail, per_channel, use_silu;
+    float eps;
+    long heads, key, value, taps;
+    float *y;
+} Delta;
+
+static float tail_at(const Delta *d, long i) { return d->bf16_tail ? from_bf16(((uint16_t *)d->tail)[i]) : ((float *)d->tail)[i]; }
+static void set_tail(const Delta *d, long i, float x) {
+    if (d->bf16_tail) ((uint16_t *)d->tail)[i] = to_bf16(x);
+    else ((float *)d->tail)[i] = x;
+}
+
+/* SiLU of the convolution of `n` channels from `channel` on, whose tails move on by one token. */
+static void convolved(const Delta *d, long b, long channel, long n, float *y) {
+    long channels = d->heads * (2 * d->key + d->value), taps = d->taps;
+    for (long i = 0; i < n; i++) {
+        long c = channel + i, at = (b * channels + c) * (taps - 1);
+        float x = d->qkv[b * d->qkv_stride + c], sum = x * d->conv[c * taps + taps - 1];
+        for (long w = 0; w < taps - 1; w++) sum += tail_at(d, at + w) * d->conv[c * taps + w];
+        for (long w = 0; w + 2 < taps; w++) set_tail(d, at + w, tail_at(d, at + w + 1));
+        set_tail(d, at + taps - 2, x);
+        y[i] = sum;
+    }
+    for (long i = 0; i < n; i++) y[i] = silu(y[i]);
+}
+
+/* As torch's softplus: the identity above 20. */
+static float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+static void delta_piece(void *job, long index) {
+    const Delta *d = job;
+    long b = index / d->heads, h = index % d->heads, K = d->key, V = d->value;
+    float q[K], k[K], decay[K], v[V], delta[V], o[V], *state = d->state + index * K * V;
+    convolved(d, b, h * K, K, q);
+    convolved(d, b, (d->heads + h) * K, K, k);
+    convolved(d, b, 2 * d->heads * K + h * V, V, v);
+    float q_scale = 1.0f / sqrtf(dot(q, q, K) + 1e-6f) / sqrtf((float)K), k_scale = 1.0f / sqrtf(dot(k, k, K) + 1e-6f);
+    for (long i = 0; i < K; i++) {
+        long c = d->per_channel ? h * K + i : h;
+        q[i] *= q_scale, k[i] *= k_scale;
+        decay[i] = i && !d->per_channel ? decay[0] : expf(-expf(d->A_log[h]) * softplus(d->a[b * d->a_stride + c] + d->dt_bias[c]));
+    }
+    float beta = sigmoid(d->b[b * d->b_stride + h]);
+    memset(delta, 0, sizeof delta), memset(o, 0, sizeof o);
+    for (long i = 0; i < K; i++)
+        for (long j = 0; j < V; j++) {
+            state[i * V + j] *= decay[i];
+            delta[j] += k[i] * state[i * V + j];
+        }
+    for (long j = 0; j < V; j++) delta[j] = beta * (v[j] - delta[j]);
+    for (long i = 0; i < K; i++)
+        for (long j = 0; j < V; j++) {
+            state[i * V + j] += k[i] * delta[j];
+            o[j] += q[i] * state[i * V + j];
+        }
+    const float *gate = d->gate + b * d->gate_stride + h * V;
+    float scale = inverse_rms(o, V, d->eps), *y = d->y + index * V;
+    for (long j = 0; j < V; j++) y[j] = o[j] * scale * d->norm[j] * (d->use_silu ? silu(gate[j]) : sigmoid(gate[j]));
+}
+
+void delta_decode(const float *qkv, const float *gate, const float *a, const float *b, long qkv_stride, long gate_stride, long a_stride,
+                  long b_stride, const float *conv, const float *A_log, const float *dt_bias, const float *norm, float *state, void *tail,
+                  int bf16_tail, int per_channel, int use_silu, float eps, long batch, long heads, long key, long value, long taps, float *y,
+                  int threads) {
+    Delta job = {qkv, gate, a, b, qkv_stride, gate_stride, a_stride, b_stride, conv, A_log, dt_bias, norm, state, tail,
+                 bf16_tail, per_channel, use_silu, eps, heads, key, value, taps, y};
+    in_pieces(delta_piece, &job, batch * heads, batch * heads * key * value < 65536 ? 1 : threads);
+}
+
+/* ---- One token of a lightning layer's heads: q, k, v = silu(x); S <- e^g S + k v^T; o = S^T q -------------------------------------------- */
+
+void lightning_decode(const float *qkv, long stride, const float *log_decay, float *state, float *o, long batch, long heads, long key, long value) {
+    for (long index = 0; index < batch * heads; index++, state += key * value, o += value) {
+        long b = index / heads, h = index % heads;
+        const float *x = qkv + b * stride;
+        float decay = expf(log_decay[h]), v[value];
+        for (long j = 0; j < value; j++) v[j] = silu(x[2 * heads * key + h * value + j]), o[j] = 0;
+        for (long i = 0; i < key; i++) {
+            float q = silu(x[h * key + i]), k = silu(x[(heads + h) * key + i]);
+            for (long j = 0; j < value; j++) {
+                state[i * value + j] = decay * state[i * value + j] + k * v[j];
+                o[j] += q * state[i * value + j];
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+"""`few_tokens.c`, compiled on first use: the decode step's parts on a CPU, and who may call them.
+
+The library is built by the C compiler that the machine has, for the processor that it has, and kept in the user's cache
+folder. Without a compiler, or with HYBRID_MOE_NATIVE=0, the torch forms compute the same.
+
+Legend: T tokens, D model width, I and O the widths of a weight.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foundation.environment import cpu_name
+from foundation.files import fingerprint
+
+SOURCE = Path(__file__).with_name("few_tokens.c")
+# No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
+FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
+NO_MEMORY, OUT_OF_RANGE = -1, -2
+# Beyond so many tokens the experts' weights are read once for several blocks of them anyway.
+MOST_TOKENS = 32
+
+P, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+SIGNATURES: dict[str, list[type]] = {
+    "rms_norm": [P, P, P, LONG, LONG, FLOAT],
+    "linear": [P, P, P, LONG, LONG, LONG, INT],
+    "experts": [*[P] * 9, *[LONG] * 5, INT],
+    "sort_slots": [*[P] * 9, *[LONG] * 3],
+    "route": [P, P, FLOAT, *[P] * 5, *[LONG] * 4, *[INT] * 3],
+    "softmax_decode": [*[P] * 3, *[LONG] * 2, *[P] * 2, *[LONG] * 3, INT, *[P] * 5, *[FLOAT] * 2, *[LONG] * 5, P, INT],
+    "delta_decode": [*[P] * 4, *[LONG] * 4, *[P] * 6, *[INT] * 3, FLOAT, *[LONG] * 5, P, INT],
+    "lightning_decode": [P, LONG, P, P, P, *[LONG] * 4],
+}
+# Rows, or an error below 0; the others return nothing.
+RETURNING = ("experts", "sort_slots", "softmax_decode")
+
+
+class Native(NamedTuple):
+    """The compiled library, or None and why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def native() -> Native:
+    """Compiles once per source, compiler and processor (about two seconds), then loads."""
+    if os.environ.get("HYBRID_MOE_NATIVE") == "0":
+        return Native(None, "switched off by HYBRID_MOE_NATIVE=0")
+    compiler = next(
+        (path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None
+    )
+    if compiler is None or platform.system() == "Windows":
+        return Native(None, "there is no C compiler (cc, gcc or clang)")
+    # Apple's clang knows its processors by -mcpu.
+    tuned = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
+    command = [compiler, *FLAGS, tuned]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    identity = fingerprint([SOURCE.read_text(), command, version, cpu_name(), _instructions()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid-moe-lab"
+    built = folder / f"few_tokens-{identity[:16]}.so"
+    try:
+        if not built.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Several processes may build at once: each for itself, and the last one's takes the place.
+            with tempfile.TemporaryDirectory(dir=folder) as own:
+                made = Path(own) / built.name
+                done = subprocess.run(
+                    [*command, "-o", made, SOURCE, "-lm", "-lpthread"], capture_output=True, text=True
+                )
+                if done.returncode:
+                    return Native(None, f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
+                made.rename(built)
+        library = ctypes.CDLL(str(built))
+    except OSError as error:
+        return Native(None, str(error))
+    for name, arguments in SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+        getattr(library, name).restype = LONG if name in RETURNING else None
+    return Native(library, f"compiled by {compiler} for this processor")
+
+
+def _instructions() -> str:
+    """What the processor can do where the system tells it: a home folder may be seen from several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def is_native(x: Tensor, n_tokens: int, *weights: Tensor) -> bool:
+    """Whether so few tokens as x stands for are computed here: on a CPU, in fp32 or bf16 by fp32 weights, outside of
+    autograd and compilation."""
+    return (
+        n_tokens <= MOST_TOKENS
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and native().library is not None
+        and all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+    )
+
+
+def call(name: str, *arguments: Tensor | float | int | None) -> int:
+    """One function of the library; what it returns. Tensors are passed as where they lie, None as NULL.
+
+    Raises:
+        MemoryError: where there is none.
+        ValueError: for an index out of range.
+    """
+    library = native().library
+    assert library is not None
+    result = getattr(library, name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    if result == NO_MEMORY:
+        raise MemoryError(f"{name}: no memory for its scratch")
+    if result == OUT_OF_RANGE:
+        raise ValueError(f"{name}: an index out of range")
+    return result
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in fp32 and in one piece."""
+    return x.to(torch.float32).contiguous()
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T of few tokens in x's dtype; products and sums are fp32 and the fp32 weights are not rounded first."""
+    y_TO = torch.empty(len(x_TI), len(weight_OI))
+    call("linear", wide(x_TI), weight_OI, y_TO, *x_TI.shape, len(weight_OI), torch.get_num_threads())
+    return y_TO.to(x_TI.dtype)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis in x's dtype."""
+    y = torch.empty(x.shape)
+    D = x.shape[-1]
+    call("rms_norm", wide(x), weight_D, y, x.numel() // D, D, eps)
+    return y.to(x.dtype)
