@@ -3,7 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +86,12 @@ def _run_git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most this process has held so far, or the most tensors have held on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In KiB everywhere but on macOS.
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,5 +1,5 @@
-"""`python -m lm generate | bench | bench-peers`: text from a trained model, and how fast a model is on this machine,
-alone and beside transformers."""
+"""`python -m lm generate | bench | bench-peers | long-context`: text from a trained model, how fast a model is on this
+machine, alone and beside transformers, and what a long text costs it."""
 
 import dataclasses
 import sys
@@ -18,6 +18,7 @@ from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
+from lm.long_context import LongContextConfig, long_context
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
 
 
@@ -74,6 +75,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "generate": (GenerateConfig, run_generate),
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
+    "long-context": (LongContextConfig, long_context),
 }
 
 

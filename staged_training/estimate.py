@@ -1,13 +1,10 @@
 """What a plan will take in time and memory, measured on a few of its own steps before it starts."""
 
 import dataclasses
-import resource
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from foundation.environment import peak_memory
 from foundation.timing import median_seconds
 from lm.model import LanguageModel
 from staged_training.data import prefix_activations
@@ -84,15 +81,6 @@ def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
         evaluation=evaluated * n_valid,
         peak_bytes=peak_memory(execution.device),
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most this process has held so far, or the most tensors have held on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # In KiB everywhere but on macOS.
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _training(

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from foundation.environment import peak_memory
 from staged_training import activation_cache
-from staged_training.estimate import peak_memory
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 1 << 20, (5 << 20) + 3])
