@@ -63,6 +63,8 @@ NONSENSE = {
         "--staging.freeze": ("1", "nan", "-0.1"),
         "--staging.trunk-share": ("0", "1", "nan"),
         "--staging.optimizer.clip": ("0", "inf"),
+        "--staging.optimizer.muon-momentum": ("1", "-1", "nan"),
+        "--optimizer": ("sgd",),
         "--model.d-model": ("0", "-1", "1" + "0" * 23),
         "--model.layer-plan": ("", "X", "R"),
         "--model.moe.router.balance-coefficient": ("nan", "inf", "-1"),
@@ -76,6 +78,7 @@ NONSENSE = {
     "staged_training parallel": {
         "--expert-parallel": ("-1", "3"),
         "--seed": ("-1",),
+        "--optimizer": ("sgd",),
         "--policy": ("{", "[]", "3", '"TopP"', '{"type": "TopK", "k": "2"}', '{"type": "TopK", "k": 2.5}'),
     },
     "ablations compare": {
@@ -85,12 +88,14 @@ NONSENSE = {
         "--tokens": ("0", "1" + "0" * 23),
         "--k": ("0", "81", "-1"),
         "--learning-rate": ("nan",),
+        "--optimizer": ("sgd",),
         "--log-every": ("0",),
         "--dtype": ("int8",),
     },
     "ablations budgets": {"--last-steps": ("0", "-1", "nan")},
     "ablations difficulty": {
         "--minutes": ("0", "-1", "nan", "inf"),
+        "--optimizer": ("sgd",),
         "--reference-share": ("0", "nan", "2"),
         "--static": ("0", "-1"),
         "--forced": ("1", "3 2"),
