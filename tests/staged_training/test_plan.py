@@ -109,6 +109,7 @@ def test_describe_names_what_is_frozen_reused_and_taken(plan):
             " every branch"
         ),
         "1 steps warm-up, 0 stable, 5 linear decay to 0",
+        "optimizer  AdamW, weight decay 0.1",
         "re-used    the trunk's weights everywhere",
         "not taken  optimizer moments (each branch warms up its own), the trunk's schedule",
         "2 new router weights, initialised from the branch's seed",
