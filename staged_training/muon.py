@@ -54,7 +54,8 @@ class Muon(torch.optim.AdamW):
         fused: bool,
     ) -> None:
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=fused)
-        self.packing_of, self.momentum, self.scale, self.dtype = packing_of, momentum, scale, dtype
+        self.packing_of, self.momentum, self.dtype = packing_of, momentum, dtype
+        self.scale: Scale = scale
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # AdamW's looks for its count of steps in every state, to mend files of old versions of torch.
@@ -77,11 +78,12 @@ class Muon(torch.optim.AdamW):
         """Moves the momenta; what to subtract from each parameter, at a learning rate of 1."""
         updates = []
         for parameter in parameters:
-            state = self.state[parameter]
+            gradient, state = parameter.grad, self.state[parameter]
+            assert gradient is not None
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = state["momentum_buffer"].lerp_(parameter.grad, 1 - self.momentum)
-            updates.append(torch.lerp(parameter.grad, momentum, self.momentum))
+            momentum = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+            updates.append(gradient.lerp(momentum, self.momentum))
         wholes = [_with_whole_matrices(update) for update in updates]
         by_shape: dict[tuple[int, int], list[tuple[Tensor, float]]] = {}
         for parameter, whole in zip(parameters, wholes):

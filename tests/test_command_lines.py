@@ -81,6 +81,15 @@ NONSENSE = {
         "--optimizer": ("sgd",),
         "--policy": ("{", "[]", "3", '"TopP"', '{"type": "TopK", "k": "2"}', '{"type": "TopK", "k": 2.5}'),
     },
+    "staged_training sweep": {
+        "--optimizers": ("sgd",),
+        "--learning-rates": ("0", "-1", "nan", "inf"),
+        "--tokens": ("0", "100"),
+        "--seeds": ("0", "-1"),
+        "--csv": ("/dev/null/x", "/tmp"),
+        "--anneal": ("stop",),
+        "--staging.trunk-merge-share": ("1", "-1", "nan"),
+    },
     "ablations compare": {
         "--seeds": ("0", "-1", "nan"),
         "--trunk-seeds": ("0",),
@@ -147,6 +156,7 @@ NONSENSE = {
 REST = {
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
+    "staged_training sweep": TINY_RUN,
     "ablations compare": TINY_COMPARE,
     "ablations budgets": TINY_COMPARE,
     "lm generate": ("--run", "/nowhere"),

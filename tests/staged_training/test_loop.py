@@ -268,7 +268,7 @@ def test_merged_weights_are_the_average_of_those_after_each_update(train, batche
     parameters = dict(seen.model.named_parameters())
     for name, tensor in got.items():
         if name in parameters:
-            average = sum(share * weights[name] for share, weights in zip(shares, window))
+            average = torch.stack([share * weights[name] for share, weights in zip(shares, window)]).sum(0)
             torch.testing.assert_close(tensor, average.float(), atol=1e-7, rtol=1e-5)
             assert not torch.equal(tensor, last[name]), name
         else:
