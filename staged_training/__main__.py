@@ -1,6 +1,6 @@
 """`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it.
-`parallel`: one model, one stage, in several processes under torchrun. `diagnostics`: what the routers of a run did, by
-layer and over time.
+`parallel`: one model, one stage, in several processes under torchrun. `sweep`: optimizers and learning rates on equal
+terms. `diagnostics`: what the routers of a run did, by layer and over time.
 
 Started again by the same command it continues where it was, or says that it is finished. A stop signal leaves
 everything saved; exit codes are those of `foundation.command`.
@@ -24,6 +24,7 @@ from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.parallel import ParallelConfig, train_in_parallel
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
+from staged_training.sweep import SweepConfig, sweep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,12 +81,14 @@ def run(config: RunConfig) -> None:
         execution.branch(branch)
 
 
-def run_any(config: RunConfig | ParallelConfig | DiagnosticsConfig) -> None:
+def run_any(config: RunConfig | ParallelConfig | SweepConfig | DiagnosticsConfig) -> None:
     """What each configuration asks for."""
     if isinstance(config, RunConfig):
         run(config)
     elif isinstance(config, ParallelConfig):
         train_in_parallel(config)
+    elif isinstance(config, SweepConfig):
+        sweep(config)
     else:
         show_diagnostics(config)
 
@@ -93,7 +96,7 @@ def run_any(config: RunConfig | ParallelConfig | DiagnosticsConfig) -> None:
 def main(arguments: list[str] | None = None) -> None:
     run_command(
         lambda given: tyro.extras.subcommand_cli_from_dict(
-            {"run": RunConfig, "parallel": ParallelConfig, "diagnostics": DiagnosticsConfig},
+            {"run": RunConfig, "parallel": ParallelConfig, "sweep": SweepConfig, "diagnostics": DiagnosticsConfig},
             prog="python -m staged_training",
             description=__doc__,
             args=given,

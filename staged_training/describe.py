@@ -4,6 +4,7 @@ trunk."""
 from lm.accounting import ModelCost, model_cost
 from lm.config import ModelConfig
 from staged_training.boundary import added_weights, frozen_share
+from staged_training.optimizer import OptimizerConfig
 from staged_training.plan import Plan
 from staged_training.schedule import Stage
 
@@ -24,6 +25,7 @@ def describe(plan: Plan) -> str:
             f" x {plan.seq_len}, {plan.trunk.n_batches / plan.n_train_batches:.2f} passes over the text)"
         ),
         f"  rate       {_schedule(plan.trunk)}",
+        f"  optimizer  {_optimizer(plan.optimizer)}, in every stage",
     ]
     boundary, stage = plan.boundary, plan.branch_stage
     if stage is None:
@@ -84,8 +86,23 @@ def _reused(fresh: bool, boundary: int) -> str:
 def _schedule(stage: Stage) -> str:
     schedule = stage.schedule
     stable = stage.n_batches - schedule.warmup_steps - schedule.decay_steps
-    decay = f"{schedule.decay_steps} {schedule.decay_shape} decay to 0" if schedule.decay_steps else "no decay"
-    return f"peak {schedule.peak:g}: {schedule.warmup_steps} steps warm-up, {stable} stable, {decay}"
+    end = "no decay"
+    if schedule.merges:
+        end = f"{schedule.decay_steps} at the peak whose weights are averaged as a {schedule.decay_shape} decay would"
+    elif schedule.decay_steps:
+        end = f"{schedule.decay_steps} {schedule.decay_shape} decay to 0"
+    return f"peak {schedule.peak:g}: {schedule.warmup_steps} steps warm-up, {stable} stable, {end}"
+
+
+def _optimizer(config: OptimizerConfig) -> str:
+    decay = f"weight decay {config.weight_decay:g}, gradients clipped at {config.clip:g}"
+    if config.kind == "adamw":
+        return f"AdamW, {decay}"
+    routers = ", routers" if config.muon_routers else ""
+    return (
+        f"Muon for the matrices of attention, experts{routers} (momentum {config.muon_momentum:g},"
+        f" {config.muon_scale}), AdamW for the rest; {decay}"
+    )
 
 
 def _tokens(count: int) -> str:

@@ -2,11 +2,18 @@
 holds beside its seconds.
 
 Of a network with a share f below the boundary, training above it costs a third of f (forward only) and all of 1 - f
-(forward and backward), and nothing of f where activations are stored.
+(forward and backward), and nothing of f where activations are stored. An optimizer's products count, what it does to
+each element does not.
 """
+
+import torch
 
 from lm.accounting import model_cost
 from lm.config import ModelConfig
+from lm.model import LanguageModel
+from staged_training.muon import orthogonalising_flops
+from staged_training.optimizer import OptimizerConfig, trained_parameters
+from staged_training.packed_matrices import packed_matrices
 from staged_training.plan import Branch, Plan
 
 
@@ -17,7 +24,8 @@ def trunk_flops(plan: Plan, mean_experts: tuple[float, ...]) -> float:
         mean_experts: per block, over training.
     """
     cost = model_cost(plan.model, length=plan.seq_len, mean_experts=mean_experts)
-    return cost.training_flops * plan.trunk.n_batches * plan.tokens_per_batch
+    per_batch = cost.training_flops * plan.tokens_per_batch + optimizer_flops(plan.model, plan.optimizer)
+    return per_batch * plan.trunk.n_batches
 
 
 def caching_flops(plan: Plan, mean_experts: tuple[float, ...], *, n_batches: int) -> float:
@@ -41,8 +49,8 @@ def branch_flops(
     flops = 3 * cost.flops(first=branch.boundary)
     if not cached:
         flops += cost.flops(last=branch.boundary, head=False)
-    tokens = branch.stage.n_batches * plan.tokens_per_batch
-    return flops * tokens + cost.flops(first=branch.boundary) * calibrated
+    per_batch = flops * plan.tokens_per_batch + optimizer_flops(branch.model, plan.optimizer, branch.boundary)
+    return per_batch * branch.stage.n_batches + cost.flops(first=branch.boundary) * calibrated
 
 
 def evaluation_flops(
@@ -64,3 +72,14 @@ def evaluation_flops(
     cost = model_cost(model, length=plan.seq_len, mean_experts=mean_experts)
     flops = cost.flops(first=boundary if cached else 0)
     return flops * n_batches * plan.tokens_per_batch + cost.flops(first=boundary) * calibrated
+
+
+def optimizer_flops(model: ModelConfig, optimizer: OptimizerConfig, boundary: int = 0) -> int:
+    """Products of one update: of Muon's matrices, orthogonalised once."""
+    if optimizer.kind == "adamw":
+        return 0
+    with torch.device("meta"):
+        shapes = LanguageModel(model)
+    packings = packed_matrices(shapes, routers=optimizer.muon_routers)
+    trained = ((name, weight) for name, weight in trained_parameters(shapes, boundary) if name in packings)
+    return sum(orthogonalising_flops(each) for name, weight in trained for each in packings[name].split(weight))

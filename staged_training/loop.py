@@ -21,6 +21,7 @@ from moe.freed_memory import keep_freed_memory
 from routing.router import NonFiniteScoresError
 from staged_training.data import Batches
 from staged_training.diagnostics import step_diagnostics
+from staged_training.merging import WeightAverage
 from staged_training.optimizer import build_optimizer, update
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
@@ -82,7 +83,8 @@ def train_stage(
     stage, order, boundary = run.stage, run.order, run.boundary
     optimizer = build_optimizer(model, run.optimizer, boundary)
     step, seconds, experts_sum, skipped = 0, 0.0, np.zeros(model.config.n_layers - boundary), ()
-    if (saved := processes.restore(run, model, optimizer)) is not None:
+    average = WeightAverage(model, stage, boundary)
+    if (saved := processes.restore(run, model, optimizer, average)) is not None:
         step, seconds, skipped = saved.step, saved.state["seconds"], saved.skipped
         experts_sum = np.array(saved.state["experts_sum"])
         print(f"{run.label} continues at step {step} of {stage.n_batches} from {saved.path}", flush=True)
@@ -93,7 +95,7 @@ def train_stage(
         # A checkpoint that is ahead of its metrics would leave a gap in them: resuming starts behind it.
         logs = metrics.flush()
         state = {"position": step, "seconds": seconds, "experts_sum": experts_sum.tolist(), "logs": logs}
-        return processes.save(run, step, model, optimizer, state=state)
+        return processes.save(run, step, model, optimizer, average, state=state)
 
     metrics = processes.metrics(run.folder, step)
     model.train()
@@ -134,6 +136,7 @@ def train_stage(
             processes.count_together(model.routers(boundary))
             model.after_step(boundary)
             step += 1
+            average.after_update(step)
             experts_sum += numbers.mean_experts
             taken = time.perf_counter() - began
             seconds += taken

@@ -46,6 +46,7 @@ from routing.over_processes import count_over_processes
 from routing.router import Router
 from staged_training import checkpoint
 from staged_training.data import OwnRows, TokenBatches
+from staged_training.merging import WeightAverage
 from staged_training.processes import Made, Processes, continuable
 from staged_training.progress import MetricsFile, NoMetrics
 from staged_training.record import locked
@@ -155,7 +156,9 @@ class ManyProcesses(Processes):
             raise outcome[1]
         return outcome[0]
 
-    def restore(self, run: Run, model: LanguageModel, optimizer: torch.optim.AdamW) -> checkpoint.Checkpoint | None:
+    def restore(
+        self, run: Run, model: LanguageModel, optimizer: torch.optim.AdamW, average: WeightAverage
+    ) -> checkpoint.Checkpoint | None:
         """As for one process, from a checkpoint of any number of processes. Randomness is stateless in training, so no
         random state is kept.
 
@@ -172,23 +175,27 @@ class ManyProcesses(Processes):
             return found
 
         if (saved := self.from_first(newest)) is not None:
-            weights, moments = get_state_dict(model, optimizer)
-            state = {"model": weights, "optimizer": moments}
+            state = _state(model, optimizer, average)
             load_shards(state, checkpoint_id=saved.path / SHARDS, process_group=self.group)
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return saved
 
     def save(
-        self, run: Run, step: int, model: LanguageModel, optimizer: torch.optim.AdamW, *, state: dict[str, Any]
+        self,
+        run: Run,
+        step: int,
+        model: LanguageModel,
+        optimizer: torch.optim.AdamW,
+        average: WeightAverage,
+        *,
+        state: dict[str, Any],
     ) -> Path:
         assert run.boundary == 0, "branches are trained by one process"
-        # Weights and the optimizer's two moments.
-        n_bytes = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        # Weights, the optimizer's two moments, and what is averaged.
+        copies = 4 if average.sums else 3
+        n_bytes = copies * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         temporary = self.from_first(lambda: checkpoint.begin(run.checkpoints, step, n_bytes=n_bytes))
-        weights, moments = get_state_dict(model, optimizer)
-        save_shards(
-            {"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group
-        )
+        save_shards(_state(model, optimizer, average), checkpoint_id=temporary / SHARDS, process_group=self.group)
 
         def seal() -> Path:
             with checkpoint.writing(temporary):
@@ -197,6 +204,12 @@ class ManyProcesses(Processes):
                 return checkpoint.seal(temporary, step, files)
 
         return self.from_first(seal)
+
+
+def _state(model: LanguageModel, optimizer: torch.optim.AdamW, average: WeightAverage) -> dict[str, Any]:
+    """What a checkpoint holds, in the processes' own memory where it is tensors."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, **({"merged": average.sums} if average.sums else {})}
 
 
 def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:

@@ -1,22 +1,34 @@
-"""AdamW over what a stage trains, and gradient clipping."""
+"""The optimizer of what a stage trains, AdamW or Muon beside AdamW, and gradient clipping."""
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from foundation.numbers import check_numbers
+from foundation.serialize import nearest
 from lm.model import LanguageModel
+from staged_training.muon import SCALES, Muon, Scale
+from staged_training.packed_matrices import packed_matrices
+
+Kind = Literal["adamw", "muon"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101).
+    """AdamW (arXiv 1711.05101), or Muon for the matrices inside the blocks and AdamW for everything else.
 
     Attributes:
-        betas: decay rates of the first and second moment.
+        kind: "adamw" for all parameters, or "muon" for attention's and experts' matrices (staged_training/muon.py).
+        muon_momentum: share that the momentum keeps per step.
+        muon_scale: of a matrix's update: "match_rms_adamw" makes it as large as AdamW's, so that one learning rate
+            and weight decay fit both (arXiv 2502.16982); "original" is sqrt(max(1, out / in)).
+        muon_routers: Muon for the routers' matrices too.
+        betas: AdamW's decay rates of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: for matrices. Vectors (norms, biases, per-head constants) have none, and neither has the
             embedding: a row that does not occur in a batch gets no gradient, and decay would shrink rare tokens towards
@@ -27,6 +39,10 @@ class OptimizerConfig:
         ValueError: for a number outside its range.
     """
 
+    kind: Annotated[Kind, tyro.conf.arg(name="optimizer", prefix_name=False)] = "adamw"
+    muon_momentum: float = 0.95
+    muon_scale: Scale = "match_rms_adamw"
+    muon_routers: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -34,6 +50,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        for name, legal in (("kind", KINDS), ("muon_scale", SCALES)):
+            if (value := getattr(self, name)) not in legal:
+                raise ValueError(f"OptimizerConfig.{name}: {value!r} is not known; {nearest(value, legal)}")
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"OptimizerConfig.muon_momentum: {self.muon_momentum}, must be 0 or more and below 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"OptimizerConfig.betas: {self.betas}, must be two numbers in [0, 1)")
         for name, legal in (("eps", self.eps > 0), ("weight_decay", self.weight_decay >= 0), ("clip", self.clip > 0)):
@@ -51,8 +72,8 @@ def trained_parameters(model: LanguageModel, boundary: int) -> Iterator[tuple[st
 
 
 def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; the others stop requiring gradients. The learning rate is set before every
-    step."""
+    """The optimizer of the trained parameters; the others stop requiring gradients. The learning rate is set before
+    every step."""
     # Without this, backward would compute the gradients of frozen weights that no one reads.
     model.requires_grad_(False)
     decayed, plain = [], []
@@ -60,9 +81,22 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int
         parameter.requires_grad_(True)
         (decayed if parameter.dim() >= 2 and parameter is not model.embedding_VD else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    # One kernel over all elements of a parameter, each by itself: nothing in it depends on what ran before.
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in decayed + plain)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=fused
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+    packings = packed_matrices(model, routers=config.muon_routers)
+    return Muon(
+        groups,
+        {parameter: packings[name] for name, parameter in trained_parameters(model, boundary) if name in packings},
+        momentum=config.muon_momentum,
+        scale=config.muon_scale,
+        # What the model's own products are computed in is what this machine multiplies fast.
+        dtype=getattr(torch, model.config.dtype),
+        betas=config.betas,
+        eps=config.eps,
+        fused=fused,
     )
 
 
@@ -109,9 +143,11 @@ def restore_optimizer(
     """Puts back what `optimizer_tensors` returned.
 
     Raises:
-        ValueError: naming the states that belong to no trained parameter or have another shape.
+        ValueError: naming the first state that belongs to no trained parameter, to another optimizer, or has another
+            shape.
     """
     parameters = dict(trained_parameters(model, boundary))
+    matrices = optimizer.packing_of if isinstance(optimizer, Muon) else {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(":")
         parameter = parameters.get(name)
@@ -119,5 +155,7 @@ def restore_optimizer(
             raise ValueError(
                 f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} fits no trained parameter of this model"
             )
+        if (key == "momentum_buffer") != (parameter in matrices):
+            raise ValueError(f"optimizer state {full_name!r} was left by another optimizer than this")
         # A clone: the update works in place, and the tensors belong to whoever loaded them.
         optimizer.state[parameter][key] = tensor.to(parameter.device).clone()

@@ -19,8 +19,7 @@ from routing.router import RouterConfig
 from staged_training.describe import describe
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.plan import CorpusFacts, Plan
-from staged_training.schedule import Stage
-from staged_training.staging import StagingConfig, corpus_facts, make_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class ParallelConfig:
         policy: routing policy as JSON, as config.json stores it: '{"type": "TopP", "target_mean": 4, "cap": 8}'; the
             model's own when empty.
         expert_parallel: processes that share one set of experts, each with its part of them; 0 for all processes.
-        staging: the token budget, of which the part behind `trunk_share` decays to zero; nothing is frozen. batch_size
+        staging: the token budget, of which the part behind `trunk_share` anneals; nothing is frozen. batch_size
             counts the rows of all processes together.
         execution: saving, printing, tracking; nothing is cached.
         seed: weights, data order, routers' draws.
@@ -103,8 +102,4 @@ def plan_of(config: ParallelConfig, facts: CorpusFacts) -> Plan:
         policy = from_dict(RouterConfig, {"policy": stored}, place="--policy").policy
         router = dataclasses.replace(model.moe.router, policy=policy)
         model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, router=router))
-    plan = make_plan(config.staging, facts, model, [], trunk_seed=config.seed)
-    n_batches = config.staging.tokens // plan.tokens_per_batch
-    decay_steps = n_batches - plan.trunk.n_batches
-    schedule = dataclasses.replace(plan.trunk.schedule, decay_steps=decay_steps, decay_shape=config.staging.decay_shape)
-    return dataclasses.replace(plan, trunk=Stage(n_batches=n_batches, schedule=schedule))
+    return make_whole_plan(config.staging, facts, model, seed=config.seed)

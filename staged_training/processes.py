@@ -13,6 +13,7 @@ from lm.model import LanguageModel
 from routing.router import Router
 from staged_training import checkpoint
 from staged_training.data import Batches, TokenBatches
+from staged_training.merging import WeightAverage
 from staged_training.optimizer import optimizer_tensors, restore_optimizer
 from staged_training.progress import MetricsFile, problem_of_logs
 from staged_training.record import locked
@@ -64,7 +65,9 @@ class Processes:
         """The files of a run that is at `step`."""
         return MetricsFile(folder, step)
 
-    def restore(self, run: Run, model: LanguageModel, optimizer: torch.optim.AdamW) -> checkpoint.Checkpoint | None:
+    def restore(
+        self, run: Run, model: LanguageModel, optimizer: torch.optim.AdamW, average: WeightAverage
+    ) -> checkpoint.Checkpoint | None:
         """Continues from the run's newest checkpoint, if there is any.
 
         Raises:
@@ -73,19 +76,26 @@ class Processes:
         if (saved := checkpoint.load_latest(run.checkpoints, continuable(run))) is not None:
             checkpoint.refuse_other_identity(saved, run.identity)
             checkpoint.restore_model(model, saved.weights, str(saved.path))
-            restore_optimizer(model, optimizer, run.boundary, saved.optimizer)
+            restore_optimizer(model, optimizer, run.boundary, average.restore(saved.optimizer))
             checkpoint.restore_random_states(saved)
         return saved
 
     def save(
-        self, run: Run, step: int, model: LanguageModel, optimizer: torch.optim.AdamW, *, state: dict[str, Any]
+        self,
+        run: Run,
+        step: int,
+        model: LanguageModel,
+        optimizer: torch.optim.AdamW,
+        average: WeightAverage,
+        *,
+        state: dict[str, Any],
     ) -> Path:
         """Writes a checkpoint of the run; returns its folder."""
         return checkpoint.save(
             run.checkpoints,
             step,
             weights=checkpoint.model_tensors(model),
-            optimizer=optimizer_tensors(model, optimizer, run.boundary),
+            optimizer={**optimizer_tensors(model, optimizer, run.boundary), **average.tensors()},
             state={"identity": run.identity, **state},
         )
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
 
 from corpus.prepare import PreparedCorpus
 from foundation.files import fingerprint, sha256_file
@@ -11,7 +14,7 @@ from lm.config import ModelConfig
 from staged_training.boundary import choose_cut, compose
 from staged_training.optimizer import OptimizerConfig
 from staged_training.plan import Branch, CorpusFacts, Plan
-from staged_training.schedule import Schedule, Stage
+from staged_training.schedule import Anneal, Schedule, Stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,10 @@ class StagingConfig:
         warmup_share: share of the trunk's steps that warm up; it then stays at the peak.
         branch_warmup_share: the same for a branch, whose optimizer starts anew; the rest of the branch decays to zero.
         decay_shape: "linear" or "1-sqrt".
+        anneal: how a branch ends: "decay" lowers its rate to zero, "merge" keeps the rate and averages the weights of
+            the steps that would decay, by the decay's shape (arXiv 2507.17634).
+        trunk_merge_share: share of the trunk's steps, its last, whose weights are averaged likewise into those that
+            branches start from; 0 for the last weights themselves.
 
     Raises:
         ValueError: for a share outside its range, a size below 1 or a learning rate that is not positive.
@@ -44,12 +51,14 @@ class StagingConfig:
     warmup_share: float = 0.05
     branch_warmup_share: float = 0.1
     decay_shape: str = "linear"
+    anneal: Annotated[Anneal, tyro.conf.arg(prefix_name=False)] = "decay"
+    trunk_merge_share: float = 0.0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.trunk_share < 1:
             raise ValueError(f"StagingConfig.trunk_share: {self.trunk_share}, must be above 0 and below 1")
-        for name in ("freeze", "warmup_share", "branch_warmup_share"):
+        for name in ("freeze", "warmup_share", "branch_warmup_share", "trunk_merge_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be 0 or more and below 1")
         if self.learning_rate <= 0:
@@ -108,7 +117,13 @@ def make_plan(
         )
     trunk = Stage(
         n_batches=trunk_batches,
-        schedule=Schedule(peak=config.learning_rate, warmup_steps=round(trunk_batches * config.warmup_share)),
+        schedule=Schedule(
+            peak=config.learning_rate,
+            warmup_steps=round(trunk_batches * config.warmup_share),
+            decay_steps=round(trunk_batches * config.trunk_merge_share),
+            decay_shape=config.decay_shape,
+            anneal="merge" if config.trunk_merge_share else "decay",
+        ),
     )
     warmup = round(branch_batches * config.branch_warmup_share)
     decay = Schedule(
@@ -116,6 +131,7 @@ def make_plan(
         warmup_steps=warmup,
         decay_steps=branch_batches - warmup,
         decay_shape=config.decay_shape,
+        anneal=config.anneal,
     )
     n_calibration = max(
         1, min(-(-config.calibration_tokens // tokens_per_batch), corpus.train_tokens // tokens_per_batch // 20)
@@ -144,3 +160,20 @@ def make_plan(
         ),
         decisions=cut.reasons if cut is not None else (),
     )
+
+
+def make_whole_plan(config: StagingConfig, corpus: CorpusFacts, model: ModelConfig, *, seed: int) -> Plan:
+    """The whole budget in one stage that anneals over the share behind `trunk_share`, without branches.
+
+    Raises:
+        ValueError: see `make_plan`.
+    """
+    plan = make_plan(config, corpus, model, [], trunk_seed=seed)
+    n_batches = config.tokens // plan.tokens_per_batch
+    schedule = dataclasses.replace(
+        plan.trunk.schedule,
+        decay_steps=n_batches - plan.trunk.n_batches,
+        decay_shape=config.decay_shape,
+        anneal=config.anneal,
+    )
+    return dataclasses.replace(plan, trunk=Stage(n_batches=n_batches, schedule=schedule))

@@ -46,6 +46,8 @@ ROUTERS = {
         policy=ReLU(target_mean=3.0, cap=6, control="penalty", l1_coefficient=1e-3), renormalise=False
     ),
 }
+# The same routing under the other optimizer, with weights merged over steps on both sides of a checkpoint.
+ROUTERS["muon"] = ROUTERS["top_k"]
 STEPS, SAVE_EVERY, STOP_AT, BATCH, LENGTH = 6, 3, 4, 8, 12
 
 
@@ -83,13 +85,16 @@ def train(policy: str, folder: Path, processes: Processes = ALONE, *, stop: bool
     rows, part = processes.own_rows(batches), processes.shard(model)
     if stop and isinstance(processes, ManyProcesses) and processes.rank == processes.n - 1:
         rows = Stopping(rows)
+    schedule = Schedule(peak=3e-3, warmup_steps=2, decay_steps=2)
+    if policy == "muon":
+        schedule = Schedule(peak=3e-3, warmup_steps=2, decay_steps=4, anneal="merge")
     run = Run(
         label=policy,
         method="trunk",
         branch_seed=None,
-        stage=Stage(n_batches=STEPS, schedule=Schedule(peak=3e-3, warmup_steps=2, decay_steps=2)),
+        stage=Stage(n_batches=STEPS, schedule=schedule),
         # A gradient that is nearly zero must not become a full step of either sign: rounding would decide.
-        optimizer=OptimizerConfig(eps=1e-3, clip=0.1),
+        optimizer=OptimizerConfig(kind="muon" if policy == "muon" else "adamw", eps=1e-3, clip=0.1),
         seed=0,
         boundary=0,
         order=tuple(range(STEPS)),
@@ -103,7 +108,8 @@ def train(policy: str, folder: Path, processes: Processes = ALONE, *, stop: bool
 
 def main(folder: Path, rank: int, world_size: int, n_expert: int, jobs: list[str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store_{world_size}", rank=rank, world_size=world_size)
+    store = f"file://{folder}/store_{world_size}_{n_expert}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     processes = ManyProcesses(n_expert, torch.device("cpu"))
     for job in jobs:
         stop, _, place = job.rpartition(":")

@@ -15,9 +15,10 @@ from routing.policies.random_k import RandomK
 from routing.policies.top_p import TopP
 from staged_training.checkpoint import WEIGHTS
 from staged_training.data import TokenBatches
+from staged_training.describe import describe
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, in_order, run_plan
-from staged_training.progress import DIAGNOSTICS, METRICS, TIMING
+from staged_training.progress import DIAGNOSTICS, METRICS, TIMING, read_metrics
 from staged_training.record import RunMismatchError, read_run
 
 
@@ -297,3 +298,27 @@ def test_the_last_checkpoint_of_a_trunk_is_the_trunk(budgeted, corpus, execution
     assert last.read_bytes() == before == (folder / "model" / "weights.safetensors").read_bytes()
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, restored.state_dict()[name]), name
+
+
+def test_merged_ends_are_calibrated_and_branches_start_from_the_merged_trunk(
+    plan_of, model_config, with_policy, corpus, execution_config, tmp_path
+):
+    top_p = with_policy(TopP(target_mean=2, cap=4))
+    branches = [("top_p", top_p, 0)]
+    plan = plan_of(branches, model=top_p, anneal="merge", trunk_merge_share=0.25, freeze=0.0)
+    execution = Execution(plan, corpus, tmp_path, execution_config)
+    model, trunk = execution.trunk()
+    record = execution.branch(plan.branches[0])
+    for each in (trunk, record):
+        rates = [step["lr"] for step in read_metrics(each.folder)]
+        assert rates[-1] == max(rates)
+        whole = load_pretrained(each.folder / "model")
+        unseen_BT = load_calibration_tokens(each.folder / "model")
+        assert experts_per_token(whole, unseen_BT, (0, 1, 2, 3)).mean().item() == pytest.approx(2, abs=0.01)
+    restored, _ = Execution(plan, corpus, tmp_path, execution_config).trunk()
+    assert all(torch.equal(tensor, restored.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert record.result["bits_per_byte"] < trunk.result["bits_per_byte"]
+    text = describe(plan)
+    assert "1 steps warm-up, 17 stable, 6 at the peak whose weights are averaged as a linear decay would" in text
+    assert "1 steps warm-up, 0 stable, 5 at the peak whose weights are averaged" in text
+    assert plan.trunk_hash != plan_of(branches, model=top_p).trunk_hash

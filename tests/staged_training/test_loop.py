@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from foundation.stopping import Interrupted
 from lm.model import LanguageModel
@@ -233,3 +234,56 @@ def test_a_checkpoint_of_another_stage_is_refused(train, tmp_path, change):
         checkpoint.CheckpointMismatchError, match=r"decay_steps: stored 4, asked 5|seed: stored 0, asked 1"
     ):
         train(tmp_path, **change)
+
+
+class Remembering:
+    """Token batches that keep the weights as they are when each step reads its batch."""
+
+    def __init__(self, batches):
+        self.batches, self.weights = batches, []
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        self.weights.append({name: tensor.double() for name, tensor in checkpoint.model_tensors(self.model).items()})
+        return self.batches[index]
+
+    def watch(self, model):
+        self.model = model
+
+
+@pytest.mark.parametrize("shape", ["linear", "1-sqrt"])
+def test_merged_weights_are_the_average_of_those_after_each_update(train, batches, tmp_path, shape):
+    plain = Schedule(peak=1e-2, warmup_steps=2)
+    merging = Schedule(peak=1e-2, warmup_steps=2, decay_steps=4, decay_shape=shape, anneal="merge")
+    seen = Remembering(batches)
+    straight = train(tmp_path / "plain", batches=seen, stage=Stage(n_batches=STEPS, schedule=plain), prepare=seen.watch)
+    merged = train(tmp_path / "merged", stage=Stage(n_batches=STEPS, schedule=merging))
+    last, got = (load_file(result.checkpoint / checkpoint.WEIGHTS) for result in (straight, merged))
+    # Those after 9, 10, 11 and 12 updates.
+    window = [*seen.weights[STEPS - 3 :], {name: tensor.double() for name, tensor in last.items()}]
+    t = np.linspace(0, 1, 5)
+    shares = np.diff(t if shape == "linear" else np.sqrt(t))
+    parameters = dict(seen.model.named_parameters())
+    for name, tensor in got.items():
+        if name in parameters:
+            average = torch.stack([share * weights[name] for share, weights in zip(shares, window)]).sum(0)
+            torch.testing.assert_close(tensor, average.float(), atol=1e-7, rtol=1e-5)
+            assert not torch.equal(tensor, last[name]), name
+        else:
+            # Selection biases and loads: as the last step left them.
+            assert torch.equal(tensor, last[name]), name
+    assert (tmp_path / "merged" / METRICS).read_bytes() == (tmp_path / "plain" / METRICS).read_bytes()
+
+
+@pytest.mark.parametrize("at", [5, 10, STEPS])
+def test_a_merge_that_was_stopped_goes_on_bit_for_bit(train, batches, tmp_path, at):
+    merging = Schedule(peak=1e-2, warmup_steps=2, decay_steps=4, anneal="merge")
+    stage = Stage(n_batches=STEPS, schedule=merging)
+    train(tmp_path / "straight", stage=stage)
+    watched = Watched(batches, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", batches=watched, stage=stage)
+    train(tmp_path / "stopped", stage=stage)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")

@@ -30,7 +30,8 @@ _spec.loader.exec_module(worker)
 
 
 # One that counts, one with a quantile; two processes run all policies.
-IN_FOUR = ("top_k", "top_p")
+# Muon gathers the matrices of experts that are cut over data parallel processes.
+IN_FOUR = ("top_k", "top_p", "muon")
 
 
 def start(folder: Path, n: int, n_expert: int, jobs: list[str]) -> list[subprocess.Popen]:
@@ -48,24 +49,25 @@ def finish(started: list[subprocess.Popen]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """FOLDER/POLICY/NAME with NAME among alone, two, four; resumed_1 and resumed_4 go on from step 3 of two; stopped
-    was stopped and continued."""
+    """FOLDER/POLICY/NAME with NAME among alone, two, four, and cut, in two processes that share no experts; resumed_1
+    and resumed_4 go on from step 3 of two; stopped was stopped and continued."""
     folder = tmp_path_factory.mktemp("runs")
     two = start(folder, 2, 2, [*(f"{policy}/two" for policy in worker.ROUTERS), "stop:top_p/stopped", "top_p/stopped"])
     for policy in worker.ROUTERS:
         alone = worker.train(policy, folder / policy / "alone")
         torch.save(alone.state_dict(), folder / policy / "alone.pt")
     finish(two)
-    for name in ("resumed_1", "resumed_4"):
-        shutil.copytree(folder / "top_p" / "two", folder / "top_p" / name)
-        shutil.rmtree(folder / "top_p" / name / "checkpoints" / f"step_{worker.STEPS:08d}")
+    for name in ("top_p/resumed_1", "top_p/resumed_4", "muon/resumed_1"):
+        shutil.copytree((folder / name).with_name("two"), folder / name)
+        shutil.rmtree(folder / name / "checkpoints" / f"step_{worker.STEPS:08d}")
     four = start(folder, 4, 2, [*(f"{policy}/four" for policy in IN_FOUR), "top_p/resumed_4"])
-    finish([*four, *start(folder, 1, 1, ["top_p/resumed_1"])])
+    finish([*four, *start(folder, 1, 1, ["top_p/resumed_1", "muon/resumed_1"])])
+    finish(start(folder, 2, 1, ["muon/cut"]))
     return folder
 
 
 COMPARED = [(policy, "two") for policy in worker.ROUTERS] + [(policy, "four") for policy in IN_FOUR]
-COMPARED += [("top_p", "resumed_1"), ("top_p", "resumed_4")]
+COMPARED += [("top_p", "resumed_1"), ("top_p", "resumed_4"), ("muon", "resumed_1"), ("muon", "cut")]
 
 
 @pytest.mark.parametrize(("policy", "name"), COMPARED)
@@ -98,6 +100,7 @@ def test_weights_and_controllers_are_those_of_one_process(runs, policy, name):
     # They have moved, so there was something to compare.
     moved = {
         "top_k": "selection_bias_E",
+        "muon": "selection_bias_E",
         "top_p": "policy.budget.threshold",
         "null_experts": "policy.budget.threshold",
         "relu": "policy.l1_coefficient",

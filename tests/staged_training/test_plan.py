@@ -7,6 +7,7 @@ from foundation.serialize import from_dict, to_dict
 from routing.policies.null_experts import NullExperts
 from routing.policies.top_p import TopP
 from staged_training.describe import describe
+from staged_training.optimizer import OptimizerConfig
 from staged_training.plan import Plan
 from staged_training.schedule import Schedule, Stage
 
@@ -86,10 +87,16 @@ def test_a_trunk_is_known_by_what_its_weights_depend_on(plan, plan_of, model_con
     for other in (
         {"trunk_seed": 1},
         {"learning_rate": 1e-3},
+        {"optimizer": OptimizerConfig(kind="muon")},
+        {"trunk_merge_share": 0.5},
         {"seq_len": 8},
         {"model": dataclasses.replace(model_config, d_model=32)},
     ):
         assert plan_of([], **other).trunk_hash != plan.trunk_hash
+    # How a branch ends is the branch's.
+    (branch,) = plan_of([("baseline", model_config, 0)], anneal="merge").branches
+    assert plan_of([], anneal="merge").trunk_hash == plan.trunk_hash
+    assert branch.stage.schedule == dataclasses.replace(plan.branches[0].stage.schedule, anneal="merge")
 
 
 def test_plans_survive_json(plan):
@@ -109,6 +116,7 @@ def test_describe_names_what_is_frozen_reused_and_taken(plan):
             " every branch"
         ),
         "1 steps warm-up, 0 stable, 5 linear decay to 0",
+        "optimizer  AdamW, weight decay 0.1",
         "re-used    the trunk's weights everywhere",
         "not taken  optimizer moments (each branch warms up its own), the trunk's schedule",
         "2 new router weights, initialised from the branch's seed",

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -42,6 +43,7 @@ def test_rises_stays_falls(warmup, stable, decay, shape, peak):
     ("wrong", "message"),
     [
         ({"decay_shape": "linaer"}, "did you mean 'linear'"),
+        ({"anneal": "merged"}, "did you mean 'merge'"),
         ({"peak": 0.0}, "peak: 0.0"),
         ({"peak": math.nan}, "nan"),
         ({"warmup_steps": -1}, "warmup_steps: -1"),
@@ -50,3 +52,21 @@ def test_rises_stays_falls(warmup, stable, decay, shape, peak):
 def test_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**wrong)
+
+
+@pytest.mark.parametrize("shape", DECAY_SHAPES)
+@pytest.mark.parametrize(("decay", "stable"), [(1, 0), (5, 3), (40, 0)])
+def test_merging_counts_every_update_as_much_as_the_decay(shape, decay, stable):
+    decayed = Schedule(peak=0.5, warmup_steps=2, decay_steps=decay, decay_shape=shape)
+    merged, n_steps = dataclasses.replace(decayed, anneal="merge"), 2 + stable + decay
+    shares = [merged.merged_share(done, n_steps) for done in range(n_steps + 1)]
+    assert sum(shares) == pytest.approx(1)
+    assert not any(shares[: n_steps - decay + 1])
+    if shape == "linear":
+        assert shares[-decay:] == pytest.approx([1 / decay] * decay)
+    for step in range(2, n_steps):
+        assert merged.value(step, n_steps) == 0.5
+        # An update is in all weights behind it.
+        assert 0.5 * sum(shares[step + 1 :]) == pytest.approx(decayed.value(step, n_steps))
+    assert [merged.value(step, n_steps) for step in range(2)] == [0.25, 0.5]
+    assert not any(decayed.merged_share(done, n_steps) for done in range(n_steps + 1))

@@ -30,7 +30,8 @@ PLANS = (
 COMMANDS = (
     "ablations --help", "ablations compare --help", "ablations report --help", "ablations budgets --help",
     "ablations difficulty --help", "ablations.top_p --help", "staged_training --help", "staged_training run --help",
-    "staged_training parallel --help", "staged_training diagnostics --help", "lm generate --help", "lm bench --help",
+    "staged_training parallel --help", "staged_training sweep --help", "staged_training diagnostics --help",
+    "lm generate --help", "lm bench --help",
     "moe bench --help", "corpus prepare --help", "triton_kernels --help", "triton_kernels inspect --help",
     "triton_kernels bench --help", "triton_kernels gpu-check --help", "demos.terminal --help",
 )  # fmt: skip
