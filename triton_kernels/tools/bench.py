@@ -71,8 +71,9 @@ class Ceilings:
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Measured, and printed with what they were measured on."""
     size, elements = (1024, 2**25) if device == "cpu" else (8192, 2**29)
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    x = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
+    x = torch.randn(elements, device=device, dtype=torch.bfloat16, generator=generator)
     y = torch.empty_like(x)
     matmul_ms, copy_ms = (
         1e3 * median_seconds(run, repeats=10, device=device, clock=device_seconds)
@@ -110,8 +111,9 @@ def passes(call: Call, inputs: dict[str, Any], gradient: Tensor) -> Passes:
 def dense_matmul(shape: Shape, flops: float, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
     """Every token's H x K channels times a weight of as many columns as `flops` pays for."""
     rows, width = shape["B"] * shape["T"], shape["H"] * shape["K"]
-    x = torch.randn(rows, width, device=device).to(dtype)
-    w = torch.randn(width, max(1, round(flops / (2 * rows * width))), device=device).to(dtype)
+    generator, columns = torch.Generator(device).manual_seed(0), max(1, round(flops / (2 * rows * width)))
+    x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+    w = torch.randn(width, columns, device=device, generator=generator).to(dtype)
     return lambda: x @ w
 
 
