@@ -29,6 +29,7 @@ from ablations.report.table import (
     write_csv,
 )
 from foundation.command import CannotGoOn
+from foundation.files import write_text
 from foundation.tables import write_table
 
 REPORT_FILE = "report.html"
@@ -70,7 +71,7 @@ def write_report(records: Records) -> Path:
         write_table(records.folder / "figures" / f"{figure.name}.csv", figure.columns, figure.rows)
     # Last, because the page holds the csv files as data links.
     path = records.folder / REPORT_FILE
-    path.write_text(page(records, figures), encoding="utf-8")
+    write_text(path, page(records, figures))
     return path
 
 

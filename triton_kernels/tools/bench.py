@@ -6,6 +6,7 @@ matmul": one product of the layer's rows by a dense weight with as many FLOPs. A
 reference fails on this machine gets no time, and a peer that disagrees gets no ratio.
 """
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foundation.files import write_bytes
 from foundation.tables import write_rows
 from foundation.timing import device_seconds, median_seconds
 from triton_kernels.tools.agreement import Call, Reference, leaves_of, output_gradient, outputs_of, results
@@ -280,4 +282,6 @@ def plot_roofline(rows: list[Timing], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of the least traffic", ylabel="TFLOP/s")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:] or "svg")
+    write_bytes(path, drawn.getvalue())
