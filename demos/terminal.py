@@ -5,6 +5,10 @@ The number is that of the forward pass which predicted the token: the work that 
 layers whose number varies.
 """
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 import dataclasses
 import json
 import math

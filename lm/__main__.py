@@ -1,5 +1,9 @@
 """`python -m lm generate | bench`: text from a trained model, and how fast the model is on this machine."""
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 import dataclasses
 import sys
 import time
