@@ -262,8 +262,8 @@ class Router(ExactBuffers):
         """Logits and scores in fp32 (fp64 for fp64 inputs).
 
         Raises:
-            NonFiniteScoresError: if any is NaN or infinite. On a GPU, where asking would make the host wait, an
-                assertion on the device stops the run instead.
+            NonFiniteScoresError: if any is NaN or infinite, or what they are compared with is NaN. On a GPU, where
+                asking would make the host wait, an assertion on the device stops the run instead.
         """
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         # Columns that another policy left here are none of this one's business.
@@ -333,13 +333,17 @@ class Router(ExactBuffers):
 
     def _refuse_non_finite(self, logits: Tensor) -> None:
         finite = torch.isfinite(logits).all()
+        # Thresholds, biases, bars and slopes: compared with a NaN, every slot would look as good as another.
+        for limit in (self.selection_bias_E, *self.policy.parameters(), *self.policy.buffers()):
+            if limit.is_floating_point():
+                finite = finite & ~limit.isnan().any()
         if logits.device.type == "cuda":
             # The host must not wait here: the device itself stops the run.
             torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
         elif not finite:
             raise NonFiniteScoresError(
-                f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its"
-                " weights)"
+                f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input, its"
+                " weights, its biases or its thresholds)"
             )
 
 
