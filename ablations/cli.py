@@ -1,6 +1,10 @@
 """The commands: `python -m ablations list | compare | report | budgets | difficulty | runs | prune`, and `python -m
 ablations.<method>`."""
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 from pathlib import Path
 from typing import Annotated, Literal
 

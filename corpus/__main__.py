@@ -1,6 +1,10 @@
 """`python -m corpus prepare` makes a tokenizer and packed tokens; `python -m corpus show` describes a prepared
 folder."""
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 from collections.abc import Sequence
 from typing import Annotated
 

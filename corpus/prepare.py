@@ -108,12 +108,13 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
     """Reads the documents; opens the prepared corpus for exactly these under `root`, or makes it.
 
     The documents are read and hashed, and the cached files verified, each time, so a stale or damaged cache is never
-    used: it is named in a warning and made again.
+    used: it is named in a warning and made again. Each phase is printed before it begins: it may take minutes.
 
     Raises:
         ValueError: for unusable input (see `load_documents`, `Tokenizer.train`).
     """
     tokenizer = None if config.tokenizer_file is None else Tokenizer.load(config.tokenizer_file)
+    _say(f"reading {', '.join(config.data) or 'the Python standard library'}, without duplicates")
     documents = load_documents(config.data, text_field=config.text_field, valid_share=config.valid_share)
     folder = Path(root) / _cache_key(config, documents, tokenizer)
     if folder.exists():
@@ -133,6 +134,7 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
 
 
 def _opened_and_verified(folder: Path, documents: Documents) -> PreparedCorpus:
+    _say(f"checking the prepared text in {folder}")
     prepared = open_prepared(folder)
     if prepared.manifest.content_hash != documents.content_hash:
         raise ValueError(f"{folder}: the manifest speaks of other documents")
@@ -182,12 +184,13 @@ def _cache_key(config: CorpusConfig, documents: Documents, tokenizer: Tokenizer 
 
 def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: Tokenizer | None) -> None:
     if tokenizer is None:
-        tokenizer = Tokenizer.train(
-            documents.train, DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
-        )
+        vocab_size = DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
+        _say(f"learning a tokenizer of {vocab_size} tokens")
+        tokenizer = Tokenizer.train(documents.train, vocab_size)
     tokenizer.save(folder / "tokenizer.model")
     counts: dict[str, SplitCounts] = {}
     for split, texts in (("train", documents.train), ("valid", documents.valid)):
+        _say(f"packing {split}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
         packed = pack(
             folder / split,
             _encode(texts, tokenizer),
@@ -210,6 +213,10 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
     save_json(folder / MANIFEST, manifest)
     # The indices hold the checksums of the tokens.
     seal(folder, (MANIFEST, "tokenizer.model", f"train/{INDEX}", f"valid/{INDEX}"))
+
+
+def _say(phase: str) -> None:
+    print(f"corpus: {phase}", flush=True)
 
 
 def _counts(packed: PackedTokens) -> SplitCounts:

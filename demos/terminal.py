@@ -5,6 +5,10 @@ The number is that of the forward pass which predicted the token: the work that 
 layers whose number varies.
 """
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 import dataclasses
 import json
 import math
@@ -21,7 +25,7 @@ import tyro
 from demos.terminal_view import Palette, Summary
 from foundation.command import refuse_unwritable, run_command
 from foundation.console import escaped
-from foundation.files import read_json
+from foundation.files import read_json, write_text
 from foundation.numbers import check_numbers
 from foundation.serialize import from_dict, load_json
 from lm.accounting import kv_bytes
@@ -137,7 +141,7 @@ def record(config: DemoConfig) -> Iterator[dict]:
     )
     shown = {"head": head, "layers": layers, "summary": dataclasses.asdict(summary)}
     if config.trace is not None:
-        (config.trace / SHOWN).write_text(json.dumps(shown, indent=1) + "\n")
+        write_text(config.trace / SHOWN, json.dumps(shown, indent=1) + "\n")
     yield {"summary": shown["summary"]}
 
 

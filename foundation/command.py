@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from foundation.console import Console, escaped
-from foundation.stopping import Interrupted, StopSignals
+from foundation.stopping import Interrupted, StopSignals, not_held_up
 
 Parsed = TypeVar("Parsed")
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,7 @@ def run_command(
     out, err = (Console(stream or io.StringIO()) for stream in (sys.stdout, sys.stderr))
     with (
         StopSignals(at_once=True),
+        not_held_up(),
         contextlib.redirect_stdout(out),  # pyright: ignore[reportArgumentType]
         contextlib.redirect_stderr(err),  # pyright: ignore[reportArgumentType]
     ):

@@ -24,6 +24,9 @@ SEAL = "seal.json"
 # What file systems answer that have no such thing: network and FUSE mounts, mostly.
 _NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EBADF}
 
+# A disk without room, a user's share of it used up, a limit on the size of files.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
 
@@ -101,24 +104,46 @@ def try_lock(descriptor: int, path: Path) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def naming(path: Path, otherwise: str) -> Iterator[None]:
+    """A disk that runs full in the block becomes a DiskFullError that names `path`, and says what is left `otherwise`:
+    the system's own message has no name once a file is open. Of nested blocks the outermost names what it makes: a
+    file inside has a temporary name."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.__cause__ if isinstance(error, DiskFullError) else error
+        if not isinstance(reason, OSError) or reason.errno not in _FULL:
+            raise
+        raise DiskFullError(f"{path} could not be written: {reason.strerror}; {otherwise}") from reason
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` atomically.
+    """Replaces `path` atomically; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces `path` atomically; a link stays one, and what is no file, a terminal say, is written to.
 
     Raises:
         DiskFullError: naming the file; the old one is untouched and nothing half-written is left.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            fsync(file.fileno(), temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(f"{path} could not be written: {error.strerror}; nothing of it was changed") from error
-        raise
+    path = Path(os.path.realpath(path))
+    with naming(path, "nothing of it was changed"):
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                fsync(file.fileno(), temporary)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     fsync_path(path.parent)
 
 
@@ -183,9 +208,10 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     _remove_dead_folders(folder)
     temporary, lock = _own_folder(folder)
     try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            fsync_path(path)
+        with naming(folder, "nothing of it is left"):
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                fsync_path(path)
         if replace and folder.exists():
             # Two renames, not a removal and one: a kill in between leaves the old content under the other name.
             old = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
@@ -194,10 +220,8 @@ def atomic_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskFullError(f"{folder} could not be written: {error.strerror}; nothing of it is left") from error
         raise
     finally:
         os.close(lock)

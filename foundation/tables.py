@@ -2,18 +2,26 @@
 
 import csv
 import dataclasses
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from foundation.files import write_text
+
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Writes rows of plain values; None is an empty cell. Folders above the file are made."""
+    """Writes rows of plain values; None is an empty cell. Folders above the file are made.
+
+    Raises:
+        files.DiskFullError: naming the file; an older one is untouched.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def write_rows(path: Path, kind: type, rows: Iterable[Any]) -> None:

@@ -1,6 +1,10 @@
 """`python -m lm generate | bench | bench-peers | long-context`: text from a trained model, how fast a model is on this
 machine, alone and beside transformers, and what a long text costs it."""
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 import dataclasses
 import sys
 import time

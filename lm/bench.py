@@ -128,8 +128,9 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
 def matmul_speed(dtype: str, device: str) -> float:
     """FLOP/s of a large dense product of this dtype: the ceiling that shares are taken of."""
     m, k, n = (8192, 8192, 8192) if device == "cuda" else (2048, 1024, 2048)
-    a = torch.randn(m, k, dtype=getattr(torch, dtype), device=device)
-    b = torch.randn(k, n, dtype=getattr(torch, dtype), device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(m, k, dtype=getattr(torch, dtype), device=device, generator=generator)
+    b = torch.randn(k, n, dtype=getattr(torch, dtype), device=device, generator=generator)
     return 2 * m * k * n / median_seconds(lambda: a @ b, repeats=9, device=device)
 
 

@@ -1,6 +1,10 @@
 """`python -m moe bench`: how far the expert layer is from dense products of the same FLOPs on this machine, and what
 fewer experts save."""
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

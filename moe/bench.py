@@ -129,8 +129,11 @@ class Problem:
     def dense(self) -> Step:
         """The six products of the same FLOPs on one set of weights, into memory that exists already."""
         n_rows, d_model, d_expert = self.shape.tokens * self.shape.k, self.shape.d_model, self.shape.d_expert
-        x_ND, a_NF = torch.randn(n_rows, d_model).to(self.dtype), torch.randn(n_rows, d_expert).to(self.dtype)
-        w_DF2, w_FD = torch.randn(d_model, 2 * d_expert).to(self.dtype), torch.randn(d_expert, d_model).to(self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        x_ND, a_NF, w_DF2, w_FD = (
+            torch.randn(rows, columns, generator=generator).to(self.dtype)
+            for rows, columns in ((n_rows, d_model), (n_rows, d_expert), (d_model, 2 * d_expert), (d_expert, d_model))
+        )
         h_NF2, y_ND, da_NF, dx_ND = (
             x_ND.new_empty(n_rows, 2 * d_expert),
             torch.empty_like(x_ND),

@@ -275,8 +275,8 @@ class Router(ExactBuffers):
         """Logits and scores in fp32 (fp64 for fp64 inputs).
 
         Raises:
-            NonFiniteScoresError: if any is NaN or infinite. On a GPU, where asking would make the host wait, an
-                assertion on the device stops the run instead.
+            NonFiniteScoresError: if any is NaN or infinite, or what they are compared with is NaN. On a GPU, where
+                asking would make the host wait, an assertion on the device stops the run instead.
         """
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         # Columns that another policy left here are none of this one's business.
@@ -345,14 +345,23 @@ class Router(ExactBuffers):
         self.step_tokens.zero_()
 
     def _refuse_non_finite(self, logits: Tensor) -> None:
+        # Thresholds, biases, bars and slopes: compared with a NaN, every slot would look as good as another.
+        limits = [
+            x
+            for x in (self.selection_bias_E, *self.policy.parameters(), *self.policy.buffers())
+            if x.is_floating_point()
+        ]
         if logits.device.type == "cuda":
+            finite = torch.isfinite(logits).all()
+            for limit in limits:
+                finite = finite & ~limit.isnan().any()
             # The host must not wait here: the device itself stops the run.
-            torch._assert_async(torch.isfinite(logits).all())  # pyright: ignore[reportPrivateImportUsage]
+            torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
         # The sum of finite numbers is finite, NaN and infinity stay in it, and it is one operator.
-        elif not math.isfinite(float(logits.detach().sum())):
+        elif not math.isfinite(float(logits.detach().sum())) or any(limit.isnan().any() for limit in limits):
             raise NonFiniteScoresError(
-                f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input or its"
-                " weights)"
+                f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input, its"
+                " weights, its biases or its thresholds)"
             )
 
 

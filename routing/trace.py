@@ -12,6 +12,7 @@ Legend: arrays here are columns of one entry per dispatched row.
 """
 
 import dataclasses
+import io
 from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from foundation.files import write_bytes
 from routing.router import Router, Routing
 
 PATTERN = "rows_*.npz"
@@ -105,7 +107,9 @@ class RouterTrace:
         if not self._parts:
             return
         columns: dict[str, Any] = {name: np.concatenate([part[name] for part in self._parts]) for name in COLUMNS}
-        np.savez_compressed(self.folder / PATTERN.replace("*", f"{self._n_files:05d}"), **columns)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **columns)
+        write_bytes(self.folder / PATTERN.replace("*", f"{self._n_files:05d}"), packed.getvalue())
         self._n_files += 1
         self._parts, self._n_rows = [], 0
 

@@ -6,6 +6,10 @@ Started again by the same command it continues where it was, or says that it is 
 everything saved; exit codes are those of `foundation.command`.
 """
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 import dataclasses
 import json
 from pathlib import Path

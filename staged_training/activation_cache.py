@@ -26,6 +26,7 @@ from foundation.files import (
     CorruptFileError,
     DiskFullError,
     fsync_path,
+    naming,
     read_sealed,
     require_space,
     write_sealed,
@@ -34,6 +35,8 @@ from foundation.serialize import to_dict
 from staged_training.data import TokenBatches
 
 DATA, MANIFEST, PROGRESS = "activations.bin", "manifest.json", "progress.jsonl"
+
+_CONTINUES = "the same command continues where it stopped"
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +151,11 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
         folder.parent.mkdir(parents=True, exist_ok=True)
         require_space(folder.parent, identity.n_bytes, f"activation cache {folder.name}")
         partial.mkdir()
-        (partial / PROGRESS).write_text(json.dumps(to_dict(identity)) + "\n")
+        with naming(partial / PROGRESS, _CONTINUES):
+            (partial / PROGRESS).write_text(json.dumps(to_dict(identity)) + "\n")
         _reserve(partial, identity.n_bytes)
     data = np.memmap(partial / DATA, dtype=np.uint8, mode="r+", shape=(len(identity.batches), identity.batch_bytes))
-    with open(partial / PROGRESS, "a", encoding="utf-8") as progress:
+    with naming(partial / PROGRESS, _CONTINUES), open(partial / PROGRESS, "a", encoding="utf-8") as progress:
         for place, batch in enumerate(identity.batches):
             if place in done:
                 continue

@@ -10,6 +10,7 @@ A run under way appends to these files, and each of its checkpoints holds their 
 continues from a checkpoint only where they are as it knows them: no step is missing from a curve and none was changed.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from foundation.files import CorruptFileError, fingerprint, fsync, read_json_lines, write_text
+from foundation.files import CorruptFileError, fingerprint, fsync, naming, read_json_lines, write_text
 
 METRICS, DIAGNOSTICS, TIMING = "metrics.jsonl", "diagnostics.jsonl", "timing.jsonl"
 LOGS = (METRICS, DIAGNOSTICS, TIMING)
@@ -49,7 +50,8 @@ class MetricsFile:
 
     def _append(self, name: str, content: dict[str, Any]) -> None:
         line = f"{json.dumps(content)}\n".encode()
-        self._files[name].write(line)
+        with self._naming(name):
+            self._files[name].write(line)
         self._sums[name].update(line)
 
     def flush(self) -> dict[str, str]:
@@ -59,9 +61,13 @@ class MetricsFile:
             the SHA-256 of each file as it was written, for `problem_of_logs`.
         """
         for name, file in self._files.items():
-            file.flush()
-            fsync(file.fileno(), self._folder / name)
+            with self._naming(name):
+                file.flush()
+                fsync(file.fileno(), self._folder / name)
         return {name: total.hexdigest() for name, total in self._sums.items()}
+
+    def _naming(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return naming(self._folder / name, "the same command continues behind the last checkpoint")
 
     def close(self) -> None:
         self.flush()

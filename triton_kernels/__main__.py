@@ -1,5 +1,9 @@
 """`python -m triton_kernels inspect | bench | gpu-check`: see each command's --help."""
 
+import foundation.starting  # noqa: F401
+
+# isort: split
+
 import argparse
 import os
 import sys

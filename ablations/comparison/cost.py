@@ -75,7 +75,7 @@ def compare_costs(records: Records) -> CostComparison:
         phases=phases,
         per_method=per_method,
         seeds=len(records.comparison.trunk_seeds) * len(records.comparison.branch_seeds),
-        complete=not records.missing,
+        complete=records.has_all_trunks,
     )
 
 
@@ -99,7 +99,9 @@ def cost_text(costs: CostComparison) -> str:
         lines.append(f"{what:<46} {flops:>10.3g} {duration(seconds):>9} {100 * flops / costs.staged.flops:>9.0f}%")
     n, repeats = len(costs.per_method), f" ({costs.seeds} seeds each)" if costs.seeds > 1 else ""
     if not costs.complete:
-        lines.append("A trunk's folder is missing and its cost with it: no share of training from scratch can be told.")
+        lines.append(
+            "A trunk is missing or damaged, and its cost unknown: no share of training from scratch can be told."
+        )
         return "\n".join(lines)
     lines.append(
         f"{n} methods{repeats} cost {100 * costs.share_of_once:.0f} % of the FLOPs of training {n} methods from"

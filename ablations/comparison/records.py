@@ -14,8 +14,8 @@ from ablations.comparison.statistics import RunKey
 from foundation.files import CorruptFileError, check_seal, read_json
 from foundation.serialize import load_json
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
-from staged_training.progress import TIMING, read_metrics, read_steps
-from staged_training.record import ENVIRONMENT, RESULT, Ledger, check_run
+from staged_training.progress import METRICS, TIMING, read_metrics, read_steps
+from staged_training.record import ENVIRONMENT, LEDGER, RESULT, Ledger, check_run
 
 COMPARISON_FILE = "comparison.json"
 
@@ -178,10 +178,11 @@ class Records:
     Attributes:
         folder: of the comparison.
         environment: of its first run, a trunk's where there is one: commit, versions, device.
-        trunks: by trunk seed; without those of `missing`.
+        trunks: by trunk seed; without those of `missing` and `damaged`.
+        branches, results: the run and the measurements of each finished branch, by method and seeds.
         missing: folders of trunks that finished branches came from, and that are gone: their costs and curves are
             unknown.
-        branches, results: the run and the measurements of each finished branch, by method and seeds.
+        damaged: one sentence for each run that has finished and whose record is not as it was written.
     """
 
     folder: Path
@@ -190,7 +191,13 @@ class Records:
     trunks: dict[int, RecordedRun]
     branches: dict[str, dict[RunKey, RecordedRun]]
     results: dict[str, dict[RunKey, BranchResult]]
-    missing: tuple[Path, ...] = ()
+    missing: tuple[Path, ...]
+    damaged: tuple[str, ...]
+
+    @property
+    def has_all_trunks(self) -> bool:
+        """Whether the trunk of every finished branch is here, with its costs and its curve."""
+        return {trunk_seed for runs in self.results.values() for trunk_seed, _ in runs} <= self.trunks.keys()
 
     @property
     def methods(self) -> list[str]:
@@ -206,7 +213,7 @@ def read_records(folder: Path) -> Records:
 
     Returns:
         What has finished; branches without a result are left out, so a comparison can be looked at while it runs, and
-        so are trunks that were removed to free space.
+        so are trunks that were removed to free space and runs that are damaged, which are named.
 
     Raises:
         ValueError: where `folder` holds no comparison, or no finished branch of its baseline.
@@ -220,26 +227,45 @@ def read_records(folder: Path) -> Records:
     comparison = load_json(Comparison, folder / COMPARISON_FILE)
     branches: dict[str, dict[RunKey, RecordedRun]] = {}
     results: dict[str, dict[RunKey, BranchResult]] = {}
-    for reference in comparison.branches:
+    trunks: dict[int, RecordedRun] = {}
+    missing, damaged = [], []
+    for reference in (*comparison.branches, *comparison.trunks):
         run_folder, key = run_of(folder, reference), (reference.trunk_seed, reference.branch_seed)
-        if (run_folder / RESULT).is_file():
+        is_trunk = reference in comparison.trunks
+        if not (run_folder / RESULT).is_file():
+            if is_trunk:
+                missing.append(reference)
+            continue
+        try:
             run = read_recorded_run(run_folder)
+            if is_trunk:
+                trunks[reference.trunk_seed] = run
+                continue
             measured = load_json(BranchResult, run_folder / RESULT)
-            # The run's ledger counts the FLOPs of its own evaluation; those of the other budgets are this layer's. It
-            # holds their seconds already, because its stopwatch runs until the measurements are done.
-            run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
-            branches.setdefault(reference.method, {})[key] = run
-            results.setdefault(reference.method, {})[key] = measured
+        except (ValueError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        # The run's ledger counts the FLOPs of its own evaluation; those of the other budgets are this layer's. It
+        # holds their seconds already, because its stopwatch runs until the measurements are done.
+        run.costs["evaluation"] += Cost(flops=measured.budget_flops, seconds=0.0)
+        branches.setdefault(reference.method, {})[key] = run
+        results.setdefault(reference.method, {})[key] = measured
     if comparison.baseline not in results:
-        raise ValueError(f"{folder}: no finished branch of {comparison.baseline!r} yet, nothing to compare with")
-    finished = [reference for reference in comparison.trunks if (run_of(folder, reference) / RESULT).is_file()]
-    trunks = {reference.trunk_seed: read_recorded_run(run_of(folder, reference)) for reference in finished}
+        raise ValueError(
+            "; ".join([f"{folder}: no finished branch of {comparison.baseline!r}, nothing to compare with", *damaged])
+        )
     used = {trunk_seed for runs in results.values() for trunk_seed, _ in runs}
-    missing = tuple(
-        run_of(folder, reference) for reference in comparison.trunks if reference.trunk_seed in used - trunks.keys()
-    )
     first = next(iter([*trunks.values(), *branches[comparison.baseline].values()]))
-    return Records(folder, comparison, read_json(first.folder / ENVIRONMENT), trunks, branches, results, missing)
+    return Records(
+        folder=folder,
+        comparison=comparison,
+        environment=read_json(first.folder / ENVIRONMENT),
+        trunks=trunks,
+        branches=branches,
+        results=results,
+        missing=tuple(run_of(folder, reference) for reference in missing if reference.trunk_seed in used),
+        damaged=tuple(damaged),
+    )
 
 
 def run_of(folder: Path, reference: RunReference) -> Path:
@@ -254,14 +280,16 @@ def read_recorded_run(folder: Path) -> RecordedRun:
         CorruptFileError: where a file is not as it was written.
     """
     check_run(folder)
-    metrics = read_metrics(folder)
-    return RecordedRun(
-        folder=folder,
-        losses=[line["loss"] for line in metrics],
-        experts=[line["mean_experts"] for line in metrics],
-        seconds=[line["seconds"] for line in read_steps(folder / TIMING)],
-        costs={
-            kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in Ledger.load(folder).costs.items()
-        },
-        diagnostics=read_diagnostics(folder),
-    )
+    metrics, timing, ledger = read_metrics(folder), read_steps(folder / TIMING), Ledger.load(folder)
+    try:
+        return RecordedRun(
+            folder=folder,
+            losses=[line["loss"] for line in metrics],
+            experts=[line["mean_experts"] for line in metrics],
+            seconds=[line["seconds"] for line in timing],
+            costs={kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in ledger.costs.items()},
+            diagnostics=read_diagnostics(folder),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        # Only in folders from before there were seals: what has one is as it was written.
+        raise CorruptFileError(f"{folder}: {METRICS}, {TIMING} or {LEDGER} lacks {error}") from error

@@ -24,6 +24,7 @@ from ablations.difficulty.training import EARLY, PROBLEMS_FILE, REFERENCE, Study
 from ablations.difficulty.verdict import verdict_text
 from ablations.difficulty.windows import HeldOut, Windows, held_out
 from corpus.prepare import PreparedCorpus, open_prepared
+from foundation.files import write_text
 from foundation.numbers import check_numbers
 from staged_training.record import read_run
 
@@ -122,7 +123,7 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
     write_tables(results, out)
     draw(results, out / "figure.png")
     text = verdict_text(results)
-    (out / "verdict.txt").write_text(text)
+    write_text(out / "verdict.txt", text)
     print(f"\n{text}\nresults: {out}", flush=True)
     return out
 

@@ -1,5 +1,6 @@
 """The figure of the difficulty study: experts by difficulty above, the frontier of bits per byte below."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
 from ablations.difficulty.results import ResultRow, Results
 from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
+from foundation.files import write_bytes
 
 LINES = {OWN: "-", UNIFORM: "--", RANDOM: ":"}
 
@@ -58,7 +60,9 @@ def draw(results: Results, path: Path) -> None:
         below.set_xlabel("mean experts per token and layer")
         below.set_ylabel("bits per byte, real text")
         below.legend(frameon=False, fontsize=8)
-        figure.savefig(path, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150)
+        write_bytes(path, drawn.getvalue())
 
 
 def frontier_curve(frontier: list[ResultRow], method: str, allocation: str) -> list[ResultRow]:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from foundation.files import read_json_lines
+from foundation.files import read_json_lines, write_text
 from foundation.serialize import from_dict
 
 DIGITS = 8
@@ -112,7 +112,7 @@ def generate(count: int, seed: int) -> list[Problem]:
 
 def write_problems(problems: Sequence[Problem], path: Path) -> None:
     """One JSON object per line; the corpus reads its "text"."""
-    path.write_text("".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
+    write_text(path, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
 
 
 def read_problems(path: Path) -> dict[str, Problem]:

@@ -25,7 +25,7 @@ from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
 from foundation.environment import environment
-from foundation.files import check_seal, json_text, write_into_seal
+from foundation.files import check_seal, json_text, write_into_seal, write_text
 from foundation.numbers import check_numbers
 from foundation.serialize import load_json, to_dict
 from lm.config import ModelConfig
@@ -201,7 +201,7 @@ def with_tokens(options: TrainingOptions, corpus: PreparedCorpus, model: ModelCo
             options, corpus, make_plan(options.staging, corpus_facts(corpus), trunk_model(model, options.model.k), [])
         )
         per_step = estimate(trial, steps=8).trunk / trial.plan.trunk.n_batches
-        path.write_text(f"{round(60 * options.minutes / per_step) * trial.plan.tokens_per_batch}\n")
+        write_text(path, f"{round(60 * options.minutes / per_step) * trial.plan.tokens_per_batch}\n")
     return dataclasses.replace(options, staging=dataclasses.replace(options.staging, tokens=int(path.read_text())))
 
 

@@ -28,6 +28,8 @@ from ablations.report.table import (
     with_unit,
     write_csv,
 )
+from foundation.command import CannotGoOn
+from foundation.files import write_text
 from foundation.tables import write_table
 
 REPORT_FILE = "report.html"
@@ -46,11 +48,14 @@ def show(folder: Path) -> Path:
 
     Raises:
         ValueError: where the folder holds no comparison, or no finished branch of its baseline.
+        CannotGoOn: behind the report, when damaged runs were left out of it.
     """
     records = read_records(folder)
     # Written first: whatever happens to what is printed, the report is there.
     report = write_report(records)
     print(f"\n{table_text(records)}\n\nreport: {report}", flush=True)
+    if records.damaged:
+        raise CannotGoOn(f"left out of the report, because damaged: {'; '.join(records.damaged)}")
     return report
 
 
@@ -66,7 +71,7 @@ def write_report(records: Records) -> Path:
         write_table(records.folder / "figures" / f"{figure.name}.csv", figure.columns, figure.rows)
     # Last, because the page holds the csv files as data links.
     path = records.folder / REPORT_FILE
-    path.write_text(page(records, figures), encoding="utf-8")
+    write_text(path, page(records, figures))
     return path
 
 

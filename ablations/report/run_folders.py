@@ -42,12 +42,14 @@ class RunFolder:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Removable:
-    """A folder that nothing needs, and why."""
+class Weighed:
+    """A folder of checkpoints or activations: whether anything needs it, and why; where something does, what would free
+    it."""
 
     folder: Path
     run: Path
     n_bytes: int
+    needed: bool
     why: str
 
 
@@ -76,14 +78,16 @@ def prune_command(root: tyro.conf.Positional[Path] = Path("runs"), yes: bool = F
         root: folder that is searched, with all folders below it.
         yes: remove it; otherwise it is only listed.
     """
-    found = removable(root)
-    for item in found:
-        print(
-            f"{'freed' if yes and remove(item) else 'kept' if yes else 'would free'} {mebibytes(item.n_bytes)}  "
-            f"{item.folder}  ({item.why})"
-        )
-    total = mebibytes(sum(item.n_bytes for item in found)).strip()
-    print(f"{len(found)} folders, {total}" + ("" if yes or not found else "; --yes removes them"))
+    n_freed, n_bytes = 0, 0
+    for item in weighed(root):
+        what, why = "kept" if item.needed else "would free", item.why
+        if not item.needed and yes:
+            refused = remove(item)
+            what, why = ("freed", why) if refused is None else ("kept", refused)
+        if what != "kept":
+            n_freed, n_bytes = n_freed + 1, n_bytes + item.n_bytes
+        print(f"{what:<10} {mebibytes(item.n_bytes)}  {item.folder}  ({why})")
+    print(f"{n_freed} folders, {mebibytes(n_bytes).strip()}" + ("" if yes or not n_freed else "; --yes removes them"))
 
 
 def run_folders(root: Path) -> list[RunFolder]:
@@ -122,48 +126,62 @@ def run_verdict(folder: Path) -> str:
 def comparison_verdict(folder: Path) -> str:
     """Every method with its verdict, or why there is none yet."""
     try:
-        return ", ".join(f"{row.method} {row.verdict}" for row in table_rows(read_records(folder)))
+        records = read_records(folder)
+        left_out = [f"{len(records.damaged)} damaged runs left out"] if records.damaged else []
+        return ", ".join([*(f"{row.method} {row.verdict}" for row in table_rows(records)), *left_out])
     except (OSError, ValueError) as error:
         return str(error).removeprefix(f"{folder}: ")
 
 
-def removable(root: Path) -> list[Removable]:
-    """What can go below `root`."""
+def weighed(root: Path) -> list[Weighed]:
+    """All checkpoints and activations below `root`."""
     return [
-        Removable(folder=folder, run=run, n_bytes=size_of(folder), why=why)
+        Weighed(folder=folder, run=run, n_bytes=size_of(folder), needed=needed, why=why)
         for run in training_runs(root)
-        if (run / RESULT).is_file()
-        for folder, why in _not_needed(run)
+        for folder, needed, why in _weigh(run)
+        if folder.is_dir()
     ]
 
 
-def _not_needed(run: Path) -> Iterator[tuple[Path, str]]:
-    """Folders of a finished run."""
+def _weigh(run: Path) -> Iterator[tuple[Path, bool, str]]:
+    """Folder, whether something needs it, and why."""
+    checkpoints, activations = run / "checkpoints", run / "activations"
+    if not (run / RESULT).is_file():
+        why = f"the run is unfinished and goes on from here; its command frees it, or removing {run}"
+        yield checkpoints, True, why
+        yield activations, True, why
+        return
     if run.parent.name == "branches":
-        if (run / "checkpoints").is_dir():
-            yield run / "checkpoints", "the branch is finished, model/ holds its weights"
+        yield checkpoints, False, "the branch is finished, model/ holds its weights"
         return
     # By name, newest first: `step_00000009` before `step_00000012`.
-    for old in sorted((run / "checkpoints").glob("step_*"), key=_step, reverse=True)[1:]:
-        yield old, "older than the last checkpoint of a finished run"
-    if (run / "activations").is_dir() and not waits(run):
-        yield run / "activations", "no branch of this trunk is unfinished; another comparison computes them again"
+    for place, path in enumerate(sorted(checkpoints.glob("step_*"), key=_step, reverse=True)):
+        if place:
+            yield path, False, "older than the last checkpoint of a finished run"
+        else:
+            yield path, True, f"the last checkpoint, from which further branches start; removing {run} frees it"
+    if waiting := unfinished_branches(run):
+        others = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+        why = f"{waiting[0]}{others} may still train on it; finishing the comparison frees it, or removing what waits"
+        yield activations, True, why
+    else:
+        yield activations, False, "no branch of this trunk is unfinished; another comparison computes them again"
 
 
-def waits(trunk: Path) -> bool:
-    """Whether a branch that may start from this trunk is planned or begun and not finished. Branches do not name their
-    trunk, so any in the folder that holds both counts."""
+def unfinished_branches(trunk: Path) -> list[Path]:
+    """Branches that may start from this trunk, are planned or begun, and are not finished. Branches do not name their
+    trunk, so any in the folder that holds both counts; a planned one is named by its comparison."""
     root = trunk.parent.parent
-    begun = [path.parent for path in root.glob(f"branches/*/{CONFIG}")]
-    planned = []
+    waiting = [path.parent for path in root.glob(f"branches/*/{CONFIG}") if not (path.parent / RESULT).is_file()]
     for path in root.glob(f"comparisons/*/{COMPARISON_FILE}"):
-        comparison = load_json(Comparison, path)
-        planned += [run_of(path.parent, reference) for reference in comparison.branches]
-    return any(not (branch / RESULT).is_file() for branch in (*begun, *planned))
+        planned = [run_of(path.parent, reference) for reference in load_json(Comparison, path).branches]
+        if any(not (branch / RESULT).is_file() for branch in planned):
+            waiting.append(path.parent)
+    return waiting
 
 
-def remove(item: Removable) -> bool:
-    """Removes a folder unless its run is being used."""
+def remove(item: Weighed) -> str | None:
+    """Removes a folder, or says why it stays."""
     try:
         with locked(item.run):
             # Only with its last checkpoint whole: otherwise the older one is what training goes on from.
@@ -173,9 +191,9 @@ def remove(item: Removable) -> bool:
             if item.folder.name == "checkpoints":
                 load_pretrained(item.run / "model")
             shutil.rmtree(item.folder)
-    except (RunMismatchError, ValueError):
-        return False
-    return True
+    except (RunMismatchError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def size_of(folder: Path) -> int:

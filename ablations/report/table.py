@@ -243,6 +243,9 @@ def footnotes(records: Records) -> list[str]:
             f"Missing: {', '.join(map(str, records.missing))}. Curves and costs of that training are left out; what is"
             " shown of the branches is whole. A comparison that needs the trunk trains it again."
         )
+    notes += [f"Damaged and left out: {sentence}." for sentence in records.damaged]
+    if records.damaged:
+        notes.append(f"The command of this comparison: {records.comparison.command}")
     return notes
 
 

@@ -2,11 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from foundation import stopping
 from foundation.stopping import SIGNALS, Interrupted, StopSignals
+
+ROOT = Path(stopping.__file__).parents[1]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -45,3 +50,55 @@ def test_what_nohup_ignores_stays_ignored():
             assert stop.signal is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("ablations", "ablations.top_p", "corpus", "demos.terminal", "lm", "moe", "staged_training"),
+        "triton_kernels",
+    ],
+)
+def test_a_signal_while_a_command_is_still_imported_is_one_line(module, number):
+    command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        # The first of our modules has been imported, the large libraries have not.
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.endswith(" foundation.starting\n"))
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert [line for line in error.splitlines() if line and "import time:" not in line] == [f"stopped by {number.name}"]
+    assert process.returncode == 128 + number
+
+
+LONG_CALL = """
+import lzma, random, threading
+from foundation.command import run_command
+
+def run(_):
+    data = random.Random(0).randbytes(1 << 25)
+    # Said by another thread, so that this one is in the call by then.
+    threading.Timer(0.5, lambda: print("ready", flush=True)).start()
+    lzma.compress(data, preset=9)
+
+run_command(lambda _: None, run, [])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_twice_a_command_leaves_even_a_long_call_at_once(number):
+    command = [sys.executable, "-c", LONG_CALL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.send_signal(number)
+        # Copies of the request change nothing.
+        process.send_signal(number)
+        process.stderr.readline()
+        assert "when the call that is under way returns; asked again, at once" in process.stderr.readline()
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert error.split() == ["stopped", "by", number.name]
+    assert process.returncode == 128 + number

@@ -15,7 +15,7 @@ from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
 from routing.policies.zero_computation import ZeroComputationExperts
 from routing.policy import PolicyConfig
-from routing.router import Router, RouterConfig
+from routing.router import NonFiniteScoresError, Router, RouterConfig
 
 D, E, T = 16, 12, 256
 BUDGETED = [
@@ -240,6 +240,23 @@ EVERY_POLICY = [
     RandomK(k_min=1, k_max=8, k_eval=4),
     ExpertChoice(k=4.0),
 ]
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY, ids=repr)
+def test_a_nan_in_what_scores_are_compared_with_stops(policy):
+    built = router(policy).train()
+    built(tokens())
+    limits = {name: x for name, x in built.policy.state_dict(keep_vars=True).items() if x.is_floating_point()}
+    assert ("budget.threshold" in limits) == (built.policy.budget is not None)
+    for limit in (built.selection_bias_E, *limits.values()):
+        before = limit.detach().clone()
+        with torch.no_grad():
+            limit.reshape(-1)[-1:].fill_(torch.nan)
+        with pytest.raises(NonFiniteScoresError, match=r"router of layer 0: .* its biases or its thresholds"):
+            built(tokens())
+        with torch.no_grad():
+            limit.copy_(before)
+        built(tokens())
 
 
 def test_every_policy_of_the_folder_is_among_those():

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 
 import numpy as np
@@ -162,6 +163,33 @@ def test_steps_that_the_metrics_lost_are_trained_again(
     printed = capsys.readouterr().out
     assert (f"continues at step {continues_at} of" in printed) == (continues_at is not None)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def test_nothing_depends_on_global_random_states_or_moves_them(train, batches, tmp_path):
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    train(tmp_path / "straight")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), repr(np.random.get_state())) == before[1:]  # noqa: NPY002
+
+    class Scrambled:
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, index):
+            torch.manual_seed(100 + index)
+            random.seed(100 + index)
+            np.random.seed(100 + index)  # noqa: NPY002
+            return batches[index]
+
+    train(tmp_path / "scrambled", batches=Scrambled())
+    assert contents(tmp_path / "scrambled") == contents(tmp_path / "straight")
+    last = [tmp_path / name / "checkpoints" / f"step_{STEPS:08d}" for name in ("scrambled", "straight")]
+    assert sorted(path.name for path in last[0].iterdir()) == sorted([*checkpoint.FILES, checkpoint.MANIFEST])
+    scrambled, straight = (checkpoint.read_state(folder) for folder in last)
+    for state in (scrambled, straight):
+        # Measured seconds, and the checksum of the file that holds them.
+        del state["seconds"], state["logs"][TIMING]
+    assert scrambled == straight
 
 
 def poison(model):

@@ -124,9 +124,9 @@ def router_scores_torch(
         level_TK = -selection_TE.gather(-1, expert_TK)
     level_TK[:, :floor] = -torch.inf
     # What cannot be compared is kept: dropped, a NaN would become a zero. An expert that a NaN in its bias selects
-    # weighs NaN.
+    # weighs NaN, and so do all where the threshold is one.
     keep_TK = ~(level_TK > threshold)
-    is_nan_TK = selection_TE.gather(-1, expert_TK).isnan()
+    is_nan_TK = selection_TE.gather(-1, expert_TK).isnan() | threshold.isnan()
     weight_TK = (scores_TE.gather(-1, expert_TK) * keep_TK).masked_fill(is_nan_TK, torch.nan)
     if renormalise:
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_TK.dtype).tiny)

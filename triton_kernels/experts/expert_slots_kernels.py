@@ -93,6 +93,7 @@ def select_kernel(router, slots, T, E, K, floor, RULE: tl.constexpr, FORM: tl.co
         # What cannot be compared is kept: dropped, a NaN would become a zero.
         kept_M = (level_M > threshold) == 0
         score_M = tl.where(kept_M, tl.sum(tl.where(is_best_ME, score_ME, 0.0), 1), 0.0)
+        score_M = tl.where(threshold == threshold, score_M, float("nan"))
         total_M += score_M
         weight_MK += tl.where(k_K[None, :] == slot, score_M[:, None], 0.0)
         tl.store(expert_ptr + token_M * K + slot, expert_M.to(tl.int64), mask=token_M < T)

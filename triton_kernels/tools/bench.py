@@ -6,6 +6,7 @@ matmul": one product of the layer's rows by a dense weight with as many FLOPs. A
 reference fails on this machine gets no time, and a peer that disagrees gets no ratio.
 """
 
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foundation.files import write_bytes
 from foundation.tables import write_rows
 from foundation.timing import device_seconds, median_seconds
 from triton_kernels.tools.agreement import Call, Reference, leaves_of, output_gradient, outputs_of, results
@@ -71,8 +73,9 @@ class Ceilings:
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Measured, and printed with what they were measured on."""
     size, elements = (1024, 2**25) if device == "cpu" else (8192, 2**29)
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    x = torch.randn(elements, device=device, dtype=torch.bfloat16)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
+    x = torch.randn(elements, device=device, dtype=torch.bfloat16, generator=generator)
     y = torch.empty_like(x)
     matmul_ms, copy_ms = (
         1e3 * median_seconds(run, repeats=10, device=device, clock=device_seconds)
@@ -110,8 +113,9 @@ def passes(call: Call, inputs: dict[str, Any], gradient: Tensor) -> Passes:
 def dense_matmul(shape: Shape, flops: float, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
     """Every token's H x K channels times a weight of as many columns as `flops` pays for."""
     rows, width = shape["B"] * shape["T"], shape["H"] * shape["K"]
-    x = torch.randn(rows, width, device=device).to(dtype)
-    w = torch.randn(width, max(1, round(flops / (2 * rows * width))), device=device).to(dtype)
+    generator, columns = torch.Generator(device).manual_seed(0), max(1, round(flops / (2 * rows * width)))
+    x = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+    w = torch.randn(width, columns, device=device, generator=generator).to(dtype)
     return lambda: x @ w
 
 
@@ -278,4 +282,6 @@ def plot_roofline(rows: list[Timing], path: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of the least traffic", ylabel="TFLOP/s")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:] or "svg")
+    write_bytes(path, drawn.getvalue())

@@ -9,7 +9,14 @@ from ablations import cli
 from ablations.comparison.cost import compare_costs, cost_text
 from ablations.comparison.records import read_records
 from ablations.report.report import show
-from ablations.report.run_folders import removable, run_folders
+from ablations.report.run_folders import run_folders, weighed
+from foundation.files import seal
+from staged_training.progress import METRICS, TIMING
+from staged_training.record import CONFIG, ENVIRONMENT, LEDGER, RESULT
+
+
+def removable(root):
+    return [item for item in weighed(root) if not item.needed]
 
 
 @pytest.fixture
@@ -57,26 +64,46 @@ def test_prune_names_what_nothing_needs(root, monkeypatch, capsys):
     run("prune", root, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
     assert printed.count("would free") == 17
+    assert "17 folders" in printed
     assert "--yes removes them" in printed
+    (kept,) = [line for line in printed.splitlines() if line.startswith("kept")]
+    assert f"{trunk / 'checkpoints' / 'step_00000012'}  (the last checkpoint, from which further branches" in kept
+    assert f"removing {trunk} frees it" in kept
     assert sorted(root.rglob("*")) == before
 
 
-def test_prune_keeps_what_an_unfinished_branch_needs(root):
+def kept_lines(printed):
+    return {line.split("  (")[0].split("MiB")[1].strip(): line for line in printed.splitlines() if line[:4] == "kept"}
+
+
+def test_prune_keeps_what_an_unfinished_branch_needs_and_says_so(root, monkeypatch, capsys):
     unfinished = root / "branches" / "top_p_0_0"
     (unfinished / "result.json").unlink()
     found = {item.folder for item in removable(root)}
     assert root / "trunks" / "0" / "activations" not in found
     assert unfinished / "checkpoints" not in found
+    run("prune", root, monkeypatch=monkeypatch)
+    kept = kept_lines(capsys.readouterr().out)
+    activations = str(root / "trunks" / "0" / "activations")
+    assert f"({unfinished} and 1 more may still train on it; finishing the comparison frees it" in kept[activations]
+    assert (
+        f"goes on from here; its command frees it, or removing {unfinished})" in kept[str(unfinished / "checkpoints")]
+    )
+    assert "0.0 MiB" in kept[activations]
     # Planned, not begun.
     shutil.rmtree(unfinished)
-    assert root / "trunks" / "0" / "activations" not in {item.folder for item in removable(root)}
+    run("prune", root, monkeypatch=monkeypatch)
+    assert str(root / "comparisons" / "synthetic") in kept_lines(capsys.readouterr().out)[activations]
 
 
 def test_prune_keeps_the_only_weights_that_are_left(root, monkeypatch, capsys):
     run("prune", root, "--yes", monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
     # These branches have no exported model, and the trunk's last checkpoint is not one.
-    assert printed.count("kept") == 16
+    kept = kept_lines(printed)
+    assert len(kept) == 17
+    assert all("model" in line for folder, line in kept.items() if "branches" in folder)
+    assert "manifest.json is missing" in kept[str(root / "trunks" / "0" / "checkpoints" / "step_00000009")]
     assert len(list(root.glob("branches/*/checkpoints"))) == 15
     assert not (root / "trunks" / "0" / "activations").exists()
 
@@ -107,3 +134,37 @@ def test_one_missing_trunk_of_two_makes_the_costs_incomplete(write_synthetic):
     assert list(records.trunks) == [0]
     assert "% of the FLOPs" not in cost_text(compare_costs(records))
     assert json.dumps(records.environment)
+
+
+@pytest.mark.parametrize("run_name", ["branches/top_p_0_1", "branches/baseline_0_0", "trunks/0"])
+@pytest.mark.parametrize("name", [RESULT, METRICS, TIMING, LEDGER])
+def test_a_damaged_run_is_named_and_left_out_of_the_report(root, monkeypatch, capsys, name, run_name):
+    (folder,) = root.glob("comparisons/*")
+    for path in (*root.glob("trunks/*"), *root.glob("branches/*")):
+        seal(path, (RESULT, METRICS, TIMING, LEDGER, CONFIG, ENVIRONMENT))
+    damaged = root / run_name / name
+    damaged.write_bytes(damaged.read_bytes().replace(b"1", b"2", 1) if name != RESULT else b"{")
+    with pytest.raises(SystemExit) as stopped:
+        run("report", folder, monkeypatch=monkeypatch)
+    sentence = f"{damaged.parent}: {name} "
+    assert "left out of the report" in str(stopped.value.code)
+    assert sentence in str(stopped.value.code)
+    printed = capsys.readouterr().out
+    # In the table's footnotes too, with what makes it again.
+    assert f"Damaged and left out: {sentence}" in printed
+    assert "remove the folder and run the same command again" in printed
+    assert "The command of this comparison: python -m ablations compare" in printed
+    assert sum("±" in line for line in printed.splitlines()) == 5
+    assert "Damaged and left out" in (folder / "report.html").read_text()
+    records = read_records(folder)
+    assert sum(map(len, records.results.values())) == (15 if run_name == "trunks/0" else 14)
+    assert records.missing == ()
+    assert compare_costs(records).complete == (run_name != "trunks/0")
+
+
+def test_no_baseline_but_damaged_ones_is_no_comparison(root, monkeypatch):
+    (folder,) = root.glob("comparisons/*")
+    for seed in range(3):
+        (root / f"branches/baseline_0_{seed}" / RESULT).write_text("{")
+    with pytest.raises(ValueError, match=r"no finished branch of 'baseline'.*baseline_0_1/result.json is no readable"):
+        read_records(folder)

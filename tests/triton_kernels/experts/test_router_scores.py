@@ -117,16 +117,17 @@ def test_wrong_arguments_are_refused_by_name(change, message):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("rule", ["top_k", "top_p", "threshold"])
 def test_a_nan_stays_nan_through_slots_rows_and_experts(rule: str, score: str, backend: str) -> None:
-    """In the logits of one token, or in the bias of one expert: never a zero, and no other token sees it."""
+    """In one token's logits, one expert's bias, or the threshold: never a zero, and no other token sees it."""
     nan, zeros_E = torch.nan, torch.zeros(4)
     x_TD, w_gate_up, w_down = torch.randn(2, 16), torch.randn(4, 16, 32), torch.randn(4, 16, 16)
-    for logits, bias, is_nan in (
-        ([[nan, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]], zeros_E, [True, False]),
-        ([[0.0, 1.0, 2.0, 3.0], [3.0, 1.0, 2.0, 0.0]], torch.tensor([0.0, nan, 0.0, 0.0]), [True, True]),
+    for logits, bias, threshold, is_nan in (
+        ([[nan, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]], zeros_E, 0.5, [True, False]),
+        ([[0.0, 1.0, 2.0, 3.0], [3.0, 1.0, 2.0, 0.0]], torch.tensor([0.0, nan, 0.0, 0.0]), 0.5, [True, True]),
+        ([[0.0, 1.0, 2.0, 3.0], [3.0, 1.0, 2.0, 0.0]], zeros_E, nan, [True, True]),
     ):
         options = {"k": 2, "rule": rule, "score": score, "floor": 0, "backend": backend}
         logits_TE = torch.tensor(logits, requires_grad=True)
-        slots = router_scores(logits_TE, bias, torch.tensor(0.5), **options)
+        slots = router_scores(logits_TE, bias, torch.tensor(threshold), **options)
         assert ((slots.expert_TK >= 0) & (slots.expert_TK < 4)).all()
         assert slots.weight_TK.isnan().any(1).tolist() == is_nan
         rows = sort_slots(slots.expert_TK, slots.weight_TK, slots.keep_TK, n_experts=4, backend=backend)._asdict()
