@@ -6,12 +6,13 @@ processes lie in torch's format instead, whose index is a pickle: `staged_traini
 A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its
 previous checkpoint or the new one. safetensors and torch load a file with a flipped byte without complaint, hence a
 SHA-256 of every file; the manifest carries its own.
+
+No state of a random generator is kept: every draw of a training is a function of seed, step and place.
 """
 
 import contextlib
 import dataclasses
 import logging
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -38,14 +39,8 @@ from foundation.files import (
 from staged_training.record import json_differences
 
 KEPT = 2
-MANIFEST, STATE, WEIGHTS, OPTIMIZER, RANDOM = (
-    "manifest.json",
-    "state.json",
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "random.safetensors",
-)
-FILES = (STATE, WEIGHTS, OPTIMIZER, RANDOM)
+MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "weights.safetensors", "optimizer.safetensors"
+FILES = (STATE, WEIGHTS, OPTIMIZER)
 _NAME = re.compile(r"step_(\d{8,})")
 
 log = logging.getLogger(__name__)
@@ -61,7 +56,7 @@ class Checkpoint:
 
     Attributes:
         step: updates done when it was written.
-        weights, optimizer, random: tensors by name; empty where only `newest` has looked.
+        weights, optimizer: tensors by name; empty where only `newest` has looked.
         state: the JSON given to `save`.
         skipped: newer checkpoints that were passed over, each with the reason.
     """
@@ -70,7 +65,6 @@ class Checkpoint:
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    random: dict[str, Tensor]
     state: dict[str, Any]
     skipped: tuple[str, ...] = ()
 
@@ -86,18 +80,17 @@ def no_problem(found: Checkpoint) -> str | None:
 def save(
     folder: Path, step: int, *, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]
 ) -> Path:
-    """Writes `folder/step_XXXXXXXX` atomically, with the random states of this process, and drops all but the newest
-    two.
+    """Writes `folder/step_XXXXXXXX` atomically and drops all but the newest two.
 
     Raises:
         DiskFullError: before or while writing; earlier checkpoints are untouched and nothing half-written is left.
     """
-    tensors = {WEIGHTS: weights, OPTIMIZER: optimizer, RANDOM: random_states()}
+    tensors = {WEIGHTS: weights, OPTIMIZER: optimizer}
     temporary = begin(
         folder, step, n_bytes=sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     )
     with writing(temporary):
-        write_json(temporary / STATE, {"step": step, "python_random": _python_random(), **state})
+        write_json(temporary / STATE, {"step": step, **state})
         for name, group in tensors.items():
             save_file({key: tensor.detach().contiguous() for key, tensor in group.items()}, temporary / name)
             fsync_path(temporary / name)
@@ -159,10 +152,7 @@ def load_latest(folder: Path, problem: Problem = no_problem) -> Checkpoint | Non
     if (found := newest(folder, problem)) is None:
         return None
     return dataclasses.replace(
-        found,
-        weights=load_file(found.path / WEIGHTS),
-        optimizer=load_file(found.path / OPTIMIZER),
-        random=load_file(found.path / RANDOM),
+        found, weights=load_file(found.path / WEIGHTS), optimizer=load_file(found.path / OPTIMIZER)
     )
 
 
@@ -183,7 +173,7 @@ def newest(folder: Path, problem: Problem = no_problem) -> Checkpoint | None:
     for step, path in steps:
         try:
             verify(path)
-            found = Checkpoint(path, step, {}, {}, {}, read_state(path), tuple(skipped))
+            found = Checkpoint(path, step, {}, {}, read_state(path), tuple(skipped))
             if (reason := problem(found)) is None:
                 return found
             reason = f"{path}: {reason}"
@@ -255,33 +245,8 @@ def restore_model(model: nn.Module, weights: dict[str, Tensor], source: str) -> 
         tensor.copy_(weights[name])
 
 
-def random_states() -> dict[str, Tensor]:
-    """States of torch's generators. NumPy's global generator is never used here; Python's goes into the JSON."""
-    devices = (
-        {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
-        if torch.cuda.is_available()
-        else {}
-    )
-    return {"cpu": torch.get_rng_state(), **devices}
-
-
-def restore_random_states(checkpoint: Checkpoint) -> None:
-    """The inverse of `random_states` and of Python's part in the JSON."""
-    torch.set_rng_state(checkpoint.random["cpu"])
-    for index in range(torch.cuda.device_count()):
-        if (state := checkpoint.random.get(f"cuda:{index}")) is not None:
-            torch.cuda.set_rng_state(state, index)
-    version, internal, gauss = checkpoint.state["python_random"]
-    random.setstate((version, tuple(internal), gauss))
-
-
 def _name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def _python_random() -> list:
-    version, internal, gauss = random.getstate()
-    return [version, list(internal), gauss]
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

@@ -156,8 +156,7 @@ class ManyProcesses(Processes):
         return outcome[0]
 
     def restore(self, run: Run, model: LanguageModel, optimizer: torch.optim.AdamW) -> checkpoint.Checkpoint | None:
-        """As for one process, from a checkpoint of any number of processes. Randomness is stateless in training, so no
-        random state is kept.
+        """As for one process, from a checkpoint of any number of processes.
 
         Its index is unpickled, see the top of this file.
         """

@@ -74,7 +74,6 @@ class Processes:
             checkpoint.refuse_other_identity(saved, run.identity)
             checkpoint.restore_model(model, saved.weights, str(saved.path))
             restore_optimizer(model, optimizer, run.boundary, saved.optimizer)
-            checkpoint.restore_random_states(saved)
         return saved
 
     def save(

@@ -1,6 +1,5 @@
 import ast
 import errno
-import random
 import shutil
 from pathlib import Path
 
@@ -182,20 +181,6 @@ def test_another_model_is_refused_by_name_and_left_alone():
     ):
         assert part in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_random_states_continue(tmp_path):
-    torch.manual_seed(5)
-    random.seed(5)
-    write(tmp_path, 1)
-    expected = torch.rand(3), random.random()
-    torch.manual_seed(6)
-    random.seed(6)
-    loaded = checkpoint.load_latest(tmp_path)
-    assert loaded is not None
-    checkpoint.restore_random_states(loaded)
-    assert torch.equal(torch.rand(3), expected[0])
-    assert random.random() == expected[1]
 
 
 def unpickles(path):
