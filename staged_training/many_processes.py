@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -185,9 +186,17 @@ class ManyProcesses(Processes):
         n_bytes = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         temporary = self.from_first(lambda: checkpoint.begin(run.checkpoints, step, n_bytes=n_bytes))
         weights, moments = get_state_dict(model, optimizer)
-        save_shards(
-            {"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group
-        )
+        with checkpoint.writing(temporary):
+            try:
+                save_shards(
+                    {"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group
+                )
+            except CheckpointException as error:
+                # Raised on all processes, with what went wrong on each: a full disk, most likely.
+                for failure, _ in error.failures.values():
+                    if isinstance(failure, OSError):
+                        raise failure from error
+                raise
 
         def seal() -> Path:
             with checkpoint.writing(temporary):
