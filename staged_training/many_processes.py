@@ -192,10 +192,10 @@ class ManyProcesses(Processes):
                     {"model": weights, "optimizer": moments}, checkpoint_id=temporary / SHARDS, process_group=self.group
                 )
             except CheckpointException as error:
-                # Raised on all processes, with what went wrong on each: a full disk, most likely.
+                # Raised on all processes, with what went wrong on each. Torch's own writer of files knows no OSError.
                 for failure, _ in error.failures.values():
-                    if isinstance(failure, OSError):
-                        raise failure from error
+                    if isinstance(failure, OSError) or "inline_container" in str(failure):
+                        raise OSError(str(failure)) from error
                 raise
 
         def seal() -> Path:

@@ -106,11 +106,14 @@ def together(
     """
     began, running, found, first, asked = time.monotonic(), list(attempts), {}, None, False
     while running:
-        ends = [(process, end) for process in running if (end := process.ended()) is not None]
+        ends = {}
+        # Twice: one that was killed after the first look is why another had failed by then.
+        for _ in range(2):
+            ends |= {process: end for process in running if (end := process.ended()) is not None}
+            running = [process for process in running if process not in ends]
+        found |= ends
         # The killed ones first: what they worked with fails in consequence.
-        for process, end in sorted(ends, key=lambda pair: not pair[1].killed):
-            running.remove(process)
-            found[process] = end
+        for end in sorted(ends.values(), key=lambda end: not end.killed):
             if end.code and first is None:
                 first = end
                 for other in running:
