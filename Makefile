@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup ablation lint test check gate demo clean
+.PHONY: setup ablation lint test check gate soak demo clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ check: setup lint
 # What the tests hold to on sm_90 alone, for every architecture and every option of the launch tables: half an hour, after a change of kernels.
 gate: setup
 	$(BIN)/python -m triton_kernels inspect --gate --arch 80 90 100 --all-options $(ARGS)
+
+# An hour of attacks on runs, files, disk, operations and command lines; about a minute of it is among the tests.
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis

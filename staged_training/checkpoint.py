@@ -6,6 +6,8 @@ processes lie in torch's format instead, whose index is a pickle: `staged_traini
 A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its
 previous checkpoint or the new one. safetensors and torch load a file with a flipped byte without complaint, hence a
 SHA-256 of every file; the manifest carries its own.
+
+No state of a random generator is kept: every draw of a training is a function of seed, step and place.
 """
 
 import contextlib
@@ -151,9 +153,7 @@ def load_latest(folder: Path, problem: Problem = no_problem) -> Checkpoint | Non
     if (found := newest(folder, problem)) is None:
         return None
     return dataclasses.replace(
-        found,
-        weights=load_file(found.path / WEIGHTS),
-        optimizer=load_file(found.path / OPTIMIZER),
+        found, weights=load_file(found.path / WEIGHTS), optimizer=load_file(found.path / OPTIMIZER)
     )
 
 

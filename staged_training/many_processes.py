@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -194,7 +195,16 @@ class ManyProcesses(Processes):
         copies = 4 if average.sums else 3
         n_bytes = copies * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         temporary = self.from_first(lambda: checkpoint.begin(run.checkpoints, step, n_bytes=n_bytes))
-        save_shards(_state(model, optimizer, average), checkpoint_id=temporary / SHARDS, process_group=self.group)
+        shards = _state(model, optimizer, average)
+        with checkpoint.writing(temporary):
+            try:
+                save_shards(shards, checkpoint_id=temporary / SHARDS, process_group=self.group)
+            except CheckpointException as error:
+                # Raised on all processes, with what went wrong on each. Torch's own writer of files knows no OSError.
+                for failure, _ in error.failures.values():
+                    if isinstance(failure, OSError) or "inline_container" in str(failure):
+                        raise OSError(str(failure)) from error
+                raise
 
         def seal() -> Path:
             with checkpoint.writing(temporary):

@@ -4,8 +4,10 @@ measurements."""
 import dataclasses
 import json
 import math
+import random
 
 import pytest
+import torch
 
 from ablations.comparison.compare import SharedExecution, prepare_job, run_branches
 from ablations.comparison.options import ModelOptions, Options
@@ -57,6 +59,10 @@ def test_one_training_step_of_an_architecture_of_any_name(options):
     assert (measured.asked_experts, measured.mean_experts) == (2, 2.0)
 
 
+def global_random_states():
+    return torch.get_rng_state().tolist(), random.getstate()
+
+
 def walk(methods, options):
     """Takes the last of the methods through trunk, fork, one step and its measurements, beside the first."""
     method = methods[-1]
@@ -65,7 +71,10 @@ def walk(methods, options):
     branch = plan.branches[-1]
     assert (branch.method, branch.stage.n_batches, plan.trunk.n_batches) == (method.name, 1, 2)
     execution = SharedExecution(job, plan)
+    before = global_random_states()
     run_branches(job, execution)
+    # Checkpoints hold none of them, so a method that drew from one would go on differently after a restart.
+    assert global_random_states() == before
     folder = execution.folder_of(branch)
 
     (line,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

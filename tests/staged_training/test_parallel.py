@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from lm.pretrained import load_pretrained
 from routing.policies.expert_choice import ExpertChoice
+from staged_training import many_processes
 from staged_training.__main__ import main
 from staged_training.data import OwnRows, TokenBatches
 from staged_training.diagnostics import read_diagnostics
@@ -181,6 +183,32 @@ def test_the_command_without_torchrun_is_one_process_and_knows_what_is_finished(
     assert "1 (gloo): 1 x data, 1 x experts" in capsys.readouterr().out
     main(command)
     assert "finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_bytes", [0, 600, 3000])
+def test_a_disk_that_runs_full_under_the_shards_is_one_line_and_the_same_command_goes_on(
+    documents, tmp_path, capsys, monkeypatch, n_bytes
+):
+    """Torch says so by an exception of its own that is no `Exception`, and from inside its writer of files."""
+    command = ["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
+    real, limits = many_processes.save_shards, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(*values, **named):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+        try:
+            real(*values, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(many_processes, "save_shards", save)
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert "error: checkpoint step_00000010 could not be written to" in str(stopped.value)
+    assert "earlier checkpoints are untouched" in str(stopped.value)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    monkeypatch.undo()
+    main(command)
+    assert "parallel valid bpb=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
