@@ -15,8 +15,8 @@ Two kinds of draws stand behind a difference, and they cross: every run is measu
 
 The interval is mean ± sqrt(sum of t_i^2 v_i), t_i the quantile at the degrees of freedom of the variance v_i: at least
 nominal whatever the parts (Banerjee, "Approximate confidence interval for linear functions of means of k populations
-when the population variances are not equal", Sankhya 22, 1960). Resampling two or three runs covers 60 to 75 % instead
-of 95, and Satterthwaite's degrees of freedom 88 % with two: notes/results/statistics.
+when the population variances are not equal", Sankhya 22, 1960). Resampling two or three runs covers 60 to 76 % instead
+of 95, and Satterthwaite's degrees of freedom 89 % with two: notes/results/statistics.
 
 Legend: U units of the runs, S sections, G groups of sections.
 """
@@ -115,7 +115,7 @@ class Difference:
 
         if reach(low) <= 0:
             return low
-        return high if reach(high) >= 0 else float(optimize.brentq(reach, low, high, xtol=1e-12))
+        return high if reach(high) >= 0 else optimize.root_scalar(reach, bracket=(low, high), xtol=1e-12).root
 
     def detectable(self, error: float = 1 - CONFIDENCE) -> float:
         """The smallest true difference that intervals of this width tell from zero in 80 % of comparisons, in bits per
@@ -133,7 +133,7 @@ class Difference:
         def missing(shift: float) -> float:
             return POWER - float(stats.nct.sf(threshold, freedom, shift))
 
-        return scale * float(optimize.brentq(missing, 0.0, 4 * threshold + 4))
+        return scale * optimize.root_scalar(missing, bracket=(0.0, 4 * threshold + 4)).root
 
     def with_more(self, units: int) -> "Difference":
         """What as many more seeds (trunks, where there are several) would leave of the noise.
@@ -221,11 +221,11 @@ def paired_difference(
         [np.mean(group, axis=0) for group in _grouped({key: method[key] - baseline[key] for key in pairs})]
     )
     means_U, n = bits_US.sum(axis=1) / n_bytes, len(bits_US)
-    runs = None
+    runs, known = None, twins or {}
     if n > 1:
         runs = Noise(variance=float(means_U.var(ddof=1)) / n, freedom=n - 1)
     elif rounding := [
-        float((twins[key] - baseline[key]).sum() / n_bytes) for key in sorted((twins or {}).keys() & baseline)
+        float((known[key] - baseline[key]).sum() / n_bytes) for key in sorted(known.keys() & baseline.keys())
     ]:
         # The true mean is zero, so none is taken off, and each pair is a degree of freedom.
         runs = Noise(variance=math.fsum(value**2 for value in rounding) / len(rounding), freedom=len(rounding))
