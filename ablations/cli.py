@@ -1,5 +1,5 @@
-"""The commands: `python -m ablations list | compare | report | budgets | difficulty | runs | prune`, and `python -m
-ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | report | budgets | calibrate | difficulty | runs | prune`, and
+`python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ablations.comparison.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
+from ablations.comparison.calibration import CALIBRATION_FILE, CalibrationRow, calibration_rows, calibration_text
 from ablations.comparison.compare import run_comparison
 from ablations.comparison.options import Options
 from ablations.comparison.records import read_records
@@ -22,8 +23,11 @@ from ablations.report.report import show
 from ablations.report.run_folders import prune_command, runs_command
 from foundation.command import deferred, run_command
 from foundation.numbers import objection
+from foundation.tables import write_rows
 
 Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="METHOD ...")]
+# As many pairs as tell 5 % of false verdicts from 20 %.
+CALIBRATION = Options(seeds=40)
 FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
 
 
@@ -34,6 +38,7 @@ def main() -> None:
         "compare": compare_command,
         "report": report_command,
         "budgets": budgets_command,
+        "calibrate": calibrate_command,
         "difficulty": difficulty_command,
         "runs": runs_command,
         "prune": prune_command,
@@ -109,6 +114,17 @@ def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) 
     rows = budget_rows(read_records(folder), last_steps=last_steps)
     write_budgets(rows, folder / BUDGETS_FILE)
     print(f"\n{budget_text(rows, last_steps=last_steps)}\n\nbudgets: {folder / BUDGETS_FILE}")
+
+
+def calibrate_command(options: FlatOptions = CALIBRATION) -> None:
+    """How often verdicts come up where there is nothing to find: twins and other orders of the baseline, judged as
+    methods are. Every seed is a pair of each."""
+    folder = run_comparison(find_methods(["twin", "other_order"]), options)
+    if folder is None:
+        return
+    rows = calibration_rows(read_records(folder))
+    write_rows(folder / CALIBRATION_FILE, CalibrationRow, rows)
+    print(f"\n{calibration_text(rows)}\n\ncalibration: {folder / CALIBRATION_FILE}")
 
 
 def difficulty_command(

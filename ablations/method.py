@@ -7,6 +7,9 @@ from lm.config import ModelConfig
 from routing.policy import PolicyConfig
 from staged_training.boundary import different_blocks
 
+# Kinds that leave the model as it is: they measure noise, earn no verdict and are no method whose price counts.
+CONTROLS = ("seed", "rounding")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
@@ -18,12 +21,19 @@ class Method:
         change: from the baseline's model to the method's; below a frozen boundary the trunk's layers stay, whatever it
             returns.
         seed_shift: added to every branch seed; not zero only where the point is to see other seeds.
+        rounding: its branches start from weights that differ by rounding, see `staged_training.fork`.
     """
 
     name: str
     question: str
     change: Callable[[ModelConfig], ModelConfig]
     seed_shift: int = 0
+    rounding: bool = False
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it measures noise instead of answering a question about a model."""
+        return bool(self.rounding or self.seed_shift)
 
     def kind(self, baseline: ModelConfig) -> str:
         """What the method changes.
@@ -34,13 +44,15 @@ class Method:
         Returns:
             "architecture" where a block cannot take the trunk's weights (another letter or another shape of a weight,
             by the definition of `staged_training.boundary`, which then makes the blocks above the boundary fresh in
-            every branch), "routing" for any other change of the model, "seed" or "nothing".
+            every branch), "routing" for any other change of the model, one of `CONTROLS`, or "nothing".
         """
         changed = self.change(baseline)
         if different_blocks(baseline, changed):
             return "architecture"
         if changed != baseline:
             return "routing"
+        if self.rounding:
+            return "rounding"
         return "seed" if self.seed_shift else "nothing"
 
     def has_budget(self, baseline: ModelConfig) -> bool:

@@ -2,7 +2,7 @@
 compressor.
 
 bits per byte = (sum of token losses in nats) / (bytes x ln 2). Per-token losses depend on the tokenizer and are not
-reported. Legend: B batch, T tokens, D model width.
+reported. Legend: B batch, T tokens, N counted tokens, D model width.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class Evaluation:
         tokens, n_bytes: what it covers.
         mean_experts: per evaluated block, real experts per token.
         experts_histogram: per evaluated block, how many tokens used 0, 1, 2, ... experts.
+        section_nats: summed loss of each section of the text, where it was evaluated with sections.
     """
 
     nats: float
@@ -32,6 +34,7 @@ class Evaluation:
     n_bytes: int
     mean_experts: tuple[float, ...]
     experts_histogram: tuple[tuple[int, ...], ...]
+    section_nats: tuple[float, ...] = ()
 
     @property
     def bits_per_byte(self) -> float:
@@ -40,7 +43,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, batches: Iterable[tuple[Tensor, Tensor]], *, n_bytes: int, boundary: int = 0
+    model: LanguageModel,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    n_bytes: int,
+    boundary: int = 0,
+    section_N: np.ndarray | None = None,
 ) -> Evaluation:
     """Runs the model over the batches, as in inference (policies use their evaluation behaviour).
 
@@ -49,11 +57,14 @@ def evaluate(
             `boundary`. Targets of `IGNORED_TARGET` are padding: neither their loss nor their experts count.
         n_bytes: UTF-8 bytes of the text behind the targets.
         boundary: first block to run.
+        section_N: number of the section that each counted target lies in, in the order of the batches, see
+            `corpus.sections`.
 
     Raises:
         ValueError: when no target counts or `n_bytes` is not positive.
     """
     nats, tokens = 0.0, 0
+    section_nats = np.zeros(0 if section_N is None else int(section_N.max()) + 1)
     layers = range(boundary, model.config.n_layers)
     histograms = [torch.zeros(model.config.block(layer).moe.n_experts + 1, dtype=torch.int64) for layer in layers]
     with evaluating(model):
@@ -61,8 +72,13 @@ def evaluate(
             output = model.run(inputs, boundary)
             # Summed in fp64, batch by batch: the total of millions of losses must not depend on their order to the
             # digits we print.
-            nats += token_losses(output.logits_BTV, targets_BT).double().sum().item()
+            losses_BT = token_losses(output.logits_BTV, targets_BT).double()
+            nats += losses_BT.sum().item()
             counted_T = (targets_BT != IGNORED_TARGET).flatten()
+            if section_N is not None:
+                own_N = losses_BT.flatten()[counted_T].cpu().numpy()
+                places_N = section_N[tokens : tokens + len(own_N)]
+                section_nats += np.bincount(places_N, weights=own_N, minlength=len(section_nats))
             tokens += int(counted_T.sum())
             for histogram, routing in zip(histograms, output.routings):
                 used_T = routing.assignments.experts_per_token_T()[counted_T]
@@ -70,7 +86,14 @@ def evaluate(
     if tokens == 0 or n_bytes <= 0:
         raise ValueError(f"nothing to evaluate: {tokens} tokens, {n_bytes} bytes")
     means = tuple(float((h * torch.arange(len(h))).sum() / h.sum()) for h in histograms)
-    return Evaluation(nats, tokens, n_bytes, means, tuple(tuple(_trimmed(h.tolist())) for h in histograms))
+    return Evaluation(
+        nats=nats,
+        tokens=tokens,
+        n_bytes=n_bytes,
+        mean_experts=means,
+        experts_histogram=tuple(tuple(_trimmed(h.tolist())) for h in histograms),
+        section_nats=tuple(section_nats.tolist()),
+    )
 
 
 @contextlib.contextmanager

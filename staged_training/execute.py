@@ -3,6 +3,7 @@ again."""
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import shutil
 import time
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
+from corpus.sections import Sections, sections
 from foundation.files import CorruptFileError
 from foundation.numbers import check_numbers
+from foundation.tables import write_rows
 from lm.budget import calibrate_to_targets
 from lm.evaluate import evaluate
 from lm.model import LanguageModel
@@ -28,7 +31,18 @@ from staged_training.loop import StageResult, train_stage
 from staged_training.plan import Branch, Plan
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress, Tracker
-from staged_training.record import Ledger, RunRecord, add_cost, finish_run, kept_costs, locked, open_run, reopen_run
+from staged_training.record import (
+    SECTIONS,
+    Ledger,
+    RunRecord,
+    SectionLoss,
+    add_cost,
+    finish_run,
+    kept_costs,
+    locked,
+    open_run,
+    reopen_run,
+)
 from staged_training.run import Run
 from staged_training.trained_run import Summarise, TrainedRun, summarise
 from staged_training.trunk_activations import trunk_activations
@@ -97,6 +111,11 @@ class Execution:
         self._trunk: tuple[LanguageModel, RunRecord] | None = None
         self._activations: tuple[Batches, Batches] | None = None
         self._calibration: dict[int, Tensor] = {}
+
+    @functools.cached_property
+    def valid_sections(self) -> Sections:
+        """Of the validation text."""
+        return sections(self.corpus.valid, self.corpus.tokenizer)
 
     def folder_of(self, branch: Branch) -> Path:
         """Where a branch lies or will lie."""
@@ -308,7 +327,13 @@ class Execution:
         calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
         # Ahead of the evaluation: whatever that runs into, the trained model is there to be used.
         self._export(run.folder, model)
-        evaluation = evaluate(model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary)
+        parts = self.valid_sections
+        evaluation = evaluate(
+            model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary, section_N=parts.section_N
+        )
+        rows = zip(parts.document_S.tolist(), parts.n_bytes_S.tolist(), evaluation.section_nats)
+        losses = (SectionLoss(document=document, n_bytes=size, nats=nats) for document, size, nats in rows)
+        write_rows(run.folder / SECTIONS, SectionLoss, losses)
         trained = TrainedRun(
             run=run,
             plan=plan,

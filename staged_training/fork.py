@@ -5,6 +5,9 @@ bias, unless the blocks there are fresh; the embedding, last norm and head alway
 branch warms up its own: not every method has the trunk's parameters, and all methods start alike), the schedule (its
 own, from its own step 0) and the state of a routing policy (its budget starts anew). The data continue where the trunk
 stopped.
+
+A branch may start with its weights changed by about as much as rounding does: beside its twin without, it shows what
+rounding alone makes of a run.
 """
 
 import torch
@@ -13,6 +16,11 @@ from lm.model import LanguageModel
 from staged_training.boundary import added_weights
 from staged_training.checkpoint import CheckpointMismatchError, model_tensors
 from staged_training.plan import Branch
+
+# One standard deviation, relative to each weight: neighbouring fp32 numbers differ by 6e-8 to 1.2e-7.
+ROUNDING = 1e-7
+# Keeps these draws apart from those of the initial weights.
+_ROUNDING_STREAM = 1 << 32
 
 
 @torch.no_grad()
@@ -44,4 +52,12 @@ def fork(trunk: LanguageModel, branch: Branch) -> LanguageModel:
         raise CheckpointMismatchError(
             f"{branch.name} cannot take these weights from the trunk: {'; '.join(problems[:8])}"
         )
+    if branch.rounding:
+        generator = torch.Generator().manual_seed(_ROUNDING_STREAM + branch.seed)
+        frozen = model.frozen_names(branch.boundary)
+        for name, weight in model.named_parameters():
+            if name not in frozen:
+                noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
+                # In fp64, or a factor this near to 1 would itself be rounded.
+                weight.copy_(weight.double() * (1 + ROUNDING * noise))
     return model

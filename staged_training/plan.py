@@ -44,6 +44,7 @@ class Branch:
         model: complete; below the boundary its layer plan is the trunk's.
         boundary: first block that trains; 0 trains everything, the embedding included.
         fresh: blocks from the boundary on are initialised from `seed` instead of taken from the trunk.
+        rounding: the weights that it trains start changed by as much as rounding does, drawn from `seed`.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Branch:
     stage: Stage
     boundary: int
     fresh: bool
+    rounding: bool = False
 
     @property
     def name(self) -> str:

@@ -1,7 +1,8 @@
 """The run folder: what was asked, where it ran, what it cost, what came out. Everything that is shown later is computed
 from it.
 
-`config.json` (resolved), `environment.json`, `metrics.jsonl`, `checkpoints/`, `ledger.json`, `result.json`;
+`config.json` (resolved), `environment.json`, `metrics.jsonl`, `checkpoints/`, `sections.csv` (the loss of each section
+of the validation text, see `corpus.sections`), `ledger.json`, `result.json`;
 `result.json` is written last and says that the run is finished. `seal.json` then holds a checksum of each of these
 files: a number that was changed afterwards is noticed by whoever reads the record.
 """
@@ -29,9 +30,20 @@ from foundation.files import (
 from staged_training.progress import DIAGNOSTICS, METRICS, TIMING
 
 CONFIG, ENVIRONMENT, LEDGER, RESULT = "config.json", "environment.json", "ledger.json", "result.json"
+SECTIONS = "sections.csv"
 
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SectionLoss:
+    """A line of `sections.csv`: the document that a section of the validation text lies in, its UTF-8 bytes, and its
+    summed loss in nats."""
+
+    document: int
+    n_bytes: int
+    nats: float
 
 
 class RunMismatchError(ValueError):
@@ -154,7 +166,9 @@ def check_run(folder: Path) -> None:
 
 def finish_run(folder: Path, result: dict[str, Any], ledger: Ledger) -> RunRecord:
     """Stores ledger and result, the result last, because it marks the run as finished, and seals the folder."""
-    written = [name for name in (CONFIG, ENVIRONMENT, METRICS, DIAGNOSTICS, TIMING) if (folder / name).exists()]
+    written = [
+        name for name in (CONFIG, ENVIRONMENT, METRICS, DIAGNOSTICS, TIMING, SECTIONS) if (folder / name).exists()
+    ]
     texts = {LEDGER: json_text(ledger.costs), RESULT: json_text(result)}
     write_into_seal(folder, texts, seal_too=written, anew=True)
     return read_run(folder)

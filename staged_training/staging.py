@@ -1,7 +1,7 @@
 """From a token budget and a list of methods to a plan."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated
 
 import tyro
@@ -88,12 +88,14 @@ def make_plan(
     branches: Sequence[tuple[str, ModelConfig, int]],
     *,
     trunk_seed: int = 0,
+    rounding: Collection[str] = (),
 ) -> Plan:
     """A trunk and its branches.
 
     Args:
         model: the trunk's.
         branches: name of the method, its model as if nothing were frozen, and the seed.
+        rounding: names of the methods whose branches start from weights that differ by rounding.
 
     Raises:
         ValueError: when the budget is too small for one batch per stage or the text for two batches, or a method does
@@ -154,6 +156,7 @@ def make_plan(
                 stage=Stage(n_batches=branch_batches, schedule=decay),
                 boundary=cut.boundary,
                 fresh=cut.fresh,
+                rounding=name in rounding,
             )
             for name, method, seed in branches
             if cut is not None

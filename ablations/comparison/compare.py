@@ -111,8 +111,10 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
         for seed in range(options.seeds)
         for method in methods
     ]
+    twins = [method.name for method in methods if method.rounding]
     plans = [
-        make_plan(options.staging, facts, baseline, branches, trunk_seed=trunk) for trunk in range(options.trunk_seeds)
+        make_plan(options.staging, facts, baseline, branches, trunk_seed=trunk, rounding=twins)
+        for trunk in range(options.trunk_seeds)
     ]
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ablations.comparison.statistics import RunKey
+from ablations.method import CONTROLS
 from foundation.files import CorruptFileError, check_seal, read_json
 from foundation.serialize import load_json
+from foundation.tables import read_rows
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
 from staged_training.progress import METRICS, TIMING, read_metrics, read_steps
-from staged_training.record import ENVIRONMENT, LEDGER, RESULT, Ledger, check_run
+from staged_training.record import ENVIRONMENT, LEDGER, RESULT, SECTIONS, Ledger, SectionLoss, check_run
 
 COMPARISON_FILE = "comparison.json"
 
@@ -27,6 +29,11 @@ class MethodSummary:
     name: str
     question: str
     kind: str
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it measures noise: no method, so it earns no verdict and its price is none of a method's."""
+        return self.kind in CONTROLS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,9 +85,25 @@ class Comparison:
     branches: tuple[RunReference, ...]
 
     @property
+    def controls(self) -> frozenset[str]:
+        """Names of the arms that measure noise."""
+        return frozenset(method.name for method in self.methods if method.is_control)
+
+    @property
+    def reordered(self) -> frozenset[str]:
+        """Names of the arms that shift their seeds: they see other batches than the baseline."""
+        return frozenset(method.name for method in self.methods if method.kind == "seed")
+
+    @property
     def baseline(self) -> str:
         """Name of the method that the others are measured against."""
         return self.methods[0].name
+
+    @property
+    def about(self) -> str:
+        """What a comparison's answer is confined to."""
+        share = self.branch_tokens / (self.trunk_tokens + self.branch_tokens)
+        return f"{self.trained_blocks}, last {100 * share:.0f} % of the tokens"
 
     @property
     def trained_blocks(self) -> str:
@@ -159,6 +182,7 @@ class RecordedRun:
         experts: of every step, the mean number per token over the blocks that train.
         seconds: of every step.
         costs: by kind of work, see `staged_training.record.Ledger`.
+        sections: the loss of each section of the validation text.
         diagnostics: of every step that ended an interval of progress; none where the run is from before they were
             written.
     """
@@ -168,6 +192,7 @@ class RecordedRun:
     experts: list[float]
     seconds: list[float]
     costs: dict[str, Cost]
+    sections: list[SectionLoss]
     diagnostics: list[StepDiagnostics]
 
 
@@ -278,8 +303,11 @@ def read_recorded_run(folder: Path) -> RecordedRun:
 
     Raises:
         CorruptFileError: where a file is not as it was written.
+        ValueError: for a run whose validation text was not measured by sections.
     """
     check_run(folder)
+    if not (folder / SECTIONS).is_file():
+        raise ValueError(f"{folder} holds no {SECTIONS}: a run of before there was one; remove it and run it again")
     metrics, timing, ledger = read_metrics(folder), read_steps(folder / TIMING), Ledger.load(folder)
     try:
         return RecordedRun(
@@ -288,6 +316,7 @@ def read_recorded_run(folder: Path) -> RecordedRun:
             experts=[line["mean_experts"] for line in metrics],
             seconds=[line["seconds"] for line in timing],
             costs={kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in ledger.costs.items()},
+            sections=read_rows(folder / SECTIONS, SectionLoss),
             diagnostics=read_diagnostics(folder),
         )
     except (KeyError, TypeError, AttributeError) as error:

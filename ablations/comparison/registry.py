@@ -17,7 +17,7 @@ def all_methods() -> dict[str, Method]:
     """Every method there is.
 
     Returns:
-        By name: the baseline and the no-op first, then in the order of their names.
+        By name: the baseline and the controls first, then in the order of their names.
 
     Raises:
         ValueError: for a method that does not bear the name of its file.
@@ -33,7 +33,7 @@ def all_methods() -> dict[str, Method]:
                 f"ablations/{path.name} defines a method named {method.name!r}; a method bears the name of its file"
             )
         methods[method.name] = method
-    return dict(sorted(methods.items(), key=lambda item: (item[0] != BASELINE, item[0] != "no_op", item[0])))
+    return dict(sorted(methods.items(), key=lambda item: (item[0] != BASELINE, not item[1].is_control, item[0])))
 
 
 def find_methods(names: list[str]) -> list[Method]:

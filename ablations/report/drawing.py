@@ -1,7 +1,7 @@
 """How each figure is drawn, from the rows of its csv alone.
 
-Series are named where they end, not in a legend; the baseline is ink, `no_op` grey, and a method keeps its colour
-through the whole report.
+Series are named where they end, not in a legend; the baseline is ink, the controls grey, and a method keeps its
+colour through the whole report.
 """
 
 from itertools import groupby

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Drawing
 
 from ablations.comparison.cost import compare_costs
 from ablations.comparison.records import Comparison, RecordedRun, Records
-from ablations.comparison.statistics import paired_difference
+from ablations.comparison.verdicts import outcomes
 from ablations.report import drawing
 
 FigureRows = list[tuple]
@@ -51,11 +51,11 @@ def differences(records: Records) -> Figure:
     """The result: every method's paired difference from the baseline, its interval and its single runs."""
     baseline = {key: result.bits_per_byte for key, result in records.results[records.comparison.baseline].items()}
     rows: FigureRows = []
-    for method in records.methods[1:]:
-        losses = {key: result.bits_per_byte for key, result in records.results[method].items() if key in baseline}
-        if not losses:
+    for method, outcome in outcomes(records).items():
+        if outcome.difference is None:
             continue
-        interval = paired_difference(losses, baseline)
+        losses = {key: result.bits_per_byte for key, result in records.results[method].items() if key in baseline}
+        interval = outcome.difference.interval
         rows.append((method, "mean", interval.mean, interval.low, interval.high))
         rows += [(method, f"trunk {t} seed {s}", losses[t, s] - baseline[t, s], None, None) for t, s in sorted(losses)]
     return Figure(
@@ -99,11 +99,10 @@ def branch_differences(records: Records) -> Figure:
     """Training loss of a branch minus that of the baseline's branch with the same seed, which sees the same batches in
     the same order."""
     baseline = records.branches[records.comparison.baseline]
-    # A method that shifts its seeds sees other batches: nothing to subtract batch by batch.
-    shifted = {method.name for method in records.comparison.methods if method.kind == "seed"}
     rows: FigureRows = []
     for method in records.methods[1:]:
-        if method in shifted:
+        # It sees other batches: nothing to subtract batch by batch.
+        if method in records.comparison.reordered:
             continue
         pairs = [(run, baseline[key]) for key, run in records.branches[method].items() if key in baseline]
         rows += [
@@ -115,8 +114,8 @@ def branch_differences(records: Records) -> Figure:
         title="Branches against the baseline, batch by batch",
         caption=(
             "Training bits per byte of each branch minus those of the baseline's branch with the same seed, which sees"
-            " the same batches (no_op sees others and is left out). Below zero is better. Line: mean over seeds; band:"
-            " range over seeds."
+            " the same batches (other_order sees others and is left out). Below zero is better. Line: mean over seeds;"
+            " band: range over seeds."
         ),
         columns=("method", "tokens", "mean", "low", "high"),
         rows=rows,
@@ -210,7 +209,7 @@ def costs(records: Records) -> Figure:
         title="What it cost",
         caption=(
             f"FLOPs of this comparison (branches per method: {costs.seeds}) and of training each method once from"
-            " scratch."
+            " scratch; controls measure noise and are no method."
         ),
         columns=("way", "part", "flops", "seconds"),
         rows=rows,

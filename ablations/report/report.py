@@ -8,11 +8,11 @@ and, so that the file can be sent alone, inside it as data links too.
 import base64
 import html
 import json
+import math
 from pathlib import Path
 
 from ablations.comparison.cost import CostComparison, compare_costs, cost_rows, duration
 from ablations.comparison.records import Records, read_records
-from ablations.comparison.statistics import BETTER, NOT_SEPARABLE, WORSE
 from ablations.report.figures import Figure, all_figures
 from ablations.report.style import DARK, VARIABLES, svg
 from ablations.report.table import (
@@ -34,6 +34,13 @@ from foundation.tables import write_table
 
 REPORT_FILE = "report.html"
 TABLE_FILE = "table.csv"
+# What the first sentence says of the methods with each kind of verdict.
+FINDINGS = {
+    "better": "better",
+    "worse": "worse",
+    "smaller": "not told apart",
+    "withheld": "withheld because the fork moved the loss by more than the difference",
+}
 CSS_FILE = Path(__file__).with_name("report.css")
 
 
@@ -115,16 +122,20 @@ def page(records: Records, figures: list[Figure]) -> str:
 
 
 def headline(records: Records, rows: list[TableRow]) -> str:
-    """The finding in one sentence, without claiming more than the verdicts do."""
-    named = {kind: [row.method for row in rows if row.verdict == kind] for kind in (BETTER, WORSE, NOT_SEPARABLE)}
-    found = [
-        f"{enumeration(methods)} {'is' if len(methods) == 1 else 'are'} {kind}"
-        for kind, methods in named.items()
-        if methods
-    ]
+    """The finding in one sentence, without claiming more than the verdicts do, and what this run could have seen."""
+    judged = [row for row in rows if not (row.is_baseline or row.method in records.comparison.controls)]
+    found = []
+    for kind, said in FINDINGS.items():
+        if named := [row.method for row in judged if row.outcome.kind == kind]:
+            found.append(f"{enumeration(named)} {'is' if len(named) == 1 else 'are'} {said}")
+    limits = [row.outcome.detectable for row in judged if row.outcome.kind != "none" and row.outcome.detectable]
+    if not found or not limits:
+        return f"Against {records.comparison.baseline}, nothing can be said yet: no method has a pair and its noise."
+    least, most = f"{min(limits):.4f}", f"{max(limits):.4f}"
+    seen = least if least == most else f"{least} to {most}"
     return (
-        f"Against {records.comparison.baseline},"
-        f" {'; '.join(found) or 'nothing can be said yet: no method has two paired runs'}."
+        f"Against {records.comparison.baseline} ({records.comparison.about}), {'; '.join(found)}; this run could have"
+        f" seen a difference of {seen} bits per byte."
     )
 
 
@@ -143,15 +154,22 @@ def facts(records: Records, rows: list[TableRow], costs: CostComparison) -> str:
         "runs": str(sum(row.runs for row in rows)),
         "frozen": f"{comparison.boundary} of {comparison.n_layers} blocks" if comparison.boundary else "nothing",
         "cost of the staged runs": duration(costs.staged.seconds),
-        "FLOPs, of one full run per method": f"{100 * costs.share_of_once:.0f} %" if costs.complete else "-",
+        "FLOPs, of one full run per method": share_text(costs.share_of_once),
+        "FLOPs, of full runs with all seeds": share_text(costs.share_of_all_seeds),
+        "the answer is about": comparison.about,
     }
     entries = (f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in shown.items())
     return f'<dl class="facts">{"".join(entries)}</dl>'
 
 
+def share_text(share: float) -> str:
+    """In percent; a dash where not all costs are known."""
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
+
+
 def table(records: Records, rows: list[TableRow]) -> str:
     """The result table; each cell carries its heading, so that on a narrow screen a row can become a card."""
-    colours = {BETTER: "verdict better", WORSE: "verdict worse"}
+    colours = {"better": "verdict better", "worse": "verdict worse"}
     head = "".join(
         f"<th{' class=verdict' if column is VERDICT else ''}>{html.escape(column.heading or '')}</th>"
         for column in SHOWN
@@ -160,7 +178,7 @@ def table(records: Records, rows: list[TableRow]) -> str:
     for row in rows:
         line = []
         for column in SHOWN:
-            cell_class = f' class="{colours.get(row.verdict, "verdict muted")}"' if column is VERDICT else ""
+            cell_class = f' class="{colours.get(row.outcome.kind, "verdict muted")}"' if column is VERDICT else ""
             label = html.escape(column.heading or "")
             line.append(f'<td{cell_class} data-label="{label}">{html.escape(column.cell(row))}</td>')
         lines.append("".join(line))
@@ -199,7 +217,7 @@ def cost_table(costs: CostComparison) -> str:
     head = "<tr><th></th><th>FLOPs</th><th>time</th><th>of staged</th></tr>"
     note = (
         "From scratch: every method's whole network for the same tokens, evaluation left out; time is FLOPs divided by"
-        " the trunk's measured speed."
+        " the trunk's measured speed. Controls measure noise and are no method: they count on the staged side alone."
     )
     return (
         f'<div class="scroll"><table class="cost">{head}{"".join(lines)}</table></div><ul'

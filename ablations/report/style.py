@@ -62,6 +62,9 @@ STYLE: dict[Any, Any] = {
 # Inches; with type of 10 pt a figure stays readable at the width of a phone and does not shout at that of a column.
 WIDTH = 5.4
 
+# Arms that measure noise, by the names of their files.
+CONTROLS = ("twin", "other_order")
+
 
 def colours(methods: list[str]) -> dict[str, str]:
     """One colour per method, the same in every figure.
@@ -70,11 +73,11 @@ def colours(methods: list[str]) -> dict[str, str]:
         methods: the baseline first, in the order of the table.
 
     Returns:
-        By method: ink for the baseline, grey for `no_op`, then the series colours in turn.
+        By method: ink for the baseline, grey for the controls, then the series colours in turn.
     """
-    others = [method for method in methods[1:] if method != "no_op"]
+    others = [method for method in methods[1:] if method not in CONTROLS]
     named = {method: SERIES[index % len(SERIES)] for index, method in enumerate(others)}
-    return {methods[0]: INK, "no_op": MUTED, **named}
+    return {methods[0]: INK, **dict.fromkeys(CONTROLS, MUTED), **named}
 
 
 def new_figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:

@@ -13,15 +13,8 @@ from typing import Literal
 
 from ablations.comparison.cost import compare_costs, cost_text
 from ablations.comparison.records import BranchResult, Records
-from ablations.comparison.statistics import (
-    REFERENCE,
-    Interval,
-    RunKey,
-    mean_interval,
-    noise_statement,
-    paired_difference,
-    verdict,
-)
+from ablations.comparison.statistics import Interval, RunKey, mean_interval
+from ablations.comparison.verdicts import Outcome, noise_statement, outcomes, would_see
 from foundation.tables import write_table
 
 
@@ -33,7 +26,7 @@ class TableRow:
         method: its name.
         is_baseline: whether it is what the others are measured against.
         results: of its finished branches.
-        baseline: validation bits per byte of the baseline's finished branches.
+        outcome: beside the baseline.
         step_seconds: wall-clock seconds of every training step of every branch.
         tokens_per_step: of a branch.
     """
@@ -41,7 +34,7 @@ class TableRow:
     method: str
     is_baseline: bool
     results: Mapping[RunKey, BranchResult]
-    baseline: Mapping[RunKey, float]
+    outcome: Outcome
     step_seconds: tuple[float, ...]
     tokens_per_step: int
 
@@ -51,30 +44,19 @@ class TableRow:
         return len(self.results)
 
     @cached_property
-    def losses(self) -> dict[RunKey, float]:
-        """Validation bits per byte by run."""
-        return {key: result.bits_per_byte for key, result in self.results.items()}
-
-    @cached_property
     def bits_per_byte(self) -> Interval:
         """Of the validation text, lower is better."""
-        return mean_interval(self.losses)
+        return mean_interval({key: result.bits_per_byte for key, result in self.results.items()})
 
-    @cached_property
+    @property
     def difference(self) -> Interval | None:
         """Method minus baseline in bits per byte, paired by seed; None for the baseline and where nothing pairs."""
-        # A method whose finished runs share no seed with the baseline's (an interrupted comparison) has nothing to be
-        # paired with yet.
-        if self.is_baseline or not self.losses.keys() & self.baseline.keys():
-            return None
-        return paired_difference(self.losses, self.baseline)
+        return None if self.outcome.difference is None else self.outcome.difference.interval
 
     @property
     def verdict(self) -> str:
-        """What the difference allows to say, see `ablations.comparison.statistics.verdict`."""
-        if self.is_baseline:
-            return REFERENCE
-        return "no pair yet" if self.difference is None else verdict(self.difference)
+        """What the difference allows to say, see `ablations.comparison.verdicts`."""
+        return self.outcome.words
 
     def mean(self, measured: str) -> float:
         """The mean over branches of one number of `BranchResult`, named by its field."""
@@ -89,13 +71,13 @@ class TableRow:
 def table_rows(records: Records) -> list[TableRow]:
     """One row per method with a finished branch; the baseline first."""
     comparison = records.comparison
-    baseline = {key: result.bits_per_byte for key, result in records.results[comparison.baseline].items()}
+    found = outcomes(records)
     return [
         TableRow(
             method=method,
             is_baseline=method == comparison.baseline,
             results=records.results[method],
-            baseline=baseline,
+            outcome=found[method],
             step_seconds=tuple(seconds for run in records.branches[method].values() for seconds in run.seconds),
             tokens_per_step=comparison.tokens_per_step,
         )
@@ -157,6 +139,18 @@ COLUMNS = (
         name="difference_half_width",
         value=lambda row: None if row.difference is None else row.difference.half_width,
     ),
+    Column(
+        name="detectable",
+        value=lambda row: row.outcome.detectable,
+        heading="would see",
+        text=lambda row: "" if row.outcome.detectable is None else f"{row.outcome.detectable:.4f}",
+    ),
+    Column(
+        name="fork_shock",
+        value=lambda row: row.outcome.fork_shock,
+        heading="at the fork",
+        text=lambda row: "" if row.outcome.fork_shock is None else f"{row.outcome.fork_shock:+.4f}",
+    ),
     VERDICT,
     # Both numbers of experts are per token and layer above the boundary: used at evaluation, and asked for.
     Column(
@@ -167,6 +161,12 @@ COLUMNS = (
     ),
     Column(name="asked_experts", value=lambda row: row.mean("asked_experts")),
     # Parameters and FLOPs are per token, of the whole network.
+    Column(
+        name="total_parameters",
+        value=lambda row: row.mean("total_parameters"),
+        heading="total",
+        text=lambda row: with_unit(row.mean("total_parameters")),
+    ),
     Column(
         name="active_parameters",
         value=lambda row: row.mean("active_parameters"),
@@ -208,15 +208,21 @@ def footnotes(records: Records) -> list[str]:
     above = ", the part above the frozen boundary" if comparison.boundary else ""
     notes = [
         f"bits/byte: validation text of {comparison.valid_bytes:,} bytes, lower is better.",
-        noise_statement(len(comparison.trunk_seeds), len(comparison.branch_seeds)),
+        f"What the answer is about: {comparison.about}.",
+        noise_statement(records),
         (
-            "difference: method minus baseline, paired by seed; a verdict is at 95 %, so of twenty methods without"
-            " effect about one earns one."
+            "difference: method minus baseline, paired by seed and text, with its 95 % interval. Verdicts are corrected"
+            " for the number of methods (Holm): a table of methods without effect holds one in 5 % of cases at most."
+        ),
+        (
+            "would see: the true difference that this run would have told from zero in 80 % of cases. at the fork:"
+            " training loss of the first step, ahead of any update, minus the baseline's; a verdict on less than that"
+            " is withheld."
         ),
         (
             f"experts: real experts per token in {comparison.trained_blocks}{above}, and how far off what was asked;"
-            " thresholds are set on text that is neither trained on nor measured. Active parameters and FLOPs/token"
-            " (forward): the whole network."
+            " thresholds are set on text that is neither trained on nor measured. Total and active parameters and"
+            " FLOPs/token (forward): the whole network."
         ),
         "tokens/s: training a branch" + (", the frozen prefix read from the cache." if comparison.boundary else "."),
     ]
@@ -225,15 +231,18 @@ def footnotes(records: Records) -> list[str]:
             f"Blocks from {comparison.boundary} on are fresh in every branch, the baseline's too, because a method"
             " changes them."
         )
-    if "no_op" in records.methods:
+    if "twin" in records.methods:
         notes.append(
-            "no_op: the baseline once more with other branch seeds, so its data order differs too; what separates them"
-            " is noise."
+            "twin: the baseline once more in the same order, its weights at the fork changed by as much as rounding"
+            " does; what separates them is rounding."
         )
+    if "other_order" in records.methods:
         notes.append(
-            "The other methods share the baseline's data order seed by seed; it cancels in their differences: narrower"
-            " intervals."
+            "other_order: the baseline once more with other branch seeds, so its data order differs too; what separates"
+            " them is noise."
         )
+    if offer := would_see(records):
+        notes.append(offer)
     planned = len(comparison.trunk_seeds) * len(comparison.branch_seeds)
     finished = {method.name: len(records.results.get(method.name, ())) for method in comparison.methods}
     if unfinished := [f"{method} {count} of {planned}" for method, count in finished.items() if count < planned]:

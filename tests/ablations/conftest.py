@@ -1,7 +1,8 @@
-"""A comparison folder written by hand: five methods, three seeds, with known means, for tests of what is computed from
+"""A comparison folder written by hand: six arms, three seeds, with known means, for tests of what is computed from
 records."""
 
 import json
+import math
 import random
 
 import pytest
@@ -15,9 +16,11 @@ from ablations.comparison.records import (
     RunReference,
 )
 from foundation.serialize import save_json
-from staged_training.record import Ledger
+from foundation.tables import write_rows
+from staged_training.record import SECTIONS, Ledger, SectionLoss
 
-EFFECT = {"baseline": 0.0, "no_op": 0.0, "top_p": -0.02, "null_experts": 0.001, "random_k": 0.03}
+EFFECT = {"baseline": 0.0, "twin": 0.0, "other_order": 0.0, "top_p": -0.02, "null_experts": 0.001, "random_k": 0.03}
+KINDS = {"twin": "rounding", "other_order": "seed"}
 BUDGETS = (2, 4, 6, 8, 12, 16)
 TRUNK_TOKENS, BRANCH_TOKENS, STEP = 8_000_000, 2_000_000, 10_000
 
@@ -40,7 +43,7 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
     )
     comparison = Comparison(
         methods=tuple(
-            MethodSummary(name=name, question=f"What does {name} do?", kind="seed" if name == "no_op" else "routing")
+            MethodSummary(name=name, question=f"What does {name} do?", kind=KINDS.get(name, "routing"))
             for name in methods
         ),
         trunk_seeds=trunk_seeds,
@@ -65,6 +68,7 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
             5 + 20 / (1 + tokens / 400_000) + rng.gauss(0, 0.03) for tokens in range(STEP, TRUNK_TOKENS + 1, STEP)
         ]
         write_run(folder / reference.folder, losses, {"trunk": (8e12, 80.0), "caching": (1e12, 5.0)})
+        write_sections(folder / reference.folder, 2.0, rng)
         (folder / reference.folder / "result.json").write_text("{}")
     common: dict = {}
     for reference in branches:
@@ -81,8 +85,20 @@ def write_comparison(root, *, trunk_seeds=(0,), branch_seeds=(0, 1, 2), methods=
         effect = EFFECT[reference.method] + rng.gauss(0, 0.0015)
         losses = [loss + 3 * effect * step / len(batches) for step, loss in enumerate(batches)]
         write_run(folder / reference.folder, losses, {"branches": (2e11, 4.0), "evaluation": (9e10, 1.0)})
+        write_sections(folder / reference.folder, 1.9 + level + effect, rng)
         save_json(folder / reference.folder / "result.json", measurements(reference, 1.9 + level + effect))
     return folder
+
+
+def write_sections(folder, bits_per_byte, rng):
+    """400 sections of 40 documents, some harder than others."""
+    harder = [rng.gauss(0, 0.02) for _ in range(400)]
+    mean = sum(harder) / 400
+    losses = [
+        SectionLoss(document=number // 10, n_bytes=1280, nats=1280 * math.log(2) * (bits_per_byte + own - mean))
+        for number, own in enumerate(harder)
+    ]
+    write_rows(folder / SECTIONS, SectionLoss, losses)
 
 
 def write_run(folder, losses, costs):

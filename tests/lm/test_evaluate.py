@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,3 +64,17 @@ def test_the_mode_of_the_model_is_restored(model):
 def test_nothing_to_evaluate_is_an_error(model):
     with pytest.raises(ValueError, match="nothing to evaluate: 0 tokens"):
         evaluate(model, [], n_bytes=10)
+
+
+def test_section_losses_are_those_of_their_tokens(model):
+    batches = [batch(4), batch(5)]
+    batches[1][1][1, 5:] = IGNORED_TARGET
+    # 41 tokens count: 24, and 17 ahead of the padding; sections run across rows and batches.
+    section_N = np.repeat([0, 1, 2], [10, 25, 6])
+    result = evaluate(model, batches, n_bytes=10, section_N=section_N)
+    with torch.no_grad():
+        losses = [token_losses(model.eval()(inputs).logits_BTV, targets).flatten() for inputs, targets in batches]
+    nats_N = torch.cat([losses[0], losses[1][:17]]).double().numpy()
+    for section, nats in enumerate(result.section_nats):
+        assert nats == pytest.approx(nats_N[section_N == section].sum(), rel=1e-9)
+    assert sum(result.section_nats) == pytest.approx(result.nats, rel=1e-12)

@@ -64,9 +64,14 @@ def staging():
 def plan_of(corpus, model_config, staging):
     """A plan over the tiny corpus: `plan_of([(method, model, seed), ...], freeze=...)`."""
 
-    def make(branches, *, trunk_seed=0, model=model_config, **changes):
+    def make(branches, *, trunk_seed=0, model=model_config, rounding=(), **changes):
         return make_plan(
-            dataclasses.replace(staging, **changes), corpus_facts(corpus), model, branches, trunk_seed=trunk_seed
+            dataclasses.replace(staging, **changes),
+            corpus_facts(corpus),
+            model,
+            branches,
+            trunk_seed=trunk_seed,
+            rounding=rounding,
         )
 
     return make

@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import math
 import shutil
 
 import pytest
 import torch
 
 from foundation.files import CorruptFileError
+from foundation.tables import read_rows
 from lm.accounting import model_cost
 from lm.budget import experts_per_token
 from lm.evaluate import evaluate
@@ -19,7 +21,7 @@ from staged_training.describe import describe
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, in_order, run_plan
 from staged_training.progress import DIAGNOSTICS, METRICS, TIMING, read_metrics
-from staged_training.record import RunMismatchError, read_run
+from staged_training.record import SECTIONS, RunMismatchError, SectionLoss, read_run
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,17 @@ def test_the_whole_validation_text_is_covered_by_whole_models(finished, corpus, 
         # The exported model, run from its first block on, is what was evaluated from the stored activations.
         whole = evaluate(load_pretrained(record.folder / "model"), in_order(batches), n_bytes=corpus.valid.n_bytes)
         assert whole.bits_per_byte == record.result["bits_per_byte"]
+
+
+def test_the_loss_of_every_section_is_kept_and_sealed(finished, corpus):
+    _, records = finished
+    for record in records:
+        losses = read_rows(record.folder / SECTIONS, SectionLoss)
+        assert {line.document for line in losses} == set(range(corpus.valid.n_documents))
+        assert sum(line.n_bytes for line in losses) == corpus.valid.n_bytes
+        nats = record.result["bits_per_byte"] * corpus.valid.n_bytes * math.log(2)
+        assert sum(line.nats for line in losses) == pytest.approx(nats, rel=1e-12)
+        assert SECTIONS in json.loads((record.folder / "seal.json").read_text())["content"]["files"]
 
 
 def test_budgets_are_calibrated_on_text_that_no_stage_saw(finished, corpus, plan):

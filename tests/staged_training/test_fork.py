@@ -77,6 +77,20 @@ def test_freeze_zero_forks_the_whole_network(trunk, plan_of, model_config):
     assert trunk.head_VD.abs().sum() > 0
 
 
+@pytest.mark.parametrize("freeze", [0.0, 0.5])
+def test_a_twin_differs_by_rounding_in_what_it_trains_and_in_nothing_else(trunk, plan_of, model_config, freeze):
+    branches = [("baseline", model_config, 3), ("twin", model_config, 3), ("twin", model_config, 4)]
+    baseline, twin, other = plan_of(branches, freeze=freeze, rounding=("twin",)).branches
+    plain, changed = fork(trunk, baseline), fork(trunk, twin).state_dict()
+    trained = {name for name, _ in plain.named_parameters()} - plain.frozen_names(baseline.boundary)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(changed[name], tensor) == (name not in trained), name
+        # Five standard deviations, and the rounding of the result.
+        torch.testing.assert_close(changed[name], tensor, rtol=6e-7, atol=0)
+    assert all(torch.equal(changed[name], again) for name, again in fork(trunk, twin).state_dict().items())
+    assert not torch.equal(changed["head_VD"], fork(trunk, other).state_dict()["head_VD"])
+
+
 def test_a_trunk_of_another_shape_is_refused_by_name(plan_of, model_config):
     wide = LanguageModel(dataclasses.replace(model_config, moe=dataclasses.replace(model_config.moe, d_expert=16)))
     with pytest.raises(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 POLICIES = (
-    "no_op", "difficulty_head", "learned_threshold", "null_experts", "random_k", "relu", "relu_penalty",
+    "twin", "other_order", "difficulty_head", "learned_threshold", "null_experts", "random_k", "relu", "relu_penalty",
     "score_threshold", "top_p",
 )  # fmt: skip
 PLANS = (

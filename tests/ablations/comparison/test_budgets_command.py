@@ -12,13 +12,13 @@ from ablations.comparison.records import read_records
 
 def test_rows_are_what_the_runs_recorded(comparison_folder, tmp_path):
     rows = budget_rows(read_records(comparison_folder), last_steps=4)
-    assert len(rows) == 5 * 3 * 6
+    assert len(rows) == 6 * 3 * 6
     own = [row for row in rows if row.trained is not None]
     assert [(row.method, row.branch_seed) for row in own[:4]] == [
         ("baseline", 0),
         ("baseline", 1),
         ("baseline", 2),
-        ("no_op", 0),
+        ("twin", 0),
     ]
     # Steps alternate between 11 and 12 experts, asked were 12.
     assert {(row.asked, row.trained, row.trained_error_percent) for row in own} == {(12.0, 11.5, 100 * (11.5 / 12 - 1))}

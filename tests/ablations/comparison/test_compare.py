@@ -32,7 +32,18 @@ def arguments(text_folder, tiny_model):
 @pytest.fixture(scope="module")
 def first_run(arguments, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "ablations", "compare", "no_op", "top_p", *arguments, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "ablations",
+        "compare",
+        "twin",
+        "other_order",
+        "top_p",
+        *arguments,
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, command, done.stdout
@@ -52,7 +63,7 @@ def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
     order = [
         printed.index(text)
         for text in (
-            "methods 3, branch seeds 2",
+            "methods 4, branch seeds 2",
             "estimated time",
             "trunk step=",
             "valid bpb=",
@@ -62,8 +73,10 @@ def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
     ]
     assert order == sorted(order)
     assert "peak memory" in printed
-    rows = [line for line in printed.splitlines() if line.startswith(("baseline  ", "no_op  ", "top_p  "))]
-    assert len([row for row in rows if "±" in row]) == 3
+    rows = [
+        line for line in printed.splitlines() if line.startswith(("baseline  ", "twin  ", "other_order  ", "top_p  "))
+    ]
+    assert len([row for row in rows if "±" in row]) == 4
     assert "reference" in next(row for row in rows if row.startswith("baseline") and "±" in row)
     report = Path(printed.rsplit("report: ", 1)[1].strip())
     assert report.is_file()
@@ -74,7 +87,7 @@ def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
         "seal.json",
         "table.csv",
     ]
-    assert len(list((out / "branches").iterdir())) == 6
+    assert len(list((out / "branches").iterdir())) == 8
 
 
 def test_baseline_learns_and_pairs_share_data(first_run):
@@ -88,16 +101,20 @@ def test_baseline_learns_and_pairs_share_data(first_run):
     trunk_losses = [json.loads(line)["loss"] for line in (trunk / "metrics.jsonl").read_text().splitlines()]
     assert losses["baseline_trunk_0_seed_0"][-1] < trunk_losses[0] - 0.3
     # The first step of a routing method with the same seed sees the same batch through nearly the same weights; the
-    # no-op sees another batch.
+    # other order sees another batch.
     same = abs(losses["top_p_trunk_0_seed_0"][0] - losses["baseline_trunk_0_seed_0"][0])
-    assert same < abs(losses["no_op_trunk_0_seed_1000000"][0] - losses["baseline_trunk_0_seed_0"][0])
+    # Before the first update only rounding is between twins, behind the last what it has grown to.
+    twin, baseline = losses["twin_trunk_0_seed_0"], losses["baseline_trunk_0_seed_0"]
+    assert twin != baseline
+    assert twin[0] == pytest.approx(baseline[0], abs=1e-5)
+    assert same < abs(losses["other_order_trunk_0_seed_1000000"][0] - losses["baseline_trunk_0_seed_0"][0])
 
 
 def test_a_second_run_skips_what_is_finished_and_says_the_same(first_run):
     out, command, printed = first_run
     before = written(out)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert again.count("finished before") == 6
+    assert again.count("finished before") == 8
     assert "step=" not in again
     assert "estimated time" not in again
     assert written(out) == before
@@ -149,7 +166,7 @@ def test_two_trunks_run_two_trunks(arguments, tmp_path, capsys):
         str(tmp_path),
     )
     assert len(list((tmp_path / "trunks").iterdir())) == 2
-    assert "hold trunk noise" in capsys.readouterr().out
+    assert "trunk noise (initial weights, trunk data order)" in capsys.readouterr().out
 
 
 def test_a_misspelt_method_is_refused_with_the_nearest(capsys):
@@ -194,7 +211,7 @@ def test_what_was_freed_comes_back_when_a_comparison_needs_it(first_run, argumen
     assert "kept" not in capsys.readouterr().out
     shutil.rmtree(out / "trunks")
     # What is finished is shown without its trunk, and trains nothing.
-    run("compare", "no_op", "top_p", *arguments, "--out", str(out))
+    run("compare", "twin", "other_order", "top_p", *arguments, "--out", str(out))
     printed = capsys.readouterr().out
     assert "trunk step=" not in printed
     assert f"Missing: {trunk}." in printed

@@ -8,30 +8,34 @@ from ablations.comparison.records import read_records
 
 def test_ledger_against_hand_computed_numbers(comparison_folder):
     costs = compare_costs(read_records(comparison_folder))
-    # One trunk; 5 methods x 3 seeds = 15 branches of 2e11 FLOPs and 4 s, evaluated for 9e10 FLOPs and 1 s, other
-    # budgets for 1e10 FLOPs.
+    # One trunk; 4 methods x 3 seeds = 12 branches of 2e11 FLOPs and 4 s, evaluated for 9e10 FLOPs and 1 s, other
+    # budgets for 1e10 FLOPs; and 2 controls x 3 seeds.
     assert [(cost.flops, cost.seconds) for cost in costs.phases.values()] == [
         (8e12, 80.0),
         (1e12, 5.0),
-        (pytest.approx(15 * 2e11), 60.0),
-        (pytest.approx(15 * 1e11), 15.0),
+        (pytest.approx(12 * 2e11), 48.0),
+        (pytest.approx(12 * 1e11), 12.0),
+        (pytest.approx(6 * 3e11), 30.0),
     ]
-    assert costs.staged.flops == pytest.approx(8e12 + 1e12 + 3e12 + 1.5e12)
-    assert costs.staged.seconds == 160.0
+    assert costs.staged.flops == pytest.approx(8e12 + 1e12 + 2.4e12 + 1.2e12 + 1.8e12)
+    assert costs.staged.seconds == 175.0
     # From scratch: (8 M + 2 M tokens) x 6e5 FLOPs per token = 6e12 each, at the trunk's 8e12 FLOPs in 80 s: 60 s each.
-    assert [cost.flops for cost in costs.per_method.values()] == pytest.approx([6e12] * 5)
-    assert costs.scratch_once.flops == pytest.approx(3e13)
-    assert costs.scratch_once.seconds == pytest.approx(300.0)
-    assert costs.scratch_all_seeds.flops == pytest.approx(9e13)
-    assert costs.share_of_once == pytest.approx(13.5 / 30)
+    assert [cost.flops for cost in costs.per_method.values()] == pytest.approx([6e12] * 4)
+    # What nobody would train is not in the denominator.
+    assert list(costs.per_method) == ["baseline", "top_p", "null_experts", "random_k"]
+    assert costs.scratch_once.flops == pytest.approx(2.4e13)
+    assert costs.scratch_once.seconds == pytest.approx(240.0)
+    assert costs.scratch_all_seeds.flops == pytest.approx(7.2e13)
+    assert costs.share_of_once == pytest.approx(14.4 / 24)
+    assert costs.share_of_all_seeds == pytest.approx(14.4 / 72)
 
 
 def test_two_trunks_cost_two_trunks(write_synthetic):
     costs = compare_costs(read_records(write_synthetic(trunk_seeds=(0, 1), branch_seeds=(0, 1))))
     assert costs.phases["trunk"].flops == 1.6e13
-    assert costs.phases["branches"].flops == pytest.approx(20 * 2e11)
+    assert costs.phases["branches"].flops == pytest.approx(16 * 2e11)
     assert costs.seeds == 4
-    assert costs.scratch_all_seeds.flops == pytest.approx(4 * 3e13)
+    assert costs.scratch_all_seeds.flops == pytest.approx(4 * 2.4e13)
 
 
 def test_text_holds_every_row_and_the_ratio(comparison_folder):
@@ -39,12 +43,15 @@ def test_text_holds_every_row_and_the_ratio(comparison_folder):
     text = cost_text(costs)
     for what, *_ in cost_rows(costs):
         assert what in text
-    assert "5 methods (3 seeds each) cost 45 % of the FLOPs of training 5 methods from scratch once each." in text
+    assert (
+        "The staged runs, controls included, cost 60 % of the FLOPs of training 4 methods from scratch once each, 20 %"
+        " of training each with 3 seeds."
+    ) in text
 
 
 def test_one_seed_shows_no_second_estimate(write_synthetic):
     costs = compare_costs(read_records(write_synthetic(branch_seeds=(0,))))
-    assert len(cost_rows(costs)) == 6
+    assert len(cost_rows(costs)) == 7
 
 
 @pytest.mark.parametrize(

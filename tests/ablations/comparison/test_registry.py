@@ -21,7 +21,8 @@ from staged_training.boundary import choose_cut
 ROOT = Path(__file__).resolve().parents[3]
 ASKED_FOR = {
     "baseline",
-    "no_op",
+    "twin",
+    "other_order",
     "top_p",
     "null_experts",
     "random_k",
@@ -52,14 +53,16 @@ def test_every_method_runs_alone_asks_a_question_and_says_what_it_changes(name):
     source = (ROOT / "ablations" / f"{name}.py").read_text()
     assert source.endswith('\nif __name__ == "__main__":\n    run_alone(METHOD)\n')
     assert method.question.endswith("?")
-    kinds = {"baseline": "nothing", "no_op": "seed"} | dict.fromkeys(ROUTING, "routing")
+    kinds = {"baseline": "nothing", "twin": "rounding", "other_order": "seed"} | dict.fromkeys(ROUTING, "routing")
     assert method.kind(ModelOptions().config(4096)) == kinds.get(name, "architecture")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 12])
 def test_routing_methods_hold_the_baselines_mean(k):
     base = ModelOptions(k=k, n_experts=16).config(4096)
-    policies = {name: all_methods()[name].change(base).moe.router.policy for name in ("baseline", "no_op", *ROUTING)}
+    policies = {
+        name: all_methods()[name].change(base).moe.router.policy for name in ("baseline", "other_order", *ROUTING)
+    }
     for policy in policies.values():
         match policy:
             case TopK():
@@ -114,10 +117,10 @@ def test_the_help_of_the_layer_plan_names_every_letter(capsys):
 
 
 def test_the_baseline_comes_first_and_once():
-    assert [method.name for method in find_methods(["top_p", "baseline", "no_op", "top_p"])] == [
+    assert [method.name for method in find_methods(["top_p", "baseline", "twin", "top_p"])] == [
         "baseline",
         "top_p",
-        "no_op",
+        "twin",
     ]
     assert [method.name for method in find_methods(["random_k"])] == ["baseline", "random_k"]
 

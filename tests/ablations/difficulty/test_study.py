@@ -103,7 +103,7 @@ def test_minutes_become_tokens_once(options, study_folder):
     assert with_tokens(dataclasses.replace(options, minutes=99.0), corpus, model).staging.tokens == tokens
 
 
-@pytest.mark.parametrize("method", ["no_op", "random_k"])
+@pytest.mark.parametrize("method", ["other_order", "random_k"])
 def test_methods_that_choose_no_number_are_refused(options, method):
     with pytest.raises(ValueError, match=f"--methods {method}: must choose the number of experts"):
         train(dataclasses.replace(options, methods=(method,)))

@@ -68,11 +68,11 @@ def test_difference_marks_are_the_csv(figures, tmp_path):
     assert bars[1:] == [(row[3], row[4]) for row in rows if row[1] == "mean"]
     single = [point[0] for dots in axes.collections for point in dots.get_offsets()]
     assert single == [row[2] for row in rows if row[1] != "mean"]
-    assert len(single) == 4 * 3
+    assert len(single) == 5 * 3
 
 
-def test_the_no_op_is_not_subtracted_batch_by_batch(figures):
-    assert {row[0] for row in figures["branch_differences"].rows} == {"top_p", "null_experts", "random_k"}
+def test_another_order_is_not_subtracted_batch_by_batch(figures):
+    assert {row[0] for row in figures["branch_differences"].rows} == {"twin", "top_p", "null_experts", "random_k"}
 
 
 def test_histogram_bars_are_the_csv_and_sum_to_one(figures, tmp_path):
@@ -157,7 +157,7 @@ def test_every_colour_has_a_dark_partner_and_series_differ_in_lightness_of_their
 
 
 def test_methods_keep_their_colour():
-    named = colours(["baseline", "no_op", "a", "b"])
+    named = colours(["baseline", "other_order", "a", "b"])
     assert len(set(named.values())) == 4
     assert named["a"] == colours(["", "a", "b"])["a"]
 

@@ -42,7 +42,7 @@ def test_runs_lists_what_when_how_large_and_what_came_out(root, monkeypatch, cap
     (root / "branches" / "top_p_0_0" / "result.json").unlink()
     run("runs", root, monkeypatch=monkeypatch)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 15 + 1
+    assert len(lines) == 1 + 1 + 18 + 1
     assert "comparison" in lines[0]
     assert "random_k" in lines[0]
     assert "worse" in lines[0]
@@ -63,8 +63,8 @@ def test_prune_names_what_nothing_needs(root, monkeypatch, capsys):
     before = sorted(root.rglob("*"))
     run("prune", root, monkeypatch=monkeypatch)
     printed = capsys.readouterr().out
-    assert printed.count("would free") == 17
-    assert "17 folders" in printed
+    assert printed.count("would free") == 20
+    assert "20 folders" in printed
     assert "--yes removes them" in printed
     (kept,) = [line for line in printed.splitlines() if line.startswith("kept")]
     assert f"{trunk / 'checkpoints' / 'step_00000012'}  (the last checkpoint, from which further branches" in kept
@@ -101,10 +101,10 @@ def test_prune_keeps_the_only_weights_that_are_left(root, monkeypatch, capsys):
     printed = capsys.readouterr().out
     # These branches have no exported model, and the trunk's last checkpoint is not one.
     kept = kept_lines(printed)
-    assert len(kept) == 17
+    assert len(kept) == 20
     assert all("model" in line for folder, line in kept.items() if "branches" in folder)
     assert "manifest.json is missing" in kept[str(root / "trunks" / "0" / "checkpoints" / "step_00000009")]
-    assert len(list(root.glob("branches/*/checkpoints"))) == 15
+    assert len(list(root.glob("branches/*/checkpoints"))) == 18
     assert not (root / "trunks" / "0" / "activations").exists()
 
 
@@ -116,7 +116,7 @@ def test_a_report_without_its_trunks_names_them_and_shows_the_rest(root, capsys)
     show(folder)
     without = capsys.readouterr().out
     rows = [line for line in whole.splitlines() if "±" in line]
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert rows == [line for line in without.splitlines() if "±" in line]
     assert f"Missing: {root / 'trunks' / '0'}. Curves and costs" in without
     assert "no share of training from scratch can be told" in without
