@@ -12,10 +12,10 @@ import tyro
 
 from ablations.comparison.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
 from ablations.comparison.calibration import CALIBRATION_FILE, CalibrationRow, calibration_rows, calibration_text
-from ablations.comparison.compare import run_comparison
 from ablations.comparison.options import Options
 from ablations.comparison.records import read_records
 from ablations.comparison.registry import all_methods, find_methods
+from ablations.comparison.shares import run_side_by_side
 from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.method import Method
@@ -80,9 +80,9 @@ def compare(methods: list[Method], options: Options) -> Path | None:
         The path of the report; None after a dry run.
 
     Raises:
-        ValueError, foundation.stopping.Interrupted: see `run_comparison`.
+        ValueError, foundation.stopping.Interrupted: see `run_side_by_side`.
     """
-    folder = run_comparison(methods, options)
+    folder = run_side_by_side(methods, options)
     return None if folder is None else show(folder)
 
 
@@ -108,7 +108,7 @@ def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) 
     # Which policy a method has does not depend on the vocabulary.
     baseline = options.model.config(vocab_size=1)
     names = methods or tuple(name for name, method in all_methods().items() if method.has_budget(baseline))
-    folder = run_comparison(find_methods(list(names)), options)
+    folder = run_side_by_side(find_methods(list(names)), options)
     if folder is None:
         return
     rows = budget_rows(read_records(folder), last_steps=last_steps)
@@ -119,7 +119,7 @@ def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) 
 def calibrate_command(options: FlatOptions = CALIBRATION) -> None:
     """How often verdicts come up where there is nothing to find: twins and other orders of the baseline, judged as
     methods are. Every seed is a pair of each."""
-    folder = run_comparison(find_methods(["twin", "other_order"]), options)
+    folder = run_side_by_side(find_methods(["twin", "other_order"]), options)
     if folder is None:
         return
     rows = calibration_rows(read_records(folder))

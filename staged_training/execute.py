@@ -222,7 +222,8 @@ class Execution:
         """The trunk's activations for some batches, from its folder; what computing them took goes into its ledger."""
         plan, (trunk, record) = self.plan, self.trunk()
         began = time.perf_counter()
-        with locked(self.trunk_folder):
+        # Branches that train side by side all come here first; one computes what is missing.
+        with locked(self.trunk_folder, wait=True):
             stored, computed = trunk_activations(
                 plan, trunk, tokens, split=split, numbers=numbers, folder=self.trunk_folder / "activations"
             )

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from staged_training.progress import DIAGNOSTICS, METRICS, TIMING
 
 CONFIG, ENVIRONMENT, LEDGER, RESULT = "config.json", "environment.json", "ledger.json", "result.json"
 SECTIONS = "sections.csv"
+# Seconds between looks at a lock that somebody else holds.
+LOOK_AGAIN_S = 0.2
 
 
 log = logging.getLogger(__name__)
@@ -121,15 +124,21 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keeps a second process out of a run folder, and removes what killed writes left in it. The lock goes with its
     process, however that ends.
+
+    Args:
+        wait: for another process to leave, instead of refusing.
 
     Raises:
         RunMismatchError: when another process is running it.
     """
     with open(folder / ".lock", "w") as file:
-        if not try_lock(file.fileno(), folder):
+        while not try_lock(file.fileno(), folder):
+            if wait:
+                time.sleep(LOOK_AGAIN_S)
+                continue
             raise RunMismatchError(f"{folder} is being run by another process; wait for it or stop it")
         remove_leftovers(folder)
         yield

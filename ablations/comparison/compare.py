@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from ablations.comparison.measure import MeasuringContext, budgets_of, measure
@@ -119,12 +120,22 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
 
 
-def run_comparison(methods: list[Method], options: Options) -> Path | None:
+def run_in_turn(job: Job, executions: list[SharedExecution]) -> None:
+    """Trains and measures what is not finished, one run after the other."""
+    for execution in executions:
+        for branch in execution.plan.branches:
+            run_branch(job, execution, branch)
+
+
+def run_comparison(
+    methods: list[Method], options: Options, run: Callable[[Job, list[SharedExecution]], None] = run_in_turn
+) -> Path | None:
     """Runs whatever of the comparison is not finished.
 
     Args:
         methods: the baseline first, see `find_methods`.
         options: of the whole comparison.
+        run: does it, given one execution per trunk.
 
     Returns:
         The folder of the comparison; None after a dry run.
@@ -148,27 +159,26 @@ def run_comparison(methods: list[Method], options: Options) -> Path | None:
     job.folder.mkdir(parents=True, exist_ok=True)
     described = describe_comparison(job, executions, plan)
     write_into_seal(job.folder, {COMPARISON_FILE: json_text(to_dict(described))}, anew=True)
-    for execution in executions:
-        run_branches(job, execution)
+    run(job, executions)
     return job.folder
 
 
-def run_branches(job: Job, execution: SharedExecution) -> None:
-    """Trains and measures the branches of one trunk that are not finished."""
-    for branch in execution.plan.branches:
-        # Called where a branch has just been trained; a branch that is finished already is not measured again.
-        def summary(run: TrainedRun, branch: Branch = branch) -> dict:
-            context = MeasuringContext(
-                baseline=job.baseline,
-                method=job.method_of(branch).change(job.baseline),
-                pairing_seed=job.pairing_seed(branch),
-                corpus=job.corpus,
-                calibration=execution.calibration(branch.boundary),
-                budget_batches=job.options.budget_batches,
-            )
-            return to_dict(measure(run, context))
+def run_branch(job: Job, execution: SharedExecution, branch: Branch) -> None:
+    """Trains and measures a branch if it is not finished."""
 
-        execution.branch(branch, summary=summary)
+    # Called where it has just been trained; a branch that is finished already is not measured again.
+    def summary(run: TrainedRun) -> dict:
+        context = MeasuringContext(
+            baseline=job.baseline,
+            method=job.method_of(branch).change(job.baseline),
+            pairing_seed=job.pairing_seed(branch),
+            corpus=job.corpus,
+            calibration=execution.calibration(branch.boundary),
+            budget_batches=job.options.budget_batches,
+        )
+        return to_dict(measure(run, context))
+
+    execution.branch(branch, summary=summary)
 
 
 def with_budgets(estimated: Estimate, execution: Execution, job: Job) -> Estimate:

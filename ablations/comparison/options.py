@@ -92,6 +92,8 @@ class Options:
     Attributes:
         seeds: branches per method and trunk, paired by seed with the baseline's.
         trunk_seeds: trunks; more than one puts trunk noise into the intervals, at the price of that many trunks.
+        jobs: runs that train side by side, in processes that share the threads; 0 for one per thread on a CPU and one
+            on a GPU. Results do not depend on it.
         out: folder of all runs. Comparisons under the same folder share their corpus, trunks and branches.
         dry_run: print the plan, the resolved options and the environment, and run nothing.
         budget_batches: validation batches on which the trained weights are evaluated at other mean numbers of experts.
@@ -102,6 +104,7 @@ class Options:
 
     seeds: int = 3
     trunk_seeds: int = 1
+    jobs: int = 0
     out: Path = Path("runs")
     dry_run: bool = False
     budget_batches: int = 2
@@ -115,4 +118,4 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        check_numbers(self, seeds=1, trunk_seeds=1, budget_batches=1)
+        check_numbers(self, seeds=1, trunk_seeds=1, jobs=0, budget_batches=1)

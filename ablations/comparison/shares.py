@@ -1,0 +1,122 @@
+"""`--jobs N`: the runs of a comparison side by side in processes of their own, in the same folders, with the same bits.
+
+On a CPU one thread for each of N runs does more than N threads for one: a small model's operators are too short to be
+worth cutting up. Every process takes each N-th run; first the trunks, then the branches. What a process that was killed
+leaves is taken up by the comparison itself behind them, from its last checkpoint.
+"""
+
+import foundation.starting  # noqa: F401
+
+# isort: split
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ablations.comparison.compare import Job, SharedExecution, prepare_job, run_branch, run_comparison, run_in_turn
+from ablations.comparison.options import Options
+from ablations.comparison.registry import find_methods
+from ablations.method import Method
+from foundation.command import run_command
+from foundation.environment import ROOT
+from foundation.files import read_json, write_json
+from foundation.serialize import from_dict, to_dict
+
+Part = Literal["trunks", "branches"]
+SHARES_FILE = "shares.json"
+
+
+def run_side_by_side(methods: list[Method], options: Options) -> Path | None:
+    """`run_comparison`, in as many processes as the options say."""
+    return run_comparison(methods, options, run_in_turn if jobs_of(options) == 1 else run_in_shares)
+
+
+def jobs_of(options: Options) -> int:
+    """How many runs train side by side."""
+    if options.jobs:
+        return options.jobs
+    return 1 if torch.cuda.is_available() else torch.get_num_threads()
+
+
+def run_in_shares(job: Job, executions: list[SharedExecution]) -> None:
+    """Runs what of the comparison is not finished in processes of their own, and waits for them.
+
+    Raises:
+        foundation.stopping.Interrupted: after a stop signal, once every process has saved and gone.
+    """
+    waiting, count = [execution for execution in executions if not execution.finished], jobs_of(job.options)
+    if waiting:
+        file = job.folder / SHARES_FILE
+        names = [method.name for method in job.methods]
+        write_json(file, {"methods": names, "options": to_dict(job.options)})
+        if len(waiting) > 1:
+            share_out(file, "trunks", count)
+        # A single trunk is trained here, with all threads.
+        waiting[0].activations()
+        share_out(file, "branches", count)
+        file.unlink()
+    run_in_turn(job, [execution for execution in waiting if not execution.finished])
+
+
+def share_out(file: Path, part: Part, count: int) -> None:
+    """Runs one part in `count` processes, and waits for them."""
+    threads = str(max(1, torch.get_num_threads() // count))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "ablations.comparison.shares", str(file), part]
+    print(f"{part}: {count} processes, threads of each: {threads}", flush=True)
+    processes: list[subprocess.Popen] = []
+    try:
+        for index in range(count):
+            arguments = [*command, str(index), str(count)]
+            processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment))
+        for process in processes:
+            process.wait()
+    except BaseException:
+        # A terminal's Ctrl-C has reached them already, any other signal only this process. Asked twice in short order
+        # they save once.
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        raise
+    for index, process in enumerate(processes):
+        if process.returncode:
+            print(
+                f"{part}: process {index + 1} of {count} ended with exit code {process.returncode}; what it left is"
+                " done here",
+                flush=True,
+            )
+
+
+def run_share(file: Path, part: Part, index: int, count: int) -> None:
+    """Every `count`-th run of one part of the comparison that `file` describes, from the `index`-th on."""
+    described = read_json(file)
+    options = from_dict(Options, described["options"])
+    job = prepare_job(find_methods(described["methods"]), options)
+    executions = [SharedExecution(job, plan) for plan in job.plans]
+    if part == "trunks":
+        for execution in executions[index::count]:
+            execution.activations()
+        return
+    runs = [(execution, branch) for execution in executions for branch in execution.plan.branches]
+    for execution, branch in runs[index::count]:
+        run_branch(job, execution, branch)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """A process of `run_in_shares`."""
+    run_command(
+        lambda given: (Path(given[0]), given[1], int(given[2]), int(given[3])),
+        lambda share: run_share(*share),
+        arguments,
+        continues=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
