@@ -23,9 +23,10 @@ BELOW["demos"] = BELOW["ablations"] | {"ablations"}
 ROOMS: dict[str, dict[str, set[str]]] = {
     "triton_kernels": {
         "common": set(),
-        "softmax": {"common"},
-        "linear": {"common"},
-        "experts": {"common"},
+        "native": set(),
+        "softmax": {"common", "native"},
+        "linear": {"common", "native"},
+        "experts": {"common", "native"},
         "mixed": {"common", "softmax", "linear"},
         "tools": {"common", "softmax", "linear", "experts", "mixed"},
     }

@@ -108,10 +108,16 @@ def run_share(file: Path, part: Part, index: int, count: int) -> None:
         run_branch(job, execution, branch)
 
 
+def _parsed(given: Sequence[str] | None) -> tuple[Path, Part, int, int]:
+    assert given is not None
+    file, part, index, count = given
+    return Path(file), "trunks" if part == "trunks" else "branches", int(index), int(count)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """A process of `run_in_shares`."""
     run_command(
-        lambda given: (Path(given[0]), given[1], int(given[2]), int(given[3])),
+        _parsed,
         lambda share: run_share(*share),
         arguments,
         continues=True,
