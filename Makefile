@@ -25,12 +25,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
 
-# One thread per test process: two OpenMP teams on two cores spin at each other's barriers.
+# One thread per test process: two OpenMP teams on two cores spin at each other's barriers. Stealing keeps a file's tests together: dealt out
+# in small lots, which is the default, they would train what they share once in each process.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 # What the tests hold to on sm_90 alone, for every architecture and every option of the launch tables: half an hour, after a change of kernels.
 gate: setup

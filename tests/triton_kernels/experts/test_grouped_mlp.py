@@ -82,9 +82,10 @@ def offsets_of(inputs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("T", "E", "D", "F"), [(1, 1, 16, 16), (63, 5, 48, 80), (100, 9, 32, 16), (257, 2, 16, 48), (33, 2, 144, 96)]
+    ("T", "E", "D", "F"), [(1, 1, 16, 16), (63, 5, 48, 80), (50, 9, 32, 16), (175, 2, 16, 48), (33, 2, 144, 96)]
 )
 def test_odd_sizes(T, E, D, F, dtype):
+    """175 tokens give either expert more rows than the larger block has, 64, and not a multiple of it."""
     assert_as_exact_as_the_loop(random_mask(T, E, 0.4), D, F, dtype, n_padding=5)
 
 
@@ -118,7 +119,7 @@ def test_uneven_loads(case, dtype):
     assert_as_exact_as_the_loop(mask_TE, 32, 16, dtype, n_padding=3)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(
     st.integers(1, 40),
     st.integers(1, 7),
