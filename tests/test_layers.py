@@ -23,11 +23,12 @@ BELOW["demos"] = BELOW["ablations"] | {"ablations"}
 ROOMS: dict[str, dict[str, set[str]]] = {
     "triton_kernels": {
         "common": set(),
-        "softmax": {"common"},
-        "linear": {"common"},
-        "experts": {"common"},
-        "mixed": {"common", "softmax", "linear"},
-        "tools": {"common", "softmax", "linear", "experts", "mixed"},
+        "native": set(),
+        "softmax": {"common", "native"},
+        "linear": {"common", "native"},
+        "experts": {"common", "native"},
+        "mixed": {"common", "native", "softmax", "linear"},
+        "tools": {"common", "native", "softmax", "linear", "experts", "mixed"},
     }
 }
 

@@ -192,12 +192,12 @@ void rms_norm(const float *x, const float *weight, float *y, long rows, long wid
     }
 }
 
-/* ---- y[T, O] = x[T, I] weight[O, I]^T ------------------------------------------------------------------------------------------------- */
+/* ---- y[T, O] = x[T, I] weight[O, I]^T, with a stride between rows of x ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const float *x, *weight;
     float *y;
-    long rows, in, out;
+    long x_stride, rows, in, out;
 } Linear;
 
 enum { OUTPUTS = 64 };
@@ -206,11 +206,11 @@ static void linear_piece(void *job, long index) {
     Linear *l = job;
     long last = (index + 1) * OUTPUTS < l->out ? (index + 1) * OUTPUTS : l->out;
     for (long o = index * OUTPUTS; o < last; o++)
-        for (long r = 0; r < l->rows; r++) l->y[r * l->out + o] = dot(l->x + r * l->in, l->weight + o * l->in, l->in);
+        for (long r = 0; r < l->rows; r++) l->y[r * l->out + o] = dot(l->x + r * l->x_stride, l->weight + o * l->in, l->in);
 }
 
-void linear(const float *x, const float *weight, float *y, long rows, long in, long out, int threads) {
-    Linear job = {x, weight, y, rows, in, out};
+void linear(const float *x, long x_stride, const float *weight, float *y, long rows, long in, long out, int threads) {
+    Linear job = {x, weight, y, x_stride, rows, in, out};
     in_pieces(linear_piece, &job, (out + OUTPUTS - 1) / OUTPUTS, out * in < 65536 ? 1 : threads);
 }
 

@@ -1,0 +1,132 @@
+"""`decode_step.c` seen from Python: the structs that describe a model to it, and a watch over what they point at.
+
+Whoever owns weights or states describes them (`describe`) by filling in the fields of its block; what one call cannot
+compute raises `NotInOneCall`.
+
+Legend: B sequences, D model width.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_kernels.native.library import FLOAT, LONG, P
+
+SOFTMAX, DELTA, LIGHTNING = range(3)
+WEIGHTS, ACTIVATIONS = (torch.float32,), (torch.float32, torch.bfloat16)
+
+
+class NotInOneCall(Exception):
+    """A model, a cache or a setting that the call for a whole step does not know."""
+
+
+class NativeBlock(ctypes.Structure):
+    """`Block` of decode_step.c, field by field."""
+
+    _fields_ = [
+        *((f"{place}_norm", P) for place in ("attention", "attention_out", "moe", "moe_out")),
+        *((name, LONG) for name in ("mixer", "heads", "key", "value", "inner")),
+        *((name, P) for name in ("to_inner", "to_out")),
+        ("eps", FLOAT),
+        *((name, LONG) for name in ("kv_heads", "half", "output_gate", "writes", "capacity", "cache_stride", "bf16")),
+        *((name, P) for name in ("q_norm", "k_norm", "sink", "cosine", "sine", "keys", "values")),
+        *((name, P) for name in ("to_gate", "to_decay", "conv", "A_log", "dt_bias", "norm", "log_decay")),
+        *((name, P) for name in ("state", "tail")),
+        *((name, LONG) for name in ("taps", "per_channel", "use_silu")),
+        *((name, P) for name in ("router", "bias", "threshold", "drift", "aim")),
+        *((name, LONG) for name in ("experts", "slots", "floor", "rule", "use_sigmoid", "renormalise")),
+        *((name, P) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *((name, LONG) for name in ("d_expert", "d_shared", "whole_at", "real_at")),
+    ]
+
+
+class NativeModel(ctypes.Structure):
+    """`Model` of decode_step.c, field by field."""
+
+    _fields_ = [
+        ("block", ctypes.POINTER(NativeBlock)),
+        *((name, P) for name in ("embedding", "norm", "head")),
+        *((name, LONG) for name in ("blocks", "vocabulary", "width", "batch")),
+        ("eps", FLOAT),
+    ]
+
+
+class Watch:
+    """What a described model stands on. Addresses outlive what lay there: `holds` is asked before every use of them.
+
+    Attributes:
+        batch_size, d_model: the B and D above.
+        angles: by rotary width and base, cosine and sine [2, width / 2] that the blocks point at; whoever runs a step
+            writes those of its position there.
+    """
+
+    def __init__(self, batch_size: int, d_model: int) -> None:
+        self.batch_size, self.d_model = batch_size, d_model
+        self.angles: dict[tuple[int, float], Tensor] = {}
+        self._same: list[tuple[dict[str, Any], str, object]] = []
+        self._empty: list[dict[Any, Any]] = []
+        self._tensors: list[tuple[dict[str, Any], str]] = []
+        self._facts: list[tuple[object, ...]] = []
+
+    def module(self, module: nn.Module) -> None:
+        """It stays what it is, in evaluation mode, with the parts that it has, and nobody listens to its calls."""
+        if module.training or "forward" in module.__dict__:
+            raise NotInOneCall(f"{type(module).__name__} is training, or its forward was replaced")
+        self.same(module, "training", "forward")
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks:
+                raise NotInOneCall(f"{type(module).__name__} has hooks")
+            self._empty.append(hooks)
+        self._same += [(module._modules, name, child) for name, child in module._modules.items()]
+
+    def same(self, owner: object, *names: str) -> None:
+        """These attributes of `owner` itself stay what they are, or missing."""
+        self._same += [(owner.__dict__, name, owner.__dict__.get(name)) for name in names]
+
+    def tensor(
+        self, held: dict[str, Any], name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype] = WEIGHTS
+    ) -> int:
+        """The address of held[name], which must be dense, on the CPU and of this shape."""
+        tensor = held.get(name)
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.device.type == "cpu"
+            and tensor.dtype in dtypes
+            and tensor.shape == torch.Size(shape)
+            and tensor.is_contiguous()
+        ):
+            raise NotInOneCall(f"{name} is not a dense tensor of shape {tuple(shape)} on the CPU, of {dtypes}")
+        self._tensors.append((held, name))
+        self._facts.append(_facts(tensor))
+        return tensor.data_ptr()
+
+    def parameter(self, module: nn.Module, name: str, *shape: int) -> int:
+        """The address of a parameter in fp32."""
+        return self.tensor(module._parameters, name, shape)
+
+    def buffer(self, module: nn.Module, name: str, *shape: int) -> int:
+        """The address of a buffer in fp32."""
+        return self.tensor(module._buffers, name, shape)
+
+    def rotary(self, width: int, base: float) -> tuple[int, int]:
+        """Where cosine and sine of the step's position are."""
+        cosine, sine = self.angles.setdefault((width, base), torch.empty(2, width // 2))
+        return cosine.data_ptr(), sine.data_ptr()
+
+    def holds(self) -> bool:
+        """Whether all of it still is and lies as it was described."""
+        return (
+            not any(self._empty)
+            and all(held.get(name) is value for held, name, value in self._same)
+            and all(
+                tensor is not None and _facts(tensor) == facts
+                for tensor, facts in zip((held.get(name) for held, name in self._tensors), self._facts)
+            )
+        )
+
+
+def _facts(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
