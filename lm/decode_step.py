@@ -50,6 +50,7 @@ class DecodeStep:
         dtype: torch.dtype,
     ) -> None:
         self.native, self.watch, self.routers, self.dtype = native, watch, routers, dtype
+        watch.begin()
         self.layers, self.states = cache.layers, list(cache.layers)
         self.n_whole = self.n_real = 0
         B, D = native.batch, native.width

@@ -8,6 +8,7 @@ Legend: B sequences, D model width.
 
 import ctypes
 from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from triton_kernels.native.library import FLOAT, LONG, P
 
 SOFTMAX, DELTA, LIGHTNING = range(3)
+FACTS = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 WEIGHTS, ACTIVATIONS = (torch.float32,), (torch.float32, torch.bfloat16)
 
 
@@ -66,10 +68,13 @@ class Watch:
     def __init__(self, batch_size: int, d_model: int) -> None:
         self.batch_size, self.d_model = batch_size, d_model
         self.angles: dict[tuple[int, float], Tensor] = {}
-        self._same: list[tuple[dict[str, Any], str, object]] = []
+        # Owner by owner, what its name must still stand for.
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[object] = []
         self._empty: list[dict[Any, Any]] = []
-        self._tensors: list[tuple[dict[str, Any], str]] = []
-        self._facts: list[tuple[object, ...]] = []
+        self._tensors: list[Tensor] = []
+        self._lay: tuple[list[object], ...] = ()
 
     def module(self, module: nn.Module) -> None:
         """It stays what it is, in evaluation mode, with the parts that it has, and nobody listens to its calls."""
@@ -80,11 +85,18 @@ class Watch:
             if hooks:
                 raise NotInOneCall(f"{type(module).__name__} has hooks")
             self._empty.append(hooks)
-        self._same += [(module._modules, name, child) for name, child in module._modules.items()]
+        for name, child in module._modules.items():
+            self._is(module._modules, name, child)
 
     def same(self, owner: object, *names: str) -> None:
         """These attributes of `owner` itself stay what they are, or missing."""
-        self._same += [(owner.__dict__, name, owner.__dict__.get(name)) for name in names]
+        for name in names:
+            self._is(owner.__dict__, name, owner.__dict__.get(name))
+
+    def _is(self, owner: dict[str, Any], name: str, value: object) -> None:
+        self._owners.append(owner)
+        self._names.append(name)
+        self._values.append(value)
 
     def tensor(
         self, held: dict[str, Any], name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype] = WEIGHTS
@@ -99,8 +111,8 @@ class Watch:
             and tensor.is_contiguous()
         ):
             raise NotInOneCall(f"{name} is not a dense tensor of shape {tuple(shape)} on the CPU, of {dtypes}")
-        self._tensors.append((held, name))
-        self._facts.append(_facts(tensor))
+        self._tensors.append(tensor)
+        self._is(held, name, tensor)
         return tensor.data_ptr()
 
     def parameter(self, module: nn.Module, name: str, *shape: int) -> int:
@@ -116,17 +128,20 @@ class Watch:
         cosine, sine = self.angles.setdefault((width, base), torch.empty(2, width // 2))
         return cosine.data_ptr(), sine.data_ptr()
 
+    def begin(self) -> None:
+        """All is described."""
+        self._lay = _facts(self._tensors)
+
     def holds(self) -> bool:
         """Whether all of it still is and lies as it was described."""
+        # Hundreds of looks per token: loops in C.
         return (
             not any(self._empty)
-            and all(held.get(name) is value for held, name, value in self._same)
-            and all(
-                tensor is not None and _facts(tensor) == facts
-                for tensor, facts in zip((held.get(name) for held, name in self._tensors), self._facts)
-            )
+            and all(map(is_, map(dict.get, self._owners, self._names), self._values))
+            and _facts(self._tensors) == self._lay
         )
 
 
-def _facts(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _facts(tensors: Sequence[Tensor]) -> tuple[list[object], ...]:
+    """What tells that the same tensors lie where they lay, as they lay."""
+    return tuple(list(map(fact, tensors)) for fact in FACTS)
