@@ -187,7 +187,7 @@ class SoftmaxAttention(AttentionLayer):
         block.q_norm = describe_norm(self.q_norm, watch, width=K, eps=self.config.norm_eps)
         block.k_norm = describe_norm(self.k_norm, watch, width=K, eps=self.config.norm_eps)
         block.sink = None if self.sink_H is None else watch.parameter(self, "sink_H", H)
-        block.cosine, block.sine = watch.rotary(self.config.rotary_dim, self.config.rope_base)
+        block.rope_base = self.config.rope_base
         watch.same(owner, "tensors")
         keys = owner.tensors["k"]
         block.capacity = keys.shape[1]

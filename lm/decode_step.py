@@ -22,7 +22,6 @@ from routing.decode_step import routing_of
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
 from triton_kernels.native.library import MOST_TOKENS, call, is_native
-from triton_kernels.softmax.native import rotary_at
 
 # Of more sequences blocked products win, see `attention.projection`.
 MOST_SEQUENCES = MOST_TOKENS // 4
@@ -82,8 +81,6 @@ class DecodeStep:
             NonFiniteScoresError: as a router does.
         """
         position = self.states[0].length
-        for (width, base), angles in self.watch.angles.items():
-            torch.stack(rotary_at(position, width, base), out=angles)
         logits_B1V = torch.empty(self.native.batch, 1, self.native.vocabulary)
         whole, real = torch.empty(self.n_whole, dtype=torch.int64), torch.empty(self.n_real)
         failed = call(

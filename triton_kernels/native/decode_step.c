@@ -16,7 +16,8 @@ typedef struct {
     float eps;
     /* Softmax: `half` pairs of channels are turned; rows of the cache are used in turn. */
     long kv_heads, half, output_gate, writes, capacity, cache_stride, bf16;
-    const float *q_norm, *k_norm, *sink, *cosine, *sine;
+    double rope_base;
+    const float *q_norm, *k_norm, *sink;
     void *keys, *values;
     /* Linear layers; `bf16` is the tail's. to_gate and to_decay: from their bottlenecks, as wide as one head. */
     const float *to_gate, *to_decay, *conv, *A_log, *dt_bias, *norm, *log_decay;
@@ -85,9 +86,15 @@ static long mix(const Block *l, const Model *m, Scratch *s, long position, int t
     long B = m->batch, H = l->heads, K = l->key, V = l->value, X = H * V;
     if (l->mixer == SOFTMAX) {
         long held = position < l->capacity ? position + 1 : l->capacity;
+        float cosine[l->half + 1], sine[l->half + 1];
+        /* In fp64, as `rotary_tables`: angles grow with the position. */
+        for (long i = 0; i < l->half; i++) {
+            double angle = (double)position * pow(l->rope_base, -(double)i / (double)l->half);
+            cosine[i] = (float)cos(angle), sine[i] = (float)sin(angle);
+        }
         const float *gate = s->inner + H * K, *k = gate + (l->output_gate ? H * K : 0);
         long error = softmax_decode(s->inner, l->writes ? k : NULL, k + l->kv_heads * K, l->inner, l->inner, l->keys, l->values,
-                                    l->cache_stride, position % l->capacity, held, (int)l->bf16, l->q_norm, l->k_norm, l->cosine, l->sine,
+                                    l->cache_stride, position % l->capacity, held, (int)l->bf16, l->q_norm, l->k_norm, cosine, sine,
                                     l->sink, l->eps, 1.0f / sqrtf((float)K), B, H, l->kv_heads, K, l->half, s->mixed, threads);
         if (l->output_gate) gated(s->mixed, gate, l->inner, B, X);
         return error;

@@ -34,7 +34,8 @@ class NativeBlock(ctypes.Structure):
         *((name, P) for name in ("to_inner", "to_out")),
         ("eps", FLOAT),
         *((name, LONG) for name in ("kv_heads", "half", "output_gate", "writes", "capacity", "cache_stride", "bf16")),
-        *((name, P) for name in ("q_norm", "k_norm", "sink", "cosine", "sine", "keys", "values")),
+        ("rope_base", ctypes.c_double),
+        *((name, P) for name in ("q_norm", "k_norm", "sink", "keys", "values")),
         *((name, P) for name in ("to_gate", "to_decay", "conv", "A_log", "dt_bias", "norm", "log_decay")),
         *((name, P) for name in ("state", "tail")),
         *((name, LONG) for name in ("taps", "per_channel", "use_silu")),
@@ -61,13 +62,10 @@ class Watch:
 
     Attributes:
         batch_size, d_model: the B and D above.
-        angles: by rotary width and base, cosine and sine [2, width / 2] that the blocks point at; whoever runs a step
-            writes those of its position there.
     """
 
     def __init__(self, batch_size: int, d_model: int) -> None:
         self.batch_size, self.d_model = batch_size, d_model
-        self.angles: dict[tuple[int, float], Tensor] = {}
         # Owner by owner, what its name must still stand for.
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
@@ -122,11 +120,6 @@ class Watch:
     def buffer(self, module: nn.Module, name: str, *shape: int) -> int:
         """The address of a buffer in fp32."""
         return self.tensor(module._buffers, name, shape)
-
-    def rotary(self, width: int, base: float) -> tuple[int, int]:
-        """Where cosine and sine of the step's position are."""
-        cosine, sine = self.angles.setdefault((width, base), torch.empty(2, width // 2))
-        return cosine.data_ptr(), sine.data_ptr()
 
     def begin(self) -> None:
         """All is described."""
