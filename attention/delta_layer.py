@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from attention.config import AttentionConfig
 from attention.decay_gate import DecayGate, uniform
 from attention.kind import AttentionKind, AttentionLayer
-from attention.layer_states import RecurrentState
-from attention.norm import RMSNorm
+from attention.layer_states import LayerState, RecurrentState
+from attention.norm import RMSNorm, describe_norm
 from attention.projection import Projection
 from triton_kernels.linear.causal_conv1d import causal_conv1d
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear.linear_decode import delta_decode
+from triton_kernels.native import decode_step as native
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +53,11 @@ class DeltaLayer(AttentionLayer):
 
     Attributes:
         activation: of the output gate.
+        widths: of the parts of `to_inner`.
     """
 
     activation: str
+    widths: list[int]
 
     def __init__(
         self,
@@ -138,3 +141,22 @@ class DeltaLayer(AttentionLayer):
         return gated_rms_norm(
             o_BTHV, gate_BTHV, self.norm.weight, eps=self.norm.eps, activation=self.activation
         ).flatten(2)
+
+    def describe_rule(self, block: native.NativeBlock, watch: native.Watch, state: LayerState) -> None:
+        """What G and K have in common of `describe`."""
+        if type(state) is not RecurrentState or type(self.decay_gate) is not DecayGate:
+            raise native.NotInOneCall(f"a delta rule with a {type(state).__name__}")
+        (H, K, V), X, W = self.config.linear_shape, self.config.conv_channels, self.config.conv_width
+        self.describe_projections(block, watch, (H, K, V), sum(self.widths))
+        watch.module(self.decay_gate)
+        channels = self.decay_gate.dt_bias.numel()
+        block.mixer, block.taps = native.DELTA, W
+        block.per_channel, block.use_silu = channels == H * K, self.activation == "silu"
+        block.conv = watch.parameter(self, "conv_XW", X, W)
+        block.A_log = watch.parameter(self.decay_gate, "A_log_H", H)
+        block.dt_bias = watch.parameter(self.decay_gate, "dt_bias", channels)
+        block.norm = describe_norm(self.norm, watch, width=V, eps=self.config.norm_eps)
+        watch.same(state, "tensors")
+        block.state = watch.tensor(state.tensors, "state", (watch.batch_size, H, K, V))
+        block.tail = watch.tensor(state.tensors, "tail", (watch.batch_size, X, W - 1), native.ACTIVATIONS)
+        block.bf16 = state.tail_BXW.dtype == torch.bfloat16

@@ -16,6 +16,7 @@ from attention.kind import AttentionKind
 from attention.layer_states import KV, LayerState, RecurrentState
 from attention.projection import Projection
 from triton_kernels.linear.gated_delta_rule import gated_delta_rule
+from triton_kernels.native import decode_step as native
 
 
 class GatedDeltaNet(DeltaLayer):
@@ -39,6 +40,11 @@ class GatedDeltaNet(DeltaLayer):
         assert state is None or isinstance(state, RecurrentState)
         qkv_BTX, gate_BTX, a_BTH, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
         return self.to_out(self.mix(qkv_BTX, gate_BTX, a_BTH, b_BTH, state)), None
+
+    def describe(self, block: native.NativeBlock, watch: native.Watch, state: LayerState) -> None:
+        if type(self) is not GatedDeltaNet:
+            raise native.NotInOneCall(f"a delta rule that is a {type(self).__name__}")
+        self.describe_rule(block, watch, state)
 
     def rule(
         self,

@@ -17,6 +17,7 @@ from attention.kind import AttentionKind
 from attention.layer_states import KV, LayerState, RecurrentState
 from attention.projection import Projection
 from triton_kernels.linear.kimi_delta_attention import kimi_delta_attention
+from triton_kernels.native import decode_step as native
 
 
 class KimiDeltaAttention(DeltaLayer):
@@ -43,6 +44,13 @@ class KimiDeltaAttention(DeltaLayer):
         qkv_BTX, gate_BTV, decay_BTK, b_BTH = self.to_inner(x_BTD).split(self.widths, dim=-1)
         y_BTX = self.mix(qkv_BTX, self.to_gate(gate_BTV), self.to_decay(decay_BTK), b_BTH, state)
         return self.to_out(y_BTX), None
+
+    def describe(self, block: native.NativeBlock, watch: native.Watch, state: LayerState) -> None:
+        if type(self) is not KimiDeltaAttention:
+            raise native.NotInOneCall(f"a delta rule that is a {type(self).__name__}")
+        self.describe_rule(block, watch, state)
+        H, K, V = self.config.linear_shape
+        block.to_gate, block.to_decay = self.to_gate.describe(watch, V, H * V), self.to_decay.describe(watch, K, H * K)
 
     def rule(
         self,

@@ -17,6 +17,7 @@ from attention.layer_states import KV, Alias, LayerState
 from attention.norm import RMSNorm
 from attention.projection import Projection
 from foundation.exact_buffers import ExactBuffers
+from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,37 @@ class AttentionLayer(ExactBuffers):
         self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         raise NotImplementedError
+
+    def describe(self, block: NativeBlock, watch: Watch, state: LayerState) -> None:
+        """Fills in this layer's part of a decode step that is one call of C (`lm/decode_step.py`).
+
+        A class says this for itself alone: one derived from it may compute something else.
+
+        Args:
+            state: this layer's, of the same number of tokens as all others.
+
+        Raises:
+            NotInOneCall: where the call does not know such a layer or state.
+        """
+        raise NotInOneCall(f"attention of kind {self.kind.letter}")
+
+    def describe_projections(self, block: NativeBlock, watch: Watch, heads: tuple[int, int, int], inner: int) -> None:
+        """The part of `describe` that is alike for all kinds with `to_inner` and `to_out`.
+
+        Args:
+            heads: their number and the widths of key and value.
+            inner: outputs of `to_inner`.
+        """
+        watch.module(self)
+        watch.same(self, "config")
+        block.heads, block.key, block.value = heads
+        block.eps = self.config.norm_eps
+        to_inner, to_out = self.get_submodule("to_inner"), self.get_submodule("to_out")
+        if not isinstance(to_inner, Projection) or not isinstance(to_out, Projection):
+            raise NotInOneCall("a projection that is another module")
+        block.inner = inner
+        block.to_inner = to_inner.describe(watch, self.d_model, inner)
+        block.to_out = to_out.describe(watch, block.heads * block.value, self.d_model)
 
     def extra_repr(self) -> str:
         return f"letter={self.kind.letter}, layer_index={self.layer_index}"

@@ -18,11 +18,12 @@ from torch.nn import functional
 from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, LayerState, RecurrentState
-from attention.norm import RMSNorm
+from attention.norm import RMSNorm, describe_norm
 from attention.projection import Projection
 from triton_kernels.linear.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear.linear_decode import lightning_decode
+from triton_kernels.native import decode_step as native
 
 
 def lightning_slopes(n_heads: int, layer_index: int, n_layers: int) -> Tensor:
@@ -101,6 +102,17 @@ class LightningAttention(AttentionLayer):
                 state.update(T, last_BHKV)
         o_BTX = gated_rms_norm(o_BTHV.flatten(2), gate, self.norm.weight, eps=self.norm.eps, activation="sigmoid")
         return self.to_out(o_BTX), None
+
+    def describe(self, block: native.NativeBlock, watch: native.Watch, state: LayerState) -> None:
+        if type(self) is not LightningAttention or type(state) is not RecurrentState:
+            raise native.NotInOneCall(f"lightning attention that is a {type(self).__name__}")
+        H, K, V = self.config.linear_shape
+        self.describe_projections(block, watch, (H, K, V), 2 * H * (K + V))
+        block.mixer = native.LIGHTNING
+        block.norm = describe_norm(self.norm, watch, width=H * V, eps=self.config.norm_eps)
+        block.log_decay = watch.buffer(self, "log_decay_H", H)
+        watch.same(state, "tensors")
+        block.state = watch.tensor(state.tensors, "state", (watch.batch_size, H, K, V))
 
 
 LIGHTNING = LightningKind(

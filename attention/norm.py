@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from triton_kernels.native.decode_step import NotInOneCall, Watch
 from triton_kernels.native.library import is_native, rms_norm
 
 
@@ -30,3 +31,14 @@ class RMSNorm(nn.Module):
         # The mean of squares of 16-bit numbers loses what the norm is there to keep.
         wide = torch.promote_types(x.dtype, torch.float32)
         return functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def describe_norm(norm: nn.Module, watch: Watch, *, width: int, eps: float) -> int | None:
+    """Where the weights of an RMSNorm lie for a step in one call; None where there is no norm."""
+    watch.module(norm)
+    if type(norm) is nn.Identity:
+        return None
+    if type(norm) is not RMSNorm or norm.eps != eps:
+        raise NotInOneCall(f"a norm that is no RMSNorm of eps {eps}")
+    watch.same(norm, "eps")
+    return watch.parameter(norm, "weight", width)

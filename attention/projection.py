@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from triton_kernels.native.decode_step import NotInOneCall, Watch
 from triton_kernels.native.library import is_native, linear
 
 
@@ -34,6 +35,13 @@ class Projection(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return project(input, self.weight)
+
+    def describe(self, watch: Watch, d_in: int, d_out: int) -> int:
+        """Where the weight lies for a step in one call, which expects it to have these widths."""
+        if type(self) is not Projection:
+            raise NotInOneCall(f"a projection that is a {type(self).__name__}")
+        watch.module(self)
+        return watch.parameter(self, "weight", d_out, d_in)
 
 
 def project(x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, Alias, GrowingKV, LayerState, RingKV
-from attention.norm import RMSNorm
+from attention.norm import RMSNorm, describe_norm
 from attention.projection import Projection
+from triton_kernels.native import decode_step as native
 from triton_kernels.native.library import is_native
 from triton_kernels.softmax.flash_attention import flash_attention
 from triton_kernels.softmax.flash_decode import flash_decode
@@ -173,6 +174,27 @@ class SoftmaxAttention(AttentionLayer):
             sinks_H=self.sink_H,
         )
         return o_BX, kv if self.owns_kv else None
+
+    def describe(self, block: native.NativeBlock, watch: native.Watch, state: LayerState) -> None:
+        # An R layer writes nothing and reads what its owner has.
+        owner = state.owner if isinstance(state, Alias) else state
+        if type(self) is not SoftmaxAttention or type(owner) not in (GrowingKV, RingKV):
+            raise native.NotInOneCall(f"softmax attention that is a {type(self).__name__}")
+        H, G, K = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
+        self.describe_projections(block, watch, (H, K, K), sum(self.widths))
+        block.mixer, block.kv_heads, block.half = native.SOFTMAX, G, self.config.rotary_dim // 2
+        block.output_gate, block.writes = self.config.output_gate, self.owns_kv
+        block.q_norm = describe_norm(self.q_norm, watch, width=K, eps=self.config.norm_eps)
+        block.k_norm = describe_norm(self.k_norm, watch, width=K, eps=self.config.norm_eps)
+        block.sink = None if self.sink_H is None else watch.parameter(self, "sink_H", H)
+        block.rope_base = self.config.rope_base
+        watch.same(owner, "tensors")
+        keys = owner.tensors["k"]
+        block.capacity = keys.shape[1]
+        block.cache_stride, block.bf16 = keys.stride(0), keys.dtype == torch.bfloat16
+        shape = (watch.batch_size, block.capacity, G, K)
+        block.keys = watch.tensor(owner.tensors, "k", shape, native.ACTIVATIONS)
+        block.values = watch.tensor(owner.tensors, "v", shape, (keys.dtype,))
 
     def _vectors(self) -> list[Tensor]:
         """What the layer holds beside its projections, where it has it."""

@@ -4,7 +4,8 @@ Legend: B batch, T tokens, D model width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -14,14 +15,17 @@ from torch.nn import functional
 
 from attention import build_attention
 from attention.cache import HybridCache
-from attention.norm import RMSNorm
+from attention.layer_states import LayerState
+from attention.norm import RMSNorm, describe_norm
 from attention.projection import project
 from foundation.exact_buffers import ExactBuffers
 from lm.config import ModelConfig
+from lm.decode_step import DecodeStep, step_of, takes_one_call
 from moe.backends import Choice, choose_backend
 from moe.layer import MoE
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
+from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
 
 IGNORED_TARGET = -100
 # Adding many small updates to a bf16 residual stream loses them: measured, 0.15 nats at 100k tokens (notes/LOG.md).
@@ -30,10 +34,14 @@ RESIDUAL_DTYPE = "float32"
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Logits and, per block that ran, how its tokens were routed."""
+    """Logits and, per block that ran, how its tokens were routed: `routings`, made when they are asked for."""
 
     logits_BTV: Tensor
-    routings: tuple[Routing, ...]
+    routings_of: Callable[[], tuple[Routing, ...]]
+
+    @cached_property
+    def routings(self) -> tuple[Routing, ...]:
+        return self.routings_of()
 
     @property
     def routing_loss(self) -> Tensor:
@@ -86,6 +94,18 @@ class Block(nn.Module):
         mixed_TD, routing = self.moe(self.moe_norm(x_BTD).to(self.dtype).flatten(0, 1))
         return x_BTD + self.moe_out_norm(mixed_TD).view_as(x_BTD), kv, routing
 
+    def describe(self, block: NativeBlock, watch: Watch, state: LayerState, eps: float) -> None:
+        """Fills in a block of a decode step that is one call of C; eps is its norms'.
+
+        Raises:
+            NotInOneCall: for a part that the call does not know.
+        """
+        watch.module(self)
+        for place in ("attention_norm", "attention_out_norm", "moe_norm", "moe_out_norm"):
+            setattr(block, place, describe_norm(getattr(self, place), watch, width=watch.d_model, eps=eps))
+        self.attention.describe(block, watch, state)
+        self.moe.describe(block, watch)
+
 
 class LanguageModel(ExactBuffers):
     """Embedding, blocks, norm, head. Parameters and the residual stream are fp32; `config.dtype` is what products
@@ -133,7 +153,35 @@ class LanguageModel(ExactBuffers):
             ValueError: for tokens that are not [B, T], or a token id outside the vocabulary, on the CPU; a GPU stops
                 by an assertion of its own.
         """
+        if cache is not None and not self.training and takes_one_call(tokens_BT, self.embedding_VD):
+            step = step_of(cache, lambda: self._described(cache, len(tokens_BT)))
+            if step is not None and step.ready(tokens_BT):
+                return Output(*step.run(tokens_BT))
         return self._from_block(self._embed(tokens_BT), 0, cache, last_only)
+
+    def _described(self, cache: HybridCache, batch_size: int) -> DecodeStep:
+        """This model and a cache for a decode step that is one call of C.
+
+        Raises:
+            NotInOneCall: for what the call does not know.
+        """
+        if type(self) is not LanguageModel or len(cache.layers) != len(self.blocks):
+            raise NotInOneCall(f"a {type(self).__name__} with a cache of {len(cache.layers)} layers")
+        V, D, eps = self.config.vocab_size, self.config.d_model, self.config.norm_eps
+        watch = Watch(batch_size, D)
+        watch.module(self)
+        watch.module(self.blocks)
+        watch.same(self, "config")
+        blocks = []
+        for block, state in zip(self.blocks, cache.layers):
+            if type(block) is not Block:
+                raise NotInOneCall(f"a block that is a {type(block).__name__}")
+            blocks.append(NativeBlock())
+            block.describe(blocks[-1], watch, state, eps)
+        native = NativeModel(vocabulary=V, width=D, batch=batch_size, eps=eps)
+        native.embedding, native.head = (watch.parameter(self, name, V, D) for name in ("embedding_VD", "head_VD"))
+        native.norm = describe_norm(self.norm, watch, width=D, eps=eps)
+        return DecodeStep(native, blocks, watch, self.routers(), cache, self._dtype)
 
     def prefix(self, tokens_BT: Tensor, boundary: int) -> Tensor:
         """The residual stream x_BTD that enters block `boundary`, fp32."""
@@ -214,7 +262,7 @@ class LanguageModel(ExactBuffers):
     def _from_block(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None, last_only: bool = False) -> Output:
         x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
         x_BTD = x_BTD[:, -1:] if last_only else x_BTD
-        return Output(project(self.norm(x_BTD).to(self._dtype), self.head_VD), routings)
+        return Output(project(self.norm(x_BTD).to(self._dtype), self.head_VD), lambda: routings)
 
     def _run_blocks(
         self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe.backends import compute_experts
 from routing.assignments import Assignments
+from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
 class Experts(nn.Module):
@@ -38,6 +39,20 @@ class Experts(nn.Module):
         """y_TD [T, D] in the dtype of x_TD."""
         return compute_experts(x_TD, self.w_gate_up_EDF2, self.w_down_EFD, assignments, backend=self.backend)
 
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        """Fills in the experts' part of a decode step that is one call of C.
+
+        Raises:
+            NotInOneCall: for another backend, or experts that lie elsewhere.
+        """
+        if type(self) is not Experts or self.backend not in ("auto", "native"):
+            raise NotInOneCall(f"experts that are {type(self).__name__} on backend {self.backend}")
+        watch.module(self)
+        watch.same(self, "backend")
+        E, D, block.d_expert = block.experts, watch.d_model, self.w_down_EFD.shape[1]
+        block.gate_up = watch.parameter(self, "w_gate_up_EDF2", E, D, 2 * block.d_expert)
+        block.down = watch.parameter(self, "w_down_EFD", E, block.d_expert, D)
+
 
 class SharedExpert(nn.Module):
     """One SwiGLU network for every token, packed like the others: w_gate_up_DF2 [D, 2F], w_down_FD [F, D]."""
@@ -59,3 +74,12 @@ class SharedExpert(nn.Module):
         """y_TD [T, D] in the dtype of x_TD."""
         gate_TF, up_TF = (x_TD @ self.w_gate_up_DF2.to(x_TD.dtype)).chunk(2, dim=-1)
         return (F.silu(gate_TF) * up_TF) @ self.w_down_FD.to(x_TD.dtype)
+
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        """As `Experts.describe`."""
+        if type(self) is not SharedExpert:
+            raise NotInOneCall(f"a shared expert that is a {type(self).__name__}")
+        watch.module(self)
+        D, block.d_shared = watch.d_model, self.w_down_FD.shape[0]
+        block.shared_gate_up = watch.parameter(self, "w_gate_up_DF2", D, 2 * block.d_shared)
+        block.shared_down = watch.parameter(self, "w_down_FD", block.d_shared, D)

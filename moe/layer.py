@@ -9,7 +9,9 @@ from torch import Tensor
 from foundation.exact_buffers import ExactBuffers
 from moe.config import MoEConfig
 from moe.experts import Experts, SharedExpert
+from routing.decode_step import describe_router
 from routing.router import Router, Routing
+from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
 class MoE(ExactBuffers):
@@ -69,3 +71,17 @@ class MoE(ExactBuffers):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD, routing
+
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        """Fills in the layer's part of a decode step that is one call of C.
+
+        Raises:
+            NotInOneCall: for a part that the call does not know.
+        """
+        if type(self) is not MoE:
+            raise NotInOneCall(f"experts in a {type(self).__name__}")
+        watch.module(self)
+        describe_router(self.router, block, watch)
+        self.experts.describe(block, watch)
+        if self.shared_expert is not None:
+            self.shared_expert.describe(block, watch)

@@ -127,6 +127,11 @@ class BudgetController(nn.Module):
         """
         self._calibrate_to = target_mean
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the next forward sets the threshold."""
+        return self._calibrate_to is not None
+
     def begin_step(self) -> None:
         self.step_levels, self.step_exact = [], None
 

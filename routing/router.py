@@ -218,9 +218,10 @@ class Router(ExactBuffers):
             self.step_rows_E += assignments.rows_per_expert_E()
             self.step_tokens += assignments.n_tokens
         identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
-        return Routing(assignments, scores.probs_TE, partial(self._losses, scores), identity_T)
+        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T)
 
-    def _losses(self, scores: Scores) -> dict[str, Tensor]:
+    def losses(self, scores: Scores) -> dict[str, Tensor]:
+        """`Routing.losses` of these scores."""
         losses = {
             "balance": self.config.balance_coefficient * switch_balance_loss(self.load_E, scores.probs_TE),
             "z": self.config.z_coefficient * z_loss(scores.logits_TE),
@@ -279,12 +280,20 @@ class Router(ExactBuffers):
                 asking would make the host wait, an assertion on the device stops the run instead.
         """
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        # Columns that another policy left here are none of this one's business.
-        null_weight_ZD = self.null_weight_ZD if self.policy.config.null_columns else None
-        use_null = null_weight_ZD is not None
+        null_weight_ZD = self.own_null_weight_ZD
         weight = self.weight_ED if null_weight_ZD is None else torch.cat([self.weight_ED, null_weight_ZD])
         logits = F.linear(x_TD, weight.to(x_TD.dtype))
         self._refuse_non_finite(logits)
+        return self.scores_of(x_TD, logits)
+
+    @property
+    def own_null_weight_ZD(self) -> Tensor | None:
+        # Columns that another policy left here are none of this one's business.
+        return self.null_weight_ZD if self.policy.config.null_columns else None
+
+    def scores_of(self, x_TD: Tensor, logits: Tensor) -> Scores:
+        """What follows from the logits of all columns."""
+        use_null = logits.shape[1] > self.n_experts
         logits_TE = logits[:, : self.n_experts]
         probs_TE = logits_TE.softmax(dim=-1)
         if self.config.score == "sigmoid":
@@ -359,10 +368,14 @@ class Router(ExactBuffers):
             torch._assert_async(finite)  # pyright: ignore[reportPrivateImportUsage]
         # The sum of finite numbers is finite, NaN and infinity stay in it, and it is one operator.
         elif not math.isfinite(float(logits.detach().sum())) or any(limit.isnan().any() for limit in limits):
-            raise NonFiniteScoresError(
-                f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input, its"
-                " weights, its biases or its thresholds)"
-            )
+            raise self.non_finite()
+
+    def non_finite(self) -> NonFiniteScoresError:
+        """The error for scores of which nothing can be chosen, naming the layer."""
+        return NonFiniteScoresError(
+            f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input, its"
+            " weights, its biases or its thresholds)"
+        )
 
 
 def _kept_score_TK(slots: Slots) -> Tensor:

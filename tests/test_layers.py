@@ -27,8 +27,8 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "softmax": {"common", "native"},
         "linear": {"common", "native"},
         "experts": {"common", "native"},
-        "mixed": {"common", "softmax", "linear"},
-        "tools": {"common", "softmax", "linear", "experts", "mixed"},
+        "mixed": {"common", "native", "softmax", "linear"},
+        "tools": {"common", "native", "softmax", "linear", "experts", "mixed"},
     }
 }
 

@@ -151,13 +151,66 @@ static inline float sum_lanes(float *lane) {
     return lane[0];
 }
 
+/* Vectors as gcc and clang have them on every processor; a wider sum than its registers becomes two. */
+typedef float Vector __attribute__((vector_size(32)));
+enum { WIDE = 8, ROWS = 8 };
+
+static inline Vector load(const float *x) {
+    Vector v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+static inline float sum_wide(Vector v) {
+    float x[WIDE];
+    memcpy(x, &v, sizeof x);
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
 static inline float dot(const float *a, const float *b, long n) {
-    float lane[LANES] = {0};
+    Vector sum = {0};
     long i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) lane[j] += a[i + j] * b[i + j];
-    for (int j = 0; i < n; i++, j++) lane[j] += a[i] * b[i];
-    return sum_lanes(lane);
+    for (; i + WIDE <= n; i += WIDE) sum += load(a + i) * load(b + i);
+    float rest = 0;
+    for (; i < n; i++) rest += a[i] * b[i];
+    return sum_wide(sum) + rest;
+}
+
+/* The rows that follow are on their way while these are computed: weights and caches are read once, from memory. */
+static inline void fetch(const float *rows, long stride, long i) {
+    if (i % 16 == 0)
+        for (int j = 0; j < ROWS; j++) __builtin_prefetch(rows + (ROWS + j) * stride + i);
+}
+
+/* y[j] = x . rows[j], by the sums of `dot`: a result does not depend on which of both computes it. */
+static void dots(const float *x, const float *rows, long stride, long n, float *y) {
+    Vector sum[ROWS] = {0};
+    long i = 0;
+    for (; i + WIDE <= n; i += WIDE) {
+        Vector here = load(x + i);
+        fetch(rows, stride, i);
+#pragma GCC unroll 8
+        for (int j = 0; j < ROWS; j++) sum[j] += here * load(rows + j * stride + i);
+    }
+    for (int j = 0; j < ROWS; j++) {
+        float rest = 0;
+        for (long k = i; k < n; k++) rest += x[k] * rows[j * stride + k];
+        y[j] = sum_wide(sum[j]) + rest;
+    }
+}
+
+/* y[i] += sum over j of x[j] rows[j][i], in the order of j. */
+static void add_rows(const float *restrict x, const float *restrict rows, long stride, long n, float *restrict y) {
+    long i = 0;
+    for (; i + WIDE <= n; i += WIDE) {
+        Vector sum = load(y + i);
+        fetch(rows, stride, i);
+#pragma GCC unroll 8
+        for (int j = 0; j < ROWS; j++) sum += x[j] * load(rows + j * stride + i);
+        memcpy(y + i, &sum, sizeof sum);
+    }
+    for (; i < n; i++)
+        for (int j = 0; j < ROWS; j++) y[i] += x[j] * rows[j * stride + i];
 }
 
 static float sum_of(const float *x, long n) {
@@ -192,12 +245,12 @@ void rms_norm(const float *x, const float *weight, float *y, long rows, long wid
     }
 }
 
-/* ---- y[T, O] = x[T, I] weight[O, I]^T ------------------------------------------------------------------------------------------------- */
+/* ---- y[T, O] = x[T, I] weight[O, I]^T, with a stride between rows of x ------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const float *x, *weight;
     float *y;
-    long rows, in, out;
+    long x_stride, rows, in, out;
 } Linear;
 
 enum { OUTPUTS = 64 };
@@ -205,12 +258,15 @@ enum { OUTPUTS = 64 };
 static void linear_piece(void *job, long index) {
     Linear *l = job;
     long last = (index + 1) * OUTPUTS < l->out ? (index + 1) * OUTPUTS : l->out;
-    for (long o = index * OUTPUTS; o < last; o++)
-        for (long r = 0; r < l->rows; r++) l->y[r * l->out + o] = dot(l->x + r * l->in, l->weight + o * l->in, l->in);
+    long o = index * OUTPUTS;
+    for (; o + ROWS <= last; o += ROWS)
+        for (long r = 0; r < l->rows; r++) dots(l->x + r * l->x_stride, l->weight + o * l->in, l->in, l->in, l->y + r * l->out + o);
+    for (; o < last; o++)
+        for (long r = 0; r < l->rows; r++) l->y[r * l->out + o] = dot(l->x + r * l->x_stride, l->weight + o * l->in, l->in);
 }
 
-void linear(const float *x, const float *weight, float *y, long rows, long in, long out, int threads) {
-    Linear job = {x, weight, y, rows, in, out};
+void linear(const float *x, long x_stride, const float *weight, float *y, long rows, long in, long out, int threads) {
+    Linear job = {x, weight, y, x_stride, rows, in, out};
     in_pieces(linear_piece, &job, (out + OUTPUTS - 1) / OUTPUTS, out * in < 65536 ? 1 : threads);
 }
 
@@ -222,12 +278,8 @@ void linear(const float *x, const float *weight, float *y, long rows, long in, l
 static void rows_times(long n, const float *const *x, float *const *y, const float *w, long in, long out) {
     for (long r = 0; r < n; r++) memset(y[r], 0, (size_t)out * sizeof(float));
     long i = 0;
-    for (; i + 4 <= in; i += 4, w += 4 * out)
-        for (long r = 0; r < n; r++) {
-            float x0 = x[r][i], x1 = x[r][i + 1], x2 = x[r][i + 2], x3 = x[r][i + 3], *restrict yr = y[r];
-            const float *restrict w0 = w, *restrict w1 = w + out, *restrict w2 = w + 2 * out, *restrict w3 = w + 3 * out;
-            for (long o = 0; o < out; o++) yr[o] += (x0 * w0[o] + x1 * w1[o]) + (x2 * w2[o] + x3 * w3[o]);
-        }
+    for (; i + ROWS <= in; i += ROWS, w += ROWS * out)
+        for (long r = 0; r < n; r++) add_rows(x[r] + i, w, out, out, y[r]);
     for (; i < in; i++, w += out)
         for (long r = 0; r < n; r++) {
             float x0 = x[r][i], *restrict yr = y[r];
@@ -394,10 +446,13 @@ static void prepare(const Attention *a, const float *x, const float *norm, float
     }
 }
 
-static inline const float *wide_row(const Attention *a, const void *cache, long offset, float *buffer) {
+/* `n` rows of a cache from row `s` on in fp32: where they lie, or in `buffer`; and the stride between them. */
+static const float *wide_rows(const Attention *a, const void *cache, long start, long s, long n, float *buffer, long *stride) {
+    long line = a->kv_heads * a->width, offset = start + s * line;
+    *stride = a->bf16 ? a->width : line;
     if (!a->bf16) return (const float *)cache + offset;
-    const uint16_t *row = (const uint16_t *)cache + offset;
-    for (long i = 0; i < a->width; i++) buffer[i] = from_bf16(row[i]);
+    for (long j = 0; j < n; j++)
+        for (long i = 0; i < a->width; i++) buffer[j * a->width + i] = from_bf16(((const uint16_t *)cache)[offset + j * line + i]);
     return buffer;
 }
 
@@ -411,7 +466,8 @@ static void attention_piece(void *job, long index) {
     const Attention *a = job;
     long K = a->width, R = a->heads / a->kv_heads, b = index / a->kv_heads, g = index % a->kv_heads, line = a->kv_heads * K;
     long start = b * a->cache_stride + g * K;
-    float *scratch = a->scratch + index * R * (a->held + K), *query = scratch + R * a->held, wide[K];
+    float *scratch = a->scratch + index * R * (a->held + K), *query = scratch + R * a->held, wide[ROWS * K];
+    long stride, s;
     if (a->k) {
         prepare(a, a->k + b * a->kv_stride + g * K, a->k_norm, wide);
         write_row(a, a->keys, start + a->row * line, wide);
@@ -422,8 +478,12 @@ static void attention_piece(void *job, long index) {
         prepare(a, a->q + b * a->q_stride + (g * R + r) * K, a->q_norm, q);
         for (long i = 0; i < K; i++) q[i] *= a->scale;
     }
-    for (long s = 0; s < a->held; s++) {
-        const float *key = wide_row(a, a->keys, start + s * line, wide);
+    for (s = 0; s + ROWS <= a->held; s += ROWS) {
+        const float *key = wide_rows(a, a->keys, start, s, ROWS, wide, &stride);
+        for (long r = 0; r < R; r++) dots(query + r * K, key, stride, K, scratch + r * a->held + s);
+    }
+    for (; s < a->held; s++) {
+        const float *key = wide_rows(a, a->keys, start, s, 1, wide, &stride);
         for (long r = 0; r < R; r++) scratch[r * a->held + s] = dot(query + r * K, key, K);
     }
     for (long r = 0; r < R; r++) {
@@ -435,8 +495,12 @@ static void attention_piece(void *job, long index) {
         for (long s = 0; s < a->held; s++) p[s] /= total;
         memset(o, 0, (size_t)K * sizeof(float));
     }
-    for (long s = 0; s < a->held; s++) {
-        const float *value = wide_row(a, a->values, start + s * line, wide);
+    for (s = 0; s + ROWS <= a->held; s += ROWS) {
+        const float *value = wide_rows(a, a->values, start, s, ROWS, wide, &stride);
+        for (long r = 0; r < R; r++) add_rows(scratch + r * a->held + s, value, stride, K, a->o + (b * a->heads + g * R + r) * K);
+    }
+    for (; s < a->held; s++) {
+        const float *value = wide_rows(a, a->values, start, s, 1, wide, &stride);
         for (long r = 0; r < R; r++) {
             float p = scratch[r * a->held + s], *restrict o = a->o + (b * a->heads + g * R + r) * K;
             for (long i = 0; i < K; i++) o[i] += p * value[i];

@@ -1,4 +1,5 @@
-"""`few_tokens.c`, compiled on first use: the decode step's parts on a CPU, and who may call them.
+"""`few_tokens.c` and `decode_step.c`, compiled on first use: a decode step's parts on a CPU, the whole step, and who
+may call them.
 
 The library is built by the C compiler that the machine has, for the processor that it has, and kept in the user's cache
 folder. Without a compiler, or with HYBRID_MOE_NATIVE=0, the torch forms compute the same.
@@ -22,7 +23,8 @@ from torch import Tensor
 from foundation.environment import cpu_name
 from foundation.files import fingerprint
 
-SOURCE = Path(__file__).with_name("few_tokens.c")
+# The second one includes the first.
+SOURCES = [Path(__file__).with_name(name) for name in ("few_tokens.c", "decode_step.c")]
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 NO_MEMORY, OUT_OF_RANGE = -1, -2
@@ -32,16 +34,17 @@ MOST_TOKENS = 32
 P, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [P, P, P, LONG, LONG, FLOAT],
-    "linear": [P, P, P, LONG, LONG, LONG, INT],
+    "linear": [P, LONG, P, P, LONG, LONG, LONG, INT],
     "experts": [*[P] * 9, *[LONG] * 5, INT],
     "sort_slots": [*[P] * 9, *[LONG] * 3],
     "route": [P, P, FLOAT, *[P] * 5, *[LONG] * 4, *[INT] * 3],
     "softmax_decode": [*[P] * 3, *[LONG] * 2, *[P] * 2, *[LONG] * 3, INT, *[P] * 5, *[FLOAT] * 2, *[LONG] * 5, P, INT],
     "delta_decode": [*[P] * 4, *[LONG] * 4, *[P] * 6, *[INT] * 3, FLOAT, *[LONG] * 5, P, INT],
     "lightning_decode": [P, LONG, P, P, P, *[LONG] * 4],
+    "decode_step": [P, P, LONG, P, P, P, INT],
 }
 # Rows, or an error below 0; the others return nothing.
-RETURNING = ("experts", "sort_slots", "softmax_decode")
+RETURNING = ("experts", "sort_slots", "softmax_decode", "decode_step")
 
 
 class Native(NamedTuple):
@@ -65,7 +68,7 @@ def native() -> Native:
     tuned = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
     command = [compiler, *FLAGS, tuned]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    identity = fingerprint([SOURCE.read_text(), command, version, cpu_name(), _instructions()])
+    identity = fingerprint([*(source.read_text() for source in SOURCES), command, version, cpu_name(), _instructions()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid-moe-lab"
     built = folder / f"few_tokens-{identity[:16]}.so"
     try:
@@ -75,7 +78,7 @@ def native() -> Native:
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 made = Path(own) / built.name
                 done = subprocess.run(
-                    [*command, "-o", made, SOURCE, "-lm", "-lpthread"], capture_output=True, text=True
+                    [*command, "-o", made, SOURCES[-1], "-lm", "-lpthread"], capture_output=True, text=True
                 )
                 if done.returncode:
                     return Native(None, f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -137,7 +140,7 @@ def wide(x: Tensor) -> Tensor:
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T of few tokens in x's dtype; products and sums are fp32 and the fp32 weights are not rounded first."""
     y_TO = torch.empty(len(x_TI), len(weight_OI))
-    call("linear", wide(x_TI), weight_OI, y_TO, *x_TI.shape, len(weight_OI), torch.get_num_threads())
+    call("linear", wide(x_TI), x_TI.shape[1], weight_OI, y_TO, *x_TI.shape, len(weight_OI), torch.get_num_threads())
     return y_TO.to(x_TI.dtype)
 
 

@@ -1,0 +1,47 @@
+"""A router in a decode step that is one call of C: what the call must know of it, and its routing afterwards.
+
+Legend: T tokens, D model width, E experts.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from routing.assignments import Assignments
+from routing.router import Router, Routing
+from triton_kernels.experts.expert_slots import RULES
+from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
+
+
+def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
+    """Fills in the router's part of a block.
+
+    Raises:
+        NotInOneCall: where it or its policy decides by more than scores, a bias and a threshold.
+    """
+    policy, budget = router.policy, router.policy.budget
+    rule = policy.config.fused_rule
+    others = {*policy.parameters(), *policy.buffers()} - set([] if budget is None else budget.buffers())
+    if type(router) is not Router or rule is None or policy.config.null_columns or others:
+        raise NotInOneCall(f"a {type(router).__name__} with {type(policy).__name__}")
+    if policy.dealt_T is not None or (budget is not None and budget.calibrates):
+        raise NotInOneCall("experts that are dealt out, or a threshold that is to be calibrated")
+    for module in (router, policy):
+        watch.module(module)
+    watch.same(router, "config")
+    watch.same(policy, "config", "dealt_T")
+    block.experts, block.slots, block.floor = router.n_experts, rule.k, rule.floor
+    block.rule, block.use_sigmoid = RULES.index(rule.rule), router.config.score == "sigmoid"
+    block.renormalise = router.config.renormalise
+    block.router = watch.parameter(router, "weight_ED", router.n_experts, router.d_model)
+    block.bias = watch.buffer(router, "selection_bias_E", router.n_experts)
+    if budget is not None:
+        watch.module(budget)
+        watch.same(budget, "_calibrate_to")
+        block.threshold, block.drift, block.aim = (watch.buffer(budget, name) for name in ("threshold", "drift", "aim"))
+
+
+def routing_of(router: Router, assignments: Assignments, x_TD: Tensor, logits_TE: Tensor) -> Routing:
+    """The routing of tokens that the call has assigned, from what it wrote down: its input and its logits."""
+    scores = router.scores_of(x_TD, logits_TE)
+    return Routing(assignments, scores.probs_TE, partial(router.losses, scores))

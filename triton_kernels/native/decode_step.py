@@ -1,0 +1,140 @@
+"""`decode_step.c` seen from Python: the structs that describe a model to it, and a watch over what they point at.
+
+Whoever owns weights or states describes them (`describe`) by filling in the fields of its block; what one call cannot
+compute raises `NotInOneCall`.
+
+Legend: B sequences, D model width.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_kernels.native.library import FLOAT, LONG, P
+
+SOFTMAX, DELTA, LIGHTNING = range(3)
+FACTS = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
+WEIGHTS, ACTIVATIONS = (torch.float32,), (torch.float32, torch.bfloat16)
+
+
+class NotInOneCall(Exception):
+    """A model, a cache or a setting that the call for a whole step does not know."""
+
+
+class NativeBlock(ctypes.Structure):
+    """`Block` of decode_step.c, field by field."""
+
+    _fields_ = [
+        *((f"{place}_norm", P) for place in ("attention", "attention_out", "moe", "moe_out")),
+        *((name, LONG) for name in ("mixer", "heads", "key", "value", "inner")),
+        *((name, P) for name in ("to_inner", "to_out")),
+        ("eps", FLOAT),
+        *((name, LONG) for name in ("kv_heads", "half", "output_gate", "writes", "capacity", "cache_stride", "bf16")),
+        ("rope_base", ctypes.c_double),
+        *((name, P) for name in ("q_norm", "k_norm", "sink", "keys", "values")),
+        *((name, P) for name in ("to_gate", "to_decay", "conv", "A_log", "dt_bias", "norm", "log_decay")),
+        *((name, P) for name in ("state", "tail")),
+        *((name, LONG) for name in ("taps", "per_channel", "use_silu")),
+        *((name, P) for name in ("router", "bias", "threshold", "drift", "aim")),
+        *((name, LONG) for name in ("experts", "slots", "floor", "rule", "use_sigmoid", "renormalise")),
+        *((name, P) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *((name, LONG) for name in ("d_expert", "d_shared", "whole_at", "real_at")),
+    ]
+
+
+class NativeModel(ctypes.Structure):
+    """`Model` of decode_step.c, field by field."""
+
+    _fields_ = [
+        ("block", ctypes.POINTER(NativeBlock)),
+        *((name, P) for name in ("embedding", "norm", "head")),
+        *((name, LONG) for name in ("blocks", "vocabulary", "width", "batch")),
+        ("eps", FLOAT),
+    ]
+
+
+class Watch:
+    """What a described model stands on. Addresses outlive what lay there: `holds` is asked before every use of them.
+
+    Attributes:
+        batch_size, d_model: the B and D above.
+    """
+
+    def __init__(self, batch_size: int, d_model: int) -> None:
+        self.batch_size, self.d_model = batch_size, d_model
+        # Owner by owner, what its name must still stand for.
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._values: list[object] = []
+        self._empty: list[dict[Any, Any]] = []
+        self._tensors: list[Tensor] = []
+        self._lay: tuple[list[object], ...] = ()
+
+    def module(self, module: nn.Module) -> None:
+        """It stays what it is, in evaluation mode, with the parts that it has, and nobody listens to its calls."""
+        if module.training or "forward" in module.__dict__:
+            raise NotInOneCall(f"{type(module).__name__} is training, or its forward was replaced")
+        self.same(module, "training", "forward")
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks:
+                raise NotInOneCall(f"{type(module).__name__} has hooks")
+            self._empty.append(hooks)
+        for name, child in module._modules.items():
+            self._is(module._modules, name, child)
+
+    def same(self, owner: object, *names: str) -> None:
+        """These attributes of `owner` itself stay what they are, or missing."""
+        for name in names:
+            self._is(owner.__dict__, name, owner.__dict__.get(name))
+
+    def _is(self, owner: dict[str, Any], name: str, value: object) -> None:
+        self._owners.append(owner)
+        self._names.append(name)
+        self._values.append(value)
+
+    def tensor(
+        self, held: dict[str, Any], name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype] = WEIGHTS
+    ) -> int:
+        """The address of held[name], which must be dense, on the CPU and of this shape."""
+        tensor = held.get(name)
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.device.type == "cpu"
+            and tensor.dtype in dtypes
+            and tensor.shape == torch.Size(shape)
+            and tensor.is_contiguous()
+        ):
+            raise NotInOneCall(f"{name} is not a dense tensor of shape {tuple(shape)} on the CPU, of {dtypes}")
+        self._tensors.append(tensor)
+        self._is(held, name, tensor)
+        return tensor.data_ptr()
+
+    def parameter(self, module: nn.Module, name: str, *shape: int) -> int:
+        """The address of a parameter in fp32."""
+        return self.tensor(module._parameters, name, shape)
+
+    def buffer(self, module: nn.Module, name: str, *shape: int) -> int:
+        """The address of a buffer in fp32."""
+        return self.tensor(module._buffers, name, shape)
+
+    def begin(self) -> None:
+        """All is described."""
+        self._lay = _facts(self._tensors)
+
+    def holds(self) -> bool:
+        """Whether all of it still is and lies as it was described."""
+        # Hundreds of looks per token: loops in C.
+        return (
+            not any(self._empty)
+            and all(map(is_, map(dict.get, self._owners, self._names), self._values))
+            and _facts(self._tensors) == self._lay
+        )
+
+
+def _facts(tensors: Sequence[Tensor]) -> tuple[list[object], ...]:
+    """What tells that the same tensors lie where they lay, as they lay."""
+    return tuple(list(map(fact, tensors)) for fact in FACTS)
