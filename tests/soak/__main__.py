@@ -44,7 +44,7 @@ CASES: dict[str, Callable[[World, int], Outcome]] = {
     "commands": commands.case,
 }
 # Of the time.
-SHARES = {"kills": 0.5, "flips": 0.15, "disk": 0.1, "ops": 0.1, "commands": 0.15}
+SHARES = {"kills": 0.7, "flips": 0.1, "disk": 0.05, "ops": 0.05, "commands": 0.1}
 # The short form: so many cases of each, the same every time.
 SHORT = {"kills": 3, "flips": 4, "disk": 2, "ops": 5, "commands": 8}
 # Cases of different seeds of the command share none of their draws.

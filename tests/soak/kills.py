@@ -14,8 +14,8 @@ from tests.soak.attempts import TRACEBACK, at_tensor_file, die, on_change
 from tests.soak.world import Outcome, Subject, World, difference, ending
 
 ROOT = Path(__file__).resolve().parents[2]
-# A chain is a run that is killed so often and then left alone.
-LONGEST_CHAIN = 5
+# A chain is a run that is killed so often and then left alone. In a long one of early kills every stage is begun often.
+CHAINS = (4, 30, 4)
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -41,9 +41,9 @@ def finished_the_same(subject: Subject, out: Path) -> str:
 
 
 def chain(subject: Subject, out: Path, draw: random.Random) -> tuple[int, str]:
-    """Kills a run until it has ended or been killed LONGEST_CHAIN times: (kills, problem)."""
-    mean = draw.choice([1, 4, 12])
-    for n_kills in range(LONGEST_CHAIN):
+    """Kills a run until it has ended or been killed often enough: (kills, problem)."""
+    mean, most = draw.choice([4, 12, 40]), draw.choice(CHAINS)
+    for n_kills in range(most):
         way = draw.choices(["at a change", "in a tensor file", "at a moment"], [6, 2, 2])[0]
         victim = draw.randrange(subject.n_processes)
         # After many kills little is left to do, so later ones come early.
@@ -56,12 +56,12 @@ def chain(subject: Subject, out: Path, draw: random.Random) -> tuple[int, str]:
             if rank == victim and way == "in a tensor file":
                 at_tensor_file(file)
 
-        moment = draw.expovariate(mean) if way == "at a moment" else None
+        moment = draw.expovariate(1.0) if way == "at a moment" else None
         ended = subject.run(out, ahead, kill_after_s=moment)
         if not ended.killed:
             problem = ended.problem or (ended.last_line if ended.code else "")
             return n_kills, problem and f"after {n_kills} kills: {problem}"
-    return LONGEST_CHAIN, ""
+    return most, ""
 
 
 def signalled(world: World, out: Path, draw: random.Random) -> tuple[int, str]:

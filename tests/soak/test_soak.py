@@ -46,6 +46,18 @@ def test_the_short_form_finds_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "t").read_text().startswith("attack,subject,cases,count,outcomes,faults\n")
 
 
+@pytest.mark.slow
+def test_every_attack_finds_a_victim_that_is_broken_on_purpose() -> None:
+    done = soak("-m", "tests.soak.sabotage")
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert "optimizer.safetensors differs" in said["kills"]
+    assert "result.json" in said["flips"]
+    assert "traceback: RuntimeError: not expected" in said["disk"]
+    assert "WRONG" in said["ops"]
+    assert "traceback: RuntimeError: a fault" in said["commands"]
+
+
 def test_an_attempt_tells_how_it_ended() -> None:
     done = soak("-c", FORKED)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
-"""Real processes, really killed: what is left must continue to the same bits."""
+"""A stop signal to a real process: it saves, and the same command continues to the same bits. Kills at random moments,
+and while files are being written, are the soak's (tests/soak)."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -40,30 +40,6 @@ OPTIONS = [
     *("--execution.save-every", "7", "--execution.log-every", "50"),
 ]
 TRUNK_STEPS = 119
-
-# Kills its own process in the middle of writing a checkpoint: at the n-th call of one of the functions that write it. A
-# tensor file is left half written.
-KILLED_WHILE_WRITING = """
-import os, signal, sys
-from staged_training import checkpoint
-from staged_training.__main__ import main
-
-name, left = sys.argv[1], int(sys.argv[2])
-real = getattr(checkpoint, name)
-
-def write(*arguments):
-    global left
-    left -= 1
-    if left == 0:
-        if name == "save_file":
-            real(*arguments)
-            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
-
-setattr(checkpoint, name, write)
-main(sys.argv[3:])
-"""
 
 
 def results(out):
@@ -109,45 +85,6 @@ def wait_for(process, condition):
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.002)
-
-
-def test_killed_at_random_moments_and_while_writing_ends_with_the_same_bits(straight, command, tmp_path):
-    seed = random.randrange(10**6)
-    draw = random.Random(seed)
-    print(f"moments drawn from seed {seed}")
-
-    process = start("-m", "staged_training", *command)
-    moment = draw.randrange(7, TRUNK_STEPS // 3)
-    wait_for(process, lambda: newest_step(tmp_path) >= moment)
-    time.sleep(draw.uniform(0, 0.1))
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    reached = newest_step(tmp_path)
-    assert reached < TRUNK_STEPS
-
-    # Each checkpoint calls save_file three times, write_sealed once and fsync_path several times.
-    name, call = draw.choice(
-        [
-            ("save_file", draw.randrange(1, 10)),
-            ("write_sealed", draw.randrange(1, 4)),
-            ("fsync_path", draw.randrange(1, 16)),
-        ]
-    )
-    process = start("-c", KILLED_WHILE_WRITING, name, str(call), *command)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
-    assert f"trunk continues at step {reached} of {TRUNK_STEPS}" in output
-
-    process = start("-m", "staged_training", *command)
-    wait_for(process, lambda: list(tmp_path.glob("trunks/*/result.json")))
-    time.sleep(draw.uniform(0, 0.3))
-    process.kill()
-    assert process.wait() in (-signal.SIGKILL, 0)
-
-    process = start("-m", "staged_training", *command)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert results(tmp_path) == straight
 
 
 def test_sigterm_saves_leaves_and_the_same_command_continues(straight, command, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from triton_kernels.common import checks
 from triton_kernels.experts.expert_slots import sort_slots
 from triton_kernels.linear.gated_delta_rule import gated_delta_rule
 from triton_kernels.linear.kimi_delta_attention import kimi_delta_attention
@@ -102,3 +103,59 @@ def test_routing_tables_that_read_elsewhere_are_refused(name: str, place: int, v
     inputs[name][place] = value
     with pytest.raises(ValueError, match=f"grouped_mlp: {name}"):
         operations()["grouped_mlp"].call(**inputs, backend=backend)
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that the host must not look at, as on a GPU."""
+    monkeypatch.setattr(checks, "values_are_free", lambda _: False)
+    monkeypatch.setattr(checks, "values_are_checked", lambda _: True)
+
+
+@pytest.mark.usefixtures("on_a_device")
+@pytest.mark.parametrize(
+    ("name", "key", "place", "value"),
+    [
+        ("grouped_mlp", "token_N", 0, 20),
+        ("grouped_mlp", "row_of_slot_N", 0, 99),
+        ("grouped_mlp", "expert_offsets", 1, 99),
+        ("grouped_mlp", "token_offsets", 1, 99),
+        ("flash_decode/paged", "block_table_BN", 0, 10**6),
+        ("flash_decode/paged", "lengths_B", 0, -1),
+        ("flash_attention/packed", "cu_seqlens", 0, 1),
+    ],
+)
+def test_a_device_refuses_indices_that_read_elsewhere(name: str, key: str, place: int, value: int) -> None:
+    inputs = inputs_of(name)
+    operations()[name].call(**inputs, backend="torch")
+    inputs[key] = inputs[key].clone()
+    inputs[key][place] = value
+    with pytest.raises(RuntimeError, match=rf"{name.split('/')[0]}: {key}"):
+        operations()[name].call(**inputs, backend="torch")
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_checks_of_a_device_are_traced_and_stay() -> None:
+    def checked(offsets: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        checks.check_offsets("op", "offsets", offsets, 9)
+        checks.check_range("op", "x", x, 0, 3, x > -5)
+        return x + 1
+
+    traced = torch.compile(checked, backend="aot_eager", fullgraph=True)
+    offsets, x = torch.tensor([0, 2, 9]), torch.tensor([0, 3, -7])
+    assert torch.equal(traced(offsets, x), x + 1)
+    with pytest.raises(RuntimeError, match="op: x holds"):
+        traced(offsets, x + 1)
+    with pytest.raises(RuntimeError, match="op: offsets must"):
+        traced(offsets.flip(0), x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradients_of_gradients_are_refused_by_name(backend: str) -> None:
+    """Through an operator whose gradient is no differentiable function; anything but a refusal would be a wrong
+    number."""
+    inputs = inputs_of("decayed_linear_attention/token")
+    outputs = operations()["decayed_linear_attention/token"].call(**inputs, backend=backend)
+    (gradient,) = torch.autograd.grad(outputs[0].square().sum(), inputs["q_BTHK"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"linear_attention_backward has no derivative"):
+        gradient.sum().backward()

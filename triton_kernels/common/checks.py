@@ -112,25 +112,48 @@ def check_number(op: str, name: str, x: float | None, *, least: float = -math.in
 
 
 def check_range(
-    op: str, name: str, x: torch.Tensor, least: float, most: float, where: torch.Tensor | None = None
+    op: str, name: str, x: torch.Tensor, least: float, most: float | torch.Tensor, where: torch.Tensor | None = None
 ) -> None:
-    """Refuses values outside [least, most], of those that `where` marks, if looking is free. NaN is no such value: it
-    stays NaN in what is computed."""
-    if values_are_free(x) and x.numel() > 0:
-        wrong = (x < least) | (x > most)
-        if bool(wrong.any()) and bool((wrong := wrong if where is None else wrong & where).any()):
-            raise ValueError(f"{op}: {name} holds {x[wrong][0].item()}, legal are {least} to {most}")
+    """Refuses values outside [least, most], of those that `where` marks. NaN is no such value: it stays NaN in what is
+    computed. On a GPU only indices are looked at: what else is out of range gives wrong numbers there, not memory of
+    another tensor."""
+    if x.numel() == 0 or not values_are_checked(x) or not (values_are_free(x) or x.dtype in WHOLE):
+        return
+    wrong = (x < least) | (x > most)
+    wrong = wrong if where is None else wrong & where
+    if not values_are_free(x):
+        refuse_on_device(op, f"{name} holds values outside of the legal ones", ~wrong.any())
+    elif bool(wrong.any()):
+        most = most.item() if isinstance(most, torch.Tensor) else most
+        raise ValueError(f"{op}: {name} holds {x[wrong][0].item()}, legal are {least} to {most}")
 
 
 def check_offsets(op: str, name: str, x: torch.Tensor, most: int) -> None:
-    """Offsets from 0 on that never fall and end at `most` at the latest, if looking is free."""
-    if values_are_free(x) and not (x[0] == 0 and x[-1] <= most and bool((x.diff() >= 0).all())):
+    """Offsets from 0 on that never fall and end at `most` at the latest."""
+    if not values_are_checked(x):
+        return
+    right = (x[0] == 0) & (x[-1] <= most) & (x.diff() >= 0).all()
+    if not values_are_free(x):
+        refuse_on_device(op, f"{name} must start at 0 and never fall, nor exceed {most}", right)
+    elif not bool(right):
         raise ValueError(f"{op}: {name} must start at 0 and never fall, nor exceed {most}, got {x.tolist()}")
 
 
+def refuse_on_device(op: str, message: str, right: torch.Tensor) -> None:
+    """Stops the device where `right` is not so, once it comes by: the host neither waits nor hears of it before it asks
+    for a result."""
+    torch.ops.aten._assert_async.msg(right, f"{op}: {message}")
+
+
+def values_are_checked(x: torch.Tensor) -> bool:
+    """Whether there are values to be checked, by the host or by the device they lie on. The offline recorder, whose CPU
+    tensors stand for a GPU's, sees neither."""
+    return values_are_free(x) or x.is_cuda
+
+
 def values_are_free(x: torch.Tensor) -> bool:
-    """Whether a check may look at values: on a CPU only, for reading them from a GPU would make the host wait; nor
-    while compiling, where there are none yet. The offline recorder, whose CPU tensors stand for a GPU's, says no."""
+    """Whether the host may look at values: on a CPU only, for reading them from a GPU would make it wait; nor while
+    compiling, where there are none yet."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -144,7 +167,12 @@ def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor | None, batch: int, token
         )
     if batch != 1:
         raise ValueError(f"{op}: with cu_seqlens the sequences are packed into one row, so B must be 1, got B={batch}")
-    if values_are_free(cu_seqlens):
+    if not values_are_checked(cu_seqlens):
+        return
+    if not values_are_free(cu_seqlens):
+        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == tokens) & (cu_seqlens.diff() >= 0).all()
+        refuse_on_device(op, f"cu_seqlens must rise from 0 to T={tokens}", right)
+    else:
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != tokens or any(a > b for a, b in pairwise(offsets)):
             raise ValueError(f"{op}: cu_seqlens must rise from 0 to T={tokens}, got {offsets}")

@@ -40,9 +40,19 @@ def kernel_op(name: str, *, strided: str = "", mutates_args: Iterable[str] = ())
 
         op = torch.library.custom_op(f"triton_kernels::{name}", with_layout, mutates_args=mutates_args)
         op.register_fake(with_layout)
+        if not mutates_args:
+            # Until its own derivative is registered; those of gradients never are.
+            op.register_autograd(functools.partial(no_derivative, name))
         return op
 
     return register
+
+
+def no_derivative(name: str, *_: Any) -> None:
+    """Refuses gradients of gradients, which would run into an operator without a derivative."""
+    raise RuntimeError(
+        f"triton_kernels::{name} has no derivative; legal is one reverse pass, without create_graph and torch.func"
+    )
 
 
 def has_work(output: Tensor) -> bool:

@@ -105,7 +105,7 @@ def check_grouped_mlp(
     token_offsets: Tensor,
     row_of_slot_N: Tensor,
 ) -> None:
-    """Refuse shapes that do not fit and, if looking is free, indices and offsets that would read elsewhere."""
+    """Refuse shapes that do not fit, indices and offsets that would read elsewhere."""
     sizes = check_tensors(OP, x_TD=x_TD, w_down_EFD=w_down_EFD, token_N=token_N, weight_N=weight_N)
     check_tensors(OP, sizes | {"F2": 2 * sizes["F"]}, w_gate_up_EDF2=w_gate_up_EDF2)
     check_shape(OP, "expert_offsets", expert_offsets, {"E+1": sizes["E"] + 1})
@@ -124,11 +124,15 @@ def check_grouped_mlp(
     n_slots = row_of_slot_N.shape[0]
     check_offsets(OP, "expert_offsets", expert_offsets, sizes["N"])
     check_offsets(OP, "token_offsets", token_offsets, n_slots)
-    if not checks.values_are_free(x_TD):
+    if not checks.values_are_checked(x_TD):
         return
-    last_row, last_slot = int(expert_offsets[-1]), int(token_offsets[-1])
-    check_range(OP, "token_N", token_N[:last_row], 0, sizes["T"] - 1)
-    check_range(OP, "row_of_slot_N", row_of_slot_N[:last_slot], 0, last_row - 1)
-    if last_row != last_slot:
-        ends = f"expert_offsets end at {last_row} and token_offsets at {last_slot}"
+    last_row, last_slot = expert_offsets[-1], token_offsets[-1]
+    row_is_used_N = torch.arange(sizes["N"], device=x_TD.device) < last_row
+    slot_is_used_N = torch.arange(n_slots, device=x_TD.device) < last_slot
+    check_range(OP, "token_N", token_N, 0, sizes["T"] - 1, row_is_used_N)
+    check_range(OP, "row_of_slot_N", row_of_slot_N, 0, last_row - 1, slot_is_used_N)
+    if not checks.values_are_free(x_TD):
+        checks.refuse_on_device(OP, "expert_offsets and token_offsets must end alike", last_row == last_slot)
+    elif last_row != last_slot:
+        ends = f"expert_offsets end at {last_row.item()} and token_offsets at {last_slot.item()}"
         raise ValueError(f"{OP}: {ends}; they must agree")

@@ -122,13 +122,14 @@ def flash_decode(
 
 
 def _check_cached(k_cache: Tensor, lengths_B: Tensor, window: int | None, block_table_BN: Tensor | None) -> None:
-    """Lengths that the cache can hold, and blocks that the pool has, if looking is free."""
+    """Lengths that the cache can hold, and blocks that the pool has."""
     rows = k_cache.shape[1] * (1 if block_table_BN is None else block_table_BN.shape[1])
     # Without a window or a table the rows may be a ring, which holds the last of any number of tokens.
     is_ring = window is None and block_table_BN is None
     check_range(OP, "lengths_B", lengths_B, 0, math.inf if is_ring else rows)
-    if block_table_BN is not None and checks.values_are_free(block_table_BN):
-        in_use_BN = torch.arange(block_table_BN.shape[1]) * k_cache.shape[1] < lengths_B[:, None]
+    if block_table_BN is not None and checks.values_are_checked(block_table_BN):
+        first_row_N = torch.arange(block_table_BN.shape[1], device=lengths_B.device) * k_cache.shape[1]
+        in_use_BN = first_row_N < lengths_B[:, None]
         check_range(OP, "block_table_BN", block_table_BN, 0, k_cache.shape[0] - 1, in_use_BN)
 
 
