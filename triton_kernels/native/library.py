@@ -21,6 +21,7 @@ from torch import Tensor
 
 from foundation.environment import cpu_name
 from foundation.files import fingerprint
+from foundation.source import user_cache
 
 SOURCE = Path(__file__).with_name("few_tokens.c")
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
@@ -66,7 +67,7 @@ def native() -> Native:
     command = [compiler, *FLAGS, tuned]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     identity = fingerprint([SOURCE.read_text(), command, version, cpu_name(), _instructions()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid-moe-lab"
+    folder = user_cache()
     built = folder / f"few_tokens-{identity[:16]}.so"
     try:
         if not built.exists():
