@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 from lm.config import ModelConfig
 from routing.policy import PolicyConfig
@@ -22,6 +23,7 @@ class Method:
             returns.
         seed_shift: added to every branch seed; not zero only where the point is to see other seeds.
         rounding: its branches start from weights that differ by rounding, see `staged_training.fork`.
+        known: how it is known to come out. Such a control asks nothing of the method: it shows what a run can see.
     """
 
     name: str
@@ -29,11 +31,13 @@ class Method:
     change: Callable[[ModelConfig], ModelConfig]
     seed_shift: int = 0
     rounding: bool = False
+    known: Literal["worse", "better"] | None = None
 
     @property
     def is_control(self) -> bool:
-        """Whether it measures noise instead of answering a question about a model."""
-        return bool(self.rounding or self.seed_shift)
+        """Whether it measures noise, or whether a run sees what is known, instead of answering a question about a
+        model."""
+        return bool(self.rounding or self.seed_shift or self.known)
 
     def kind(self, baseline: ModelConfig) -> str:
         """What the method changes.

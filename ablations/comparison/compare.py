@@ -211,7 +211,10 @@ def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: 
         return os.path.relpath(folder, job.folder)
 
     return Comparison(
-        methods=tuple(MethodSummary(name=m.name, question=m.question, kind=m.kind(job.baseline)) for m in job.methods),
+        methods=tuple(
+            MethodSummary(name=m.name, question=m.question, kind=m.kind(job.baseline), known=m.known)
+            for m in job.methods
+        ),
         trunk_seeds=tuple(plan.trunk_seed for plan in job.plans),
         branch_seeds=tuple(range(job.options.seeds)),
         n_layers=job.baseline.n_layers,
