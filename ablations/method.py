@@ -10,6 +10,9 @@ from staged_training.boundary import different_blocks
 
 # Kinds that leave the model as it is: they measure noise, earn no verdict and are no method whose price counts.
 CONTROLS = ("seed", "rounding")
+# What null columns' scores are multiplied by at the fork, see `routing.policy.Gain`: so little that the trunk's
+# function is kept, and enough that a gradient reaches them.
+START = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
