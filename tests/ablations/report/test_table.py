@@ -102,7 +102,10 @@ def test_a_run_says_whether_it_saw_its_controls(comparison_folder):
     both = dataclasses.replace(both, branches={**both.branches, "random_k": shocked})
     found = outcomes(both)
     assert (found["random_k"].kind, found["random_k"].words) == ("control", "worse as known on this trunk")
-    assert found["random_k"].fork_shock > abs(found["random_k"].difference.mean)
+    shock, difference = found["random_k"].fork_shock, found["random_k"].difference
+    assert shock is not None
+    assert difference is not None
+    assert shock > abs(difference.mean)
     assert controls_statement(both) == "Both controls came out as known: top_p better, random_k worse."
     assert controls_statement(both) in footnotes(both)
     # One method is left to be judged, and to be corrected for.
