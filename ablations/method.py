@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 from lm.config import ModelConfig
 from routing.policy import PolicyConfig
@@ -9,6 +10,9 @@ from staged_training.boundary import different_blocks
 
 # Kinds that leave the model as it is: they measure noise, earn no verdict and are no method whose price counts.
 CONTROLS = ("seed", "rounding")
+# What null columns' scores are multiplied by at the fork, see `routing.policy.Gain`: so little that the trunk's
+# function is kept, and enough that a gradient reaches them.
+START = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class Method:
             returns.
         seed_shift: added to every branch seed; not zero only where the point is to see other seeds.
         rounding: its branches start from weights that differ by rounding, see `staged_training.fork`.
+        known: how it is known to come out. Such a control asks nothing of the method: it shows what a run can see.
     """
 
     name: str
@@ -29,11 +34,13 @@ class Method:
     change: Callable[[ModelConfig], ModelConfig]
     seed_shift: int = 0
     rounding: bool = False
+    known: Literal["worse", "better"] | None = None
 
     @property
     def is_control(self) -> bool:
-        """Whether it measures noise instead of answering a question about a model."""
-        return bool(self.rounding or self.seed_shift)
+        """Whether it measures noise, or whether a run sees what is known, instead of answering a question about a
+        model."""
+        return bool(self.rounding or self.seed_shift or self.known)
 
     def kind(self, baseline: ModelConfig) -> str:
         """What the method changes.

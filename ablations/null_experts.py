@@ -2,7 +2,7 @@
 the baseline's number."""
 
 from ablations.cli import run_alone
-from ablations.method import Method, experts_of, with_policy
+from ablations.method import START, Method, experts_of, with_policy
 from lm.config import ModelConfig
 from routing.policies.null_experts import NullExperts
 
@@ -13,7 +13,7 @@ def change(model: ModelConfig) -> ModelConfig:
     # top-12 of 80. With at least as many columns as slots no slot is real by force, so the weights can be run at any
     # budget.
     slots = min(round(5 * k / 3), n_experts)
-    return with_policy(model, NullExperts(k=slots, n_null=max(n_experts // 2, slots), target_mean=k))
+    return with_policy(model, NullExperts(k=slots, n_null=max(n_experts // 2, slots), target_mean=k, start=START))
 
 
 METHOD = Method(

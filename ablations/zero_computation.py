@@ -2,7 +2,7 @@
 mean of real experts held at the baseline's number."""
 
 from ablations.cli import run_alone
-from ablations.method import Method, experts_of, with_policy
+from ablations.method import START, Method, experts_of, with_policy
 from lm.config import ModelConfig
 from routing.policies.zero_computation import ZeroComputationExperts
 
@@ -12,7 +12,9 @@ def change(model: ModelConfig) -> ModelConfig:
     # As many slots and columns as `null_experts` has, so that the two differ in what a column returns, and in that a
     # token may be left without real experts here.
     slots = min(round(5 * k / 3), n_experts)
-    return with_policy(model, ZeroComputationExperts(k=slots, n_null=max(n_experts // 2, slots), target_mean=k))
+    return with_policy(
+        model, ZeroComputationExperts(k=slots, n_null=max(n_experts // 2, slots), target_mean=k, start=START)
+    )
 
 
 METHOD = Method(

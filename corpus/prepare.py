@@ -16,11 +16,10 @@ from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
 from foundation.files import atomic_folder, check_seal, seal, sha256_file
 from foundation.serialize import load_json, save_json
+from foundation.source import code_of
 
 DEFAULT_VOCAB_SIZE = 4096
 MANIFEST = "manifest.json"
-# Part of the cache key: raise it when the same input would give other tokens or another manifest.
-PIPELINE_VERSION = 3
 BATCH_CHARACTERS = 1 << 22
 
 log = logging.getLogger(__name__)
@@ -170,9 +169,10 @@ def open_prepared(folder: str | Path) -> PreparedCorpus:
 
 
 def _cache_key(config: CorpusConfig, documents: Documents, tokenizer: Tokenizer | None) -> str:
-    """Everything the prepared folder is a function of, what was skipped included: the manifest lists it."""
+    """Everything the prepared folder is a function of, the code of this package and what was skipped included: the
+    manifest lists it."""
     inputs = {
-        "version": PIPELINE_VERSION,
+        "code": {name: code for name, code in code_of((__name__,)).items() if name.startswith("corpus/")},
         "config": dataclasses.asdict(config),
         "content": documents.content_hash,
         "duplicates_removed": documents.duplicates_removed,

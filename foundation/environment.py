@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from foundation.source import ROOT
+
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
 
 

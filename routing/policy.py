@@ -208,6 +208,35 @@ class Policy(nn.Module):
         """
 
 
+class Gain(nn.Module):
+    """A learned factor g >= 0 by which what a policy adds weighs in a trunk that was trained without it.
+
+    Its root is what is learned: it passes through zero without getting stuck there, and a gradient reaches it at any
+    start but zero itself.
+
+    Args:
+        start: g before any training.
+
+    Raises:
+        ValueError: for a start outside (0, 1).
+    """
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        if not 0.0 < start < 1.0:
+            raise ValueError(f"start = {start} is outside (0, 1]; 1 is without a gain")
+        # Of one dimension, as optimizers expect it.
+        self.root_1 = nn.Parameter(torch.tensor([start**0.5]))
+
+    def forward(self) -> Tensor:
+        return self.root_1.square()
+
+
+def gain_from(start: float) -> Gain | None:
+    """What a policy's config asks for by `start`; None where what it adds weighs as it is."""
+    return None if start == 1.0 else Gain(start)
+
+
 def best(scores: Scores, k: int) -> tuple[Tensor, Tensor]:
     """The k experts of highest selection score, best first, and the scores they weigh: (expert_TK, score_TK)."""
     expert_TK = torch.topk(scores.selection_TE, k, dim=-1)[1]

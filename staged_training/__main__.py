@@ -81,7 +81,7 @@ def run(config: RunConfig) -> None:
     execution = Execution(plan, corpus, config.out, config.execution)
     print(estimate(execution), flush=True)
     execution.trunk()
-    for branch in plan.branches:
+    for branch in execution.plan.branches:
         execution.branch(branch)
 
 

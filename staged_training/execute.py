@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
 from corpus.sections import Sections, sections
-from foundation.files import CorruptFileError
+from foundation.files import CorruptFileError, read_json
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
 from lm.budget import calibrate_to_targets
@@ -24,6 +24,7 @@ from lm.evaluate import evaluate
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
+from staged_training.code import CODE, code_changes
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
 from staged_training.flops import branch_flops, caching_flops, evaluation_flops, trunk_flops
 from staged_training.fork import fork
@@ -32,14 +33,19 @@ from staged_training.plan import Branch, Plan
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress, Tracker
 from staged_training.record import (
+    CONFIG,
+    RESULT,
     SECTIONS,
     Ledger,
     RunRecord,
     SectionLoss,
     add_cost,
     finish_run,
+    json_differences,
     kept_costs,
     locked,
+    named,
+    of_other_code,
     open_run,
     reopen_run,
 )
@@ -59,6 +65,8 @@ class ExecutionConfig:
         save_every: steps between checkpoints.
         log_every: steps between lines of progress.
         track: "none" or "wandb".
+        accept_old_code: runs that other code has trained, or begun, count as this one's and are gone on with. Otherwise
+            they are left as they are, and what depends on the changed files is trained again.
 
     Raises:
         ValueError: for a number of steps below 1.
@@ -68,6 +76,7 @@ class ExecutionConfig:
     save_every: int = 200
     log_every: int = 20
     track: Literal["none", "wandb"] = "none"
+    accept_old_code: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self, save_every=1, log_every=1)
@@ -108,6 +117,8 @@ class Execution:
         self.valid_tokens = TokenBatches(
             corpus.valid.tokens, batch_size=plan.batch_size, seq_len=plan.seq_len, device=self.device, pad=True
         )
+        if config.accept_old_code:
+            self._accept_old_code()
         self._trunk: tuple[LanguageModel, RunRecord] | None = None
         self._activations: tuple[Batches, Batches] | None = None
         self._calibration: dict[int, Tensor] = {}
@@ -127,8 +138,45 @@ class Execution:
         Raises:
             record.RunMismatchError: when the folder holds another run.
         """
-        content_hash = self.plan.corpus.content_hash
-        return self.processes.from_first(lambda: open_run(run.folder, run.identity, content_hash))
+
+        def opened() -> RunRecord | None:
+            if not (run.folder / CONFIG).exists() and (old := of_other_code(run.folder, run.identity)):
+                changed = named(code_changes(read_json(old[0] / CONFIG), run.identity))
+                print(
+                    f"{run.label}: {old[0]} was trained by other code: {changed} changed; trained again, which"
+                    " --accept-old-code avoids",
+                    flush=True,
+                )
+            return open_run(run.folder, run.identity, self.plan.corpus.content_hash)
+
+        return self.processes.from_first(opened)
+
+    def _accept_old_code(self) -> None:
+        """Makes the plan one of the code that has trained it already, run by run, where the present code has not."""
+        named_by_hash = self.trunk_folder == self.root / "trunks" / self.plan.trunk_hash
+        for run, stored in self._of_other_code(self.trunk_folder, self.plan.trunk_identity):
+            _say_accepted("trunk", run, stored, self.plan.trunk_identity)
+            self.plan = dataclasses.replace(self.plan, code=stored.get(CODE, {}))
+            if named_by_hash:
+                self.trunk_folder = run
+            break
+        branches = []
+        for branch in self.plan.branches:
+            identity = self.plan.branch_identity(branch)
+            for run, stored in self._of_other_code(self.folder_of(branch), identity):
+                # Of this very trunk: from one that other code has trained it starts elsewhere.
+                if not json_differences(stored["trunk"], identity["trunk"]):
+                    _say_accepted(branch.name, run, stored, identity)
+                    branch = dataclasses.replace(branch, code=stored["branch"].get(CODE, {}))
+                    break
+            branches.append(branch)
+        self.plan = dataclasses.replace(self.plan, branches=tuple(branches))
+
+    def _of_other_code(self, folder: Path, identity: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+        """Runs of other code and their identities, see `of_other_code`; none where the present code's is finished."""
+        if (folder / RESULT).exists() and not json_differences(read_json(folder / CONFIG), identity):
+            return []
+        return [(run, read_json(run / CONFIG)) for run in of_other_code(folder, identity)]
 
     def trunk(self, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord]:
         """The trained trunk, trained now or before; frozen whole."""
@@ -364,6 +412,11 @@ class Execution:
         save_pretrained(folder / "model", model, self.calibration(0).cpu(), self.corpus.tokenizer)
 
 
+def _say_accepted(label: str, run: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
+    changed = named(code_changes(stored, identity))
+    print(f"{label}: {run} counts, though other code trained it: {changed} changed", flush=True)
+
+
 def run_plan(
     plan: Plan, corpus: PreparedCorpus, root: Path, config: ExecutionConfig, *, trunk_folder: Path | None = None
 ) -> list[RunRecord]:
@@ -375,7 +428,7 @@ def run_plan(
     """
     execution = Execution(plan, corpus, root, config, trunk_folder=trunk_folder)
     execution.trunk()
-    branches = [execution.branch(branch) for branch in plan.branches]
+    branches = [execution.branch(branch) for branch in execution.plan.branches]
     # Last, because storing activations for the branches adds to its ledger.
     _, trunk = execution.trunk()
     return [trunk, *branches]

@@ -80,7 +80,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
             device=str(device),
             processes=processes,
         )
-        run = dataclasses.replace(plan.trunk_run(config.out), label="parallel")
+        run = dataclasses.replace(execution.plan.trunk_run(config.out), label="parallel")
         if execution.open(run) is not None:
             print(f"finished before: {run.folder}", flush=True)
             return

@@ -12,6 +12,7 @@ from foundation.files import fingerprint
 from foundation.serialize import to_dict
 from lm.config import ModelConfig
 from staged_training.boundary import compose, different_blocks, refuse_other_trunk
+from staged_training.code import CODE
 from staged_training.data import branch_order, trunk_order
 from staged_training.optimizer import OptimizerConfig
 from staged_training.run import Run
@@ -45,6 +46,7 @@ class Branch:
         boundary: first block that trains; 0 trains everything, the embedding included.
         fresh: blocks from the boundary on are initialised from `seed` instead of taken from the trunk.
         rounding: the weights that it trains start changed by as much as rounding does, drawn from `seed`.
+        code: fingerprints of what it is trained and measured by, see `code.code_behind`.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Branch:
     boundary: int
     fresh: bool
     rounding: bool = False
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -70,6 +73,7 @@ class Plan:
         n_calibration: batches of the training text that no stage ever sees: budgets are calibrated on them.
         trunk_seed: the trunk's weights, data order and draws.
         decisions: why the boundary is where it is, for people; not part of any identity.
+        code: fingerprints of what the trunk is trained by, see `code.code_behind`.
 
     Raises:
         ValueError: for branches that do not fit the trunk or each other, naming branch and field.
@@ -85,6 +89,7 @@ class Plan:
     optimizer: OptimizerConfig
     branches: tuple[Branch, ...] = ()
     decisions: tuple[str, ...] = ()
+    code: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [branch.name for branch in self.branches]
@@ -136,8 +141,8 @@ class Plan:
     def trunk_identity(self) -> dict:
         """Everything the trunk's weights depend on. The branches are not part of it: comparisons share a trunk."""
         # Named one by one: `decisions` are words, and a field that is added must not rename the trunks of before.
-        fields = ("corpus", "model", "batch_size", "seq_len", "n_calibration", "trunk", "trunk_seed", "optimizer")
-        return {name: to_dict(getattr(self, name)) for name in fields}
+        fields = ("corpus", "model", "batch_size", "seq_len", "n_calibration", "trunk", "trunk_seed", "optimizer", CODE)
+        return _with_known_code({name: to_dict(getattr(self, name)) for name in fields})
 
     @property
     def trunk_hash(self) -> str:
@@ -146,7 +151,7 @@ class Plan:
 
     def branch_identity(self, branch: Branch) -> dict:
         """Everything the branch's weights depend on."""
-        return {"trunk": self.trunk_identity, "branch": to_dict(branch)}
+        return {"trunk": self.trunk_identity, "branch": _with_known_code(to_dict(branch))}
 
     def trunk_run(self, folder: Path) -> Run:
         """The trunk's training, from its seed's weights, in `folder`."""
@@ -215,3 +220,8 @@ class Plan:
                 f"{branch.name} changes the letter or weights of blocks {different} and cannot take the trunk's there;"
                 " set fresh=True"
             )
+
+
+def _with_known_code(identity: dict) -> dict:
+    """Without an entry for code where there is none, as runs from before it was recorded have it."""
+    return {name: value for name, value in identity.items() if name != CODE or value}

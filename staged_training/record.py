@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from foundation.files import (
     write_into_seal,
     write_json,
 )
+from staged_training.code import apart_from_code, code_changes
 from staged_training.progress import DIAGNOSTICS, METRICS, TIMING
 
 CONFIG, ENVIRONMENT, LEDGER, RESULT = "config.json", "environment.json", "ledger.json", "result.json"
@@ -102,12 +104,19 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
         the record if this very run is finished; None if it is to be run or continued.
 
     Raises:
-        RunMismatchError: when the folder holds a run of another configuration, naming each key that differs.
+        RunMismatchError: when the folder holds a run of another configuration, naming each key that differs, or of
+            other code, naming each file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG
     if path.exists():
-        if differing := json_differences(read_json(path), config):
+        stored = read_json(path)
+        if stored != (asked := json.loads(json.dumps(config))) and apart_from_code(stored) == apart_from_code(asked):
+            raise RunMismatchError(
+                f"{folder} was trained by other code: {named(code_changes(stored, asked))} changed."
+                " --accept-old-code takes it as it is; to train again choose another folder, or remove this one"
+            )
+        if differing := json_differences(stored, asked):
             raise RunMismatchError(
                 f"{folder} holds another run: {'; '.join(differing[:8])}. Choose another folder, or remove this one"
             )
@@ -121,6 +130,20 @@ def open_run(folder: Path, config: dict[str, Any], data_hash: str) -> RunRecord 
         log.warning("%s continues in another environment, so its last bits may differ: %s", folder, "; ".join(changed))
     write_json(folder / ENVIRONMENT, here)
     return None
+
+
+def of_other_code(folder: Path, config: dict[str, Any]) -> list[Path]:
+    """Runs that only their code tells from the one that `folder` would hold: there, or beside it where its name ends in
+    a hash. Finished ones first, then those of the nearest code, then the newest."""
+    found, asked = {}, json.loads(json.dumps(config))
+    hashed = re.fullmatch(r"(.*_|)[0-9a-f]{8,}", folder.name)
+    for path in folder.parent.glob(f"{hashed[1]}*/{CONFIG}" if hashed else f"{folder.name}/{CONFIG}"):
+        with contextlib.suppress(CorruptFileError):
+            stored = read_json(path)
+            if stored != asked and apart_from_code(stored) == apart_from_code(asked):
+                unfinished = not (path.parent / RESULT).exists()
+                found[path.parent] = unfinished, len(code_changes(stored, asked)), -path.stat().st_mtime
+    return sorted(found, key=lambda run: found[run])
 
 
 @contextlib.contextmanager
@@ -211,6 +234,11 @@ def json_differences(stored: Any, asked: Any) -> list[str]:
     """Where a value that was read from JSON differs from one that is asked for, as "place: stored 12, asked 8"."""
     # Through JSON, so that a tuple that is asked for equals the list that it was stored as.
     return _differences(stored, json.loads(json.dumps(asked)), "")
+
+
+def named(names: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _differences(stored: Any, asked: Any, place: str) -> list[str]:

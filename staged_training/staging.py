@@ -1,7 +1,8 @@
 """From a token budget and a list of methods to a plan."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -12,6 +13,7 @@ from foundation.numbers import check_numbers
 from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from staged_training.boundary import choose_cut, compose
+from staged_training.code import code_behind
 from staged_training.optimizer import OptimizerConfig
 from staged_training.plan import Branch, CorpusFacts, Plan
 from staged_training.schedule import Anneal, Schedule, Stage
@@ -89,6 +91,7 @@ def make_plan(
     *,
     trunk_seed: int = 0,
     rounding: Collection[str] = (),
+    sources: Mapping[str, Mapping[str, Path]] | None = None,
 ) -> Plan:
     """A trunk and its branches.
 
@@ -96,6 +99,7 @@ def make_plan(
         model: the trunk's.
         branches: name of the method, its model as if nothing were frozen, and the seed.
         rounding: names of the methods whose branches start from weights that differ by rounding.
+        sources: by method, files that its results depend on beside those of training, see `code.code_behind`.
 
     Raises:
         ValueError: when the budget is too small for one batch per stage or the text for two batches, or a method does
@@ -157,11 +161,13 @@ def make_plan(
                 boundary=cut.boundary,
                 fresh=cut.fresh,
                 rounding=name in rounding,
+                code=code_behind(compose(model, method, cut.boundary), (sources or {}).get(name)),
             )
             for name, method, seed in branches
             if cut is not None
         ),
         decisions=cut.reasons if cut is not None else (),
+        code=code_behind(model),
     )
 
 

@@ -43,12 +43,12 @@ class CalibrationRow:
 
 
 def calibration_rows(records: Records) -> list[CalibrationRow]:
-    """Every control with comparisons of 1, 2, 3 and 5 seeds, as far as its finished runs go."""
+    """Every control of noise with comparisons of 1, 2, 3 and 5 seeds, as far as its finished runs go."""
     comparison = records.comparison
     text = text_of(records.branches[comparison.baseline])
     baseline = bits_by_run(records.branches[comparison.baseline])
     rows = []
-    for control in (method for method in records.methods if method in comparison.controls):
+    for control in (name for name in records.methods if name in comparison.controls - comparison.known.keys()):
         bits = bits_by_run(records.branches[control])
         for seeds in SEEDS:
             # A single seed speaks of its own order of the data, and a control of another order has none to share.

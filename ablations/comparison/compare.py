@@ -20,6 +20,7 @@ from pathlib import Path
 from ablations.comparison.measure import MeasuringContext, budgets_of, measure
 from ablations.comparison.options import Options
 from ablations.comparison.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference
+from ablations.comparison.registry import sources_of
 from ablations.method import Method
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
@@ -75,8 +76,9 @@ class SharedExecution(Execution):
     """Runs one plan in folders that comparisons share: a branch's is named by what its result depends on."""
 
     def __init__(self, job: Job, plan: Plan) -> None:
-        super().__init__(plan, job.corpus, job.options.out, job.options.execution)
+        # Ahead of what names folders by it.
         self.budget_batches = job.options.budget_batches
+        super().__init__(plan, job.corpus, job.options.out, job.options.execution)
 
     def folder_of(self, branch: Branch) -> Path:
         """Named for people by method and seeds, and told apart by a hash of everything the result depends on."""
@@ -114,7 +116,9 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     ]
     twins = [method.name for method in methods if method.rounding]
     plans = [
-        make_plan(options.staging, facts, baseline, branches, trunk_seed=trunk, rounding=twins)
+        make_plan(
+            options.staging, facts, baseline, branches, trunk_seed=trunk, rounding=twins, sources=sources_of(methods)
+        )
         for trunk in range(options.trunk_seeds)
     ]
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
@@ -146,6 +150,8 @@ def run_comparison(
     """
     job = prepare_job(methods, options)
     executions = [SharedExecution(job, plan) for plan in job.plans]
+    # Where old code is accepted, the plans are those of its runs.
+    job = dataclasses.replace(job, plans=[execution.plan for execution in executions])
     plan = plan_text(job)
     print(plan, flush=True)
     for execution in executions:
@@ -215,7 +221,10 @@ def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: 
         return os.path.relpath(folder, job.folder)
 
     return Comparison(
-        methods=tuple(MethodSummary(name=m.name, question=m.question, kind=m.kind(job.baseline)) for m in job.methods),
+        methods=tuple(
+            MethodSummary(name=m.name, question=m.question, kind=m.kind(job.baseline), known=m.known)
+            for m in job.methods
+        ),
         trunk_seeds=tuple(plan.trunk_seed for plan in job.plans),
         branch_seeds=tuple(range(job.options.seeds)),
         n_layers=job.baseline.n_layers,

@@ -8,7 +8,7 @@ without `result.json` is unfinished.
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ablations.comparison.statistics import RunKey
 from ablations.method import CONTROLS
@@ -24,16 +24,19 @@ COMPARISON_FILE = "comparison.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSummary:
-    """A method as the report names it; `kind` is what it changes, see `Method.kind`."""
+    """A method as the report names it; `kind` is what it changes, see `Method.kind`, `known` how a control is known to
+    come out."""
 
     name: str
     question: str
     kind: str
+    known: Literal["worse", "better"] | None = None
 
     @property
     def is_control(self) -> bool:
-        """Whether it measures noise: no method, so it earns no verdict and its price is none of a method's."""
-        return self.kind in CONTROLS
+        """Whether it measures noise, or whether the run sees what is known: no method, so it earns no verdict and its
+        price is none of a method's."""
+        return self.kind in CONTROLS or self.known is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,8 +89,13 @@ class Comparison:
 
     @property
     def controls(self) -> frozenset[str]:
-        """Names of the arms that measure noise."""
+        """Names of the arms that are no methods."""
         return frozenset(method.name for method in self.methods if method.is_control)
+
+    @property
+    def known(self) -> dict[str, str]:
+        """How the controls of known sign are known to come out, by name."""
+        return {method.name: method.known for method in self.methods if method.known is not None}
 
     @property
     def reordered(self) -> frozenset[str]:

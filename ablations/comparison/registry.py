@@ -49,3 +49,12 @@ def find_methods(names: list[str]) -> list[Method]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no method {unknown[0]!r}; {nearest(unknown[0], known)}")
     return [known[name] for name in dict.fromkeys([BASELINE, *names])]
+
+
+def sources_of(methods: list[Method]) -> dict[str, dict[str, Path]]:
+    """By method, the files that its results depend on beside those of training: its own, and what measures it."""
+    paths = {method.name: (FOLDER / f"{method.name}.py", FOLDER / "comparison" / "measure.py") for method in methods}
+    return {
+        name: {path.relative_to(FOLDER.parent).as_posix(): path for path in files if path.is_file()}
+        for name, files in paths.items()
+    }

@@ -1,8 +1,8 @@
 """What a comparison may say of each of its arms, from the runs that have finished.
 
-A verdict needs its difference to be told from zero at 5 % over the whole table (Holm over its methods; controls are
-none), and a fork that moved the loss by less than that difference: a branch that spends itself on recovering from its
-fork has not answered its question.
+A verdict needs its difference to be told from zero at 5 % over the whole table (Holm over its methods; controls, of
+noise or of known sign, are none), and a fork that moved the loss by less than that difference: a branch that spends
+itself on recovering from its fork has not answered its question.
 """
 
 import dataclasses
@@ -68,7 +68,10 @@ def outcomes(records: Records) -> dict[str, Outcome]:
         n_trunks = len({trunk for trunk, _ in bits[method].keys() & baseline.keys()})
         detectable = difference.detectable(ERROR / (1 if control else len(adjusted)))
         shock = None if method in comparison.reordered else fork_shock(records, method)
-        if control:
+        if (known := comparison.known.get(method)) is not None:
+            # Its fork is part of the effect that is known, so no shock withholds it.
+            kind, words = "control", seen(difference, p_values[method], known)
+        elif control:
             kind, words = "control", "within noise" if p_values[method] >= ERROR else "false alarm"
             # A twin's noise is rounding: what another order does, a single pair cannot tell.
             if method in comparison.reordered and difference.n == 1:
@@ -100,6 +103,33 @@ def judged(difference: Difference, p_value: float, detectable: float, shock: flo
     if shock is not None and abs(shock) > abs(difference.mean):
         return "withheld", f"withheld: the fork itself moved the loss by {shock:+.3f}"
     return ("better", "better") if difference.mean < 0 else ("worse", "worse")
+
+
+def seen(difference: Difference, p_value: float, known: str) -> str:
+    """Whether a control came out as it is known to, without its scope."""
+    if difference.runs is None:
+        return f"not judged: one seed, and no twin to measure rounding (known to be {known})"
+    if p_value >= ERROR:
+        return f"not seen: known to be {known}"
+    came_out = "better" if difference.mean < 0 else "worse"
+    return f"{known} as known" if came_out == known else f"came out {came_out}: known to be {known}"
+
+
+def controls_statement(records: Records) -> str | None:
+    """One sentence for the reader: whether a comparison saw what is known; None without such controls."""
+    known, found = records.comparison.known, outcomes(records)
+    arms = {method: found[method].words for method in records.methods if method in known}
+    if not arms:
+        return None
+    failed = [method for method, words in arms.items() if f"{known[method]} as known" not in words]
+    if not failed:
+        names = ", ".join(f"{method} {known[method]}" for method in arms)
+        return f"{'Both' if len(arms) == 2 else 'All'} controls came out as known: {names}."
+    return (
+        "The run could not see its own controls, so the verdicts beside them mean little: "
+        + "; ".join(f"{method} {arms[method]}" for method in failed)
+        + "."
+    )
 
 
 def scope(difference: Difference, n_trunks: int) -> str:

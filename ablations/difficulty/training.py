@@ -20,7 +20,7 @@ from typing import Annotated
 import tyro
 
 from ablations.comparison.options import STAGING, ModelOptions
-from ablations.comparison.registry import find_methods
+from ablations.comparison.registry import find_methods, sources_of
 from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
@@ -232,7 +232,11 @@ def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConf
     models |= {method.name: method.change(model) for method in methods}
     models |= {static_name(k): with_policy(model, TopK(k=k)) for k in options.static}
     return make_plan(
-        options.staging, corpus_facts(corpus), trunk, [(name, config, 0) for name, config in models.items()]
+        options.staging,
+        corpus_facts(corpus),
+        trunk,
+        [(name, config, 0) for name, config in models.items()],
+        sources=sources_of(methods),
     )
 
 

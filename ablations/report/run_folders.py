@@ -19,8 +19,9 @@ from corpus.prepare import MANIFEST as CORPUS_MANIFEST
 from foundation.serialize import load_json
 from lm.pretrained import load_pretrained
 from staged_training import checkpoint
+from staged_training.code import changed_since
 from staged_training.progress import METRICS
-from staged_training.record import CONFIG, ENVIRONMENT, RESULT, RunMismatchError, locked, read_run
+from staged_training.record import CONFIG, ENVIRONMENT, RESULT, RunMismatchError, locked, named, read_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,13 @@ def run_verdict(folder: Path) -> str:
         newest = max((folder / "checkpoints").glob("step_*"), default=None)
         return "unfinished, " + ("no checkpoint" if newest is None else f"checkpoint at step {int(newest.name[5:])}")
     try:
-        bits_per_byte = read_run(folder).result.get("bits_per_byte")
+        record = read_run(folder)
     except ValueError as error:
         return f"damaged: {error}"
-    return "finished" if bits_per_byte is None else f"finished, {bits_per_byte:.4f} bits per byte"
+    bits_per_byte = record.result.get("bits_per_byte")
+    score = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
+    changed = changed_since(record.config)
+    return f"finished{score}" + (f", by other code: {named(changed)} changed since" if changed else "")
 
 
 def comparison_verdict(folder: Path) -> str:

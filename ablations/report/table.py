@@ -14,7 +14,7 @@ from typing import Literal
 from ablations.comparison.cost import compare_costs, cost_text
 from ablations.comparison.records import BranchResult, Records
 from ablations.comparison.statistics import Interval, RunKey, mean_interval
-from ablations.comparison.verdicts import Outcome, noise_statement, outcomes, would_see
+from ablations.comparison.verdicts import Outcome, controls_statement, noise_statement, outcomes, would_see
 from foundation.tables import write_table
 
 
@@ -241,6 +241,8 @@ def footnotes(records: Records) -> list[str]:
             "other_order: the baseline once more with other branch seeds, so its data order differs too; what separates"
             " them is noise."
         )
+    if sentence := controls_statement(records):
+        notes.append(sentence)
     if offer := would_see(records):
         notes.append(offer)
     planned = len(comparison.trunk_seeds) * len(comparison.branch_seeds)

@@ -15,7 +15,7 @@ import dataclasses
 import torch
 
 from routing.budget import BudgetController
-from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds, check_k
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds, check_k, gain_from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,8 @@ class NullExperts(PolicyConfig):
         floor: real experts every token gets.
         null_weighs: chosen null columns take their share of renormalised weights, so that they learn from the model's
             loss and the real ones sum to less than one (True), or the real ones sum to one (False, AdaMoE).
+        start: what chosen null columns' scores are multiplied by at first, and learned from there, so that they can
+            join weights that were trained without them and leave what those compute as it is; 1 for no factor.
         rate: of the controller, per step.
     """
 
@@ -37,6 +39,7 @@ class NullExperts(PolicyConfig):
     target_mean: float | None = 12.0
     floor: int = 1
     null_weighs: bool = True
+    start: float = 1.0
     rate: float = 0.5
 
     @property
@@ -63,6 +66,9 @@ class NullExpertsPolicy(Policy):
     def __init__(self, config: NullExperts, *, n_experts: int) -> None:
         super().__init__(config)
         name = type(config).__name__
+        if config.start != 1.0 and not config.null_weighs:
+            raise ValueError(f"{name}.start = {config.start}: null columns that never weigh have nothing to start from")
+        self.gain = gain_from(config.start)
         check_k(f"{name}.k", config.k, n_experts)
         if config.n_null < 1:
             raise ValueError(f"{name}.n_null = {config.n_null} must be at least 1")
@@ -93,4 +99,5 @@ class NullExpertsPolicy(Policy):
         # With c real experts, the k - c best null columns fill the remaining slots.
         n_null_T = config.k - keep_TK.sum(dim=-1, keepdim=True)
         chosen_TK = torch.arange(n_rivals, device=keep_TK.device) < n_null_T
-        return Slots(expert_TK, score_TK, keep_TK, (null_TK * chosen_TK).sum(dim=-1))
+        rest_T = (null_TK * chosen_TK).sum(dim=-1)
+        return Slots(expert_TK, score_TK, keep_TK, rest_T if self.gain is None else rest_T * self.gain())

@@ -29,6 +29,7 @@ class ZeroComputationExperts(NullExperts):
         target_mean: real experts per token that are held in the mean, or None to leave the bias at zero.
         floor: real experts every token gets.
         null_weighs: must be True: it is the null columns' share of the weights that the token returns with.
+        start: of what chosen null columns weigh, see `NullExperts`.
         rate: of the controller, per step.
         bias_rate: mu of LongCat's controller, which then replaces the budget's in training (leave selection_bias_step
             at 0); calibration stays.

@@ -11,6 +11,7 @@ from staged_training.record import (
     finish_run,
     json_differences,
     locked,
+    of_other_code,
     open_run,
     read_run,
 )
@@ -44,6 +45,34 @@ def test_another_config_is_refused_by_key(tmp_path):
         RunMismatchError, match=r"model\.d_model: stored 16, asked 32; seed: stored 0, asked 1\. Choose another folder"
     ):
         open_run(tmp_path, {"seed": 1, "model": {"d_model": 32, "shape": (1, 2)}}, "hash")
+
+
+def test_a_run_of_other_code_is_refused_by_file_and_found_from_beside(tmp_path):
+    code = {"lm/model.py": "aa", "torch": "2.9"}
+    mine = {**CONFIG, "code": code}
+    edited = {**CONFIG, "code": {**code, "lm/model.py": "bb", "lm/new.py": "cc"}}
+    half = tmp_path / "trunk_0123456789ab"
+    open_run(half, mine, "hash")
+    with pytest.raises(
+        RunMismatchError, match=r"other code: lm/model\.py, lm/new\.py changed\. --accept-old-code takes it as it is"
+    ):
+        open_run(half, edited, "hash")
+    with pytest.raises(RunMismatchError, match="other code: its code is not known"):
+        open_run(tmp_path / "old", CONFIG, "hash") or open_run(tmp_path / "old", mine, "hash")
+    with pytest.raises(RunMismatchError, match=r"seed: stored 0, asked 1"):
+        open_run(half, {**edited, "seed": 1}, "hash")
+    # Beside it a finished one of two other files, and one of another seed.
+    for name, config in (
+        ("trunk_11111111", {**mine, "code": {"torch": "2.8"}}),
+        ("trunk_22222222", {**mine, "seed": 3}),
+    ):
+        open_run(tmp_path / name, config, "hash")
+        finish_run(tmp_path / name, {}, Ledger())
+    assert of_other_code(tmp_path / "trunk_33333333", edited) == [tmp_path / "trunk_11111111", half]
+    assert of_other_code(half, mine) == [tmp_path / "trunk_11111111"]
+    # A folder that was chosen by name is looked for nowhere else.
+    assert of_other_code(tmp_path / "mine", edited) == []
+    assert of_other_code(tmp_path / "old", edited) == [tmp_path / "old"]
 
 
 def test_differences_name_the_place():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from foundation.environment import cpu_name
 from foundation.files import fingerprint
+from foundation.source import user_cache
 
 # The second one includes the first.
 SOURCES = [Path(__file__).with_name(name) for name in ("few_tokens.c", "decode_step.c")]
@@ -69,7 +70,7 @@ def native() -> Native:
     command = [compiler, *FLAGS, tuned]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     identity = fingerprint([*(source.read_text() for source in SOURCES), command, version, cpu_name(), _instructions()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybrid-moe-lab"
+    folder = user_cache()
     built = folder / f"few_tokens-{identity[:16]}.so"
     try:
         if not built.exists():

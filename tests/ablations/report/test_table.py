@@ -12,7 +12,7 @@ import pytest
 from ablations.comparison import verdicts
 from ablations.comparison.records import read_records
 from ablations.comparison.statistics import Noise
-from ablations.comparison.verdicts import outcomes, would_see
+from ablations.comparison.verdicts import controls_statement, outcomes, would_see
 from ablations.report import report, table
 from ablations.report.table import COLUMNS, SHOWN, Column, footnotes, table_rows, table_text, with_unit, write_csv
 
@@ -84,6 +84,39 @@ def test_a_verdict_that_the_fork_may_have_made_is_withheld(write_synthetic):
     assert "random_k is withheld because the fork moved the loss" in report.headline(
         read_records(folder), table_rows(read_records(folder))
     )
+
+
+def known_to_be(records, **known):
+    methods = tuple(dataclasses.replace(m, known=known.get(m.name)) for m in records.comparison.methods)
+    return dataclasses.replace(records, comparison=dataclasses.replace(records.comparison, methods=methods))
+
+
+def test_a_run_says_whether_it_saw_its_controls(comparison_folder):
+    records = read_records(comparison_folder)
+    assert controls_statement(records) is None
+    both = known_to_be(records, random_k="worse", top_p="better")
+    # Of known sign: the fork is part of the effect, and withholds nothing.
+    shocked = {
+        key: dataclasses.replace(run, losses=[9.0, *run.losses[1:]]) for key, run in both.branches["random_k"].items()
+    }
+    both = dataclasses.replace(both, branches={**both.branches, "random_k": shocked})
+    found = outcomes(both)
+    assert (found["random_k"].kind, found["random_k"].words) == ("control", "worse as known on this trunk")
+    shock, difference = found["random_k"].fork_shock, found["random_k"].difference
+    assert shock is not None
+    assert difference is not None
+    assert shock > abs(difference.mean)
+    assert controls_statement(both) == "Both controls came out as known: top_p better, random_k worse."
+    assert controls_statement(both) in footnotes(both)
+    # One method is left to be judged, and to be corrected for.
+    assert [method for method, outcome in found.items() if outcome.kind not in ("control", "reference")] == [
+        "null_experts"
+    ]
+    blind = controls_statement(known_to_be(records, null_experts="better", top_p="worse"))
+    assert blind is not None
+    assert blind.startswith("The run could not see its own controls")
+    assert "top_p came out better: known to be worse" in blind
+    assert "null_experts not seen: known to be better" in blind
 
 
 def test_verdicts_are_corrected_for_the_methods_of_the_table(write_synthetic, monkeypatch):
