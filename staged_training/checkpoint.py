@@ -139,13 +139,17 @@ def seal(temporary: Path, step: int, files: Iterable[str]) -> Path:
         shutil.rmtree(target)
     temporary.rename(target)
     fsync_path(folder)
-    newest_first = _steps(folder)
-    # A later step than the one just written was passed over as corrupt when the run was resumed.
-    for _, old in [item for item in newest_first if item[0] > step] + [
-        item for item in newest_first if item[0] <= step
-    ][KEPT:]:
-        shutil.rmtree(old)
+    drop_others(folder, step)
     return target
+
+
+def drop_others(folder: Path, step: int) -> None:
+    """Leaves the newest two checkpoints of a run that is at `step`. A later one was passed over as corrupt when the run
+    was resumed; an older one may be half removed, by a process that was killed in the middle."""
+    newest_first = _steps(folder)
+    later = [path for other, path in newest_first if other > step]
+    for old in later + [path for other, path in newest_first if other <= step][KEPT:]:
+        shutil.rmtree(old)
 
 
 def load_latest(folder: Path, problem: Problem = no_problem) -> Checkpoint | None:

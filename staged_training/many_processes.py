@@ -172,6 +172,7 @@ class ManyProcesses(Processes):
                     raise checkpoint.CheckpointMismatchError(
                         f"{found.path} was not written by `python -m staged_training parallel`"
                     )
+                checkpoint.drop_others(run.checkpoints, found.step)
             return found
 
         if (saved := self.from_first(newest)) is not None:

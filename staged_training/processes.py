@@ -77,6 +77,8 @@ class Processes:
             checkpoint.refuse_other_identity(saved, run.identity)
             checkpoint.restore_model(model, saved.weights, str(saved.path))
             restore_optimizer(model, optimizer, run.boundary, average.restore(saved.optimizer))
+            # A run that is at its end writes no further checkpoint, which would do it.
+            checkpoint.drop_others(run.checkpoints, saved.step)
         return saved
 
     def save(

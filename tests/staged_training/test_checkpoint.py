@@ -153,6 +153,15 @@ def test_what_a_killed_write_left_is_ignored_and_removed(two_checkpoints, tmp_pa
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["step_00000020", "step_00000030"]
 
 
+def test_what_a_kill_left_of_an_old_checkpoint_goes_when_the_run_goes_on(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    half_removed = tmp_path / "run" / "step_00000005"
+    shutil.copytree(two_checkpoints / "step_00000010", half_removed)
+    (half_removed / checkpoint.WEIGHTS).unlink()
+    checkpoint.drop_others(tmp_path / "run", 20)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step_00000010", "step_00000020"]
+
+
 def test_another_schedule_is_refused_by_name(two_checkpoints):
     saved = checkpoint.load_latest(two_checkpoints)
     assert saved is not None
