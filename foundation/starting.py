@@ -13,7 +13,7 @@ from foundation.stopping import SIGNALS
 
 
 def _leave(number: int, frame: object) -> None:
-    os.write(2, f"\nstopped by {signal.Signals(number).name}\n".encode())
+    os.write(2, f"\nstopped by {signal.Signals(number).name} before it began\n".encode())
     # An import that is cut off may be caught, and half a module used; there is nothing to clean up yet.
     os._exit(128 + number)
 

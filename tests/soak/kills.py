@@ -22,9 +22,9 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal
 def case(world: World, seed: int) -> Outcome:
     draw = random.Random(f"kills {seed}")
     out = world.place("kills", seed) / "out"
-    subject = world.subjects["two processes" if seed % 3 == 2 else "comparison"]
-    # Processes that begin with Python itself take seconds each.
+    # Processes that begin with Python itself take seconds each; they are the comparison's.
     real = seed % 20 == 1
+    subject = world.subjects["two processes" if seed % 3 == 2 and not real else "comparison"]
     n_kills, problem = signalled(world, out, draw) if real else chain(subject, out, draw)
     name = subject.name + (", real processes" if real else "")
     problem = problem or finished_the_same(subject, out)
@@ -84,6 +84,8 @@ def signalled(world: World, out: Path, draw: random.Random) -> tuple[int, str]:
         stopped += 1
         if process.returncode not in (-signal.SIGKILL, 128 + number) or TRACEBACK in output:
             return stopped, f"{number.name}: code {process.returncode}, {output.strip().splitlines()[-1:]}"
-        if number != signal.SIGKILL and "the same command continues" not in output:
+        # A run that goes on after a kill has its folder while it is still importing.
+        said = "the same command continues" in output or "before it began" in output
+        if number != signal.SIGKILL and not said:
             return stopped, f"{number.name}: does not say that the same command continues"
     return stopped, ""
