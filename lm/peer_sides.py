@@ -126,7 +126,7 @@ class Ours:
         cache = self.model.new_cache(batch_size, length + steps)
         for state in cache.layers:
             for tensor in state.tensors.values():
-                tensor.normal_()
+                tensor.normal_(generator=_fresh())
             if not isinstance(state, Alias):
                 state.length = length  # pyright: ignore[reportAttributeAccessIssue]
         token_B1 = torch.zeros(batch_size, 1, dtype=torch.int64)
@@ -156,11 +156,17 @@ class Transformers:
         for layer in cache.layers:
             if getattr(layer, "keys", None) is not None:
                 shape = (batch_size, layer.keys.shape[1], length, layer.keys.shape[3])
-                layer.keys, layer.values = (torch.randn(shape, dtype=layer.keys.dtype) for _ in range(2))
+                layer.keys, layer.values = (
+                    torch.randn(shape, generator=_fresh(), dtype=layer.keys.dtype) for _ in range(2)
+                )
         token_B1 = torch.zeros(batch_size, 1, dtype=torch.int64)
         return torch.inference_mode()(
             lambda: self.model(input_ids=token_B1, past_key_values=cache, use_cache=True).logits
         )
+
+
+def _fresh() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def _olmoe(case: Case) -> Any:

@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from ablations.comparison.compare import SharedExecution, prepare_job, run_branches
+from ablations.comparison.compare import SharedExecution, prepare_job, run_in_turn
 from ablations.comparison.options import ModelOptions, Options
 from ablations.comparison.records import BranchResult
 from ablations.comparison.registry import all_methods, find_methods
@@ -72,7 +72,7 @@ def walk(methods, options):
     assert (branch.method, branch.stage.n_batches, plan.trunk.n_batches) == (method.name, 1, 2)
     execution = SharedExecution(job, plan)
     before = global_random_states()
-    run_branches(job, execution)
+    run_in_turn(job, [execution])
     # Checkpoints hold none of them, so a method that drew from one would go on differently after a restart.
     assert global_random_states() == before
     folder = execution.folder_of(branch)

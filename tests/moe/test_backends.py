@@ -227,7 +227,10 @@ def test_decoding_looks_at_the_used_experts_only_and_gets_the_same(dtype):
     assert 0 < len(rows.weight_N) < 40
     with_grad = compute_experts(x.to(dtype), gate_up.requires_grad_(), down, rows)
     with torch.no_grad():
-        torch.testing.assert_close(compute_experts(x.to(dtype), gate_up, down, rows), with_grad)
+        y_TD = compute_experts(x.to(dtype), gate_up, down, rows)
+    # Few tokens are computed by the fp32 weights as they are, more by weights that are rounded to bf16 first.
+    atol = 2e-2 * with_grad.abs().max().item() if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y_TD, with_grad, rtol=0, atol=atol)
 
 
 def test_fp32_master_weights_get_fp32_gradients():
@@ -292,7 +295,10 @@ def test_only_asked_gradients_and_saved_tensors():
             r"w_gate_up_EDF2 has shape \[3, 4, 10\], expected \[E=3, D=4, F2=8\]",
         ),
         ({"x_TD": torch.zeros(2, 1, 4)}, r"x_TD has shape \[2, 1, 4\], expected \[T, D\]"),
-        ({"backend": "magic"}, "backend = 'magic' is not one of auto, reference, cpu, grouped_mm, triton, megablocks"),
+        (
+            {"backend": "magic"},
+            "backend = 'magic' is not one of auto, reference, native, cpu, grouped_mm, triton, megablocks",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -154,10 +154,10 @@ def test_a_damaged_run_is_named_and_left_out_of_the_report(root, monkeypatch, ca
     assert f"Damaged and left out: {sentence}" in printed
     assert "remove the folder and run the same command again" in printed
     assert "The command of this comparison: python -m ablations compare" in printed
-    assert sum("±" in line for line in printed.splitlines()) == 5
+    assert sum("±" in line for line in printed.splitlines()) == 6
     assert "Damaged and left out" in (folder / "report.html").read_text()
     records = read_records(folder)
-    assert sum(map(len, records.results.values())) == (15 if run_name == "trunks/0" else 14)
+    assert sum(map(len, records.results.values())) == (18 if run_name == "trunks/0" else 17)
     assert records.missing == ()
     assert compare_costs(records).complete == (run_name != "trunks/0")
 
