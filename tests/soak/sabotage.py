@@ -69,7 +69,7 @@ VICTIMS: dict[str, tuple[int, Any, str, Callable[..., Any]]] = {
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="soak_") as folder:
-        world = World(Path(folder), names=("comparison",))
+        world = World(Path(folder))
         for attack, (seed, place, name, broken) in VICTIMS.items():
             with mock.patch.object(place, name, broken):
                 problems = (CASES[attack](world, number).problem for number in range(seed, seed + TRIES))
