@@ -109,8 +109,7 @@ def run_share(file: Path, part: Part, index: int, count: int) -> None:
 
 
 def _parsed(given: Sequence[str] | None) -> tuple[Path, Part, int, int]:
-    assert given is not None
-    file, part, index, count = given
+    file, part, index, count = sys.argv[1:] if given is None else given
     return Path(file), "trunks" if part == "trunks" else "branches", int(index), int(count)
 
 
