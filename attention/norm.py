@@ -26,7 +26,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_native(x, x.numel() // self.weight.shape[0], self.weight):
+        # Other widths are torch's to refuse: the native form would read beyond the weights.
+        if x.shape[-1:] == self.weight.shape and is_native(x, x.numel() // x.shape[-1], self.weight):
             return rms_norm(x, self.weight, self.eps)
         # The mean of squares of 16-bit numbers loses what the norm is there to keep.
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -46,6 +46,7 @@ class Projection(nn.Linear):
 
 def project(x: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T in the dtype of x."""
-    if is_native(x, 4 * (x.numel() // x.shape[-1]), weight_OI):
-        return linear(x.flatten(0, -2), weight_OI).view(*x.shape[:-1], -1)
+    # Other widths are torch's to refuse: the native form would read beyond the weights.
+    if x.shape[-1] == weight_OI.shape[1] and is_native(x, 4 * (x.numel() // x.shape[-1]), weight_OI):
+        return linear(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
     return functional.linear(x, weight_OI.to(x.dtype))

@@ -13,7 +13,6 @@ from moe.cpu_experts import experts_on_cpu
 from moe.grouped_products import experts_by_gmm, experts_by_grouped_mm, why_not_gmm, why_not_grouped_mm
 from routing.assignments import Assignments
 from triton_kernels.experts.grouped_mlp import check_grouped_mlp, grouped_mlp, why_not_triton
-from triton_kernels.experts.native import grouped_mlp_native
 from triton_kernels.native.library import MOST_TOKENS, is_native, native
 
 
@@ -54,32 +53,17 @@ def _why_not_cpu(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
     return None if x_TD.device.type == "cpu" else f"it needs tensors on the CPU, these are on {x_TD.device}"
 
 
-def _native(x_TD: Tensor, w_gate_up_EDF2: Tensor, w_down_EFD: Tensor, rows: Assignments) -> Tensor:
-    return grouped_mlp_native(
-        x_TD,
-        w_gate_up_EDF2,
-        w_down_EFD,
-        rows.token_N,
-        rows.weight_N,
-        rows.expert_offsets,
-        rows.token_offsets,
-        rows.row_of_slot_N,
-    )
-
-
 def _why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
     if is_native(x_TD, len(x_TD), w_down_EFD):
         return None
-    return (
-        native().reason
-        if native().library is None
-        else (f"it takes up to {MOST_TOKENS} tokens on a CPU, without gradients, by float32 weights")
-    )
+    if native().library is None:
+        return native().reason
+    return f"it takes up to {MOST_TOKENS} tokens on a CPU, without gradients, by float32 weights"
 
 
 BACKENDS = {
     "reference": Backend(partial(_kernel_op, backend="torch"), lambda x_TD, w_down_EFD: None),
-    "native": Backend(_native, _why_not_native),
+    "native": Backend(partial(_kernel_op, backend="native"), _why_not_native),
     "cpu": Backend(experts_on_cpu, _why_not_cpu),
     "grouped_mm": Backend(experts_by_grouped_mm, why_not_grouped_mm),
     "triton": Backend(partial(_kernel_op, backend="triton"), why_not_triton),
@@ -135,7 +119,7 @@ def compute_experts(
         ValueError: for shapes that do not fit together.
     """
     chosen = choose_backend(x_TD, w_down_EFD, backend).name
-    # Those that are `grouped_mlp` check for themselves, and the native form looks at indices where it reads them.
+    # Those that are `grouped_mlp` check for themselves.
     if chosen not in ("reference", "triton", "native"):
         check_grouped_mlp(
             x_TD,

@@ -56,8 +56,9 @@ def run_in_shares(job: Job, executions: list[SharedExecution]) -> None:
         write_json(file, {"methods": names, "options": to_dict(job.options)})
         if len(waiting) > 1:
             share_out(file, "trunks", count)
-        # A single trunk is trained here, with all threads.
-        waiting[0].activations()
+        # A single trunk is trained here, with all threads, and so is one that a killed process has left.
+        for execution in waiting:
+            execution.activations()
         share_out(file, "branches", count)
         file.unlink()
     run_in_turn(job, [execution for execution in waiting if not execution.finished])

@@ -13,10 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention.norm import RMSNorm
+from attention.projection import project
 from triton_kernels.experts.expert_slots import RULES, SCORES, router_scores, sort_slots
 from triton_kernels.experts.grouped_mlp import grouped_mlp
 from triton_kernels.linear.linear_decode import delta_decode, lightning_decode
 from triton_kernels.native.library import linear, native, rms_norm
+from triton_kernels.softmax.native import rotary_at, softmax_decode_native
 
 pytestmark = pytest.mark.skipif(native().library is None, reason=native().reason)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -144,6 +147,37 @@ def test_rows_that_lead_elsewhere_are_refused():
         broken = _by_name(rows) | {name: torch.tensor(wrong)}
         with pytest.raises(ValueError):
             grouped_mlp(torch.ones(1, 4), torch.ones(2, 4, 6), torch.ones(2, 3, 4), **broken, backend="native")
+
+
+def test_shapes_that_would_lead_elsewhere_are_refused():
+    rows = _by_name(sort_slots(torch.tensor([[0, 1]]), torch.ones(1, 2), None, n_experts=2, padded=False))
+    for gate_up, down in (((2, 4, 5), (2, 3, 4)), ((1, 4, 6), (2, 3, 4)), ((2, 4, 6), (2, 3, 5))):
+        with pytest.raises(ValueError, match="has shape"):
+            grouped_mlp(torch.ones(1, 4), torch.ones(gate_up), torch.ones(down), **rows, backend="native")
+    with pytest.raises(RuntimeError):
+        project(torch.ones(1, 5), torch.ones(3, 4))
+    with pytest.raises(RuntimeError):
+        RMSNorm(4)(torch.ones(1, 5))
+    assert project(torch.ones(4), torch.ones(3, 4)).tolist() == [4.0] * 3
+    cache = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2, 4)
+    options = {
+        "row": 0,
+        "q_norm_K": None,
+        "k_norm_K": None,
+        "eps": 0.0,
+        "rotary": rotary_at(0, 4, 1e4),
+        "sinks_H": None,
+    }
+    for q, kv in ((16, 4), (12, 8)):
+        with pytest.raises(ValueError, match="does not fit a cache"):
+            softmax_decode_native(torch.ones(1, q), (torch.ones(1, kv), torch.ones(1, kv)), cache, **options)
+
+
+def test_weights_of_any_layout_and_dtype_are_taken():
+    rows = _by_name(sort_slots(torch.tensor([[0, 1]]), torch.ones(1, 2), None, n_experts=2, padded=False))
+    x_TD, gate_up, down = draw(1, 4), draw(2, 6, 4).mT, draw(2, 3, 4).double()
+    expected_TD = grouped_mlp(x_TD.double(), gate_up.double(), down, **rows, backend="torch")
+    torch.testing.assert_close(grouped_mlp(x_TD, gate_up, down, **rows, backend="native"), expected_TD.float())
 
 
 def _by_name(rows):

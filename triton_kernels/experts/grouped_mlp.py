@@ -54,8 +54,7 @@ def grouped_mlp(
     Raises:
         ValueError: for what does not fit together, or not into the kernels (`why_not_triton`).
     """
-    native = is_native(x_TD, len(x_TD), w_gate_up_EDF2, w_down_EFD)
-    backend = check_backend(backend, x_TD, native=native)
+    backend = check_backend(backend, x_TD, native=is_native(x_TD, len(x_TD)))
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
     check_grouped_mlp(*tensors)
     if backend == "native":

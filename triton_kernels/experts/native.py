@@ -63,7 +63,8 @@ def grouped_mlp_native(
     token_offsets: Tensor,
     row_of_slot_N: Tensor,
 ) -> Tensor:
-    """`grouped_mlp` in fp32 by fp32 weights, read where they lie, in x's dtype.
+    """`grouped_mlp` on checked arguments, in x's dtype: computed in fp32, by weights that are read where they lie if
+    they are fp32 and dense.
 
     Raises:
         ValueError: for rows that no sort made.
@@ -72,7 +73,7 @@ def grouped_mlp_native(
     y_TD = torch.empty(T, D)
     call(
         "experts",
-        *(wide(x_TD), w_gate_up_EDF2, w_down_EFD, token_N.contiguous(), wide(weight_N)),
+        *(wide(x_TD), wide(w_gate_up_EDF2), wide(w_down_EFD), token_N.contiguous(), wide(weight_N)),
         *(expert_offsets.contiguous(), token_offsets.contiguous(), row_of_slot_N.contiguous(), y_TD),
         *(T, len(token_N), E, D, F, torch.get_num_threads()),
     )

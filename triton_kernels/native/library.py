@@ -112,7 +112,10 @@ def is_native(x: Tensor, n_tokens: int, *weights: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and native().library is not None
-        and all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights)
+        and all(
+            weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+            for weight in weights
+        )
     )
 
 

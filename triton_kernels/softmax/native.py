@@ -40,8 +40,20 @@ def softmax_decode_native(
         cache: k_BSGK and v_BSGV, the S rows in use (in any order: a ring), fp32 or bf16, dense but for the first axis.
         row: where in S the new token goes.
         rotary: see `rotary_at`.
+
+    Raises:
+        ValueError: for a cache of other heads.
     """
     (B, X), (_, S, G, K) = q_BX.shape, cache[0].shape
+    for name, x_BX, legal in (
+        ("q_BX", q_BX, X % (G * K) == 0 and len(cache[0]) == B and cache[1].shape == cache[0].shape),
+        *(("new_kv", x_BX, x_BX.shape == (B, G * K)) for x_BX in new_kv or ()),
+    ):
+        if not legal:
+            raise ValueError(
+                f"softmax_decode: {name} has shape {list(x_BX.shape)}, which does not fit a cache [B, S, G, K] of"
+                f" {list(cache[0].shape)}"
+            )
     dtype, q_BX = q_BX.dtype, wide(q_BX)
     k_BX, v_BX = (None, None) if new_kv is None else (wide(x_BX) for x_BX in new_kv)
     o_BX = torch.empty(B, X)
