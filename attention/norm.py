@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from triton_kernels.native.decode_step import NotInOneCall, Watch
-from triton_kernels.native.library import is_native, rms_norm
+from triton_kernels.native.library import is_native, rms_norm, takes_many_rows
+from triton_kernels.native.norm import rms_norm_with_gradients
 
 
 class RMSNorm(nn.Module):
@@ -26,9 +27,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Other widths are torch's to refuse: the native form would read beyond the weights.
-        if x.shape[-1:] == self.weight.shape and is_native(x, x.numel() // x.shape[-1], self.weight):
-            return rms_norm(x, self.weight, self.eps)
+        # Other widths are torch's to refuse: the native forms would read beyond the weights.
+        if x.shape[-1:] == self.weight.shape:
+            if is_native(x, x.numel() // x.shape[-1], self.weight):
+                return rms_norm(x, self.weight, self.eps)
+            if takes_many_rows(x, self.weight):
+                return rms_norm_with_gradients(x, self.weight, self.eps)
         # The mean of squares of 16-bit numbers loses what the norm is there to keep.
         wide = torch.promote_types(x.dtype, torch.float32)
         return functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)

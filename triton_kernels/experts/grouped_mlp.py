@@ -17,7 +17,7 @@ from triton_kernels.common.checks import (
     check_tensors,
 )
 from triton_kernels.experts.native import grouped_mlp_native
-from triton_kernels.native.library import is_native
+from triton_kernels.native.library import is_native, takes_many_rows
 
 OP = "grouped_mlp"
 
@@ -45,8 +45,8 @@ def grouped_mlp(
         weight_N: floating point, each row's weight.
         expert_offsets, token_offsets, row_of_slot_N: [E + 1], [T + 1] and [N], the fields of
             `routing.assignments.Assignments`: rows sorted by expert, padding behind expert_offsets[E] ignored.
-        backend: "torch", a loop over experts, "triton", or "auto": Triton on CUDA tensors. `moe.backends` knows faster
-            ways without Triton.
+        backend: "torch", a loop over experts, "native", in C on a CPU, "triton", or "auto": Triton on CUDA tensors, C
+            where it takes them. `moe.backends` knows more ways.
 
     Returns:
         y_TD in x's dtype, differentiable in x, both weights and weight_N.
@@ -54,7 +54,8 @@ def grouped_mlp(
     Raises:
         ValueError: for what does not fit together, or not into the kernels (`why_not_triton`).
     """
-    backend = check_backend(backend, x_TD, native=is_native(x_TD, len(x_TD)))
+    native = is_native(x_TD, len(x_TD)) or takes_many_rows(x_TD, w_gate_up_EDF2, w_down_EFD)
+    backend = check_backend(backend, x_TD, native=native)
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
     check_grouped_mlp(*tensors)
     if backend == "native":

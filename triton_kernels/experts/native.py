@@ -1,13 +1,16 @@
-"""Routing for few tokens on a CPU, without gradients: `router_scores`, `sort_slots` and `grouped_mlp` as a decode step
-needs them.
+"""Routing and experts in C on a CPU: `router_scores`, `sort_slots` and `grouped_mlp` for the few tokens of a decode
+step, and `grouped_mlp` for many rows, forward and backward.
 
 Legend: T tokens, D model width, E experts, F expert width, F2 = 2F, K slots per token, N assigned rows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, wide
+from triton_kernels.native.library import call, is_native, native, takes_many_rows, wide
 
 
 def router_scores_native(
@@ -53,6 +56,19 @@ def sort_slots_native(
     return weight_N, token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N
 
 
+def why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
+    """Why `grouped_mlp_native` does not take these tensors, or None."""
+    if takes_many_rows(x_TD, w_down_EFD) or is_native(x_TD, len(x_TD), w_down_EFD):
+        return None
+    if x_TD.device.type != "cpu":
+        return f"the form in C needs tensors on the CPU, these are on {x_TD.device}"
+    if x_TD.dtype != torch.float32 or w_down_EFD.dtype != torch.float32:
+        return "the form in C takes float32, and of few tokens without gradients bfloat16, by float32 weights"
+    if torch.compiler.is_compiling():
+        return "torch.compile does not look into the form in C"
+    return f"there is no form in C: {native().reason}"
+
+
 def grouped_mlp_native(
     x_TD: Tensor,
     w_gate_up_EDF2: Tensor,
@@ -63,12 +79,16 @@ def grouped_mlp_native(
     token_offsets: Tensor,
     row_of_slot_N: Tensor,
 ) -> Tensor:
-    """`grouped_mlp` on checked arguments, in x's dtype: computed in fp32, by weights that are read where they lie if
-    they are fp32 and dense.
+    """`grouped_mlp` on checked arguments that `why_not_native` lets pass, in x's dtype: computed in fp32, by weights
+    that are read where they lie if they are fp32 and dense.
 
     Raises:
         ValueError: for rows that no sort made.
     """
+    if not is_native(x_TD, len(x_TD)):
+        y_TD = _ManyRows.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
+        assert isinstance(y_TD, Tensor)
+        return y_TD
     (T, D), (E, F, _) = x_TD.shape, w_down_EFD.shape
     y_TD = torch.empty(T, D)
     call(
@@ -78,3 +98,49 @@ def grouped_mlp_native(
         *(T, len(token_N), E, D, F, torch.get_num_threads()),
     )
     return y_TD.to(x_TD.dtype)
+
+
+class _ManyRows(torch.autograd.Function):
+    """Keeps the pre-activations (gate | up) of every row for backward, and nothing else of the size of all rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        w_gate_up_EDF2: Tensor,
+        w_down_EFD: Tensor,
+        token_N: Tensor,
+        weight_N: Tensor,
+        expert_offsets: Tensor,
+    ) -> Tensor:
+        (T, D), (E, F, _), N = x_TD.shape, w_down_EFD.shape, len(token_N)
+        inputs = (wide(x_TD), wide(w_gate_up_EDF2), wide(w_down_EFD), token_N.contiguous(), wide(weight_N))
+        offsets = expert_offsets.contiguous()
+        hidden_NF2 = torch.empty(N, 2 * F) if any(ctx.needs_input_grad) else None
+        y_TD = torch.empty(T, D)
+        call(
+            "grouped_mlp_forward",
+            *(*inputs, offsets, hidden_NF2, torch.empty(N, F), y_TD),
+            *(T, N, E, D, F, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(*inputs, offsets, hidden_NF2)
+        ctx.weight_dtype = weight_N.dtype
+        return y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *inputs, offsets, hidden_NF2 = ctx.saved_tensors
+        (T, D), (E, F, _), N = dy_TD.shape, inputs[2].shape, len(inputs[3])
+        dx_TD, d_gate_up, d_down = (
+            torch.empty_like(x) if needed else None for x, needed in zip(inputs[:3], ctx.needs_input_grad)
+        )
+        # Rows of padding belong to no expert and are passed over.
+        d_weight_N = torch.zeros(N)
+        call(
+            "grouped_mlp_backward",
+            *(wide(dy_TD), *inputs, offsets, hidden_NF2, torch.empty(N, 2 * F)),
+            *(dx_TD, d_gate_up, d_down, d_weight_N),
+            *(T, E, D, F, torch.get_num_threads()),
+        )
+        return dx_TD, d_gate_up, d_down, None, d_weight_N.to(ctx.weight_dtype), None

@@ -1,10 +1,9 @@
-/* One token of every sequence through a whole model in one call, by the parts of few_tokens.c: between two parts nothing but a
- * residual sum is left. `decode_step.py` holds the same structs and says whose fields they are.
+/* One token of every sequence through a whole model in one call, by the parts of few_tokens.c: between two parts
+ * nothing but a residual sum is left. `decode_step.py` holds the same structs and says whose fields they are.
  *
- * Legend as in few_tokens.c, and: B sequences (its tokens T), I outputs of a layer's first projection, X inputs of its last one.
+ * Legend as in few_tokens.c, and: B sequences (its tokens T), I outputs of a layer's first projection, X inputs of its
+ * last one.
  */
-#include "few_tokens.c"
-
 enum { SOFTMAX, DELTA, LIGHTNING };
 
 /* One block. Weights and states lie where the model and its cache keep them; NULL stands for what a block has not. */
@@ -52,15 +51,19 @@ static long larger(long a, long b) { return a > b ? a : b; }
 static void *scratch_of(const Model *m, Scratch *s) {
     long B = m->batch, D = m->width, inner = 0, mixed = 0, decay = 0, hidden = 0, slots = 0, experts = 0;
     for (const Block *l = m->block; l < m->block + m->blocks; l++) {
-        inner = larger(inner, l->inner), mixed = larger(mixed, l->heads * l->value), decay = larger(decay, l->heads * l->key);
-        hidden = larger(hidden, 2 * l->d_shared), slots = larger(slots, l->slots), experts = larger(experts, l->experts);
+        inner = larger(inner, l->inner), mixed = larger(mixed, l->heads * l->value),
+        decay = larger(decay, l->heads * l->key);
+        hidden = larger(hidden, 2 * l->d_shared), slots = larger(slots, l->slots),
+        experts = larger(experts, l->experts);
     }
     long reals = B * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots) + 3 * experts;
     char *memory = malloc((size_t)(B * slots) * (sizeof(int64_t) + 1) + (size_t)reals * sizeof(float));
     if (!memory) return NULL;
     s->expert = (int64_t *)memory;
-    s->x = (float *)(s->expert + B * slots), s->normed = s->x + B * D, s->y = s->normed + B * D, s->inner = s->y + B * D;
-    s->mixed = s->inner + B * inner, s->gate = s->mixed + B * mixed, s->decay = s->gate + B * mixed, s->hidden = s->decay + B * decay;
+    s->x = (float *)(s->expert + B * slots), s->normed = s->x + B * D, s->y = s->normed + B * D,
+    s->inner = s->y + B * D;
+    s->mixed = s->inner + B * inner, s->gate = s->mixed + B * mixed, s->decay = s->gate + B * mixed,
+    s->hidden = s->decay + B * decay;
     s->weight = s->hidden + B * hidden, s->level = s->weight + B * slots, s->scores = s->level + B * slots;
     s->keep = (uint8_t *)(s->scores + 3 * experts);
     return memory;
@@ -93,9 +96,10 @@ static long mix(const Block *l, const Model *m, Scratch *s, long position, int t
             cosine[i] = (float)cos(angle), sine[i] = (float)sin(angle);
         }
         const float *gate = s->inner + H * K, *k = gate + (l->output_gate ? H * K : 0);
-        long error = softmax_decode(s->inner, l->writes ? k : NULL, k + l->kv_heads * K, l->inner, l->inner, l->keys, l->values,
-                                    l->cache_stride, position % l->capacity, held, (int)l->bf16, l->q_norm, l->k_norm, cosine, sine,
-                                    l->sink, l->eps, 1.0f / sqrtf((float)K), B, H, l->kv_heads, K, l->half, s->mixed, threads);
+        long error = softmax_decode(s->inner, l->writes ? k : NULL, k + l->kv_heads * K, l->inner, l->inner, l->keys,
+                                    l->values, l->cache_stride, position % l->capacity, held, (int)l->bf16, l->q_norm,
+                                    l->k_norm, cosine, sine, l->sink, l->eps, 1.0f / sqrtf((float)K), B, H, l->kv_heads,
+                                    K, l->half, s->mixed, threads);
         if (l->output_gate) gated(s->mixed, gate, l->inner, B, X);
         return error;
     }
@@ -113,8 +117,9 @@ static long mix(const Block *l, const Model *m, Scratch *s, long position, int t
         linear(a, l->inner, l->to_decay, s->decay, B, K, H * K, threads);
         gate = s->gate, a = s->decay, gate_stride = X, a_stride = H * K;
     }
-    delta_decode(s->inner, gate, a, b, l->inner, gate_stride, a_stride, l->inner, l->conv, l->A_log, l->dt_bias, l->norm, l->state, l->tail,
-                 (int)l->bf16, (int)l->per_channel, (int)l->use_silu, l->eps, B, H, K, V, l->taps, s->mixed, threads);
+    delta_decode(s->inner, gate, a, b, l->inner, gate_stride, a_stride, l->inner, l->conv, l->A_log, l->dt_bias,
+                 l->norm, l->state, l->tail, (int)l->bf16, (int)l->per_channel, (int)l->use_silu, l->eps, B, H, K, V,
+                 l->taps, s->mixed, threads);
     return 0;
 }
 
@@ -124,32 +129,36 @@ static int is_nan(const float *x, long n) {
     return any;
 }
 
-/* Experts of the normed tokens: s->y. Writes down, for whoever asks later: in `whole` the token, the expert and the slot of each row
- * [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was routed [B, D] and its logits [B, E].
- * Returns the number of the block, from 1, where scores are not finite or compared with a NaN. */
+/* Experts of the normed tokens: s->y. Writes down, for whoever asks later: in `whole` the token, the expert and the
+ * slot of each row [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was
+ * routed [B, D] and its logits [B, E]. Returns the number of the block, from 1, where scores are not finite or compared
+ * with a NaN. */
 static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, int threads) {
     long B = m->batch, D = m->width, E = l->experts, n = B * l->slots, F = l->d_shared;
-    int64_t *token = whole + l->whole_at, *row_expert = token + n, *row_of_slot = row_expert + n, *expert_offsets = row_of_slot + n;
+    int64_t *token = whole + l->whole_at, *row_expert = token + n, *row_of_slot = row_expert + n,
+            *expert_offsets = row_of_slot + n;
     int64_t *token_offsets = expert_offsets + E + 1;
     float *row_weight = real + l->real_at, *x = row_weight + n, *logits = x + B * D;
     memcpy(x, s->normed, (size_t)(B * D) * sizeof(float));
     linear(x, D, l->router, logits, B, D, E, threads);
-    if (!isfinite(sum_of(logits, B * E)) || is_nan(l->bias, E) || is_nan(l->threshold, 1) || is_nan(l->drift, 1) || is_nan(l->aim, 1))
+    if (!isfinite(sum_of(logits, B * E)) || is_nan(l->bias, E) || is_nan(l->threshold, 1) || is_nan(l->drift, 1) ||
+        is_nan(l->aim, 1))
         return l - m->block + 1;
-    route(logits, l->bias, l->threshold ? *l->threshold : 0.0f, s->weight, s->expert, s->keep, s->level, s->scores, B, E, l->slots, l->floor,
-          (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise);
-    long rows = sort_slots(s->expert, s->weight, s->keep, row_weight, token, row_expert, expert_offsets, token_offsets, row_of_slot, B,
-                           l->slots, E);
+    route(logits, l->bias, l->threshold ? *l->threshold : 0.0f, s->weight, s->expert, s->keep, s->level, s->scores, B,
+          E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise);
+    long rows = sort_slots(s->expert, s->weight, s->keep, row_weight, token, row_expert, expert_offsets, token_offsets,
+                           row_of_slot, B, l->slots, E);
     if (rows < 0) return rows;
-    long error = experts(x, l->gate_up, l->down, token, row_weight, expert_offsets, token_offsets, row_of_slot, s->y, B, rows, E, D,
-                         l->d_expert, threads);
+    long error = experts(x, l->gate_up, l->down, token, row_weight, expert_offsets, token_offsets, row_of_slot, s->y, B,
+                         rows, E, D, l->d_expert, threads);
     if (error || !F) return error;
     for (long first = 0; first < B; first += MOST_ROWS) {
         long some = B - first < MOST_ROWS ? B - first : MOST_ROWS;
         const float *in[MOST_ROWS];
         float *hidden[MOST_ROWS], *out[MOST_ROWS];
         for (long r = 0; r < some; r++)
-            in[r] = x + (first + r) * D, hidden[r] = s->hidden + (first + r) * 2 * F, out[r] = s->normed + (first + r) * D;
+            in[r] = x + (first + r) * D, hidden[r] = s->hidden + (first + r) * 2 * F,
+            out[r] = s->normed + (first + r) * D;
         rows_times(some, in, hidden, l->shared_gate_up, D, 2 * F);
         for (long r = 0; r < some; r++)
             for (long f = 0; f < F; f++) hidden[r][f] = silu(hidden[r][f]) * hidden[r][F + f];
@@ -160,7 +169,8 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
 }
 
 /* Logits [B, V] of the token after the one at `position`. 0, an error below it, or what `route_tokens` returns. */
-long decode_step(const Model *m, const int64_t *token, long position, float *logits, int64_t *whole, float *real, int threads) {
+long decode_step(const Model *m, const int64_t *token, long position, float *logits, int64_t *whole, float *real,
+                 int threads) {
     long B = m->batch, D = m->width, error = 0;
     Scratch s;
     for (long b = 0; b < B; b++)

@@ -1,11 +1,11 @@
 /* Few tokens on a CPU: what a decode step computes between its memory reads, one call per part of a layer.
  *
- * At one token a layer of a small model takes microseconds, and an operator of a framework as long as that, so the parts are whole here:
- * the experts of a layer, its attention with norms, rotation and cache, a router's decision. All reduce in a fixed order that does not
- * depend on the number of threads, sums are fp32, and a NaN stays one.
+ * At one token a layer of a small model takes microseconds, and an operator of a framework as long as that, so the
+ * parts are whole here: the experts of a layer, its attention with norms, rotation and cache, a router's decision. All
+ * reduce in a fixed order that does not depend on the number of threads, sums are fp32, and a NaN stays one.
  *
- * Everything is row-major and dense unless a stride says otherwise. Legend: T tokens (or sequences), D model width, E experts, F expert
- * width, K slots per token or width of a head, H query heads, G key/value heads, S rows of a cache.
+ * Everything is row-major and dense unless a stride says otherwise. Legend: T tokens (or sequences), D model width, E
+ * experts, F expert width, K slots per token or width of a head, H query heads, G key/value heads, S rows of a cache.
  */
 #include <math.h>
 #include <pthread.h>
@@ -16,9 +16,11 @@
 
 enum { MOST_ROWS = 8, NO_MEMORY = -1, OUT_OF_RANGE = -2 };
 
-/* ---- A second core, without waiting for it ------------------------------------------------------------------------------------------
- * Pieces of a job are taken from a counter by whoever is free. A helper that the machine has given to someone else takes none, and the
- * caller computes them itself; it waits for pieces that are under way, and for nothing else. After a fork there are no helpers: the same. */
+/* ---- A second core, without waiting for it ---- */
+
+/* Pieces of a job are taken from a counter by whoever is free. A helper that the machine has given to someone else
+ * takes none, and the caller computes them itself; it waits for pieces that are under way, and for nothing else. After
+ * a fork there are no helpers: the same. */
 
 typedef void (*Piece)(void *job, long index);
 
@@ -103,7 +105,7 @@ static void in_pieces(Piece run, void *job, long pieces, int threads) {
     pthread_mutex_unlock(&pool.caller);
 }
 
-/* ---- Numbers ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- Numbers ---- */
 
 static inline float from_bf16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -236,7 +238,7 @@ static float most_of(const float *x, long n) {
 
 static float inverse_rms(const float *x, long n, float eps) { return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps); }
 
-/* ---- x / rms(x) * weight over rows -------------------------------------------------------------------------------------------------- */
+/* ---- x / rms(x) * weight over rows ---- */
 
 void rms_norm(const float *x, const float *weight, float *y, long rows, long width, float eps) {
     for (long r = 0; r < rows; r++, x += width, y += width) {
@@ -245,7 +247,7 @@ void rms_norm(const float *x, const float *weight, float *y, long rows, long wid
     }
 }
 
-/* ---- y[T, O] = x[T, I] weight[O, I]^T, with a stride between rows of x ------------------------------------------------------------------------------------------------- */
+/* ---- y[T, O] = x[T, I] weight[O, I]^T, with a stride between rows of x ---- */
 
 typedef struct {
     const float *x, *weight;
@@ -260,9 +262,11 @@ static void linear_piece(void *job, long index) {
     long last = (index + 1) * OUTPUTS < l->out ? (index + 1) * OUTPUTS : l->out;
     long o = index * OUTPUTS;
     for (; o + ROWS <= last; o += ROWS)
-        for (long r = 0; r < l->rows; r++) dots(l->x + r * l->x_stride, l->weight + o * l->in, l->in, l->in, l->y + r * l->out + o);
+        for (long r = 0; r < l->rows; r++)
+            dots(l->x + r * l->x_stride, l->weight + o * l->in, l->in, l->in, l->y + r * l->out + o);
     for (; o < last; o++)
-        for (long r = 0; r < l->rows; r++) l->y[r * l->out + o] = dot(l->x + r * l->x_stride, l->weight + o * l->in, l->in);
+        for (long r = 0; r < l->rows; r++)
+            l->y[r * l->out + o] = dot(l->x + r * l->x_stride, l->weight + o * l->in, l->in);
 }
 
 void linear(const float *x, long x_stride, const float *weight, float *y, long rows, long in, long out, int threads) {
@@ -270,9 +274,10 @@ void linear(const float *x, long x_stride, const float *weight, float *y, long r
     in_pieces(linear_piece, &job, (out + OUTPUTS - 1) / OUTPUTS, out * in < 65536 ? 1 : threads);
 }
 
-/* ---- Experts ------------------------------------------------------------------------------------------------------------------------
- * y[t] = sum over the kept slots of t of weight * down[e]^T (silu(gate) * up), (gate | up) = gate_up[e]^T x[t]. Each expert's weights are
- * read once, where they lie, for all of its tokens. */
+/* ---- Experts ---- */
+
+/* y[t] = sum over the kept slots of t of weight * down[e]^T (silu(gate) * up), (gate | up) = gate_up[e]^T x[t]. Each
+ * expert's weights are read once, where they lie, for all of its tokens. */
 
 /* y[n][O] = x[n][I] w[I][O], n rows of x at x[r], of y at y[r]. */
 static void rows_times(long n, const float *const *x, float *const *y, const float *w, long in, long out) {
@@ -290,7 +295,7 @@ static void rows_times(long n, const float *const *x, float *const *y, const flo
 typedef struct {
     const float *x, *gate_up, *down, *weight;
     const int64_t *token;
-    const long *piece; /* expert, first row, rows of each piece */
+    const long *piece;   /* expert, first row, rows of each piece */
     float *hidden, *out; /* of each row: [N, 2 F] and [N, D] */
     long d_model, d_expert;
 } Experts;
@@ -323,14 +328,16 @@ static int rising(const int64_t *offsets, long n, long most) {
 }
 
 long experts(const float *x, const float *gate_up, const float *down, const int64_t *token, const float *weight,
-            const int64_t *expert_offsets, const int64_t *token_offsets, const int64_t *row_of_slot, float *y, long tokens,
-            long most_rows, long n_experts, long d_model, long d_expert, int threads) {
+             const int64_t *expert_offsets, const int64_t *token_offsets, const int64_t *row_of_slot, float *y,
+             long tokens, long most_rows, long n_experts, long d_model, long d_expert, int threads) {
     long rows = expert_offsets[n_experts], pieces = 0;
     /* Whoever gives rows of their own making reads an error, not somebody else's memory. */
-    if (!rising(expert_offsets, n_experts, most_rows) || !rising(token_offsets, tokens, rows) || token_offsets[tokens] != rows)
+    if (!rising(expert_offsets, n_experts, most_rows) || !rising(token_offsets, tokens, rows) ||
+        token_offsets[tokens] != rows)
         return OUT_OF_RANGE;
     for (long row = 0; row < rows; row++)
-        if (token[row] < 0 || token[row] >= tokens || row_of_slot[row] < 0 || row_of_slot[row] >= rows) return OUT_OF_RANGE;
+        if (token[row] < 0 || token[row] >= tokens || row_of_slot[row] < 0 || row_of_slot[row] >= rows)
+            return OUT_OF_RANGE;
     long *piece = malloc((size_t)(3 * rows + 1) * sizeof(long));
     float *hidden = malloc((size_t)(rows * (2 * d_expert + d_model) + 1) * sizeof(float));
     if (!piece || !hidden) {
@@ -354,12 +361,13 @@ long experts(const float *x, const float *gate_up, const float *down, const int6
     return 0;
 }
 
-/* ---- Slots into rows, as sort_slots describes it ---------------------------------------------------------------------
- * keep may be NULL. Returns the number of rows, or an error. */
+/* ---- Slots into rows, as sort_slots describes it ---- */
+
+/* keep may be NULL. Returns the number of rows, or an error. */
 
 long sort_slots(const int64_t *expert, const float *weight, const uint8_t *keep, float *row_weight, int64_t *token,
-                int64_t *row_expert, int64_t *expert_offsets, int64_t *token_offsets, int64_t *row_of_slot, long tokens, long k,
-                long n_experts) {
+                int64_t *row_expert, int64_t *expert_offsets, int64_t *token_offsets, int64_t *row_of_slot, long tokens,
+                long k, long n_experts) {
     long rows = 0;
     memset(expert_offsets, 0, (size_t)(n_experts + 1) * sizeof(int64_t));
     for (long i = 0; i < tokens * k; i++) {
@@ -382,13 +390,14 @@ long sort_slots(const int64_t *expert, const float *weight, const uint8_t *keep,
     return rows;
 }
 
-/* ---- A router's decision, as router_scores describes it ------------------------------------------------------------------------------- */
+/* ---- A router's decision, as router_scores describes it ---- */
 
 enum { TOP_K, TOP_P, THRESHOLD };
 
 /* scratch: [3, E]. */
-void route(const float *logits, const float *bias, float threshold, float *weight, int64_t *expert, uint8_t *keep, float *level, float *scratch,
-           long tokens, long n_experts, long k, long floor, int rule, int use_sigmoid, int renormalise) {
+void route(const float *logits, const float *bias, float threshold, float *weight, int64_t *expert, uint8_t *keep,
+           float *level, float *scratch, long tokens, long n_experts, long k, long floor, int rule, int use_sigmoid,
+           int renormalise) {
     float *score = scratch, *selection = score + n_experts, *mass = selection + n_experts;
     for (long t = 0; t < tokens; t++, logits += n_experts, weight += k, expert += k, keep += k, level += k) {
         float most = most_of(logits, n_experts);
@@ -399,13 +408,16 @@ void route(const float *logits, const float *bias, float threshold, float *weigh
         for (long e = 0; e < n_experts; e++) selection[e] = score[e] + bias[e];
         float ahead = 0, sum = 0;
         for (long slot = 0; slot < k; slot++) {
-            /* A NaN comes before every number, as in torch.topk; equal ones in order. What was taken is marked by its index. */
+            /* A NaN comes before every number, as in torch.topk; equal ones in order. What was taken is marked by its
+             * index. */
             long best = -1;
             for (long e = 0; e < n_experts; e++) {
                 int taken = 0;
                 for (long s = 0; s < slot; s++) taken |= expert[s] == e;
                 if (taken) continue;
-                if (best < 0 || selection[e] > selection[best] || (selection[e] != selection[e] && selection[best] == selection[best])) best = e;
+                if (best < 0 || selection[e] > selection[best] ||
+                    (selection[e] != selection[e] && selection[best] == selection[best]))
+                    best = e;
             }
             float here = rule == TOP_P ? ahead : -selection[best];
             expert[slot] = best;
@@ -420,9 +432,10 @@ void route(const float *logits, const float *bias, float threshold, float *weigh
     }
 }
 
-/* ---- Softmax attention of one token per sequence, between its projections --------------------------------------------------------------
- * Norms and turns the query and the key (where norms and angles are given), writes key and value into their row of the cache, and attends
- * over the rows in use. Caches are fp32 or bf16 [B, S, G, K] with a stride between sequences. */
+/* ---- Softmax attention of one token per sequence, between its projections ---- */
+
+/* Norms and turns the query and the key (where norms and angles are given), writes key and value into their row of the
+ * cache, and attends over the rows in use. Caches are fp32 or bf16 [B, S, G, K] with a stride between sequences. */
 
 typedef struct {
     const float *q, *k, *v; /* [B, H K], [B, G K] with a stride between sequences; k NULL: another layer wrote them */
@@ -447,12 +460,14 @@ static void prepare(const Attention *a, const float *x, const float *norm, float
 }
 
 /* `n` rows of a cache from row `s` on in fp32: where they lie, or in `buffer`; and the stride between them. */
-static const float *wide_rows(const Attention *a, const void *cache, long start, long s, long n, float *buffer, long *stride) {
+static const float *wide_rows(const Attention *a, const void *cache, long start, long s, long n, float *buffer,
+                              long *stride) {
     long line = a->kv_heads * a->width, offset = start + s * line;
     *stride = a->bf16 ? a->width : line;
     if (!a->bf16) return (const float *)cache + offset;
     for (long j = 0; j < n; j++)
-        for (long i = 0; i < a->width; i++) buffer[j * a->width + i] = from_bf16(((const uint16_t *)cache)[offset + j * line + i]);
+        for (long i = 0; i < a->width; i++)
+            buffer[j * a->width + i] = from_bf16(((const uint16_t *)cache)[offset + j * line + i]);
     return buffer;
 }
 
@@ -464,7 +479,8 @@ static void write_row(const Attention *a, void *cache, long offset, const float 
 
 static void attention_piece(void *job, long index) {
     const Attention *a = job;
-    long K = a->width, R = a->heads / a->kv_heads, b = index / a->kv_heads, g = index % a->kv_heads, line = a->kv_heads * K;
+    long K = a->width, R = a->heads / a->kv_heads, b = index / a->kv_heads, g = index % a->kv_heads,
+         line = a->kv_heads * K;
     long start = b * a->cache_stride + g * K;
     float *scratch = a->scratch + index * R * (a->held + K), *query = scratch + R * a->held, wide[ROWS * K];
     long stride, s;
@@ -497,7 +513,8 @@ static void attention_piece(void *job, long index) {
     }
     for (s = 0; s + ROWS <= a->held; s += ROWS) {
         const float *value = wide_rows(a, a->values, start, s, ROWS, wide, &stride);
-        for (long r = 0; r < R; r++) add_rows(scratch + r * a->held + s, value, stride, K, a->o + (b * a->heads + g * R + r) * K);
+        for (long r = 0; r < R; r++)
+            add_rows(scratch + r * a->held + s, value, stride, K, a->o + (b * a->heads + g * R + r) * K);
     }
     for (; s < a->held; s++) {
         const float *value = wide_rows(a, a->values, start, s, 1, wide, &stride);
@@ -508,21 +525,22 @@ static void attention_piece(void *job, long index) {
     }
 }
 
-long softmax_decode(const float *q, const float *k, const float *v, long q_stride, long kv_stride, void *keys, void *values, long cache_stride,
-                   long row, long held, int bf16, const float *q_norm, const float *k_norm, const float *cosine, const float *sine,
-                   const float *sink, float eps, float scale, long batch, long heads, long kv_heads, long width, long half, float *o,
-                   int threads) {
+long softmax_decode(const float *q, const float *k, const float *v, long q_stride, long kv_stride, void *keys,
+                    void *values, long cache_stride, long row, long held, int bf16, const float *q_norm,
+                    const float *k_norm, const float *cosine, const float *sine, const float *sink, float eps,
+                    float scale, long batch, long heads, long kv_heads, long width, long half, float *o, int threads) {
     long R = heads / kv_heads;
     float *scratch = malloc((size_t)(batch * kv_heads * R * (held + width)) * sizeof(float));
     if (!scratch) return NO_MEMORY;
-    Attention job = {q, k, v, q_stride, kv_stride, keys, values, cache_stride, row, held, bf16, q_norm, k_norm, cosine, sine, sink, eps, scale,
-                     heads, kv_heads, width, half, o, scratch};
+    Attention job = {q,   k,     v,     q_stride, kv_stride, keys,   values, cache_stride,
+                     row, held,  bf16,  q_norm,   k_norm,    cosine, sine,   sink,
+                     eps, scale, heads, kv_heads, width,     half,   o,      scratch};
     in_pieces(attention_piece, &job, batch * kv_heads, batch * kv_heads * held * width < 32768 ? 1 : threads);
     free(scratch);
     return 0;
 }
 
-/* ---- One token of a delta-rule layer (gated DeltaNet, KDA), as delta_decode describes it ------------------------------------------------ */
+/* ---- One token of a delta-rule layer (gated DeltaNet, KDA), as delta_decode describes it ---- */
 
 typedef struct {
     const float *qkv, *gate, *a, *b; /* with a stride between sequences: parts of one projection */
@@ -536,7 +554,9 @@ typedef struct {
     float *y;
 } Delta;
 
-static float tail_at(const Delta *d, long i) { return d->bf16_tail ? from_bf16(((uint16_t *)d->tail)[i]) : ((float *)d->tail)[i]; }
+static float tail_at(const Delta *d, long i) {
+    return d->bf16_tail ? from_bf16(((uint16_t *)d->tail)[i]) : ((float *)d->tail)[i];
+}
 static void set_tail(const Delta *d, long i, float x) {
     if (d->bf16_tail) ((uint16_t *)d->tail)[i] = to_bf16(x);
     else ((float *)d->tail)[i] = x;
@@ -570,7 +590,9 @@ static void delta_piece(void *job, long index) {
     for (long i = 0; i < K; i++) {
         long c = d->per_channel ? h * K + i : h;
         q[i] *= q_scale, k[i] *= k_scale;
-        decay[i] = i && !d->per_channel ? decay[0] : expf(-expf(d->A_log[h]) * softplus(d->a[b * d->a_stride + c] + d->dt_bias[c]));
+        decay[i] = i && !d->per_channel
+                       ? decay[0]
+                       : expf(-expf(d->A_log[h]) * softplus(d->a[b * d->a_stride + c] + d->dt_bias[c]));
     }
     float beta = sigmoid(d->b[b * d->b_stride + h]);
     memset(delta, 0, sizeof delta), memset(o, 0, sizeof o);
@@ -590,18 +612,21 @@ static void delta_piece(void *job, long index) {
     for (long j = 0; j < V; j++) y[j] = o[j] * scale * d->norm[j] * (d->use_silu ? silu(gate[j]) : sigmoid(gate[j]));
 }
 
-void delta_decode(const float *qkv, const float *gate, const float *a, const float *b, long qkv_stride, long gate_stride, long a_stride,
-                  long b_stride, const float *conv, const float *A_log, const float *dt_bias, const float *norm, float *state, void *tail,
-                  int bf16_tail, int per_channel, int use_silu, float eps, long batch, long heads, long key, long value, long taps, float *y,
+void delta_decode(const float *qkv, const float *gate, const float *a, const float *b, long qkv_stride,
+                  long gate_stride, long a_stride, long b_stride, const float *conv, const float *A_log,
+                  const float *dt_bias, const float *norm, float *state, void *tail, int bf16_tail, int per_channel,
+                  int use_silu, float eps, long batch, long heads, long key, long value, long taps, float *y,
                   int threads) {
-    Delta job = {qkv, gate, a, b, qkv_stride, gate_stride, a_stride, b_stride, conv, A_log, dt_bias, norm, state, tail,
-                 bf16_tail, per_channel, use_silu, eps, heads, key, value, taps, y};
+    Delta job = {qkv,      gate,  a,       b,    qkv_stride, gate_stride, a_stride,  b_stride,
+                 conv,     A_log, dt_bias, norm, state,      tail,        bf16_tail, per_channel,
+                 use_silu, eps,   heads,   key,  value,      taps,        y};
     in_pieces(delta_piece, &job, batch * heads, batch * heads * key * value < 65536 ? 1 : threads);
 }
 
-/* ---- One token of a lightning layer's heads: q, k, v = silu(x); S <- e^g S + k v^T; o = S^T q -------------------------------------------- */
+/* ---- One token of a lightning layer's heads: q, k, v = silu(x); S <- e^g S + k v^T; o = S^T q ---- */
 
-void lightning_decode(const float *qkv, long stride, const float *log_decay, float *state, float *o, long batch, long heads, long key, long value) {
+void lightning_decode(const float *qkv, long stride, const float *log_decay, float *state, float *o, long batch,
+                      long heads, long key, long value) {
     for (long index = 0; index < batch * heads; index++, state += key * value, o += value) {
         long b = index / heads, h = index % heads;
         const float *x = qkv + b * stride;

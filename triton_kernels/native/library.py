@@ -1,5 +1,5 @@
-"""`few_tokens.c` and `decode_step.c`, compiled on first use: a decode step's parts on a CPU, the whole step, and who
-may call them.
+"""The C sources beside this file, compiled on first use: a decode step's parts on a CPU, the whole step, the experts
+in training, and who may call them.
 
 The library is built by the C compiler that the machine has, for the processor that it has, and kept in the user's cache
 folder. Without a compiler, or with HYBRID_MOE_NATIVE=0, the torch forms compute the same.
@@ -24,8 +24,14 @@ from foundation.environment import cpu_name
 from foundation.files import fingerprint
 from foundation.source import user_cache
 
-# The second one includes the first.
-SOURCES = [Path(__file__).with_name(name) for name in ("few_tokens.c", "decode_step.c")]
+# The first one includes the others.
+SOURCES = [
+    Path(__file__).with_name(f"{name}.c")
+    for name in (
+        *("library", "few_tokens", "decode_step", "products"),
+        *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss"),
+    )
+]
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
 NO_MEMORY, OUT_OF_RANGE = -1, -2
@@ -43,9 +49,19 @@ SIGNATURES: dict[str, list[type]] = {
     "delta_decode": [*[P] * 4, *[LONG] * 4, *[P] * 6, *[INT] * 3, FLOAT, *[LONG] * 5, P, INT],
     "lightning_decode": [P, LONG, P, P, P, *[LONG] * 4],
     "decode_step": [P, P, LONG, P, P, P, INT],
+    "grouped_mlp_forward": [*[P] * 9, *[LONG] * 5, INT],
+    "grouped_mlp_backward": [*[P] * 13, *[LONG] * 4, INT],
+    "newton_schulz": [P, P, *[LONG] * 7, FLOAT, FLOAT, INT],
+    "head_loss": [*[P] * 6, *[LONG] * 4, INT],
+    "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
+    "softmax_forward": [*[P] * 8, FLOAT, P, P, INT],
+    "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT],
 }
 # Rows, or an error below 0; the others return nothing.
-RETURNING = ("experts", "sort_slots", "softmax_decode", "decode_step")
+RETURNING = (
+    *("experts", "sort_slots", "softmax_decode", "decode_step", "grouped_mlp_forward", "grouped_mlp_backward"),
+    *("newton_schulz", "softmax_forward", "softmax_backward", "head_loss"),
+)
 
 
 class Native(NamedTuple):
@@ -71,7 +87,7 @@ def native() -> Native:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     identity = fingerprint([*(source.read_text() for source in SOURCES), command, version, cpu_name(), _instructions()])
     folder = user_cache()
-    built = folder / f"few_tokens-{identity[:16]}.so"
+    built = folder / f"native-{identity[:16]}.so"
     try:
         if not built.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +95,7 @@ def native() -> Native:
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 made = Path(own) / built.name
                 done = subprocess.run(
-                    [*command, "-o", made, SOURCES[-1], "-lm", "-lpthread"], capture_output=True, text=True
+                    [*command, "-o", made, SOURCES[0], "-lm", "-lpthread"], capture_output=True, text=True
                 )
                 if done.returncode:
                     return Native(None, f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -116,6 +132,15 @@ def is_native(x: Tensor, n_tokens: int, *weights: Tensor) -> bool:
             weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
             for weight in weights
         )
+    )
+
+
+def takes_many_rows(*tensors: Tensor) -> bool:
+    """Whether the parts for many rows, which know gradients, take these: fp32 on a CPU, outside of compilation."""
+    return (
+        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        and not torch.compiler.is_compiling()
+        and native().library is not None
     )
 
 

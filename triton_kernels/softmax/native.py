@@ -1,12 +1,18 @@
-"""One token of a softmax layer on a CPU, between its projections: norms, rotation, the cache's new row, attention.
+"""Softmax attention in C on a CPU: of one token of a layer, between its projections, and of many queries, forward and
+backward.
 
-Legend: B sequences, S rows of the cache, H query heads, G key/value heads, K head width, X = H K or G K.
+Legend: B sequences, T queries, S keys or rows of the cache, H query heads, G key/value heads, K head width, V value
+width, P half of the rotated channels, X = H K or G K.
 """
 
+import ctypes
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from triton_kernels.native.library import call, wide
 from triton_kernels.softmax.rotary import Rotary, rotary_tables
@@ -65,3 +71,71 @@ def softmax_decode_native(
         *(eps, K**-0.5, B, X // K, G, K, rotary[0].shape[0], o_BX, torch.get_num_threads()),
     )
     return o_BX.to(dtype)
+
+
+def flash_attention_native(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    *,
+    rotary: Rotary | None,
+    sinks_H: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """`flash_attention` on checked fp32 arguments, without packed sequences."""
+    o_BTHV = _ManyQueries.apply(q_BTHK, k_BSGK, v_BSGV, sinks_H, rotary, causal, window, scale)
+    assert isinstance(o_BTHV, Tensor)
+    return o_BTHV
+
+
+class _ManyQueries(torch.autograd.Function):
+    """Keeps the logarithm of each row's sum for backward, beside what autograd has anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGV: Tensor,
+        sinks_H: Tensor | None,
+        rotary: Rotary | None,
+        causal: bool,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        q_BTHK, k_BSGK, v_BSGV = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHK, k_BSGK, v_BSGV))
+        (B, T, H, K), (_, S, G, V) = q_BTHK.shape, v_BSGV.shape
+        cosine_TP, sine_TP = (None, None) if rotary is None else (wide(table_TP) for table_TP in rotary)
+        half = 0 if cosine_TP is None else cosine_TP.shape[1]
+        sinks_H = None if sinks_H is None else wide(sinks_H)
+        ctx.sizes = (B, T, S, H, G, K, V, half, int(causal), window or 0)
+        ctx.strides = tuple(x.stride(axis) for x in (q_BTHK, k_BSGK, v_BSGV) for axis in range(3))
+        ctx.scale = scale
+        o_BTHV, log_sum_BHT = torch.empty(B, T, H, V), torch.empty(B, H, T)
+        inputs = (q_BTHK, k_BSGK, v_BSGV), (cosine_TP, sine_TP, sinks_H)
+        call("softmax_forward", *_described(ctx, *inputs), o_BTHV, log_sum_BHT, torch.get_num_threads())
+        ctx.save_for_backward(*inputs[0], *inputs[1], o_BTHV, log_sum_BHT)
+        return o_BTHV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *inputs, o_BTHV, log_sum_BHT = ctx.saved_tensors
+        B, T, S, H, G, K, V = ctx.sizes[:7]
+        dq_BTHK, dk_BSGK, dv_BSGV = torch.empty(B, T, H, K), torch.empty(B, S, G, K), torch.empty(B, S, G, V)
+        d_sinks_BH = None if inputs[5] is None else torch.empty(B, H)
+        call(
+            "softmax_backward",
+            *_described(ctx, inputs[:3], inputs[3:]),
+            *(o_BTHV, log_sum_BHT, wide(d_o), dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_BH, torch.get_num_threads()),
+        )
+        d_sinks_H = None if d_sinks_BH is None else d_sinks_BH.sum(0)
+        return dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_H, None, None, None, None
+
+
+def _described(ctx: Any, heads: Sequence[Tensor], vectors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The arguments that both directions share."""
+    strides, sizes = (ctypes.c_long * 9)(*ctx.strides), (ctypes.c_long * 10)(*ctx.sizes)
+    return *heads, strides, sizes, *vectors, ctx.scale

@@ -108,7 +108,7 @@ def test_low_precision_is_no_worse_than_the_dtype(dtype):
     exact = dense_attention(*(x.detach().double() for x in inputs[:3]), sinks_H=inputs[3].detach().double(), window=70)
     ours = flash_attention(*inputs[:3], sinks_H=inputs[3], window=70)
     assert ours.dtype == dtype
-    assert (ours.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()
+    assert (ours.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_no_queries_give_an_empty_output_and_zero_gradients():

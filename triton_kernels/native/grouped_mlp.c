@@ -1,0 +1,199 @@
+/* The experts of a layer on a CPU, forward and backward, for the many rows of training and of prompts.
+ *
+ * Between the products of an expert nothing leaves the cache: tokens are read where they lie, activations of one block
+ * of rows stay in scratch, and results are added to their tokens at once. Every sum has one order, whatever the number
+ * of threads: pieces of a job are experts, or columns of the result, never parts of a sum.
+ *
+ * Legend as in few_tokens.c, and: N rows sorted by expert, M rows of a block.
+ */
+
+enum { SCRATCH_FLOATS = 80 * 1024, LEAST_BLOCK = 48, MOST_BLOCK = 240, PIECE_COLUMNS = 64 };
+
+typedef struct {
+    const float *x, *dy, *gate_up, *down, *weight;
+    const int64_t *token, *offsets;
+    float *hidden, *inner, *y; /* hidden [N, 2 F] or NULL; inner [N, width of the second product's left factor] */
+    float *d_gate_up, *d_down, *d_weight; /* the first two NULL where nobody asks */
+    long tokens, experts, d_model, d_expert, piece_columns;
+    atomic_int no_memory;
+} ManyRows;
+
+/* As many rows at a time as leave the block's scratch in the cache. */
+static long block_rows(long floats_per_row) {
+    long rows = SCRATCH_FLOATS / floats_per_row / TILE_ROWS * TILE_ROWS;
+    return rows < LEAST_BLOCK ? LEAST_BLOCK : rows > MOST_BLOCK ? MOST_BLOCK : rows;
+}
+
+/* inner = weight silu(gate) up, (gate | up) = x W_gate_up, of one expert. */
+static void forward_piece(void *job, long e) {
+    ManyRows *m = job;
+    long D = m->d_model, F = m->d_expert, last = m->offsets[e + 1], M = block_rows(D + 2 * F),
+         panels = rounded_up(2 * F, TILE_COLUMNS) * D;
+    if (m->offsets[e] == last) return;
+    float *packed = scratch_for(&m->no_memory, panels + (m->hidden ? 0 : M * 2 * F));
+    if (!packed) return;
+    pack(m->gate_up + e * D * 2 * F, NULL, 2 * F, 0, 2 * F, D, packed);
+    for (long row = m->offsets[e]; row < last; row += M) {
+        long n = last - row < M ? last - row : M;
+        float *hidden = m->hidden ? m->hidden + row * 2 * F : packed + panels;
+        product((Left){m->x, m->token + row, D, 1}, packed, D, n, 2 * F, (Result){hidden, NULL, 2 * F, 0});
+        for (long r = 0; r < n; r++) {
+            const float *restrict gate = hidden + r * 2 * F, *restrict up = gate + F;
+            float *restrict inner = m->inner + (row + r) * F, weight = m->weight[row + r];
+            for (long f = 0; f < F; f++) inner[f] = silu(gate[f]) * up[f] * weight;
+        }
+    }
+    free(packed);
+}
+
+/* Columns of y: each row of `inner` [N, K] times its expert's weight [K, D] is added to the row's token. The weight is
+ * W_down, or of the gradient of x the transpose of W_gate_up. */
+static void combine(ManyRows *m, long index, const float *weight, long K, int transposed) {
+    long D = m->d_model, first = index * m->piece_columns,
+         columns = D - first < m->piece_columns ? D - first : m->piece_columns;
+    long M = block_rows(K);
+    for (long t = 0; t < m->tokens; t++) memset(m->y + t * D + first, 0, (size_t)columns * sizeof(float));
+    float *packed = scratch_for(&m->no_memory, rounded_up(columns, TILE_COLUMNS) * K);
+    if (!packed) return;
+    for (long e = 0; e < m->experts; e++) {
+        long last = m->offsets[e + 1];
+        if (m->offsets[e] == last) continue;
+        if (transposed) pack_transposed(weight + (e * D + first) * K, K, columns, K, packed);
+        else pack(weight + e * K * D, NULL, D, first, columns, K, packed);
+        for (long row = m->offsets[e]; row < last; row += M)
+            product((Left){m->inner + row * K, NULL, K, 1}, packed, K, last - row < M ? last - row : M, columns,
+                    (Result){m->y + first, m->token + row, D, 1});
+    }
+    free(packed);
+}
+
+static void outputs_piece(void *job, long index) {
+    ManyRows *m = job;
+    combine(m, index, m->down, m->d_expert, 0);
+}
+
+static void inputs_gradient_piece(void *job, long index) {
+    ManyRows *m = job;
+    combine(m, index, m->gate_up, 2 * m->d_expert, 1);
+}
+
+/* Of a = silu(gate) up, weighted: its own gradient da gives those of gate and up. Leaves weight * a, returns <da, a>.
+ */
+static float activation_gradient(const float *restrict gate, const float *restrict up, float weight, long n,
+                                 const float *restrict da, float *restrict a, float *restrict d_gate,
+                                 float *restrict d_up) {
+    /* The sigmoid waits where the gradient that needs it will be. */
+    for (long f = 0; f < n; f++) {
+        d_gate[f] = sigmoid(gate[f]);
+        a[f] = gate[f] * d_gate[f] * up[f];
+    }
+    float d_weight = dot(da, a, n);
+    for (long f = 0; f < n; f++) {
+        float s = d_gate[f], d = da[f] * weight;
+        a[f] *= weight;
+        d_up[f] = d * (gate[f] * s);
+        d_gate[f] = d * up[f] * (s * (1.0f + gate[f] * (1.0f - s)));
+    }
+    return d_weight;
+}
+
+/* The gradients of one expert's weights and of its rows' weights, and into `inner` those of (gate | up). */
+static void backward_piece(void *job, long e) {
+    ManyRows *m = job;
+    long D = m->d_model, F = m->d_expert, start = m->offsets[e], last = m->offsets[e + 1],
+         M = block_rows(2 * D + 5 * F);
+    float *d_gate_up = m->d_gate_up ? m->d_gate_up + e * D * 2 * F : NULL,
+          *d_down = m->d_down ? m->d_down + e * F * D : NULL;
+    if (start == last) {
+        if (d_gate_up) memset(d_gate_up, 0, (size_t)(D * 2 * F) * sizeof(float));
+        if (d_down) memset(d_down, 0, (size_t)(F * D) * sizeof(float));
+        return;
+    }
+    long panel_width = rounded_up(D > 2 * F ? D : 2 * F, TILE_COLUMNS), x_stride = apart(D), stride = apart(F);
+    float *down =
+        scratch_for(&m->no_memory, D * rounded_up(F, TILE_COLUMNS) + M * (panel_width + x_stride + 2 * stride));
+    if (!down) return;
+    float *panels = down + D * rounded_up(F, TILE_COLUMNS), *x = panels + M * panel_width, *inner = x + M * x_stride,
+          *d_inner = inner + M * stride;
+    pack_transposed(m->down + e * F * D, D, F, D, down);
+    for (long row = start; row < last; row += M) {
+        long n = last - row < M ? last - row : M;
+        const int64_t *token = m->token + row;
+        float *d_hidden = m->inner + row * 2 * F;
+        product((Left){m->dy, token, D, 1}, down, D, n, F, (Result){d_inner, NULL, stride, 0});
+        for (long r = 0; r < n; r++) {
+            const float *gate = m->hidden + (row + r) * 2 * F;
+            m->d_weight[row + r] =
+                activation_gradient(gate, gate + F, m->weight[row + r], F, d_inner + r * stride, inner + r * stride,
+                                    d_hidden + r * 2 * F, d_hidden + r * 2 * F + F);
+        }
+        if (d_down) {
+            pack(m->dy, token, D, 0, D, n, panels);
+            product((Left){inner, NULL, 1, stride}, panels, n, F, D, (Result){d_down, NULL, D, row > start});
+        }
+        if (d_gate_up) {
+            for (long r = 0; r < n; r++) memcpy(x + r * x_stride, m->x + token[r] * D, (size_t)D * sizeof(float));
+            pack(d_hidden, NULL, 2 * F, 0, 2 * F, n, panels);
+            product((Left){x, NULL, 1, x_stride}, panels, n, D, 2 * F, (Result){d_gate_up, NULL, 2 * F, row > start});
+        }
+    }
+    free(down);
+}
+
+static void in_column_pieces(Piece run, ManyRows *m, int threads) {
+    /* One thread reads the rows once; more of them read them once for each of their columns. */
+    m->piece_columns = threads < 2 ? m->d_model : PIECE_COLUMNS;
+    in_pieces(run, m, (m->d_model + m->piece_columns - 1) / m->piece_columns, threads);
+}
+
+/* inner: scratch [N, F]. hidden: [N, 2 F] for `grouped_mlp_backward`, or NULL. Returns 0 or an error. */
+long grouped_mlp_forward(const float *x, const float *gate_up, const float *down, const int64_t *token,
+                         const float *weight, const int64_t *offsets, float *hidden, float *inner, float *y,
+                         long tokens, long most_rows, long experts, long d_model, long d_expert, int threads) {
+    if (!rising(offsets, experts, most_rows)) return OUT_OF_RANGE;
+    for (long i = 0; i < offsets[experts]; i++)
+        if (token[i] < 0 || token[i] >= tokens) return OUT_OF_RANGE;
+    ManyRows job = {.x = x,
+                    .gate_up = gate_up,
+                    .down = down,
+                    .token = token,
+                    .weight = weight,
+                    .offsets = offsets,
+                    .hidden = hidden,
+                    .inner = inner,
+                    .y = y,
+                    .tokens = tokens,
+                    .experts = experts,
+                    .d_model = d_model,
+                    .d_expert = d_expert};
+    in_pieces(forward_piece, &job, experts, threads);
+    in_column_pieces(outputs_piece, &job, threads);
+    return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
+}
+
+/* With the `hidden` and the checked indices of the forward call. inner: scratch [N, 2 F]. */
+long grouped_mlp_backward(const float *dy, const float *x, const float *gate_up, const float *down,
+                          const int64_t *token, const float *weight, const int64_t *offsets, float *hidden,
+                          float *inner, float *dx, float *d_gate_up, float *d_down, float *d_weight, long tokens,
+                          long experts, long d_model, long d_expert, int threads) {
+    ManyRows job = {.x = x,
+                    .dy = dy,
+                    .gate_up = gate_up,
+                    .down = down,
+                    .token = token,
+                    .weight = weight,
+                    .offsets = offsets,
+                    .hidden = hidden,
+                    .inner = inner,
+                    .y = dx,
+                    .d_gate_up = d_gate_up,
+                    .d_down = d_down,
+                    .d_weight = d_weight,
+                    .tokens = tokens,
+                    .experts = experts,
+                    .d_model = d_model,
+                    .d_expert = d_expert};
+    in_pieces(backward_piece, &job, experts, threads);
+    if (dx) in_column_pieces(inputs_gradient_piece, &job, threads);
+    return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
+}

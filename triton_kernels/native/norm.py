@@ -1,0 +1,41 @@
+"""RMSNorm in C on a CPU, with gradients.
+
+Legend: D normalised width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from triton_kernels.native.library import call, rms_norm, wide
+
+# As in training_norm_and_loss.c.
+ROWS = 256
+
+
+def rms_norm_with_gradients(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, all fp32."""
+    y = _RMSNorm.apply(x, weight_D, eps)
+    assert isinstance(y, Tensor)
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x, weight_D = wide(x), wide(weight_D)
+        ctx.save_for_backward(x, weight_D)
+        ctx.eps = eps
+        return rms_norm(x, weight_D, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight_D = ctx.saved_tensors
+        D = x.shape[-1]
+        n_rows = x.numel() // D
+        dx, d_weight_PD = torch.empty_like(x), torch.zeros(max(1, -(-n_rows // ROWS)), D)
+        call("rms_norm_backward", wide(dy), x, weight_D, dx, d_weight_PD, n_rows, D, ctx.eps, torch.get_num_threads())
+        return dx, d_weight_PD[0], None
