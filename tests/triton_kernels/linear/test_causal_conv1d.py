@@ -58,7 +58,7 @@ def assert_same(ours, reference, tolerance=1e-12):
         )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     B=st.integers(1, 3),
     T=st.sampled_from([1, 2, 3, 63, 100]),
@@ -76,7 +76,7 @@ def test_batch_equals_the_formula(B, T, W, bias, tail, activation):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any),
     W=st.sampled_from([2, 3, 4]),
@@ -107,7 +107,7 @@ def test_long_inputs_are_cut_into_pieces_that_agree():
         torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(T=st.integers(2, 9), cut=st.integers(1, 8), W=st.sampled_from([2, 4]))
 def test_a_sequence_may_be_continued_anywhere_and_token_by_token(T, cut, W):
     cut = min(cut, T - 1)

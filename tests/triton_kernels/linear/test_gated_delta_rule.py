@@ -141,10 +141,10 @@ def test_inverse_survives_repeated_keys():
 KERNEL_RULES = RULES
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     rule=st.sampled_from(KERNEL_RULES),
-    tokens=st.sampled_from([1, 15, 33]),
+    tokens=st.sampled_from([1, 15, 20]),
     widths=st.sampled_from([(16, 16), (40, 16), (16, 40)]),
     heads=st.sampled_from([(1, 1), (1, 2)]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
@@ -285,14 +285,22 @@ def test_kernels_name_what_they_cannot_do():
         run("gated", tensors, "triton", chunk_size=8)
 
 
-@pytest.mark.parametrize("lengths", [None, [0, 40, 1, 0, 17]])
-@pytest.mark.parametrize("rule", KERNEL_RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# Every rule, every layout and every dtype, but not each with each: the interpreter takes ten seconds for one.
+@pytest.mark.parametrize(
+    ("rule", "lengths", "dtype"),
+    [
+        ("plain", [0, 40, 1, 0, 17], torch.float32),
+        ("gated", None, torch.float32),
+        ("gated", [0, 40, 1, 0, 17], torch.float16),
+        ("kimi", None, torch.float16),
+        ("kimi", [0, 40, 1, 0, 17], torch.float32),
+    ],
+)
 def test_segments_equal_the_recurrence(rule, lengths, dtype, monkeypatch):
     # More segments than some sequences have chunks: 4, each a scan of its own in two passes.
     monkeypatch.setattr("triton_kernels.linear.delta_rule_launch.choose_segments", lambda *_: 4)
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
-    tokens, n_states = (100, 2) if lengths is None else (sum(lengths), len(lengths))
+    tokens, n_states = (70, 2) if lengths is None else (sum(lengths), len(lengths))
     tensors = draw(rule, 2 if lengths is None else 1, tokens, 1, 2, (24, 40), n_states, dtype)
     assert_close(rule, tensors, "triton", cu_seqlens, chunk_size=16)
 
