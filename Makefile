@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 ablation: setup
-	$(BIN)/python -m ablations compare baseline twin other_order fewer_experts top_p null_experts random_k --seeds 3 $(ARGS)
+	$(BIN)/python -m ablations compare baseline twin other_order fewer_experts more_tokens top_p null_experts wider_window --seeds 3 $(ARGS)
 
 demo: setup
 	$(BIN)/python -m demos.terminal $(ARGS)

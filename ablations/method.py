@@ -26,6 +26,8 @@ class Method:
             returns.
         seed_shift: added to every branch seed; not zero only where the point is to see other seeds.
         rounding: its branches start from weights that differ by rounding, see `staged_training.fork`.
+        length: how many times as many tokens as the others' its branches train on; more than once only in a control
+            that is known to be better for it.
         known: how it is known to come out. Such a control asks nothing of the method: it shows what a run can see.
     """
 
@@ -34,6 +36,7 @@ class Method:
     change: Callable[[ModelConfig], ModelConfig]
     seed_shift: int = 0
     rounding: bool = False
+    length: int = 1
     known: Literal["worse", "better"] | None = None
 
     @property
@@ -51,15 +54,20 @@ class Method:
         Returns:
             "architecture" where a block cannot take the trunk's weights (another letter or another shape of a weight,
             by the definition of `staged_training.boundary`, which then makes the blocks above the boundary fresh in
-            every branch), "routing" for any other change of the model, one of `CONTROLS`, or "nothing".
+            every branch), "attention" for another configuration of the same kinds, "routing" for any other change of
+            the model, "tokens" where it trains longer, one of `CONTROLS`, or "nothing".
         """
         changed = self.change(baseline)
         if different_blocks(baseline, changed):
             return "architecture"
+        if changed.attentions != baseline.attentions:
+            return "attention"
         if changed != baseline:
             return "routing"
         if self.rounding:
             return "rounding"
+        if self.length > 1:
+            return "tokens"
         return "seed" if self.seed_shift else "nothing"
 
     def has_budget(self, baseline: ModelConfig) -> bool:

@@ -21,7 +21,7 @@ from routing.assignments import Assignments
 from routing.decode_step import routing_of
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
-from triton_kernels.native.library import MOST_TOKENS, call, is_native
+from triton_kernels.native.library import MOST_TOKENS, call, is_native, threads
 
 # Of more sequences blocked products win, see `attention.projection`.
 MOST_SEQUENCES = MOST_TOKENS // 4
@@ -86,7 +86,7 @@ class DecodeStep:
         failed = call(
             "decode_step",
             *(ctypes.addressof(self.native), tokens_BT.contiguous(), position),
-            *(logits_B1V, whole, real, torch.get_num_threads()),
+            *(logits_B1V, whole, real, threads()),
         )
         # Layers count what they have seen also where a router above them stops.
         for state in self.states[: failed or None]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lm.model import IGNORED_TARGET, LanguageModel, token_losses
+from triton_kernels.native.library import torch_by_one_thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +99,12 @@ def evaluate(
 
 @contextlib.contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Puts the model into evaluation mode, and back."""
+    """Puts the model into evaluation mode, and back; see `torch_by_one_thread`."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with torch_by_one_thread() if model.mostly_in_c() else contextlib.nullcontext():
+            yield
     finally:
         model.train(was_training)
 

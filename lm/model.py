@@ -15,9 +15,11 @@ from torch.nn import functional
 
 from attention import build_attention
 from attention.cache import HybridCache
+from attention.kinds import KINDS
 from attention.layer_states import LayerState
 from attention.norm import RMSNorm, describe_norm
 from attention.projection import project
+from attention.softmax import SoftmaxKind
 from foundation.exact_buffers import ExactBuffers
 from lm.config import ModelConfig
 from lm.decode_step import DecodeStep, step_of, takes_one_call
@@ -260,6 +262,12 @@ class LanguageModel(ExactBuffers):
         experts = cast(Block, self.blocks[-1]).moe.experts
         x = torch.empty(0, dtype=self._dtype, device=self.embedding_VD.device)
         return choose_backend(x, experts.w_down_EFD, experts.backend)
+
+    def mostly_in_c(self) -> bool:
+        """Whether all that is large in training or reading this model is computed in C: attention (linear kinds are
+        torch's), experts, norms, loss."""
+        softmax = all(isinstance(KINDS[letter], SoftmaxKind) for letter in self.config.plan.letters)
+        return softmax and self._dtype == torch.float32 and takes_many_rows(self.head_VD)
 
     def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
         """An empty cache for `max_length` tokens of each of `batch_size` sequences, on the model's device."""

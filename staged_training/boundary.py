@@ -113,7 +113,7 @@ def _block_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]
 
 
 def refuse_other_trunk(trunk: ModelConfig, method: ModelConfig, name: str) -> None:
-    """A branch may change the layer plan and the experts; everything else is shared with the frozen part.
+    """A branch may change the layer plan, attention and experts; everything else is shared with the frozen part.
 
     Raises:
         ValueError: naming the method and each field that differs.
@@ -121,13 +121,13 @@ def refuse_other_trunk(trunk: ModelConfig, method: ModelConfig, name: str) -> No
     wrong = [
         f"{field.name} is {getattr(method, field.name)!r} instead of {getattr(trunk, field.name)!r}"
         for field in dataclasses.fields(trunk)
-        if field.name not in ("layer_plan", "moe", "blocks")
+        if field.name not in ("layer_plan", "attention", "moe", "blocks")
         and getattr(method, field.name) != getattr(trunk, field.name)
     ]
     if wrong:
         raise ValueError(
-            f"method {name!r} cannot branch from this trunk: {'; '.join(wrong)}; a branch may change layer_plan and moe"
-            " only"
+            f"method {name!r} cannot branch from this trunk: {'; '.join(wrong)}; a branch may change layer_plan,"
+            " attention and moe only"
         )
 
 

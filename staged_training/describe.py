@@ -56,8 +56,10 @@ def describe(plan: Plan) -> str:
         new = (
             f"; {len(added)} new router weights, initialised from the branch's seed" if added and not plan.fresh else ""
         )
+        longer = f"; {branch.stage.n_batches} batches" if branch.stage != stage else ""
         lines.append(
-            f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}{new}"
+            f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}"
+            f"{new}{longer}"
         )
     return "\n".join(lines)
 

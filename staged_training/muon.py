@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from staged_training.packed_matrices import Packing
-from triton_kernels.native.library import call, takes_many_rows
+from triton_kernels.native.library import call, takes_many_rows, threads
 
 # Keller Jordan's quintic, five times, as in torch.optim.Muon: steep at zero, so singular values end between 0.7 and 1.2
 # soon instead of at 1 late.
@@ -126,7 +126,7 @@ def orthogonalise_native(matrices_NRC: Tensor, scale: float) -> None:
     call(
         "newton_schulz",
         *(matrices_NRC, coefficients, N, next_matrix, R, row, C, column, STEPS),
-        *(EPS, scale, torch.get_num_threads()),
+        *(EPS, scale, threads()),
     )
 
 

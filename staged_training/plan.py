@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def branch_stage(self) -> Stage | None:
-        """Length and schedule of every branch; None without branches."""
+        """Length and schedule of the first branch, which others may only be longer than; None without branches."""
         return self.branches[0].stage if self.branches else None
 
     @property
@@ -188,13 +188,13 @@ class Plan:
         return self._numbers(0, self.trunk.n_batches)
 
     def branch_batches(self) -> np.ndarray:
-        """The batches behind the trunk's last position, in the trunk's order: the data of every branch."""
-        stage = self.branch_stage
-        return self._numbers(self.trunk.n_batches, stage.n_batches if stage is not None else 0)
+        """The batches behind the trunk's last position, in the trunk's order: the data of the longest branch, whose
+        beginning is that of the others."""
+        return self._numbers(self.trunk.n_batches, max((branch.stage.n_batches for branch in self.branches), default=0))
 
     def order_of(self, branch: Branch) -> np.ndarray:
         """Batch numbers in the order this branch visits them: its method plays no part, its seed does."""
-        return branch_order(self.branch_batches(), branch.seed)
+        return branch_order(self.branch_batches()[: branch.stage.n_batches], branch.seed)
 
     def _numbers(self, start: int, count: int) -> np.ndarray:
         trained = np.setdiff1d(np.arange(self._n_batches), self.calibration_batches())
@@ -202,8 +202,13 @@ class Plan:
 
     def _check(self, branch: Branch, first: Branch) -> None:
         refuse_other_trunk(self.model, branch.model, branch.name)
-        # What `boundary`, `fresh` and `branch_stage` say of all.
-        for field in ("stage", "boundary", "fresh"):
+        if branch.stage.n_batches < first.stage.n_batches:
+            raise ValueError(
+                f"{branch.name} trains on {branch.stage.n_batches} batches, {first.name} on {first.stage.n_batches}:"
+                " only a control that is known to be better for it may differ, and only by more"
+            )
+        # What `boundary` and `fresh` say of all.
+        for field in ("boundary", "fresh"):
             if getattr(branch, field) != getattr(first, field):
                 raise ValueError(
                     f"{branch.name} and {first.name} differ in {field}: branches of a plan can only be compared when"

@@ -91,6 +91,7 @@ def make_plan(
     *,
     trunk_seed: int = 0,
     rounding: Collection[str] = (),
+    lengths: Mapping[str, int] | None = None,
     sources: Mapping[str, Mapping[str, Path]] | None = None,
 ) -> Plan:
     """A trunk and its branches.
@@ -99,6 +100,7 @@ def make_plan(
         model: the trunk's.
         branches: name of the method, its model as if nothing were frozen, and the seed.
         rounding: names of the methods whose branches start from weights that differ by rounding.
+        lengths: by method, how many times as long as the others its branches are.
         sources: by method, files that its results depend on beside those of training, see `code.code_behind`.
 
     Raises:
@@ -131,14 +133,6 @@ def make_plan(
             anneal="merge" if config.trunk_merge_share else "decay",
         ),
     )
-    warmup = round(branch_batches * config.branch_warmup_share)
-    decay = Schedule(
-        peak=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=branch_batches - warmup,
-        decay_shape=config.decay_shape,
-        anneal=config.anneal,
-    )
     n_calibration = max(
         1, min(-(-config.calibration_tokens // tokens_per_batch), corpus.train_tokens // tokens_per_batch // 20)
     )
@@ -157,7 +151,7 @@ def make_plan(
                 method=name,
                 seed=seed,
                 model=compose(model, method, cut.boundary),
-                stage=Stage(n_batches=branch_batches, schedule=decay),
+                stage=_branch_stage(config, branch_batches * (lengths or {}).get(name, 1)),
                 boundary=cut.boundary,
                 fresh=cut.fresh,
                 rounding=name in rounding,
@@ -169,6 +163,19 @@ def make_plan(
         decisions=cut.reasons if cut is not None else (),
         code=code_behind(model),
     )
+
+
+def _branch_stage(config: StagingConfig, n_batches: int) -> Stage:
+    """Warms up, then decays to the end."""
+    warmup = round(n_batches * config.branch_warmup_share)
+    schedule = Schedule(
+        peak=config.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=n_batches - warmup,
+        decay_shape=config.decay_shape,
+        anneal=config.anneal,
+    )
+    return Stage(n_batches=n_batches, schedule=schedule)
 
 
 def make_whole_plan(config: StagingConfig, corpus: CorpusFacts, model: ModelConfig, *, seed: int) -> Plan:

@@ -115,9 +115,14 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
         for method in methods
     ]
     twins = [method.name for method in methods if method.rounding]
+    lengths = {method.name: method.length for method in methods}
     plans = [
         make_plan(
-            options.staging, facts, baseline, branches, trunk_seed=trunk, rounding=twins, sources=sources_of(methods)
+            *(options.staging, facts, baseline, branches),
+            trunk_seed=trunk,
+            rounding=twins,
+            lengths=lengths,
+            sources=sources_of(methods),
         )
         for trunk in range(options.trunk_seeds)
     ]

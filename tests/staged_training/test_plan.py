@@ -146,7 +146,10 @@ def test_mismatched_branches_are_refused(plan, with_policy):
     def with_first(**changes):
         return dataclasses.replace(plan, branches=(*others, dataclasses.replace(first, **changes)))
 
-    for field, value in (("boundary", 1), ("fresh", True), ("stage", dataclasses.replace(first.stage, n_batches=7))):
+    shorter = dataclasses.replace(first.stage, n_batches=first.stage.n_batches - 1, schedule=Schedule())
+    with pytest.raises(ValueError, match="only a control that is known to be better for it may differ"):
+        dataclasses.replace(plan, branches=(first, *(dataclasses.replace(each, stage=shorter) for each in others)))
+    for field, value in (("boundary", 1), ("fresh", True)):
         with pytest.raises(ValueError, match=rf"baseline-seed0 and top_p-seed0 differ in {field}"):
             with_first(**{field: value})
     with pytest.raises(
@@ -169,3 +172,15 @@ def test_too_small_a_budget_is_refused(plan_of):
         plan_of([], tokens=40)
     with pytest.raises(ValueError, match=r"trunk_share: 1\.0"):
         plan_of([], trunk_share=1.0)
+
+
+def test_a_longer_branch_begins_with_the_data_of_the_others(plan):
+    first, *others = plan.branches
+    longer = dataclasses.replace(
+        others[-1], method="more_tokens", stage=dataclasses.replace(first.stage, n_batches=2 * first.stage.n_batches)
+    )
+    mixed = dataclasses.replace(plan, branches=(first, longer))
+    assert mixed.order_of(first).tolist() == plan.order_of(first).tolist()
+    assert set(mixed.order_of(longer).tolist()) > set(mixed.order_of(first).tolist())
+    assert len(mixed.order_of(longer)) == 2 * len(mixed.order_of(first))
+    assert mixed.branch_identity(first) == plan.branch_identity(first)

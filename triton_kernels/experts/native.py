@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, is_native, native, takes_many_rows, wide
+from triton_kernels.native.library import call, is_native, native, takes_many_rows, threads, wide
 
 
 def router_scores_native(
@@ -95,7 +95,7 @@ def grouped_mlp_native(
         "experts",
         *(wide(x_TD), wide(w_gate_up_EDF2), wide(w_down_EFD), token_N.contiguous(), wide(weight_N)),
         *(expert_offsets.contiguous(), token_offsets.contiguous(), row_of_slot_N.contiguous(), y_TD),
-        *(T, len(token_N), E, D, F, torch.get_num_threads()),
+        *(T, len(token_N), E, D, F, threads()),
     )
     return y_TD.to(x_TD.dtype)
 
@@ -121,7 +121,7 @@ class _ManyRows(torch.autograd.Function):
         call(
             "grouped_mlp_forward",
             *(*inputs, offsets, hidden_NF2, torch.empty(N, F), y_TD),
-            *(T, N, E, D, F, torch.get_num_threads()),
+            *(T, N, E, D, F, threads()),
         )
         ctx.save_for_backward(*inputs, offsets, hidden_NF2)
         ctx.weight_dtype = weight_N.dtype
@@ -141,6 +141,6 @@ class _ManyRows(torch.autograd.Function):
             "grouped_mlp_backward",
             *(wide(dy_TD), *inputs, offsets, hidden_NF2, torch.empty(N, 2 * F)),
             *(dx_TD, d_gate_up, d_down, d_weight_N),
-            *(T, E, D, F, torch.get_num_threads()),
+            *(T, E, D, F, threads()),
         )
         return dx_TD, d_gate_up, d_down, None, d_weight_N.to(ctx.weight_dtype), None

@@ -6,7 +6,7 @@ Legend: B sequences, H heads, K key width, V value width, X channels, W convolut
 import torch
 from torch import Tensor
 
-from triton_kernels.native.library import call
+from triton_kernels.native.library import call, threads
 
 
 def delta_decode_native(
@@ -30,7 +30,7 @@ def delta_decode_native(
         *(*rows, *(x.stride(0) for x in rows)),
         *(conv_XW, A_log_H, dt_bias, norm_V, state_BHKV, tail_BXW),
         *(tail_BXW.dtype == torch.bfloat16, dt_bias.numel() == H * K, silu),
-        *(eps, B, H, K, V, conv_XW.shape[1], y_BHV, torch.get_num_threads()),
+        *(eps, B, H, K, V, conv_XW.shape[1], y_BHV, threads()),
     )
     return y_BHV.to(projections[0].dtype)
 

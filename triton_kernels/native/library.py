@@ -7,6 +7,7 @@ folder. Without a compiler, or with HYBRID_MOE_NATIVE=0, the torch forms compute
 Legend: T tokens, D model width, I and O the widths of a weight.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -14,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,8 @@ FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-con
 NO_MEMORY, OUT_OF_RANGE = -1, -2
 # Beyond so many tokens the experts' weights are read once for several blocks of them anyway.
 MOST_TOKENS = 32
+# See `torch_by_one_thread`.
+MOST_PUT_ASIDE = 4
 
 P, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[type]] = {
@@ -161,6 +165,37 @@ def call(name: str, *arguments: Tensor | float | int | None) -> int:
     return result
 
 
+def threads() -> int:
+    """How many threads the parts in C may use: torch's number, unless `torch_by_one_thread` has put it aside."""
+    return torch.get_num_threads() if _put_aside is None else _put_aside
+
+
+_put_aside: int | None = None
+
+
+@contextlib.contextmanager
+def torch_by_one_thread() -> Iterator[None]:
+    """torch's own operators run by one thread, the parts in C by as many as before; for work that is mostly theirs.
+
+    torch's threads wait for each other after every operator. Where something else runs on one of two cores, both wait
+    for that: measured, a training step takes five to nine times as long by two threads as by one. The parts in C wait
+    for nobody. Bits do not depend on it. Of many cores a neighbour takes few, and one would be too little: nothing
+    changes there, nor without a library.
+    """
+    global _put_aside
+    before, outer = torch.get_num_threads(), _put_aside
+    if not 1 < before <= MOST_PUT_ASIDE or native().library is None:
+        yield
+        return
+    _put_aside = before
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _put_aside = outer
+        torch.set_num_threads(before)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in fp32 and in one piece."""
     return x.to(torch.float32).contiguous()
@@ -169,7 +204,7 @@ def wide(x: Tensor) -> Tensor:
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """x W^T of few tokens in x's dtype; products and sums are fp32 and the fp32 weights are not rounded first."""
     y_TO = torch.empty(len(x_TI), len(weight_OI))
-    call("linear", wide(x_TI), x_TI.shape[1], weight_OI, y_TO, *x_TI.shape, len(weight_OI), torch.get_num_threads())
+    call("linear", wide(x_TI), x_TI.shape[1], weight_OI, y_TO, *x_TI.shape, len(weight_OI), threads())
     return y_TO.to(x_TI.dtype)
 
 

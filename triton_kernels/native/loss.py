@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, wide
+from triton_kernels.native.library import call, threads, wide
 
 
 def mean_head_loss(x_TD: Tensor, head_VD: Tensor, target_T: Tensor, *, ignored: int) -> Tensor:
@@ -37,7 +37,7 @@ class _HeadLoss(torch.autograd.Function):
         call(
             "head_loss",
             *(x_TD, head_VD, target_T.contiguous(), loss_T, *gradients),
-            *(sizes[0], sizes[2], sizes[1], ignored, torch.get_num_threads()),
+            *(sizes[0], sizes[2], sizes[1], ignored, threads()),
         )
         ctx.save_for_backward(*gradients)
         return loss_T.mean()

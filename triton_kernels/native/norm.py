@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, rms_norm, wide
+from triton_kernels.native.library import call, rms_norm, threads, wide
 
 # As in training_norm_and_loss.c.
 ROWS = 256
@@ -37,5 +37,5 @@ class _RMSNorm(torch.autograd.Function):
         D = x.shape[-1]
         n_rows = x.numel() // D
         dx, d_weight_PD = torch.empty_like(x), torch.zeros(max(1, -(-n_rows // ROWS)), D)
-        call("rms_norm_backward", wide(dy), x, weight_D, dx, d_weight_PD, n_rows, D, ctx.eps, torch.get_num_threads())
+        call("rms_norm_backward", wide(dy), x, weight_D, dx, d_weight_PD, n_rows, D, ctx.eps, threads())
         return dx, d_weight_PD[0], None

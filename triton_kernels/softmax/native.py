@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, wide
+from triton_kernels.native.library import call, threads, wide
 from triton_kernels.softmax.rotary import Rotary, rotary_tables
 
 
@@ -68,7 +68,7 @@ def softmax_decode_native(
         *(q_BX, k_BX, v_BX, X, G * K),
         *(*cache, cache[0].stride(0), row, S, cache[0].dtype == torch.bfloat16),
         *(q_norm_K, k_norm_K, *rotary, sinks_H),
-        *(eps, K**-0.5, B, X // K, G, K, rotary[0].shape[0], o_BX, torch.get_num_threads()),
+        *(eps, K**-0.5, B, X // K, G, K, rotary[0].shape[0], o_BX, threads()),
     )
     return o_BX.to(dtype)
 
@@ -115,7 +115,7 @@ class _ManyQueries(torch.autograd.Function):
         ctx.scale = scale
         o_BTHV, log_sum_BHT = torch.empty(B, T, H, V), torch.empty(B, H, T)
         inputs = (q_BTHK, k_BSGK, v_BSGV), (cosine_TP, sine_TP, sinks_H)
-        call("softmax_forward", *_described(ctx, *inputs), o_BTHV, log_sum_BHT, torch.get_num_threads())
+        call("softmax_forward", *_described(ctx, *inputs), o_BTHV, log_sum_BHT, threads())
         ctx.save_for_backward(*inputs[0], *inputs[1], o_BTHV, log_sum_BHT)
         return o_BTHV
 
@@ -129,7 +129,7 @@ class _ManyQueries(torch.autograd.Function):
         call(
             "softmax_backward",
             *_described(ctx, inputs[:3], inputs[3:]),
-            *(o_BTHV, log_sum_BHT, wide(d_o), dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_BH, torch.get_num_threads()),
+            *(o_BTHV, log_sum_BHT, wide(d_o), dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_BH, threads()),
         )
         d_sinks_H = None if d_sinks_BH is None else d_sinks_BH.sum(0)
         return dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_H, None, None, None, None
