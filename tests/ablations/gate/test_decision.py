@@ -69,8 +69,9 @@ def test_errors_of_all_looks_of_all_tries_stay_below_their_sum():
     assert 0.0499 < sum(spent) < 0.05
     # However small, an interval and what it can see come of it.
     for freedom in (1, 2, 7):
-        look = judge(difference(0.0, 1.0, freedom), None, seeds=2, margin=0.0, error=spent[98] / 3)
-        assert 0 < look.high < look.detectable < np.inf
+        look = judge(difference(0.0, 1.0, freedom), None, seeds=2, margin=0.0, error=spent[500] / 3)
+        assert 0 < look.high < np.inf
+        assert look.high / 2 < look.detectable < 2 * look.high
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_nonsense_is_refused_by_name(change, field):
 @pytest.mark.parametrize("margin", [0.0, 0.01])
 def test_wrong_answers_over_all_looks_are_no_more_frequent_than_asked(margin):
     """The true difference is minus the margin: every answer is wrong. Noise of seeds and of documents, both large."""
-    rng, n_trials, error, looks = np.random.default_rng(0), 1000, 0.1, looks_of(5)
+    rng, n_trials, error, looks = np.random.default_rng(0), 400, 0.1, looks_of(5)
     text = Text(n_bytes_S=np.full(24, 100), document_S=np.arange(24) // 2)
     wrong = 0
     for _ in range(n_trials):
@@ -104,6 +105,5 @@ def test_wrong_answers_over_all_looks_are_no_more_frequent_than_asked(margin):
             return judge(found, None, seeds=seeds, margin=margin, error=error / len(looks))
 
         wrong += decide(looks, look)[-1].answer != "unresolved"
-    # Three standard errors of a share of 10 % above it would still be 12.8 %; none is needed.
     assert wrong / n_trials <= error
-    assert wrong > 0
+    assert wrong / n_trials > error / 10
