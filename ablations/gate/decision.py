@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from ablations.comparison.statistics import CONFIDENCE, Difference
+from ablations.comparison.statistics import Difference
 from ablations.comparison.verdicts import withheld
 from foundation.numbers import check_numbers
 
@@ -25,6 +25,7 @@ Answer = Literal["keep", "discard", "unresolved"]
 # Seeds at each look; every step adds about as much again as the one before it did.
 LOOKS = (3, 5, 8, 13, 21, 34, 55)
 FEWEST = 2
+ERROR = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class GateConfig:
     """
 
     margin: float = 0.0
-    error: float = 1 - CONFIDENCE
+    error: float = ERROR
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -110,12 +111,7 @@ def judge(difference: Difference, shock: float | None, *, seeds: int, margin: fl
     half = difference.half_width(error)
     low, high = difference.mean - half, difference.mean + half
     answer: Answer = "keep" if high < -margin else "discard" if low > -margin else "unresolved"
-    asked = "the baseline" if not margin else f"the baseline by more than {margin:g}"
-    words = {
-        "keep": f"better than {asked}",
-        "discard": f"not better than {asked}",
-        "unresolved": f"the interval holds {-margin:g}",
-    }[answer]
+    words = f"the interval holds {0 - margin:g}" if answer == "unresolved" else found(answer, margin)
     why = withheld(difference, shock) if answer != "unresolved" else None
     if why is not None:
         answer, words = "unresolved", why
@@ -131,6 +127,15 @@ def judge(difference: Difference, shock: float | None, *, seeds: int, margin: fl
         answer=answer,
         words=words,
     )
+
+
+def found(answer: Answer, margin: float) -> str:
+    """A clear answer in words."""
+    if margin < 0:
+        amount = f"less than {-margin:g}, or better" if answer == "keep" else f"more than {-margin:g}"
+        return f"worse than the baseline by {amount}"
+    better = "better than the baseline" + f" by more than {margin:g}" * (margin > 0)
+    return better if answer == "keep" else f"not {better}"
 
 
 def decide(looks: tuple[int, ...], look: Callable[[int], Look]) -> list[Look]:

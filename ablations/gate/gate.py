@@ -207,7 +207,7 @@ def verdict_text(verdict: GateVerdict, path: Path) -> str:
     share = math.nan if cost.share_of_full_run is None else 100 * cost.share_of_full_run
     return "\n".join(
         [
-            f"{verdict.method}: {verdict.verdict}, {verdict.reason} ({look_text(verdict.looks[-1])})",
+            f"{verdict.method}: {verdict.verdict}, {verdict.reason}",
             f"A difference of {verdict.minimum_detectable_effect:.4f} from the margin would have been seen in 80 % of"
             " cases.",
             f"The runs behind it cost {cost.flops:.3g} FLOPs and {seconds}, {share:.0f} % of one full run of the"
