@@ -1,10 +1,13 @@
-"""The commands: `python -m ablations list | compare | report | budgets | calibrate | difficulty | runs | prune`, and
-`python -m ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty | runs | prune`,
+and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
 # isort: split
 
+import contextlib
+import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,16 +21,23 @@ from ablations.comparison.registry import all_methods, find_methods
 from ablations.comparison.shares import run_side_by_side
 from ablations.difficulty.analysis import AnalysisOptions, analyse
 from ablations.difficulty.training import TrainingOptions, train
+from ablations.gate.decision import GateConfig
+from ablations.gate.exits import Verdict, errors_apart, progress_on_stderr
+from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
 from ablations.report.report import show
 from ablations.report.run_folders import prune_command, runs_command
 from foundation.command import deferred, run_command
 from foundation.numbers import objection
+from foundation.serialize import to_dict
 from foundation.tables import write_rows
 
 Names = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="METHOD ...")]
 # As many pairs as tell 5 % of false verdicts from 20 %.
 CALIBRATION = Options(seeds=40)
+# Three looks.
+GATE = Options(seeds=8)
+QUESTION = GateConfig()
 FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
 
 
@@ -36,6 +46,7 @@ def main() -> None:
     commands = {
         "list": list_command,
         "compare": compare_command,
+        "gate": gate_command,
         "report": report_command,
         "budgets": budgets_command,
         "calibrate": calibrate_command,
@@ -43,16 +54,17 @@ def main() -> None:
         "runs": runs_command,
         "prune": prune_command,
     }
-    run_command(
-        lambda arguments: tyro.extras.subcommand_cli_from_dict(
-            {name: deferred(command) for name, command in commands.items()},
-            prog="python -m ablations",
-            description=__doc__,
-            args=arguments,
-        ),
-        lambda command: command(),
-        continues=True,
-    )
+    with errors_apart() if sys.argv[1:2] == ["gate"] else contextlib.nullcontext():
+        run_command(
+            lambda arguments: tyro.extras.subcommand_cli_from_dict(
+                {name: deferred(command) for name, command in commands.items()},
+                prog="python -m ablations",
+                description=__doc__,
+                args=arguments,
+            ),
+            lambda command: command(),
+            continues=True,
+        )
 
 
 def list_command() -> None:
@@ -84,6 +96,26 @@ def compare(methods: list[Method], options: Options) -> Path | None:
     """
     folder = run_side_by_side(methods, options)
     return None if folder is None else show(folder)
+
+
+def gate_command(
+    method: tyro.conf.Positional[str],
+    config: Annotated[GateConfig, tyro.conf.OmitArgPrefixes] = QUESTION,
+    options: FlatOptions = GATE,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Is a method better than the baseline? Looks at few seeds, then at more, until the answer is clear or `--seeds`
+    are spent. Exits with 0 for keep, 1 for discard, 2 for unresolved; with 64 for a command line that is none, 65 for
+    data or options that cannot be used, 70 for a failure of the program, 128 + n for a stop signal.
+
+    Args:
+        method: name as `list` shows it.
+        as_json: print the verdict as JSON, alone on standard output; progress goes to standard error.
+    """
+    with progress_on_stderr() if as_json else contextlib.nullcontext():
+        verdict, path = gate(method, options, config)
+    print(json.dumps(to_dict(verdict), indent=2) if as_json else verdict_text(verdict, path), flush=True)
+    raise Verdict(verdict.verdict)
 
 
 def report_command(folder: tyro.conf.Positional[Path]) -> None:

@@ -103,18 +103,23 @@ class Options:
         seeds: branches per method and trunk, paired by seed with the baseline's.
         trunk_seeds: trunks; more than one puts trunk noise into the intervals, at the price of that many trunks.
         jobs: runs that train side by side, in processes that share the threads; 0 for one per thread on a CPU and one
-            on a GPU. Results do not depend on it.
+            on a GPU. Results do not depend on it. On a cluster, jobs; 0 for one per run.
+        executor: "local" for processes of this machine, "slurm" for jobs of a cluster, see `comparison.slurm`.
+        slurm: what jobs ask of the cluster, as words KEY=VALUE with submitit's names: partition=gpu time=120
+            gpus_per_node=1; time in minutes.
         out: folder of all runs. Comparisons under the same folder share their corpus, trunks and branches.
         dry_run: print the plan, the resolved options and the environment, and run nothing.
         budget_batches: validation batches on which the trained weights are evaluated at other mean numbers of experts.
 
     Raises:
-        ValueError: for a number below 1, naming the option.
+        ValueError: for a number below 1, or words for a cluster that are none, naming the option.
     """
 
     seeds: int = 3
     trunk_seeds: int = 1
     jobs: int = 0
+    executor: Literal["local", "slurm"] = "local"
+    slurm: tuple[str, ...] = ()
     out: Path = Path("runs")
     dry_run: bool = False
     budget_batches: int = 2
@@ -129,3 +134,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_numbers(self, seeds=1, trunk_seeds=1, jobs=0, budget_batches=1)
+        if self.slurm and self.executor != "slurm":
+            raise ValueError(f"Options.slurm: {' '.join(self.slurm)}, needs --executor slurm")
+        for word in self.slurm:
+            if not all(word.partition("=")):
+                raise ValueError(f"Options.slurm: {word!r}, must be KEY=VALUE")

@@ -1,4 +1,5 @@
-"""`--jobs N`: the runs of a comparison side by side in processes of their own, in the same folders, with the same bits.
+"""`--jobs N`: the runs of a comparison side by side in processes of their own, in the same folders, with the same bits;
+`--executor slurm` makes jobs of the same processes.
 
 On a CPU one thread for each of N runs does more than N threads for one: a small model's operators are too short to be
 worth cutting up. Every process takes each N-th run; first the trunks, then the branches. What a process that was killed
@@ -14,25 +15,34 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ablations.comparison.compare import Job, SharedExecution, prepare_job, run_branch, run_comparison, run_in_turn
 from ablations.comparison.options import Options
 from ablations.comparison.registry import find_methods
+from ablations.comparison.slurm import run_jobs, slurm_executor
 from ablations.method import Method
 from foundation.command import run_command
 from foundation.environment import ROOT
 from foundation.files import read_json, write_json
 from foundation.serialize import from_dict, to_dict
+from staged_training.record import RESULT
+
+if TYPE_CHECKING:
+    import submitit
 
 Part = Literal["trunks", "branches"]
 SHARES_FILE = "shares.json"
 
 
 def run_side_by_side(methods: list[Method], options: Options) -> Path | None:
-    """`run_comparison`, in as many processes as the options say."""
+    """`run_comparison`, in as many processes or jobs as the options say."""
+    if options.executor == "slurm":
+        # Ahead of everything else: it refuses what the cluster cannot be asked.
+        executor = slurm_executor(options)
+        return run_comparison(methods, options, lambda job, executions: run_in_jobs(job, executions, executor))
     return run_comparison(methods, options, run_in_turn if jobs_of(options) == 1 else run_in_shares)
 
 
@@ -51,9 +61,7 @@ def run_in_shares(job: Job, executions: list[SharedExecution]) -> None:
     """
     waiting, count = [execution for execution in executions if not execution.finished], jobs_of(job.options)
     if waiting:
-        file = job.folder / SHARES_FILE
-        names = [method.name for method in job.methods]
-        write_json(file, {"methods": names, "options": to_dict(job.options)})
+        file = describe_shares(job)
         if len(waiting) > 1:
             share_out(file, "trunks", count)
         # A single trunk is trained here, with all threads, and so is one that a killed process has left.
@@ -64,17 +72,50 @@ def run_in_shares(job: Job, executions: list[SharedExecution]) -> None:
     run_in_turn(job, [execution for execution in waiting if not execution.finished])
 
 
+def run_in_jobs(job: Job, executions: list[SharedExecution], executor: "submitit.Executor") -> None:
+    """Runs what of the comparison is not finished as jobs of a cluster, trunks too, and waits for them.
+
+    Raises:
+        foundation.command.CannotGoOn: for a job that dies again and again, see `run_jobs`.
+    """
+    waiting = [
+        execution.folder_of(branch)
+        for execution in executions
+        for branch in execution.plan.branches
+        if not (execution.folder_of(branch) / RESULT).exists()
+    ]
+    if not waiting:
+        return
+    file = describe_shares(job)
+    runs: dict[Part, int] = {"trunks": len(executions), "branches": len(waiting)}
+    for part, most in runs.items():
+        count = min(job.options.jobs or most, most)
+        run_jobs(executor, part, [share_command(file, part, index, count) for index in range(count)])
+    file.unlink()
+
+
+def describe_shares(job: Job) -> Path:
+    """The file that the processes of a comparison learn from what it is, written."""
+    file = job.folder / SHARES_FILE
+    names = [method.name for method in job.methods]
+    write_json(file, {"methods": names, "options": to_dict(job.options)})
+    return file
+
+
+def share_command(file: Path, part: Part, index: int, count: int) -> list[str]:
+    """What runs one share, see `run_share`."""
+    return [sys.executable, "-m", "ablations.comparison.shares", str(file), part, str(index), str(count)]
+
+
 def share_out(file: Path, part: Part, count: int) -> None:
     """Runs one part in `count` processes, and waits for them."""
     threads = str(max(1, torch.get_num_threads() // count))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "ablations.comparison.shares", str(file), part]
     print(f"{part}: {count} processes, threads of each: {threads}", flush=True)
     processes: list[subprocess.Popen] = []
     try:
         for index in range(count):
-            arguments = [*command, str(index), str(count)]
-            processes.append(subprocess.Popen(arguments, cwd=ROOT, env=environment))
+            processes.append(subprocess.Popen(share_command(file, part, index, count), cwd=ROOT, env=environment))
         for process in processes:
             process.wait()
     except BaseException:

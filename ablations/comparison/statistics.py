@@ -33,6 +33,9 @@ RunKey = tuple[int, int]
 
 CONFIDENCE = 0.95
 POWER = 0.8
+# Thresholds in standard errors beyond which only the noise of the standard error counts, to a part in a million, and
+# the series of the non-central t distribution no longer converge.
+FAR_OUT = 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,8 @@ class Difference:
             return 0.0
         freedom = scale**4 / math.fsum(part.variance**2 / part.freedom for part in self._parts)
         threshold = self.half_width(error) / scale
+        if threshold > FAR_OUT:
+            return scale * threshold * math.sqrt(float(stats.chi2.ppf(POWER, freedom)) / freedom)
 
         def missing(shift: float) -> float:
             return POWER - float(stats.nct.sf(threshold, freedom, shift))

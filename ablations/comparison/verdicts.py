@@ -100,9 +100,17 @@ def judged(difference: Difference, p_value: float, detectable: float, shock: flo
     if p_value >= ERROR:
         # Never less than the interval allows, which may lie off the middle.
         return "smaller", f"smaller than {max(detectable, abs(difference.mean) + difference.half_width()):.4f}"
-    if shock is not None and abs(shock) > abs(difference.mean):
-        return "withheld", f"withheld: the fork itself moved the loss by {shock:+.3f}"
+    if words := withheld(difference, shock):
+        return "withheld", words
     return ("better", "better") if difference.mean < 0 else ("worse", "worse")
+
+
+def withheld(difference: Difference, shock: float | None) -> str | None:
+    """Why a difference earns no verdict however narrow its interval: its fork moved the loss by more. None where it
+    did not."""
+    if shock is None or abs(shock) <= abs(difference.mean):
+        return None
+    return f"withheld: the fork itself moved the loss by {shock:+.3f}"
 
 
 def seen(difference: Difference, p_value: float, known: str) -> str:

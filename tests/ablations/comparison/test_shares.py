@@ -1,5 +1,5 @@
-"""Runs side by side in processes of their own: the same folders and bits as one after the other, stopped or killed or
-not."""
+"""Runs side by side in processes or jobs of their own: the same folders and bits as one after the other, stopped or
+killed or not."""
 
 import json
 import os
@@ -10,10 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 import torch
 
+from ablations import cli
+from ablations.comparison import shares
 from ablations.comparison.options import Options
 from ablations.comparison.shares import jobs_of
+from ablations.comparison.slurm import TRIES, parameters_of, run_jobs, slurm_executor
+from foundation.command import CannotGoOn
+from foundation.stopping import Interrupted
 
 ROOT = Path(__file__).resolve().parents[3]
 # What a run measures of the machine, and where it lies.
@@ -122,3 +128,99 @@ def test_as_many_as_threads_unless_told(monkeypatch):
     assert jobs_of(Options(jobs=2)) == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert jobs_of(Options()) == 1
+
+
+class KillsOnce(submitit.LocalExecutor):
+    """Submits jobs to this machine; the first process of each command is killed a second after its start."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.seen = set()
+        # Minutes.
+        self.update_parameters(timeout_min=20)
+
+    def submit(self, fn, *args, **kwargs):
+        if (words := tuple(fn.command)) not in self.seen:
+            self.seen.add(words)
+            fn.command = ["sh", "-c", '"$@" & sleep 1; kill -9 $!; wait $!', "sh", *words]
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_killed_jobs_are_submitted_again_and_give_the_same_bits(
+    command, one_after_the_other, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(shares, "slurm_executor", lambda options: KillsOnce(options.out / "slurm"))
+    words = [*command[2:], "--out", str(tmp_path), "--executor", "slurm", "--jobs", "2"]
+    monkeypatch.setattr("sys.argv", words)
+    cli.main()
+    said = capfd.readouterr().out
+    assert "trunks: 2 jobs submitted: " in said
+    assert "branches: 2 jobs submitted: " in said
+    assert said.count("died, submitted again") == 4
+    # Nothing is trained where the command was given.
+    assert "step=" not in said
+    assert "report: " in said
+    assert results(tmp_path) == one_after_the_other
+    # What is finished is no job again.
+    monkeypatch.setattr("sys.argv", words)
+    cli.main()
+    assert "jobs submitted" not in capfd.readouterr().out
+
+
+def test_a_job_that_dies_again_and_again_is_named_once_the_others_have_ended(tmp_path, capfd):
+    commands = [["sh", "-c", f"echo broken >&2; echo x >> {tmp_path}/tried; exit 3"], ["touch", str(tmp_path / "done")]]
+    with pytest.raises(
+        CannotGoOn, match=r"branches: job 1 of 2 \(\d+\) died 3 times, see .*; the same command continues"
+    ):
+        run_jobs(submitit.LocalExecutor(tmp_path / "jobs"), "branches", commands)
+    assert (tmp_path / "tried").read_text() == "x\n" * TRIES
+    assert (tmp_path / "done").exists()
+    assert capfd.readouterr().out.count("branches: job 1 of 2 (") == TRIES - 1
+
+
+def test_a_stop_cancels_jobs(tmp_path):
+    cancelled = []
+
+    class Job:
+        job_id = "7"
+
+        def done(self):
+            raise Interrupted(15)
+
+        def cancel(self, check):
+            cancelled.append(check)
+
+    class Executor:
+        def submit(self, function):
+            return Job()
+
+    with pytest.raises(Interrupted):
+        run_jobs(Executor(), "branches", [["true"], ["true"]])  # pyright: ignore[reportArgumentType]
+    assert cancelled == [False, False]
+
+
+def test_what_a_cluster_cannot_be_asked_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"Options\.slurm: 'gpu', must be KEY=VALUE"):
+        Options(executor="slurm", slurm=("gpu",))
+    with pytest.raises(ValueError, match=r"Options\.slurm: partition=gpu, needs --executor slurm"):
+        Options(slurm=("partition=gpu",))
+    with pytest.raises(ValueError, match="--slurm time=2:00:00: must be a whole number of minutes"):
+        parameters_of(("time=2:00:00",))
+    asked = Options(executor="slurm", slurm=("partition=gpu", "gpus_per_node=1"), out=tmp_path / "runs")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match='--executor slurm: Could not detect "srun"'):
+        slurm_executor(asked)
+    (tmp_path / "srun").touch(mode=0o755)
+    executor = slurm_executor(asked)
+    assert isinstance(executor, submitit.SlurmExecutor)
+    text = executor._make_submission_file_text("true", "")
+    assert "#SBATCH --partition=gpu\n" in text
+    assert "#SBATCH --gpus-per-node=1\n" in text
+    assert "#SBATCH --time=240\n" in text
+    with pytest.raises(ValueError, match=r"Unavailable parameter\(s\): \['partitio'\]"):
+        slurm_executor(Options(executor="slurm", slurm=("partitio=gpu",), out=tmp_path))
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho no\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    with pytest.raises(CannotGoOn, match="branches: the cluster takes no job"):
+        run_jobs(executor, "branches", [["true"]])
