@@ -29,6 +29,7 @@ from foundation.serialize import from_dict, to_dict
 
 Part = Literal["trunks", "branches"]
 SHARES_FILE = "shares.json"
+MODULE = "ablations.comparison.shares"
 
 
 def run_side_by_side(methods: list[Method], options: Options) -> Path | None:
@@ -64,11 +65,19 @@ def run_in_shares(job: Job, executions: list[SharedExecution]) -> None:
     run_in_turn(job, [execution for execution in waiting if not execution.finished])
 
 
-def share_out(file: Path, part: Part, count: int) -> None:
-    """Runs one part in `count` processes, and waits for them."""
+def share_out(file: Path, part: str, count: int, module: str = MODULE) -> bool:
+    """Runs one part in `count` processes, and waits for them.
+
+    Args:
+        file: what the processes are to know.
+        module: that each of them runs, given the file, the part, its own number and `count`.
+
+    Returns:
+        Whether all ended well; what another has left is for the caller to do.
+    """
     threads = str(max(1, torch.get_num_threads() // count))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "ablations.comparison.shares", str(file), part]
+    command = [sys.executable, "-m", module, str(file), part]
     print(f"{part}: {count} processes, threads of each: {threads}", flush=True)
     processes: list[subprocess.Popen] = []
     try:
@@ -92,6 +101,7 @@ def share_out(file: Path, part: Part, count: int) -> None:
                 " done here",
                 flush=True,
             )
+    return not any(process.returncode for process in processes)
 
 
 def run_share(file: Path, part: Part, index: int, count: int) -> None:
