@@ -92,10 +92,10 @@ def findings(rows: Sequence[SettingRow]) -> list[str]:
             )
             continue
         top = best(judged)
-        lines.append(
-            f"{name}: most trustworthy is {top.setting}, {top.reliability} at {percent(top.flops)} of their FLOPs and"
-            f" {percent(top.seconds)} of their time (top-1 regret {top.regret:.4f} bits per byte)."
-        )
+        lines.append(f"{name}: most trustworthy is {said(top)}.")
+        branched = [row for row in judged if row.setting != SMALLER_MODEL.name]
+        if branched and top not in branched:
+            lines.append(f"{name}: of the branched settings it is {said(best(branched))}.")
         guessing = [row.setting for row in judged if not row.separable_share_low > GUESSING]
         if guessing:
             lines.append(f"{name}: cannot be told from guessing: {', '.join(guessing)}.")
@@ -111,6 +111,14 @@ def best(rows: Sequence[SettingRow]) -> SettingRow:
     return max(rows, key=lambda row: (row.separable_share, -2.0 if math.isnan(row.tau) else row.tau, -row.flops))
 
 
+def said(row: SettingRow) -> str:
+    """A setting with its reliability and its price."""
+    return (
+        f"{row.setting}, {row.reliability} at {percent(row.flops)} of their FLOPs and {percent(row.seconds)} of their"
+        f" time (top-1 regret {row.regret:.4f} bits per byte)"
+    )
+
+
 def frozen_text(name: str, rows: Sequence[SettingRow]) -> list[str]:
     """What freezing a prefix does to the answer, where settings differ in nothing else."""
     lines, groups = [], {}
@@ -123,10 +131,12 @@ def frozen_text(name: str, rows: Sequence[SettingRow]) -> list[str]:
         frozen = sorted((pair for pair in group if pair[0]), key=lambda pair: pair[0])
         if whole is None or not frozen:
             continue
-        misled = [freeze for freeze, row in frozen if row.separable_agreeing < whole.separable_agreeing]
-        verdict = "no frozen prefix loses a separable pair against none"
-        if misled:
-            verdict = f"a frozen prefix misleads where {' and '.join(f'{freeze:g}' for freeze in misled)} is frozen"
+        lost = [(freeze, whole.separable_agreeing - row.separable_agreeing) for freeze, row in frozen]
+        verdict = "freezing loses none of them"
+        if worse := [f"{count} at {freeze:g}" for freeze, count in lost if count > 0]:
+            verdict = f"freezing loses {' and '.join(worse)}"
+        if misled := [f"{freeze:g}" for freeze, row in frozen if row.separable_share_high < whole.separable_share]:
+            verdict += f", beyond its interval at {' and '.join(misled)}: a frozen prefix misleads there"
         numbers = [(0.0, whole), *frozen]
         shares = ", ".join(f"{freeze:g}: {row.separable_agreeing} of {row.separable}" for freeze, row in numbers)
         lines.append(

@@ -17,6 +17,7 @@ import dataclasses
 import math
 import warnings
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -154,7 +155,8 @@ def measures(
     with warnings.catch_warnings():
         # Constant values have no order; tau is NaN then.
         warnings.simplefilter("ignore")
-        tau = float(stats.kendalltau(truth_A, cheap_A)[0])
+        result: Any = stats.kendalltau(truth_A, cheap_A)
+        tau = float(result.statistic)
     return (
         _share(agree_AA, pairs_AA),
         _share(agree_AA, separable_pairs_AA),
