@@ -1,5 +1,5 @@
-"""The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty | runs | prune`,
-and `python -m ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty | agreement |
+runs | prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ablations.agreement.options import AgreementOptions
+from ablations.agreement.report import agreement_study
 from ablations.comparison.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
 from ablations.comparison.calibration import CALIBRATION_FILE, CalibrationRow, calibration_rows, calibration_text
 from ablations.comparison.options import Options
@@ -51,6 +53,7 @@ def main() -> None:
         "budgets": budgets_command,
         "calibrate": calibrate_command,
         "difficulty": difficulty_command,
+        "agreement": agreement_command,
         "runs": runs_command,
         "prune": prune_command,
     }
@@ -174,6 +177,12 @@ def difficulty_command(
         train(training)
     if phase != "train":
         analyse(training.out, analysis)
+
+
+def agreement_command(options: Annotated[AgreementOptions, tyro.conf.OmitArgPrefixes]) -> None:
+    """Do cheap comparisons order arms as full runs do? Train every arm whole and in every cheap setting, then compare.
+    Prints its cost first; what is finished is not trained again."""
+    agreement_study(options)
 
 
 def run_alone(method: Method) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ablations.comparison.measure import MeasuringContext, budgets_of, measure
@@ -31,9 +31,9 @@ from lm.config import ModelConfig
 from staged_training.describe import describe
 from staged_training.estimate import Estimate, estimate
 from staged_training.execute import Execution
-from staged_training.plan import Branch, Plan
+from staged_training.plan import Branch, CorpusFacts, Plan
 from staged_training.record import RESULT
-from staged_training.staging import corpus_facts, make_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_plan
 from staged_training.trained_run import TrainedRun
 
 
@@ -109,24 +109,42 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     corpus = prepare(options.corpus, options.out / "corpus")
     baseline = options.model.config(corpus.tokenizer.vocab_size)
     facts = corpus_facts(corpus)
-    branches = [
-        (method.name, method.change(baseline), seed + method.seed_shift)
-        for seed in range(options.seeds)
-        for method in methods
-    ]
-    twins = [method.name for method in methods if method.rounding]
-    lengths = {method.name: method.length for method in methods}
     plans = [
-        make_plan(
-            *(options.staging, facts, baseline, branches),
-            trunk_seed=trunk,
-            rounding=twins,
-            lengths=lengths,
-            sources=sources_of(methods),
-        )
+        plan_of(methods, options.staging, facts, baseline, trunk_seed=trunk, seeds=range(options.seeds))
         for trunk in range(options.trunk_seeds)
     ]
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
+
+
+def plan_of(
+    methods: list[Method],
+    staging: StagingConfig,
+    facts: CorpusFacts,
+    baseline: ModelConfig,
+    *,
+    trunk_seed: int,
+    seeds: Iterable[int],
+) -> Plan:
+    """A trunk of the baseline, and a branch of each method for every seed.
+
+    Args:
+        methods: the baseline first.
+        seeds: by which branches are paired.
+
+    Raises:
+        ValueError: for text, model or methods that do not fit.
+    """
+    branches = [
+        (method.name, method.change(baseline), seed + method.seed_shift) for seed in seeds for method in methods
+    ]
+    twins = [method.name for method in methods if method.rounding]
+    return make_plan(
+        *(staging, facts, baseline, branches),
+        trunk_seed=trunk_seed,
+        rounding=twins,
+        lengths={method.name: method.length for method in methods},
+        sources=sources_of(methods),
+    )
 
 
 def run_in_turn(job: Job, executions: list[SharedExecution]) -> None:

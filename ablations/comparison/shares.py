@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Part = Literal["trunks", "branches"]
 SHARES_FILE = "shares.json"
+MODULE = "ablations.comparison.shares"
 
 
 def run_side_by_side(methods: list[Method], options: Options) -> Path | None:
@@ -102,20 +103,30 @@ def describe_shares(job: Job) -> Path:
     return file
 
 
-def share_command(file: Path, part: Part, index: int, count: int) -> list[str]:
+def share_command(file: Path, part: str, index: int, count: int, module: str = MODULE) -> list[str]:
     """What runs one share, see `run_share`."""
-    return [sys.executable, "-m", "ablations.comparison.shares", str(file), part, str(index), str(count)]
+    return [sys.executable, "-m", module, str(file), part, str(index), str(count)]
 
 
-def share_out(file: Path, part: Part, count: int) -> None:
-    """Runs one part in `count` processes, and waits for them."""
+def share_out(file: Path, part: str, count: int, module: str = MODULE) -> bool:
+    """Runs one part in `count` processes, and waits for them.
+
+    Args:
+        file: what the processes are to know.
+        module: that each of them runs, given the file, the part, its own number and `count`.
+
+    Returns:
+        Whether all ended well; what another has left is for the caller to do.
+    """
     threads = str(max(1, torch.get_num_threads() // count))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     print(f"{part}: {count} processes, threads of each: {threads}", flush=True)
     processes: list[subprocess.Popen] = []
     try:
         for index in range(count):
-            processes.append(subprocess.Popen(share_command(file, part, index, count), cwd=ROOT, env=environment))
+            processes.append(
+                subprocess.Popen(share_command(file, part, index, count, module), cwd=ROOT, env=environment)
+            )
         for process in processes:
             process.wait()
     except BaseException:
@@ -133,6 +144,7 @@ def share_out(file: Path, part: Part, count: int) -> None:
                 " done here",
                 flush=True,
             )
+    return not any(process.returncode for process in processes)
 
 
 def run_share(file: Path, part: Part, index: int, count: int) -> None:
