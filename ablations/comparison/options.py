@@ -85,7 +85,7 @@ class ModelOptions:
 # So much that the comparison of `make ablation` ends within ten minutes on two CPU cores. Half of the blocks train in
 # every branch: in one of eight, no way of sharing experts out can show more than a few 0.001 bits per byte.
 STAGING = StagingConfig(
-    tokens=700_000,
+    tokens=500_000,
     trunk_share=0.85,
     freeze=0.5,
     batch_size=4,
