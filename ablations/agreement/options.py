@@ -37,7 +37,7 @@ FORMS = {
         ),
         settings=SMALL,
         seeds=3,
-        tokens=52_000,
+        tokens=60_000,
         batch_size=2,
     ),
     "large": Form(arms=(*ROUTING, *ARCHITECTURE), settings=LARGE, seeds=3, tokens=2_000_000, batch_size=4),
@@ -101,6 +101,8 @@ class AgreementOptions:
                 f"AgreementOptions.trunk_seeds: {self.trunk_seeds}, must be at most the number of seeds, {self.n_seeds}"
             )
         find_settings(self.settings)
+        # Refuses the rest.
+        self.comparison(self.staging)
 
     @property
     def n_seeds(self) -> int:
