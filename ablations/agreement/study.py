@@ -82,8 +82,9 @@ class Study:
 
     @functools.cached_property
     def families(self) -> dict[str, str]:
-        """By arm: "architecture" or "routing", or "baseline"."""
-        return {arm.name: arm.kind(self.baseline) if index else "baseline" for index, arm in enumerate(self.arms)}
+        """By arm: "routing" or, where it changes attention, "architecture", or "baseline"."""
+        kinds = [arm.kind(self.baseline).replace("attention", "architecture") for arm in self.arms[1:]]
+        return dict(zip((arm.name for arm in self.arms), ("baseline", *kinds)))
 
     def execution(self, whole: Whole) -> Execution:
         """Of a whole run."""

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from foundation.stopping import Interrupted
 from lm.model import LanguageModel
+from moe.backends import choose_backend
 from routing.policies.random_k import RandomK
 from staged_training import checkpoint
 from staged_training.data import TokenBatches
@@ -92,7 +93,8 @@ def test_learns_and_reports_every_step(train, tmp_path, capsys):
     assert len({record["mean_experts"] for record in records}) > 1
     printed = capsys.readouterr().out
     assert printed.count("test step=") == 3
-    assert "test: experts computed by cpu (tensors are on the CPU)" in printed
+    chosen = choose_backend(torch.zeros(1, 8), torch.zeros(1, 8, 8))
+    assert "test: experts computed by {} ({})".format(*chosen) in printed
     assert (result.steps, result.checkpoint.name, result.skipped) == (STEPS, "step_00000012", ())
 
 
