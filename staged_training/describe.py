@@ -1,6 +1,9 @@
 """A plan in words: what is trained, frozen, fresh and re-used, on which tokens, and what a branch takes from the
 trunk."""
 
+from typing import Any
+
+from foundation.serialize import to_dict
 from lm.accounting import ModelCost, model_cost
 from lm.config import ModelConfig
 from staged_training.boundary import added_weights, frozen_share
@@ -57,11 +60,39 @@ def describe(plan: Plan) -> str:
             f"; {len(added)} new router weights, initialised from the branch's seed" if added and not plan.fresh else ""
         )
         longer = f"; {branch.stage.n_batches} batches" if branch.stage != stage else ""
+        changed = "".join(f"; {change}" for change in _changes(model, branch.model, boundary))
         lines.append(
             f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}"
-            f"{new}{longer}"
+            f"{changed}{new}{longer}"
         )
     return "\n".join(lines)
+
+
+def _changes(trunk: ModelConfig, branch: ModelConfig, boundary: int) -> list[str]:
+    """What blocks above the boundary have in place of the trunk's, beside letter and policy: `attention.window 64 ->
+    256`."""
+    changes: dict[str, None] = {}
+    for layer in range(boundary, trunk.n_layers):
+        before, after = (_places(to_dict(config.block(layer))) for config in (trunk, branch))
+        for place in before | after:
+            if (
+                place != "letter"
+                and not place.startswith("moe.router.policy")
+                and before.get(place) != after.get(place)
+            ):
+                changes[f"{place} {before.get(place)} -> {after.get(place)}"] = None
+    return list(changes)
+
+
+def _places(value: Any, place: str = "") -> dict[str, Any]:
+    """Every leaf of nested dicts by its path."""
+    if not isinstance(value, dict):
+        return {place: value}
+    return {
+        inner: leaf
+        for key, part in value.items()
+        for inner, leaf in _places(part, f"{place}.{key}" if place else key).items()
+    }
 
 
 def _cost(config: ModelConfig, seq_len: int) -> ModelCost:

@@ -126,6 +126,16 @@ def test_describe_names_what_is_frozen_reused_and_taken(plan):
     assert text.count("NullExperts(") == 1
 
 
+def test_describe_names_what_a_branch_changes(plan_of, model_config):
+    wide = dataclasses.replace(model_config, attention=dataclasses.replace(model_config.attention, window=77))
+    wide = dataclasses.replace(
+        wide, moe=dataclasses.replace(wide.moe, router=dataclasses.replace(wide.moe.router, score="sigmoid"))
+    )
+    text = describe(plan_of([("baseline", model_config, 0), ("other", wide, 0)]))
+    assert f"attention.window {model_config.attention.window} -> 77; moe.router.score softmax -> sigmoid" in text
+    assert text.count("->") == 2
+
+
 def test_describe_says_fresh(plan_of, model_config):
     hybrid = dataclasses.replace(model_config, layer_plan="S")
     text = describe(plan_of([("baseline", model_config, 0), ("hybrid", hybrid, 0)], freeze=0.7))
