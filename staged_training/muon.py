@@ -177,7 +177,11 @@ def _with_whole_matrices(update: Any) -> Any:
 
 def _local(update: Any) -> Tensor:
     """What of it lies in this process, in the same memory."""
-    return update.to_local() if hasattr(update, "device_mesh") else update
+    if not hasattr(update, "device_mesh"):
+        return update
+    # What has just been gathered may still be on its way, in a wrapper that has no memory of its own.
+    local = update.to_local()
+    return local.wait() if hasattr(local, "wait") else local
 
 
 def _cut_as(whole: Any, update: Any) -> Any:

@@ -98,7 +98,9 @@ def test_weights_and_controllers_are_those_of_one_process(runs, policy, name):
         if key.endswith("load_E"):
             assert torch.equal(got[key], value), key
         else:
-            torch.testing.assert_close(got[key], value, atol=1e-6, rtol=1e-5, msg=key)
+            # Muon makes every direction of a gradient as large as the others, those that are nothing but rounding too.
+            atol = 2e-5 if policy == "muon" else 1e-6
+            torch.testing.assert_close(got[key], value, atol=atol, rtol=1e-5, msg=key)
     # They have moved, so there was something to compare.
     moved = {
         "top_k": "selection_bias_E",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foundation.environment import cpu_name
 from foundation.files import fingerprint
@@ -133,16 +133,24 @@ def is_native(x: Tensor, n_tokens: int, *weights: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and native().library is not None
         and all(
-            weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+            weight.dtype == torch.float32
+            and weight.device.type == "cpu"
+            and weight.is_contiguous()
+            and has_memory(weight)
             for weight in weights
         )
     )
 
 
+def has_memory(x: Tensor) -> bool:
+    """Whether x is a plain tensor: one that is spread over processes, or traced, has no memory of its own to pass."""
+    return type(x) in (Tensor, nn.Parameter)
+
+
 def takes_many_rows(*tensors: Tensor) -> bool:
     """Whether the parts for many rows, which know gradients, take these: fp32 on a CPU, outside of compilation."""
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        all(x.dtype == torch.float32 and x.device.type == "cpu" and has_memory(x) for x in tensors)
         and not torch.compiler.is_compiling()
         and native().library is not None
     )
@@ -157,6 +165,7 @@ def call(name: str, *arguments: Tensor | float | int | None) -> int:
     """
     library = native().library
     assert library is not None
+    assert all(has_memory(x) for x in arguments if isinstance(x, Tensor)), name
     result = getattr(library, name)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
     if result == NO_MEMORY:
         raise MemoryError(f"{name}: no memory for its scratch")
