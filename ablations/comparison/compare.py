@@ -108,6 +108,12 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     """
     corpus = prepare(options.corpus, options.out / "corpus")
     baseline = options.model.config(corpus.tokenizer.vocab_size)
+    for method in methods[1:]:
+        if method.kind(baseline) == "nothing":
+            raise ValueError(
+                f"{method.name}: it changes nothing of a baseline of layers {''.join(baseline.plan.letters)}; legal: a"
+                " baseline that it changes, by --layer-plan or --n-layers"
+            )
     facts = corpus_facts(corpus)
     plans = [
         plan_of(methods, options.staging, facts, baseline, trunk_seed=trunk, seeds=range(options.seeds))

@@ -59,6 +59,12 @@ def test_one_training_step_of_an_architecture_of_any_name(options):
     assert (measured.asked_experts, measured.mean_experts) == (2, 2.0)
 
 
+def test_a_method_that_changes_nothing_of_this_baseline_is_refused(options):
+    hybrid = dataclasses.replace(options, model=dataclasses.replace(options.model, layer_plan="SSSF", n_layers=4))
+    with pytest.raises(ValueError, match="sliding_window_hybrid: it changes nothing of a baseline of layers SSSF"):
+        prepare_job(find_methods(["sliding_window_hybrid"]), hybrid)
+
+
 def global_random_states():
     return torch.get_rng_state().tolist(), random.getstate()
 

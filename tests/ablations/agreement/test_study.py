@@ -192,7 +192,7 @@ def test_both_forms_have_ten_arms_and_their_settings():
 
 def test_the_smaller_model_takes_about_a_quarter(options):
     model = smaller(ModelOptions())
-    assert (model.d_model, model.head_dim, model.d_expert, model.k) == (64, 16, 16, 12)
+    assert (model.d_model, model.head_dim, model.d_expert, model.k) == (64, 16, 8, 12)
     with pytest.raises(ValueError, match="--d-expert 7: smaller_model halves it"):
         smaller(ModelOptions(d_expert=7))
 

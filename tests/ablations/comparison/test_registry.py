@@ -54,7 +54,8 @@ def test_every_method_runs_alone_asks_a_question_and_says_what_it_changes(name):
     assert source.endswith('\nif __name__ == "__main__":\n    run_alone(METHOD)\n')
     assert method.question.endswith("?")
     kinds = {"baseline": "nothing", "twin": "rounding", "other_order": "seed"} | dict.fromkeys(ROUTING, "routing")
-    assert method.kind(ModelOptions().config(4096)) == kinds.get(name, "architecture")
+    baseline = ModelOptions(n_layers=8, layer_plan="F").config(4096)
+    assert method.kind(baseline) == kinds.get(name, "architecture")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 12])
@@ -95,7 +96,7 @@ def test_architecture_is_what_cannot_take_the_trunks_weights():
 
 
 def test_plans_are_the_ones_named():
-    base = ModelOptions().config(4096)
+    base = ModelOptions(n_layers=8, layer_plan="F").config(4096)
     plans = {name: "".join(all_methods()[name].change(base).plan.letters) for name in ASKED_FOR}
     plans = {name: letters for name, letters in plans.items() if letters != "F" * base.n_layers}
     assert plans == {
