@@ -198,6 +198,7 @@ def tiny_model():
     """Options of a model that trains in milliseconds per step, deep enough for a plan of eight letters."""
     return {
         "n_layers": 8,
+        "layer_plan": "F",
         "d_model": 16,
         "n_heads": 2,
         "n_kv_heads": 1,

@@ -75,7 +75,7 @@ def walk(methods, options):
     job = prepare_job(methods, options)
     (plan,) = job.plans
     branch = plan.branches[-1]
-    assert (branch.method, branch.stage.n_batches, plan.trunk.n_batches) == (method.name, 1, 2)
+    assert (branch.method, branch.stage.n_batches, plan.trunk.n_batches) == (method.name, method.length, 2)
     execution = SharedExecution(job, plan)
     before = global_random_states()
     run_in_turn(job, [execution])
@@ -83,7 +83,9 @@ def walk(methods, options):
     assert global_random_states() == before
     folder = execution.folder_of(branch)
 
-    (line,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == method.length
+    line = lines[0]
     assert math.isfinite(line["loss"])
     assert line["grad_norm"] > 0
     trunk, trained = load_latest(execution.trunk_folder / "checkpoints"), load_latest(folder / "checkpoints")
