@@ -20,7 +20,7 @@ from corpus.prepare import CorpusConfig
 from staged_training.execute import ExecutionConfig
 from staged_training.loop import NonFiniteLossError
 
-ARMS = ("static_2", "top_p", "full_attention", "mixed_heads_hybrid")
+ARMS = ("static_2", "top_p", "sliding_window_hybrid", "mixed_heads_hybrid")
 FORKED = "fork85_freeze50_decay"
 
 
