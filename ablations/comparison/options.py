@@ -82,9 +82,9 @@ class ModelOptions:
         )
 
 
-# Chosen for ten minutes of `make ablation` on two quiet CPU cores, by the speed of its parts; not timed as a whole. Half
-# of the blocks train in every branch: in one of eight, no way of sharing experts out can show more than a few 0.001 bits
-# per byte.
+# Chosen for ten minutes of `make ablation` on two quiet CPU cores, by the speed of its parts; not timed as a whole.
+# Half of the blocks train in every branch: in one of eight, no way of sharing experts out can show more than a few
+# 0.001 bits per byte.
 STAGING = StagingConfig(
     tokens=500_000,
     trunk_share=0.85,
