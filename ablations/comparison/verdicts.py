@@ -100,15 +100,20 @@ def judged(difference: Difference, p_value: float, detectable: float, shock: flo
     if p_value >= ERROR:
         # Never less than the interval allows, which may lie off the middle.
         return "smaller", f"smaller than {max(detectable, abs(difference.mean) + difference.half_width()):.4f}"
-    if words := withheld(difference, shock):
+    if words := withheld(difference.mean, shock):
         return "withheld", words
     return ("better", "better") if difference.mean < 0 else ("worse", "worse")
 
 
-def withheld(difference: Difference, shock: float | None) -> str | None:
+def withheld(distance: float, shock: float | None) -> str | None:
     """Why a difference earns no verdict however narrow its interval: its fork moved the loss by more. None where it
-    did not."""
-    if shock is None or abs(shock) <= abs(difference.mean):
+    did not.
+
+    Args:
+        distance: of the difference from what it was held against (0, or a margin), in bits per byte, either sign.
+        shock: see `Outcome`.
+    """
+    if shock is None or abs(shock) <= abs(distance):
         return None
     return f"withheld: the fork itself moved the loss by {shock:+.3f}"
 

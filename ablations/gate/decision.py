@@ -112,7 +112,7 @@ def judge(difference: Difference, shock: float | None, *, seeds: int, margin: fl
     low, high = difference.mean - half, difference.mean + half
     answer: Answer = "keep" if high < -margin else "discard" if low > -margin else "unresolved"
     words = f"the interval holds {0 - margin:g}" if answer == "unresolved" else found(answer, margin)
-    why = withheld(difference, shock) if answer != "unresolved" else None
+    why = withheld(difference.mean + margin, shock) if answer != "unresolved" else None
     if why is not None:
         answer, words = "unresolved", why
     return Look(

@@ -105,7 +105,10 @@ def test_baseline_learns_and_pairs_share_data(first_run):
     same = abs(losses["top_p_trunk_0_seed_0"][0] - losses["baseline_trunk_0_seed_0"][0])
     # Before the first update only rounding is between twins, behind the last what it has grown to.
     twin, baseline = losses["twin_trunk_0_seed_0"], losses["baseline_trunk_0_seed_0"]
-    assert twin != baseline
+    twins_weights, weights = (
+        (folders[f"{name}_trunk_0_seed_0"] / "model/weights.safetensors").read_bytes() for name in ("twin", "baseline")
+    )
+    assert twins_weights != weights
     assert twin[0] == pytest.approx(baseline[0], abs=1e-5)
     assert same < abs(losses["other_order_trunk_0_seed_1000000"][0] - losses["baseline_trunk_0_seed_0"][0])
 

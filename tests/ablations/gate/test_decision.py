@@ -36,6 +36,9 @@ def test_a_fork_that_withholds_a_verdict_leaves_the_gate_unresolved_and_ends_it(
     look = answer(-0.01, shock=-0.02)
     assert (look.answer, look.withheld) == ("unresolved", True)
     assert look.words == "withheld: the fork itself moved the loss by -0.020"
+    # What counts is whether the shock reaches the margin.
+    assert answer(-0.01, margin=-0.02, shock=-0.02).answer == "keep"
+    assert answer(-0.02, margin=0.01, shock=-0.015).withheld
     # An unclear difference is unresolved by itself, and more seeds may clear it.
     assert not answer(-0.001, shock=-0.02).withheld
     assert decide((3, 5), lambda _: look) == [look]
