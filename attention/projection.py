@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from triton_kernels.native.decode_step import NotInOneCall, Watch
-from triton_kernels.native.library import is_native, linear
+from triton_kernels.native.projection import project
 
 
 class Projection(nn.Linear):
@@ -42,11 +41,3 @@ class Projection(nn.Linear):
             raise NotInOneCall(f"a projection that is a {type(self).__name__}")
         watch.module(self)
         return watch.parameter(self, "weight", d_out, d_in)
-
-
-def project(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x W^T in the dtype of x."""
-    # Other widths are torch's to refuse: the native form would read beyond the weights.
-    if x.shape[-1] == weight_OI.shape[1] and is_native(x, 4 * (x.numel() // x.shape[-1]), weight_OI):
-        return linear(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
-    return functional.linear(x, weight_OI.to(x.dtype))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lm.model import IGNORED_TARGET, LanguageModel, token_losses
+from lm.model import IGNORED_TARGET, LanguageModel
 from triton_kernels.native.library import torch_by_one_thread
 
 
@@ -70,10 +70,10 @@ def evaluate(
     histograms = [torch.zeros(model.config.block(layer).moe.n_experts + 1, dtype=torch.int64) for layer in layers]
     with evaluating(model):
         for inputs, targets_BT in batches:
-            output = model.run(inputs, boundary)
+            output = model.run(inputs, boundary, targets_BT)
             # Summed in fp64, batch by batch: the total of millions of losses must not depend on their order to the
             # digits we print.
-            losses_BT = token_losses(output.logits_BTV, targets_BT).double()
+            losses_BT = output.losses_BT.double()
             nats += losses_BT.sum().item()
             counted_T = (targets_BT != IGNORED_TARGET).flatten()
             if section_N is not None:

@@ -18,7 +18,6 @@ from attention.cache import HybridCache
 from attention.kinds import KINDS
 from attention.layer_states import LayerState
 from attention.norm import RMSNorm, describe_norm
-from attention.projection import project
 from attention.softmax import SoftmaxKind
 from foundation.exact_buffers import ExactBuffers
 from lm.config import ModelConfig
@@ -29,7 +28,8 @@ from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
 from triton_kernels.native.library import takes_many_rows
-from triton_kernels.native.loss import mean_head_loss
+from triton_kernels.native.loss import head_losses
+from triton_kernels.native.projection import project
 
 IGNORED_TARGET = -100
 # Adding many small updates to a bf16 residual stream loses them: measured, 0.15 nats at 100k tokens (notes/LOG.md).
@@ -44,11 +44,13 @@ class Output:
     Attributes:
         logits_BTV: [B, 0, V] of a call with targets.
         loss: mean of `token_losses`, fp32 scalar, of a call with targets; otherwise 0.
+        losses_BT: `token_losses` without gradient, of a call with targets.
     """
 
     logits_BTV: Tensor
     routings_of: Callable[[], tuple[Routing, ...]]
     loss: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
+    losses_BT: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 0))
 
     @cached_property
     def routings(self) -> tuple[Routing, ...]:
@@ -299,8 +301,8 @@ class LanguageModel(ExactBuffers):
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD).to(self._dtype)
         if targets_BT is None:
             return Output(project(x_BTD, self.head_VD), lambda: routings)
-        loss = _mean_loss(x_BTD, self.head_VD, targets_BT)
-        return Output(x_BTD.new_empty(len(x_BTD), 0, self.config.vocab_size), lambda: routings, loss)
+        no_logits_BTV = x_BTD.new_empty(len(x_BTD), 0, self.config.vocab_size)
+        return Output(no_logits_BTV, lambda: routings, *_losses(x_BTD, self.head_VD, targets_BT))
 
     def _run_blocks(
         self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None
@@ -335,16 +337,18 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return losses.view_as(targets_BT)
 
 
-def _mean_loss(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> Tensor:
-    """The mean of `token_losses` of x W^T."""
+def _losses(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """`Output.loss` and `Output.losses_BT` of x W^T."""
     if targets_BT.shape != x_BTD.shape[:2]:
         raise ValueError(f"targets: shape {tuple(targets_BT.shape)}, must be {tuple(x_BTD.shape[:2])}")
     if not takes_many_rows(x_BTD, head_VD) or targets_BT.dtype != torch.int64:
-        return token_losses(project(x_BTD, head_VD), targets_BT).mean()
+        losses_BT = token_losses(project(x_BTD, head_VD), targets_BT)
+        return losses_BT.mean(), losses_BT.detach()
     try:
-        return mean_head_loss(x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), ignored=IGNORED_TARGET)
+        loss, loss_T = head_losses(x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), ignored=IGNORED_TARGET)
     except ValueError:
         raise ValueError(_outside("targets", targets_BT, len(head_VD))) from None
+    return loss, loss_T.view_as(targets_BT)
 
 
 def _outside(name: str, ids_BT: Tensor, vocab_size: int) -> str:

@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foundation.exact_buffers import ExactBuffers
@@ -25,7 +24,8 @@ from routing.policies.top_k import TopK
 from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots
 from routing.selection_bias import updated_selection_bias
 from triton_kernels.experts.expert_slots import router_scores
-from triton_kernels.native.library import is_native
+from triton_kernels.experts.native import routes_natively
+from triton_kernels.native.projection import project
 
 SCORES = ("softmax", "sigmoid")
 
@@ -234,8 +234,7 @@ class Router(ExactBuffers):
         return losses
 
     def decide(self, scores: Scores) -> tuple[Slots, Tensor]:
-        """The policy's slots and their weight_TK; on a GPU one kernel gives both where the policy names a rule of
-        it."""
+        """The policy's slots and their weight_TK; one kernel gives both where the policy names a rule of it."""
         rule = self.policy.config.fused_rule
         if rule is None or not self.takes_the_kernel(scores):
             slots = self.policy.choose(scores)
@@ -248,10 +247,10 @@ class Router(ExactBuffers):
         return slots, slots.score_TK
 
     def takes_the_kernel(self, scores: Scores) -> bool:
-        """Whether a decision that a kernel can take is left to it: in fp32, on CUDA or for few tokens on a CPU, and not
-        dealt out anew."""
+        """Whether a decision that a kernel can take is left to it: in fp32, on CUDA or by the form in C on a CPU, and
+        not dealt out anew."""
         logits_TE = scores.logits_TE
-        here = logits_TE.is_cuda or is_native(logits_TE, len(logits_TE))
+        here = logits_TE.is_cuda or routes_natively(logits_TE, len(logits_TE))
         return here and logits_TE.dtype == torch.float32 and self.policy.dealt_T is None
 
     def _decide_fused(self, scores: Scores, rule: FusedRule) -> tuple[Slots, Tensor]:
@@ -267,7 +266,6 @@ class Router(ExactBuffers):
             score=self.config.score,
             renormalise=self.config.renormalise,
             floor=rule.floor,
-            backend="native" if is_native(logits_TE, len(logits_TE)) else "triton",
         )
         keep_TK = None if budget is None else fused.keep_TK
         return Slots(fused.expert_TK, fused.weight_TK, keep_TK), fused.level_TK
@@ -282,7 +280,7 @@ class Router(ExactBuffers):
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         null_weight_ZD = self.own_null_weight_ZD
         weight = self.weight_ED if null_weight_ZD is None else torch.cat([self.weight_ED, null_weight_ZD])
-        logits = F.linear(x_TD, weight.to(x_TD.dtype))
+        logits = project(x_TD, weight)
         self._refuse_non_finite(logits)
         return self.scores_of(x_TD, logits)
 

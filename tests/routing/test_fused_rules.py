@@ -1,7 +1,8 @@
-"""Policies whose rule the kernel knows (here in the interpreter): it decides as `Policy.select` does, over training
-steps, calibration and evaluation."""
+"""Policies whose rule the kernels know (in C, and in the interpreter): they decide as `Policy.select` does, over
+training steps, calibration and evaluation."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from routing.policies.threshold import ScoreThreshold
 from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
 from routing.router import Router, RouterConfig
+from triton_kernels.experts.expert_slots import router_scores
+from triton_kernels.native.library import native
 
 T, D, E = 19, 8, 11
 FUSED = [
@@ -81,10 +84,16 @@ def run(router: Router):
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("policy", FUSED, ids=repr)
-def test_the_kernel_decides_as_the_policy_does(policy, score, renormalise, monkeypatch):
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_kernel_decides_as_the_policy_does(backend, policy, score, renormalise, monkeypatch):
+    if backend == "native" and native().library is None:
+        pytest.skip(native().reason)
     config = RouterConfig(policy=policy, score=score, renormalise=renormalise, selection_bias_step=1e-3)
-    decided, computed = run(built(config))
+    with monkeypatch.context() as patch:
+        patch.setattr(Router, "takes_the_kernel", lambda self, scores: False)
+        decided, computed = run(built(config))
     monkeypatch.setattr(Router, "takes_the_kernel", lambda self, scores: True)
+    monkeypatch.setattr("routing.router.router_scores", partial(router_scores, backend=backend))
     # What is compared is the kernel, not the policy once more.
     monkeypatch.setattr(f"{type(policy).__module__}.{type(policy).__name__}Policy.select", None)
     decided_by_kernel, computed_by_kernel = run(built(config))
@@ -106,7 +115,7 @@ def test_a_calibration_out_of_reach_is_refused_and_forgotten(monkeypatch):
 
 @pytest.mark.parametrize("policy", FUSED, ids=repr)
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, True), (torch.bfloat16, True), (torch.float64, False)])
-def test_the_kernel_is_for_single_precision_on_cuda(policy, dtype, expected, monkeypatch):
+def test_the_kernel_is_for_single_precision_on_cuda(policy, dtype, expected, monkeypatch, without_native):
     router = built(RouterConfig(policy=policy))
     scores = router.scores(torch.zeros(2, D, dtype=dtype))
     assert not router.takes_the_kernel(scores)

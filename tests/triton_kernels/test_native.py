@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.norm import RMSNorm
-from attention.projection import project
 from triton_kernels.experts.expert_slots import RULES, SCORES, router_scores, sort_slots
 from triton_kernels.experts.grouped_mlp import grouped_mlp
 from triton_kernels.linear.linear_decode import delta_decode, lightning_decode
 from triton_kernels.native.library import linear, native, rms_norm
+from triton_kernels.native.projection import project
 from triton_kernels.softmax.native import rotary_at, softmax_decode_native
 
 pytestmark = pytest.mark.skipif(native().library is None, reason=native().reason)

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from triton_kernels.common.checks import check_backend, check_placed, check_range, check_tensors
-from triton_kernels.experts.native import router_scores_native, sort_slots_native
-from triton_kernels.native.library import is_native
+from triton_kernels.experts.native import router_scores_native, routes_natively, sort_slots_native
 
 SCORES, RULES = ("softmax", "sigmoid"), ("top_k", "top_p", "threshold")
 
@@ -64,7 +63,7 @@ def router_scores(
         )
     if not 0 <= floor <= k <= E:
         raise ValueError(f"router_scores: floor={floor}, k={k}, E={E}; they must not fall, from 0 on")
-    backend = check_backend(backend, logits_TE, native=is_native(logits_TE, logits_TE.shape[0], bias_E))
+    backend = check_backend(backend, logits_TE, native=routes_natively(logits_TE, len(logits_TE), bias_E))
     if backend == "native":
         return Slots(
             *router_scores_native(
@@ -161,8 +160,7 @@ def sort_slots(
     check_tensors("sort_slots", expert_TK=expert_TK, weight_TK=weight_TK, keep_TK=keep_TK)
     check_placed("sort_slots", expert_TK=expert_TK, weight_TK=weight_TK, keep_TK=keep_TK)
     check_range("sort_slots", "expert_TK", expert_TK, 0, n_experts - 1, keep_TK)
-    # Integers have no gradient: what the native form cannot take is seen by the weights.
-    native = padded is not True and expert_TK.dtype == torch.int64 and is_native(weight_TK, len(weight_TK))
+    native = padded is not True and expert_TK.dtype == torch.int64 and routes_natively(weight_TK, len(weight_TK))
     backend = check_backend(backend, expert_TK, native=native)
     if backend == "native":
         return Rows(*sort_slots_native(expert_TK, weight_TK, keep_TK, n_experts=n_experts))

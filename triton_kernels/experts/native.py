@@ -1,5 +1,5 @@
 """Routing and experts in C on a CPU: `router_scores`, `sort_slots` and `grouped_mlp` for the few tokens of a decode
-step, and `grouped_mlp` for many rows, forward and backward.
+step, and for many with gradients.
 
 Legend: T tokens, D model width, E experts, F expert width, F2 = 2F, K slots per token, N assigned rows.
 """
@@ -11,6 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from triton_kernels.native.library import call, is_native, native, takes_many_rows, threads, wide
+
+# Tokens of a piece, as in routing.c.
+ROUTED = 64
+
+
+def routes_natively(x: Tensor, n_tokens: int, *others: Tensor) -> bool:
+    """Whether `router_scores_native` and `sort_slots_native` take these: few tokens, or many with gradients."""
+    return is_native(x, n_tokens, *others) or takes_many_rows(x, *others)
 
 
 def router_scores_native(
@@ -25,23 +33,71 @@ def router_scores_native(
     floor: int,
 ) -> tuple[Tensor, ...]:
     """The fields of `router_scores`' `Slots` by the rule's number; equal scores: the lower expert first."""
+    given = (logits_TE, bias_E, float(threshold), k, floor, rule, score == "sigmoid", renormalise)
+    if torch.is_grad_enabled() and logits_TE.requires_grad:
+        return _Route.apply(*given)  # pyright: ignore[reportReturnType]
+    return _route(*given)
+
+
+def _route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    threshold: float,
+    k: int,
+    floor: int,
+    rule: int,
+    use_sigmoid: bool,
+    renormalise: bool,
+) -> tuple[Tensor, ...]:
     T, E = logits_TE.shape
     weight_TK, level_TK = torch.empty(2, T, k).unbind()
     expert_TK, keep_TK = torch.empty(T, k, dtype=torch.int64), torch.empty(T, k, dtype=torch.bool)
     call(
         "route",
-        *(wide(logits_TE), wide(bias_E), float(threshold)),
-        *(weight_TK, expert_TK, keep_TK, level_TK, torch.empty(3, E)),
+        *(wide(logits_TE), wide(bias_E), threshold),
+        *(weight_TK, expert_TK, keep_TK, level_TK, torch.empty(_pieces(T), 5, E)),
         *(T, E, k, floor),
-        *(rule, score == "sigmoid", renormalise),
+        *(rule, use_sigmoid, renormalise, threads()),
     )
     return weight_TK, expert_TK, keep_TK, level_TK
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TE: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        weight_TK, expert_TK, keep_TK, level_TK = _route(logits_TE, *options)
+        *_, ctx.use_sigmoid, ctx.renormalise = options
+        ctx.mark_non_differentiable(expert_TK, keep_TK, level_TK)
+        ctx.save_for_backward(wide(logits_TE), expert_TK, keep_TK)
+        return weight_TK, expert_TK, keep_TK, level_TK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_weight_TK: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits_TE, expert_TK, keep_TK = ctx.saved_tensors
+        (T, E), d_logits_TE = logits_TE.shape, torch.empty_like(logits_TE)
+        call(
+            "route_backward",
+            *(wide(d_weight_TK), logits_TE, expert_TK, keep_TK, d_logits_TE, torch.empty(_pieces(T), E)),
+            *(T, E, expert_TK.shape[1], ctx.use_sigmoid, ctx.renormalise, threads()),
+        )
+        return d_logits_TE, *(None,) * 7
+
+
+def _pieces(n_tokens: int) -> int:
+    return -(-n_tokens // ROUTED)
 
 
 def sort_slots_native(
     expert_TK: Tensor, weight_TK: Tensor, keep_TK: Tensor | None, *, n_experts: int
 ) -> tuple[Tensor, ...]:
     """The fields of `sort_slots`' `Rows`, dropped slots taken out."""
+    if torch.is_grad_enabled() and weight_TK.requires_grad:
+        return _SortSlots.apply(expert_TK, weight_TK, keep_TK, n_experts)  # pyright: ignore[reportReturnType]
+    return _sort_slots(expert_TK, weight_TK, keep_TK, n_experts)
+
+
+def _sort_slots(expert_TK: Tensor, weight_TK: Tensor, keep_TK: Tensor | None, n_experts: int) -> tuple[Tensor, ...]:
     T, K = expert_TK.shape
     weight_N = torch.empty(T * K)
     token_N, expert_N, row_of_slot_N = torch.empty(3, T * K, dtype=torch.int64).unbind()
@@ -54,6 +110,30 @@ def sort_slots_native(
     )
     weight_N, token_N, expert_N, row_of_slot_N = (x_N[:n] for x_N in (weight_N, token_N, expert_N, row_of_slot_N))
     return weight_N, token_N, expert_N, expert_offsets, token_offsets, row_of_slot_N
+
+
+class _SortSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, expert_TK: Tensor, weight_TK: Tensor, keep_TK: Tensor | None, n_experts: int
+    ) -> tuple[Tensor, ...]:
+        weight_N, *others = _sort_slots(expert_TK, weight_TK, keep_TK, n_experts)
+        ctx.mark_non_differentiable(*others)
+        ctx.save_for_backward(others[-1], keep_TK)
+        ctx.shape, ctx.dtype = weight_TK.shape, weight_TK.dtype
+        return weight_N, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_weight_N: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        row_of_slot_N, keep_TK = ctx.saved_tensors
+        # Kept slots in their order.
+        d_kept_N = d_weight_N.to(ctx.dtype)[row_of_slot_N]
+        if keep_TK is None:
+            return None, d_kept_N.view(ctx.shape), None, None
+        d_weight_TK = torch.zeros(ctx.shape, dtype=ctx.dtype)
+        d_weight_TK[keep_TK] = d_kept_N
+        return None, d_weight_TK, None, None
 
 
 def why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:

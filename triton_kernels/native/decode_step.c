@@ -56,7 +56,7 @@ static void *scratch_of(const Model *m, Scratch *s) {
         hidden = larger(hidden, 2 * l->d_shared), slots = larger(slots, l->slots),
         experts = larger(experts, l->experts);
     }
-    long reals = B * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots) + 3 * experts;
+    long reals = B * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots) + 5 * experts;
     char *memory = malloc((size_t)(B * slots) * (sizeof(int64_t) + 1) + (size_t)reals * sizeof(float));
     if (!memory) return NULL;
     s->expert = (int64_t *)memory;
@@ -65,7 +65,7 @@ static void *scratch_of(const Model *m, Scratch *s) {
     s->mixed = s->inner + B * inner, s->gate = s->mixed + B * mixed, s->decay = s->gate + B * mixed,
     s->hidden = s->decay + B * decay;
     s->weight = s->hidden + B * hidden, s->level = s->weight + B * slots, s->scores = s->level + B * slots;
-    s->keep = (uint8_t *)(s->scores + 3 * experts);
+    s->keep = (uint8_t *)(s->scores + 5 * experts);
     return memory;
 }
 
@@ -145,7 +145,7 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
         is_nan(l->aim, 1))
         return l - m->block + 1;
     route(logits, l->bias, l->threshold ? *l->threshold : 0.0f, s->weight, s->expert, s->keep, s->level, s->scores, B,
-          E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise);
+          E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise, 1);
     long rows = sort_slots(s->expert, s->weight, s->keep, row_weight, token, row_expert, expert_offsets, token_offsets,
                            row_of_slot, B, l->slots, E);
     if (rows < 0) return rows;

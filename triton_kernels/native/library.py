@@ -30,7 +30,7 @@ from foundation.source import user_cache
 SOURCES = [
     Path(__file__).with_name(f"{name}.c")
     for name in (
-        *("library", "few_tokens", "decode_step", "products"),
+        *("library", "few_tokens", "routing", "decode_step", "products", "projection"),
         *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss"),
     )
 ]
@@ -48,13 +48,16 @@ SIGNATURES: dict[str, list[type]] = {
     "linear": [P, LONG, P, P, LONG, LONG, LONG, INT],
     "experts": [*[P] * 9, *[LONG] * 5, INT],
     "sort_slots": [*[P] * 9, *[LONG] * 3],
-    "route": [P, P, FLOAT, *[P] * 5, *[LONG] * 4, *[INT] * 3],
+    "route": [P, P, FLOAT, *[P] * 5, *[LONG] * 4, *[INT] * 4],
+    "route_backward": [*[P] * 6, *[LONG] * 3, *[INT] * 3],
     "softmax_decode": [*[P] * 3, *[LONG] * 2, *[P] * 2, *[LONG] * 3, INT, *[P] * 5, *[FLOAT] * 2, *[LONG] * 5, P, INT],
     "delta_decode": [*[P] * 4, *[LONG] * 4, *[P] * 6, *[INT] * 3, FLOAT, *[LONG] * 5, P, INT],
     "lightning_decode": [P, LONG, P, P, P, *[LONG] * 4],
     "decode_step": [P, P, LONG, P, P, P, INT],
     "grouped_mlp_forward": [*[P] * 9, *[LONG] * 5, INT],
     "grouped_mlp_backward": [*[P] * 13, *[LONG] * 4, INT],
+    "project_rows": [*[P] * 3, *[LONG] * 3, INT],
+    "project_rows_backward": [*[P] * 5, *[LONG] * 3, INT],
     "newton_schulz": [P, P, *[LONG] * 7, FLOAT, FLOAT, INT],
     "head_loss": [*[P] * 6, *[LONG] * 4, INT],
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
@@ -64,7 +67,7 @@ SIGNATURES: dict[str, list[type]] = {
 # Rows, or an error below 0; the others return nothing.
 RETURNING = (
     *("experts", "sort_slots", "softmax_decode", "decode_step", "grouped_mlp_forward", "grouped_mlp_backward"),
-    *("newton_schulz", "softmax_forward", "softmax_backward", "head_loss"),
+    *("project_rows", "project_rows_backward", "newton_schulz", "softmax_forward", "softmax_backward", "head_loss"),
 )
 
 

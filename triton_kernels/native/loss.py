@@ -12,39 +12,43 @@ from torch.autograd.function import once_differentiable
 from triton_kernels.native.library import call, threads, wide
 
 
-def mean_head_loss(x_TD: Tensor, head_VD: Tensor, target_T: Tensor, *, ignored: int) -> Tensor:
-    """Mean over all T tokens of the cross-entropy of x W^T in nats, all fp32; a token whose target is `ignored` counts
-    as 0.
+def head_losses(x_TD: Tensor, head_VD: Tensor, target_T: Tensor, *, ignored: int) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of x W^T in nats, all fp32: its mean over all T tokens, and that of each token, which has no
+    gradient. A token whose target is `ignored` counts as 0.
 
     Raises:
         ValueError: for another target outside the vocabulary.
     """
-    loss = _HeadLoss.apply(x_TD, head_VD, target_T, ignored)
-    assert isinstance(loss, Tensor)
-    return loss
+    if torch.is_grad_enabled() and (x_TD.requires_grad or head_VD.requires_grad):
+        return _HeadLoss.apply(x_TD, head_VD, target_T, ignored)  # pyright: ignore[reportReturnType]
+    loss_T = _losses(wide(x_TD), wide(head_VD), target_T, ignored, (None, None))
+    return loss_T.mean(), loss_T
+
+
+def _losses(
+    x_TD: Tensor, head_VD: Tensor, target_T: Tensor, ignored: int, gradients: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """Fills in the gradients of the mean."""
+    (T, D), V, loss_T = x_TD.shape, len(head_VD), torch.empty(len(x_TD))
+    call("head_loss", x_TD, head_VD, target_T.contiguous(), loss_T, *gradients, T, V, D, ignored, threads())
+    return loss_T
 
 
 class _HeadLoss(torch.autograd.Function):
     """Computes the gradients together with the loss, while the logits are there, and keeps them for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, head_VD: Tensor, target_T: Tensor, ignored: int) -> Tensor:
-        x_TD, head_VD, loss_T = wide(x_TD), wide(head_VD), torch.empty(len(x_TD))
-        gradients = (None, None)
-        if any(ctx.needs_input_grad):
-            gradients = torch.empty_like(x_TD), torch.empty_like(head_VD)
-        sizes = (*x_TD.shape, len(head_VD))
-        call(
-            "head_loss",
-            *(x_TD, head_VD, target_T.contiguous(), loss_T, *gradients),
-            *(sizes[0], sizes[2], sizes[1], ignored, threads()),
-        )
+    def forward(ctx: Any, x_TD: Tensor, head_VD: Tensor, target_T: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+        x_TD, head_VD = wide(x_TD), wide(head_VD)
+        gradients = torch.empty_like(x_TD), torch.empty_like(head_VD)
+        loss_T = _losses(x_TD, head_VD, target_T, ignored, gradients)
         ctx.save_for_backward(*gradients)
-        return loss_T.mean()
+        ctx.mark_non_differentiable(loss_T)
+        return loss_T.mean(), loss_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         dx_TD, d_head_VD = ctx.saved_tensors
         # Training's own case is 1, and then there is nothing to multiply.
         if d_loss != 1:

@@ -1,0 +1,158 @@
+/* A router on a CPU, from its logits to rows sorted by expert, with the gradient of the weights; for the tokens of a
+ * decode step and for those of training alike. Legend as in few_tokens.c.
+ */
+
+/* Tokens of a piece. */
+enum { ROUTED = 64 };
+enum { TOP_K, TOP_P, THRESHOLD };
+
+/* ---- A decision, as router_scores describes it ---- */
+
+typedef struct {
+    const float *logits, *bias;
+    float threshold, *weight;
+    int64_t *expert;
+    uint8_t *keep;
+    float *level, *scratch; /* scratch: [pieces, 5, E] */
+    long tokens, experts, k, floor;
+    int rule, use_sigmoid, renormalise;
+} Routes;
+
+static float at_least_tiny(float sum) { return sum < 1.17549435e-38f ? 1.17549435e-38f : sum; }
+
+/* An integer that is the larger the sooner an expert is taken: by its number, a NaN before all as in torch.topk, equal
+ * ones in order. Maxima of integers have no branch to mistake. */
+typedef int64_t Rank __attribute__((aligned(4), may_alias)); /* lies in scratch of floats */
+
+static inline Rank rank_of(float number, long expert) {
+    float positive_zero = number + 0.0f;
+    int32_t bits;
+    memcpy(&bits, &positive_zero, 4);
+    bits = number != number ? INT32_MAX : bits ^ (bits >> 31 & INT32_MAX);
+    return (Rank)((uint64_t)(uint32_t)bits << 32 | (uint32_t)(INT32_MAX - expert));
+}
+
+static inline long expert_of(Rank rank) { return INT32_MAX - (int64_t)(uint32_t)rank; }
+
+static void softmax_of(const float *restrict logits, float *restrict mass, long n) {
+    float most = most_of(logits, n);
+    for (long e = 0; e < n; e++) mass[e] = exp_fp32(logits[e] - most);
+    float total = sum_of(mass, n);
+    for (long e = 0; e < n; e++) mass[e] /= total;
+}
+
+static void route_token(const Routes *m, long t, float *score, float *selection, float *mass, Rank *rank) {
+    long E = m->experts, k = m->k;
+    const float *logits = m->logits + t * E;
+    int64_t *expert = m->expert + t * k;
+    float *weight = m->weight + t * k, *level = m->level + t * k, ahead = 0, sum = 0;
+    uint8_t *keep = m->keep + t * k;
+    softmax_of(logits, mass, E);
+    for (long e = 0; e < E; e++) score[e] = m->use_sigmoid ? sigmoid(logits[e]) : mass[e];
+    for (long e = 0; e < E; e++) selection[e] = score[e] + m->bias[e];
+    for (long e = 0; e < E; e++) rank[e] = rank_of(selection[e], e);
+    for (long slot = 0; slot < k; slot++) {
+        Rank most = INT64_MIN;
+        for (long e = 0; e < E; e++) most = rank[e] > most ? rank[e] : most;
+        long best = expert[slot] = expert_of(most);
+        rank[best] = INT64_MIN;
+        float here = m->rule == TOP_P ? ahead : -selection[best];
+        level[slot] = slot < m->floor || m->rule == TOP_K ? -INFINITY : here;
+        keep[slot] = !(level[slot] > m->threshold);
+        weight[slot] = selection[best] != selection[best] ? NAN : keep[slot] ? score[best] : 0.0f;
+        ahead += mass[best];
+        sum += weight[slot];
+    }
+    if (m->renormalise)
+        for (long slot = 0; slot < k; slot++) weight[slot] /= at_least_tiny(sum);
+}
+
+static void route_piece(void *job, long index) {
+    Routes *m = job;
+    float *rank = m->scratch + index * 5 * m->experts, *score = rank + 2 * m->experts;
+    for (long t = index * ROUTED; t < m->tokens && t < (index + 1) * ROUTED; t++)
+        route_token(m, t, score, score + m->experts, score + 2 * m->experts, (Rank *)rank);
+}
+
+void route(const float *logits, const float *bias, float threshold, float *weight, int64_t *expert, uint8_t *keep,
+           float *level, float *scratch, long tokens, long experts, long k, long floor, int rule, int use_sigmoid,
+           int renormalise, int threads) {
+    Routes job = {logits, bias,    threshold, weight, expert, keep,        level,      scratch,
+                  tokens, experts, k,         floor,  rule,   use_sigmoid, renormalise};
+    in_pieces(route_piece, &job, (tokens + ROUTED - 1) / ROUTED, threads);
+}
+
+/* ---- Its gradient: of the kept slots' weights with respect to all logits ---- */
+
+typedef struct {
+    const float *d_weight, *logits;
+    const int64_t *expert;
+    const uint8_t *keep;
+    float *d_logits, *scratch; /* scratch: [pieces, E] */
+    long tokens, experts, k;
+    int use_sigmoid, renormalise;
+} RouteGradient;
+
+static void route_gradient_piece(void *job, long index) {
+    RouteGradient *m = job;
+    long E = m->experts, k = m->k;
+    float *restrict score = m->scratch + index * E;
+    for (long t = index * ROUTED; t < m->tokens && t < (index + 1) * ROUTED; t++) {
+        const float *logits = m->logits + t * E, *d_weight = m->d_weight + t * k;
+        const int64_t *expert = m->expert + t * k;
+        const uint8_t *keep = m->keep + t * k;
+        float *restrict d_logits = m->d_logits + t * E, sum = 0, along = 0, spread = 0;
+        if (!m->use_sigmoid) softmax_of(logits, score, E);
+        else
+            for (long e = 0; e < E; e++) score[e] = sigmoid(logits[e]);
+        memset(d_logits, 0, (size_t)E * sizeof(float));
+        for (long slot = 0; slot < k; slot++)
+            if (keep[slot]) sum += score[expert[slot]], along += d_weight[slot] * score[expert[slot]];
+        float by = m->renormalise ? 1.0f / at_least_tiny(sum) : 1.0f;
+        along = m->renormalise ? along * by : 0.0f;
+        for (long slot = 0; slot < k; slot++) {
+            if (!keep[slot]) continue;
+            d_logits[expert[slot]] = (d_weight[slot] - along) * by;
+            spread += d_logits[expert[slot]] * score[expert[slot]];
+        }
+        for (long e = 0; e < E; e++)
+            d_logits[e] =
+                m->use_sigmoid ? d_logits[e] * score[e] * (1.0f - score[e]) : score[e] * (d_logits[e] - spread);
+    }
+}
+
+void route_backward(const float *d_weight, const float *logits, const int64_t *expert, const uint8_t *keep,
+                    float *d_logits, float *scratch, long tokens, long experts, long k, int use_sigmoid,
+                    int renormalise, int threads) {
+    RouteGradient job = {d_weight, logits,  expert, keep,        d_logits,   scratch,
+                         tokens,   experts, k,      use_sigmoid, renormalise};
+    in_pieces(route_gradient_piece, &job, (tokens + ROUTED - 1) / ROUTED, threads);
+}
+
+/* ---- Slots into rows, as sort_slots describes it ---- */
+
+/* keep may be NULL. Returns the number of rows, or an error. */
+long sort_slots(const int64_t *expert, const float *weight, const uint8_t *keep, float *row_weight, int64_t *token,
+                int64_t *row_expert, int64_t *expert_offsets, int64_t *token_offsets, int64_t *row_of_slot, long tokens,
+                long k, long n_experts) {
+    long rows = 0;
+    memset(expert_offsets, 0, (size_t)(n_experts + 1) * sizeof(int64_t));
+    for (long i = 0; i < tokens * k; i++) {
+        if (i % k == 0) token_offsets[i / k] = rows;
+        if (keep && !keep[i]) continue;
+        if (expert[i] < 0 || expert[i] >= n_experts) return OUT_OF_RANGE;
+        expert_offsets[expert[i] + 1]++;
+        rows++;
+    }
+    token_offsets[tokens] = rows;
+    for (long e = 0; e < n_experts; e++) expert_offsets[e + 1] += expert_offsets[e];
+    /* Each offset moves on as its rows are filled, and comes to lie where the next one began. */
+    for (long i = 0, slot = 0; i < tokens * k; i++) {
+        if (keep && !keep[i]) continue;
+        long row = expert_offsets[expert[i]]++;
+        row_weight[row] = weight[i], token[row] = i / k, row_expert[row] = expert[i], row_of_slot[slot++] = row;
+    }
+    memmove(expert_offsets + 1, expert_offsets, (size_t)n_experts * sizeof(int64_t));
+    expert_offsets[0] = 0;
+    return rows;
+}
