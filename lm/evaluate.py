@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lm.model import IGNORED_TARGET, LanguageModel
-from triton_kernels.native.library import torch_by_one_thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +98,11 @@ def evaluate(
 
 @contextlib.contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Puts the model into evaluation mode, and back; see `torch_by_one_thread`."""
+    """Puts the model into evaluation mode, and back; see `LanguageModel.its_threads`."""
     was_training = model.training
     model.eval()
     try:
-        with torch_by_one_thread() if model.mostly_in_c() else contextlib.nullcontext():
+        with model.its_threads():
             yield
     finally:
         model.train(was_training)

@@ -3,6 +3,7 @@
 Legend: B batch, T tokens, D model width, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -27,7 +28,7 @@ from moe.layer import MoE
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
-from triton_kernels.native.library import takes_many_rows
+from triton_kernels.native.library import takes_many_rows, torch_by_one_thread
 from triton_kernels.native.loss import head_losses
 from triton_kernels.native.projection import project
 
@@ -271,6 +272,10 @@ class LanguageModel(ExactBuffers):
         softmax = all(isinstance(KINDS[letter], SoftmaxKind) for letter in self.config.plan.letters)
         return softmax and self._dtype == torch.float32 and takes_many_rows(self.head_VD)
 
+    def its_threads(self) -> contextlib.AbstractContextManager[None]:
+        """Around training and evaluation: see `torch_by_one_thread`, where the model is mostly in C."""
+        return torch_by_one_thread() if self.mostly_in_c() else contextlib.nullcontext()
+
     def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
         """An empty cache for `max_length` tokens of each of `batch_size` sequences, on the model's device."""
         return HybridCache(
@@ -302,7 +307,7 @@ class LanguageModel(ExactBuffers):
         if targets_BT is None:
             return Output(project(x_BTD, self.head_VD), lambda: routings)
         no_logits_BTV = x_BTD.new_empty(len(x_BTD), 0, self.config.vocab_size)
-        return Output(no_logits_BTV, lambda: routings, *_losses(x_BTD, self.head_VD, targets_BT))
+        return Output(no_logits_BTV, lambda: routings, *mean_and_token_losses(x_BTD, self.head_VD, targets_BT))
 
     def _run_blocks(
         self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None
@@ -337,8 +342,12 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return losses.view_as(targets_BT)
 
 
-def _losses(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """`Output.loss` and `Output.losses_BT` of x W^T."""
+def mean_and_token_losses(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """`Output.loss` and `Output.losses_BT` of the logits x W^T.
+
+    Raises:
+        ValueError: for targets of another shape, or see `token_losses`.
+    """
     if targets_BT.shape != x_BTD.shape[:2]:
         raise ValueError(f"targets: shape {tuple(targets_BT.shape)}, must be {tuple(x_BTD.shape[:2])}")
     if not takes_many_rows(x_BTD, head_VD) or targets_BT.dtype != torch.int64:

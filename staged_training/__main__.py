@@ -1,6 +1,7 @@
 """`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it.
 `parallel`: one model, one stage, in several processes under torchrun. `sweep`: optimizers and learning rates on equal
-terms. `diagnostics`: what the routers of a run did, by layer and over time.
+terms. `diagnostics`: what the routers of a run did, by layer and over time. `profile`: where a training step and a
+decode step spend their time.
 
 Started again by the same command it continues where it was, or says that it is finished. A stop signal leaves
 everything saved; exit codes are those of `foundation.command`.
@@ -27,6 +28,7 @@ from staged_training.diagnostics import DiagnosticsConfig, show_diagnostics
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.parallel import ParallelConfig, train_in_parallel
+from staged_training.profile import ProfileConfig, profile
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 from staged_training.sweep import SweepConfig, sweep
 
@@ -85,7 +87,7 @@ def run(config: RunConfig) -> None:
         execution.branch(branch)
 
 
-def run_any(config: RunConfig | ParallelConfig | SweepConfig | DiagnosticsConfig) -> None:
+def run_any(config: RunConfig | ParallelConfig | SweepConfig | DiagnosticsConfig | ProfileConfig) -> None:
     """What each configuration asks for."""
     if isinstance(config, RunConfig):
         run(config)
@@ -93,6 +95,8 @@ def run_any(config: RunConfig | ParallelConfig | SweepConfig | DiagnosticsConfig
         train_in_parallel(config)
     elif isinstance(config, SweepConfig):
         sweep(config)
+    elif isinstance(config, ProfileConfig):
+        profile(config)
     else:
         show_diagnostics(config)
 
@@ -100,7 +104,13 @@ def run_any(config: RunConfig | ParallelConfig | SweepConfig | DiagnosticsConfig
 def main(arguments: list[str] | None = None) -> None:
     run_command(
         lambda given: tyro.extras.subcommand_cli_from_dict(
-            {"run": RunConfig, "parallel": ParallelConfig, "sweep": SweepConfig, "diagnostics": DiagnosticsConfig},
+            {
+                "run": RunConfig,
+                "parallel": ParallelConfig,
+                "sweep": SweepConfig,
+                "diagnostics": DiagnosticsConfig,
+                "profile": ProfileConfig,
+            },
             prog="python -m staged_training",
             description=__doc__,
             args=given,

@@ -135,7 +135,8 @@ def prefix_activations(model: LanguageModel, tokens_BT: Tensor, boundary: int) -
     were_training = [block.training for block in frozen]
     for block in frozen:
         block.eval()
-    x_BTD = model.prefix(tokens_BT, boundary)
+    with model.its_threads():
+        x_BTD = model.prefix(tokens_BT, boundary)
     for block, was_training in zip(frozen, were_training):
         block.train(was_training)
     return x_BTD

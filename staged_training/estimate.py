@@ -1,11 +1,15 @@
 """What a plan will take in time and memory, measured on a few of its own steps before it starts."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from foundation.environment import peak_memory
 from foundation.timing import median_seconds
+from lm.evaluate import evaluate
 from lm.model import LanguageModel
 from staged_training.data import prefix_activations
 from staged_training.execute import Execution
@@ -18,7 +22,7 @@ from staged_training.step import clipped_gradients
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Seconds of what is left to run, by kind of work, and the peak memory of the process (of the GPU, where there is
-    one) in bytes."""
+    one) in bytes. The trunk's evaluation is in the trunk's."""
 
     trunk: float
     caching: float
@@ -41,12 +45,15 @@ class Estimate:
         )
 
 
-def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
-    """Times `steps` steps of the trunk, of each method and of the frozen prefix on untrained weights, after one step to
-    warm up.
+def estimate(execution: Execution, *, steps: int = 3, jobs: int = 1) -> Estimate:
+    """Times `steps` steps of the trunk, of each method and of the frozen prefix, and as many batches of their
+    evaluation, on untrained weights, after one step to warm up.
 
     What is finished counts nothing, a stage under way counts whole. Nothing is written, and no state of the run is
     touched.
+
+    Args:
+        jobs: branches that run side by side and share the threads; the trunk has them all.
     """
     plan = execution.plan
     trunk_done = (execution.trunk_folder / RESULT).exists()
@@ -56,31 +63,48 @@ def estimate(execution: Execution, *, steps: int = 2) -> Estimate:
     tokens_BT, targets_BT = execution.train_tokens[0]
     boundary, n_valid = plan.boundary, len(execution.valid_tokens)
 
-    trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
-    step_seconds = 0.0 if trunk_done else _training(trunk, execution, tokens_BT, targets_BT, 0, steps)
-    trunk.requires_grad_(False).eval()
-    prefix_seconds = (
-        _typical(lambda: prefix_activations(trunk, tokens_BT, boundary), execution, steps)
-        if boundary and pending
-        else 0.0
-    )
-    x_BTD = prefix_activations(trunk, tokens_BT, boundary) if boundary else tokens_BT
-    method_seconds = {}
-    for branch in {branch.method: branch for branch in pending}.values():
-        method_seconds[branch.method] = _training(fork(trunk, branch), execution, x_BTD, targets_BT, boundary, steps)
-
     cached = execution.config.cache and boundary > 0
-    recomputed = 0.0 if cached else prefix_seconds
-    n_cached = n_valid + max((branch.stage.n_batches for branch in pending), default=0)
-    # A forward pass is a third of a step's products.
-    evaluated = step_seconds / 3 + sum(method_seconds[branch.method] / 3 + recomputed for branch in pending)
+    trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
+    trunk_seconds = 0.0
+    if not trunk_done:
+        trunk_seconds = _training(trunk, execution, tokens_BT, targets_BT, 0, steps) * plan.trunk.n_batches
+        trunk_seconds += _evaluating(trunk, execution, tokens_BT, targets_BT, 0, steps) * n_valid
+    trunk.requires_grad_(False).eval()
+
+    def prefix() -> float:
+        if not boundary or not pending:
+            return 0.0
+        return _typical(trunk, lambda: prefix_activations(trunk, tokens_BT, boundary), execution, steps)
+
+    caching = prefix() * (n_valid + max((branch.stage.n_batches for branch in pending), default=0)) if cached else 0.0
+    x_BTD = prefix_activations(trunk, tokens_BT, boundary) if boundary else tokens_BT
+    branches = evaluation = 0.0
+    with _share_of_threads(jobs):
+        recomputed = 0.0 if cached else prefix()
+        for branch in {branch.method: branch for branch in pending}.values():
+            model, same = fork(trunk, branch), [each for each in pending if each.method == branch.method]
+            step = _training(model, execution, x_BTD, targets_BT, boundary, steps) + recomputed
+            branches += step * sum(each.stage.n_batches for each in same) / jobs
+            batch = _evaluating(model, execution, x_BTD, targets_BT, boundary, steps) + recomputed
+            evaluation += batch * n_valid * len(same) / jobs
     return Estimate(
-        trunk=step_seconds * plan.trunk.n_batches,
-        caching=prefix_seconds * n_cached if cached else 0.0,
-        branches=sum((method_seconds[branch.method] + recomputed) * branch.stage.n_batches for branch in pending),
-        evaluation=evaluated * n_valid,
+        trunk=trunk_seconds,
+        caching=caching,
+        branches=branches,
+        evaluation=evaluation,
         peak_bytes=peak_memory(execution.device),
     )
+
+
+@contextlib.contextmanager
+def _share_of_threads(jobs: int) -> Iterator[None]:
+    """As many threads as each of `jobs` processes has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _training(
@@ -96,9 +120,17 @@ def _training(
         update(optimizer, 1e-5)
         model.after_step(boundary)
 
-    return _typical(step, execution, steps)
+    return _typical(model, step, execution, steps)
 
 
-def _typical(work: Callable[[], Any], execution: Execution, steps: int) -> float:
+def _evaluating(
+    model: LanguageModel, execution: Execution, inputs: Any, targets_BT: Any, boundary: int, steps: int
+) -> float:
+    batch = [(inputs, targets_BT)]
+    return _typical(model, lambda: evaluate(model, batch, n_bytes=1, boundary=boundary), execution, steps)
+
+
+def _typical(model: LanguageModel, work: Callable[[], Any], execution: Execution, steps: int) -> float:
     """Median seconds; the first call, which also allocates and compiles, does not count."""
-    return median_seconds(work, repeats=steps, warm_up=1, device=execution.device.type)
+    with model.its_threads():
+        return median_seconds(work, repeats=steps, warm_up=1, device=execution.device.type)

@@ -7,7 +7,6 @@ Everything a step depends on is the state of the last checkpoint, the configurat
 was killed and started again by the same command goes through the same numbers, bit for bit.
 """
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -28,7 +27,6 @@ from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
 from staged_training.run import Run
 from staged_training.step import clipped_gradients
-from triton_kernels.native.library import torch_by_one_thread
 
 
 class NonFiniteLossError(CannotGoOn):
@@ -101,7 +99,7 @@ def train_stage(
 
     metrics = processes.metrics(run.folder, step)
     model.train()
-    with StopSignals() as stop, torch_by_one_thread() if model.mostly_in_c() else contextlib.nullcontext():
+    with StopSignals() as stop, model.its_threads():
         while step < stage.n_batches:
             began = time.perf_counter()
             learning_rate = stage.schedule.value(step, stage.n_batches)

@@ -161,7 +161,11 @@ def run_in_turn(job: Job, executions: list[SharedExecution]) -> None:
 
 
 def run_comparison(
-    methods: list[Method], options: Options, run: Callable[[Job, list[SharedExecution]], None] = run_in_turn
+    methods: list[Method],
+    options: Options,
+    run: Callable[[Job, list[SharedExecution]], None] = run_in_turn,
+    *,
+    jobs: int = 1,
 ) -> Path | None:
     """Runs whatever of the comparison is not finished.
 
@@ -169,6 +173,7 @@ def run_comparison(
         methods: the baseline first, see `find_methods`.
         options: of the whole comparison.
         run: does it, given one execution per trunk.
+        jobs: runs that it has side by side on this machine, which the estimate counts with.
 
     Returns:
         The folder of the comparison; None after a dry run.
@@ -185,7 +190,8 @@ def run_comparison(
     print(plan, flush=True)
     for execution in executions:
         if not execution.finished:
-            print(f"trunk {execution.plan.trunk_seed}: {with_budgets(estimate(execution), execution, job)}", flush=True)
+            estimated = with_budgets(estimate(execution, jobs=jobs), execution, job)
+            print(f"trunk {execution.plan.trunk_seed}: {estimated}", flush=True)
     if options.dry_run:
         here = environment(data_hash=job.plans[0].corpus.content_hash)
         print(json.dumps({"options": to_dict(options), "environment": here}, indent=2))

@@ -44,7 +44,8 @@ def run_side_by_side(methods: list[Method], options: Options) -> Path | None:
         # Ahead of everything else: it refuses what the cluster cannot be asked.
         executor = slurm_executor(options)
         return run_comparison(methods, options, lambda job, executions: run_in_jobs(job, executions, executor))
-    return run_comparison(methods, options, run_in_turn if jobs_of(options) == 1 else run_in_shares)
+    jobs = jobs_of(options)
+    return run_comparison(methods, options, run_in_turn if jobs == 1 else run_in_shares, jobs=jobs)
 
 
 def jobs_of(options: Options) -> int:

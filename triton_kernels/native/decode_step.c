@@ -37,7 +37,32 @@ typedef struct {
     const float *embedding, *norm, *head;
     long blocks, vocabulary, width, batch;
     float eps;
+    double *seconds; /* by part, added to; NULL where nobody asks */
 } Model;
+
+/* In the order of `PARTS` in decode_step.py. */
+enum { PROJECTIONS, MIXING, ROUTER, EXPERTS, NORMS, HEAD };
+
+/* What has passed since `*since` was the part's. */
+static void lap(const Model *m, int part, double *since) {
+    if (!m->seconds) return;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    double seconds = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+    m->seconds[part] += seconds - *since;
+    *since = seconds;
+}
+
+/* Begins to count. */
+static double lap_from_here(const Model *m) {
+    double since = 0;
+    if (m->seconds) {
+        double before = m->seconds[HEAD];
+        lap(m, HEAD, &since);
+        m->seconds[HEAD] = before;
+    }
+    return since;
+}
 
 typedef struct {
     float *x, *normed, *y, *inner, *mixed, *gate, *decay, *hidden, *weight, *level, *scores;
@@ -133,7 +158,8 @@ static int is_nan(const float *x, long n) {
  * slot of each row [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was
  * routed [B, D] and its logits [B, E]. Returns the number of the block, from 1, where scores are not finite or compared
  * with a NaN. */
-static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, int threads) {
+static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, double *since,
+                         int threads) {
     long B = m->batch, D = m->width, E = l->experts, n = B * l->slots, F = l->d_shared;
     int64_t *token = whole + l->whole_at, *row_expert = token + n, *row_of_slot = row_expert + n,
             *expert_offsets = row_of_slot + n;
@@ -149,6 +175,7 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
     long rows = sort_slots(s->expert, s->weight, s->keep, row_weight, token, row_expert, expert_offsets, token_offsets,
                            row_of_slot, B, l->slots, E);
     if (rows < 0) return rows;
+    lap(m, ROUTER, since);
     long error = experts(x, l->gate_up, l->down, token, row_weight, expert_offsets, token_offsets, row_of_slot, s->y, B,
                          rows, E, D, l->d_expert, threads);
     if (error || !F) return error;
@@ -178,21 +205,30 @@ long decode_step(const Model *m, const int64_t *token, long position, float *log
     void *memory = scratch_of(m, &s);
     if (!memory) return NO_MEMORY;
     for (long b = 0; b < B; b++) memcpy(s.x + b * D, m->embedding + token[b] * D, (size_t)D * sizeof(float));
+    double since = lap_from_here(m);
     for (const Block *l = m->block; l < m->block + m->blocks && !error; l++) {
         normed_or_copied(s.x, l->attention_norm, s.normed, m);
+        lap(m, NORMS, &since);
         linear(s.normed, D, l->to_inner, s.inner, B, D, l->inner, threads);
+        lap(m, PROJECTIONS, &since);
         if ((error = mix(l, m, &s, position, threads))) break;
+        lap(m, MIXING, &since);
         linear(s.mixed, l->heads * l->value, l->to_out, s.y, B, l->heads * l->value, D, threads);
+        lap(m, PROJECTIONS, &since);
         if (l->attention_out_norm) rms_norm(s.y, l->attention_out_norm, s.y, B, D, m->eps);
         add(s.x, s.y, B * D);
         normed_or_copied(s.x, l->moe_norm, s.normed, m);
-        if ((error = route_tokens(l, m, &s, whole, real, threads))) break;
+        lap(m, NORMS, &since);
+        if ((error = route_tokens(l, m, &s, whole, real, &since, threads))) break;
+        lap(m, EXPERTS, &since);
         if (l->moe_out_norm) rms_norm(s.y, l->moe_out_norm, s.y, B, D, m->eps);
         add(s.x, s.y, B * D);
     }
     if (!error) {
         rms_norm(s.x, m->norm, s.normed, B, D, m->eps);
+        lap(m, NORMS, &since);
         linear(s.normed, D, m->head, logits, B, D, m->vocabulary, threads);
+        lap(m, HEAD, &since);
     }
     free(memory);
     return error;

@@ -18,6 +18,8 @@ from triton_kernels.native.library import FLOAT, LONG, P
 
 SOFTMAX, DELTA, LIGHTNING = range(3)
 FACTS = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
+# What `NativeModel.seconds` counts, fp64, in this order; sums of the residual stream with what they stand beside.
+PARTS = ("projections", "mixing", "router", "experts", "norms", "head")
 WEIGHTS, ACTIVATIONS = (torch.float32,), (torch.float32, torch.bfloat16)
 
 
@@ -54,6 +56,7 @@ class NativeModel(ctypes.Structure):
         *((name, P) for name in ("embedding", "norm", "head")),
         *((name, LONG) for name in ("blocks", "vocabulary", "width", "batch")),
         ("eps", FLOAT),
+        ("seconds", P),
     ]
 
 

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { MOST_ROWS = 8, NO_MEMORY = -1, OUT_OF_RANGE = -2 };
 
