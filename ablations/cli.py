@@ -14,20 +14,18 @@ from typing import Annotated, Literal
 import tyro
 
 from ablations.agreement.options import AgreementOptions
-from ablations.agreement.report import agreement_study
 from ablations.comparison.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
 from ablations.comparison.calibration import CALIBRATION_FILE, CalibrationRow, calibration_rows, calibration_text
 from ablations.comparison.options import Options
 from ablations.comparison.records import read_records
 from ablations.comparison.registry import all_methods, find_methods
 from ablations.comparison.shares import run_side_by_side
-from ablations.difficulty.analysis import AnalysisOptions, analyse
+from ablations.difficulty.options import AnalysisOptions
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.gate.decision import GateConfig
 from ablations.gate.exits import Verdict, errors_apart, progress_on_stderr
 from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
-from ablations.report.report import show
 from ablations.report.run_folders import prune_command, runs_command
 from foundation.command import deferred, run_command
 from foundation.numbers import objection
@@ -98,7 +96,7 @@ def compare(methods: list[Method], options: Options) -> Path | None:
         ValueError, foundation.stopping.Interrupted: see `run_side_by_side`.
     """
     folder = run_side_by_side(methods, options)
-    return None if folder is None else show(folder)
+    return None if folder is None else _show(folder)
 
 
 def gate_command(
@@ -127,7 +125,16 @@ def report_command(folder: tyro.conf.Positional[Path]) -> None:
     Args:
         folder: of the comparison, `runs/comparisons/<hash>`.
     """
-    show(folder)
+    _show(folder)
+
+
+# Figures and statistics take two seconds to import, which the processes of every run, and `list`, need not wait.
+
+
+def _show(folder: Path) -> Path:
+    from ablations.report.report import show
+
+    return show(folder)
 
 
 def budgets_command(methods: Names, options: FlatOptions, last_steps: int = 50) -> None:
@@ -176,12 +183,16 @@ def difficulty_command(
     if phase != "analyse":
         train(training)
     if phase != "train":
+        from ablations.difficulty.analysis import analyse
+
         analyse(training.out, analysis)
 
 
 def agreement_command(options: Annotated[AgreementOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Do cheap comparisons order arms as full runs do? Train every arm whole and in every cheap setting, then compare.
     Prints its cost first; what is finished is not trained again."""
+    from ablations.agreement.report import agreement_study
+
     agreement_study(options)
 
 

@@ -129,6 +129,8 @@ def _schedule(stage: Stage) -> str:
 
 def _optimizer(config: OptimizerConfig) -> str:
     decay = f"weight decay {config.weight_decay:g}, gradients clipped at {config.clip:g}"
+    if config.embedding_rate != 1:
+        decay = f"the embedding at {config.embedding_rate:g} times the rate; {decay}"
     if config.kind == "adamw":
         return f"AdamW, {decay}"
     routers = ", routers" if config.muon_routers else ""

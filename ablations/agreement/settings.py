@@ -4,6 +4,7 @@ import dataclasses
 from itertools import product
 
 from ablations.comparison.options import ModelOptions
+from ablations.comparison.reliability import form_of
 from foundation.serialize import nearest
 from staged_training.schedule import Anneal
 from staged_training.staging import StagingConfig
@@ -34,8 +35,8 @@ class Setting:
         """In tables and on the command line: `fork85_freeze50_decay`."""
         if self.trunk_share is None:
             return "smaller_model"
-        rate = "_small_rate" if self.small_rate else ""
-        return f"fork{100 * self.trunk_share:.0f}_freeze{100 * self.freeze:.0f}_{self.anneal}{rate}"
+        form = form_of(self.staging(StagingConfig()))
+        return f"{form}_small_rate" if self.small_rate else form
 
     def staging(self, full: StagingConfig) -> StagingConfig:
         """How the budget of a full run is spent instead."""

@@ -8,8 +8,6 @@ runs, so each size is a statement of its own.
 import dataclasses
 from collections.abc import Sequence
 
-from scipy import stats
-
 from ablations.comparison.records import Records
 from ablations.comparison.statistics import paired_difference
 from ablations.comparison.verdicts import ERROR, bits_by_run, text_of
@@ -48,6 +46,9 @@ def calibration_rows(records: Records) -> list[CalibrationRow]:
     text = text_of(records.branches[comparison.baseline])
     baseline = bits_by_run(records.branches[comparison.baseline])
     rows = []
+    # A second to import, which only this command needs to wait.
+    from scipy import stats
+
     for control in (name for name in records.methods if name in comparison.controls - comparison.known.keys()):
         bits = bits_by_run(records.branches[control])
         for seeds in SEEDS:

@@ -21,6 +21,7 @@ from ablations.comparison.measure import MeasuringContext, budgets_of, measure
 from ablations.comparison.options import Options
 from ablations.comparison.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference
 from ablations.comparison.registry import sources_of
+from ablations.comparison.reliability import form_of
 from ablations.method import Method
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
@@ -292,4 +293,5 @@ def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: 
             for execution in executions
             for branch in execution.plan.branches
         ),
+        form=form_of(job.options.staging),
     )

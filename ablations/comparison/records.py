@@ -68,6 +68,7 @@ class Comparison:
         plan: the plan as it was printed.
         command: that repeats this comparison.
         trunks, branches: all planned runs, finished or not.
+        form: see `reliability.form_of`; empty where it was not written down.
     """
 
     methods: tuple[MethodSummary, ...]
@@ -86,6 +87,7 @@ class Comparison:
     command: str
     trunks: tuple[RunReference, ...]
     branches: tuple[RunReference, ...]
+    form: str = ""
 
     @property
     def controls(self) -> frozenset[str]:

@@ -22,11 +22,13 @@ Legend: U units of the runs, S sections, G groups of sections.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import optimize, stats
+
+# Neither scipy.stats nor scipy.optimize here: every command would wait for them, a second altogether.
+from scipy import special
 
 # (trunk seed, branch seed)
 RunKey = tuple[int, int]
@@ -70,7 +72,7 @@ class Noise:
 
     def half_width(self, error: float) -> float:
         """Of an interval that misses with probability `error` where this is all the noise."""
-        return float(stats.t.isf(error / 2, self.freedom)) * math.sqrt(self.variance)
+        return -float(special.stdtrit(self.freedom, error / 2)) * math.sqrt(self.variance)
 
 
 NO_NOISE = Noise(variance=0.0, freedom=1.0)
@@ -118,7 +120,7 @@ class Difference:
 
         if reach(low) <= 0:
             return low
-        return high if reach(high) >= 0 else optimize.root_scalar(reach, bracket=(low, high), xtol=1e-12).root
+        return high if reach(high) >= 0 else _root(reach, low, high)
 
     def detectable(self, error: float = 1 - CONFIDENCE) -> float:
         """The smallest true difference that intervals of this width tell from zero in 80 % of comparisons, in bits per
@@ -133,12 +135,12 @@ class Difference:
         freedom = scale**4 / math.fsum(part.variance**2 / part.freedom for part in self._parts)
         threshold = self.half_width(error) / scale
         if threshold > FAR_OUT:
-            return scale * threshold * math.sqrt(float(stats.chi2.ppf(POWER, freedom)) / freedom)
+            return scale * threshold * math.sqrt(float(special.chdtri(freedom, 1 - POWER)) / freedom)
 
         def missing(shift: float) -> float:
-            return POWER - float(stats.nct.sf(threshold, freedom, shift))
+            return POWER - 1 + float(special.nctdtr(freedom, shift, threshold))
 
-        return scale * optimize.root_scalar(missing, bracket=(0.0, 4 * threshold + 4)).root
+        return scale * _root(missing, 0.0, 4 * threshold + 4)
 
     def with_more(self, units: int) -> "Difference":
         """What as many more seeds (trunks, where there are several) would leave of the noise.
@@ -164,6 +166,13 @@ class Text:
     document_S: np.ndarray
 
 
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where it is zero; it has another sign at either end."""
+    from scipy import optimize
+
+    return optimize.root_scalar(function, bracket=(low, high), xtol=1e-12).root
+
+
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Student's t interval of a mean: mean ± t_{(1+c)/2, n-1} · s / sqrt(n), s with n - 1 degrees of freedom.
 
@@ -186,7 +195,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     if n == 1:
         return Interval(mean=mean, half_width=None, n=1)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    quantile = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    quantile = float(special.stdtrit(n - 1, (1 + confidence) / 2))
     return Interval(mean=mean, half_width=quantile * math.sqrt(variance / n), n=n)
 
 

@@ -18,6 +18,7 @@ from ablations.difficulty.correlations import Bounded, document_sums, document_w
 from ablations.difficulty.figure import draw
 from ablations.difficulty.frontier import OWN, UNIFORM, Point, measure_frontier, methods_of, own_policy
 from ablations.difficulty.observe import Observed, observe_as
+from ablations.difficulty.options import AnalysisOptions
 from ablations.difficulty.results import ResultRow, Results, write_tables
 from ablations.difficulty.tasks import read_problems
 from ablations.difficulty.training import EARLY, PROBLEMS_FILE, REFERENCE, Study, read_study
@@ -25,37 +26,9 @@ from ablations.difficulty.verdict import verdict_text
 from ablations.difficulty.windows import HeldOut, Windows, held_out
 from corpus.prepare import PreparedCorpus, open_prepared
 from foundation.files import write_text
-from foundation.numbers import check_numbers
 from staged_training.record import read_run
 
 DECILES = 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnalysisOptions:
-    """How to measure.
-
-    Attributes:
-        forced: experts per token forced on all tokens, for the regret and the frontier.
-        budgets: mean experts per token at which the methods' own allocations are measured; the models' own k always is.
-        windows_per_document: at most so many windows of each document of real text.
-        resamples: of documents, for intervals.
-        shuffles: of the frequency-matched null.
-
-    Raises:
-        ValueError: for numbers that nothing could be measured with, naming the option.
-    """
-
-    forced: tuple[int, ...] = (2, 4, 6, 8, 12, 16)
-    budgets: tuple[int, ...] = (4, 8, 12, 16)
-    windows_per_document: int = 4
-    resamples: int = 1000
-    shuffles: int = 200
-
-    def __post_init__(self) -> None:
-        if len(self.forced) < 2 or list(self.forced) != sorted(set(self.forced)):
-            raise ValueError(f"--forced {self.forced}: at least two numbers of experts, ascending")
-        check_numbers(self, forced=1, budgets=1, windows_per_document=1, resamples=1, shuffles=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

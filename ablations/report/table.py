@@ -13,6 +13,7 @@ from typing import Literal
 
 from ablations.comparison.cost import compare_costs, cost_text
 from ablations.comparison.records import BranchResult, Records
+from ablations.comparison.reliability import reliability_statement
 from ablations.comparison.statistics import Interval, RunKey, mean_interval
 from ablations.comparison.verdicts import Outcome, controls_statement, noise_statement, outcomes, would_see
 from foundation.tables import write_table
@@ -245,6 +246,8 @@ def footnotes(records: Records) -> list[str]:
         notes.append(sentence)
     if offer := would_see(records):
         notes.append(offer)
+    if comparison.form:
+        notes.append(reliability_statement(comparison.form))
     planned = len(comparison.trunk_seeds) * len(comparison.branch_seeds)
     finished = {method.name: len(records.results.get(method.name, ())) for method in comparison.methods}
     if unfinished := [f"{method} {count} of {planned}" for method, count in finished.items() if count < planned]:

@@ -46,7 +46,7 @@ CASES: dict[str, Callable[[World, int], Outcome]] = {
 # Of the time.
 SHARES = {"kills": 0.7, "flips": 0.1, "disk": 0.05, "ops": 0.05, "commands": 0.1}
 # The short form: so many cases of each, the same every time.
-SHORT = {"kills": 3, "flips": 4, "disk": 2, "ops": 5, "commands": 8}
+SHORT = {"kills": 2, "flips": 3, "disk": 1, "ops": 4, "commands": 5}
 # Cases of different seeds of the command share none of their draws.
 CASES_PER_SEED = 10**6
 COLUMNS = ("attack", "subject", "cases", "count", "outcomes", "faults")

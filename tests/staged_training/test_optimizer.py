@@ -53,6 +53,22 @@ def test_only_what_is_above_the_boundary_moves(model, boundary):
     assert not any(name.startswith(f"blocks.{boundary - 1}.") for name in moved)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_embedding_moves_at_its_own_rate_and_the_rest_as_before(model_config, kind):
+    moved = []
+    for rate in (1.0, 5.0):
+        model = LanguageModel(model_config).init_weights(0)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer = build_optimizer(model, OptimizerConfig(kind=kind, embedding_rate=rate), 0)
+        fill_gradients(optimizer, 0)
+        update(optimizer, 1e-3)
+        moved.append({name: parameter.detach() - before[name] for name, parameter in model.named_parameters()})
+    one, five = moved
+    torch.testing.assert_close(five.pop("embedding_VD"), 5 * one.pop("embedding_VD"), rtol=1e-3, atol=1e-6)
+    for name, change in one.items():
+        torch.testing.assert_close(five[name], change, rtol=0, atol=0, msg=name)
+
+
 def test_clipping_returns_the_norm_it_found(model):
     optimizer = build_optimizer(model, OptimizerConfig(), 2)
     fill_gradients(optimizer, 0)

@@ -29,6 +29,8 @@ from triton_kernels.tools.operations import Cost, Operation, Shape, dtype_name, 
 Passes = dict[str, Callable[[], Any]]
 
 CEILING, DENSE = "ceiling", "dense matmul"
+# Rows and columns of the matrices, elements of the copy.
+CEILING_SIZES = {"cpu": (1024, 2**25), "cuda": (8192, 2**29)}
 # Inputs of one op that take turns, turns that do not count (each input has one), and what one source may take for the
 # turns that do.
 ROTATION, WARM_UP, SOURCE_SECONDS = 3, 3, 2.0
@@ -72,7 +74,7 @@ class Ceilings:
 
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Measured, and printed with what they were measured on."""
-    size, elements = (1024, 2**25) if device == "cpu" else (8192, 2**29)
+    size, elements = CEILING_SIZES[device]
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
     x = torch.randn(elements, device=device, dtype=torch.bfloat16, generator=generator)

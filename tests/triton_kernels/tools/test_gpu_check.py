@@ -53,6 +53,8 @@ def test_every_op_passes_in_one_run(
     """All of them in one process, as on a GPU: what one leaves behind (the compiler's variants, for one) must not be
     the next one's failure."""
     monkeypatch.setattr("triton_kernels.tools.gpu_check.DTYPES", {"cpu": (torch.float16,)})
+    monkeypatch.setattr("triton_kernels.tools.bench.CEILING_SIZES", {"cpu": (64, 2**12)})
+    monkeypatch.setattr("triton_kernels.tools.bench.SOURCE_SECONDS", 0.05)
     largest = {
         "B": 2,
         "T": 33,
