@@ -86,13 +86,13 @@ class ModelOptions:
 # Half of the blocks train in every branch: in one of eight, no way of sharing experts out can show more than a few
 # 0.001 bits per byte.
 STAGING = StagingConfig(
-    tokens=500_000,
+    tokens=800_000,
     trunk_share=0.85,
     freeze=0.5,
     batch_size=4,
     seq_len=256,
-    learning_rate=1e-2,
-    optimizer=OptimizerConfig(kind="muon"),
+    learning_rate=7e-3,
+    optimizer=OptimizerConfig(kind="muon", embedding_rate=70),
 )
 
 
