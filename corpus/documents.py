@@ -68,8 +68,7 @@ def load_documents(data: Sequence[str], *, text_field: str, valid_share: float) 
         empty = "validation" if n_valid == 0 else "training"
         raise ValueError(
             f"the {empty} split is empty: valid_share={valid_share} of {len(digests)} distinct documents; give more"
-            " documents or another share (a document is held out whole, so one long text must be cut into several"
-            " files or lines first)"
+            " documents or another share (a document is held out whole)"
         )
     texts = [text_of_digest[digest] for digest in digests]
     return Documents(

@@ -21,6 +21,8 @@ from foundation.source import code_of
 DEFAULT_VOCAB_SIZE = 4096
 MANIFEST = "manifest.json"
 BATCH_CHARACTERS = 1 << 22
+# Of what was skipped; `python -m corpus prepare` lists all of it.
+SHOWN = 3
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class CorpusConfig:
 
     Attributes:
         data: Files and folders of .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; none: the Python standard
-            library.
+            library. A .txt or .md of more than 100,000 characters is cut into documents at blank lines.
         text_field: Key or column that holds the text in .jsonl and .parquet.
         vocab_size: Size of the vocabulary to learn; 4096 unless told. Not together with tokenizer_file.
         tokenizer_file: A SentencePiece model to use instead of learning one.
@@ -115,6 +117,9 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
     tokenizer = None if config.tokenizer_file is None else Tokenizer.load(config.tokenizer_file)
     _say(f"reading {', '.join(config.data) or 'the Python standard library'}, without duplicates")
     documents = load_documents(config.data, text_field=config.text_field, valid_share=config.valid_share)
+    if documents.skipped:
+        first = "; ".join(f"{item.place}: {item.reason}" for item in documents.skipped[:SHOWN])
+        _say(f"skipped {len(documents.skipped):,}: {first}{'; ...' * (len(documents.skipped) > SHOWN)}")
     folder = Path(root) / _cache_key(config, documents, tokenizer)
     if folder.exists():
         try:

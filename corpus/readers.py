@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+# Characters of a text file that is more than one document, and of the documents that it is cut into: a book would be
+# trained on or held out as a whole.
+LONG_TEXT, PIECE = 100_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def read_file(path: Path, *, text_field: str) -> Iterator[Document | Skipped]:
     if suffix is None:
         raise ValueError(f"{place_of(path)}: unknown file type; legal are {', '.join(SUFFIXES)}")
     if suffix in (".txt", ".md"):
-        return read_text(path)
+        return (part for document in read_text(path) for part in cut(document))
     if suffix == ".parquet":
         return _read_parquet(path, text_field)
     return _read_jsonl(path, text_field, CHUNKS_OF_SUFFIX[suffix])
@@ -63,6 +66,34 @@ def read_text(path: Path) -> Iterator[Document | Skipped]:
         yield _checked(path.read_bytes().decode(), place_of(path))
     except (OSError, UnicodeDecodeError) as error:
         yield Skipped(place_of(path), str(error))
+
+
+def cut(document: Document | Skipped) -> Iterator[Document | Skipped]:
+    """A document of more than `LONG_TEXT` characters in parts: of `PIECE` characters to the next blank line, and of no
+    more than twice as many to the next line. One behind the other they are the document; byte order mark and kind of
+    line ends move no cut, so that copies of a book stay copies."""
+    if isinstance(document, Skipped) or len(document.text.removeprefix("\ufeff").replace("\r\n", "\n")) <= LONG_TEXT:
+        yield document
+        return
+    part, length = "", 0
+    for line in _short_lines(document.text):
+        part += line
+        bare = line.strip("\ufeff\r\n")
+        length += len(bare) + 1
+        if length >= 2 * PIECE or (length >= PIECE and not bare):
+            yield Document(part)
+            part, length = "", 0
+    if part:
+        yield Document(part)
+
+
+def _short_lines(text: str) -> Iterator[str]:
+    """Lines with their ends; one that is longer than two parts in parts of its own."""
+    for line in text.splitlines(keepends=True):
+        if len(line) <= 2 * PIECE:
+            yield line
+        else:
+            yield from (line[start : start + PIECE] for start in range(0, len(line), PIECE))
 
 
 def _checked(text: Any, place: str) -> Document | Skipped:

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from corpus.readers import Document, Skipped, place_of, read_file, read_text, suffix_of
+from corpus.readers import SUFFIXES, Document, Skipped, place_of, read_file, read_text, suffix_of
 
 # Installed packages are not the standard library; tests are mostly literals and near-copies of each other.
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -42,7 +42,7 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
     """Documents of files and folders, in the order given; a folder is walked in sorted order and gives its files of a
     known type.
 
-    Hidden files and folders are left out.
+    Hidden files and folders are left out; files of another type in a folder are named among what is skipped.
 
     Args:
         text_field: column or key that holds the text in .jsonl and .parquet.
@@ -52,6 +52,7 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
             anything is read.
     """
     paths: list[Path] = []
+    unknown: list[Path] = []
     for name in data:
         if not name:
             raise ValueError("an empty path among the data paths")
@@ -60,6 +61,7 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
             found = [file for file in _walk(path) if suffix_of(file) is not None]
             if not found:
                 raise ValueError(f"{place_of(path)}: no file of a known type in this folder")
+            unknown += [file for file in _walk(path) if suffix_of(file) is None]
             paths += found
         elif not path.exists():
             raise ValueError(f"{place_of(path)}: no such file or folder")
@@ -67,6 +69,8 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
             paths.append(path)
     for path in paths:
         yield from read_file(path, text_field=text_field)
+    for path in unknown:
+        yield Skipped(place_of(path), f"unknown file type; legal are {', '.join(SUFFIXES)}")
 
 
 def _walk(root: Path, excluded_folders: frozenset[str] = frozenset()) -> list[Path]:

@@ -54,6 +54,48 @@ def test_jsonl(tmp_path, monkeypatch, name, compress, chunk_bytes):
     assert read(path) == ([*TEXTS, "last"], [])
 
 
+LINE = "line\n"
+BOOK = "".join(f"{'word ' * (number % 90)}end {number}.\n{LINE * (number % 7)}\n" for number in range(1500))
+
+
+def test_a_book_is_cut_into_documents_at_blank_lines_and_loses_nothing(tmp_path):
+    parts, skipped = read(write(tmp_path / "book.txt", BOOK.encode()))
+    assert "".join(parts) == BOOK
+    assert not skipped
+    assert len(parts) > 20
+    assert all(part.endswith("\n\n") for part in parts[:-1])
+    assert all(readers.PIECE <= len(part) < 2 * readers.PIECE for part in parts[:-1])
+    # It has a part on each side now, as text that is many files has.
+    documents = load_documents([str(tmp_path)], text_field="text", valid_share=0.1)
+    assert sorted(documents.train + documents.valid) == sorted(parts)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), lambda text: "\ufeff" + text])
+def test_copies_of_a_book_stay_copies(tmp_path, change):
+    write(tmp_path / "a.txt", BOOK.encode())
+    write(tmp_path / "b.txt", change(BOOK).encode())
+    documents = load_documents([str(tmp_path)], text_field="text", valid_share=0.1)
+    assert documents.duplicates_removed == len(documents.train) + len(documents.valid)
+
+
+@pytest.mark.parametrize("text", ["x" * 250_000, "y\n" * 70_000, "é\u2028" * 60_000 + "\n\n" + "z" * 90_000])
+def test_long_text_without_blank_lines_is_cut_all_the_same(tmp_path, text):
+    parts, _ = read(write(tmp_path / "long.md", text.encode()))
+    assert "".join(parts) == text
+    assert all(len(part) <= 3 * readers.PIECE for part in parts)
+
+
+def test_what_a_folder_holds_beside_text_is_named(tmp_path):
+    write(tmp_path / "a.txt", b"text")
+    for name in ("paper.pdf", "deeper/table.csv", ".hidden.pdf"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, b"?")
+    texts, skipped = read(tmp_path)
+    assert texts == ["text"]
+    assert [item.place for item in skipped] == [str(tmp_path / "deeper/table.csv"), str(tmp_path / "paper.pdf")]
+    assert all(item.reason.startswith("unknown file type; legal are .txt, .md") for item in skipped)
+
+
 def test_text_files_are_taken_as_they_are(tmp_path):
     for number, text in enumerate(TEXTS):
         write(tmp_path / f"{number}.{'md' if number else 'txt'}", text.encode())
@@ -192,7 +234,9 @@ def test_folder_walk(tmp_path):
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nothing")
     (tmp_path / "folder.txt").mkdir()
-    assert read(tmp_path) == (["a/1.md", "a.txt", "b/2.txt", "c/deep/er/3.jsonl"], [])
+    texts, skipped = read(tmp_path)
+    assert texts == ["a/1.md", "a.txt", "b/2.txt", "c/deep/er/3.jsonl"]
+    assert [item.place for item in skipped] == [str(tmp_path / "a/photo.png")]
 
 
 def test_file_name_that_is_not_utf8(tmp_path):
