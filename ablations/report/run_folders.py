@@ -55,7 +55,8 @@ class Weighed:
 
 
 def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
-    """List trunks, branches, comparisons and prepared texts: what, when, how large, what came out.
+    """List trunks, branches, comparisons and prepared texts: what, when, how large, what came out. Written as a page
+    with links, too: `index.html` in the folder.
 
     Args:
         root: folder that is searched, with all folders below it.
@@ -69,6 +70,10 @@ def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
         print(f"{run.folder!s:<{width}}  {run.what:<10}  {when}  {mebibytes(run.n_bytes)}  {run.verdict}")
     print(f"{len(found)} folders, {mebibytes(sum(run.n_bytes for run in found)).strip()}")
+    # Half a second to import, for the colours of the figures.
+    from ablations.report.index import write_index
+
+    print(f"index: {write_index(root, found)}")
 
 
 def prune_command(root: tyro.conf.Positional[Path] = Path("runs"), yes: bool = False) -> None:

@@ -1,13 +1,16 @@
 """A folder of runs: what is listed, what can go, and what still works without it."""
 
 import json
+import re
 import shutil
+from urllib.parse import unquote
 
 import pytest
 
 from ablations import cli
 from ablations.comparison.cost import compare_costs, cost_text
 from ablations.comparison.records import read_records
+from ablations.report.index import write_index
 from ablations.report.report import show
 from ablations.report.run_folders import run_folders, weighed
 from foundation.files import seal
@@ -42,7 +45,8 @@ def test_runs_lists_what_when_how_large_and_what_came_out(root, monkeypatch, cap
     (root / "branches" / "top_p_0_0" / "result.json").unlink()
     run("runs", root, monkeypatch=monkeypatch)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 1 + 18 + 1
+    assert len(lines) == 1 + 1 + 18 + 1 + 1
+    assert lines[-1] == f"index: {root / 'index.html'}"
     assert "comparison" in lines[0]
     assert "random_k" in lines[0]
     assert "worse" in lines[0]
@@ -51,6 +55,23 @@ def test_runs_lists_what_when_how_large_and_what_came_out(root, monkeypatch, cap
     assert {found.what for found in run_folders(root)} == {"comparison", "trunk", "branch"}
     run("runs", root / "nowhere", monkeypatch=monkeypatch)
     assert "no runs in" in capsys.readouterr().out
+
+
+def test_the_index_links_what_is_there_and_escapes_what_was_found(root, monkeypatch):
+    (comparison,) = (root / "comparisons").iterdir()
+    show(comparison)
+    awkward = (root / "branches" / "top_p_0_0").rename(root / "branches" / "top&p <b>#0")
+    page = write_index(root, run_folders(root)).read_text()
+    links = [unquote(link) for link in re.findall('href="([^"]*)"', page)]
+    assert links[0] == f"comparisons/{comparison.name}/report.html"
+    assert f"branches/{awkward.name}" in links
+    assert len(links) == len(run_folders(root)) == 20
+    assert all((root / link).exists() for link in links)
+    assert "top&amp;p &lt;b&gt;#0" in page
+    assert "<b>" not in page
+    assert page.index("Comparisons") < page.index("Trunks") < page.index("Branches")
+    # A page among runs is none of them.
+    assert len(run_folders(root)) == 20
 
 
 def test_prune_names_what_nothing_needs(root, monkeypatch, capsys):

@@ -1,0 +1,62 @@
+"""`index.html` in a folder of runs: what lies there, newest first, with links to reports and folders."""
+
+import html
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from ablations.report.report import CSS_FILE, REPORT_FILE, theme
+from ablations.report.run_folders import RunFolder, mebibytes
+from foundation.files import write_text
+
+INDEX_FILE = "index.html"
+# In the order of the page.
+HEADINGS = {
+    "comparison": "Comparisons",
+    "trunk": "Trunks",
+    "branch": "Branches",
+    "run": "Other runs",
+    "corpus": "Prepared texts",
+}
+
+
+def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
+    """Writes the page of the folders found below `root`.
+
+    Returns:
+        Its path.
+    """
+    total = mebibytes(sum(folder.n_bytes for folder in found)).strip()
+    sections = []
+    for what, heading in HEADINGS.items():
+        own = sorted((folder for folder in found if folder.what == what), key=lambda folder: -folder.changed)
+        if own:
+            lines = "".join(_line(root, folder) for folder in own)
+            sections.append(
+                f"<h2>{heading}</h2><div class=scroll><table class=index><thead><tr><th>folder</th>"
+                f"<th>last written</th><th>size</th><th class=verdict>what came out</th></tr></thead><tbody>{lines}</tbody></table></div>"
+            )
+    path = root / INDEX_FILE
+    write_text(
+        path,
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width, initial-scale=1"><title>Runs</title>'
+        f"<style>{theme()}{CSS_FILE.read_text(encoding='utf-8')}</style></head>\n<body><main>"
+        f"<h1>Runs in {html.escape(str(root))}</h1><p>{len(found)} folders, {total}. Made by <code>python -m ablations"
+        f" runs</code>.</p>\n{''.join(sections)}\n</main></body></html>\n",
+    )
+    return path
+
+
+def _line(root: Path, found: RunFolder) -> str:
+    report = found.folder / REPORT_FILE
+    place = os.path.relpath(report if report.is_file() else found.folder, root)
+    name = os.path.relpath(found.folder, root)
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.changed))
+    return (
+        f'<tr><td><a href="{quote(place)}">{html.escape(name)}</a></td><td>{when}</td>'
+        f"<td>{mebibytes(found.n_bytes).strip()}</td>"
+        f"<td class=verdict>{html.escape(found.verdict)}</td></tr>"
+    )
