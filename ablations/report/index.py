@@ -36,7 +36,8 @@ def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
             lines = "".join(_line(root, folder) for folder in own)
             sections.append(
                 f"<h2>{heading}</h2><div class=scroll><table class=index><thead><tr><th>folder</th>"
-                f"<th>last written</th><th>size</th><th class=verdict>what came out</th></tr></thead><tbody>{lines}</tbody></table></div>"
+                "<th>last written</th><th>size</th><th class=verdict>what came out</th></tr></thead>"
+                f"<tbody>{lines}</tbody></table></div>"
             )
     path = root / INDEX_FILE
     write_text(

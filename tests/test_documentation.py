@@ -1,0 +1,68 @@
+"""Every command that README, AGENTS.md and the notes name is one that its parser takes; every link among them leads
+somewhere."""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from foundation import command as foundation_command
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "notes").glob("0*.md"))]
+# A line of a code block or a passage in backticks, with `\` at the end of a line that goes on.
+COMMAND = re.compile(r"(?:\.venv/bin/)?(?:python|torchrun --nproc-per-node \d) -m ((?:[^`|\n\\]|\\\n)+)")
+# What stands for something that the reader puts there, or is put there by a test that follows the page.
+MADE_UP = ("[", "...", "sigmoid_scores", "pytest")
+
+
+class Taken(BaseException):
+    """The command line parses."""
+
+
+def commands() -> list[str]:
+    """Each as `module words`, without what names no subcommand."""
+    found = []
+    for page in PAGES:
+        for words in COMMAND.findall(page.read_text(encoding="utf-8")):
+            words = " ".join(words.replace("\\\n", " ").split("#")[0].split()).rstrip(".,;:")
+            if not any(mark in words for mark in MADE_UP) and (" " in words or "." in words):
+                found.append(words)
+    return sorted(set(found))
+
+
+def test_there_are_commands_to_check():
+    assert {"ablations list", "ablations runs", "staged_training profile", "demos.terminal"} <= set(commands())
+    assert len(commands()) > 15
+
+
+@pytest.mark.parametrize("words", commands())
+def test_a_command_of_the_pages_parses(words, monkeypatch):
+    package, *arguments = shlex.split(words)
+    # A name in a sentence, without what the command requires.
+    if len(arguments) == 1:
+        arguments.append("--help")
+
+    def parsed(parse, given, _):
+        parse(given)
+        raise Taken
+
+    monkeypatch.setattr(foundation_command, "_parsed", parsed)
+    monkeypatch.setattr(sys, "argv", [package, *arguments])
+    name = {"ablations": "ablations.cli", "demos.terminal": "demos.terminal"}.get(package, f"{package}.__main__")
+    source = Path(importlib.import_module(name).__file__ or "")
+    with pytest.raises((Taken, SystemExit)) as ended:
+        if package == "demos.terminal":
+            exec(compile(source.read_text(), str(source), "exec"), {"__name__": "__main__"})
+        importlib.import_module(name).main()
+    assert isinstance(ended.value, Taken) or (arguments[-1:] == ["--help"] and not ended.value.code)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
