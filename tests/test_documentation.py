@@ -1,8 +1,8 @@
 """Every command that README, AGENTS.md and the notes name is one that its parser takes; every link among them leads
 somewhere."""
 
-import importlib
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -52,12 +52,8 @@ def test_a_command_of_the_pages_parses(words, monkeypatch):
 
     monkeypatch.setattr(foundation_command, "_parsed", parsed)
     monkeypatch.setattr(sys, "argv", [package, *arguments])
-    name = {"ablations": "ablations.cli", "demos.terminal": "demos.terminal"}.get(package, f"{package}.__main__")
-    source = Path(importlib.import_module(name).__file__ or "")
     with pytest.raises((Taken, SystemExit)) as ended:
-        if package == "demos.terminal":
-            exec(compile(source.read_text(), str(source), "exec"), {"__name__": "__main__"})
-        importlib.import_module(name).main()
+        runpy.run_module(package, run_name="__main__")
     assert isinstance(ended.value, Taken) or (arguments[-1:] == ["--help"] and not ended.value.code)
 
 
