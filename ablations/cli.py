@@ -38,7 +38,7 @@ CALIBRATION = Options(seeds=40)
 # Three looks.
 GATE = Options(seeds=8)
 QUESTION = GateConfig()
-FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes]
+FlatOptions = Annotated[Options, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="comparison")]
 
 
 def main() -> None:
@@ -188,7 +188,7 @@ def difficulty_command(
         analyse(training.out, analysis)
 
 
-def agreement_command(options: Annotated[AgreementOptions, tyro.conf.OmitArgPrefixes]) -> None:
+def agreement_command(options: Annotated[AgreementOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")]) -> None:
     """Do cheap comparisons order arms as full runs do? Train every arm whole and in every cheap setting, then compare.
     Prints its cost first; what is finished is not trained again."""
     from ablations.agreement.report import agreement_study

@@ -261,3 +261,26 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
     said = refusal(capsys, "staged_training", "run", *words, "--staging.seq-len", "4096", "--dry-run")
     assert said.startswith("error: ")
     assert "StagingConfig.seq_len: 8 x 4096 tokens per batch; the training text has" in said
+
+
+HELPED = {
+    "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
+    "staged_training": "run parallel sweep diagnostics profile",
+    "lm": "generate bench bench-peers long-context",
+    "corpus": "prepare",
+    "moe": "bench",
+    "triton_kernels": "inspect bench gpu-check",
+}
+
+
+@pytest.mark.parametrize(
+    ("package", "command"), [(package, name) for package, names in HELPED.items() for name in names.split()]
+)
+def test_help_speaks_of_the_command_only(package, command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(package, command, "--help")
+    assert not stopped.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(f"usage: python -m {package} {command}")
+    assert "options options" not in said
+    assert not any(name in said for name in INTERNAL)
