@@ -17,9 +17,11 @@ from foundation.tables import write_table
 from foundation.timing import median_seconds
 from lm.accounting import decode_bytes, model_cost
 from lm.config import ModelConfig
+from lm.decode_profile import DecodeProfile, profile_decode
 from lm.generate import SamplingConfig, generate
 from lm.model import LanguageModel, token_losses
 from moe.freed_memory import keep_freed_memory
+from routing.policies.top_k import TopK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class BenchConfig:
         batch_size, length: sequences and tokens per training step and prefill.
         decode_tokens: tokens decoded after a prompt of `length` tokens.
         repeats: timed repetitions after 2 warm-ups; medians are printed.
+        experts: numbers of experts per token at which decoding is timed once more, by the same weights; the model's
+            own, a half and a quarter of it by default.
         threads: CPU threads; 0 keeps torch's choice.
         csv: also write the rows there.
 
@@ -43,12 +47,23 @@ class BenchConfig:
     length: int = 256
     decode_tokens: int = 64
     repeats: int = 7
+    experts: tuple[int, ...] = ()
     threads: int = 0
     csv: Path | None = None
 
     def __post_init__(self) -> None:
         # Two steps of a decode do not count, and the median needs one that does.
-        check_numbers(self, batch_size=1, length=1, decode_tokens=3, repeats=1, threads=0)
+        check_numbers(self, batch_size=1, length=1, decode_tokens=3, repeats=1, experts=1, threads=0)
+        if max(self.experts, default=1) > self.model.moe.n_experts:
+            raise ValueError(
+                f"BenchConfig.experts: {max(self.experts)}, must be at most the model's {self.model.moe.n_experts}"
+            )
+
+    @property
+    def numbers_of_experts(self) -> tuple[int, ...]:
+        """Those to decode with, the first of them what the others are compared with."""
+        own = round(self.model.moe.router.policy.assumed_experts)
+        return tuple(dict.fromkeys(self.experts or (own, max(1, own // 2), max(1, own // 4))))
 
 
 def bench(config: BenchConfig) -> list[dict[str, str]]:
@@ -112,6 +127,7 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     rows.append(_row("decode, 1 sequence", 1 / seconds, cost.forward_flops, ceiling))
     mean_experts = sum(sum(step.experts) for step in steps) / (len(steps) * config.model.n_layers)
     read = decode_bytes(config.model, config.length, mean_experts)
+    rows += expert_rows(model, config, ceiling)
     if config.csv:
         write_table(config.csv, list(rows[0]), [list(row.values()) for row in rows])
     print(f"{'':20} {'tokens/s':>10} {'GFLOP/token':>12} {'GFLOP/s':>9} {'of dense':>9}")
@@ -120,9 +136,33 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
             f"{row['part']:20} {row['tokens_per_second']:>10} {row['gflop_per_token']:>12} {row['gflop_per_second']:>9}"
             f" {row['share_of_dense']:>9}"
         )
+    print(fewer_experts_text(rows))
     print(f"a decode step reads {read / 1e6:.2f} MB ({read / seconds / 1e9:.2f} GB/s)")
     print("the experts alone, against dense products of the same FLOPs: python -m moe bench")
     return rows
+
+
+def expert_rows(model: LanguageModel, config: BenchConfig, ceiling: float) -> list[dict[str, str]]:
+    """Decoding by the same weights with other numbers of experts per token, in turns: a disturbance hits all alike."""
+    seconds: dict[int, list[DecodeProfile]] = {k: [] for k in config.numbers_of_experts}
+    for _ in range(config.repeats):
+        for k in seconds:
+            model.set_policy(TopK(k=k))
+            seconds[k].append(profile_decode(model, context=config.length, steps=config.decode_tokens))
+    rows = []
+    for k, profiles in seconds.items():
+        cost = model_cost(config.model, length=config.length, mean_experts=k)
+        taken = statistics.median(profile.seconds for profile in profiles)
+        rows.append(_row(f"decode, {k} experts", 1 / taken, cost.forward_flops, ceiling))
+    return rows
+
+
+def fewer_experts_text(rows: list[dict[str, str]]) -> str:
+    """What fewer experts save of the time of a decoded token, in words."""
+    speeds = {row["part"]: float(row["tokens_per_second"]) for row in rows if row["part"].endswith("experts")}
+    (own, base), *others = speeds.items()
+    ratios = "".join(f", {part.split()[1]} experts {base / speed:.2f}" for part, speed in others)
+    return f"time per decoded token: {own.split()[1]} experts 1{ratios}"
 
 
 def matmul_speed(dtype: str, device: str) -> float:

@@ -140,6 +140,7 @@ NONSENSE = {
         "--decode-tokens": ("0", "2"),
         "--repeats": ("0",),
         "--threads": ("-1",),
+        "--experts": ("0", "99"),
         "--csv": ("/dev/null/x", "/proc/x", "/tmp"),
         "--model.d-model": ("0",),
     },
