@@ -188,7 +188,9 @@ def difficulty_command(
         analyse(training.out, analysis)
 
 
-def agreement_command(options: Annotated[AgreementOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")]) -> None:
+def agreement_command(
+    options: Annotated[AgreementOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")],
+) -> None:
     """Do cheap comparisons order arms as full runs do? Train every arm whole and in every cheap setting, then compare.
     Prints its cost first; what is finished is not trained again."""
     from ablations.agreement.report import agreement_study
