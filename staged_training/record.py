@@ -9,6 +9,7 @@ files: a number that was changed afterwards is noticed by whoever reads the reco
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import re
@@ -210,6 +211,20 @@ def reopen_run(folder: Path) -> None:
     """A finished run is unfinished again: the same command runs what is missing of it."""
     with locked(folder):
         (folder / RESULT).unlink()
+
+
+def set_aside(folder: Path, place: Path) -> Path:
+    """Moves a run's folder below `place`, where nothing looks for runs to use.
+
+    Returns:
+        Where it lies now.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        for name in itertools.chain([folder.name], (f"{folder.name}_{number}" for number in itertools.count(2))):
+            if not (place / name).exists():
+                return folder.rename(place / name)
+    raise AssertionError
 
 
 def kept_costs(folder: Path) -> Ledger:

@@ -1,6 +1,7 @@
 """Every command that README, AGENTS.md and the notes name is one that its parser takes; every link among them leads
 somewhere."""
 
+import csv
 import re
 import runpy
 import shlex
@@ -62,3 +63,18 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_results_in_the_readme_are_the_recorded_ones():
+    """Every row of its table, and nothing left out of the record."""
+    with (ROOT / "notes" / "results" / "default" / "table.csv").open(encoding="utf-8") as file:
+        recorded = {row["method"]: row for row in csv.DictReader(file)}
+    lines = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [method for method, _ in lines] == list(recorded)
+    for method, cells in lines:
+        row = recorded[method]
+        bits, difference, verdict = (cell.strip() for cell in cells.split("|"))
+        assert bits == f"{float(row['bits_per_byte']):.4f} ± {float(row['bits_per_byte_half_width']):.4f}"
+        assert verdict == row["verdict"].removesuffix(" on this trunk")
+        if row["difference"]:
+            assert difference == f"{float(row['difference']):+.4f} ± {float(row['difference_half_width']):.4f}"

@@ -26,14 +26,14 @@ from ablations.method import Method
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
 from foundation.environment import environment
-from foundation.files import fingerprint, json_text, write_into_seal
+from foundation.files import CorruptFileError, check_seal, fingerprint, json_text, write_into_seal
 from foundation.serialize import to_dict
 from lm.config import ModelConfig
 from staged_training.describe import describe
 from staged_training.estimate import Estimate, estimate
 from staged_training.execute import Execution
 from staged_training.plan import Branch, CorpusFacts, Plan
-from staged_training.record import RESULT
+from staged_training.record import RESULT, set_aside
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 from staged_training.trained_run import TrainedRun
 
@@ -95,6 +95,19 @@ class SharedExecution(Execution):
     def finished(self) -> bool:
         """Whether every branch of the plan has its result."""
         return all((self.folder_of(branch) / RESULT).exists() for branch in self.plan.branches)
+
+    def set_damaged_aside(self) -> None:
+        """Finished branches whose files are no longer as they were written are unfinished again: what is left of them
+        is kept in `damaged/` beside the branches."""
+        for branch in self.plan.branches:
+            folder = self.folder_of(branch)
+            if not (folder / RESULT).exists():
+                continue
+            try:
+                check_seal(folder)
+            except CorruptFileError as error:
+                kept = set_aside(folder, self.root / "damaged")
+                print(f"{branch.name}: {error}; kept in {kept} and trained again", flush=True)
 
 
 def prepare_job(methods: list[Method], options: Options) -> Job:
@@ -190,6 +203,8 @@ def run_comparison(
     plan = plan_text(job)
     print(plan, flush=True)
     for execution in executions:
+        if not options.dry_run:
+            execution.set_damaged_aside()
         if not execution.finished:
             estimated = with_budgets(estimate(execution, jobs=jobs), execution, job)
             print(f"trunk {execution.plan.trunk_seed}: {estimated}", flush=True)

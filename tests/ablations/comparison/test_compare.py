@@ -124,6 +124,21 @@ def test_a_second_run_skips_what_is_finished_and_says_the_same(first_run):
     assert again[again.index("\nmethod ") :] == printed[printed.index("\nmethod ") :]
 
 
+def test_a_damaged_branch_is_set_aside_and_trained_again(first_run, arguments, tmp_path, capsys):
+    out = tmp_path / "runs"
+    shutil.copytree(first_run[0], out)
+    (result,) = out.glob("branches/top_p_*_seed_1_*/result.json")
+    whole = result.read_text()
+    result.write_text(whole.replace("1", "2", 1))
+    run("compare", "twin", "other_order", "top_p", *arguments, "--out", str(out))
+    printed = capsys.readouterr().out
+    kept = out / "damaged" / result.parent.name
+    assert f"kept in {kept} and trained again" in printed
+    assert printed.count("finished before") == 8
+    assert json.loads(result.read_text())["bits_per_byte"] == json.loads(whole)["bits_per_byte"]
+    assert (kept / "result.json").read_text() == whole.replace("1", "2", 1)
+
+
 def test_a_larger_comparison_shares_trunk_and_branches(first_run, arguments, capsys):
     out, _, printed = first_run
     run("compare", "top_p", "random_k", *arguments, "--out", str(out))
