@@ -19,6 +19,7 @@ from lm.accounting import kv_bytes, model_cost
 from lm.budget import set_budget
 from lm.config import ModelConfig
 from lm.evaluate import evaluate
+from staged_training.flops import optimizer_flops
 from staged_training.trained_run import TrainedRun
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
@@ -78,7 +79,8 @@ def measure(run: TrainedRun, context: MeasuringContext) -> BranchResult:
         total_parameters=cost.total_parameters,
         active_parameters=cost.active_parameters,
         forward_flops=cost.forward_flops,
-        scratch_flops=model_cost(context.method, length=length, mean_experts=trained_with).training_flops,
+        scratch_flops=model_cost(context.method, length=length, mean_experts=trained_with).training_flops
+        + optimizer_flops(context.method, run.plan.optimizer) / run.plan.tokens_per_batch,
         cache_bytes_4k=kv_bytes(composed, 4096) / 4096,
         cache_bytes_64k=kv_bytes(composed, 65536) / 65536,
         budget_tokens=budget_tokens,

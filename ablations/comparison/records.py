@@ -146,8 +146,8 @@ class BranchResult:
         experts_histogram: how many (token, layer) pairs above the boundary used 0, 1, 2, ... experts.
         budgets: the same weights at other budgets, ascending in experts.
         active_parameters, forward_flops: per token, of the whole network with the measured experts.
-        scratch_flops: per token, forward and backward of the whole network: what this method costs when nothing is
-            frozen.
+        scratch_flops: per token, forward, backward and update of the whole network: what this method costs when nothing
+            is frozen.
         cache_bytes_4k, cache_bytes_64k: cache of one sequence of 4,096 and of 65,536 tokens, divided by its tokens.
         budget_tokens, budget_flops: how much of the validation text each budget was evaluated on, and what all of them
             cost.
