@@ -62,7 +62,8 @@ class Method:
             return "architecture"
         if changed.attentions != baseline.attentions:
             return "attention"
-        if changed != baseline:
+        # Written otherwise is not yet changed: of a pattern that is longer than the model its head is left.
+        if _resolved(changed) != _resolved(baseline):
             return "routing"
         if self.rounding:
             return "rounding"
@@ -73,6 +74,11 @@ class Method:
     def has_budget(self, baseline: ModelConfig) -> bool:
         """Whether the number of experts depends on the token and is held in the mean."""
         return self.change(baseline).moe.router.policy.held_mean is not None
+
+
+def _resolved(config: ModelConfig) -> ModelConfig:
+    """The one way to write a model down, block by block."""
+    return config.with_blocks([config.block(layer) for layer in range(config.n_layers)])
 
 
 def with_policy(config: ModelConfig, policy: PolicyConfig) -> ModelConfig:

@@ -42,14 +42,7 @@ OWN = {
 }
 
 ROUTING = ("static_2", "static_4", "static_8", "static_24", "top_p", "null_experts", "relu", "sigmoid_bias")
-ARCHITECTURE = (
-    "full_attention",
-    "lightning_hybrid",
-    "gated_delta_hybrid",
-    "kda_hybrid",
-    "shared_kv_hybrid",
-    "mixed_heads_hybrid",
-)
+ARCHITECTURE = ("full_attention", "lightning_hybrid", "gated_delta_hybrid", "kda_hybrid", "mixed_heads_hybrid")
 
 
 def find_arms(names: tuple[str, ...], baseline: ModelConfig) -> list[Method]:

@@ -204,6 +204,9 @@ def test_what_makes_no_sense_is_refused():
         find_arms(("static_8", "top_p"), ModelOptions(k=8).config(300))
     with pytest.raises(ValueError, match="'twin' is the baseline's own model"):
         find_arms(("twin", "top_p"), ModelOptions().config(300))
+    # The head of its pattern is all that four layers take of it.
+    with pytest.raises(ValueError, match="'shared_kv_hybrid' is the baseline's own model"):
+        find_arms(("shared_kv_hybrid", "top_p"), ModelOptions().config(300))
     with pytest.raises(ValueError, match="at least two arms"):
         find_arms(("top_p",), ModelOptions().config(300))
     with pytest.raises(ValueError, match="--settings: no setting 'fork85'"):
