@@ -49,10 +49,7 @@ def describe(plan: Plan) -> str:
         ),
         f"  rate       {_schedule(stage)}",
         f"  re-used    {_reused(plan.fresh, boundary)}",
-        (
-            "  not taken  optimizer moments (each branch warms up its own), the trunk's schedule, the state of a"
-            " routing policy"
-        ),
+        "  not taken  the trunk's schedule, the state of a routing policy",
     ]
     for branch in {branch.method: branch for branch in plan.branches}.values():
         added = added_weights(model, branch.model)
@@ -109,10 +106,11 @@ def _trained(boundary: int, n_layers: int) -> str:
 
 def _reused(fresh: bool, boundary: int) -> str:
     if not fresh:
-        return "the trunk's weights everywhere, and the load and bias of its routers"
+        return "the trunk's weights everywhere, the optimizer's state of what trains, the load and bias of the routers"
     below = f"the frozen blocks 0-{boundary - 1}, " if boundary else ""
     return (
-        f"{below}embedding, norm and head; blocks from {boundary} on are FRESH in every branch, from the branch's seed"
+        f"{below}embedding, norm and head with their optimizer's state; blocks from {boundary} on are FRESH in every"
+        " branch, from the branch's seed"
     )
 
 

@@ -27,7 +27,7 @@ from staged_training import checkpoint
 from staged_training.code import CODE, code_changes
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
 from staged_training.flops import branch_flops, caching_flops, evaluation_flops, trunk_flops
-from staged_training.fork import fork
+from staged_training.fork import fork, inherited_state
 from staged_training.loop import StageResult, train_stage
 from staged_training.plan import Branch, Plan
 from staged_training.processes import ALONE, Processes
@@ -120,6 +120,7 @@ class Execution:
         if config.accept_old_code:
             self._accept_old_code()
         self._trunk: tuple[LanguageModel, RunRecord] | None = None
+        self._moments: dict[str, Tensor] | None = None
         self._activations: tuple[Batches, Batches] | None = None
         self._calibration: dict[int, Tensor] = {}
 
@@ -318,15 +319,28 @@ class Execution:
         model = fork(trunk, branch)
         # A branch starts at its budget, not at the threshold its policy was born with.
         calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
-        training = self._train(run, model, train)
+        training = self._train(run, model, train, inherited=inherited_state(model, trunk, branch, self._trunk_state()))
         means = tuple(trunk_record.result["trained_mean_experts"][:boundary]) + training.mean_experts
         flops = branch_flops(plan, branch, means, cached=self.config.cache, calibrated=calibrated)
         ledger = Ledger()
         ledger.add("branches", flops=flops, seconds=training.seconds)
         return self._finish(run, model, valid, training, means, ledger, summary)
 
+    def _trunk_state(self) -> dict[str, Tensor]:
+        """The optimizer's state where the trunk ended, read once."""
+        if self._moments is None:
+            saved = checkpoint.load_latest(self.trunk_folder / "checkpoints")
+            assert saved is not None, "the trunk was restored from it"
+            self._moments = saved.optimizer
+        return self._moments
+
     def _train(
-        self, run: Run, model: LanguageModel, batches: Batches, at_end: Callable[[], None] | None = None
+        self,
+        run: Run,
+        model: LanguageModel,
+        batches: Batches,
+        at_end: Callable[[], None] | None = None,
+        inherited: dict[str, Tensor] | None = None,
     ) -> StageResult:
         plan, config = self.plan, self.config
         with contextlib.ExitStack() as cleanup:
@@ -350,6 +364,7 @@ class Execution:
                 save_every=config.save_every,
                 progress=progress,
                 at_end=at_end,
+                inherited=inherited,
                 processes=self.processes,
             )
 

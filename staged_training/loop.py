@@ -9,10 +9,11 @@ was killed and started again by the same command goes through the same numbers, 
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from foundation.command import CannotGoOn
 from foundation.stopping import Interrupted, StopSignals
@@ -22,7 +23,7 @@ from routing.router import NonFiniteScoresError
 from staged_training.data import Batches
 from staged_training.diagnostics import step_diagnostics
 from staged_training.merging import WeightAverage
-from staged_training.optimizer import build_optimizer, update
+from staged_training.optimizer import build_optimizer, restore_optimizer, update
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
 from staged_training.run import Run
@@ -60,6 +61,7 @@ def train_stage(
     save_every: int,
     progress: Progress,
     at_end: Callable[[], object] | None = None,
+    inherited: Mapping[str, Tensor] | None = None,
     processes: Processes = ALONE,
 ) -> StageResult:
     """Trains blocks [boundary, L), norm and head (everything when the run's boundary is 0), or the rest of a stage that
@@ -70,6 +72,7 @@ def train_stage(
         model: with the weights the stage starts from; overwritten by a checkpoint where there is one.
         batches: inputs and targets_BT by batch number.
         save_every: steps between checkpoints; there is always one at the end.
+        inherited: state of the optimizer that the stage starts from, see `fork.inherited_state`; none by default.
         at_end: called behind the last step and ahead of its checkpoint, which holds what it does to the model.
         processes: that train together; `model` is then this process's part, and `batches` have its rows.
 
@@ -88,6 +91,8 @@ def train_stage(
         step, seconds, skipped = saved.step, saved.state["seconds"], saved.skipped
         experts_sum = np.array(saved.state["experts_sum"])
         print(f"{run.label} continues at step {step} of {stage.n_batches} from {saved.path}", flush=True)
+    elif inherited:
+        restore_optimizer(model, optimizer, boundary, dict(inherited))
     last_saved = saved.path if saved is not None else None
     print("{}: experts computed by {} ({})".format(run.label, *model.expert_backend()), flush=True)
 

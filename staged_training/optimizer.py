@@ -16,6 +16,8 @@ from staged_training.packed_matrices import packed_matrices
 
 Kind = Literal["adamw", "muon"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# What the optimizers keep of a parameter.
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ class StagingConfig:
             it.
         learning_rate: peak, of the trunk and of each branch.
         warmup_share: share of the trunk's steps that warm up; it then stays at the peak.
-        branch_warmup_share: the same for a branch, whose optimizer starts anew; the rest of the branch decays to zero.
+        branch_warmup_share: the same for a branch with fresh blocks; the rest of the branch decays to zero. Any other
+            branch goes on with the trunk's optimizer and decays from its first step on.
         decay_shape: "linear" or "1-sqrt".
         anneal: how a branch ends: "decay" lowers its rate to zero, "merge" keeps the rate and averages the weights of
             the steps that would decay, by the decay's shape (arXiv 2507.17634).
@@ -151,7 +152,7 @@ def make_plan(
                 method=name,
                 seed=seed,
                 model=compose(model, method, cut.boundary),
-                stage=_branch_stage(config, branch_batches * (lengths or {}).get(name, 1)),
+                stage=_branch_stage(config, branch_batches * (lengths or {}).get(name, 1), fresh=cut.fresh),
                 boundary=cut.boundary,
                 fresh=cut.fresh,
                 rounding=name in rounding,
@@ -165,9 +166,9 @@ def make_plan(
     )
 
 
-def _branch_stage(config: StagingConfig, n_batches: int) -> Stage:
-    """Warms up, then decays to the end."""
-    warmup = round(n_batches * config.branch_warmup_share)
+def _branch_stage(config: StagingConfig, n_batches: int, *, fresh: bool) -> Stage:
+    """Decays to the end, where blocks are fresh behind a warm-up."""
+    warmup = round(n_batches * config.branch_warmup_share) if fresh else 0
     schedule = Schedule(
         peak=config.learning_rate,
         warmup_steps=warmup,

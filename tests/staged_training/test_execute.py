@@ -11,17 +11,20 @@ from foundation.tables import read_rows
 from lm.accounting import model_cost
 from lm.budget import experts_per_token
 from lm.evaluate import evaluate
+from lm.model import LanguageModel
 from lm.pretrained import load_calibration_tokens, load_pretrained
 from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK
 from routing.policies.top_p import TopP
-from staged_training.checkpoint import WEIGHTS
+from staged_training.checkpoint import WEIGHTS, load_latest, restore_model
 from staged_training.data import TokenBatches
 from staged_training.describe import describe
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, in_order, run_plan
+from staged_training.optimizer import OptimizerConfig, build_optimizer, restore_optimizer, update
 from staged_training.progress import DIAGNOSTICS, METRICS, TIMING, read_metrics
 from staged_training.record import SECTIONS, RunMismatchError, SectionLoss, read_run
+from staged_training.step import clipped_gradients
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +230,35 @@ def test_freeze_zero_trains_the_whole_network(plan_of, model_config, corpus, exe
         for name, tensor in models[0].items()
         if name.endswith(("VD", "ED", "EFD"))
     )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_branch_of_the_baseline_is_the_trunk_gone_on_with(
+    kind, plan_of, model_config, corpus, execution_config, tmp_path
+):
+    plan = plan_of([("baseline", model_config, 0)], freeze=0.0, optimizer=OptimizerConfig(kind=kind))
+    trunk, branch = run_plan(plan, corpus, tmp_path, execution_config)
+    # The same steps by hand, from the trunk's last checkpoint.
+    saved = load_latest(trunk.folder / "checkpoints")
+    assert saved is not None
+    model = LanguageModel(model_config)
+    restore_model(model, saved.weights, "trunk")
+    optimizer = build_optimizer(model, plan.optimizer, 0)
+    restore_optimizer(model, optimizer, 0, saved.optimizer)
+    run = plan.branch_run(plan.branches[0], branch.folder)
+    tokens = TokenBatches(corpus.train.tokens, batch_size=plan.batch_size, seq_len=plan.seq_len)
+    model.train()
+    for step in range(run.stage.n_batches):
+        model.begin_step(step, run.seed)
+        clipped_gradients(model, optimizer, *tokens[run.order[step]], boundary=0, clip=plan.optimizer.clip)
+        update(optimizer, run.stage.schedule.value(step, run.stage.n_batches))
+        model.after_step()
+    assert run.stage.schedule.value(0, run.stage.n_batches) == run.stage.schedule.peak
+    reached = load_latest(branch.folder / "checkpoints")
+    assert reached is not None
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(reached.weights[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    assert reached.optimizer["step:head_VD"] == plan.trunk.n_batches + run.stage.n_batches
 
 
 def test_the_frozen_part_stays_the_trunks(finished):

@@ -8,7 +8,7 @@ from routing.policies.null_experts import NullExperts
 from routing.policies.top_k import TopKPolicy
 from routing.policies.top_p import TopP, TopPPolicy
 from staged_training.checkpoint import CheckpointMismatchError
-from staged_training.fork import fork
+from staged_training.fork import fork, inherited_state
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,33 @@ def test_a_trunk_of_another_shape_is_refused_by_name(plan_of, model_config):
         ),
     ):
         fork(wide, branch_of(plan_of, [("baseline", model_config, 0)]))
+
+
+def state_of(trunk):
+    """As a trunk's checkpoint has it, with weights that are averaged beside it."""
+    kinds = ("step", "exp_avg", "momentum_buffer", "merged")
+    return {f"{kind}:{name}": torch.ones(()) for name, _ in trunk.named_parameters() for kind in kinds}
+
+
+@pytest.mark.parametrize(("freeze", "boundary"), [(0.0, 0), (0.5, 2)])
+def test_the_optimizers_state_goes_with_the_weights_that_are_taken_and_trained(
+    trunk, plan_of, with_policy, freeze, boundary
+):
+    null = with_policy(NullExperts(k=3, n_null=2, target_mean=2))
+    branch = branch_of(plan_of, [("null", null, 7)], freeze=freeze)
+    assert branch.boundary == boundary
+    model = fork(trunk, branch)
+    inherited = inherited_state(model, trunk, branch, state_of(trunk))
+    taken = {name for name, _ in trunk.named_parameters()} - trunk.frozen_names(boundary)
+    assert inherited.keys() == {f"{kind}:{name}" for name in taken for kind in ("step", "exp_avg", "momentum_buffer")}
+    assert "step:head_VD" in inherited
+    assert ("step:embedding_VD" in inherited) == (boundary == 0)
+    assert any("null_weight" in name for name, _ in model.named_parameters())
+
+
+def test_fresh_blocks_inherit_nothing(trunk, plan_of, model_config):
+    hybrid = dataclasses.replace(model_config, layer_plan="S")
+    branch = branch_of(plan_of, [("baseline", model_config, 0), ("hybrid", hybrid, 0)], freeze=0.7)
+    assert branch.fresh
+    inherited = inherited_state(fork(trunk, branch), trunk, branch, state_of(trunk))
+    assert {name.partition(":")[2] for name in inherited} == {"norm.weight", "head_VD"}

@@ -115,10 +115,11 @@ def test_describe_names_what_is_frozen_reused_and_taken(plan):
             "192 tokens each (20.0% of trunk plus branch); batches 24 to 30 of the trunk's sequence, the same set for"
             " every branch"
         ),
-        "1 steps warm-up, 0 stable, 5 linear decay to 0",
+        "0 steps warm-up, 0 stable, 6 linear decay to 0",
         "optimizer  AdamW, weight decay 0.1",
         "re-used    the trunk's weights everywhere",
-        "not taken  optimizer moments (each branch warms up its own), the trunk's schedule",
+        "the optimizer's state of what trains",
+        "not taken  the trunk's schedule",
         "2 new router weights, initialised from the branch's seed",
         "TopP(",
     ):
