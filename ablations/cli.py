@@ -26,7 +26,8 @@ from ablations.gate.decision import GateConfig
 from ablations.gate.exits import Verdict, errors_apart, progress_on_stderr
 from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
-from ablations.report.run_folders import prune_command, runs_command
+from ablations.report.index import runs_command
+from ablations.report.run_folders import prune_command
 from foundation.command import deferred, run_command
 from foundation.numbers import objection
 from foundation.serialize import to_dict

@@ -1,4 +1,5 @@
-"""`index.html` in a folder of runs: what lies there, newest first, with links to reports and folders."""
+"""`python -m ablations runs`: what lies in a folder of runs, as a list and as `index.html`, newest first, with links to
+reports and folders."""
 
 import html
 import os
@@ -7,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from ablations.report.report import CSS_FILE, REPORT_FILE, theme
-from ablations.report.run_folders import RunFolder, mebibytes
+import tyro
+
+from ablations.report.run_folders import RunFolder, mebibytes, run_folders
 from foundation.files import write_text
 
-INDEX_FILE = "index.html"
+INDEX_FILE, REPORT = "index.html", "report.html"
 # In the order of the page.
 HEADINGS = {
     "comparison": "Comparisons",
@@ -22,12 +24,34 @@ HEADINGS = {
 }
 
 
+def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
+    """List trunks, branches, comparisons and prepared texts: what, when, how large, what came out. Written as a page
+    with links, too: `index.html` in the folder.
+
+    Args:
+        root: folder that is searched, with all folders below it.
+    """
+    found = run_folders(root)
+    if not found:
+        print(f"no runs in {root}")
+        return
+    width = max(len(str(run.folder)) for run in found)
+    for run in found:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
+        print(f"{run.folder!s:<{width}}  {run.what:<10}  {when}  {mebibytes(run.n_bytes)}  {run.verdict}")
+    print(f"{len(found)} folders, {mebibytes(sum(run.n_bytes for run in found)).strip()}")
+    print(f"index: {write_index(root, found)}")
+
+
 def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
     """Writes the page of the folders found below `root`.
 
     Returns:
         Its path.
     """
+    # Half a second to import, for the colours of the figures.
+    from ablations.report.report import CSS_FILE, theme
+
     total = mebibytes(sum(folder.n_bytes for folder in found)).strip()
     sections = []
     for what, heading in HEADINGS.items():
@@ -52,7 +76,7 @@ def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
 
 
 def _line(root: Path, found: RunFolder) -> str:
-    report = found.folder / REPORT_FILE
+    report = found.folder / REPORT
     place = os.path.relpath(report if report.is_file() else found.folder, root)
     name = os.path.relpath(found.folder, root)
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.changed))

@@ -7,7 +7,6 @@ them.
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,28 +51,6 @@ class Weighed:
     n_bytes: int
     needed: bool
     why: str
-
-
-def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
-    """List trunks, branches, comparisons and prepared texts: what, when, how large, what came out. Written as a page
-    with links, too: `index.html` in the folder.
-
-    Args:
-        root: folder that is searched, with all folders below it.
-    """
-    found = run_folders(root)
-    if not found:
-        print(f"no runs in {root}")
-        return
-    width = max(len(str(run.folder)) for run in found)
-    for run in found:
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
-        print(f"{run.folder!s:<{width}}  {run.what:<10}  {when}  {mebibytes(run.n_bytes)}  {run.verdict}")
-    print(f"{len(found)} folders, {mebibytes(sum(run.n_bytes for run in found)).strip()}")
-    # Half a second to import, for the colours of the figures.
-    from ablations.report.index import write_index
-
-    print(f"index: {write_index(root, found)}")
 
 
 def prune_command(root: tyro.conf.Positional[Path] = Path("runs"), yes: bool = False) -> None:

@@ -58,7 +58,7 @@ def test_the_notes_commands_work(checkout, text_folder, tiny_model):
         printed.append(done.stdout)
     listed, planned, alone, compared = printed
     assert "sigmoid_scores" in listed
-    assert "blocks from 2 on start from the trunk's weights in every branch" in planned
+    assert "blocks from 0 on start from the trunk's weights in every branch" in planned
     assert not re.search(r"sigmoid_scores .*±", planned)
     assert re.search(r"^sigmoid_scores .*±", alone, re.MULTILINE)
     # The trunk and two methods with three seeds each: the note says that what an earlier comparison trained is not

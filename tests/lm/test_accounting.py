@@ -39,7 +39,7 @@ def test_active_parameters_count_the_experts_used():
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_flops_are_those_that_torch_counts(backward):
+def test_flops_are_those_that_torch_counts(backward, without_native):
     batch, length = 2, 24
     model = LanguageModel(CONFIG).init_weights(0)
     tokens_BT = torch.randint(64, (batch, length + 1), generator=torch.Generator().manual_seed(0))

@@ -26,7 +26,7 @@ def test_the_statement_is_the_recorded_rows():
 
 
 def test_a_form_that_was_not_studied_is_said_so(monkeypatch, tmp_path):
-    form = form_of(dataclasses.replace(STAGING, trunk_share=0.33, anneal="merge"))
+    form = form_of(dataclasses.replace(STAGING, trunk_share=0.33, freeze=0.5, anneal="merge"))
     assert form == "fork33_freeze50_merge"
     assert "(fork33_freeze50_merge) order methods as full runs do has not been measured" in reliability_statement(form)
     # Nor is any in a checkout without notes.
