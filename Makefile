@@ -28,16 +28,18 @@ lint: setup
 # One thread per test process: two OpenMP teams on two cores spin at each other's barriers. Stealing keeps a file's tests together: dealt out
 # in small lots, which is the default, they would train what they share once in each process.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" $(ARGS)
 
 check: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long" $(ARGS)
 
-# What the tests hold to on sm_90 alone, for every architecture and every option of the launch tables: half an hour, after a change of kernels.
+# What the tests hold to on sm_90 alone, for every architecture and every option of the launch tables, and the tests that are too long for
+# every change: half an hour, after a change of kernels.
 gate: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m long
 	$(BIN)/python -m triton_kernels inspect --gate --arch 80 90 100 --all-options $(ARGS)
 
-# An hour of attacks on runs, files, disk, operations and command lines; about a minute of it is among the tests.
+# An hour of attacks on runs, files, disk, operations and command lines; two minutes of it are among those of `make gate`.
 soak: setup
 	$(BIN)/python -m tests.soak $(ARGS)
 

@@ -36,7 +36,7 @@ def soak(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_short_form_finds_nothing(tmp_path: Path) -> None:
     done = soak("-m", "tests.soak", "--short", "--failing", str(tmp_path / "failed.csv"), "--csv", str(tmp_path / "t"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,7 +46,7 @@ def test_the_short_form_finds_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "t").read_text().startswith("attack,subject,cases,count,outcomes,faults\n")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_attack_finds_a_victim_that_is_broken_on_purpose() -> None:
     done = soak("-m", "tests.soak.sabotage")
     assert done.returncode == 0, done.stderr

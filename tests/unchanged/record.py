@@ -45,7 +45,7 @@ SHORT = {
 }  # fmt: skip
 # What the recorded commit trains by default: its own defaults stay, whatever later ones are better.
 TRAINED = {
-    **{"optimizer": "adamw", "optimizer.embedding-rate": 1, "learning-rate": 0.008},
+    **{"optimizer": "adamw", "embedding-rate": 1, "learning-rate": 0.008},
     **{"layer-plan": "F", "freeze": 0.85},
 }
 SIZED = {"n-layers": 8, "window": 128, "d-expert": 32}

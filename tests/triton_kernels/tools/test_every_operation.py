@@ -126,6 +126,7 @@ def test_every_argument_may_lie_anywhere(name: str, ones: str) -> None:
             assert torch.equal(x, second[result]), ("expanded", result)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", operations())
 def test_two_runs_give_the_same_bits_at_several_blocks(name: str) -> None:
     inputs = small_inputs(name)

@@ -46,7 +46,7 @@ def test_the_whole_flow_on_the_interpreter(tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "roofline.svg").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_op_passes_in_one_run(
     tmp_path: Path, no_plot: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
