@@ -78,3 +78,9 @@ def test_the_results_in_the_readme_are_the_recorded_ones():
         assert verdict == row["verdict"].removesuffix(" on this trunk")
         if row["difference"]:
             assert difference == f"{float(row['difference']):+.4f} ± {float(row['difference_half_width']):.4f}"
+
+
+def test_the_example_in_the_readme_runs(capsys):
+    (example,) = re.findall(r"## In Python\n+```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("tensor([")
