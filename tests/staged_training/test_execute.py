@@ -159,8 +159,8 @@ def test_another_comparison_shares_the_trunk(finished, plan_of, model_config, co
 
 def test_a_folder_of_another_run_is_refused_by_key(finished, plan_of, model_config, corpus, execution_config):
     root, (trunk, *_) = finished
-    plan = plan_of([("baseline", model_config, 0)], branch_warmup_share=0.5)
-    with pytest.raises(RunMismatchError, match=r"branch\.stage\.schedule\.decay_steps: stored 5, asked 3"):
+    plan = plan_of([("baseline", model_config, 0)], anneal="merge")
+    with pytest.raises(RunMismatchError, match=r"branch\.stage\.schedule\.anneal: stored .?decay.?, asked .?merge"):
         run_plan(plan, corpus, root, execution_config)
     other = plan_of([], trunk_seed=1)
     with pytest.raises(RunMismatchError, match="trunk_seed: stored 0, asked 1"):
@@ -365,5 +365,5 @@ def test_merged_ends_are_calibrated_and_branches_start_from_the_merged_trunk(
     assert record.result["bits_per_byte"] < trunk.result["bits_per_byte"]
     text = describe(plan)
     assert "1 steps warm-up, 17 stable, 6 at the peak whose weights are averaged as a linear decay would" in text
-    assert "1 steps warm-up, 0 stable, 5 at the peak whose weights are averaged" in text
+    assert "0 steps warm-up, 0 stable, 6 at the peak whose weights are averaged" in text
     assert plan.trunk_hash != plan_of(branches, model=top_p).trunk_hash
