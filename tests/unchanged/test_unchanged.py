@@ -1,9 +1,10 @@
 """A move of code must not move a number: a small comparison of every method against what was recorded before the move.
 
-`recorded.json` is the short record of `tests/unchanged/record.py` (one thread), with the processor and the torch version
-that it was made on. There it must be equal bit for bit; elsewhere kernels round otherwise, and a few steps of training
-may differ by what rounding can do. A commit that means to change a number records anew and says why: this record is of
-the day when branches began to go on with the trunk's optimizer; its trunks are those of commit c821516, step by step.
+`recorded.json` is the short record of `tests/unchanged/record.py` (one thread), with the processor and the torch
+version that it was made on. There it must be equal bit for bit; elsewhere kernels round otherwise, and a few steps of
+training may differ by what rounding can do. A commit that means to change a number records anew and says why: this
+record is of the day when branches began to go on with the trunk's optimizer; its trunks are those of commit
+c821516, step by step.
 """
 
 import importlib.util
