@@ -82,7 +82,7 @@ class ModelOptions:
         )
 
 
-# Ten minutes of `make ablation` on two quiet CPU cores. Nothing is frozen: where half of the parameters were, branches
+# Eleven minutes of `make ablation` on two quiet CPU cores. Nothing is frozen: where half of the parameters were, branches
 # could not be told from guessing the order of full runs (notes/results/agreement).
 STAGING = StagingConfig(
     tokens=500_000,
