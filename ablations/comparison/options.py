@@ -82,8 +82,8 @@ class ModelOptions:
         )
 
 
-# Eleven minutes of `make ablation` on two quiet CPU cores. Nothing is frozen: where half of the parameters were, branches
-# could not be told from guessing the order of full runs (notes/results/agreement).
+# Eleven minutes of `make ablation` on two quiet CPU cores. Nothing is frozen: where half of the parameters were,
+# branches could not be told from guessing the order of full runs (notes/results/agreement).
 STAGING = StagingConfig(
     tokens=500_000,
     trunk_share=0.85,
