@@ -129,10 +129,8 @@ def report_command(folder: tyro.conf.Positional[Path]) -> None:
     _show(folder)
 
 
-# Figures and statistics take two seconds to import, which the processes of every run, and `list`, need not wait.
-
-
 def _show(folder: Path) -> Path:
+    # Figures take half a second to import, and studies more: only what shows them waits for that.
     from ablations.report.report import show
 
     return show(folder)

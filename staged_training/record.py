@@ -221,10 +221,8 @@ def set_aside(folder: Path, place: Path) -> Path:
     """
     place.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        for name in itertools.chain([folder.name], (f"{folder.name}_{number}" for number in itertools.count(2))):
-            if not (place / name).exists():
-                return folder.rename(place / name)
-    raise AssertionError
+        names = itertools.chain([folder.name], (f"{folder.name}_{number}" for number in itertools.count(2)))
+        return folder.rename(next(place / name for name in names if not (place / name).exists()))
 
 
 def kept_costs(folder: Path) -> Ledger:
