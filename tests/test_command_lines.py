@@ -124,6 +124,14 @@ NONSENSE = {
         "--head-dim": ("7",),
     },
     "ablations report": {"": ("/nowhere", "/dev/null")},
+    "ablations scaling fit": {
+        "--law": ("totl",),
+        "--drop-highest": ("-1",),
+        "--delta": ("0", "nan"),
+        "--resamples": ("0",),
+        "--out": ("/dev/null",),
+    },
+    "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus show": {"": ("/nowhere", "/dev/null")},
     "lm generate": {
@@ -174,6 +182,8 @@ REST = {
     "ablations budgets": TINY_COMPARE,
     "ablations agreement": TINY_COMPARE[1:],
     "lm generate": ("--run", "/nowhere"),
+    "ablations scaling fit": ("/nowhere",),
+    "ablations scaling plan": ("/nowhere",),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
 CASES = [
@@ -265,7 +275,7 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 
 
 HELPED = {
-    "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
+    "ablations": "list compare gate report budgets calibrate difficulty agreement scaling runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
     "lm": "generate bench bench-peers long-context",
     "corpus": "prepare",

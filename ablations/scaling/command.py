@@ -1,0 +1,21 @@
+"""`python -m ablations scaling`: which part of it a command line asks for."""
+
+from ablations.scaling.options import FitOptions, PlanOptions, ScalingCommand
+
+
+def run_scaling(options: ScalingCommand) -> None:
+    """Runs one of the commands.
+
+    Raises:
+        ValueError: for data or options that cannot be used.
+    """
+    # Each part imports what only it needs.
+    match options:
+        case FitOptions():
+            from ablations.scaling.fit import fit_command
+
+            fit_command(options)
+        case PlanOptions():
+            from ablations.scaling.plan import plan_command
+
+            plan_command(options)

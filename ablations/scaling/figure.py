@@ -1,0 +1,80 @@
+"""The figures of the scaling commands."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
+from ablations.scaling.forms import ACTIVE, TOKENS, TOTAL, Fit
+from ablations.scaling.points import FLOPS_PER_PARAMETER, Points
+from foundation.files import write_bytes
+
+PAPER = {**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}
+# Points of a budget lie within this factor of it.
+NEAR = 1.25
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure in the type that the suffix names."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=path.suffix[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, drawn.getvalue())
+
+
+def draw_fit(points: Points, fit: Fit, kept: np.ndarray, path: Path) -> None:
+    """Loss against size at equal FLOPs (where the law is one of a size and tokens) above the residuals.
+
+    Args:
+        kept: indices of the points in the fit; the others are crosses.
+    """
+    size = next((name for name in (ACTIVE, TOTAL) if name in fit.law.variables), None)
+    iso = set(fit.law.variables) == {size, TOKENS}
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH * 1.3, 7.0 if iso else 3.5), layout="constrained")
+        panels = list(figure.subplots(2 if iso else 1, 1, squeeze=False)[:, 0])
+        if iso:
+            assert size is not None
+            _isoflop(panels[0], points.subset(kept), fit, size)
+        _residuals(panels[-1], points, fit, kept, size or fit.law.variables[0])
+        save(figure, path)
+
+
+def _isoflop(axes: Axes, points: Points, fit: Fit, size: str) -> None:
+    size_P, tokens_P = points.variables[size], points.variables[TOKENS]
+    flops_P = FLOPS_PER_PARAMETER * size_P * tokens_P
+    budgets = np.geomspace(*np.quantile(flops_P, (0.05, 0.95)), len(SERIES) - 1)
+    for budget, colour in zip(budgets, SERIES):
+        near_P = np.abs(np.log(flops_P / budget)) < np.log(NEAR)
+        reach = (size_P[near_P].min() / 2, size_P[near_P].max() * 2) if near_P.any() else (size_P.min(), size_P.max())
+        sizes = np.geomspace(*reach, 60)
+        curve = fit.predict({size: sizes, TOKENS: budget / (FLOPS_PER_PARAMETER * sizes)})
+        axes.plot(sizes, curve, color=colour, label=f"{budget:.1e} FLOP")
+        axes.plot(sizes[np.argmin(curve)], curve.min(), "v", color=colour, markersize=7)
+        axes.plot(size_P[near_P], points.loss_P[near_P], "o", color=colour, markersize=3.5, alpha=0.7)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{size.replace('_params', '')} parameters")
+    axes.set_ylabel("loss at equal FLOPs")
+    axes.legend(frameon=False, fontsize=8, title="▾ optimum of the law", title_fontsize=8)
+
+
+def _residuals(axes: Axes, points: Points, fit: Fit, kept: np.ndarray, size: str) -> None:
+    residual_P = 100 * (points.loss_P / fit.predict(points.variables) - 1)
+    out_P = ~np.isin(np.arange(len(points)), kept)
+    axes.axhline(0, color=INK, linewidth=1)
+    limit = 1.15 * np.abs(residual_P[~out_P]).max()
+    drawn = axes.scatter(
+        points.loss_P[~out_P], residual_P[~out_P], c=np.log10(points.variables[size][~out_P]), s=14, cmap="viridis"
+    )
+    if out_P.any():
+        # What was left out may lie far away; it is shown at the edge.
+        axes.plot(points.loss_P[out_P], np.clip(residual_P[out_P], -limit, limit), "x", color=MUTED, label="left out")
+        axes.legend(frameon=False, fontsize=8)
+    figure = axes.figure
+    figure.colorbar(drawn, ax=axes, label=f"log10 of {size.replace('_', ' ')}")  # pyright: ignore[reportAttributeAccessIssue]
+    axes.set_xlabel("loss")
+    axes.set_ylabel("loss over law - 1, %")

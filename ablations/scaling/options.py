@@ -1,0 +1,109 @@
+"""What the scaling commands can be told, apart from what does it: the command line knows its options without libraries
+for figures and statistics."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from foundation.numbers import check_numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which column of a csv holds what.
+
+    Attributes:
+        loss: in nats per token, or any unit that is the same in all rows.
+        total_params: parameters of the model.
+        active_params: parameters that one token uses.
+        tokens: trained on.
+        flops: of training; where it is given, tokens are flops / (6 total_params) and no column of tokens is read.
+        experts: number of experts, read where a law needs it, as the two that follow.
+        granularity: width of a dense layer / width of an expert.
+        density: share of the experts that a token uses.
+        weight: of a point in the objective, 1 / variance of its loss say; all 1 without it.
+        run: of curves, the column that names the run; a run's row of most tokens is its point.
+    """
+
+    loss: str = "loss"
+    total_params: str = "total_params"
+    active_params: str = "active_params"
+    tokens: str = "tokens"
+    flops: str | None = None
+    experts: str = "experts"
+    granularity: str = "granularity"
+    density: str = "density"
+    weight: str | None = None
+    run: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How to fit a law to points.
+
+    Attributes:
+        points: csv, one row per trained model (or per step, see --columns.run); may be compressed with gzip.
+        law: total, active, both, granularity, sparsity or experts, see notes/results/scaling.
+        drop_highest: so many of the highest losses are left out; nothing else ever is.
+        delta: log loss beyond which Huber's function is linear; 1 makes it least squares.
+        resamples: of the bootstrap.
+        out: folder of tables and figure; only printed without it.
+    """
+
+    points: tyro.conf.Positional[Path]
+    law: str = "total"
+    columns: Columns = dataclasses.field(default_factory=Columns)
+    drop_highest: int = 0
+    delta: float = 1e-3
+    resamples: int = 400
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, drop_highest=0, delta=1e-9, resamples=20)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What to train for a number of FLOPs under a fitted law.
+
+    Attributes:
+        fit: folder that `fit --out` wrote, of the law "total" or "active".
+        flops: of training, one plan each.
+        seconds: instead of FLOPs, one plan each.
+        flops_per_second: that this machine trains at, as the cost ledger of a run shows it; with --seconds.
+        csv: where the table goes as well.
+    """
+
+    fit: tyro.conf.Positional[Path]
+    flops: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+    flops_per_second: float | None = None
+    csv: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers_without_limit(self, "flops", "seconds", "flops_per_second")
+        if bool(self.flops) == bool(self.seconds):
+            raise ValueError("a plan needs either --flops or --seconds, at least one number")
+        if bool(self.seconds) != (self.flops_per_second is not None):
+            raise ValueError("--seconds and --flops-per-second need each other")
+
+
+def check_numbers_without_limit(config: object, *names: str) -> None:
+    """Refuses what is no positive finite number; FLOPs may be larger than `check_numbers` lets sizes be.
+
+    Raises:
+        ValueError: naming field and value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not (math.isfinite(number) and number > 0):
+                raise ValueError(f"{type(config).__name__}.{name}: {number}, must be a positive finite number")
+
+
+ScalingCommand = (
+    Annotated[FitOptions, tyro.conf.subcommand("fit")] | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
+)
