@@ -28,7 +28,15 @@ class AttentionConfig:
         mixed_linear_heads: how many of a mixed layer's n_heads are linear; half of them by default. Its softmax heads
             keep their share of n_kv_heads.
         mixed_window: how many tokens a mixed layer's softmax heads see, the current one included; None for all.
-        conv_width: taps of the short convolution before a delta rule, 2 to 4.
+        latent_dim: width of the latent that a latent-attention layer caches; 4 head_dim by default. Its heads are those
+            of a softmax layer, and rotary_fraction is the share of latent_shared_dim that is turned.
+        latent_shared_dim: key channels that all heads of a latent-attention layer share, beside their own head_dim;
+            half of head_dim by default.
+        latent_value_dim: value width of a latent-attention head; head_dim by default.
+        latent_query_dim: width of a latent that its queries are made from; None makes them from the input.
+        mamba_groups: groups of a Mamba-2 layer's linear heads that share what is written and read by (its B and C).
+        short_conv_dim: channels of a gated short convolution; n_heads * head_dim by default.
+        conv_width: taps of a short convolution (before a delta rule or a Mamba-2 scan, or a layer of its own), 2 to 8.
         chunk_size: tokens per chunk of the linear layers' chunked form, a power of two; changes speed, not results.
         norm_eps: added to the mean square in every RMSNorm.
 
@@ -50,15 +58,23 @@ class AttentionConfig:
     linear_value_dim: int | None = None
     mixed_linear_heads: int | None = None
     mixed_window: int | None = None
+    latent_dim: int | None = None
+    latent_shared_dim: int | None = None
+    latent_value_dim: int | None = None
+    latent_query_dim: int | None = None
+    mamba_groups: int = 1
+    short_conv_dim: int | None = None
     conv_width: int = 4
     chunk_size: int = 64
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         check_numbers(self, n_heads=1, n_kv_heads=1, head_dim=1, window=1, chunk_size=1)
+        check_numbers(self, latent_dim=1, latent_shared_dim=0, latent_value_dim=1, latent_query_dim=1)
+        check_numbers(self, mamba_groups=1, short_conv_dim=1)
         check_numbers(self, linear_heads=1, linear_key_dim=1, linear_value_dim=1, mixed_linear_heads=1, mixed_window=1)
-        if not 2 <= self.conv_width <= 4:
-            raise ValueError(f"AttentionConfig.conv_width: {self.conv_width}; legal: 2, 3 or 4")
+        if not 2 <= self.conv_width <= 8:
+            raise ValueError(f"AttentionConfig.conv_width: {self.conv_width}; legal: 2 to 8")
         if self.chunk_size & (self.chunk_size - 1) != 0:
             raise ValueError(f"AttentionConfig.chunk_size: {self.chunk_size}; legal: a power of two")
         if self.n_heads % self.n_kv_heads != 0:
@@ -126,3 +142,8 @@ class AttentionConfig:
         """Channels of the short convolution before a delta rule: queries, keys and values of all heads side by side."""
         H, K, V = self.linear_shape
         return H * (2 * K + V)
+
+    @property
+    def short_conv_channels(self) -> int:
+        """Channels of a gated short convolution."""
+        return self.short_conv_dim or self.n_heads * self.head_dim

@@ -8,8 +8,11 @@ from attention.config import AttentionConfig
 from attention.gated_delta_net import GATED_DELTA_NET
 from attention.kimi_delta import KIMI_DELTA
 from attention.kind import AttentionKind, AttentionLayer
+from attention.latent import LATENT
 from attention.lightning import LIGHTNING
+from attention.mamba2 import MAMBA2
 from attention.mixed import MIXED
+from attention.short_conv import SHORT_CONV
 from attention.softmax import FULL, FULL_SHARED, SLIDING, SLIDING_SHARED
 
 KINDS: dict[str, AttentionKind] = {
@@ -23,6 +26,9 @@ KINDS: dict[str, AttentionKind] = {
         GATED_DELTA_NET,
         KIMI_DELTA,
         MIXED,
+        LATENT,
+        MAMBA2,
+        SHORT_CONV,
     )
 }
 

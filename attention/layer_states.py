@@ -228,7 +228,25 @@ class RingKV(TensorState):
         )
 
 
-class RecurrentState(TensorState):
+class FixedState(TensorState):
+    """Common part of states whose size does not depend on the text, because tokens are folded into them: they forget
+    everything or nothing."""
+
+    forgetting: str = "a state of fixed size cannot forget some tokens"
+
+    def crop(self, length: int) -> None:
+        super().crop(length)
+        if length == 0:
+            for tensor in self.tensors.values():
+                tensor.zero_()
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        if length in (0, self.length):
+            return None
+        return f"{self.forgetting}; start again from 0, or keep a copy"
+
+
+class RecurrentState(FixedState):
     """The fp32 matrix per head of a linear layer, and the last W - 1 inputs of its short convolution where it has one.
 
     The matrices are fp32 whatever the model computes in: they sum over the whole text.
@@ -241,6 +259,8 @@ class RecurrentState(TensorState):
         dtype: of the convolution's inputs.
         device: where all of it lies.
     """
+
+    forgetting = "a linear-attention state is a sum over all tokens seen and cannot forget some of them"
 
     def __init__(
         self,
@@ -277,59 +297,6 @@ class RecurrentState(TensorState):
             self._check("tail", tail_BXW)
             self.tensors["tail"].copy_(tail_BXW.detach())
         self.length += n_tokens
-
-    def crop(self, length: int) -> None:
-        super().crop(length)
-        if length == 0:
-            for tensor in self.tensors.values():
-                tensor.zero_()
-
-    def refusal_to_crop(self, length: int) -> str | None:
-        if length in (0, self.length):
-            return None
-        return (
-            "a linear-attention state is a sum over all tokens seen and cannot forget some of them; start again from 0,"
-            " or keep a copy"
-        )
-
-
-class MixedState:
-    """Keys and values of the softmax heads (growing or a ring) beside the matrices of the linear heads; both take every
-    token."""
-
-    def __init__(self, kv: GrowingKV | RingKV, recurrent: RecurrentState) -> None:
-        self.kv = kv
-        self.recurrent = recurrent
-
-    @property
-    def length(self) -> int:
-        return self.kv.length
-
-    @property
-    def max_length(self) -> int:
-        return self.kv.max_length
-
-    @property
-    def batch_size(self) -> int:
-        return self.kv.batch_size
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return self.kv.tensors | self.recurrent.tensors
-
-    def nbytes(self) -> int:
-        return self.kv.nbytes() + self.recurrent.nbytes()
-
-    def reorder(self, index_B: Tensor) -> None:
-        self.kv.reorder(index_B)
-        self.recurrent.reorder(index_B)
-
-    def refusal_to_crop(self, length: int) -> str | None:
-        return self.recurrent.refusal_to_crop(length)
-
-    def crop(self, length: int) -> None:
-        self.kv.crop(length)
-        self.recurrent.crop(length)
 
 
 class Alias:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
-from attention.layer_states import KV, LayerState, MixedState, RecurrentState
+from attention.layer_states import KV, GrowingKV, LayerState, RecurrentState, RingKV
 from attention.lightning import lightning_flops, lightning_slopes
 from attention.norm import RMSNorm
 from attention.projection import Projection
@@ -29,6 +29,45 @@ from triton_kernels.linear.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear.linear_decode import split_heads
 from triton_kernels.mixed.mixed_attention import mixed_attention, mixed_decode
 from triton_kernels.softmax.rotary import rotary_tables, rotate
+
+
+class MixedState:
+    """Keys and values of the softmax heads (growing or a ring) beside the matrices of the linear heads; both take every
+    token."""
+
+    def __init__(self, kv: GrowingKV | RingKV, recurrent: RecurrentState) -> None:
+        self.kv = kv
+        self.recurrent = recurrent
+
+    @property
+    def length(self) -> int:
+        return self.kv.length
+
+    @property
+    def max_length(self) -> int:
+        return self.kv.max_length
+
+    @property
+    def batch_size(self) -> int:
+        return self.kv.batch_size
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.kv.tensors | self.recurrent.tensors
+
+    def nbytes(self) -> int:
+        return self.kv.nbytes() + self.recurrent.nbytes()
+
+    def reorder(self, index_B: Tensor) -> None:
+        self.kv.reorder(index_B)
+        self.recurrent.reorder(index_B)
+
+    def refusal_to_crop(self, length: int) -> str | None:
+        return self.recurrent.refusal_to_crop(length)
+
+    def crop(self, length: int) -> None:
+        self.kv.crop(length)
+        self.recurrent.crop(length)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

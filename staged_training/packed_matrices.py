@@ -9,9 +9,12 @@ from torch import Tensor
 
 from attention.delta_layer import DeltaLayer
 from attention.kind import AttentionLayer
+from attention.latent import LatentAttention
 from attention.lightning import LightningAttention
+from attention.mamba2 import Mamba2, mamba_widths
 from attention.mixed import MixedAttention
 from attention.projection import Projection
+from attention.short_conv import ShortConvolution
 from attention.softmax import SoftmaxAttention
 from lm.model import LanguageModel
 
@@ -78,6 +81,10 @@ def _inner_widths(layer: AttentionLayer) -> tuple[int, ...]:
     elif isinstance(layer, MixedAttention):
         J, K, V = layer.linear_shape
         widths = [*layer.widths[:4], J * K, J * K, J * V, layer.widths[5]]
+    elif isinstance(layer, Mamba2):
+        widths = [*mamba_widths(layer.config), *layer.widths[1:]]
+    elif isinstance(layer, LatentAttention | ShortConvolution):
+        widths = layer.widths
     else:
         widths = []
     return tuple(width for width in widths if width)

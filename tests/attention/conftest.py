@@ -75,5 +75,11 @@ def tiny() -> AttentionConfig:
         linear_heads=3,
         linear_key_dim=6,
         linear_value_dim=10,
+        latent_dim=20,
+        latent_shared_dim=12,
+        latent_value_dim=14,
+        latent_query_dim=18,
+        mamba_groups=3,
+        short_conv_dim=22,
         chunk_size=4,
     )

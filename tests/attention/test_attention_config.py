@@ -10,7 +10,7 @@ from attention import AttentionConfig
         ({"head_dim": 15}, "head_dim: 15; legal: even"),
         ({"window": 0}, "window: 0, must be at least 1"),
         ({"linear_heads": 0}, "linear_heads: 0, must be at least 1"),
-        ({"conv_width": 5}, "conv_width: 5; legal: 2, 3 or 4"),
+        ({"conv_width": 9}, "conv_width: 9; legal: 2 to 8"),
         ({"chunk_size": 48}, "chunk_size: 48; legal: a power of two"),
         ({"rotary_fraction": 1.5}, "rotary_fraction: 1.5; legal: from 0"),
         ({"head_dim": 32, "rotary_fraction": 0.3}, "turns 9.6 channels"),

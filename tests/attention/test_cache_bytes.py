@@ -60,6 +60,25 @@ def test_each_letter_by_hand():
     assert cache_bytes(configs, plan, 7, element_size=4)[5] == state + 2 * tail
 
 
+def test_the_later_letters_by_hand():
+    config = AttentionConfig(
+        n_heads=8,
+        head_dim=16,
+        latent_dim=50,
+        latent_shared_dim=6,
+        linear_heads=4,
+        linear_key_dim=4,
+        linear_value_dim=5,
+        mamba_groups=2,
+        short_conv_dim=30,
+        conv_width=3,
+    )
+    plan, configs = LayerPlan.parse("ADC", 3), [config] * 3
+    mamba, conv = 4 * 4 * 5 * 4 + (2 * 4 + 2 * 4 + 4 * 5) * 2 * 2, 30 * 2 * 2
+    assert cache_bytes(configs, plan, 7) == [(50 + 6) * 2 * 7, mamba, conv]
+    assert cache_bytes(configs, plan, 70, batch_size=3) == [3 * (50 + 6) * 2 * 70, 3 * mamba, 3 * conv]
+
+
 @settings(deadline=None)
 @given(
     pattern=st.text(alphabet="".join(KINDS), max_size=6),
@@ -81,7 +100,7 @@ def test_real_bytes_equal_the_formula_for_any_plan_and_length(pattern, max_lengt
 
 
 @pytest.mark.parametrize(
-    "pattern", [*(kind.letter for kind in KINDS.values() if kind.reads is None), "SSSFSSSR", "SrGLKFRM"]
+    "pattern", [*(kind.letter for kind in KINDS.values() if kind.reads is None), "SSSFSSSR", "SrGLKFRMADC"]
 )
 def test_bytes_do_not_move_while_decoding(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)

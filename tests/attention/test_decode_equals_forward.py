@@ -23,6 +23,9 @@ PATTERNS = [
     "SrGLFRSr",
     "LSFGRKr",
     "MSM",
+    "AAAC",
+    "DDDA",
+    "CDASrFRC",
 ]
 
 
@@ -92,10 +95,13 @@ def test_layers_with_configurations_of_their_own_decode_as_they_run(make_stack, 
         "L": [wide, bare],
         "G": [bare, wide],
         "K": [dataclasses.replace(tiny, conv_width=2), wide],
+        "A": [tiny, dataclasses.replace(bare, n_heads=3, n_kv_heads=1, latent_query_dim=None, latent_dim=None)],
+        "D": [dataclasses.replace(tiny, mamba_groups=1, conv_width=2), dataclasses.replace(wide, mamba_groups=2)],
+        "C": [dataclasses.replace(tiny, conv_width=8, short_conv_dim=None), wide],
         "M": [dataclasses.replace(wide, mixed_window=3), tiny],
     }
     assert configs.keys() == KINDS.keys()
-    pattern = "FRSrLGKM"
+    pattern = "FRSrLGKMADC"
     stack = make_stack(pattern * 2, [configs[letter][n] for n in range(2) for letter in pattern])
     x_BTD = stack.input(2, 17)
     expected_BTD = stack(x_BTD).detach()
@@ -105,10 +111,10 @@ def test_layers_with_configurations_of_their_own_decode_as_they_run(make_stack, 
 
 
 def test_the_cache_never_reads_memory_it_has_not_written(make_stack, tiny):
-    stack = make_stack("SSFRrGLKM", tiny)
+    stack = make_stack("SSAFRrGLKMDC", tiny)
     x_BTD = stack.input(1, 17)
     cache = stack.cache(1, 30)
-    for state in cache.layers[:3]:
+    for state in cache.layers[:4]:
         for tensor in state.tensors.values():
             tensor.fill_(float("nan"))
     with torch.no_grad():
@@ -117,7 +123,7 @@ def test_the_cache_never_reads_memory_it_has_not_written(make_stack, tiny):
 
 
 def test_a_forward_with_a_cache_leaves_no_graph_in_it(make_stack, tiny):
-    stack = make_stack("SFLGK", tiny)
+    stack = make_stack("SFLGKADC", tiny)
     cache = stack.cache(1, 8)
     stack(stack.input(1, 4), cache)
     stack(stack.input(1, 1), cache)

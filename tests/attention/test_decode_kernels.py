@@ -11,7 +11,7 @@ import triton_kernels.softmax.flash_decode
 @pytest.mark.parametrize(
     ("pattern", "op"),
     [
-        *((pattern, triton_kernels.softmax.flash_decode) for pattern in ("F", "S", "FR", "Sr")),
+        *((pattern, triton_kernels.softmax.flash_decode) for pattern in ("F", "S", "FR", "Sr", "A")),
         *((pattern, triton_kernels.linear.linear_decode) for pattern in ("L", "G", "K")),
     ],
 )

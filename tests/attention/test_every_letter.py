@@ -34,7 +34,8 @@ def test_the_past_within_reach_changes_the_output(make_stack, tiny, letter):
     # A second S would reach twice as far; r does not, because the keys and values it reuses come from the input of the
     # S below.
     kind = KINDS[letter]
-    reach = 5 if isinstance(kind, SoftmaxKind) and kind.sliding else 12
+    window = tiny.window if isinstance(kind, SoftmaxKind) and kind.sliding else 12
+    reach = tiny.conv_width if letter == "C" else window
     assert reached.tolist() == [False] * (12 - reach) + [True] * reach
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-MIXED = "SrGLKFR"
+MIXED = "SrGLKFRADC"
 
 
 def prefilled(stack, batch_size, n_tokens, max_length):
@@ -31,7 +31,7 @@ def test_reorder_is_as_if_the_sequences_had_been_decoded_in_that_order(make_stac
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(["F", "FR", "SSSFSSSR"]), st.integers(1, 9), st.data())
+@given(st.sampled_from(["F", "FR", "SSSFSSSR", "A", "AAF"]), st.integers(1, 9), st.data())
 def test_crop_is_as_if_the_tokens_had_not_been_seen(make_stack, tiny, pattern, n_tokens, data):
     stack = make_stack(pattern, tiny)
     x_BTD, cache = prefilled(stack, 2, n_tokens, 20)
@@ -52,7 +52,7 @@ def test_crop_is_as_if_the_tokens_had_not_been_seen(make_stack, tiny, pattern, n
     torch.testing.assert_close(actual_BTD, expected_BTD, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["L", "G", "K", "FFL"])
+@pytest.mark.parametrize("pattern", ["L", "G", "K", "D", "FFL", "AAD"])
 def test_a_linear_state_says_that_it_cannot_forget_and_nothing_is_cropped(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     _, cache = prefilled(stack, 2, 6, 10)
@@ -64,7 +64,7 @@ def test_a_linear_state_says_that_it_cannot_forget_and_nothing_is_cropped(make_s
     cache.crop(6)
 
 
-@pytest.mark.parametrize("pattern", ["L", "G", "K", MIXED])
+@pytest.mark.parametrize("pattern", ["L", "G", "K", "D", "C", MIXED])
 def test_crop_to_nothing_starts_afresh(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     x_BTD, cache = prefilled(stack, 2, 9, 10)
@@ -95,7 +95,7 @@ def test_sizes_below_one_are_refused(make_stack, tiny, sizes, message):
         make_stack("F", tiny).cache(*sizes)
 
 
-@pytest.mark.parametrize("pattern", ["F", "S", "G"])
+@pytest.mark.parametrize("pattern", ["F", "S", "G", "A", "D", "C"])
 def test_activations_of_another_dtype_are_refused(make_stack, tiny, pattern):
     stack = make_stack(pattern, tiny)
     with pytest.raises(ValueError, match=r"cache holds \w+ as torch.float32.*got torch.bfloat16"):

@@ -1,10 +1,12 @@
-"""Lightning, gated DeltaNet and Kimi delta attention layers against their definitions, written out token by token
-here."""
+"""The linear layers and the short convolution against their definitions, written out token by token here."""
+
+import dataclasses
 
 import pytest
 import torch
 from torch.nn import functional
 
+from attention import build_attention
 from attention.lightning import lightning_slopes
 
 
@@ -98,10 +100,62 @@ def test_delta_rule_layers_start_with_decays_in_the_documented_range(make_stack,
 
 
 def test_states_stay_fp32_when_the_model_computes_in_bf16(make_stack, tiny):
-    stack = make_stack("LGK", tiny)
+    stack = make_stack("LGKD", tiny)
     cache = stack.cache(1, 8, torch.bfloat16)
     with torch.no_grad():
         y_BTD = stack(stack.input(1, 5, dtype=torch.bfloat16), cache)
     assert y_BTD.dtype == torch.bfloat16
-    assert [state.tensors["state"].dtype for state in cache.layers] == [torch.float32] * 3
-    assert [state.tensors["tail"].dtype for state in cache.layers[1:]] == [torch.bfloat16] * 2
+    assert [state.tensors["state"].dtype for state in cache.layers] == [torch.float32] * 4
+    assert [state.tensors["tail"].dtype for state in cache.layers[1:]] == [torch.bfloat16] * 3
+
+
+def test_mamba_2_equals_its_definition(make_stack, tiny):
+    stack = make_stack("D", tiny).double()
+    layer = stack.layers[0]
+    x_BTD = stack.input(2, 11, dtype=torch.float64)
+    (H, K, V), G = tiny.linear_shape, tiny.mamba_groups
+    conv_W, gate_W, step_W = layer.to_inner.weight.split([2 * G * K + H * V, H * V, H])
+    padded = functional.pad(x_BTD @ conv_W.T, (0, 0, tiny.conv_width - 1, 0))
+    mixed = sum(layer.conv_XW[:, w] * padded[:, w : w + 11] for w in range(tiny.conv_width)) + layer.conv_bias_X
+    q, k, v = (
+        x.unflatten(-1, (n, -1)) for x, n in zip(functional.silu(mixed).split([G * K, G * K, H * V], -1), (G, G, H))
+    )
+    step = functional.softplus(x_BTD @ step_W.T + layer.decay_gate.dt_bias)
+    outputs = torch.zeros(2, 11, H, V, dtype=torch.float64)
+    for h in range(H):
+        group, state = h * G // H, torch.zeros(2, K, V, dtype=torch.float64)
+        for t in range(11):
+            decay = torch.exp(-layer.decay_gate.A_log_H[h].exp() * step[:, t, h])
+            state = decay[:, None, None] * state
+            state = state + step[:, t, h, None, None] * k[:, t, group, :, None] * v[:, t, h, None]
+            outputs[:, t, h] = torch.einsum("bkv,bk->bv", state, q[:, t, group]) + layer.skip_H[h] * v[:, t, h]
+    gated = (outputs.flatten(2) * functional.silu(x_BTD @ gate_W.T)).unflatten(-1, (G, -1))
+    normed = gated / (gated.square().mean(-1, keepdim=True) + tiny.norm_eps).sqrt()
+    expected_BTD = (normed.flatten(2) * layer.norm_X) @ layer.to_out.weight.T
+    torch.testing.assert_close(layer(x_BTD)[0], expected_BTD, rtol=0, atol=1e-6)
+
+
+def test_a_mamba_2_layer_in_bf16_stays_within_bf16_of_fp32_over_a_long_text(make_stack, tiny):
+    """Time steps, decays and the state are fp32: what they sum up does not drift."""
+    stack = make_stack("D", tiny)
+    layer, x_BTD = stack.layers[0], stack.input(1, 700)
+    exact_BTD, rounded_BTD = layer(x_BTD)[0], layer(x_BTD.bfloat16())[0]
+    error_T = (rounded_BTD.float() - exact_BTD).abs().amax((0, 2))
+    assert error_T.max() <= 2**-4 * exact_BTD.abs().max()
+    assert error_T[600:].mean() <= 1.5 * error_T[:100].mean()
+
+
+@pytest.mark.parametrize("taps", [2, 3, 8])
+def test_the_short_convolution_equals_its_definition(make_stack, tiny, taps):
+    stack = make_stack("C", dataclasses.replace(tiny, conv_width=taps)).double()
+    layer, x_BTD = stack.layers[0], stack.input(2, 11, dtype=torch.float64)
+    before, behind, u = (x_BTD @ layer.to_inner.weight.T).chunk(3, dim=-1)
+    padded = functional.pad(before * u, (0, 0, taps - 1, 0))
+    mixed = sum(layer.conv_XW[:, w] * padded[:, w : w + 11] for w in range(taps))
+    expected_BTD = (behind * mixed) @ layer.to_out.weight.T
+    torch.testing.assert_close(layer(x_BTD)[0], expected_BTD, rtol=0, atol=1e-12)
+
+
+def test_groups_of_a_mamba_2_layer_divide_its_heads(tiny):
+    with pytest.raises(ValueError, match=r"mamba_groups: 2; legal: a divisor of the 3 heads of a linear layer"):
+        build_attention("D", dataclasses.replace(tiny, mamba_groups=2), d_model=8, layer_index=0, n_layers=1)

@@ -9,8 +9,9 @@ from torch.nn import functional
 
 import triton_kernels.mixed.mixed_attention
 from attention import AttentionConfig, HybridCache, LayerPlan, build_attention, cache_bytes
-from attention.layer_states import GrowingKV, MixedState, RingKV
+from attention.layer_states import GrowingKV, RingKV
 from attention.lightning import lightning_slopes
+from attention.mixed import MixedState
 
 
 def rms(x, weight, eps):

@@ -24,7 +24,7 @@ def every_kind(model_config):
     attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=4, output_gate=True, linear_value_dim=12)
     moe = dataclasses.replace(model_config.moe, d_shared=24)
     return dataclasses.replace(
-        model_config, n_layers=len(KINDS), layer_plan="FSRrLGKM", attention=attention, moe=moe, d_model=32
+        model_config, n_layers=len(KINDS), layer_plan="FSRrLGKMADC", attention=attention, moe=moe, d_model=32
     )
 
 
@@ -129,6 +129,7 @@ def test_which_parameters_are_matrices(every_kind):
     assert widths[:5] == [full, full, (32, 32), (32, 32), (*linear, 48)]
     assert widths[5:7] == [(*linear, 48, 4, 4), (*linear, 12, 8, 4)]
     assert len(widths[7]) == 8
+    assert widths[8:] == [(4 * 12, 32, 4), (8, 8, 48, 48, 4), (32, 32, 32)]
 
 
 @pytest.mark.skipif(native().library is None, reason=native().reason)

@@ -1,8 +1,9 @@
-"""Causal depthwise convolution of width 2 to 4 with SiLU, and the tail that lets a later call continue it.
+"""Causal depthwise convolution of width 2 to 8 with SiLU, and the tail that lets a later call continue it.
 
     z_t = bias + sum_{w < W} weight[:, w] * x_{t - (W - 1) + w};  y = silu(z)
 
-The short convolution before the linear-attention layers (Mamba, arXiv 2312.00752; gated DeltaNet, arXiv 2412.06464).
+The short convolution before the linear-attention layers (Mamba, arXiv 2312.00752; gated DeltaNet, arXiv 2412.06464);
+without SiLU it is a layer of its own between two gates (LFM2, arXiv 2511.23404).
 
 Legend: B batch, T tokens, D channels, W convolution width, R = W - 1 entries of a tail, S sequences (B of them, or
 those packed by `cu_seqlens`).
@@ -22,7 +23,7 @@ from triton_kernels.common.checks import (
 from triton_kernels.linear.causal_conv1d_torch import causal_conv1d_torch
 
 OP = "causal_conv1d"
-WIDTHS = (2, 3, 4)
+WIDTHS = tuple(range(2, 9))
 
 
 def causal_conv1d(
@@ -40,7 +41,7 @@ def causal_conv1d(
 
     Args:
         x_BTD: inputs; sums are fp32 (fp64 for fp64), whatever the floating dtypes of the other tensors.
-        weight_DW: W is 2, 3 or 4.
+        weight_DW: W is 2 to 8.
         bias_D: added before the activation.
         activation: "silu" or None.
         initial_tail: [S, D, W - 1], the inputs before each sequence, oldest first; zeros by default.
@@ -56,7 +57,7 @@ def causal_conv1d(
     """
     B, T, D, W = check_tensors(OP, x_BTD=x_BTD, weight_DW=weight_DW, bias_D=bias_D).values()
     if W not in WIDTHS:
-        raise ValueError(f"{OP}: weight_DW has width W={W}, legal are {', '.join(map(str, WIDTHS))}")
+        raise ValueError(f"{OP}: weight_DW has width W={W}, legal are 2 to {WIDTHS[-1]}")
     if activation not in ("silu", None):
         raise ValueError(f"{OP}: activation={activation!r}, legal are 'silu' and None")
     check_dtype(OP, {"x_BTD": x_BTD})

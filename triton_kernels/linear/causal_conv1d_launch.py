@@ -20,7 +20,7 @@ from triton_kernels.linear.causal_conv1d_kernels import (
 )
 
 # Rows and channels of a program: 16 elements per thread at 4 warps forward; the backward holds more of them at once and
-# takes half as many.
+# takes half as many, but no fewer than a tail has entries: W - 1 of at most 8 taps.
 BLOCK_M = 16
 BACKWARD_BLOCK_M = 8
 BLOCK_C = 128

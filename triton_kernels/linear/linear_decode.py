@@ -93,7 +93,7 @@ def delta_decode(
     check_number(op, "eps", eps, least=0)
     check_dtype(op, {"qkv_BX": qkv_BX, "gate_BHV": gate_BHV, "a": a, "b_BH": b_BH, "tail_BXW": tail_BXW})
     if W not in WIDTHS:
-        raise ValueError(f"{op}: conv_XW has width W={W}, legal are {', '.join(map(str, WIDTHS))}")
+        raise ValueError(f"{op}: conv_XW has width W={W}, legal are 2 to {WIDTHS[-1]}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
     native = tail_BXW.is_contiguous() and is_native(qkv_BX, B, conv_XW, A_log_H, dt_bias, norm_V, state_BHKV)

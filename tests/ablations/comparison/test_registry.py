@@ -33,6 +33,9 @@ ASKED_FOR = {
     "kda_hybrid",
     "zero_computation",
     "mixed_heads_hybrid",
+    "latent_attention",
+    "mamba_hybrid",
+    "short_conv_hybrid",
 }
 ROUTING = ("top_p", "null_experts", "zero_computation", "random_k")
 
@@ -106,6 +109,9 @@ def test_plans_are_the_ones_named():
         "gated_delta_hybrid": "GGGFGGGF",
         "kda_hybrid": "KKKFKKKF",
         "mixed_heads_hybrid": "MMMMMMMM",
+        "latent_attention": "AAAAAAAA",
+        "mamba_hybrid": "DDDFDDDF",
+        "short_conv_hybrid": "CCFCCFCC",
     }
 
 

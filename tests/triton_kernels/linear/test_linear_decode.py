@@ -174,7 +174,7 @@ def test_the_operators_are_registered_soundly():
         ({"gate_BHV": torch.zeros(2, 4, 3)}, "gate_BHV has shape"),
         ({"a": torch.zeros(2, 5)}, "a has shape"),
         ({"b_BH": torch.zeros(2, 2).half()}, "b_BH is torch.float16"),
-        ({"conv_XW": torch.zeros(24, 5), "tail_BXW": torch.zeros(2, 24, 4)}, "conv_XW has width W=5"),
+        ({"conv_XW": torch.zeros(24, 9), "tail_BXW": torch.zeros(2, 24, 8)}, "conv_XW has width W=9"),
         ({"tail_BXW": torch.zeros(2, 24, 2)}, "tail_BXW has shape"),
         ({"A_log_H": torch.zeros(3)}, "A_log_H has shape"),
         ({"dt_bias": torch.zeros(8)}, "dt_bias has shape"),
