@@ -20,6 +20,8 @@ class AttentionConfig:
         rope_base: base of the rotary embedding's wavelengths.
         rotary_fraction: share of head_dim that is rotated, from the front; 0 leaves positions out (NoPE).
         qk_norm: RMSNorm of every query and key head before the rotary embedding.
+        qk_norm_whole: the RMSNorm is of all query heads together, and of all key heads together (OLMo, arXiv
+            2501.00656), instead of each head alone.
         output_gate: softmax layers multiply their output by sigmoid(x W_g) before the output projection.
         sink_logits: one learnt logit per query head in the softmax's denominator, so that a head may attend to nothing.
         linear_heads: heads of a linear layer; n_heads by default.
@@ -43,6 +45,7 @@ class AttentionConfig:
     rope_base: float = 10_000.0
     rotary_fraction: float = 1.0
     qk_norm: bool = True
+    qk_norm_whole: bool = False
     output_gate: bool = False
     sink_logits: bool = False
     linear_heads: int | None = None
@@ -80,6 +83,8 @@ class AttentionConfig:
                 f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels per head; legal:"
                 " an even number"
             )
+        if self.qk_norm_whole and not self.qk_norm:
+            raise ValueError("AttentionConfig.qk_norm_whole: True without qk_norm; legal: both, or not whole")
         for name in ("rope_base", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")

@@ -244,16 +244,18 @@ class LanguageModel(ExactBuffers):
             router.after_step()
 
     def set_policy(self, policy: PolicyConfig, boundary: int = 0) -> None:
-        """Runs the same weights under another routing policy in blocks [boundary, n_layers).
+        """Runs the same weights under another routing policy in blocks [boundary, n_layers), but for blocks of a single
+        expert, a dense MLP, which choose nothing.
 
         Raises:
             ValueError: for a policy that these layers could not have been built with, see `Router.set_policy`; no
                 layer has it then.
         """
         # Blocks may differ, and one that refuses must not leave the ones below it changed.
-        for router in self.routers(boundary):
+        routers = [router for router in self.routers(boundary) if router.n_experts > 1]
+        for router in routers:
             router.module_of(policy)
-        for router in self.routers(boundary):
+        for router in routers:
             router.set_policy(policy)
 
     def routers(self, boundary: int = 0) -> list[Router]:
