@@ -22,9 +22,12 @@ class AttentionConfig:
         qk_norm: RMSNorm of every query and key head before the rotary embedding.
         qk_norm_whole: the RMSNorm is of all query heads together, and of all key heads together (OLMo, arXiv
             2501.00656), instead of each head alone.
+        unit_offset: the weights of these RMSNorms are what their scale has beyond one, see `attention.norm`.
         output_gate: softmax layers multiply their output by sigmoid(x W_g) before the output projection.
         sink_logits: one learnt logit per query head in the softmax's denominator, so that a head may attend to nothing.
         linear_heads: heads of a linear layer; n_heads by default.
+        linear_key_heads: heads of a gated DeltaNet layer's queries and keys, each of them serving linear_heads /
+            linear_key_heads heads of values; linear_heads by default.
         linear_key_dim: key width of a linear layer's head; head_dim by default.
         linear_value_dim: value width of a linear layer's head; head_dim by default.
         mixed_linear_heads: how many of a mixed layer's n_heads are linear; half of them by default. Its softmax heads
@@ -46,9 +49,11 @@ class AttentionConfig:
     rotary_fraction: float = 1.0
     qk_norm: bool = True
     qk_norm_whole: bool = False
+    unit_offset: bool = False
     output_gate: bool = False
     sink_logits: bool = False
     linear_heads: int | None = None
+    linear_key_heads: int | None = None
     linear_key_dim: int | None = None
     linear_value_dim: int | None = None
     mixed_linear_heads: int | None = None
@@ -60,6 +65,12 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         check_numbers(self, n_heads=1, n_kv_heads=1, head_dim=1, window=1, chunk_size=1)
         check_numbers(self, linear_heads=1, linear_key_dim=1, linear_value_dim=1, mixed_linear_heads=1, mixed_window=1)
+        check_numbers(self, linear_key_heads=1)
+        if self.linear_shape[0] % self.key_heads != 0:
+            raise ValueError(
+                f"AttentionConfig.linear_key_heads: {self.linear_key_heads}; legal: a divisor of the"
+                f" {self.linear_shape[0]} linear heads"
+            )
         if not 2 <= self.conv_width <= 4:
             raise ValueError(f"AttentionConfig.conv_width: {self.conv_width}; legal: 2, 3 or 4")
         if self.chunk_size & (self.chunk_size - 1) != 0:
@@ -83,8 +94,9 @@ class AttentionConfig:
                 f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels per head; legal:"
                 " an even number"
             )
-        if self.qk_norm_whole and not self.qk_norm:
-            raise ValueError("AttentionConfig.qk_norm_whole: True without qk_norm; legal: both, or not whole")
+        for name in ("qk_norm_whole", "unit_offset"):
+            if getattr(self, name) and not self.qk_norm:
+                raise ValueError(f"AttentionConfig.{name}: True without qk_norm, whose option it is; legal: False")
         for name in ("rope_base", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")
@@ -127,7 +139,17 @@ class AttentionConfig:
         return softmax, kv, linear
 
     @property
-    def conv_channels(self) -> int:
+    def key_heads(self) -> int:
+        """Heads of a delta rule's queries and keys."""
+        return self.linear_key_heads or self.linear_shape[0]
+
+    @property
+    def conv_widths(self) -> tuple[int, int, int]:
         """Channels of the short convolution before a delta rule: queries, keys and values of all heads side by side."""
         H, K, V = self.linear_shape
-        return H * (2 * K + V)
+        return self.key_heads * K, self.key_heads * K, H * V
+
+    @property
+    def conv_channels(self) -> int:
+        """All of them."""
+        return sum(self.conv_widths)

@@ -8,6 +8,7 @@ Legend: B batch, T tokens, S keys, D model width, H query heads, G key/value hea
 """
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +107,9 @@ class SoftmaxAttention(AttentionLayer):
         self.to_inner = Projection(d_model, sum(self.widths))
         self.to_out = Projection(H * K, d_model, gain=self.output_gain)
         q_width, k_width = (H * K, G * K) if config.qk_norm_whole else (K, K)
-        self.q_norm = RMSNorm(q_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(k_width, eps=config.norm_eps) if config.qk_norm and self.owns_kv else nn.Identity()
+        norm = partial(RMSNorm, eps=config.norm_eps, unit_offset=config.unit_offset)
+        self.q_norm = norm(q_width) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(k_width) if config.qk_norm and self.owns_kv else nn.Identity()
         self.sink_H = nn.Parameter(torch.zeros(H)) if config.sink_logits else None
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -179,8 +181,8 @@ class SoftmaxAttention(AttentionLayer):
             new_kv,
             kv,
             row=row,
-            q_norm_K=getattr(self.q_norm, "weight", None),
-            k_norm_K=getattr(self.k_norm, "weight", None),
+            q_norm_K=getattr(self.q_norm, "scale", None),
+            k_norm_K=getattr(self.k_norm, "scale", None),
             eps=self.config.norm_eps,
             rotary=rotary_at(start, self.config.rotary_dim, self.config.rope_base),
             sinks_H=self.sink_H,
@@ -212,7 +214,7 @@ class SoftmaxAttention(AttentionLayer):
 
     def _vectors(self) -> list[Tensor]:
         """What the layer holds beside its projections, where it has it."""
-        own = (getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None), self.sink_H)
+        own = (getattr(self.q_norm, "scale", None), getattr(self.k_norm, "scale", None), self.sink_H)
         return [x for x in own if x is not None]
 
     def _out(self, o_BTX: Tensor, gate_BTX: Tensor) -> Tensor:

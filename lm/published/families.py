@@ -1,10 +1,12 @@
 """The families of published models that there are: the one list of adapters."""
 
 from foundation.serialize import nearest
-from lm.published import olmoe, qwen3_moe
+from lm.published import olmoe, qwen3_moe, qwen3_next
 from lm.published.family import Family
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (qwen3_moe.FAMILY, olmoe.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (qwen3_moe.FAMILY, olmoe.FAMILY, qwen3_next.FAMILY, qwen3_next.QWEN3_5)
+}
 
 
 def family_of(values: object, place: str) -> Family:

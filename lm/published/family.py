@@ -13,7 +13,7 @@ from attention.config import AttentionConfig
 from lm.accounting import meta_model
 from lm.config import BlockOverride, ModelConfig
 from lm.published.fields import Fields
-from lm.published.layouts import SAME, Stored, experts, rows, transposed_rows
+from lm.published.layouts import SAME, Stored, below, experts, headwise, rows, transposed_rows
 from moe.config import MoEConfig
 from routing.policies.top_k import TopK
 from routing.router import RouterConfig
@@ -80,16 +80,17 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
     }
 
 
-def read_attention(fields: Fields, **options: Any) -> AttentionConfig:
+def read_attention(fields: Fields, *, rotary_fraction: float = 1.0, **options: Any) -> AttentionConfig:
     """Heads, widths and rotary embedding of softmax layers.
 
     Args:
+        rotary_fraction: where the file has none.
         options: further fields of `AttentionConfig`.
     """
     # Dropout of attention weights exists in training only, and published models are trained without.
     fields.only("attention_dropout", 0.0)
     n_heads = fields.get("num_attention_heads", int)
-    rope_base, rotary_fraction = read_rotary(fields)
+    rope_base, rotary_fraction = read_rotary(fields, fraction=rotary_fraction)
     return AttentionConfig(
         n_heads=n_heads,
         n_kv_heads=fields.get("num_key_value_heads", int, n_heads),
@@ -141,6 +142,22 @@ def read_softmax_experts(fields: Fields, n_layers: int, *, renormalise: bool, **
     )
 
 
+def read_letters(fields: Fields, letters: Mapping[str, str], usual: Sequence[str]) -> str:
+    """The layer plan, from the list of the layers' types.
+
+    Args:
+        letters: of our plan, by type.
+        usual: the types where the file has no list.
+
+    Raises:
+        ValueError: for another type, or another number of them than of layers.
+    """
+    types = fields.get("layer_types", list, list(usual))
+    if len(types) != len(usual) or any(kind not in letters for kind in types):
+        raise ValueError(f"{fields.place}: layer_types = {types}; legal: {len(usual)} of {', '.join(letters)}")
+    return "".join(letters[kind] for kind in types)
+
+
 def read_dense_layers(fields: Fields, n_layers: int) -> tuple[bool, ...]:
     """Which layers have a dense MLP in place of experts, as Qwen's configurations say it."""
     listed, step = fields.get("mlp_only_layers", list, []), fields.get("decoder_sparse_step", int, 1)
@@ -173,11 +190,16 @@ def decoder_tensors(config: ModelConfig) -> Iterator[Stored]:
 
 
 def softmax_tensors(layer: int, attention: AttentionConfig, name: str = "self_attn") -> Iterator[Stored]:
-    """A softmax layer with four projections, without output gate."""
+    """A softmax layer with four projections; where it has an output gate, every head's lies behind its query."""
     ours, theirs = f"blocks.{layer}.attention", f"model.layers.{layer}.{name}"
     H, G, K = attention.n_heads, attention.n_kv_heads, attention.head_dim
     inner = tuple(f"{theirs}.{part}_proj.weight" for part in "qkv")
-    yield Stored(f"{ours}.to_inner.weight", inner, rows(H * K, G * K, G * K))
+    if attention.output_gate:
+        queries = (1, 2 * H * K, headwise(H, (K, K)))
+        layout = below(queries, (1, G * K, SAME), (1, G * K, SAME))
+    else:
+        layout = rows(H * K, G * K, G * K)
+    yield Stored(f"{ours}.to_inner.weight", inner, layout)
     yield Stored(f"{ours}.to_out.weight", (f"{theirs}.o_proj.weight",), SAME)
     if attention.qk_norm:
         for part in "qk":

@@ -36,6 +36,8 @@ TINY = {
 }
 SEQUENCES, TOKENS, PREFILL = 2, 37, 21
 BALANCE = 0.1
+# Logarithms of a delta rule's first and last head's rate of forgetting.
+DECAYS = (-3.0, 0.0)
 # In units of the largest value compared with. Where layers have a delta rule, rounding grows in both models.
 TOLERANCE, DELTA_TOLERANCE = 5e-6, 1e-4
 
@@ -125,15 +127,19 @@ def published_model(family: Family, seed: int) -> Any:
 
     logging.disable_progress_bar()
     fields = {**TINY, **family.tiny}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **fields)).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **fields)).float()
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, tensor in sorted(model.state_dict().items()):
+        for name, tensor in sorted(model.state_dict().items()):
             noise = torch.randn(tensor.shape, generator=draw)
             # Vectors are norms, biases, sinks: what they start from, and something on top. Matrices keep the scale of
             # what they are multiplied with.
             fresh = tensor + 0.1 * noise if tensor.dim() < 2 else noise * tensor.shape[-1] ** -0.5
-            tensor.copy_(fresh)
+            # Heads that forget at once give next to nothing, and the norm behind them makes much of rounding: these
+            # remember.
+            tensor.copy_(torch.linspace(*DECAYS, len(tensor)) if name.endswith("A_log") else fresh)
     return model.eval()
 
 

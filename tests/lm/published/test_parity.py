@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lm.__main__ import main
+from lm.accounting import kv_bytes
 from lm.pretrained import load_pretrained
 from lm.published.families import FAMILIES
 from lm.published.parity import checks
@@ -33,11 +34,20 @@ def test_decoding_in_c_equals_decoding_in_torch(family, published, monkeypatch):
             ]
         return torch.cat(parts, dim=1)
 
+    # Rounding grows where layers have a delta rule.
+    atol = 1e-3 if FAMILIES[family].delta_rule else 2e-5
     fast = decoded()
     monkeypatch.setattr(library, "native", lambda: library.Native(None, "switched off"))
-    torch.testing.assert_close(fast, decoded(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(fast, decoded(), atol=atol, rtol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(fast, model(tokens_BT).logits_BTV, atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(fast, model(tokens_BT).logits_BTV, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_has_the_bytes_that_its_formula_says(family, published):
+    model = load_pretrained(published(family).folder)
+    cache = model.new_cache(1, 40)
+    assert sum(state.nbytes() for state in cache.layers) == kv_bytes(model.config, 40)
 
 
 def test_the_command_writes_its_table(tmp_path, capsys):
