@@ -23,7 +23,20 @@ from triton_kernels.native import decode_step as native
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaKind(AttentionKind):
-    """A kind whose memory is one fp32 K x V matrix per head and the last W - 1 inputs of the convolution."""
+    """A kind whose memory is one fp32 K x V matrix per head and the last W - 1 inputs of the convolution.
+
+    Attributes:
+        shares_keys: whether a head of queries and keys may serve several heads of values.
+    """
+
+    shares_keys: bool = False
+
+    def check(self, config: AttentionConfig) -> None:
+        if not self.shares_keys and config.key_heads != config.linear_shape[0]:
+            raise ValueError(
+                f"AttentionConfig.linear_key_heads: {config.linear_key_heads}; legal in a layer of kind {self.letter}:"
+                f" linear_heads = {config.linear_shape[0]}, or None"
+            )
 
     def new_state(
         self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
@@ -108,7 +121,8 @@ class DeltaLayer(AttentionLayer):
         """From the projections to the input of the output projection [B, T, H * V]; brings the state up to date."""
         (B, T, _), (H, K, V) = qkv_BTX.shape, self.config.linear_shape
         gate_BTHV = gate_BTX.view(B, T, H, V)
-        if state is not None and T == 1:
+        shared = H // self.config.key_heads
+        if state is not None and T == 1 and shared == 1:
             y_BHV = delta_decode(
                 *(x[:, 0] for x in (qkv_BTX, gate_BTHV, a_BTX, b_BTH)),
                 conv_XW=self.conv_XW,
@@ -125,11 +139,14 @@ class DeltaLayer(AttentionLayer):
             return y_BHV.view(B, 1, H * V)
         tail = None if state is None else state.tail_BXW
         qkv_BTX, tail = causal_conv1d(qkv_BTX, self.conv_XW.to(qkv_BTX.dtype), activation="silu", initial_tail=tail)
-        q, k, v = qkv_BTX.split([H * K, H * K, H * V], dim=-1)
+        q, k, v = qkv_BTX.split(self.config.conv_widths, dim=-1)
+        q_BTHK, k_BTHK = q.view(B, T, -1, K), k.view(B, T, -1, K)
+        if shared > 1:
+            q_BTHK, k_BTHK = q_BTHK.repeat_interleave(shared, dim=2), k_BTHK.repeat_interleave(shared, dim=2)
         log_decay = self.decay_gate(a_BTX)
         o_BTHV, last_BHKV = self.rule(
-            q.view(B, T, H, K),
-            k.view(B, T, H, K),
+            q_BTHK,
+            k_BTHK,
             v.view(B, T, H, V),
             log_decay,
             # In the decay's fp32: what a token writes is corrected by what the state holds, and errors would add up.
@@ -146,6 +163,8 @@ class DeltaLayer(AttentionLayer):
         """What G and K have in common of `describe`."""
         if type(state) is not RecurrentState or type(self.decay_gate) is not DecayGate:
             raise native.NotInOneCall(f"a delta rule with a {type(state).__name__}")
+        if self.config.key_heads != self.config.linear_shape[0]:
+            raise native.NotInOneCall("a delta rule whose heads of values share keys")
         (H, K, V), X, W = self.config.linear_shape, self.config.conv_channels, self.config.conv_width
         self.describe_projections(block, watch, (H, K, V), sum(self.widths))
         watch.module(self.decay_gate)

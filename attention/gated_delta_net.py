@@ -72,4 +72,5 @@ GATED_DELTA_NET = DeltaKind(
     sentence="gated DeltaNet (linear, delta rule, decay per head)",
     layer=GatedDeltaNet,
     state_type=RecurrentState,
+    shares_keys=True,
 )

@@ -1,5 +1,6 @@
-"""`python -m lm generate | bench | bench-peers | long-context`: text from a trained model, how fast a model is on this
-machine, alone and beside transformers, and what a long text costs it."""
+"""`python -m lm generate | bench | bench-peers | long-context | import | export | parity`: text from a trained model,
+how fast a model is on this machine, alone and beside transformers, what a long text costs it, and published models in
+and out."""
 
 import foundation.starting  # noqa: F401
 
@@ -24,6 +25,8 @@ from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
+from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
+from lm.published.parity import ParityConfig, parity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
     "long-context": (LongContextConfig, long_context),
+    "import": (ImportConfig, lambda config: print(import_model(config))),
+    "export": (ExportConfig, lambda config: print(export_model(config))),
+    "parity": (ParityConfig, parity),
 }
 
 

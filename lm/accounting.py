@@ -97,7 +97,8 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
     for index, (block, letter, mean) in enumerate(zip(model.blocks, config.plan.letters, means)):
         experts = _count(cast(Block, block).moe.experts)
         total = _count(block)
-        in_use = mean * experts / config.block(index).moe.n_experts
+        # A block of a single expert, a dense MLP, has no more of them in use.
+        in_use = min(mean * experts / config.block(index).moe.n_experts, experts)
         # Weights of two or more dimensions are products; norms and per-head constants are not.
         products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - experts + in_use
         layers.append(

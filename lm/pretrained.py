@@ -5,6 +5,7 @@ The calibration file holds a few thousand tokens of training text, so that a bud
 model goes. Legend: B batch, T tokens.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -31,14 +32,34 @@ def save_pretrained(
     Raises:
         DiskFullError: naming the folder; nothing half-written is left.
     """
-    tensors = {WEIGHTS_FILE: {name: tensor.contiguous() for name, tensor in model.state_dict().items()}}
+    save_tensors(folder, model.config, model.state_dict(), calibration_BT, tokenizer)
+
+
+def save_tensors(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    calibration_BT: Tensor | None = None,
+    tokenizer: Tokenizer | None = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """`save_pretrained` without a model.
+
+    Args:
+        state: its `state_dict`, in any floating dtypes.
+        beside: further files, by their path inside the folder.
+
+    Raises:
+        DiskFullError: as there.
+    """
+    tensors = {WEIGHTS_FILE: {name: tensor.contiguous() for name, tensor in state.items()}}
     if calibration_BT is not None:
         tensors[CALIBRATION_FILE] = {"tokens_BT": calibration_BT.contiguous()}
     n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     require_space(folder.parent, n_bytes, f"the model {folder}")
     with atomic_folder(folder, replace=True) as temporary:
-        save_json(temporary / CONFIG_FILE, model.config)
+        save_json(temporary / CONFIG_FILE, config)
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER_FILE)
         for name, group in tensors.items():
@@ -46,7 +67,11 @@ def save_pretrained(
                 safetensors.torch.save_file(group, temporary / name)
             except safetensors.SafetensorError as error:
                 raise DiskFullError(f"{folder} could not be written: {error}; nothing of it is left") from error
-        seal(temporary, sorted(path.name for path in temporary.iterdir()))
+        for name, content in (beside or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        seal(temporary, [str(path.relative_to(temporary)) for path in files])
 
 
 def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> LanguageModel:
@@ -59,7 +84,7 @@ def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> Languag
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no trained model: {name} is missing")
-    _check(folder)
+    check_folder(folder)
     model = LanguageModel(load_json(ModelConfig, folder / CONFIG_FILE))
     try:
         stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
@@ -87,11 +112,16 @@ def load_calibration_tokens(folder: Path) -> Tensor:
     """
     if not (folder / CALIBRATION_FILE).is_file():
         raise ValueError(f"{folder} has no {CALIBRATION_FILE}: it was saved without calibration tokens")
-    _check(folder)
+    check_folder(folder)
     return safetensors.torch.load_file(folder / CALIBRATION_FILE)["tokens_BT"]
 
 
-def _check(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Compares a model folder with its seal.
+
+    Raises:
+        CorruptFileError: when a file is not as it was written; names it.
+    """
     try:
         check_seal(folder)
     except CorruptFileError as error:

@@ -14,6 +14,7 @@ class MoEConfig:
         n_experts: number of routed experts.
         d_expert: hidden width of each.
         d_shared: hidden width of the shared expert; 0 for none.
+        shared_gate: every token multiplies the shared expert's output by sigmoid(x w) (arXiv 2407.10671).
         backend: of the expert computation, see `moe.backends.choose_backend`.
         router: how tokens choose their experts.
 
@@ -24,6 +25,7 @@ class MoEConfig:
     n_experts: int = 80
     d_expert: int = 256
     d_shared: int = 0
+    shared_gate: bool = False
     backend: str = "auto"
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
@@ -31,3 +33,5 @@ class MoEConfig:
     # after the other.
     def __post_init__(self) -> None:
         check_numbers(self, n_experts=1, d_expert=1, d_shared=0)
+        if self.shared_gate and not self.d_shared:
+            raise ValueError("MoEConfig.shared_gate: True without a shared expert; legal: False, or d_shared above 0")
