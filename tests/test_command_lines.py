@@ -131,6 +131,7 @@ NONSENSE = {
         "--resamples": ("0",),
         "--out": ("/dev/null",),
     },
+    "ablations scaling curves": {"--law": ("relax",), "--delta": ("0",), "--warmup": ("-1",), "--out": ("/dev/null",)},
     "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus show": {"": ("/nowhere", "/dev/null")},
@@ -183,6 +184,7 @@ REST = {
     "ablations agreement": TINY_COMPARE[1:],
     "lm generate": ("--run", "/nowhere"),
     "ablations scaling fit": ("/nowhere",),
+    "ablations scaling curves": ("/nowhere",),
     "ablations scaling plan": ("/nowhere",),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }

@@ -1,6 +1,6 @@
 """`python -m ablations scaling`: which part of it a command line asks for."""
 
-from ablations.scaling.options import FitOptions, PlanOptions, ScalingCommand
+from ablations.scaling.options import CurvesOptions, FitOptions, PlanOptions, ScalingCommand
 
 
 def run_scaling(options: ScalingCommand) -> None:
@@ -15,6 +15,10 @@ def run_scaling(options: ScalingCommand) -> None:
             from ablations.scaling.fit import fit_command
 
             fit_command(options)
+        case CurvesOptions():
+            from ablations.scaling.curves import curves_command
+
+            curves_command(options)
         case PlanOptions():
             from ablations.scaling.plan import plan_command
 

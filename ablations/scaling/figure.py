@@ -1,6 +1,7 @@
 """The figures of the scaling commands."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
 from ablations.scaling.forms import ACTIVE, TOKENS, TOTAL, Fit
 from ablations.scaling.points import FLOPS_PER_PARAMETER, Points
+from ablations.scaling.schedule_laws import Curve
 from foundation.files import write_bytes
 
 PAPER = {**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}
@@ -78,3 +80,28 @@ def _residuals(axes: Axes, points: Points, fit: Fit, kept: np.ndarray, size: str
     figure.colorbar(drawn, ax=axes, label=f"log10 of {size.replace('_', ' ')}")  # pyright: ignore[reportAttributeAccessIssue]
     axes.set_xlabel("loss")
     axes.set_ylabel("loss over law - 1, %")
+
+
+def draw_curves(curves: Sequence[tuple[Curve, np.ndarray]], n_fitted: int, path: Path) -> None:
+    """Loss against steps with the law over it, above the errors; fitted curves are grey.
+
+    Args:
+        curves: each with its prediction, those that were fitted first.
+    """
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH * 1.3, 7.0), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        below.axhline(0, color=INK, linewidth=1)
+        for index, (curve, predicted_P) in enumerate(curves):
+            test = index - n_fitted
+            colour = MUTED if test < 0 else SERIES[test % len(SERIES)]
+            above.plot(curve.step_P, curve.loss_P, ".", color=colour, markersize=2.5, alpha=0.5)
+            above.plot(curve.step_P, predicted_P, color=colour, linewidth=1.2, label=None if test < 0 else curve.name)
+            below.plot(curve.step_P, predicted_P - curve.loss_P, color=colour, linewidth=1.2)
+        every = np.concatenate([curve.loss_P for curve, _ in curves])
+        above.set_ylim(every.min() - 0.02, np.quantile(every, 0.98))
+        above.set_ylabel("loss: dots; law: lines\n(grey: fitted)")
+        below.set_ylabel("law - loss")
+        below.set_xlabel("steps")
+        above.legend(frameon=False, fontsize=8)
+        save(figure, path)

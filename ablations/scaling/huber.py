@@ -28,11 +28,6 @@ def huber(residual_P: np.ndarray, delta: float) -> np.ndarray:
     return np.where(size_P <= delta, 0.5 * residual_P**2, delta * (size_P - 0.5 * delta))
 
 
-def objective(fit_P: np.ndarray, points: Points, delta: float) -> float:
-    """The weighted sum for losses `fit_P` of a law."""
-    return float(points.weight_P @ huber(np.log(points.loss_P) - np.log(fit_P), delta))
-
-
 class LogDomain:
     """A law in logarithms: parameters are log coefficients, then exponents.
 

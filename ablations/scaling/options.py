@@ -91,6 +91,38 @@ class PlanOptions:
             raise ValueError("--seconds and --flops-per-second need each other")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvesOptions:
+    """Fit a law of the loss at every step to curves of one model, and predict curves under other schedules.
+
+    Attributes:
+        curves: csv files to fit, each one run: its step, learning rate and loss in a row.
+        test: csv files to predict.
+        law: relaxation (ours), multi_power (arXiv 2503.12811) or momentum (arXiv 2408.11029).
+        warmup: steps of a linear rise from 0 to the first row's rate, where rows begin behind it.
+        step_column: name of the column of steps.
+        rate_column: name of the column of learning rates.
+        loss_column: name of the column of losses.
+        delta: log loss beyond which Huber's function is linear; 1 makes it least squares.
+        out: folder of tables and figure; only printed without it.
+    """
+
+    curves: tyro.conf.Positional[tuple[Path, ...]]
+    test: tuple[Path, ...] = ()
+    law: str = "relaxation"
+    warmup: float = 0.0
+    step_column: str = "step"
+    rate_column: str = "lr"
+    loss_column: str = "loss"
+    delta: float = 1e-3
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, warmup=0, delta=1e-9)
+        if not self.curves:
+            raise ValueError("name at least one csv of a curve to fit")
+
+
 def check_numbers_without_limit(config: object, *names: str) -> None:
     """Refuses what is no positive finite number; FLOPs may be larger than `check_numbers` lets sizes be.
 
@@ -105,5 +137,7 @@ def check_numbers_without_limit(config: object, *names: str) -> None:
 
 
 ScalingCommand = (
-    Annotated[FitOptions, tyro.conf.subcommand("fit")] | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
+    Annotated[FitOptions, tyro.conf.subcommand("fit")]
+    | Annotated[CurvesOptions, tyro.conf.subcommand("curves")]
+    | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
 )

