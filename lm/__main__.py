@@ -1,5 +1,5 @@
-"""`python -m lm generate | bench | bench-peers | long-context`: text from a trained model, how fast a model is on this
-machine, alone and beside transformers, and what a long text costs it."""
+"""`python -m lm generate | bench | bench-peers | long-context | cache`: text from a trained model, how fast a model is
+on this machine, alone and beside transformers, what a long text costs it, and what a layer plan remembers, in bytes."""
 
 import foundation.starting  # noqa: F401
 
@@ -20,6 +20,7 @@ from foundation.console import escaped
 from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
+from lm.cache_table import CacheConfig, show_caches
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
@@ -80,6 +81,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
     "long-context": (LongContextConfig, long_context),
+    "cache": (CacheConfig, show_caches),
 }
 
 
