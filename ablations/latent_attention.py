@@ -1,16 +1,25 @@
-"""Multi-head latent attention in every layer (DeepSeek-V2, arXiv 2405.04434), its latent in DeepSeek's proportion to a
-head: four times as wide, and half a head of shared key channels."""
+"""Multi-head latent attention in every layer (DeepSeek-V2, arXiv 2405.04434), its latent as wide as the baseline's
+keys: a token costs those and half a head of shared key channels, instead of keys and values."""
+
+import dataclasses
 
 from ablations.cli import run_alone
 from ablations.method import Method, with_plan
+from lm.config import ModelConfig
+
+
+def change(model: ModelConfig) -> ModelConfig:
+    attention = dataclasses.replace(model.attention, latent_dim=model.attention.n_kv_heads * model.attention.head_dim)
+    return with_plan(dataclasses.replace(model, attention=attention), "A")
+
 
 METHOD = Method(
     name="latent_attention",
     question=(
         "Does attention on one cached latent per token, from which the keys and values of all heads are made, do as"
-        " well as the baseline's attention?"
+        " well as full attention everywhere?"
     ),
-    change=lambda model: with_plan(model, "A"),
+    change=change,
 )
 
 

@@ -1,16 +1,35 @@
 """The cache of a model whose layers remember in different ways, and its size from the configuration alone.
 
+Prompts of different lengths are read one by one, each into a cache of its own, and stacked: no token is padded, so
+there is nothing that a convolution, a sum over the text or a router would have to be told to leave out, and each
+sequence is what it would be alone. From then on they go on together, a token at a time.
+
 Legend: B batch.
 """
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
-from attention.layer_states import Alias, LayerState
+from attention.layer_states import Alias, LayerState, Saved
 from attention.plan import LayerPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A moment of a cache, see `HybridCache.snapshot`."""
+
+    layers: tuple[Saved, ...]
+    moment: object
+
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+        tensors = [tensor for layer in self.layers for tensor in layer.tensors.values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 class HybridCache:
@@ -50,6 +69,8 @@ class HybridCache:
         plan.check(configs)
         self.batch_size = batch_size
         self.max_length = max_length
+        # Of the snapshots that can be restored, oldest first.
+        self._moments: list[object] = []
         self.layers: list[LayerState] = []
         for kind, source, config in zip(plan.kinds, plan.source, configs):
             if kind.reads is None:
@@ -60,10 +81,63 @@ class HybridCache:
                 state = Alias(self.layers[source])
             self.layers.append(state)
 
+    @classmethod
+    def stack(cls, caches: "Sequence[HybridCache]") -> "HybridCache":
+        """One cache of all sequences, in order, with room for as many tokens as the largest of them: a copy. They may
+        have seen different numbers of tokens; then they go on a token at a time.
+
+        Args:
+            caches: of one model, at least one. To add a sequence to those that are under way, stack it onto their
+                cache; to drop some, `reorder` the others.
+
+        Raises:
+            ValueError: for no cache, or caches of different models or dtypes.
+        """
+        if not caches:
+            raise ValueError("stack: no caches; legal: at least one")
+        first = caches[0]
+        for place, cache in enumerate(caches):
+            if difference := first._difference(cache):
+                raise ValueError(f"stack: cache {place} is of another model than cache 0: {difference}")
+        new = copy.copy(first)
+        new.layers, new._moments = [], []
+        for index, layer in enumerate(first.layers):
+            if isinstance(layer, Alias):
+                owner = next(place for place, other in enumerate(first.layers) if other is layer.owner)
+                new.layers.append(Alias(new.layers[owner]))
+            else:
+                new.layers.append(layer.joined([cache.layers[index] for cache in caches[1:]]))
+        new.batch_size = sum(cache.batch_size for cache in caches)
+        new.max_length = max(cache.max_length for cache in caches)
+        return new
+
+    def _difference(self, other: "HybridCache") -> str | None:
+        if len(self.layers) != len(other.layers):
+            return f"{len(other.layers)} layers, not {len(self.layers)}"
+        for index, (own, its) in enumerate(zip(self.layers, other.layers)):
+            if type(own) is not type(its):
+                return f"layer {index} is a {type(its).__name__}, not a {type(own).__name__}"
+            for name, tensor in own.tensors.items():
+                new = its.tensors[name]
+                # Keys, values and latents lie by rows of tokens, of which caches may have different numbers.
+                if new.dtype != tensor.dtype or new.device != tensor.device or new.shape[2:] != tensor.shape[2:]:
+                    return f"{name} of layer {index} is {new.dtype} {tuple(new.shape)} on {new.device}"
+        return None
+
     @property
     def length(self) -> int:
-        """Tokens seen: the position of the next one."""
+        """Tokens seen by the longest sequence."""
         return self.layers[0].length
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens that each sequence has seen, int64 on the cache's device."""
+        return self.layers[0].lengths_B
+
+    @property
+    def position(self) -> int | Tensor:
+        """Of the next token: where a layer is told to `start`. One number, or one per sequence where they differ."""
+        return self.length if self.layers[0].behind_B is None else self.lengths_B
 
     def nbytes(self) -> int:
         """Bytes of memory held by all layers."""
@@ -87,9 +161,10 @@ class HybridCache:
         for layer in self.layers:
             layer.reorder(index_B)
         self.batch_size = len(index_B)
+        self._moments.clear()
 
     def crop(self, length: int) -> None:
-        """Forgets the tokens from `length` on, in every layer or, where one cannot, in none.
+        """Forgets the tokens from position `length` on, in every layer or, where one cannot, in none.
 
         Keys and values of all tokens can always be cropped; a ring buffer until it has overwritten what it would need;
         a linear state only back to 0 tokens.
@@ -105,6 +180,40 @@ class HybridCache:
                 raise ValueError(f"crop to {length} of {self.length} tokens seen: layer {index} cannot: {reason}")
         for layer in self.layers:
             layer.crop(length)
+        self._moments.clear()
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for more tokens of each sequence. What is held is copied, where its size depends on the text.
+
+        Raises:
+            ValueError: for a length below the one that the cache was made for.
+        """
+        if max_length < self.max_length:
+            raise ValueError(f"grow to {max_length} tokens; legal: at least the {self.max_length} it was made for")
+        for layer in self.layers:
+            layer.grow(max_length)
+        self.max_length = max_length
+
+    def snapshot(self) -> Snapshot:
+        """This moment, to come back to after tokens that turn out not to be wanted (speculation), also where a linear
+        state could not forget them. Keys and values of all tokens are not copied: what comes later lies behind them."""
+        self._moments.append(object())
+        return Snapshot(tuple(layer.save() for layer in self.layers), self._moments[-1])
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Forgets what has come since `snapshot`, which can be restored again; later ones cannot.
+
+        Raises:
+            ValueError: for a snapshot of another cache, or of this one before it was reordered or cropped.
+        """
+        if snapshot.moment not in self._moments:
+            raise ValueError(
+                "restore: the snapshot is of another cache, or of this one before it was reordered, cropped or taken"
+                " further back; legal: one that only tokens have followed"
+            )
+        del self._moments[self._moments.index(snapshot.moment) + 1 :]
+        for layer, saved in zip(self.layers, snapshot.layers):
+            layer.restore(saved)
 
 
 def cache_bytes(

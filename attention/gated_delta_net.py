@@ -14,6 +14,7 @@ from attention.config import AttentionConfig
 from attention.delta_layer import DeltaKind, DeltaLayer
 from attention.kind import AttentionKind
 from attention.layer_states import KV, LayerState, RecurrentState
+from attention.positions import Start
 from attention.projection import Projection
 from triton_kernels.linear.gated_delta_rule import gated_delta_rule
 from triton_kernels.native import decode_step as native
@@ -34,7 +35,7 @@ class GatedDeltaNet(DeltaLayer):
         self.to_inner = Projection(d_model, sum(self.widths))
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         assert state is None or isinstance(state, RecurrentState)

@@ -15,6 +15,7 @@ from attention.config import AttentionConfig
 from attention.delta_layer import DeltaKind, DeltaLayer
 from attention.kind import AttentionKind
 from attention.layer_states import KV, LayerState, RecurrentState
+from attention.positions import Start
 from attention.projection import Projection
 from triton_kernels.linear.kimi_delta_attention import kimi_delta_attention
 from triton_kernels.native import decode_step as native
@@ -37,7 +38,7 @@ class KimiDeltaAttention(DeltaLayer):
         self.to_decay = Projection(K, H * K)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         assert state is None or isinstance(state, RecurrentState)

@@ -15,6 +15,7 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.layer_states import KV, Alias, LayerState
 from attention.norm import RMSNorm
+from attention.positions import Start
 from attention.projection import Projection
 from foundation.exact_buffers import ExactBuffers
 from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
@@ -84,7 +85,8 @@ class AttentionLayer(ExactBuffers):
 
         y_BTD, kv = layer(x_BTD, start=0, state=None, shared=None)
 
-    x_BTD holds the tokens at positions start .. start + T - 1; `state` is this layer's entry of a `HybridCache`,
+    x_BTD holds the tokens at positions start .. start + T - 1, or one token of each sequence at the positions start_B;
+    `state` is this layer's entry of a `HybridCache`,
     updated in place; `shared` is the kv that the owning layer returned in this same forward, for kinds that read
     another's. y_BTD has the dtype of x; kv is what a layer offers for reuse, else None. Parameters are fp32 and cast to
     the dtype of x at use; norms, gates, decays and recurrent states are computed in fp32. Construction draws nothing:
@@ -123,7 +125,7 @@ class AttentionLayer(ExactBuffers):
                 module.reset()
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         raise NotImplementedError
 
@@ -165,13 +167,15 @@ class AttentionLayer(ExactBuffers):
         """The error for a call that does not fit, naming this layer."""
         return ValueError(f"attention layer {self.layer_index} ({self.kind.letter}, {self.kind.sentence}): {problem}")
 
-    def check_call(self, x_BTD: Tensor, start: int, state: LayerState | None) -> None:
+    def check_call(self, x_BTD: Tensor, start: Start, state: LayerState | None) -> None:
         """Raises ValueError where input, position and cache do not fit together."""
         if x_BTD.dim() != 3 or x_BTD.shape[-1] != self.d_model or x_BTD.shape[1] == 0:
             raise self.refuse(f"input of shape {tuple(x_BTD.shape)}; legal: [batch, tokens >= 1, {self.d_model}]")
-        if start < 0:
+        if isinstance(start, int) and start < 0:
             raise self.refuse(f"start={start}; legal: at least 0")
         if state is None:
+            if isinstance(start, Tensor):
+                raise self.refuse("a start for each sequence without a cache; legal: a number")
             return
         if not isinstance(state, self.kind.state_type):
             raise self.refuse(
@@ -181,19 +185,35 @@ class AttentionLayer(ExactBuffers):
         B, T, _ = x_BTD.shape
         if state.batch_size != B:
             raise self.refuse(f"input has batch size {B}, the cache {state.batch_size}; legal: the same")
-        if isinstance(state, Alias):
+        seen = state.length
+        if isinstance(start, Tensor) or state.behind_B is not None:
+            self._check_places(start, (B, T), state)
+        elif isinstance(state, Alias):
             # The owner runs first and has counted these tokens already.
-            if start + T != state.length:
+            seen -= T
+            if start != seen:
                 raise self.refuse(
                     f"tokens {start} to {start + T - 1} after the owner of the keys took {state.length}; legal: first"
                     " the owner"
                 )
-        elif start != state.length:
+        elif start != seen:
+            raise self.refuse(f"start={start}, but the cache has seen {seen} tokens; legal: start={seen}")
+        if seen + T > state.max_length and not isinstance(state, Alias):
             raise self.refuse(
-                f"start={start}, but the cache has seen {state.length} tokens; legal: start={state.length}"
+                f"tokens {seen} to {seen + T - 1} do not fit a cache made for {state.max_length}; legal: a longer"
+                " max_length, or `grow`"
             )
-        if start + T > state.max_length:
+
+    def _check_places(self, start: Start, shape: tuple[int, int], state: LayerState) -> None:
+        """Sequences that have seen different numbers of tokens go on together, each from its own place."""
+        B, T = shape
+        if state.behind_B is None or not isinstance(start, Tensor) or start.shape != (B,):
+            given = f"a start of shape {tuple(start.shape)}" if isinstance(start, Tensor) else f"start={start}"
+            legal = "a number" if state.behind_B is None else f"int64 [{B}], the cache's `position`"
             raise self.refuse(
-                f"tokens {start} to {start + T - 1} do not fit a cache made for {state.max_length}; legal: a longer"
-                " max_length"
+                f"{given} for a cache of {B} sequences of lengths {state.lengths_B.tolist()}; legal: {legal}"
+            )
+        if T != 1:
+            raise self.refuse(
+                f"{T} tokens of each of {B} sequences that have seen different numbers of them; legal: one at a time"
             )

@@ -23,10 +23,10 @@ from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, LayerState, TensorState
 from attention.norm import RMSNorm
+from attention.positions import Start, lengths_after, rotary_of, turned
 from attention.projection import Projection
 from triton_kernels.softmax.flash_attention import flash_attention
 from triton_kernels.softmax.flash_decode import flash_decode
-from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 
 class LatentShape(NamedTuple):
@@ -65,16 +65,25 @@ class LatentState(TensorState):
         device: where it lies.
     """
 
+    writes_over = False
+
     def __init__(self, batch_size: int, max_length: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(max_length, latent=torch.empty((batch_size, max_length, width), dtype=dtype, device=device))
 
     def update(self, new_BTX: Tensor) -> Tensor:
-        """Appends T tokens; returns all so far [B, S, X], as a view."""
+        """Appends T tokens, one where sequences are behind; returns all so far [B, S, X], as a view."""
         self._check("latent", new_BTX)
         end = self.length + new_BTX.shape[1]
-        self.tensors["latent"][:, self.length : end] = new_BTX.detach()
+        if self.behind_B is None:
+            self.tensors["latent"][:, self.length : end] = new_BTX.detach()
+        else:
+            self._write_row(self.length - self.behind_B, latent=new_BTX)
         self.length = end
         return self.tensors["latent"][:, :end]
+
+    def grow(self, max_length: int) -> None:
+        super().grow(max_length)
+        self._lengthen(max_length)
 
     def refusal_to_crop(self, length: int) -> str | None:
         return None
@@ -131,22 +140,21 @@ class LatentAttention(AttentionLayer):
         self.to_out = Projection(H * V, d_model, gain=self.output_gain)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         assert state is None or isinstance(state, LatentState)
-        (B, T, _), (H, K, R, V, C, turned) = x_BTD.shape, self.shape
+        (B, T, _), (H, K, R, V, C, _) = x_BTD.shape, self.shape
         q, latent_BTC, shared_BTR = self.to_inner(x_BTD).split(self.widths, dim=-1)
         # The channels that positions turn come first in queries and keys, where rotary embeddings look for them.
         q_BTHK = self.to_query(self.q_norm(q)).view(B, T, H, R + K)
-        position_T = torch.arange(start, start + T, device=x_BTD.device)
-        rotary = rotary_tables(position_T, rotary_dim=turned, base=self.config.rope_base)
-        latent_BTC, shared_BTR = self.kv_norm(latent_BTC), rotate(shared_BTR[:, :, None], rotary)[:, :, 0]
+        rotary = rotary_of(start, T, rotary_dim=self.shape.turned, base=self.config.rope_base, device=x_BTD.device)
+        latent_BTC, shared_BTR = self.kv_norm(latent_BTC), turned(shared_BTR[:, :, None], rotary, start)[:, :, 0]
         if state is not None:
             seen_BSX = state.update(torch.cat([latent_BTC, shared_BTR], dim=-1))
             if T == 1:
-                lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
-                o_BHV = self._absorbed(rotate(q_BTHK, rotary)[:, 0], seen_BSX, lengths_B)
+                lengths_B = lengths_after(start, B, x_BTD.device)
+                o_BHV = self._absorbed(turned(q_BTHK, rotary, start)[:, 0], seen_BSX, lengths_B)
                 return self.to_out(o_BHV.reshape(B, 1, H * V)), None
             latent_BTC, shared_BTR = seen_BSX.split([C, R], dim=-1)
         key_BSHK, value_BSHV = self.to_heads(latent_BTC).split([H * K, H * V], dim=-1)

@@ -3,12 +3,15 @@
 Every state is allocated once, at its full size, so that its bytes are known before the first token and do not move
 afterwards. States hold no gradients: what is stored is detached, because a cache is for inference.
 
-Legend: B batch, T tokens, S keys, G key/value heads, H linear heads, K key width, V value width, C capacity in tokens,
-X convolution channels, W convolution width.
+Legend: B batch, S keys, G key/value heads, H linear heads, K key width, V value width, X convolution channels, W
+convolution width.
 """
 
+import copy
+import dataclasses
 import math
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -22,11 +25,22 @@ class KV(NamedTuple):
     v_BSGV: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a state was: its counts, and copies of those tensors that going on writes over."""
+
+    length: int
+    behind_B: Tensor | None
+    tensors: dict[str, Tensor]
+
+
 class LayerState(Protocol):
     """What a `HybridCache` asks of each of its entries.
 
     Attributes:
-        length: tokens seen so far.
+        length: tokens seen so far, by the longest sequence.
+        behind_B: int64, how many fewer each sequence has seen; None where all have seen as many.
+        lengths_B: int64, tokens that each sequence has seen.
         max_length: tokens the cache was made for.
         batch_size: sequences side by side.
         tensors: everything held, batch first.
@@ -34,6 +48,12 @@ class LayerState(Protocol):
 
     @property
     def length(self) -> int: ...
+
+    @property
+    def behind_B(self) -> Tensor | None: ...
+
+    @property
+    def lengths_B(self) -> Tensor: ...
 
     @property
     def max_length(self) -> int: ...
@@ -60,12 +80,35 @@ class LayerState(Protocol):
         """Forgets the tokens from `length` on; ValueError where it cannot."""
         ...
 
+    def joined(self, others: "Sequence[Self]") -> "Self":
+        """A new state of this one's sequences, then of the others'."""
+        ...
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for so many tokens of each sequence, at least as many as before."""
+        ...
+
+    def save(self) -> Saved:
+        """What `restore` needs to come back to this moment."""
+        ...
+
+    def restore(self, saved: Saved) -> None:
+        """Forgets what has come since `save`, of the same sequences."""
+        ...
+
 
 class TensorState:
-    """Common part of states that hold tensors: counts tokens, reorders sequences, counts bytes."""
+    """Common part of states that hold tensors: counts tokens, moves sequences, counts bytes.
+
+    Attributes:
+        writes_over: whether going on writes over what is held, which `save` must copy then.
+    """
+
+    writes_over = True
 
     def __init__(self, max_length: int, **tensors: Tensor) -> None:
         self.length = 0
+        self.behind_B: Tensor | None = None
         self.max_length = max_length
         self.tensors = tensors
 
@@ -80,6 +123,8 @@ class TensorState:
     def reorder(self, index_B: Tensor) -> None:
         """Sequence i becomes what sequence index_B[i] was; the batch takes the length of the index."""
         self.tensors = {name: tensor.index_select(0, index_B) for name, tensor in self.tensors.items()}
+        if self.behind_B is not None:
+            self._count(self.length - self.behind_B[index_B])
 
     def refusal_to_crop(self, length: int) -> str | None:
         """Why the tokens from `length` on cannot be forgotten, or None where they can."""
@@ -96,7 +141,60 @@ class TensorState:
             raise ValueError(f"crop to {length} tokens of {self.length} seen; legal: from 0 to {self.length}")
         if reason := self.refusal_to_crop(length):
             raise ValueError(f"crop to {length} tokens of {self.length} seen: {reason}")
-        self.length = length
+        if self.behind_B is None:
+            self.length = length
+        else:
+            self._count((self.length - self.behind_B).clamp(max=length))
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """A new state of this one's sequences, then of the others', with room for as many tokens as the largest."""
+        states = [copy.copy(state) for state in (self, *others)]
+        for state in states:
+            state.grow(max(each.max_length for each in states))
+        new, length_B = states[0], torch.cat([state.lengths_B for state in states])
+        new.tensors = {name: torch.cat([state.tensors[name] for state in states]) for name in new.tensors}
+        new._count(length_B)
+        return new
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for so many tokens of each sequence, at least as many as before."""
+        self.max_length = max_length
+
+    def save(self) -> Saved:
+        """What `restore` needs to come back to this moment."""
+        kept = {name: tensor.clone() for name, tensor in self.tensors.items()} if self.writes_over else {}
+        return Saved(self.length, self.behind_B, kept)
+
+    def restore(self, saved: Saved) -> None:
+        """Forgets what has come since `save`, of the same sequences."""
+        for name in self.tensors.keys() & saved.tensors.keys():
+            self.tensors[name].copy_(saved.tensors[name])
+        self.length, self.behind_B = saved.length, saved.behind_B
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens that each sequence has seen, int64."""
+        device = next(iter(self.tensors.values())).device
+        length_B = torch.full((self.batch_size,), self.length, dtype=torch.int64, device=device)
+        return length_B if self.behind_B is None else length_B - self.behind_B
+
+    def _count(self, length_B: Tensor) -> None:
+        self.length = int(length_B.max())
+        behind_B = self.length - length_B
+        self.behind_B = behind_B if bool(behind_B.any()) else None
+
+    def _lengthen(self, rows: int) -> None:
+        """More rows behind those that the tensors have."""
+        self.tensors = {
+            name: torch.cat([tensor, tensor.new_empty(len(tensor), rows - tensor.shape[1], *tensor.shape[2:])], dim=1)
+            for name, tensor in self.tensors.items()
+        }
+
+    def _write_row(self, row_B: Tensor, **new: Tensor) -> None:
+        """One token of each sequence, into a row of its own."""
+        sequence_B = torch.arange(len(row_B), device=row_B.device)
+        for name, tensor in new.items():
+            self.tensors[name][sequence_B, row_B] = tensor[:, 0].detach()
 
     def _check(self, name: str, new: Tensor) -> None:
         held = self.tensors[name]
@@ -104,128 +202,6 @@ class TensorState:
             raise ValueError(
                 f"cache holds {name} as {held.dtype} on {held.device}, got {new.dtype} on {new.device}; legal: the same"
             )
-
-
-class GrowingKV(TensorState):
-    """Keys and values of every token seen.
-
-    Args:
-        batch_size: sequences side by side.
-        max_length: tokens of each that fit.
-        heads: key/value heads and their width.
-        dtype: of keys and values.
-        device: where they lie.
-    """
-
-    def __init__(
-        self, batch_size: int, max_length: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (batch_size, max_length, *heads)
-        super().__init__(
-            max_length,
-            k=torch.empty(shape, dtype=dtype, device=device),
-            v=torch.empty(shape, dtype=dtype, device=device),
-        )
-
-    def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
-        """Appends T tokens; returns the keys and values of all tokens so far, as views."""
-        end = self.length + k_BTGK.shape[1]
-        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
-            self._check(name, new)
-            self.tensors[name][:, self.length : end] = new.detach()
-        self.length = end
-        return KV(self.tensors["k"][:, :end], self.tensors["v"][:, :end])
-
-    def next_row(self, new: Tensor) -> tuple[int, KV]:
-        """Counts one more token, `new` being its key or value: the row that it is to be written to, and all rows in use
-        then."""
-        self._check("k", new)
-        self.length += 1
-        return self.length - 1, KV(self.tensors["k"][:, : self.length], self.tensors["v"][:, : self.length])
-
-    def refusal_to_crop(self, length: int) -> str | None:
-        return None
-
-
-class RingKV(TensorState):
-    """Keys and values of the last `window` tokens: the token at position p lies in slot p modulo the capacity.
-
-    Args:
-        window: tokens kept, or fewer where `max_length` is shorter; the others as in `GrowingKV`.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        max_length: int,
-        window: int,
-        heads: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.capacity = min(window, max_length)
-        shape = (batch_size, self.capacity, *heads)
-        super().__init__(
-            max_length,
-            k=torch.empty(shape, dtype=dtype, device=device),
-            v=torch.empty(shape, dtype=dtype, device=device),
-        )
-
-    def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
-        """Adds T tokens; returns all keys and values that any of the T may see.
-
-        For a single token that is the ring itself, as a view. Its slots are rotated then, which attention of one query
-        over keys that it sees all of does not notice. Several tokens need their predecessors in order, and before they
-        are overwritten: a copy.
-        """
-        T = k_BTGK.shape[1]
-        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
-            self._check(name, new)
-        if T == 1:
-            self._write(k_BTGK, v_BTGV)
-            held = min(self.length, self.capacity)
-            return KV(self.tensors["k"][:, :held], self.tensors["v"][:, :held])
-        seen = KV(self._with_predecessors("k", k_BTGK), self._with_predecessors("v", v_BTGV))
-        self._write(k_BTGK, v_BTGV)
-        return seen
-
-    def next_row(self, new: Tensor) -> tuple[int, KV]:
-        """As `GrowingKV.next_row`."""
-        self._check("k", new)
-        row = self.length % self.capacity
-        self.length += 1
-        held = min(self.length, self.capacity)
-        return row, KV(self.tensors["k"][:, :held], self.tensors["v"][:, :held])
-
-    def _with_predecessors(self, name: str, new: Tensor) -> Tensor:
-        if self.length == 0:
-            return new
-        ring = self.tensors[name]
-        if self.length <= self.capacity:
-            return torch.cat([ring[:, : self.length], new], dim=1)
-        # A full ring starts with its oldest token where the next one would be written.
-        oldest = self.length % self.capacity
-        return torch.cat([ring[:, oldest:], ring[:, :oldest], new], dim=1)
-
-    def _write(self, k_BTGK: Tensor, v_BTGV: Tensor) -> None:
-        end = self.length + k_BTGK.shape[1]
-        # Of more tokens than slots only the newest stay.
-        kept = min(k_BTGK.shape[1], self.capacity)
-        slot = (end - kept) % self.capacity
-        before_wrap = min(kept, self.capacity - slot)
-        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
-            newest = new[:, new.shape[1] - kept :].detach()
-            self.tensors[name][:, slot : slot + before_wrap] = newest[:, :before_wrap]
-            self.tensors[name][:, : kept - before_wrap] = newest[:, before_wrap:]
-        self.length = end
-
-    def refusal_to_crop(self, length: int) -> str | None:
-        if length in (0, self.length) or self.length <= self.capacity:
-            return None
-        return (
-            f"the ring buffer of {self.capacity} tokens has overwritten tokens that the window before token {length}"
-            " needs"
-        )
 
 
 class FixedState(TensorState):
@@ -300,8 +276,8 @@ class RecurrentState(FixedState):
 
 
 class Alias:
-    """The entry of a layer that reuses another's keys and values: holds nothing and follows its owner, which `reorder`
-    and `crop` act on."""
+    """The entry of a layer that reuses another's keys and values: holds nothing and follows its owner, which is what
+    is moved, cropped and saved."""
 
     def __init__(self, owner: LayerState) -> None:
         self.owner = owner
@@ -309,6 +285,14 @@ class Alias:
     @property
     def length(self) -> int:
         return self.owner.length
+
+    @property
+    def behind_B(self) -> Tensor | None:
+        return self.owner.behind_B
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.owner.lengths_B
 
     @property
     def max_length(self) -> int:
@@ -332,4 +316,16 @@ class Alias:
         return None
 
     def crop(self, length: int) -> None:
+        pass
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        raise AssertionError("a cache joins the owner and makes another alias of it")
+
+    def grow(self, max_length: int) -> None:
+        pass
+
+    def save(self) -> Saved:
+        return Saved(self.length, self.behind_B, {})
+
+    def restore(self, saved: Saved) -> None:
         pass

@@ -19,6 +19,7 @@ from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, LayerState, RecurrentState
 from attention.norm import RMSNorm, describe_norm
+from attention.positions import Start
 from attention.projection import Projection
 from triton_kernels.linear.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
@@ -78,7 +79,7 @@ class LightningAttention(AttentionLayer):
         self.register_buffer("log_decay_H", -lightning_slopes(H, layer_index, n_layers), persistent=False)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         assert state is None or isinstance(state, RecurrentState)

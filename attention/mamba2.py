@@ -22,6 +22,7 @@ from attention.decay_gate import DecayGate, uniform
 from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, LayerState, RecurrentState
 from attention.lightning import lightning_flops
+from attention.positions import Start
 from attention.projection import Projection
 from triton_kernels.linear.causal_conv1d import causal_conv1d
 from triton_kernels.linear.decayed_linear_attention import decayed_linear_attention
@@ -91,7 +92,7 @@ class Mamba2(AttentionLayer):
         nn.init.ones_(self.norm_X)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         assert state is None or isinstance(state, RecurrentState)

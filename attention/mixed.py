@@ -13,6 +13,8 @@ width.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +22,16 @@ from torch.nn import functional
 
 from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
-from attention.layer_states import KV, GrowingKV, LayerState, RecurrentState, RingKV
+from attention.kv_states import GrowingKV, RingKV
+from attention.layer_states import KV, LayerState, RecurrentState, Saved
 from attention.lightning import lightning_flops, lightning_slopes
 from attention.norm import RMSNorm
+from attention.positions import Start, lengths_after, rotary_of, turned
 from attention.projection import Projection
 from attention.softmax import kv_state_bytes, new_kv, softmax_flops
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear.linear_decode import split_heads
 from triton_kernels.mixed.mixed_attention import mixed_attention, mixed_decode
-from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 
 class MixedState:
@@ -42,6 +45,14 @@ class MixedState:
     @property
     def length(self) -> int:
         return self.kv.length
+
+    @property
+    def behind_B(self) -> Tensor | None:
+        return self.kv.behind_B
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.kv.lengths_B
 
     @property
     def max_length(self) -> int:
@@ -68,6 +79,24 @@ class MixedState:
     def crop(self, length: int) -> None:
         self.kv.crop(length)
         self.recurrent.crop(length)
+
+    def joined(self, others: "Sequence[MixedState]") -> "MixedState":
+        return MixedState(
+            self.kv.joined(cast(Any, [other.kv for other in others])),
+            self.recurrent.joined([other.recurrent for other in others]),
+        )
+
+    def grow(self, max_length: int) -> None:
+        self.kv.grow(max_length)
+        self.recurrent.grow(max_length)
+
+    def save(self) -> Saved:
+        kv = self.kv.save()
+        return Saved(kv.length, kv.behind_B, kv.tensors | self.recurrent.save().tensors)
+
+    def restore(self, saved: Saved) -> None:
+        self.kv.restore(saved)
+        self.recurrent.restore(saved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,23 +165,21 @@ class MixedAttention(AttentionLayer):
             nn.init.zeros_(self.sink_H)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         assert state is None or isinstance(state, MixedState)
         B, T, _ = x_BTD.shape
         q, gate, k, v, linear_qkv, linear_gate = self.to_inner(x_BTD).split(self.widths, dim=-1)
         q_BTHK, k_BTGK, v_BTGK = (y.view(B, T, -1, self.config.head_dim) for y in (q, k, v))
-        position_T = torch.arange(start, start + T, device=x_BTD.device)
-        rotary = rotary_tables(position_T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base)
-        q_BTHK, k_BTGK = rotate(self.q_norm(q_BTHK), rotary), rotate(self.k_norm(k_BTGK), rotary)
+        rotary = rotary_of(start, T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base, device=x_BTD.device)
+        q_BTHK, k_BTGK = (turned(x, rotary, start) for x in (self.q_norm(q_BTHK), self.k_norm(k_BTGK)))
         kv = KV(k_BTGK, v_BTGK) if state is None else state.kv.update(k_BTGK, v_BTGK)
         if state is not None and T == 1:
-            lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
             o_BHK, linear_o_BJV = mixed_decode(
                 q_BTHK[:, 0],
                 *kv,
-                lengths_B,
+                lengths_after(start, B, x_BTD.device),
                 linear_qkv[:, 0],
                 self.log_decay_J,
                 state_BJKV=state.recurrent.state_BHKV,

@@ -16,6 +16,7 @@ from attention.config import AttentionConfig
 from attention.decay_gate import uniform
 from attention.kind import AttentionKind, AttentionLayer
 from attention.layer_states import KV, FixedState, LayerState
+from attention.positions import Start
 from attention.projection import Projection
 from triton_kernels.linear.causal_conv1d import causal_conv1d
 
@@ -89,7 +90,7 @@ class ShortConvolution(AttentionLayer):
             self.conv_XW.copy_(uniform(self.conv_XW.shape, -bound, bound, generator))
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         assert state is None or isinstance(state, ConvolutionTail)

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
-from attention.layer_states import KV, Alias, GrowingKV, LayerState, RingKV
+from attention.kv_states import GrowingKV, RingKV
+from attention.layer_states import KV, Alias, LayerState
 from attention.norm import RMSNorm, describe_norm
+from attention.positions import Start, lengths_after, rotary_of, turned
 from attention.projection import Projection
 from triton_kernels.native import decode_step as native
 from triton_kernels.native.library import is_native
 from triton_kernels.softmax.flash_attention import flash_attention
 from triton_kernels.softmax.flash_decode import flash_decode
 from triton_kernels.softmax.native import rotary_at, softmax_decode_native
-from triton_kernels.softmax.rotary import rotary_tables, rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ class SoftmaxAttention(AttentionLayer):
             nn.init.zeros_(self.sink_H)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         B, T, _ = x_BTD.shape
@@ -127,15 +128,15 @@ class SoftmaxAttention(AttentionLayer):
                 "was given the keys and values of another layer; legal: shared=None, this kind has its own"
             )
         q, gate, k, v = self.to_inner(x_BTD).split(self.widths, dim=-1)
-        if state is not None and T == 1 and self._known_in_c and is_native(x_BTD, B, *self._vectors()):
+        known = isinstance(start, int) and self._known_in_c
+        if state is not None and T == 1 and known and is_native(x_BTD, B, *self._vectors()):
             o_BX, kv = self._decode(q[:, 0], k[:, 0], v[:, 0], state, shared, start)
             return self._out(o_BX[:, None], gate), kv
-        position_T = torch.arange(start, start + T, device=x_BTD.device)
-        rotary = rotary_tables(position_T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base)
+        rotary = rotary_of(start, T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base, device=x_BTD.device)
         if self.owns_kv:
             # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that
             # reads them.
-            kv = KV(rotate(self._heads(k, self.k_norm), rotary), self._heads(v))
+            kv = KV(turned(self._heads(k, self.k_norm), rotary, start), self._heads(v))
             if state is not None:
                 assert isinstance(state, GrowingKV | RingKV)
                 kv = state.update(*kv)
@@ -144,8 +145,8 @@ class SoftmaxAttention(AttentionLayer):
         q_BTHK = self._heads(q, self.q_norm)
         if state is not None and T == 1:
             # The newest token sees all that is kept, in whatever order a ring holds it: there is no window to apply.
-            lengths_B = torch.full((B,), start + 1, dtype=torch.int64, device=x_BTD.device)
-            o_BHK = flash_decode(rotate(q_BTHK, rotary)[:, 0], *kv, lengths_B, sinks_H=self.sink_H)
+            lengths_B = lengths_after(start, B, x_BTD.device)
+            o_BHK = flash_decode(turned(q_BTHK, rotary, start)[:, 0], *kv, lengths_B, sinks_H=self.sink_H)
             o_BTHK = o_BHK[:, None]
         else:
             o_BTHK = flash_attention(

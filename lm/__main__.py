@@ -1,6 +1,6 @@
-"""`python -m lm generate | bench | bench-peers | long-context | import | export | parity`: text from a trained model,
-how fast a model is on this machine, alone and beside transformers, what a long text costs it, and published models in
-and out."""
+"""`python -m lm generate | bench | bench-peers | long-context | cache | import | export | parity`: text from a trained
+model, how fast a model is on this machine, alone and beside transformers, what a long text costs it, what a layer plan
+remembers, in bytes, and published models in and out."""
 
 import foundation.starting  # noqa: F401
 
@@ -21,6 +21,7 @@ from foundation.console import escaped
 from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
+from lm.cache_table import CacheConfig, show_caches
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
@@ -83,6 +84,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
     "long-context": (LongContextConfig, long_context),
+    "cache": (CacheConfig, show_caches),
     "import": (ImportConfig, lambda config: print(import_model(config))),
     "export": (ExportConfig, lambda config: print(export_model(config))),
     "parity": (ParityConfig, parity),

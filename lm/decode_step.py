@@ -68,7 +68,8 @@ class DecodeStep:
         """Whether these tokens can be the next ones. Where they cannot, the layers say why not."""
         length = self.states[0].length
         return (
-            all(state.length == length < state.max_length for state in self.states)
+            self.states[0].behind_B is None
+            and all(state.length == length < state.max_length for state in self.states)
             and len(tokens_BT) == self.native.batch
             and all(0 <= token < self.native.vocabulary for (token,) in tokens_BT.tolist())
         )

@@ -19,6 +19,7 @@ from attention.cache import HybridCache
 from attention.kinds import KINDS
 from attention.layer_states import LayerState
 from attention.norm import RMSNorm, describe_norm
+from attention.positions import Start
 from attention.softmax import SoftmaxKind
 from foundation.exact_buffers import ExactBuffers
 from lm.config import ModelConfig
@@ -99,7 +100,7 @@ class Block(nn.Module):
         self.attention.init_weights(generator)
         self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
 
-    def forward(self, x_BTD: Tensor, *, start: int, state, shared) -> tuple[Tensor, object, Routing]:
+    def forward(self, x_BTD: Tensor, *, start: Start, state, shared) -> tuple[Tensor, object, Routing]:
         # The residual stream is fp32; what is added to it is computed in `dtype`.
         attended_BTD, kv = self.attention(
             self.attention_norm(x_BTD).to(self.dtype), start=start, state=state, shared=shared
@@ -315,7 +316,7 @@ class LanguageModel(ExactBuffers):
         self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None
     ) -> tuple[Tensor, dict[int, object], tuple[Routing, ...]]:
         source = self.config.plan.source
-        start = cache.length if cache is not None else 0
+        start = cache.position if cache is not None else 0
         kv: dict[int, object] = {}
         routings = []
         for index in range(first, last):

@@ -41,7 +41,7 @@ class Stack(nn.Module):
                     parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
     def forward(self, x_BTD: Tensor, cache: HybridCache | None = None) -> Tensor:
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache.position
         kv: dict[int, object] = {}
         for index, layer in enumerate(self.layers):
             state = None if cache is None else cache.layers[index]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import triton_kernels.mixed.mixed_attention
 from attention import AttentionConfig, HybridCache, LayerPlan, build_attention, cache_bytes
-from attention.layer_states import GrowingKV, RingKV
+from attention.kv_states import GrowingKV, RingKV
 from attention.lightning import lightning_slopes
 from attention.mixed import MixedState
 

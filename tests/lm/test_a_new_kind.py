@@ -14,6 +14,7 @@ from attention import AttentionConfig, HybridCache, LayerPlan, cache_bytes
 from attention.kind import AttentionKind, AttentionLayer
 from attention.kinds import KINDS
 from attention.layer_states import KV, LayerState, TensorState
+from attention.positions import Start
 from attention.projection import Projection
 from lm.accounting import decode_bytes, kv_bytes, mixing_flops, model_cost
 from lm.config import BlockOverride, ModelConfig
@@ -40,18 +41,18 @@ class RunningMean(AttentionLayer):
         self.to_out = Projection(width, d_model, gain=self.output_gain)
 
     def forward(
-        self, x_BTD: Tensor, *, start: int = 0, state: LayerState | None = None, shared: KV | None = None
+        self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
-        T = x_BTD.shape[1]
+        T, start_B1 = x_BTD.shape[1], torch.as_tensor(start).view(-1, 1)
         sum_BTX = self.to_inner(x_BTD).float().cumsum(1)
         if state is not None:
             assert isinstance(state, RunningSum)
             sum_BTX = sum_BTX + state.tensors["sum"][:, None]
             state.tensors["sum"].copy_(sum_BTX[:, -1].detach())
             state.length += T
-        count_T1 = torch.arange(start + 1, start + T + 1, device=x_BTD.device)[:, None]
-        return self.to_out((sum_BTX / count_T1).to(x_BTD.dtype)), None
+        count_BT = start_B1 + torch.arange(1, T + 1)
+        return self.to_out((sum_BTX / count_BT[..., None]).to(x_BTD.dtype)), None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 import lm.decode_step
 import lm.model
+from attention.cache import HybridCache
 from attention.config import AttentionConfig
 from attention.kinds import KINDS
 from foundation.serialize import kinds
@@ -292,3 +293,27 @@ def test_other_moments_go_layer_by_layer(batch_size, setting, steps):
         logits = model(torch.ones(batch_size, 1, dtype=torch.int64), cache).logits_BTV
     assert bool(logits.isfinite().all())
     assert not steps
+
+
+@pytest.mark.parametrize("plan", ["FSRr", "GKL", "MADC"])
+def test_sequences_of_different_lengths_go_layer_by_layer_until_they_are_alike(plan, steps):
+    """And each has the logits that it has alone."""
+    model = build(plan, "float32")
+    texts = [
+        torch.randint(50, (1, length + 3), generator=torch.Generator().manual_seed(length)) for length in (7, 2, 7)
+    ]
+    caches = [model.new_cache(1, 12) for _ in texts]
+    with torch.no_grad():
+        for cache, text in zip(caches, texts):
+            model(text[:, :-3], cache)
+        cache = HybridCache.stack(caches)
+        decoded = [model(torch.cat([text[:, t : t + 1] for text in texts]), cache).logits_BTV for t in (-3, -2)]
+        assert not steps
+        cache.reorder(torch.tensor([0, 2]))
+        last = model(torch.cat([texts[0][:, -1:], texts[2][:, -1:]]), cache).logits_BTV
+        for n, text in enumerate(texts):
+            expected = model(text).logits_BTV[0]
+            torch.testing.assert_close(torch.cat(decoded, dim=1)[n], expected[-3:-1], rtol=1e-4, atol=1e-4)
+            if n != 1:
+                torch.testing.assert_close(last[n // 2], expected[-1:], rtol=1e-4, atol=1e-4)
+    assert len(steps) == (plan != "MADC")
