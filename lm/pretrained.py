@@ -1,5 +1,5 @@
-"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`, `calibration.safetensors`, and
-`seal.json` with a checksum of each. Nothing is ever unpickled.
+"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model` (or, of a published model,
+`tokenizer.json`), `calibration.safetensors`, and `seal.json` with a checksum of each. Nothing is ever unpickled.
 
 The calibration file holds a few thousand tokens of training text, so that a budget can be set exactly wherever the
 model goes. Legend: B batch, T tokens.
@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from corpus.byte_level_tokenizer import ByteLevelTokenizer
 from corpus.tokenizer import Tokenizer
 from foundation.files import CorruptFileError, DiskFullError, atomic_folder, check_seal, require_space, seal
 from foundation.serialize import load_json, save_json
@@ -20,7 +21,6 @@ from lm.config import ModelConfig
 from lm.model import LanguageModel
 
 CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE = "config.json", "weights.safetensors", "calibration.safetensors"
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def save_pretrained(
@@ -61,7 +61,7 @@ def save_tensors(
     with atomic_folder(folder, replace=True) as temporary:
         save_json(temporary / CONFIG_FILE, config)
         if tokenizer is not None:
-            tokenizer.save(temporary / TOKENIZER_FILE)
+            tokenizer.save(temporary / tokenizer.file_name)
         for name, group in tensors.items():
             try:
                 safetensors.torch.save_file(group, temporary / name)
@@ -136,10 +136,12 @@ def load_tokenizer(folder: Path, model: LanguageModel) -> Tokenizer:
     Raises:
         ValueError: when it is missing, unreadable or another one: its ids would mean something else, or nothing.
     """
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    if (folder / ByteLevelTokenizer.file_name).is_file():
+        return ByteLevelTokenizer.load(folder / ByteLevelTokenizer.file_name, model.config.vocab_size)
+    tokenizer = Tokenizer.load(folder / Tokenizer.file_name)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"{folder / TOKENIZER_FILE}: {tokenizer.vocab_size} tokens, the model's vocabulary has"
+            f"{folder / Tokenizer.file_name}: {tokenizer.vocab_size} tokens, the model's vocabulary has"
             f" {model.config.vocab_size}: it belongs to another model"
         )
     return tokenizer

@@ -16,17 +16,21 @@ import torch
 import tyro
 from torch import Tensor
 
+from corpus.byte_level_tokenizer import ByteLevelTokenizer
+from corpus.tokenizer import Tokenizer
 from foundation.command import refuse_unwritable
 from foundation.files import atomic_folder, json_text, read_json, require_space, write_json
 from foundation.numbers import check_numbers
 from foundation.serialize import load_json, to_dict
 from lm.accounting import meta_model
+from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model, save_tensors
 from lm.published.checkpoint import DTYPES, SHARD_BYTES, Checkpoint, write_checkpoint
 from lm.published.families import FAMILIES, family_of
 from lm.published.family import Family
 from lm.published.layouts import Stored
+from lm.text_evaluation import read_tokens
 
 # Where a model folder keeps what it was imported from.
 BESIDE = "published"
@@ -39,6 +43,8 @@ COMPANIONS = (
 # What every family calls its k.
 EXPERTS_PER_TOKEN = "num_experts_per_tok"
 MOST_LISTED = 10
+# Tokens of a row of text that is kept with a model.
+CALIBRATION_LENGTH = 256
 # Fields of `ModelConfig` that a block may have of its own.
 BLOCK_FIELDS = ("attention", "moe", "norm")
 # Fields that say how a model is trained or computed here, of which a published config.json knows nothing.
@@ -54,11 +60,14 @@ class ImportConfig:
         source: folder of the published model.
         out: the model folder to write; it may not exist yet, or is replaced.
         dtype: what products compute in; that of the published weights by default.
+        text: files or folders of text, some tokens of which are kept with the model: whoever sets a budget of experts
+            sets it on them.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
     out: Annotated[Path, tyro.conf.Positional]
     dtype: Literal["float32", "bfloat16"] | None = None
+    text: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,12 +137,36 @@ def import_model(config: ImportConfig) -> str:
     beside = {f"{BESIDE}/{name}": content for name, content in beside.items()}
     beside[f"{BESIDE}/{CONFIG_FILE}"] = (config.source / CONFIG_FILE).read_bytes()
     beside[f"{BESIDE}/{DTYPES_FILE}"] = json_text(dtypes).encode()
-    save_tensors(config.out, model, state, beside=beside)
+    tokenizer, without = _tokenizer(config.source, model)
+    calibration_BT = None
+    if config.text:
+        if tokenizer is None:
+            raise ValueError(f"--text needs a tokenizer: {without}")
+        tokens, _ = read_tokens(tokenizer, config.text, "text", CALIBRATION_TOKENS)
+        # Rows of one length, as many as there are.
+        length = min(CALIBRATION_LENGTH, len(tokens))
+        calibration_BT = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+    save_tensors(config.out, model, state, calibration_BT, tokenizer, beside)
     count = sum(tensor.numel() for name, tensor in state.items() if name in stored)
     lines = [f"{config.out}: {family.model_type}, {count:,} parameters, {model.n_layers} blocks {model.layer_plan}"]
     for reason, tensors in sorted(Counter(left_out.values()).items()):
         lines.append(f"left out: {tensors} tensors of {reason}")
+    if without is not None:
+        lines.append(f"without a tokenizer: {without}")
     return "\n".join(lines)
+
+
+def _tokenizer(folder: Path, model: ModelConfig) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer of a published model, or why there is none."""
+    try:
+        if (folder / ByteLevelTokenizer.file_name).is_file():
+            return ByteLevelTokenizer.load(folder / ByteLevelTokenizer.file_name, model.vocab_size), None
+        tokenizer = Tokenizer.load(folder / Tokenizer.file_name)
+        if tokenizer.vocab_size != model.vocab_size:
+            return None, f"{tokenizer.vocab_size} tokens, the model's vocabulary has {model.vocab_size}"
+        return tokenizer, None
+    except (ValueError, ImportError) as error:
+        return None, str(error)
 
 
 def export_model(config: ExportConfig) -> str:

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-pytest.importorskip("transformers", reason="the extra `hub` is not installed: transformers is missing")
-
 from lm.published.convert import ImportConfig, import_model
 from lm.published.families import FAMILIES
 from lm.published.parity import published_model

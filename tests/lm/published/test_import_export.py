@@ -18,6 +18,8 @@ from lm.published.checkpoint import Checkpoint
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
 from lm.published.families import FAMILIES
 
+pytest.importorskip("transformers", reason="transformers is not installed (the extra `hub`)")
+
 
 @pytest.fixture
 def copied(published, tmp_path):
