@@ -128,8 +128,8 @@ class SoftmaxAttention(AttentionLayer):
                 "was given the keys and values of another layer; legal: shared=None, this kind has its own"
             )
         q, gate, k, v = self.to_inner(x_BTD).split(self.widths, dim=-1)
-        known = isinstance(start, int) and self._known_in_c
-        if state is not None and T == 1 and known and is_native(x_BTD, B, *self._vectors()):
+        in_c = self._known_in_c and is_native(x_BTD, B, *self._vectors())
+        if state is not None and T == 1 and isinstance(start, int) and in_c:
             o_BX, kv = self._decode(q[:, 0], k[:, 0], v[:, 0], state, shared, start)
             return self._out(o_BX[:, None], gate), kv
         rotary = rotary_of(start, T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base, device=x_BTD.device)
