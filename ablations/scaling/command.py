@@ -1,6 +1,6 @@
 """`python -m ablations scaling`: which part of it a command line asks for."""
 
-from ablations.scaling.options import CurvesOptions, FitOptions, PlanOptions, ScalingCommand
+from ablations.scaling.options import CurvesOptions, FitOptions, PlanOptions, PredictOptions, ScalingCommand
 
 
 def run_scaling(options: ScalingCommand) -> None:
@@ -19,6 +19,10 @@ def run_scaling(options: ScalingCommand) -> None:
             from ablations.scaling.curves import curves_command
 
             curves_command(options)
+        case PredictOptions():
+            from ablations.scaling.predict import predict_command
+
+            predict_command(options)
         case PlanOptions():
             from ablations.scaling.plan import plan_command
 

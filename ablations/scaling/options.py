@@ -123,6 +123,58 @@ class CurvesOptions:
             raise ValueError("name at least one csv of a curve to fit")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Predict the loss of larger models at every step from a ladder of smaller ones, with 90 % intervals.
+
+    Attributes:
+        ladder: csv of all runs, a row per evaluation; at least three sizes, and the same tokens per parameter at each.
+        targets: models to predict, as NAME=PARAMS or NAME=PARAMS:TOKENS_PER_BATCH.
+        multiples: of 20 tokens per parameter, to predict each target at; those of the ladder.
+        loss: names of the columns of losses, each predicted alone.
+        run_column: name of the column that names the run.
+        params_column: name of the column of parameters; counted alike in targets.
+        tokens_column: name of the column of tokens seen so far.
+        batch_column: name of the column of tokens per batch.
+        batch_power: of the size, with which the ladder's rule of batches grows.
+        warmup_per_param: tokens per parameter over which the rate rises; then it is half a cosine.
+        floor: of the cosine, as a share of its peak.
+        rows: of each predicted run, evenly over its training.
+        out: folder of tables and figure; only printed without it.
+    """
+
+    ladder: tyro.conf.Positional[Path]
+    targets: tuple[str, ...] = ()
+    multiples: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
+    loss: tuple[str, ...] = ("loss",)
+    run_column: str = "run"
+    params_column: str = "params"
+    tokens_column: str = "tokens"
+    batch_column: str = "batch_tokens"
+    batch_power: float = 2 / 3
+    warmup_per_param: float = 1.0
+    floor: float = 0.1
+    rows: int = 100
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, multiples=0.01, batch_power=0, warmup_per_param=0, floor=0, rows=2)
+        for target in self.targets:
+            name, _, numbers = target.partition("=")
+            parts = numbers.split(":")
+            if not name or len(parts) > 2 or not all(_positive(part) for part in parts):
+                raise ValueError(
+                    f"--targets {target}: must be NAME=PARAMS or NAME=PARAMS:TOKENS_PER_BATCH, such as 3B=3.17e9"
+                )
+
+
+def _positive(text: str) -> bool:
+    try:
+        return math.isfinite(float(text)) and float(text) > 0
+    except ValueError:
+        return False
+
+
 def check_numbers_without_limit(config: object, *names: str) -> None:
     """Refuses what is no positive finite number; FLOPs may be larger than `check_numbers` lets sizes be.
 
@@ -139,5 +191,6 @@ def check_numbers_without_limit(config: object, *names: str) -> None:
 ScalingCommand = (
     Annotated[FitOptions, tyro.conf.subcommand("fit")]
     | Annotated[CurvesOptions, tyro.conf.subcommand("curves")]
+    | Annotated[PredictOptions, tyro.conf.subcommand("predict")]
     | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
 )
