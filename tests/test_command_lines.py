@@ -139,6 +139,7 @@ NONSENSE = {
         "--floor": ("-1",),
         "--out": ("/dev/null",),
     },
+    "ablations scaling compare": {"--at": ("0", "nan"), "--draws": ("1",), "--baseline": ("top_p",)},
     "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus show": {"": ("/nowhere", "/dev/null")},
@@ -193,6 +194,7 @@ REST = {
     "ablations scaling fit": ("/nowhere",),
     "ablations scaling curves": ("/nowhere",),
     "ablations scaling predict": ("/nowhere",),
+    "ablations scaling compare": ("top_p", "/nowhere"),
     "ablations scaling plan": ("/nowhere",),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }

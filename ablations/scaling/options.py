@@ -168,6 +168,40 @@ class PredictOptions:
                 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Is a method still better at 10 and at 100 times the size? The difference of two laws, from a ladder of each.
+
+    Attributes:
+        method: its name in the column of methods.
+        points: csv, a row per trained model; the method and the baseline at the same four sizes or more.
+        baseline: name of what it is compared with.
+        method_column: name of the column of methods.
+        scale_column: name of the column of what grows along the ladder: parameters, or FLOPs of training.
+        loss_column: name of the column of losses.
+        seed_column: name of a column of seeds, by which the two are paired beside the scale.
+        at: multiples of the ladder's largest scale, at which to say what the laws say.
+        draws: of the bootstrap.
+        out: folder of table and figure; only printed without it.
+    """
+
+    method: tyro.conf.Positional[str]
+    points: tyro.conf.Positional[Path]
+    baseline: str = "baseline"
+    method_column: str = "method"
+    scale_column: str = "active_params"
+    loss_column: str = "loss"
+    seed_column: str | None = None
+    at: tuple[float, ...] = (1.0, 10.0, 100.0)
+    draws: int = 2000
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, at=1e-3, draws=100)
+        if self.method == self.baseline:
+            raise ValueError(f"{self.method} is the baseline; name a method to compare with it")
+
+
 def _positive(text: str) -> bool:
     try:
         return math.isfinite(float(text)) and float(text) > 0
@@ -192,5 +226,6 @@ ScalingCommand = (
     Annotated[FitOptions, tyro.conf.subcommand("fit")]
     | Annotated[CurvesOptions, tyro.conf.subcommand("curves")]
     | Annotated[PredictOptions, tyro.conf.subcommand("predict")]
+    | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
     | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
 )
