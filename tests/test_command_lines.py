@@ -132,6 +132,14 @@ NONSENSE = {
         "--out": ("/dev/null",),
     },
     "ablations scaling curves": {"--law": ("relax",), "--delta": ("0",), "--warmup": ("-1",), "--out": ("/dev/null",)},
+    "ablations scaling predict": {
+        "--targets": ("3B", "3B=nan"),
+        "--multiples": ("0", "nan"),
+        "--rows": ("1",),
+        "--floor": ("-1",),
+        "--out": ("/dev/null",),
+    },
+    "ablations scaling compare": {"--at": ("0", "nan"), "--draws": ("1",), "--baseline": ("top_p",)},
     "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus show": {"": ("/nowhere", "/dev/null")},
@@ -198,6 +206,8 @@ REST = {
     "lm generate": ("--run", "/nowhere"),
     "ablations scaling fit": ("/nowhere",),
     "ablations scaling curves": ("/nowhere",),
+    "ablations scaling predict": ("/nowhere",),
+    "ablations scaling compare": ("top_p", "/nowhere"),
     "ablations scaling plan": ("/nowhere",),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }

@@ -1,6 +1,13 @@
 """`python -m ablations scaling`: which part of it a command line asks for."""
 
-from ablations.scaling.options import CurvesOptions, FitOptions, PlanOptions, ScalingCommand
+from ablations.scaling.options import (
+    CompareOptions,
+    CurvesOptions,
+    FitOptions,
+    PlanOptions,
+    PredictOptions,
+    ScalingCommand,
+)
 
 
 def run_scaling(options: ScalingCommand) -> None:
@@ -19,6 +26,14 @@ def run_scaling(options: ScalingCommand) -> None:
             from ablations.scaling.curves import curves_command
 
             curves_command(options)
+        case PredictOptions():
+            from ablations.scaling.predict import predict_command
+
+            predict_command(options)
+        case CompareOptions():
+            from ablations.scaling.compare import compare_command
+
+            compare_command(options)
         case PlanOptions():
             from ablations.scaling.plan import plan_command
 

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ablations.report.drawing import BAND
 from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
 from ablations.scaling.forms import ACTIVE, TOKENS, TOTAL, Fit
 from ablations.scaling.points import FLOPS_PER_PARAMETER, Points
@@ -104,4 +106,26 @@ def draw_curves(curves: Sequence[tuple[Curve, np.ndarray]], n_fitted: int, path:
         below.set_ylabel("law - loss")
         below.set_xlabel("steps")
         above.legend(frameon=False, fontsize=8)
+        save(figure, path)
+
+
+def draw_differences(pairs: tuple[np.ndarray, np.ndarray], curve: Sequence[Any], scale: str, path: Path) -> None:
+    """The measured differences, and the difference of laws with its band.
+
+    Args:
+        pairs: scales and differences.
+        curve: rows with `scale`, `difference`, `low` and `high` (`DifferenceRow`).
+        scale: name of the x axis.
+    """
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH * 1.3, 3.6), layout="constrained")
+        axes = figure.subplots()
+        x = [row.scale for row in curve]
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.fill_between(x, [row.low for row in curve], [row.high for row in curve], color=SERIES[0], alpha=BAND)
+        axes.plot(x, [row.difference for row in curve], color=SERIES[0])
+        axes.plot(*pairs, "o", color=SERIES[0], markersize=4)
+        axes.set_xscale("log")
+        axes.set_xlabel(scale.replace("_", " "))
+        axes.set_ylabel("loss, method - baseline")
         save(figure, path)

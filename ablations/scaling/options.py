@@ -123,6 +123,92 @@ class CurvesOptions:
             raise ValueError("name at least one csv of a curve to fit")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Predict the loss of larger models at every step from a ladder of smaller ones, with 90 % intervals.
+
+    Attributes:
+        ladder: csv of all runs, a row per evaluation; at least three sizes, and the same tokens per parameter at each.
+        targets: models to predict, as NAME=PARAMS or NAME=PARAMS:TOKENS_PER_BATCH.
+        multiples: of 20 tokens per parameter, to predict each target at; those of the ladder.
+        loss: names of the columns of losses, each predicted alone.
+        run_column: name of the column that names the run.
+        params_column: name of the column of parameters; counted alike in targets.
+        tokens_column: name of the column of tokens seen so far.
+        batch_column: name of the column of tokens per batch.
+        batch_power: of the size, with which the ladder's rule of batches grows.
+        warmup_per_param: tokens per parameter over which the rate rises; then it is half a cosine.
+        floor: of the cosine, as a share of its peak.
+        rows: of each predicted run, evenly over its training.
+        out: folder of tables and figure; only printed without it.
+    """
+
+    ladder: tyro.conf.Positional[Path]
+    targets: tuple[str, ...] = ()
+    multiples: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
+    loss: tuple[str, ...] = ("loss",)
+    run_column: str = "run"
+    params_column: str = "params"
+    tokens_column: str = "tokens"
+    batch_column: str = "batch_tokens"
+    batch_power: float = 2 / 3
+    warmup_per_param: float = 1.0
+    floor: float = 0.1
+    rows: int = 100
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, multiples=0.01, batch_power=0, warmup_per_param=0, floor=0, rows=2)
+        for target in self.targets:
+            name, _, numbers = target.partition("=")
+            parts = numbers.split(":")
+            if not name or len(parts) > 2 or not all(_positive(part) for part in parts):
+                raise ValueError(
+                    f"--targets {target}: must be NAME=PARAMS or NAME=PARAMS:TOKENS_PER_BATCH, such as 3B=3.17e9"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Is a method still better at 10 and at 100 times the size? The difference of two laws, from a ladder of each.
+
+    Attributes:
+        method: its name in the column of methods.
+        points: csv, a row per trained model; the method and the baseline at the same four sizes or more.
+        baseline: name of what it is compared with.
+        method_column: name of the column of methods.
+        scale_column: name of the column of what grows along the ladder: parameters, or FLOPs of training.
+        loss_column: name of the column of losses.
+        seed_column: name of a column of seeds, by which the two are paired beside the scale.
+        at: multiples of the ladder's largest scale, at which to say what the laws say.
+        draws: of the bootstrap.
+        out: folder of table and figure; only printed without it.
+    """
+
+    method: tyro.conf.Positional[str]
+    points: tyro.conf.Positional[Path]
+    baseline: str = "baseline"
+    method_column: str = "method"
+    scale_column: str = "active_params"
+    loss_column: str = "loss"
+    seed_column: str | None = None
+    at: tuple[float, ...] = (1.0, 10.0, 100.0)
+    draws: int = 2000
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, at=1e-3, draws=100)
+        if self.method == self.baseline:
+            raise ValueError(f"{self.method} is the baseline; name a method to compare with it")
+
+
+def _positive(text: str) -> bool:
+    try:
+        return math.isfinite(float(text)) and float(text) > 0
+    except ValueError:
+        return False
+
+
 def check_numbers_without_limit(config: object, *names: str) -> None:
     """Refuses what is no positive finite number; FLOPs may be larger than `check_numbers` lets sizes be.
 
@@ -139,5 +225,7 @@ def check_numbers_without_limit(config: object, *names: str) -> None:
 ScalingCommand = (
     Annotated[FitOptions, tyro.conf.subcommand("fit")]
     | Annotated[CurvesOptions, tyro.conf.subcommand("curves")]
+    | Annotated[PredictOptions, tyro.conf.subcommand("predict")]
+    | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
     | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
 )
