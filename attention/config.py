@@ -5,6 +5,7 @@ Every kind reads the fields that it needs and leaves the others alone, so one co
 
 import dataclasses
 
+from attention.yarn import Yarn
 from foundation.numbers import check_numbers
 
 
@@ -18,11 +19,14 @@ class AttentionConfig:
         head_dim: width of a softmax layer's head.
         window: how many tokens a sliding-window layer sees, the current one included.
         rope_base: base of the rotary embedding's wavelengths.
+        yarn: how the rotary embedding is stretched to longer texts, or None.
         rotary_fraction: share of head_dim that is rotated, from the front; 0 leaves positions out (NoPE).
         qk_norm: RMSNorm of every query and key head before the rotary embedding.
         qk_norm_whole: the RMSNorm is of all query heads together, and of all key heads together (OLMo, arXiv
             2501.00656), instead of each head alone.
         unit_offset: the weights of these RMSNorms are what their scale has beyond one, see `attention.norm`.
+        qkv_bias: softmax layers add a bias to their queries, keys, values and output gates.
+        out_bias: softmax layers add a bias to their output projection.
         output_gate: softmax layers multiply their output by sigmoid(x W_g) before the output projection.
         sink_logits: one learnt logit per query head in the softmax's denominator, so that a head may attend to nothing.
         linear_heads: heads of a linear layer; n_heads by default.
@@ -54,10 +58,13 @@ class AttentionConfig:
     head_dim: int = 32
     window: int = 128
     rope_base: float = 10_000.0
+    yarn: Yarn | None = None
     rotary_fraction: float = 1.0
     qk_norm: bool = True
     qk_norm_whole: bool = False
     unit_offset: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
     output_gate: bool = False
     sink_logits: bool = False
     linear_heads: int | None = None

@@ -1,7 +1,8 @@
 """What the layers with a delta rule (G, K) share: short convolution, recurrence and gated norm, from a cache or without
 one; and the facts of their kinds.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, X convolution channels, W convolution width.
+Legend: B batch, T tokens, H heads, G heads of queries and keys, K key width, V value width, X convolution channels, W
+convolution width.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from attention.norm import RMSNorm, describe_norm
 from attention.projection import Projection
 from triton_kernels.linear.causal_conv1d import causal_conv1d
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
-from triton_kernels.linear.linear_decode import delta_decode
+from triton_kernels.linear.linear_decode import delta_decode, linear_attention_step
 from triton_kernels.native import decode_step as native
 
 
@@ -98,8 +99,8 @@ class DeltaLayer(AttentionLayer):
 
     def rule(
         self,
-        q_BTHK: Tensor,
-        k_BTHK: Tensor,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
         v_BTHV: Tensor,
         log_decay_BTHK: Tensor,
         beta_BTH: Tensor,
@@ -121,8 +122,7 @@ class DeltaLayer(AttentionLayer):
         """From the projections to the input of the output projection [B, T, H * V]; brings the state up to date."""
         (B, T, _), (H, K, V) = qkv_BTX.shape, self.config.linear_shape
         gate_BTHV = gate_BTX.view(B, T, H, V)
-        shared = H // self.config.key_heads
-        if state is not None and T == 1 and shared == 1:
+        if state is not None and T == 1 and self.config.key_heads == H:
             y_BHV = delta_decode(
                 *(x[:, 0] for x in (qkv_BTX, gate_BTHV, a_BTX, b_BTH)),
                 conv_XW=self.conv_XW,
@@ -140,19 +140,17 @@ class DeltaLayer(AttentionLayer):
         tail = None if state is None else state.tail_BXW
         qkv_BTX, tail = causal_conv1d(qkv_BTX, self.conv_XW.to(qkv_BTX.dtype), activation="silu", initial_tail=tail)
         q, k, v = qkv_BTX.split(self.config.conv_widths, dim=-1)
-        q_BTHK, k_BTHK = q.view(B, T, -1, K), k.view(B, T, -1, K)
-        if shared > 1:
-            q_BTHK, k_BTHK = q_BTHK.repeat_interleave(shared, dim=2), k_BTHK.repeat_interleave(shared, dim=2)
+        q_BTGK, k_BTGK, v_BTHV = q.view(B, T, -1, K), k.view(B, T, -1, K), v.view(B, T, H, V)
         log_decay = self.decay_gate(a_BTX)
-        o_BTHV, last_BHKV = self.rule(
-            q_BTHK,
-            k_BTHK,
-            v.view(B, T, H, V),
-            log_decay,
-            # In the decay's fp32: what a token writes is corrected by what the state holds, and errors would add up.
-            b_BTH.to(log_decay.dtype).sigmoid(),
-            None if state is None else state.state_BHKV,
-        )
+        # In the decay's fp32: what a token writes is corrected by what the state holds, and errors would add up.
+        beta_BTH = b_BTH.to(log_decay.dtype).sigmoid()
+        if state is not None and T == 1:
+            one = (x[:, 0] for x in (q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH))
+            o_BHV, last_BHKV = linear_attention_step(*one, state.state_BHKV, normalize_qk=True)
+            o_BTHV = o_BHV[:, None]
+        else:
+            past_BHKV = None if state is None else state.state_BHKV
+            o_BTHV, last_BHKV = self.rule(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, past_BHKV)
         if state is not None:
             state.update(T, last_BHKV, tail)
         return gated_rms_norm(

@@ -105,8 +105,8 @@ class SoftmaxAttention(AttentionLayer):
         H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         # Queries, then the output gate, then keys and values: one product for all of them.
         self.widths = [H * K, H * K if config.output_gate else 0, *([G * K, G * K] if self.owns_kv else [0, 0])]
-        self.to_inner = Projection(d_model, sum(self.widths))
-        self.to_out = Projection(H * K, d_model, gain=self.output_gain)
+        self.to_inner = Projection(d_model, sum(self.widths), bias=config.qkv_bias)
+        self.to_out = Projection(H * K, d_model, gain=self.output_gain, bias=config.out_bias)
         q_width, k_width = (H * K, G * K) if config.qk_norm_whole else (K, K)
         norm = partial(RMSNorm, eps=config.norm_eps, unit_offset=config.unit_offset)
         self.q_norm = norm(q_width) if config.qk_norm else nn.Identity()
@@ -132,7 +132,10 @@ class SoftmaxAttention(AttentionLayer):
         if state is not None and T == 1 and isinstance(start, int) and in_c:
             o_BX, kv = self._decode(q[:, 0], k[:, 0], v[:, 0], state, shared, start)
             return self._out(o_BX[:, None], gate), kv
-        rotary = rotary_of(start, T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base, device=x_BTD.device)
+        config, device = self.config, x_BTD.device
+        rotary = rotary_of(
+            start, T, rotary_dim=config.rotary_dim, base=config.rope_base, device=device, yarn=config.yarn
+        )
         if self.owns_kv:
             # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that
             # reads them.
@@ -164,7 +167,7 @@ class SoftmaxAttention(AttentionLayer):
     @property
     def _known_in_c(self) -> bool:
         """Whether the forms in C know the options of this layer."""
-        return not self.config.qk_norm_whole
+        return not self.config.qk_norm_whole and self.config.yarn is None
 
     def _decode(
         self, q_BX: Tensor, k_BX: Tensor, v_BX: Tensor, state: LayerState, shared: KV | None, start: int
@@ -240,7 +243,7 @@ class SoftmaxAttention(AttentionLayer):
 
 
 # What keys and values look like, and which positions they were turned to, is the owner's choice.
-SHARED = ("n_kv_heads", "head_dim", "rope_base", "rotary_fraction")
+SHARED = ("n_kv_heads", "head_dim", "rope_base", "rotary_fraction", "yarn")
 
 FULL = SoftmaxKind(
     letter="F",

@@ -266,6 +266,8 @@ class LanguageModel(ExactBuffers):
     def expert_backend(self) -> Choice:
         """What computes the experts on this model's device, and why."""
         experts = cast(Block, self.blocks[-1]).moe.experts
+        if experts.has_options:
+            return Choice("plain", "biases or a clamped activation, which torch computes expert by expert")
         x = torch.empty(0, dtype=self._dtype, device=self.embedding_VD.device)
         return choose_backend(x, experts.w_down_EFD, experts.backend)
 

@@ -37,7 +37,12 @@ class MoE(ExactBuffers):
             has_shared_expert=config.d_shared > 0,
         )
         self.experts = Experts(
-            n_experts=config.n_experts, d_model=d_model, d_expert=config.d_expert, backend=config.backend
+            n_experts=config.n_experts,
+            d_model=d_model,
+            d_expert=config.d_expert,
+            backend=config.backend,
+            bias=config.expert_bias,
+            clamped=config.clamped,
         )
         self.shared_expert = SharedExpert(d_model=d_model, d_shared=config.d_shared) if config.d_shared else None
         self.shared_gate_D = nn.Parameter(torch.zeros(d_model)) if config.shared_gate else None

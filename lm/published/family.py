@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attention.config import AttentionConfig
+from attention.yarn import Yarn
 from lm.accounting import meta_model
 from lm.config import BlockOverride, ModelConfig
 from lm.published.fields import Fields
@@ -80,44 +81,55 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
     }
 
 
-def read_attention(fields: Fields, *, rotary_fraction: float = 1.0, **options: Any) -> AttentionConfig:
+def read_attention(
+    fields: Fields, *, rope_base: float = 10_000.0, rotary_fraction: float = 1.0, **options: Any
+) -> AttentionConfig:
     """Heads, widths and rotary embedding of softmax layers.
 
     Args:
-        rotary_fraction: where the file has none.
+        rope_base: where the file has none, and so `rotary_fraction`.
         options: further fields of `AttentionConfig`.
     """
     # Dropout of attention weights exists in training only, and published models are trained without.
     fields.only("attention_dropout", 0.0)
     n_heads = fields.get("num_attention_heads", int)
-    rope_base, rotary_fraction = read_rotary(fields, fraction=rotary_fraction)
     return AttentionConfig(
         n_heads=n_heads,
         n_kv_heads=fields.get("num_key_value_heads", int, n_heads),
         head_dim=fields.get("head_dim", int, fields.get("hidden_size", int) // n_heads),
-        rope_base=rope_base,
-        rotary_fraction=rotary_fraction,
+        **read_rotary(fields, rope_base, rotary_fraction),
         norm_eps=fields.get("rms_norm_eps", float),
         **options,
     )
 
 
-def read_rotary(fields: Fields, *, base: float = 10_000.0, fraction: float = 1.0) -> tuple[float, float]:
-    """Base of the rotary embedding and share of a head that it turns, as transformers writes them since its version 5
-    (`rope_parameters`) or wrote them before.
+def read_rotary(fields: Fields, base: float, fraction: float) -> dict[str, Any]:
+    """What `AttentionConfig` says of the rotary embedding, from what transformers writes since its version 5
+    (`rope_parameters`), or wrote before.
 
     Args:
         base: where the file has none, and so `fraction`.
     """
     base = fields.get("rope_theta", float, base)
     fraction = fields.get("partial_rotary_factor", float, fraction)
-    fields.only("rope_scaling", None)
-    if (rope := fields.part("rope_parameters")) is not None:
-        rope.only("rope_type", "default")
+    before, since, yarn = fields.part("rope_scaling"), fields.part("rope_parameters"), None
+    if (rope := since or before) is not None:
+        rope.aliases = {"rope_type": ("type",)}
+        kind = rope.get("rope_type", str, "default")
+        rope.only("rope_type", "default", "yarn")
         base = rope.get("rope_theta", float, base)
         fraction = rope.get("partial_rotary_factor", float, fraction)
+        if kind == "yarn":
+            yarn = Yarn(
+                factor=rope.get("factor", float),
+                original_length=rope.get("original_max_position_embeddings", int),
+                fast_turns=rope.get("beta_fast", float, 32.0),
+                slow_turns=rope.get("beta_slow", float, 1.0),
+                magnitude=rope.get("attention_factor", float, None),
+                whole_pairs=rope.get("truncate", bool, True),
+            )
         rope.done(())
-    return base, fraction
+    return {"rope_base": base, "rotary_fraction": fraction, "yarn": yarn}
 
 
 def read_softmax_experts(fields: Fields, n_layers: int, *, renormalise: bool, **options: Any) -> MoEConfig:
@@ -201,6 +213,12 @@ def softmax_tensors(layer: int, attention: AttentionConfig, name: str = "self_at
         layout = rows(H * K, G * K, G * K)
     yield Stored(f"{ours}.to_inner.weight", inner, layout)
     yield Stored(f"{ours}.to_out.weight", (f"{theirs}.o_proj.weight",), SAME)
+    if attention.qkv_bias:
+        yield Stored(f"{ours}.to_inner.bias", tuple(f"{theirs}.{part}_proj.bias" for part in "qkv"), layout)
+    if attention.out_bias:
+        yield Stored(f"{ours}.to_out.bias", (f"{theirs}.o_proj.bias",), SAME)
+    if attention.sink_logits:
+        yield Stored(f"{ours}.sink_H", (f"{theirs}.sinks",), SAME)
     if attention.qk_norm:
         for part in "qk":
             yield Stored(f"{ours}.{part}_norm.weight", (f"{theirs}.{part}_norm.weight",), SAME)

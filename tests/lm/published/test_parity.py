@@ -1,6 +1,7 @@
 """Every family against transformers: logits, caches, gradients, balance losses, weights after export."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from lm.__main__ import main
 from lm.accounting import kv_bytes
 from lm.pretrained import load_pretrained
 from lm.published.families import FAMILIES
-from lm.published.parity import checks
+from lm.published.parity import TOLERANCE, checks
 from triton_kernels.native import library
 
 pytest.importorskip("transformers", reason="transformers is not installed (the extra `hub`)")
@@ -50,6 +51,16 @@ def test_a_cache_has_the_bytes_that_its_formula_says(family, published):
     model = load_pretrained(published(family).folder)
     cache = model.new_cache(1, 40)
     assert sum(state.nbytes() for state in cache.layers) == kv_bytes(model.config, 40)
+
+
+def test_whole_pairs_of_a_stretched_embedding():
+    """As gpt-oss does not have them: a ramp from pair to pair, and a magnitude of its own."""
+    rope = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 8.0, "original_max_position_embeddings": 64}
+    family = FAMILIES["olmoe"]
+    for more in ({}, {"attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}):
+        tiny = {**family.tiny, "rope_parameters": rope | more}
+        rows = {row.check: row for row in checks(dataclasses.replace(family, tiny=tiny), seed=0)}
+        assert rows["logits"].largest_error <= TOLERANCE
 
 
 def test_the_command_writes_its_table(tmp_path, capsys):
