@@ -31,9 +31,10 @@ from foundation.serialize import from_dict, load_json
 from lm.accounting import kv_bytes
 from lm.budget import experts_per_token, set_budget, variable_layers
 from lm.config import ModelConfig
-from lm.generate import SamplingConfig, generate
+from lm.generate import generate
 from lm.generation_trace import read_generation, traced_generation
 from lm.pretrained import CONFIG_FILE, find_model, load_calibration_tokens, load_pretrained, load_tokenizer
+from lm.sampling import SamplingConfig
 from routing.policies.top_p import TopP
 
 # Beside a recorded generation: what else the demo showed.

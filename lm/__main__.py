@@ -22,36 +22,45 @@ from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
 from lm.cache_table import CacheConfig, show_caches
-from lm.generate import SamplingConfig, generate
+from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
 from lm.published.parity import ParityConfig, parity
+from lm.sampling import SamplingConfig, StopStrings
 from lm.text_evaluation import EvaluateConfig, evaluate_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Streams text that continues a prompt.
+    """Streams text that continues a prompt, or continues several side by side.
 
     Attributes:
         run: folder of a trained model, or of the run that trained it.
-        prompt: text to continue; empty begins a new document.
+        prompt: text to continue; empty begins a new document. Several, of any lengths, share every forward pass, and
+            each becomes what it would alone under its own seed.
         max_new_tokens: how many at the most; a document may end earlier.
+        stop: strings before any of which a text ends.
         trace: folder to record every token's experts and their weights in, layer by layer, and the text; see
             `lm.generation_trace`.
-        sampling: temperature, top-p, seed.
+        sampling: temperature, top-k, top-p, min-p, repetition penalty, seed.
     """
 
     run: Path
-    prompt: str = ""
+    prompt: tuple[str, ...] = ("",)
     max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
     trace: Path | None = None
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         check_numbers(self, max_new_tokens=0)
+        StopStrings(self.stop)
+        if not self.prompt:
+            raise ValueError('prompt: none given; legal: at least one, "" for a new document')
+        if self.trace is not None and len(self.prompt) > 1:
+            raise ValueError(f"trace: a trace is of one text; legal: one prompt, not {len(self.prompt)}")
 
 
 def run_generate(config: GenerateConfig) -> None:
@@ -59,21 +68,34 @@ def run_generate(config: GenerateConfig) -> None:
     folder = find_model(config.run)
     model = load_pretrained(folder, "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder, model)
-    decoder = tokenizer.stream_decoder()
     # Into a file or a pipe goes the text itself.
     shown = escaped if sys.stdout.isatty() else str
-    print(shown(config.prompt), end="", flush=True)
-    prompt = [tokenizer.boundary_id, *tokenizer.encode(config.prompt)]
+    prompts = [[tokenizer.boundary_id, *tokenizer.encode(prompt)] for prompt in config.prompt]
+    decoders = [tokenizer.stream_decoder() for _ in prompts]
+    stops = [StopStrings(config.stop) for _ in prompts]
+    alone = len(prompts) == 1
+    texts = list(config.prompt)
+    print(shown(config.prompt[0]) if alone else "", end="", flush=True)
     started, count, cache_bytes = time.perf_counter(), 0, 0
-    with traced_generation(model, config.trace, prompt=prompt) as record:
-        for step in generate(
-            model, prompt, max_new_tokens=config.max_new_tokens, sampling=config.sampling, stop=tokenizer.boundary_id
+    with traced_generation(model, config.trace, prompt=prompts[0]) as record:
+        for step in generate_batch(
+            model,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            sampling=config.sampling,
+            stop=tokenizer.boundary_id,
+            ends=lambda text, token: stops[text].stopped,
         ):
-            piece = decoder.push(step.token)
+            piece = decoders[step.text].push(step.token)
             record(step.token, piece)
-            print(shown(piece), end="", flush=True)
-            count, cache_bytes = count + 1, step.cache_bytes
-    print(shown(decoder.flush()))
+            certain = stops[step.text].push(piece)
+            texts[step.text] += certain
+            print(shown(certain) if alone else "", end="", flush=True)
+            count, cache_bytes = count + 1, max(cache_bytes, step.cache_bytes)
+    for place, (decoder, stop) in enumerate(zip(decoders, stops)):
+        # What was held back for a character or a stop string that did not come.
+        rest = stop.push(decoder.flush()) + stop.flush()
+        print(shown(rest) if alone else f"[{place}] {shown(texts[place] + rest)}")
     print(
         f"[{count} tokens, {count / (time.perf_counter() - started):.0f} tokens/s, cache {cache_bytes:,} bytes]",
         file=sys.stderr,

@@ -18,8 +18,9 @@ from foundation.timing import median_seconds
 from lm.accounting import decode_bytes, model_cost
 from lm.config import ModelConfig
 from lm.decode_profile import DecodeProfile, profile_decode
-from lm.generate import SamplingConfig, generate
+from lm.generate import generate
 from lm.model import LanguageModel, token_losses
+from lm.sampling import SamplingConfig
 from moe.freed_memory import keep_freed_memory
 from routing.policies.top_k import TopK
 

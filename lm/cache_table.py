@@ -85,10 +85,11 @@ class CacheConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheRow:
-    """The cache of a plan after `tokens` tokens of each sequence. `bytes_per_token` is what the next token adds,
-    `read_bytes` what decoding it reads."""
+    """The cache of `layers` layers by a plan after `tokens` tokens of each sequence. `bytes_per_token` is what the next
+    token adds, `read_bytes` what decoding it reads."""
 
     plan: str
+    layers: int
     tokens: int
     cache_bytes: int
     bytes_per_token: int
@@ -132,7 +133,8 @@ class PlanCost:
     def row(self, length: int) -> CacheRow:
         total, full = self.total(length), sum(self.full_by_layer(length))
         return CacheRow(
-            plan="".join(self.plan.letters),
+            plan=pattern_of(self.plan.letters),
+            layers=len(self.plan.letters),
             tokens=length,
             cache_bytes=total,
             bytes_per_token=self.total(length + 1) - total,
@@ -140,6 +142,12 @@ class PlanCost:
             full_attention_bytes=full,
             saved=1 - total / full,
         )
+
+
+def pattern_of(letters: Sequence[str]) -> str:
+    """The shortest plan that, repeated, has these letters."""
+    repeated = (n for n in range(1, len(letters) + 1) if all(x == letters[i % n] for i, x in enumerate(letters)))
+    return "".join(letters[: next(repeated)])
 
 
 def cheaper_from(cost: Callable[[int], int], other: Callable[[int], int]) -> int | None:
@@ -261,11 +269,13 @@ def draw(rows: Sequence[CacheRow], path: Path) -> None:
         for plan, colour in zip(plans, itertools.cycle(("#0072b2", "#d55e00", "#00896a", "#a8508a", "#b57a00"))):
             own = [(row.tokens, row.cache_bytes) for row in rows if row.plan == plan]
             saved = next(row.saved for row in reversed(rows) if row.plan == plan)
-            axes.plot(*zip(*own), color=colour, label=f"{plan[:16]}: {saved:.1%} saved at the end")
+            axes.plot(*zip(*own), color=colour, label=f"{plan}: {saved:.1%} saved at the end")
         axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="bytes of the cache")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1024:g}k"))
+        axes.xaxis.set_major_formatter(
+            FuncFormatter(lambda tokens, _: f"{tokens / 2**20:g}M" if tokens >= 2**20 else f"{tokens / 2**10:g}k")
+        )
         axes.yaxis.set_major_formatter(FuncFormatter(lambda size, _: _size(size)))
         axes.grid(axis="y", color="#dcdfe4")
         axes.legend(frameon=False)

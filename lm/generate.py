@@ -1,44 +1,22 @@
-"""Text generation with the hybrid cache: prefill the prompt once, then one token at a time.
+"""Text generation with the hybrid cache: prefill every prompt once, then one token of all texts at a time.
 
-Legend: B batch (1 here), T tokens, V vocabulary.
+Legend: B texts side by side, T tokens, V vocabulary.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from foundation.numbers import check_numbers
+from attention.cache import HybridCache
 from lm.evaluate import evaluating
-from lm.model import LanguageModel
+from lm.model import LanguageModel, Output
+from lm.sampling import SamplingConfig, sample
 
 # Tokens of a prompt that are read at once: enough to fill the products, few enough to stay small.
 PREFILL_TOKENS = 1024
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How the next token is drawn.
-
-    Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: draw from the smallest set of tokens whose probability reaches this; 1 keeps all.
-        seed: of the draws.
-
-    Raises:
-        ValueError: for a temperature that is negative or not finite, or top_p outside (0, 1].
-    """
-
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_numbers(self, temperature=0)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"SamplingConfig.top_p: {self.top_p}, must lie in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +26,18 @@ class GeneratedToken:
     Attributes:
         token: id.
         experts: per block, experts used by the position that predicted this token: the work that went into choosing it.
-        seconds: of the forward pass behind it; the first one is the prefill of the whole prompt.
-        cache_bytes: of the cache, which is allocated once for the whole generation.
+        seconds: of the forward pass behind it, which all texts share; a text's first one is the prefill of its prompt.
+        cache_bytes: of the cache, which is allocated once for the texts that go on.
+        text: which of the prompts it follows, from 0.
     """
 
     token: int
     experts: tuple[int, ...]
     seconds: float
     cache_bytes: int
+    text: int = 0
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     prompt: Sequence[int],
@@ -68,60 +47,103 @@ def generate(
     stop: int | None = None,
 ) -> Iterator[GeneratedToken]:
     """Streams tokens that follow `prompt`; ends before the token `stop` (the document boundary) or after
-    `max_new_tokens`.
+    `max_new_tokens`. Arguments and errors as of `generate_batch`."""
+    return generate_batch(model, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+
+
+@torch.no_grad()
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    stop: int | None = None,
+    ends: Callable[[int, int], bool] = lambda text, token: False,
+) -> Iterator[GeneratedToken]:
+    """Streams tokens that follow each of several prompts of any lengths: a token of every text that goes on, in the
+    prompts' order, then the next of each. A text is what it would be alone, with a seed of its own.
 
     Args:
         model: put into evaluation mode while this runs.
-        prompt: token ids, at least one.
-        max_new_tokens: how many at the most.
+        prompts: token ids, at least one in each.
+        max_new_tokens: how many at the most, of each text.
         sampling: how each is drawn.
-        stop: the token that ends the text and is not yielded; None for none.
+        stop: the token that ends a text and is not yielded; None for none.
+        ends: asked of every drawn token, after whoever iterates has seen it: whether its text (by place) ends there.
 
     Returns:
-        An iterator over the tokens, each drawn when it is asked for.
+        An iterator over the tokens, drawn when they are asked for.
 
     Raises:
         ValueError: for an empty prompt (give the boundary token to start a document) or a token outside the vocabulary.
     """
     vocab = model.config.vocab_size
-    if not prompt:
-        raise ValueError("the prompt is empty: start with the boundary token to begin a document")
-    if bad := [token for token in prompt if not 0 <= token < vocab]:
-        raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary [0, {vocab})")
-    device = model.embedding_VD.device
-    generator = torch.Generator().manual_seed(sampling.seed)
+    for prompt in prompts:
+        if not prompt:
+            raise ValueError("the prompt is empty: start with the boundary token to begin a document")
+        if bad := [token for token in prompt if not 0 <= token < vocab]:
+            raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary [0, {vocab})")
+    if not prompts or max_new_tokens == 0:
+        return
+    texts = [list(prompt) for prompt in prompts]
+    generators = [torch.Generator().manual_seed(sampling.seed + place) for place in range(len(texts))]
     # The last token drawn is never fed back.
-    cache = model.new_cache(1, max(len(prompt) + max_new_tokens - 1, 1))
-    # A long prompt in pieces: memory for its activations then does not grow with it.
-    *pieces, inputs_BT = torch.tensor([list(prompt)], device=device).split(PREFILL_TOKENS, dim=1)
+    room = max(max(map(len, texts)) + max_new_tokens - 1, 1)
+    # Of the texts that go on: their places among the prompts, and what each was drawn last.
+    going, last, caches = [], [], []
     with evaluating(model):
-        for _ in range(max_new_tokens):
-            started = time.perf_counter()
-            while pieces:
-                model(pieces.pop(0), cache, last_only=True)
-            output = model(inputs_BT, cache, last_only=True)
-            logits_V = output.logits_BTV[0, -1].float().cpu()
+        for place, text in enumerate(texts):
+            started, cache = time.perf_counter(), model.new_cache(1, room)
+            logits_1V, experts_1L = _read(prefill(model, text, cache))
             seconds = time.perf_counter() - started
-            token = sample(logits_V, sampling, generator)
+            token = sample(logits_1V[0], sampling, generators[place], text)
             if token == stop:
+                continue
+            text.append(token)
+            yield GeneratedToken(token, experts_1L[0], seconds, cache.nbytes(), place)
+            if not ends(place, token):
+                going, last, caches = [*going, place], [*last, token], [*caches, cache]
+        if not going:
+            return
+        cache = caches[0] if len(caches) == 1 else HybridCache.stack(caches)
+        del caches
+        for _ in range(max_new_tokens - 1):
+            started = time.perf_counter()
+            output = model(torch.tensor(last, device=model.embedding_VD.device)[:, None], cache, last_only=True)
+            logits_BV, experts_BL = _read(output)
+            seconds = time.perf_counter() - started
+            kept, drawn = [], []
+            for row, place in enumerate(going):
+                token = sample(logits_BV[row], sampling, generators[place], texts[place])
+                if token == stop:
+                    continue
+                texts[place].append(token)
+                yield GeneratedToken(token, experts_BL[row], seconds, cache.nbytes(), place)
+                if not ends(place, token):
+                    kept, drawn = [*kept, row], [*drawn, token]
+            if not kept:
                 return
-            experts = tuple(int(routing.assignments.experts_per_token_T()[-1]) for routing in output.routings)
-            yield GeneratedToken(token, experts, seconds, cache.nbytes())
-            inputs_BT = torch.tensor([[token]], device=device)
+            if len(kept) < len(going):
+                cache.reorder(torch.tensor(kept, device=model.embedding_VD.device))
+            going, last = [going[row] for row in kept], drawn
 
 
-def sample(logits_V: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """Draws a token id by temperature and nucleus (arXiv 1904.09751).
+def prefill(model: LanguageModel, tokens: Sequence[int], cache: HybridCache) -> Output:
+    """Reads a prompt into an empty cache; the output of its last token.
 
-    Args:
-        logits_V: fp32, on the CPU, where `generator` is.
-        sampling: temperature 0 draws nothing and takes the largest logit.
-        generator: moved by one draw.
+    A long one is read in pieces: memory for its activations then does not grow with it.
     """
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    probabilities_V, order_V = torch.softmax(logits_V / sampling.temperature, dim=-1).sort(descending=True, stable=True)
-    # A token stays while the mass before it is below top_p, so the first one always does.
-    mass_before_V = probabilities_V.cumsum(0) - probabilities_V
-    kept_V = torch.where(mass_before_V < sampling.top_p, probabilities_V, 0.0)
-    return int(order_V[torch.multinomial(kept_V, 1, generator=generator)])
+    *pieces, last_1T = torch.tensor([list(tokens)], device=model.embedding_VD.device).split(PREFILL_TOKENS, dim=1)
+    for piece_1T in pieces:
+        model(piece_1T, cache, last_only=True)
+    return model(last_1T, cache, last_only=True)
+
+
+def _read(output: Output) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """Logits of the next token [B, V], fp32 on the CPU, and per text the experts that each block used for it."""
+    logits_BV = output.logits_BTV[:, -1].float().cpu()
+    by_block = [routing.assignments.experts_per_token_T().tolist() for routing in output.routings]
+    # The last token of each text; of a prompt, which is alone, the last of all.
+    experts_BL = list(zip(*(counts[-len(logits_BV) :] for counts in by_block)))
+    return logits_BV, experts_BL

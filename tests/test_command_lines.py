@@ -144,8 +144,12 @@ NONSENSE = {
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus show": {"": ("/nowhere", "/dev/null")},
     "lm generate": {
-        "--temperature": ("nan", "inf", "-1", "1e400"),
+        "--temperature": ("nan", "inf", "-1", "1e400", "1e-40"),
         "--top-p": ("0", "nan", "2"),
+        "--top-k": ("-1", "nan"),
+        "--min-p": ("-1", "nan", "2"),
+        "--repetition-penalty": ("0", "nan", "inf", "-1"),
+        "--stop": ("",),
         "--max-new-tokens": ("-1", "1" + "0" * 23, "x"),
         "--seed": ("1" + "0" * 23, "nan"),
         "--run": ("/nowhere", "/dev/null"),

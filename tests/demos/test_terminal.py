@@ -15,10 +15,11 @@ from demos.terminal import newest_model
 from demos.terminal_view import SCALE, Palette, Summary
 from lm.budget import set_budget
 from lm.config import ModelConfig
-from lm.generate import SamplingConfig, generate
+from lm.generate import generate
 from lm.generation_trace import read_generation, traced_generation
 from lm.model import LanguageModel
 from lm.pretrained import load_calibration_tokens, load_pretrained, save_pretrained
+from lm.sampling import SamplingConfig
 from moe.config import MoEConfig
 from routing.policies.difficulty_head import DifficultyHead
 from routing.policies.expert_choice import ExpertChoice

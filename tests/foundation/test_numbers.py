@@ -11,7 +11,7 @@ from attention.config import AttentionConfig
 from foundation.numbers import argument, check_numbers
 from lm.bench import BenchConfig
 from lm.config import ModelConfig
-from lm.generate import SamplingConfig
+from lm.sampling import SamplingConfig
 from moe.bench import Shape
 from moe.config import MoEConfig
 from routing.losses import ThreeLevelBalance

@@ -18,8 +18,9 @@ from attention.positions import Start
 from attention.projection import Projection
 from lm.accounting import decode_bytes, kv_bytes, mixing_flops, model_cost
 from lm.config import BlockOverride, ModelConfig
-from lm.generate import SamplingConfig, generate
+from lm.generate import generate
 from lm.model import LanguageModel, token_losses
+from lm.sampling import SamplingConfig
 from moe.config import MoEConfig
 
 

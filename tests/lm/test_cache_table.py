@@ -11,7 +11,7 @@ from attention import AttentionConfig, HybridCache
 from attention.kinds import KINDS
 from lm.__main__ import main
 from lm.accounting import kv_bytes
-from lm.cache_table import PlanCost, cheaper_from, tokens_of
+from lm.cache_table import PlanCost, cheaper_from, pattern_of, tokens_of
 from lm.config import ModelConfig
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
@@ -80,6 +80,7 @@ def test_rows_are_the_bytes_of_real_caches(tmp_path, pattern, dtype, capsys):
     config = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=4096)
     model = ModelConfig(n_layers=len(pattern), layer_plan=pattern, attention=config, dtype=dtype)
     for row in rows:
+        assert (row["plan"], row["layers"]) == (pattern, str(len(pattern)))
         length = int(row["tokens"])
         cache = HybridCache(model.attentions, model.plan, 2, length, getattr(torch, dtype))
         assert int(row["cache_bytes"]) == cache.nbytes() == 2 * kv_bytes(model, length)
@@ -146,6 +147,11 @@ def test_a_trained_models_own_cache(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "plan GSF, 3 layers" in said
     assert f"holds {LanguageModel(config).new_cache(1, 100).nbytes():,} bytes" in said
+
+
+@pytest.mark.parametrize(("letters", "pattern"), [("F", "F"), ("FFFF", "F"), ("SSFSSFS", "SSF"), ("SFR", "SFR")])
+def test_a_plan_is_named_by_what_repeats(letters, pattern):
+    assert pattern_of(letters) == pattern
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("1", 1), ("64k", 65_536), ("1M", 2**20), ("700", 700)])
