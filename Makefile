@@ -8,16 +8,22 @@ ARGS ?=
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What runs need, and nothing more.
+$(VENV)/.lean: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python >= 3.11 is needed, {sys.version.split()[0]} found: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+# Tests, and every command that asks for a package of its own.
+$(VENV)/.installed: $(VENV)/.lean
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e ".[dev,track,corpus,hub,cluster]"
 	touch $@
 
-ablation: setup
+ablation: $(VENV)/.lean
 	$(BIN)/python -m ablations compare baseline twin other_order fewer_experts more_tokens top_p null_experts wider_window --seeds 3 $(ARGS)
 
-demo: setup
+demo: $(VENV)/.lean
 	$(BIN)/python -m demos.terminal $(ARGS)
 
 lint: setup
