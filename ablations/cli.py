@@ -28,7 +28,7 @@ from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
 from ablations.report.index import runs_command
 from ablations.report.run_folders import prune_command
-from ablations.scaling.options import ScalingCommand
+from ablations.scaling.command import ScalingCommand, run_scaling
 from foundation.command import deferred, run_command
 from foundation.numbers import objection
 from foundation.serialize import to_dict
@@ -201,8 +201,6 @@ def agreement_command(
 
 def scaling_command(command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ScalingCommand]]) -> None:
     """Scaling laws: fit them to points, predict the loss at every step, plan, compare methods at scale."""
-    from ablations.scaling.command import run_scaling
-
     run_scaling(command)
 
 

@@ -140,6 +140,15 @@ NONSENSE = {
         "--out": ("/dev/null",),
     },
     "ablations scaling compare": {"--at": ("0", "nan"), "--draws": ("1",), "--baseline": ("top_p",)},
+    "ablations scaling ladder": {
+        "--law": ("totl",),
+        "--methods": ("top_q",),
+        "--widths": ("0", "20"),
+        "--held-out": ("-1", "99"),
+        "--token-budgets": ("0", "nan"),
+        "--learning-rate": ("0", "nan"),
+        "--phase": ("some",),
+    },
     "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus show": {"": ("/nowhere", "/dev/null")},
@@ -212,6 +221,7 @@ REST = {
     "ablations scaling curves": ("/nowhere",),
     "ablations scaling predict": ("/nowhere",),
     "ablations scaling compare": ("top_p", "/nowhere"),
+    "ablations scaling ladder": TINY_COMPARE[1:],
     "ablations scaling plan": ("/nowhere",),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }

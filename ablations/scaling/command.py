@@ -1,12 +1,19 @@
-"""`python -m ablations scaling`: which part of it a command line asks for."""
+"""`python -m ablations scaling`: its commands, and which of them a command line asks for."""
 
-from ablations.scaling.options import (
-    CompareOptions,
-    CurvesOptions,
-    FitOptions,
-    PlanOptions,
-    PredictOptions,
-    ScalingCommand,
+from typing import Annotated
+
+import tyro
+
+from ablations.scaling.ladder_options import LadderOptions
+from ablations.scaling.options import CompareOptions, CurvesOptions, FitOptions, PlanOptions, PredictOptions
+
+ScalingCommand = (
+    Annotated[FitOptions, tyro.conf.subcommand("fit")]
+    | Annotated[CurvesOptions, tyro.conf.subcommand("curves")]
+    | Annotated[PredictOptions, tyro.conf.subcommand("predict")]
+    | Annotated[LadderOptions, tyro.conf.subcommand("ladder")]
+    | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
+    | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
 )
 
 
@@ -30,6 +37,10 @@ def run_scaling(options: ScalingCommand) -> None:
             from ablations.scaling.predict import predict_command
 
             predict_command(options)
+        case LadderOptions():
+            from ablations.scaling.ladder import ladder_command
+
+            ladder_command(options)
         case CompareOptions():
             from ablations.scaling.compare import compare_command
 

@@ -4,7 +4,6 @@ for figures and statistics."""
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -177,7 +176,7 @@ class CompareOptions:
         points: csv, a row per trained model; the method and the baseline at the same four sizes or more.
         baseline: name of what it is compared with.
         method_column: name of the column of methods.
-        scale_column: name of the column of what grows along the ladder: parameters, or FLOPs of training.
+        scale_column: name of the column of what grows along the ladder: FLOPs of training, or parameters.
         loss_column: name of the column of losses.
         seed_column: name of a column of seeds, by which the two are paired beside the scale.
         at: multiples of the ladder's largest scale, at which to say what the laws say.
@@ -189,7 +188,7 @@ class CompareOptions:
     points: tyro.conf.Positional[Path]
     baseline: str = "baseline"
     method_column: str = "method"
-    scale_column: str = "active_params"
+    scale_column: str = "flops"
     loss_column: str = "loss"
     seed_column: str | None = None
     at: tuple[float, ...] = (1.0, 10.0, 100.0)
@@ -220,12 +219,3 @@ def check_numbers_without_limit(config: object, *names: str) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not (math.isfinite(number) and number > 0):
                 raise ValueError(f"{type(config).__name__}.{name}: {number}, must be a positive finite number")
-
-
-ScalingCommand = (
-    Annotated[FitOptions, tyro.conf.subcommand("fit")]
-    | Annotated[CurvesOptions, tyro.conf.subcommand("curves")]
-    | Annotated[PredictOptions, tyro.conf.subcommand("predict")]
-    | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
-    | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
-)

@@ -1,0 +1,233 @@
+"""`python -m ablations scaling ladder`: runs of our own, their largest predicted before they are trained.
+
+    <out>/trunks/<hash>/     the runs
+    <out>/scaling/<hash>/    points.csv (for `fit` and `compare`), predicted.csv, compared.csv
+
+A prediction counts only where it was written before its run: `predicted.csv` is written once, and never while a
+held-out run is finished.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+
+from ablations.scaling.forms import Law, find_law, predict
+from ablations.scaling.intervals import bootstrap
+from ablations.scaling.ladder_options import LadderOptions
+from ablations.scaling.ladder_plan import Ladder, Rung, cost_text, prepare_ladder
+from ablations.scaling.points import Points, check_enough
+from ablations.scaling.variable_projection import fit_by_projection
+from foundation.tables import read_rows, write_rows
+from staged_training.record import read_run
+
+POINTS_FILE, PREDICTED_FILE, COMPARED_FILE = "points.csv", "predicted.csv", "compared.csv"
+# Runs are few and none is an outlier by its kind: squares of log residuals.
+DELTA = 1.0
+LEVEL = 0.9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PointRow:
+    """A finished run; the columns are those that `fit` reads by default. `loss` is bits per byte of the validation
+    text."""
+
+    run: str
+    method: str
+    held_out: int
+    total_params: float
+    active_params: float
+    tokens: int
+    experts: int
+    granularity: float
+    density: float
+    flops: float
+    seconds: float
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictedRow:
+    """What the law says of a held-out run before it is trained.
+
+    Attributes:
+        fitted: runs that the law was fitted to.
+    """
+
+    run: str
+    law: str
+    fitted: int
+    predicted: float
+    low_90: float
+    high_90: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparedRow:
+    """A prediction beside what came out; `inside` is whether that lies in the 90 % interval."""
+
+    run: str
+    predicted: float
+    low_90: float
+    high_90: float
+    loss: float
+    error_percent: float
+    inside: int
+
+
+def ladder_command(options: LadderOptions) -> Ladder:
+    """Prints the cost, then does what the phase asks for.
+
+    Raises:
+        ValueError: for options, text or methods that do not fit, for a prediction that comes too late, and for largest
+            runs without a prediction.
+        foundation.stopping.Interrupted: after a stop signal, with everything saved; the same call continues.
+    """
+    law = find_law(options.law)
+    ladder = prepare_ladder(options)
+    waiting = [rung for rung in ladder.rungs if not rung.finished]
+    held = {"all": (False, True), "small": (False,), "largest": (True,)}.get(options.phase, ())
+    print(cost_text(ladder, [rung for rung in waiting if rung.held_out in held]), flush=True)
+    if options.dry_run:
+        return ladder
+    if options.phase in ("all", "small"):
+        train(ladder, [rung for rung in ladder.rungs if not rung.held_out])
+    if options.phase in ("all", "predict") and options.held_out:
+        predict_largest(ladder, law)
+    if options.phase in ("all", "largest"):
+        if options.held_out and not (ladder.folder / PREDICTED_FILE).exists():
+            raise ValueError(f"{ladder.folder}: no {PREDICTED_FILE}; predict the largest runs first: --phase predict")
+        train(ladder, [rung for rung in ladder.rungs if rung.held_out])
+        compare_largest(ladder)
+    print(f"\nladder: {ladder.folder}")
+    return ladder
+
+
+def train(ladder: Ladder, rungs: Sequence[Rung]) -> None:
+    """Trains what is not finished, the cheapest first, then writes the points so far."""
+    for rung in rungs:
+        if rung.finished:
+            continue
+        execution = ladder.execution(rung)
+        # Where old code is accepted, the execution's plan is that of its run.
+        run = dataclasses.replace(execution.plan.trunk_run(rung.folder), label=rung.name)
+        if execution.open(run) is None:
+            execution.train_trunk(run)
+        # Nothing goes on from there.
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    write_points(ladder)
+
+
+def write_points(ladder: Ladder) -> list[PointRow]:
+    """Every finished run."""
+    rows = []
+    for rung in ladder.rungs:
+        if rung.finished:
+            record = read_run(rung.folder)
+            cost = record.ledger.costs["trunk"]
+            rows.append(
+                PointRow(
+                    run=rung.name,
+                    method=rung.method,
+                    held_out=int(rung.held_out),
+                    total_params=rung.total_params,
+                    active_params=rung.active_params,
+                    tokens=rung.tokens,
+                    experts=rung.experts,
+                    granularity=rung.granularity,
+                    density=rung.density,
+                    flops=cost["flops"],
+                    seconds=cost["seconds"],
+                    loss=record.result["bits_per_byte"],
+                )
+            )
+    write_rows(ladder.folder / POINTS_FILE, PointRow, rows)
+    return rows
+
+
+def predict_largest(ladder: Ladder, law: Law) -> list[PredictedRow]:
+    """Fits the law to each method's runs and writes what it says of its held-out ones, once.
+
+    Raises:
+        ValueError: where runs to fit are missing, a held-out one is finished, or there are too few for the law.
+    """
+    path = ladder.folder / PREDICTED_FILE
+    if path.exists():
+        print(f"predicted before, in {path}")
+        return read_rows(path, PredictedRow)
+    missing = [rung.name for rung in ladder.rungs if not rung.held_out and not rung.finished]
+    if missing:
+        raise ValueError(f"{len(missing)} runs are not finished, {missing[0]} first; train them: --phase small")
+    if late := [rung.name for rung in ladder.rungs if rung.held_out and rung.finished]:
+        raise ValueError(f"{late[0]} is trained already: what is said of it now would be no prediction")
+    rows, points = [], write_points(ladder)
+    for method in dict.fromkeys(rung.method for rung in ladder.rungs):
+        own = [row for row in points if row.method == method]
+        held = [rung for rung in ladder.rungs if rung.held_out and rung.method == method]
+        rows += predictions(own, held, law, ladder.options.resamples)
+    write_rows(path, PredictedRow, rows)
+    for row in rows:
+        print(f"{row.run}: {row.predicted:.4f} ({row.low_90:.4f} to {row.high_90:.4f}) bits per byte predicted")
+    print(f"written before these runs: commit {path}, then --phase largest", flush=True)
+    return rows
+
+
+def predictions(rows: Sequence[PointRow], held: Sequence[Rung], law: Law, resamples: int) -> list[PredictedRow]:
+    """What the law, fitted to finished runs, says of others. Intervals hold the bootstrap's spread and the scatter of
+    single runs around the law.
+
+    Raises:
+        ValueError: for too few runs, see `check_enough`.
+    """
+    points = Points(
+        variables={name: np.array([float(getattr(row, name)) for row in rows]) for name in law.variables},
+        loss_P=np.array([row.loss for row in rows]),
+        weight_P=np.ones(len(rows)),
+    )
+    check_enough(points, law, "the finished runs")
+    fit = fit_by_projection(points, law, DELTA)
+    residual_P = np.log(points.loss_P / fit.predict(points.variables))
+    scatter = float(np.sqrt((residual_P**2).sum() / (len(rows) - len(law.parameters))))
+    targets = {name: np.array([float(getattr(rung, name)) for rung in held]) for name in law.variables}
+    draws_RV = bootstrap(points, fit, resamples=resamples, delta=DELTA)
+    drawn_RP = np.stack([predict(law, values_V, targets) for values_V in draws_RV])
+    drawn_RP = drawn_RP * np.exp(scatter * np.random.default_rng(0).standard_normal(drawn_RP.shape))
+    low_P, high_P = np.quantile(drawn_RP, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
+    return [
+        PredictedRow(
+            run=rung.name,
+            law=law.name,
+            fitted=len(rows),
+            predicted=float(value),
+            low_90=float(low),
+            high_90=float(high),
+        )
+        for rung, value, low, high in zip(held, fit.predict(targets), low_P, high_P)
+    ]
+
+
+def compare_largest(ladder: Ladder) -> list[ComparedRow]:
+    """Writes and prints every prediction beside what came out."""
+    predicted = {row.run: row for row in read_rows(ladder.folder / PREDICTED_FILE, PredictedRow)}
+    rows = []
+    for point in write_points(ladder):
+        if (row := predicted.get(point.run)) is not None:
+            rows.append(
+                ComparedRow(
+                    run=point.run,
+                    predicted=row.predicted,
+                    low_90=row.low_90,
+                    high_90=row.high_90,
+                    loss=point.loss,
+                    error_percent=100 * (row.predicted / point.loss - 1),
+                    inside=int(row.low_90 <= point.loss <= row.high_90),
+                )
+            )
+    write_rows(ladder.folder / COMPARED_FILE, ComparedRow, rows)
+    for row in rows:
+        print(
+            f"{row.run}: {row.loss:.4f}, predicted {row.predicted:.4f} ({row.low_90:.4f} to {row.high_90:.4f}),"
+            f" {row.error_percent:+.2f} %, {'inside' if row.inside else 'outside'}"
+        )
+    return rows
