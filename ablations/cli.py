@@ -1,5 +1,5 @@
 """The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty | agreement |
-runs | prune`, and `python -m ablations.<method>`."""
+scaling | runs | prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -28,6 +28,7 @@ from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
 from ablations.report.index import runs_command
 from ablations.report.run_folders import prune_command
+from ablations.scaling.options import ScalingCommand
 from foundation.command import deferred, run_command
 from foundation.numbers import objection
 from foundation.serialize import to_dict
@@ -53,6 +54,7 @@ def main() -> None:
         "calibrate": calibrate_command,
         "difficulty": difficulty_command,
         "agreement": agreement_command,
+        "scaling": scaling_command,
         "runs": runs_command,
         "prune": prune_command,
     }
@@ -195,6 +197,13 @@ def agreement_command(
     from ablations.agreement.report import agreement_study
 
     agreement_study(options)
+
+
+def scaling_command(command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ScalingCommand]]) -> None:
+    """Scaling laws: fit them to points, predict the loss at every step, plan, compare methods at scale."""
+    from ablations.scaling.command import run_scaling
+
+    run_scaling(command)
 
 
 def run_alone(method: Method) -> None:

@@ -5,6 +5,7 @@ Every kind reads the fields that it needs and leaves the others alone, so one co
 
 import dataclasses
 
+from attention.yarn import Yarn
 from foundation.numbers import check_numbers
 
 
@@ -18,11 +19,19 @@ class AttentionConfig:
         head_dim: width of a softmax layer's head.
         window: how many tokens a sliding-window layer sees, the current one included.
         rope_base: base of the rotary embedding's wavelengths.
+        yarn: how the rotary embedding is stretched to longer texts, or None.
         rotary_fraction: share of head_dim that is rotated, from the front; 0 leaves positions out (NoPE).
         qk_norm: RMSNorm of every query and key head before the rotary embedding.
+        qk_norm_whole: the RMSNorm is of all query heads together, and of all key heads together (OLMo, arXiv
+            2501.00656), instead of each head alone.
+        unit_offset: the weights of these RMSNorms are what their scale has beyond one, see `attention.norm`.
+        qkv_bias: softmax layers add a bias to their queries, keys, values and output gates.
+        out_bias: softmax layers add a bias to their output projection.
         output_gate: softmax layers multiply their output by sigmoid(x W_g) before the output projection.
         sink_logits: one learnt logit per query head in the softmax's denominator, so that a head may attend to nothing.
         linear_heads: heads of a linear layer; n_heads by default.
+        linear_key_heads: heads of a gated DeltaNet layer's queries and keys, each of them serving linear_heads /
+            linear_key_heads heads of values; linear_heads by default.
         linear_key_dim: key width of a linear layer's head; head_dim by default.
         linear_value_dim: value width of a linear layer's head; head_dim by default.
         mixed_linear_heads: how many of a mixed layer's n_heads are linear; half of them by default. Its softmax heads
@@ -49,11 +58,17 @@ class AttentionConfig:
     head_dim: int = 32
     window: int = 128
     rope_base: float = 10_000.0
+    yarn: Yarn | None = None
     rotary_fraction: float = 1.0
     qk_norm: bool = True
+    qk_norm_whole: bool = False
+    unit_offset: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
     output_gate: bool = False
     sink_logits: bool = False
     linear_heads: int | None = None
+    linear_key_heads: int | None = None
     linear_key_dim: int | None = None
     linear_value_dim: int | None = None
     mixed_linear_heads: int | None = None
@@ -73,6 +88,12 @@ class AttentionConfig:
         check_numbers(self, latent_dim=1, latent_shared_dim=0, latent_value_dim=1, latent_query_dim=1)
         check_numbers(self, mamba_groups=1, short_conv_dim=1)
         check_numbers(self, linear_heads=1, linear_key_dim=1, linear_value_dim=1, mixed_linear_heads=1, mixed_window=1)
+        check_numbers(self, linear_key_heads=1)
+        if self.linear_shape[0] % self.key_heads != 0:
+            raise ValueError(
+                f"AttentionConfig.linear_key_heads: {self.linear_key_heads}; legal: a divisor of the"
+                f" {self.linear_shape[0]} linear heads"
+            )
         if not 2 <= self.conv_width <= 8:
             raise ValueError(f"AttentionConfig.conv_width: {self.conv_width}; legal: 2 to 8")
         if self.chunk_size & (self.chunk_size - 1) != 0:
@@ -96,6 +117,9 @@ class AttentionConfig:
                 f"AttentionConfig.rotary_fraction: {self.rotary_fraction} turns {rotated:g} channels per head; legal:"
                 " an even number"
             )
+        for name in ("qk_norm_whole", "unit_offset"):
+            if getattr(self, name) and not self.qk_norm:
+                raise ValueError(f"AttentionConfig.{name}: True without qk_norm, whose option it is; legal: False")
         for name in ("rope_base", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")
@@ -138,10 +162,20 @@ class AttentionConfig:
         return softmax, kv, linear
 
     @property
-    def conv_channels(self) -> int:
+    def key_heads(self) -> int:
+        """Heads of a delta rule's queries and keys."""
+        return self.linear_key_heads or self.linear_shape[0]
+
+    @property
+    def conv_widths(self) -> tuple[int, int, int]:
         """Channels of the short convolution before a delta rule: queries, keys and values of all heads side by side."""
         H, K, V = self.linear_shape
-        return H * (2 * K + V)
+        return self.key_heads * K, self.key_heads * K, H * V
+
+    @property
+    def conv_channels(self) -> int:
+        """All of them."""
+        return sum(self.conv_widths)
 
     @property
     def short_conv_channels(self) -> int:

@@ -1,7 +1,8 @@
 """What the layers with a delta rule (G, K) share: short convolution, recurrence and gated norm, from a cache or without
 one; and the facts of their kinds.
 
-Legend: B batch, T tokens, H heads, K key width, V value width, X convolution channels, W convolution width.
+Legend: B batch, T tokens, H heads, G heads of queries and keys, K key width, V value width, X convolution channels, W
+convolution width.
 """
 
 import dataclasses
@@ -17,13 +18,26 @@ from attention.norm import RMSNorm, describe_norm
 from attention.projection import Projection
 from triton_kernels.linear.causal_conv1d import causal_conv1d
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
-from triton_kernels.linear.linear_decode import delta_decode
+from triton_kernels.linear.linear_decode import delta_decode, linear_attention_step
 from triton_kernels.native import decode_step as native
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeltaKind(AttentionKind):
-    """A kind whose memory is one fp32 K x V matrix per head and the last W - 1 inputs of the convolution."""
+    """A kind whose memory is one fp32 K x V matrix per head and the last W - 1 inputs of the convolution.
+
+    Attributes:
+        shares_keys: whether a head of queries and keys may serve several heads of values.
+    """
+
+    shares_keys: bool = False
+
+    def check(self, config: AttentionConfig) -> None:
+        if not self.shares_keys and config.key_heads != config.linear_shape[0]:
+            raise ValueError(
+                f"AttentionConfig.linear_key_heads: {config.linear_key_heads}; legal in a layer of kind {self.letter}:"
+                f" linear_heads = {config.linear_shape[0]}, or None"
+            )
 
     def new_state(
         self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
@@ -85,8 +99,8 @@ class DeltaLayer(AttentionLayer):
 
     def rule(
         self,
-        q_BTHK: Tensor,
-        k_BTHK: Tensor,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
         v_BTHV: Tensor,
         log_decay_BTHK: Tensor,
         beta_BTH: Tensor,
@@ -108,7 +122,7 @@ class DeltaLayer(AttentionLayer):
         """From the projections to the input of the output projection [B, T, H * V]; brings the state up to date."""
         (B, T, _), (H, K, V) = qkv_BTX.shape, self.config.linear_shape
         gate_BTHV = gate_BTX.view(B, T, H, V)
-        if state is not None and T == 1:
+        if state is not None and T == 1 and self.config.key_heads == H:
             y_BHV = delta_decode(
                 *(x[:, 0] for x in (qkv_BTX, gate_BTHV, a_BTX, b_BTH)),
                 conv_XW=self.conv_XW,
@@ -125,17 +139,18 @@ class DeltaLayer(AttentionLayer):
             return y_BHV.view(B, 1, H * V)
         tail = None if state is None else state.tail_BXW
         qkv_BTX, tail = causal_conv1d(qkv_BTX, self.conv_XW.to(qkv_BTX.dtype), activation="silu", initial_tail=tail)
-        q, k, v = qkv_BTX.split([H * K, H * K, H * V], dim=-1)
+        q, k, v = qkv_BTX.split(self.config.conv_widths, dim=-1)
+        q_BTGK, k_BTGK, v_BTHV = q.view(B, T, -1, K), k.view(B, T, -1, K), v.view(B, T, H, V)
         log_decay = self.decay_gate(a_BTX)
-        o_BTHV, last_BHKV = self.rule(
-            q.view(B, T, H, K),
-            k.view(B, T, H, K),
-            v.view(B, T, H, V),
-            log_decay,
-            # In the decay's fp32: what a token writes is corrected by what the state holds, and errors would add up.
-            b_BTH.to(log_decay.dtype).sigmoid(),
-            None if state is None else state.state_BHKV,
-        )
+        # In the decay's fp32: what a token writes is corrected by what the state holds, and errors would add up.
+        beta_BTH = b_BTH.to(log_decay.dtype).sigmoid()
+        if state is not None and T == 1:
+            one = (x[:, 0] for x in (q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH))
+            o_BHV, last_BHKV = linear_attention_step(*one, state.state_BHKV, normalize_qk=True)
+            o_BTHV = o_BHV[:, None]
+        else:
+            past_BHKV = None if state is None else state.state_BHKV
+            o_BTHV, last_BHKV = self.rule(q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, past_BHKV)
         if state is not None:
             state.update(T, last_BHKV, tail)
         return gated_rms_norm(
@@ -146,6 +161,8 @@ class DeltaLayer(AttentionLayer):
         """What G and K have in common of `describe`."""
         if type(state) is not RecurrentState or type(self.decay_gate) is not DecayGate:
             raise native.NotInOneCall(f"a delta rule with a {type(state).__name__}")
+        if self.config.key_heads != self.config.linear_shape[0]:
+            raise native.NotInOneCall("a delta rule whose heads of values share keys")
         (H, K, V), X, W = self.config.linear_shape, self.config.conv_channels, self.config.conv_width
         self.describe_projections(block, watch, (H, K, V), sum(self.widths))
         watch.module(self.decay_gate)

@@ -5,7 +5,8 @@ per head.
     q, k, v = SiLU(conv(x W)), q and k of unit length;  g = -exp(A_log) softplus(x W_a + dt_bias),  beta = sigmoid(x
     W_b) y = W_o(RMSNorm(o) * SiLU(x W_g)), the norm per head
 
-Legend: B batch, T tokens, D model width, H heads, K key width, V value width, X convolution channels.
+Legend: B batch, T tokens, D model width, H heads, G heads of queries and keys, K key width, V value width, X
+convolution channels.
 """
 
 from torch import Tensor
@@ -49,16 +50,16 @@ class GatedDeltaNet(DeltaLayer):
 
     def rule(
         self,
-        q_BTHK: Tensor,
-        k_BTHK: Tensor,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
         v_BTHV: Tensor,
         log_decay_BTHK: Tensor,
         beta_BTH: Tensor,
         initial_state_BHKV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return gated_delta_rule(
-            q_BTHK,
-            k_BTHK,
+            q_BTGK,
+            k_BTGK,
             v_BTHV,
             log_decay_BTHK.squeeze(-1),
             beta_BTH,
@@ -73,4 +74,5 @@ GATED_DELTA_NET = DeltaKind(
     sentence="gated DeltaNet (linear, delta rule, decay per head)",
     layer=GatedDeltaNet,
     state_type=RecurrentState,
+    shares_keys=True,
 )

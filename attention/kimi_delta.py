@@ -6,7 +6,8 @@
 
 Decay and output gate pass through a bottleneck as wide as one head: K for the decay, V for the gate.
 
-Legend: B batch, T tokens, D model width, H heads, K key width, V value width, X convolution channels.
+Legend: B batch, T tokens, D model width, H heads, G heads of queries and keys (as many), K key width, V value width, X
+convolution channels.
 """
 
 from torch import Tensor
@@ -55,16 +56,16 @@ class KimiDeltaAttention(DeltaLayer):
 
     def rule(
         self,
-        q_BTHK: Tensor,
-        k_BTHK: Tensor,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
         v_BTHV: Tensor,
         log_decay_BTHK: Tensor,
         beta_BTH: Tensor,
         initial_state_BHKV: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return kimi_delta_attention(
-            q_BTHK,
-            k_BTHK,
+            q_BTGK,
+            k_BTGK,
             v_BTHV,
             log_decay_BTHK,
             beta_BTH,

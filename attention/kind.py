@@ -10,7 +10,7 @@ import abc
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attention.config import AttentionConfig
 from attention.layer_states import KV, Alias, LayerState
@@ -122,7 +122,7 @@ class AttentionLayer(ExactBuffers):
             if isinstance(module, Projection):
                 module.draw(generator)
             elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
+                module.reset()
 
     def forward(
         self, x_BTD: Tensor, *, start: Start = 0, state: LayerState | None = None, shared: KV | None = None

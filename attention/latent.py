@@ -101,6 +101,8 @@ class LatentKind(AttentionKind):
                 f"AttentionConfig.latent_shared_dim: {shape.shared}, of which rotary_fraction={config.rotary_fraction}"
                 f" turns {turned:g} channels; legal: an even number"
             )
+        if config.yarn is not None:
+            raise ValueError(f"AttentionConfig.yarn: {config.yarn}; legal in a latent-attention layer (A): None")
 
     def new_state(
         self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device

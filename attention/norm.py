@@ -13,29 +13,42 @@ from triton_kernels.native.norm import rms_norm_with_gradients
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32 (fp64 for fp64 inputs), returned in
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension; computed in fp32 (fp64 for fp64 inputs), returned in
     the dtype of x.
 
     Args:
         width: the D above.
         eps: added to the mean square.
+        unit_offset: the weights are what the scale has beyond one (Gemma, arXiv 2403.08295): weight decay then pulls
+            it towards one.
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, *, eps: float = 1e-5, unit_offset: bool = False) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.eps, self.unit_offset = eps, unit_offset
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset()
+
+    def reset(self) -> None:
+        """Weights that scale by one."""
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
+
+    @property
+    def scale(self) -> Tensor:
+        """What the normalised input is multiplied by."""
+        return 1.0 + self.weight if self.unit_offset else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale
         # Other widths are torch's to refuse: the native forms would read beyond the weights.
-        if x.shape[-1:] == self.weight.shape:
-            if is_native(x, x.numel() // x.shape[-1], self.weight):
-                return rms_norm(x, self.weight, self.eps)
-            if takes_many_rows(x, self.weight):
-                return rms_norm_with_gradients(x, self.weight, self.eps)
+        if x.shape[-1:] == scale.shape:
+            if is_native(x, x.numel() // x.shape[-1], scale):
+                return rms_norm(x, scale, self.eps)
+            if takes_many_rows(x, scale):
+                return rms_norm_with_gradients(x, scale, self.eps)
         # The mean of squares of 16-bit numbers loses what the norm is there to keep.
         wide = torch.promote_types(x.dtype, torch.float32)
-        return functional.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return functional.rms_norm(x.to(wide), scale.shape, scale.to(wide), self.eps).to(x.dtype)
 
 
 def describe_norm(norm: nn.Module, watch: Watch, *, width: int, eps: float) -> int | None:
@@ -43,7 +56,7 @@ def describe_norm(norm: nn.Module, watch: Watch, *, width: int, eps: float) -> i
     watch.module(norm)
     if type(norm) is nn.Identity:
         return None
-    if type(norm) is not RMSNorm or norm.eps != eps:
-        raise NotInOneCall(f"a norm that is no RMSNorm of eps {eps}")
-    watch.same(norm, "eps")
+    if type(norm) is not RMSNorm or norm.eps != eps or norm.unit_offset:
+        raise NotInOneCall(f"a norm that is no RMSNorm of eps {eps} whose weights are its scale")
+    watch.same(norm, "eps", "unit_offset")
     return watch.parameter(norm, "weight", width)

@@ -7,16 +7,20 @@ Legend: B batch, T tokens, H heads, K head width.
 import torch
 from torch import Tensor
 
+from attention.yarn import Yarn
 from triton_kernels.softmax.rotary import Rotary, rotary_tables, rotate
 
 # Of the first token: the same for all sequences, or int64 [B].
 Start = int | Tensor
 
 
-def rotary_of(start: Start, n_tokens: int, *, rotary_dim: int, base: float, device: torch.device) -> Rotary:
+def rotary_of(
+    start: Start, n_tokens: int, *, rotary_dim: int, base: float, device: torch.device, yarn: Yarn | None = None
+) -> Rotary:
     """Cosines and sines of the tokens' angles, one row per token or, of one token each, per sequence."""
     position = start if isinstance(start, Tensor) else torch.arange(start, start + n_tokens, device=device)
-    return rotary_tables(position, rotary_dim=rotary_dim, base=base)
+    tables = rotary_tables if yarn is None else yarn.tables
+    return tables(position, rotary_dim=rotary_dim, base=base)
 
 
 def turned(x_BTHK: Tensor, rotary: Rotary, start: Start) -> Tensor:

@@ -1,4 +1,4 @@
-"""A linear map without bias whose fp32 weight is cast to the dtype of its input."""
+"""A linear map whose fp32 weight is cast to the dtype of its input."""
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +8,18 @@ from triton_kernels.native.projection import project
 
 
 class Projection(nn.Linear):
-    """y = x W^T in the dtype of x. Construction leaves the weight as memory was; `draw` makes it.
+    """y = x W^T (+ b) in the dtype of x. Construction leaves the weight as memory was; `draw` makes it.
 
     Args:
         d_in: width of the input.
         d_out: width of the output.
         gain: the weights are normal with standard deviation gain / sqrt(d_in), so that a unit-variance input gives
             variance gain^2.
+        bias: whether there is a b, which begins as zero.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, gain: float = 1.0) -> None:
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(self, d_in: int, d_out: int, *, gain: float = 1.0, bias: bool = False) -> None:
+        super().__init__(d_in, d_out, bias=bias)
         self.gain = gain
 
     def reset_parameters(self) -> None:
@@ -31,13 +32,16 @@ class Projection(nn.Linear):
         with torch.no_grad():
             fresh = torch.randn(self.weight.shape, generator=generator, device=generator.device)
             self.weight.copy_(fresh * (self.gain * self.in_features**-0.5))
+            if self.bias is not None:
+                self.bias.zero_()
 
     def forward(self, input: Tensor) -> Tensor:
-        return project(input, self.weight)
+        y = project(input, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def describe(self, watch: Watch, d_in: int, d_out: int) -> int:
         """Where the weight lies for a step in one call, which expects it to have these widths."""
-        if type(self) is not Projection:
-            raise NotInOneCall(f"a projection that is a {type(self).__name__}")
+        if type(self) is not Projection or self.bias is not None:
+            raise NotInOneCall(f"a projection that is a {type(self).__name__}, or has a bias")
         watch.module(self)
         return watch.parameter(self, "weight", d_out, d_in)

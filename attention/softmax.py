@@ -8,6 +8,7 @@ Legend: B batch, T tokens, S keys, D model width, H query heads, G key/value hea
 """
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +105,12 @@ class SoftmaxAttention(AttentionLayer):
         H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         # Queries, then the output gate, then keys and values: one product for all of them.
         self.widths = [H * K, H * K if config.output_gate else 0, *([G * K, G * K] if self.owns_kv else [0, 0])]
-        self.to_inner = Projection(d_model, sum(self.widths))
-        self.to_out = Projection(H * K, d_model, gain=self.output_gain)
-        self.q_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm and self.owns_kv else nn.Identity()
+        self.to_inner = Projection(d_model, sum(self.widths), bias=config.qkv_bias)
+        self.to_out = Projection(H * K, d_model, gain=self.output_gain, bias=config.out_bias)
+        q_width, k_width = (H * K, G * K) if config.qk_norm_whole else (K, K)
+        norm = partial(RMSNorm, eps=config.norm_eps, unit_offset=config.unit_offset)
+        self.q_norm = norm(q_width) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(k_width) if config.qk_norm and self.owns_kv else nn.Identity()
         self.sink_H = nn.Parameter(torch.zeros(H)) if config.sink_logits else None
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -120,27 +123,29 @@ class SoftmaxAttention(AttentionLayer):
     ) -> tuple[Tensor, KV | None]:
         self.check_call(x_BTD, start, state)
         B, T, _ = x_BTD.shape
-        K = self.config.head_dim
         if self.owns_kv and shared is not None:
             raise self.refuse(
                 "was given the keys and values of another layer; legal: shared=None, this kind has its own"
             )
         q, gate, k, v = self.to_inner(x_BTD).split(self.widths, dim=-1)
-        one_place = isinstance(start, int)
-        if state is not None and T == 1 and one_place and is_native(x_BTD, B, *self._vectors()):
+        in_c = self._known_in_c and is_native(x_BTD, B, *self._vectors())
+        if state is not None and T == 1 and isinstance(start, int) and in_c:
             o_BX, kv = self._decode(q[:, 0], k[:, 0], v[:, 0], state, shared, start)
             return self._out(o_BX[:, None], gate), kv
-        rotary = rotary_of(start, T, rotary_dim=self.config.rotary_dim, base=self.config.rope_base, device=x_BTD.device)
+        config, device = self.config, x_BTD.device
+        rotary = rotary_of(
+            start, T, rotary_dim=config.rotary_dim, base=config.rope_base, device=device, yarn=config.yarn
+        )
         if self.owns_kv:
             # Keys are turned here, before they are cached and shared; queries inside the attention, which is all that
             # reads them.
-            kv = KV(turned(self.k_norm(k.view(B, T, -1, K)), rotary, start), v.view(B, T, -1, K))
+            kv = KV(turned(self._heads(k, self.k_norm), rotary, start), self._heads(v))
             if state is not None:
                 assert isinstance(state, GrowingKV | RingKV)
                 kv = state.update(*kv)
         else:
             kv = self._check_shared(shared, B, T, state)
-        q_BTHK = self.q_norm(q.view(B, T, -1, K))
+        q_BTHK = self._heads(q, self.q_norm)
         if state is not None and T == 1:
             # The newest token sees all that is kept, in whatever order a ring holds it: there is no window to apply.
             lengths_B = lengths_after(start, B, x_BTD.device)
@@ -151,6 +156,18 @@ class SoftmaxAttention(AttentionLayer):
                 q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary
             )
         return self._out(o_BTHK.flatten(2), gate), kv if self.owns_kv else None
+
+    def _heads(self, x_BTX: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """A projection [B, T, heads * K] as [B, T, heads, K], normalised whole or head by head."""
+        if norm is not None and self.config.qk_norm_whole:
+            x_BTX, norm = norm(x_BTX), None
+        x_BTHK = x_BTX.unflatten(-1, (-1, self.config.head_dim))
+        return x_BTHK if norm is None else norm(x_BTHK)
+
+    @property
+    def _known_in_c(self) -> bool:
+        """Whether the forms in C know the options of this layer."""
+        return not self.config.qk_norm_whole and self.config.yarn is None
 
     def _decode(
         self, q_BX: Tensor, k_BX: Tensor, v_BX: Tensor, state: LayerState, shared: KV | None, start: int
@@ -168,8 +185,8 @@ class SoftmaxAttention(AttentionLayer):
             new_kv,
             kv,
             row=row,
-            q_norm_K=getattr(self.q_norm, "weight", None),
-            k_norm_K=getattr(self.k_norm, "weight", None),
+            q_norm_K=getattr(self.q_norm, "scale", None),
+            k_norm_K=getattr(self.k_norm, "scale", None),
             eps=self.config.norm_eps,
             rotary=rotary_at(start, self.config.rotary_dim, self.config.rope_base),
             sinks_H=self.sink_H,
@@ -181,6 +198,8 @@ class SoftmaxAttention(AttentionLayer):
         owner = state.owner if isinstance(state, Alias) else state
         if type(self) is not SoftmaxAttention or type(owner) not in (GrowingKV, RingKV):
             raise native.NotInOneCall(f"softmax attention that is a {type(self).__name__}")
+        if not self._known_in_c:
+            raise native.NotInOneCall("an option of softmax attention")
         H, G, K = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
         self.describe_projections(block, watch, (H, K, K), sum(self.widths))
         block.mixer, block.kv_heads, block.half = native.SOFTMAX, G, self.config.rotary_dim // 2
@@ -199,7 +218,7 @@ class SoftmaxAttention(AttentionLayer):
 
     def _vectors(self) -> list[Tensor]:
         """What the layer holds beside its projections, where it has it."""
-        own = (getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None), self.sink_H)
+        own = (getattr(self.q_norm, "scale", None), getattr(self.k_norm, "scale", None), self.sink_H)
         return [x for x in own if x is not None]
 
     def _out(self, o_BTX: Tensor, gate_BTX: Tensor) -> Tensor:
@@ -224,7 +243,7 @@ class SoftmaxAttention(AttentionLayer):
 
 
 # What keys and values look like, and which positions they were turned to, is the owner's choice.
-SHARED = ("n_kv_heads", "head_dim", "rope_base", "rotary_fraction")
+SHARED = ("n_kv_heads", "head_dim", "rope_base", "rotary_fraction", "yarn")
 
 FULL = SoftmaxKind(
     letter="F",

@@ -37,7 +37,7 @@ N_RESERVED = 260
 # may cross.
 _LEARNING_BARRIER = "\t"
 _NEVER_LEARNT = (SPACE_MARK, "\u2585")
-_PROBES = (
+PROBES = (
     "a",
     " a",
     "a  b ",
@@ -49,7 +49,7 @@ _PROBES = (
 
 
 class Tokenizer:
-    """A SentencePiece model whose ids decode by table.
+    """A SentencePiece model whose ids decode by table. `corpus.byte_level_tokenizer` has the other kind there is.
 
     Args:
         model: bytes of a SentencePiece file.
@@ -58,10 +58,13 @@ class Tokenizer:
     Attributes:
         boundary_id: marks the start of a document; never produced by `encode`.
         n_bytes_V: UTF-8 bytes that each id stands for, int64.
+        file_name: what its file is called in a model's folder.
 
     Raises:
         ValueError: for a model that cannot give every string back.
     """
+
+    file_name = "tokenizer.model"
 
     def __init__(self, model: bytes, *, name: str = "tokenizer"):
         try:
@@ -88,7 +91,7 @@ class Tokenizer:
         )
         if self.boundary_id < 0:
             raise ValueError(f"{name}: has no bos or eos control symbol to mark document boundaries with")
-        for probe in _PROBES:
+        for probe in PROBES:
             if (got := self.decode(self.encode(probe))) != probe:
                 raise ValueError(
                     f"{name}: {probe!r} comes back as {got!r}; it needs normalization_rule_name=identity,"
@@ -158,7 +161,7 @@ class Tokenizer:
         """`encode` for many texts, on all cores."""
         segments: list[str] = []
         for text in texts:
-            _refuse_surrogates(text)
+            refuse_surrogates(text)
             segments += text.split(SPACE_MARK)
         # A batch starts a pool of threads, which costs far more than one short text.
         ids_of_segment = iter(
@@ -211,7 +214,8 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
-def _refuse_surrogates(text: str) -> None:
+def refuse_surrogates(text: str) -> None:
+    """Refuses a text that is no Unicode by a ValueError that names the place."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

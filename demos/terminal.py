@@ -102,7 +102,8 @@ def record(config: DemoConfig) -> Iterator[dict]:
     calibration_BT = load_calibration_tokens(folder).to(device)
     if config.budget is not None:
         for router in model.routers():
-            if router.policy.budget is None:
+            # A block of a single expert is a dense MLP.
+            if router.policy.budget is None and router.n_experts > 1:
                 # Twice the mean leaves hard tokens room above it.
                 router.set_policy(
                     TopP(

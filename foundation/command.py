@@ -3,6 +3,8 @@
     def main(arguments=None):
         run_command(parse, run, arguments, continues=True)
 
+Any command takes `--config FILE.toml`, see `foundation.option_files`.
+
 Exit codes: 1 for data, options or a disk that cannot be used, 2 for a command line that is none, 128 + n for stop
 signal n. A traceback is an error of ours.
 """
@@ -14,11 +16,12 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from foundation.console import Console, escaped
+from foundation.option_files import OPTION, with_option_files, write_options
 from foundation.stopping import Interrupted, StopSignals, not_held_up
 
 Parsed = TypeVar("Parsed")
@@ -48,7 +51,6 @@ def run_command(
         SystemExit: when it ends early.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    given = sys.argv[1:] if arguments is None else arguments
     # A stream that was closed before the process began is None.
     out, err = (Console(stream or io.StringIO()) for stream in (sys.stdout, sys.stderr))
     with (
@@ -57,8 +59,11 @@ def run_command(
         contextlib.redirect_stdout(out),  # pyright: ignore[reportArgumentType]
         contextlib.redirect_stderr(err),  # pyright: ignore[reportArgumentType]
     ):
+        given: Sequence[str] = sys.argv[1:] if arguments is None else arguments
         try:
-            run(_parsed(parse, arguments, given))
+            given = with_option_files(given)
+            with _current(given):
+                run(_parsed(parse, given))
         except Interrupted as stopped:
             message = str(stopped)
             if continues and "the same command continues" not in message:
@@ -112,20 +117,42 @@ def refuse_unwritable(option: str, path: Path | None, *, folder: bool = False) -
         raise ValueError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
-def _parsed(
-    parse: Callable[[Sequence[str] | None], Parsed], arguments: Sequence[str] | None, given: Sequence[str]
-) -> Parsed:
+def leave_options(folder: Path) -> None:
+    """Writes the options of the command that is running beside the results that it makes, as a file for `--config`;
+    nothing where these are made by a call from Python."""
+    if _words:
+        # A first word without a dash is the subcommand, which is none of the options.
+        write_options(folder, _words if _words[0].startswith("-") else _words[1:])
+
+
+# Those of the command that is running, with option files read.
+_words: Sequence[str] = ()
+
+
+@contextlib.contextmanager
+def _current(words: Sequence[str]) -> Iterator[None]:
+    global _words
+    before, _words = _words, words
+    try:
+        yield
+    finally:
+        _words = before
+
+
+def _parsed(parse: Callable[[Sequence[str] | None], Parsed], given: Sequence[str]) -> Parsed:
     """Parses; a value that one of our own configurations refuses is said in our words instead of the parser's."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return parse(arguments)
+            return parse(given)
     except SystemExit as stop:
         if (ours := _refusal(stop)) is not None:
             print(f"error: {_line(ours, given)}", file=sys.stderr)
             raise SystemExit(2) from None
         # An option that the parser itself refuses, or help.
         sys.stderr.write(said.getvalue())
+        if not stop.code:
+            print(f"Options can also stand in a file: {OPTION} FILE.toml; what is given beside it counts more.")
         raise
 
 

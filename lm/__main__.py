@@ -1,5 +1,6 @@
-"""`python -m lm generate | bench | bench-peers | long-context | cache`: text from a trained model, how fast a model is
-on this machine, alone and beside transformers, what a long text costs it, and what a layer plan remembers, in bytes."""
+"""`python -m lm generate | evaluate | cache | bench | bench-peers | long-context | import | export | parity`: text
+from a trained model, its bits per byte, what a layer plan remembers, in bytes, how fast a model is on this machine,
+alone and beside transformers, what a long text costs it, and published models in and out."""
 
 import foundation.starting  # noqa: F401
 
@@ -25,7 +26,10 @@ from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
+from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
+from lm.published.parity import ParityConfig, parity
 from lm.sampling import SamplingConfig, StopStrings
+from lm.text_evaluation import EvaluateConfig, evaluate_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,10 +104,14 @@ def run_generate(config: GenerateConfig) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "generate": (GenerateConfig, run_generate),
+    "evaluate": (EvaluateConfig, evaluate_text),
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
     "long-context": (LongContextConfig, long_context),
     "cache": (CacheConfig, show_caches),
+    "import": (ImportConfig, lambda config: print(import_model(config))),
+    "export": (ExportConfig, lambda config: print(export_model(config))),
+    "parity": (ParityConfig, parity),
 }
 
 

@@ -95,11 +95,17 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
         raise ValueError(f"mean_experts: {len(means)} numbers for {config.n_layers} layers")
     layers = []
     for index, (block, letter, mean) in enumerate(zip(model.blocks, config.plan.letters, means)):
-        experts = _count(cast(Block, block).moe.experts)
+        routed = cast(Block, block).moe.experts
+        experts = _count(routed)
+        # Biases are no products, though a layer's experts hold theirs in one matrix.
+        matrices = experts - sum(p.numel() for name, p in routed.named_parameters() if name.startswith("b_"))
         total = _count(block)
-        in_use = mean * experts / config.block(index).moe.n_experts
+        # A block of a single expert, a dense MLP, has no more of them in use.
+        in_use, matrices = (
+            min(mean * count / config.block(index).moe.n_experts, count) for count in (experts, matrices)
+        )
         # Weights of two or more dimensions are products; norms and per-head constants are not.
-        products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - experts + in_use
+        products = sum(p.numel() for p in block.parameters() if p.dim() >= 2) - experts + matrices
         layers.append(
             LayerCost(letter, total, total - experts + in_use, 2 * products + mixing_flops(config, index, length))
         )

@@ -20,7 +20,8 @@ CALIBRATION_TOKENS = 32768
 
 @torch.no_grad()
 def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, boundary: int = 0) -> int:
-    """Makes every block from `boundary` on use `mean_experts` per token on average.
+    """Makes every block from `boundary` on use `mean_experts` per token on average; those of a single expert, a dense
+    MLP, stay as they are.
 
     A policy with a threshold (top-p, null experts) has it calibrated, exactly so on `inputs` (ties aside): one forward
     calibrates all layers, each on what the calibrated layers below give it. A policy with a fixed number becomes top-k.
@@ -37,6 +38,8 @@ def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, bou
     """
     targets = {}
     for layer, router in enumerate(model.routers(boundary), start=boundary):
+        if router.n_experts == 1:
+            continue
         if not 0 < mean_experts <= router.n_experts:
             raise ValueError(f"mean_experts: {mean_experts}, must lie in (0, {router.n_experts}]")
         if router.policy.budget is not None:

@@ -56,6 +56,8 @@ class ModelConfig:
         norm: where blocks normalise: "pre" x + f(norm(x)), "post" x + norm(f(x)), "sandwich" x + norm(f(norm(x))).
         blocks: what single blocks have of their own: nothing, or one entry per block, lowest first.
         norm_eps: added to the mean square in every RMSNorm.
+        unit_offset: the weights of the RMSNorms over the residual stream are what their scale has beyond one, see
+            `attention.norm`.
         dtype: of activations and of weights as they enter a product; parameters stay fp32.
 
     Raises:
@@ -73,6 +75,7 @@ class ModelConfig:
     norm: str = "pre"
     blocks: tuple[BlockOverride, ...] = ()
     norm_eps: float = 1e-5
+    unit_offset: bool = False
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

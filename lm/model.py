@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.n_layers, self.dtype = config.n_layers, getattr(torch, config.dtype)
 
         def norm(present: bool) -> nn.Module:
-            return RMSNorm(config.d_model, eps=config.norm_eps) if present else nn.Identity()
+            return _norm(config) if present else nn.Identity()
 
         before, behind = block.norm != "post", block.norm != "pre"
         self.attention_norm = norm(before)
@@ -96,7 +96,7 @@ class Block(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         for norm in (self.attention_norm, self.attention_out_norm, self.moe_norm, self.moe_out_norm):
             if isinstance(norm, RMSNorm):
-                nn.init.ones_(norm.weight)
+                norm.reset()
         self.attention.init_weights(generator)
         self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
 
@@ -135,7 +135,7 @@ class LanguageModel(ExactBuffers):
         self.config = config
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = _norm(config)
         self.head_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
 
     def init_weights(self, seed: int, layers: Iterable[int] | None = None) -> "LanguageModel":
@@ -149,7 +149,7 @@ class LanguageModel(ExactBuffers):
         for index in range(self.config.n_layers) if layers is None else layers:
             cast(Block, self.blocks[index]).init_weights(_generator(seed, index))
         if layers is None:
-            nn.init.ones_(self.norm.weight)
+            self.norm.reset()
             nn.init.normal_(self.embedding_VD, std=1.0, generator=_generator(seed, self.config.n_layers))
             # A zero head starts from the uniform distribution over tokens: no time is lost unlearning confident noise.
             nn.init.zeros_(self.head_VD)
@@ -245,16 +245,18 @@ class LanguageModel(ExactBuffers):
             router.after_step()
 
     def set_policy(self, policy: PolicyConfig, boundary: int = 0) -> None:
-        """Runs the same weights under another routing policy in blocks [boundary, n_layers).
+        """Runs the same weights under another routing policy in blocks [boundary, n_layers), but for blocks of a single
+        expert, a dense MLP, which choose nothing.
 
         Raises:
             ValueError: for a policy that these layers could not have been built with, see `Router.set_policy`; no
                 layer has it then.
         """
         # Blocks may differ, and one that refuses must not leave the ones below it changed.
-        for router in self.routers(boundary):
+        routers = [router for router in self.routers(boundary) if router.n_experts > 1]
+        for router in routers:
             router.module_of(policy)
-        for router in self.routers(boundary):
+        for router in routers:
             router.set_policy(policy)
 
     def routers(self, boundary: int = 0) -> list[Router]:
@@ -264,6 +266,8 @@ class LanguageModel(ExactBuffers):
     def expert_backend(self) -> Choice:
         """What computes the experts on this model's device, and why."""
         experts = cast(Block, self.blocks[-1]).moe.experts
+        if experts.has_options:
+            return Choice("plain", "biases or a clamped activation, which torch computes expert by expert")
         x = torch.empty(0, dtype=self._dtype, device=self.embedding_VD.device)
         return choose_backend(x, experts.w_down_EFD, experts.backend)
 
@@ -326,6 +330,11 @@ class LanguageModel(ExactBuffers):
             )
             routings.append(routing)
         return x_BTD, kv, tuple(routings)
+
+
+def _norm(config: ModelConfig) -> RMSNorm:
+    """A norm over the residual stream."""
+    return RMSNorm(config.d_model, eps=config.norm_eps, unit_offset=config.unit_offset)
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

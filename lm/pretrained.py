@@ -1,10 +1,11 @@
-"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model`, `calibration.safetensors`, and
-`seal.json` with a checksum of each. Nothing is ever unpickled.
+"""A trained model as a folder: `config.json`, `weights.safetensors`, `tokenizer.model` (or, of a published model,
+`tokenizer.json`), `calibration.safetensors`, and `seal.json` with a checksum of each. Nothing is ever unpickled.
 
 The calibration file holds a few thousand tokens of training text, so that a budget can be set exactly wherever the
 model goes. Legend: B batch, T tokens.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from corpus.byte_level_tokenizer import ByteLevelTokenizer
 from corpus.tokenizer import Tokenizer
 from foundation.files import CorruptFileError, DiskFullError, atomic_folder, check_seal, require_space, seal
 from foundation.serialize import load_json, save_json
@@ -19,7 +21,6 @@ from lm.config import ModelConfig
 from lm.model import LanguageModel
 
 CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE = "config.json", "weights.safetensors", "calibration.safetensors"
-TOKENIZER_FILE = "tokenizer.model"
 
 
 def save_pretrained(
@@ -31,22 +32,46 @@ def save_pretrained(
     Raises:
         DiskFullError: naming the folder; nothing half-written is left.
     """
-    tensors = {WEIGHTS_FILE: {name: tensor.contiguous() for name, tensor in model.state_dict().items()}}
+    save_tensors(folder, model.config, model.state_dict(), calibration_BT, tokenizer)
+
+
+def save_tensors(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    calibration_BT: Tensor | None = None,
+    tokenizer: Tokenizer | None = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """`save_pretrained` without a model.
+
+    Args:
+        state: its `state_dict`, in any floating dtypes.
+        beside: further files, by their path inside the folder.
+
+    Raises:
+        DiskFullError: as there.
+    """
+    tensors = {WEIGHTS_FILE: {name: tensor.contiguous() for name, tensor in state.items()}}
     if calibration_BT is not None:
         tensors[CALIBRATION_FILE] = {"tokens_BT": calibration_BT.contiguous()}
     n_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     require_space(folder.parent, n_bytes, f"the model {folder}")
     with atomic_folder(folder, replace=True) as temporary:
-        save_json(temporary / CONFIG_FILE, model.config)
+        save_json(temporary / CONFIG_FILE, config)
         if tokenizer is not None:
-            tokenizer.save(temporary / TOKENIZER_FILE)
+            tokenizer.save(temporary / tokenizer.file_name)
         for name, group in tensors.items():
             try:
                 safetensors.torch.save_file(group, temporary / name)
             except safetensors.SafetensorError as error:
                 raise DiskFullError(f"{folder} could not be written: {error}; nothing of it is left") from error
-        seal(temporary, sorted(path.name for path in temporary.iterdir()))
+        for name, content in (beside or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        seal(temporary, [str(path.relative_to(temporary)) for path in files])
 
 
 def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> LanguageModel:
@@ -59,7 +84,7 @@ def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> Languag
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no trained model: {name} is missing")
-    _check(folder)
+    check_folder(folder)
     model = LanguageModel(load_json(ModelConfig, folder / CONFIG_FILE))
     try:
         stored = safetensors.torch.load_file(folder / WEIGHTS_FILE)
@@ -87,11 +112,16 @@ def load_calibration_tokens(folder: Path) -> Tensor:
     """
     if not (folder / CALIBRATION_FILE).is_file():
         raise ValueError(f"{folder} has no {CALIBRATION_FILE}: it was saved without calibration tokens")
-    _check(folder)
+    check_folder(folder)
     return safetensors.torch.load_file(folder / CALIBRATION_FILE)["tokens_BT"]
 
 
-def _check(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Compares a model folder with its seal.
+
+    Raises:
+        CorruptFileError: when a file is not as it was written; names it.
+    """
     try:
         check_seal(folder)
     except CorruptFileError as error:
@@ -106,10 +136,12 @@ def load_tokenizer(folder: Path, model: LanguageModel) -> Tokenizer:
     Raises:
         ValueError: when it is missing, unreadable or another one: its ids would mean something else, or nothing.
     """
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    if (folder / ByteLevelTokenizer.file_name).is_file():
+        return ByteLevelTokenizer.load(folder / ByteLevelTokenizer.file_name, model.config.vocab_size)
+    tokenizer = Tokenizer.load(folder / Tokenizer.file_name)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"{folder / TOKENIZER_FILE}: {tokenizer.vocab_size} tokens, the model's vocabulary has"
+            f"{folder / Tokenizer.file_name}: {tokenizer.vocab_size} tokens, the model's vocabulary has"
             f" {model.config.vocab_size}: it belongs to another model"
         )
     return tokenizer

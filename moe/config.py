@@ -7,6 +7,24 @@ from routing.router import RouterConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """g sigmoid(slope g) (u + 1) with g at most `limit` and u within it, either way (gpt-oss, arXiv 2508.10925).
+
+    Raises:
+        ValueError: for a slope or a limit that is not above 0.
+    """
+
+    slope: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for name in ("slope", "limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"ClampedSwiGLU.{name}: {getattr(self, name)}; legal: above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Routed experts, and beside them one shared expert that every token passes.
 
@@ -14,6 +32,9 @@ class MoEConfig:
         n_experts: number of routed experts.
         d_expert: hidden width of each.
         d_shared: hidden width of the shared expert; 0 for none.
+        shared_gate: every token multiplies the shared expert's output by sigmoid(x w) (arXiv 2407.10671).
+        expert_bias: routed experts add a bias to both their projections.
+        clamped: the activation of routed experts, in place of SiLU(g) u.
         backend: of the expert computation, see `moe.backends.choose_backend`.
         router: how tokens choose their experts.
 
@@ -24,6 +45,9 @@ class MoEConfig:
     n_experts: int = 80
     d_expert: int = 256
     d_shared: int = 0
+    shared_gate: bool = False
+    expert_bias: bool = False
+    clamped: ClampedSwiGLU | None = None
     backend: str = "auto"
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
@@ -31,3 +55,10 @@ class MoEConfig:
     # after the other.
     def __post_init__(self) -> None:
         check_numbers(self, n_experts=1, d_expert=1, d_shared=0)
+        if self.shared_gate and not self.d_shared:
+            raise ValueError("MoEConfig.shared_gate: True without a shared expert; legal: False, or d_shared above 0")
+        if (self.expert_bias or self.clamped is not None) and self.backend not in ("auto", "reference"):
+            raise ValueError(
+                f"MoEConfig.backend: {self.backend!r} knows neither expert_bias nor clamped; legal with them: auto,"
+                " reference"
+            )

@@ -37,12 +37,16 @@ class ExpertParallelExperts(Experts):
         mesh: one-dimensional.
 
     Raises:
-        ValueError: if the mesh has other dimensions or its size does not divide the number of experts.
+        ValueError: if the mesh has other dimensions or its size does not divide the number of experts, and for experts
+            with biases or another activation.
     """
 
     def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)
         n_experts = experts.w_down_EFD.shape[0]
+        if experts.has_options:
+            raise ValueError("expert parallelism knows neither MoEConfig.expert_bias nor MoEConfig.clamped")
+        self.clamped = self.b_gate_up_EF2 = self.b_down_ED = None
         if mesh.ndim != 1:
             raise ValueError(
                 f"expert parallelism runs over one dimension of a mesh, this one has {mesh.ndim}: {mesh.mesh_dim_names}"

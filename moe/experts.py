@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.backends import compute_experts
+from moe.config import ClampedSwiGLU
+from moe.plain_experts import plain_experts
 from routing.assignments import Assignments
 from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
@@ -18,12 +20,25 @@ class Experts(nn.Module):
     Attributes:
         w_gate_up_EDF2: fp32 [E, D, 2F], the gate's columns first.
         w_down_EFD: fp32 [E, F, D].
+        b_gate_up_EF2, b_down_ED: biases, or None.
+        clamped: another activation, or None.
         backend: see `moe.backends.choose_backend`.
     """
 
-    def __init__(self, *, n_experts: int, d_model: int, d_expert: int, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        n_experts: int,
+        d_model: int,
+        d_expert: int,
+        backend: str = "auto",
+        bias: bool = False,
+        clamped: ClampedSwiGLU | None = None,
+    ) -> None:
         super().__init__()
-        self.backend = backend
+        self.backend, self.clamped = backend, clamped
+        self.b_gate_up_EF2 = nn.Parameter(torch.zeros(n_experts, 2 * d_expert)) if bias else None
+        self.b_down_ED = nn.Parameter(torch.zeros(n_experts, d_model)) if bias else None
         self.w_gate_up_EDF2 = nn.Parameter(torch.empty(n_experts, d_model, 2 * d_expert))
         self.w_down_EFD = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
 
@@ -34,9 +49,27 @@ class Experts(nn.Module):
             # Drawn on the generator's device, so that the CPU's stream gives the same weights on every device.
             draw = torch.randn(weight.shape, generator=generator, device=generator.device)
             weight.data.copy_(draw * (scale * weight.shape[1] ** -0.5))
+        for bias in (self.b_gate_up_EF2, self.b_down_ED):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    @property
+    def has_options(self) -> bool:
+        """Whether these experts are computed by `moe.plain_experts`."""
+        return self.clamped is not None or self.b_down_ED is not None
 
     def forward(self, x_TD: Tensor, assignments: Assignments) -> Tensor:
         """y_TD [T, D] in the dtype of x_TD."""
+        if self.has_options:
+            return plain_experts(
+                x_TD,
+                self.w_gate_up_EDF2,
+                self.w_down_EFD,
+                assignments,
+                b_gate_up_EF2=self.b_gate_up_EF2,
+                b_down_ED=self.b_down_ED,
+                clamped=self.clamped,
+            )
         return compute_experts(x_TD, self.w_gate_up_EDF2, self.w_down_EFD, assignments, backend=self.backend)
 
     def describe(self, block: NativeBlock, watch: Watch) -> None:
@@ -45,8 +78,8 @@ class Experts(nn.Module):
         Raises:
             NotInOneCall: for another backend, or experts that lie elsewhere.
         """
-        if type(self) is not Experts or self.backend not in ("auto", "native"):
-            raise NotInOneCall(f"experts that are {type(self).__name__} on backend {self.backend}")
+        if type(self) is not Experts or self.has_options or self.backend not in ("auto", "native"):
+            raise NotInOneCall(f"experts that are {type(self).__name__} on backend {self.backend}, or have options")
         watch.module(self)
         watch.same(self, "backend")
         E, D, block.d_expert = block.experts, watch.d_model, self.w_down_EFD.shape[1]

@@ -4,7 +4,7 @@ Legend: T tokens, D model width, E experts.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foundation.exact_buffers import ExactBuffers
 from moe.config import MoEConfig
@@ -37,9 +37,15 @@ class MoE(ExactBuffers):
             has_shared_expert=config.d_shared > 0,
         )
         self.experts = Experts(
-            n_experts=config.n_experts, d_model=d_model, d_expert=config.d_expert, backend=config.backend
+            n_experts=config.n_experts,
+            d_model=d_model,
+            d_expert=config.d_expert,
+            backend=config.backend,
+            bias=config.expert_bias,
+            clamped=config.clamped,
         )
         self.shared_expert = SharedExpert(d_model=d_model, d_shared=config.d_shared) if config.d_shared else None
+        self.shared_gate_D = nn.Parameter(torch.zeros(d_model)) if config.shared_gate else None
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
         """Fresh weights, all of them drawn here and nowhere else; construction leaves them unset.
@@ -52,6 +58,9 @@ class MoE(ExactBuffers):
         self.experts.init_weights(generator, down_scale=down_scale)
         if self.shared_expert is not None:
             self.shared_expert.init_weights(generator, down_scale=down_scale)
+        if self.shared_gate_D is not None:
+            # Half open for every token.
+            nn.init.zeros_(self.shared_gate_D)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
         """Routes each token, computes its experts and adds them up.
@@ -69,7 +78,10 @@ class MoE(ExactBuffers):
         if routing.identity_T is not None:
             y_TD = y_TD + (routing.identity_T[:, None] * x_TD).to(x_TD.dtype)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_gate_D is not None:
+                shared_TD = (x_TD @ self.shared_gate_D.to(x_TD.dtype)).sigmoid()[:, None] * shared_TD
+            y_TD = y_TD + shared_TD
         return y_TD, routing
 
     def describe(self, block: NativeBlock, watch: Watch) -> None:
@@ -78,8 +90,8 @@ class MoE(ExactBuffers):
         Raises:
             NotInOneCall: for a part that the call does not know.
         """
-        if type(self) is not MoE:
-            raise NotInOneCall(f"experts in a {type(self).__name__}")
+        if type(self) is not MoE or self.shared_gate_D is not None:
+            raise NotInOneCall(f"experts in a {type(self).__name__}, or a gate of the shared expert")
         watch.module(self)
         describe_router(self.router, block, watch)
         self.experts.describe(block, watch)

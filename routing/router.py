@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from foundation.exact_buffers import ExactBuffers
 from foundation.numbers import check_numbers
@@ -41,6 +42,7 @@ class RouterConfig:
     Attributes:
         policy: the rule that turns scores into experts, one of `routing/policies/`.
         score: softmax over experts or sigmoid of each.
+        bias: added to the experts' logits, learnt; for a bias that selects and never weighs see `selection_bias_step`.
         renormalise: a token's weights sum to one, however many experts it has.
         balance_coefficient: of the Switch loss.
         z_coefficient: of the z-loss.
@@ -53,6 +55,7 @@ class RouterConfig:
 
     policy: AnyPolicy = dataclasses.field(default_factory=TopK)
     score: Literal["softmax", "sigmoid"] = "softmax"
+    bias: bool = False
     renormalise: bool = True
     balance_coefficient: float = 1e-2
     z_coefficient: float = 1e-3
@@ -137,6 +140,7 @@ class Router(ExactBuffers):
         self.config, self.d_model, self.n_experts, self.layer_index = config, d_model, n_experts, layer_index
         self.has_shared_expert = has_shared_expert
         self.weight_ED = nn.Parameter(torch.empty(n_experts, d_model))
+        self.bias_E = nn.Parameter(torch.zeros(n_experts)) if config.bias else None
         self.null_weight_ZD: nn.Parameter | None = None
         # Rows per expert of the last step (in the checkpoint) and of the step under way (between checkpoints).
         self.register_buffer("load_E", torch.zeros(n_experts))
@@ -156,6 +160,8 @@ class Router(ExactBuffers):
                 weight.data.copy_(
                     torch.randn(weight.shape, generator=source, device=source.device) * self.d_model**-0.5
                 )
+        if self.bias_E is not None:
+            nn.init.zeros_(self.bias_E)
         self.load_E.zero_()
         self.selection_bias_E.zero_()
         # A policy's own parameters and buffers start from constants.
@@ -281,6 +287,9 @@ class Router(ExactBuffers):
         null_weight_ZD = self.own_null_weight_ZD
         weight = self.weight_ED if null_weight_ZD is None else torch.cat([self.weight_ED, null_weight_ZD])
         logits = project(x_TD, weight)
+        if self.bias_E is not None:
+            # Null columns have none.
+            logits = logits + functional.pad(self.bias_E, (0, logits.shape[1] - self.n_experts))
         self._refuse_non_finite(logits)
         return self.scores_of(x_TD, logits)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from corpus.prepare import CorpusConfig, prepare
-from foundation.command import run_command
+from foundation.command import leave_options, run_command
 from foundation.environment import environment
 from foundation.numbers import check_numbers
 from foundation.serialize import to_dict
@@ -80,6 +80,7 @@ def run(config: RunConfig) -> None:
         here = environment(data_hash=facts.content_hash)
         print(json.dumps({"config": to_dict(config), "environment": here}, indent=2))
         return
+    leave_options(config.out)
     execution = Execution(plan, corpus, config.out, config.execution)
     print(estimate(execution), flush=True)
     execution.trunk()

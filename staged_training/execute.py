@@ -276,11 +276,14 @@ class Execution:
             stored, computed = trunk_activations(
                 plan, trunk, tokens, split=split, numbers=numbers, folder=self.trunk_folder / "activations"
             )
-            if computed:
+            name = stored.folder.name
+            # A process that died behind the activations, ahead of the ledger, has left what nobody has paid for. Other
+            # comparisons may have added to the ledger since this one read it, so it is read anew.
+            if computed or not Ledger.load(self.trunk_folder).holds("caching", name):
                 means = tuple(record.result["trained_mean_experts"])
                 flops = caching_flops(plan, means, n_batches=len(numbers))
-                # Other comparisons may have added to the ledger since this one read it, so it is read anew.
-                ledger = add_cost(self.trunk_folder, "caching", flops=flops, seconds=time.perf_counter() - began)
+                seconds = time.perf_counter() - began
+                ledger = add_cost(self.trunk_folder, "caching", flops=flops, seconds=seconds, part=name)
                 self._trunk = trunk, dataclasses.replace(record, ledger=ledger)
         if computed:
             print(

@@ -77,7 +77,7 @@ def _inner_widths(layer: AttentionLayer) -> tuple[int, ...]:
     elif isinstance(layer, LightningAttention):
         widths = [*linear, H * V]
     elif isinstance(layer, DeltaLayer):
-        widths = [*linear, *layer.widths[1:]]
+        widths = [*layer.config.conv_widths, *layer.widths[1:]]
     elif isinstance(layer, MixedAttention):
         J, K, V = layer.linear_shape
         widths = [*layer.widths[:4], J * K, J * K, J * V, layer.widths[5]]

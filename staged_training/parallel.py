@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.prepare import CorpusConfig, prepare
+from foundation.command import leave_options
 from foundation.numbers import check_numbers
 from foundation.serialize import from_dict
 from lm.config import ModelConfig
@@ -66,7 +67,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
         processes = ManyProcesses(config.expert_parallel, device)
         if not processes.first:
             cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
-        processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and None)
+        processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and leave_options(config.out))
         corpus = prepare(config.corpus, config.out / "corpus")
         model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
         plan = plan_of(dataclasses.replace(config, model=model), corpus_facts(corpus))

@@ -62,16 +62,22 @@ class Ledger:
 
     Attributes:
         costs: by kind of work ("trunk", "caching", "branches", "evaluation") its "flops", counted from the
-            configuration, and its measured "seconds".
+            configuration, and its measured "seconds"; where it is made of parts, their names, "parts".
     """
 
-    costs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    costs: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    def add(self, kind: str, *, flops: float, seconds: float) -> None:
-        """Adds to what a kind of work has cost so far."""
+    def add(self, kind: str, *, flops: float, seconds: float, part: str | None = None) -> None:
+        """Adds to what a kind of work has cost so far, or to what a part of it has."""
         cost = self.costs.setdefault(kind, {"flops": 0.0, "seconds": 0.0})
         cost["flops"] += flops
         cost["seconds"] += seconds
+        if part is not None:
+            cost["parts"] = sorted({*cost.get("parts", ()), part})
+
+    def holds(self, kind: str, part: str) -> bool:
+        """Whether the cost of a part is among these."""
+        return part in self.costs.get(kind, {}).get("parts", ())
 
     def save(self, folder: Path) -> None:
         """Replaces the ledger of a run folder."""
@@ -231,10 +237,10 @@ def kept_costs(folder: Path) -> Ledger:
     return Ledger({kind: cost for kind, cost in costs.items() if kind == "caching"})
 
 
-def add_cost(folder: Path, kind: str, *, flops: float, seconds: float) -> Ledger:
-    """Adds to the costs of a finished run, inside its lock; returns all of them."""
+def add_cost(folder: Path, kind: str, *, flops: float, seconds: float, part: str) -> Ledger:
+    """Adds to the costs of a finished run, inside its lock; returns all of them. See `Ledger.add`."""
     ledger = Ledger.load(folder)
-    ledger.add(kind, flops=flops, seconds=seconds)
+    ledger.add(kind, flops=flops, seconds=seconds, part=part)
     # A folder from before there were seals stays without: nobody knows whether its other files are as written.
     if (folder / SEAL).exists():
         write_into_seal(folder, {LEDGER: json_text(ledger.costs)})

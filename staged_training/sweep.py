@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from corpus.prepare import CorpusConfig, prepare
-from foundation.command import refuse_unwritable
+from foundation.command import leave_options, refuse_unwritable
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
 from lm.config import ModelConfig
@@ -88,6 +88,7 @@ def sweep(config: SweepConfig) -> None:
     table = config.csv or config.out / "sweep.csv"
     refuse_unwritable("--csv", table)
     corpus = prepare(config.corpus, config.out / "corpus")
+    leave_options(config.out)
     model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
     facts = corpus_facts(corpus)
     # All of them before the first is trained: what does not fit is said at once.

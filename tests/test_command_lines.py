@@ -124,6 +124,23 @@ NONSENSE = {
         "--head-dim": ("7",),
     },
     "ablations report": {"": ("/nowhere", "/dev/null")},
+    "ablations scaling fit": {
+        "--law": ("totl",),
+        "--drop-highest": ("-1",),
+        "--delta": ("0", "nan"),
+        "--resamples": ("0",),
+        "--out": ("/dev/null",),
+    },
+    "ablations scaling curves": {"--law": ("relax",), "--delta": ("0",), "--warmup": ("-1",), "--out": ("/dev/null",)},
+    "ablations scaling predict": {
+        "--targets": ("3B", "3B=nan"),
+        "--multiples": ("0", "nan"),
+        "--rows": ("1",),
+        "--floor": ("-1",),
+        "--out": ("/dev/null",),
+    },
+    "ablations scaling compare": {"--at": ("0", "nan"), "--draws": ("1",), "--baseline": ("top_p",)},
+    "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus show": {"": ("/nowhere", "/dev/null")},
     "lm generate": {
@@ -191,6 +208,11 @@ REST = {
     "ablations budgets": TINY_COMPARE,
     "ablations agreement": TINY_COMPARE[1:],
     "lm generate": ("--run", "/nowhere"),
+    "ablations scaling fit": ("/nowhere",),
+    "ablations scaling curves": ("/nowhere",),
+    "ablations scaling predict": ("/nowhere",),
+    "ablations scaling compare": ("top_p", "/nowhere"),
+    "ablations scaling plan": ("/nowhere",),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
 CASES = [
@@ -282,7 +304,7 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 
 
 HELPED = {
-    "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
+    "ablations": "list compare gate report budgets calibrate difficulty agreement scaling runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
     "lm": "generate bench bench-peers long-context",
     "corpus": "prepare",

@@ -47,7 +47,7 @@ def test_a_command_of_the_pages_parses(words, monkeypatch):
     if len(arguments) == 1:
         arguments.append("--help")
 
-    def parsed(parse, given, _):
+    def parsed(parse, given):
         parse(given)
         raise Taken
 

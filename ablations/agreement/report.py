@@ -14,6 +14,7 @@ from ablations.agreement.shares import run_study
 from ablations.agreement.statistics import ceiling
 from ablations.agreement.study import Study, prepare_study
 from ablations.agreement.table import SettingRow, arms_of, percent, setting_rows, table_text
+from foundation.command import leave_options
 from foundation.files import write_text
 from foundation.tables import write_rows
 
@@ -54,6 +55,7 @@ def show(study: Study) -> Path:
     draw(rows, folder / FIGURE_FILE)
     text = "\n\n".join([table_text(rows), truth_text(study, runs, rows), "\n".join(findings(rows))])
     write_text(folder / REPORT_FILE, text + "\n")
+    leave_options(folder)
     print(f"\n{text}\n\nstudy: {folder}")
     return folder
 

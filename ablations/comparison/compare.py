@@ -25,6 +25,7 @@ from ablations.comparison.reliability import form_of
 from ablations.method import Method
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
+from foundation.command import leave_options
 from foundation.environment import environment
 from foundation.files import CorruptFileError, check_seal, fingerprint, json_text, write_into_seal
 from foundation.serialize import to_dict
@@ -216,6 +217,7 @@ def run_comparison(
     job.folder.mkdir(parents=True, exist_ok=True)
     described = describe_comparison(job, executions, plan)
     write_into_seal(job.folder, {COMPARISON_FILE: json_text(to_dict(described))}, anew=True)
+    leave_options(job.folder)
     run(job, executions)
     return job.folder
 

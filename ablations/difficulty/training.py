@@ -24,6 +24,7 @@ from ablations.comparison.registry import find_methods, sources_of
 from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
+from foundation.command import leave_options
 from foundation.environment import environment
 from foundation.files import check_seal, json_text, write_into_seal, write_text
 from foundation.numbers import check_numbers
@@ -148,6 +149,7 @@ def train(options: TrainingOptions) -> Study:
         for plan in (reference_plan(options, corpus, model), main_plan(options, corpus, model))
     )
     print(describe(main.plan), flush=True)
+    leave_options(options.out)
     reference.trunk()
     late = reference.branch(reference.plan.branches[0])
     models, runs = {REFERENCE: late.folder / "model", EARLY: reference.trunk_folder / "model"}, {}

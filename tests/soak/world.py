@@ -139,6 +139,8 @@ def ending(out: Path) -> dict[str, str]:
         str(path.relative_to(out)): hashlib.sha256(comparable(path)).hexdigest()
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name not in BY_THE_CLOCK and not _of_a_checkpoint(path)
+        # Damaged branches are kept there for whoever wants to know what happened to them.
+        if path.relative_to(out).parts[0] != "damaged"
     }
 
 

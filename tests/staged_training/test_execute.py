@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from foundation.files import CorruptFileError
+from foundation.files import CorruptFileError, json_text, write_into_seal
 from foundation.tables import read_rows
 from lm.accounting import model_cost
 from lm.budget import experts_per_token
@@ -23,7 +23,7 @@ from staged_training.estimate import estimate
 from staged_training.execute import Execution, in_order, run_plan
 from staged_training.optimizer import OptimizerConfig, build_optimizer, restore_optimizer, update
 from staged_training.progress import DIAGNOSTICS, METRICS, TIMING, read_metrics
-from staged_training.record import SECTIONS, RunMismatchError, SectionLoss, read_run
+from staged_training.record import LEDGER, SECTIONS, Ledger, RunMismatchError, SectionLoss, read_run
 from staged_training.step import clipped_gradients
 
 
@@ -134,6 +134,19 @@ def test_the_ledger_counts_what_was_run(finished, plan, corpus, model_config):
     assert baseline.ledger.costs["evaluation"]["flops"] == pytest.approx(cost.flops(first=boundary) * n_valid * tokens)
     assert all(entry["seconds"] > 0 for record in (trunk, baseline) for entry in record.ledger.costs.values())
     assert json.loads((baseline.folder / "ledger.json").read_text()) == baseline.ledger.costs
+
+
+def test_activations_of_a_process_that_died_ahead_of_the_ledger_are_paid_for_once(
+    finished, plan, corpus, execution_config, tmp_path
+):
+    root, (trunk, *_) = finished
+    folder = shutil.copytree(root / "trunks", tmp_path / "trunks") / trunk.folder.name
+    write_into_seal(folder, {LEDGER: json_text({"trunk": trunk.ledger.costs["trunk"]})})
+    for _ in range(2):
+        Execution(plan, corpus, tmp_path, execution_config).activations()
+        paid = Ledger.load(folder).costs["caching"]
+        assert paid["flops"] == trunk.ledger.costs["caching"]["flops"]
+        assert len(paid["parts"]) == 2
 
 
 def test_finished_runs_are_not_run_again(finished, plan, corpus, execution_config, capsys):

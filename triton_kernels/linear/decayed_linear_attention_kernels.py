@@ -56,10 +56,10 @@ ScanForm = namedtuple("ScanForm", "K V BLOCK_IN ANCHOR HAS_GATE HAS_INITIAL PACK
 
 # A role of the scan: tensors at the sequence's first token, and their strides by token.
 Role = namedtuple("Role", "query key value gate out dot_with")
-# start and end are the states outside the sequence, dots and anchors are <dot_with_i, out_i> over the slice's columns
-# and the state at the end, in time, of every ANCHOR chunks; each may be None, and with_x says whether it concerns this
-# role.
-Outside = namedtuple("Outside", "start end dots anchors in_stride out_stride with_start with_end with_dots")
+# start and end are the states outside the sequence, start with strides of its own; dots and anchors are <dot_with_i,
+# out_i> over the slice's columns and the state at the end, in time, of every ANCHOR chunks; each may be None, and
+# with_x says whether it concerns this role.
+Outside = namedtuple("Outside", "start end dots anchors start_in_stride start_out_stride with_start with_end with_dots")
 # What of the scan a program does, and the widths of the role.
 Part = namedtuple("Part", "n_rows head_row n_head_rows segment n_segments slice_ in_width out_width sign")
 
@@ -88,15 +88,12 @@ def scan_segment(
     columns = part.slice_ * BLOCK + tl.arange(0, BLOCK)
     state_mask = tile_mask(columns_in < in_width, columns, out_width)
     state_tile = columns_in[:, None] * out_width + columns[None, :]
-    outer_tile = (
-        part.head_row * (in_width * out_width)
-        + columns_in[:, None] * outside.in_stride
-        + columns[None, :] * outside.out_stride
-    )
     state = tl.zeros([BLOCK_IN, BLOCK], tl.float32)
     if OUTPUT:
         if outside.start is not None:
-            state = tl.load(outside.start + outer_tile, mask=state_mask & outside.with_start, other=0.0)
+            start_tile = columns_in[:, None] * outside.start_in_stride + columns[None, :] * outside.start_out_stride
+            start = outside.start + part.head_row * (in_width * out_width)
+            state = tl.load(start + start_tile, mask=state_mask & outside.with_start, other=0.0)
         for before in range(0, part.segment):
             row = before * part.n_head_rows + part.head_row
             own = tl.load(segments.states + row * (in_width * out_width) + state_tile, mask=state_mask, other=0.0)
@@ -167,7 +164,7 @@ def scan_segment(
         tl.store(segments.decays + row, total, mask=part.slice_ == 0)
     elif outside.end is not None:
         tl.store(
-            outside.end + outer_tile,
+            outside.end + part.head_row * (in_width * out_width) + state_tile,
             state,
             mask=state_mask & outside.with_end & (part.segment == part.n_segments - 1),
         )

@@ -23,7 +23,7 @@ WIDE = launch_table("BLOCK", (128,), sm_80=[(32, 8, 1)])
 PREPARE: Tables = (
     launch_table("BLOCK", (128,), sm_80=[(128, 4, 1)]),
     WIDE,
-    launch_table("BLOCK", (64, 128), sm_80=[(16, 8, 1), (32, 8, 1)], sm_90=[(32, 8, 1), (32, 8, 1)]),
+    launch_table("BLOCK", (64, 128), sm_80=[(16, 8, 1), (16, 8, 1)], sm_90=[(32, 8, 1), (32, 8, 1)]),
     WIDE,
 )
 SCAN = launch_table("BLOCK", (128,), sm_80=[(16, 4, 2)], sm_90=[[(32, 4, 2), (16, 4, 2)]])

@@ -77,6 +77,11 @@ def random_inputs(seed: int, dtype: torch.dtype, device: str, sizes: Shape, *nam
     }
 
 
+def packed_offsets(T: int, sequences: int, device: str) -> torch.Tensor:
+    """Offsets of so many sequences in T tokens, the first one empty."""
+    return torch.tensor([0, *(T * n // (sequences - 1) for n in range(sequences))]).to(device)
+
+
 @cache
 def operations() -> dict[str, Operation]:
     """Every registered operation by name."""

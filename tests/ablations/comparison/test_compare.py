@@ -24,6 +24,7 @@ def arguments(text_folder, tiny_model):
         "seq_len": 32,
         "freeze": 0.7,
         "budget_batches": 1,
+        "jobs": 1,
     }
     flat = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     return ["--data", str(text_folder), "--seeds", "2", *flat]
@@ -83,6 +84,7 @@ def test_prints_plan_estimate_progress_table_ledger_and_report(first_run):
     assert sorted(path.name for path in report.parent.iterdir()) == [
         "comparison.json",
         "figures",
+        "options.toml",
         "report.html",
         "seal.json",
         "table.csv",

@@ -294,3 +294,21 @@ def test_wrong_decode_arguments_are_refused_by_name(change, message):
     }
     with pytest.raises(ValueError, match=message):
         mixed_decode(**arguments | change)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fixed_decay_keeps_the_digits_of_its_gradient_through_the_final_state_alone(seed: int, backend: str) -> None:
+    """Five chunks, the last of one token; once 2e-4 of it were lost."""
+
+    def gradient(dtype: torch.dtype, backend: str) -> torch.Tensor:
+        tensors = draw(1, 65, 2, 1, 2, seed=seed, extras=False)
+        tensors = {name: None if x is None else x.detach().to(dtype) for name, x in tensors.items()}
+        decay = tensors["log_decay"].requires_grad_()
+        *_, final = mixed_attention(*(tensors[name] for name in NAMES[:7]), chunk_size=16, backend=backend)
+        weights = torch.randn(final.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        (gradient,) = torch.autograd.grad((final.double() * weights).sum(), [decay])
+        return gradient.double()
+
+    exact = gradient(torch.float64, "torch")
+    assert (gradient(torch.float32, backend) - exact).abs().max() < 1e-5 * exact.abs().max()

@@ -68,6 +68,7 @@ def test_every_op_passes_in_one_run(
         "F": 32,
         "P": 16,
         "C": 16,
+        "N": 3,
         "sequences": 3,
     }
     selected = []
@@ -78,18 +79,20 @@ def test_every_op_passes_in_one_run(
             shape["W"] = 16
         if shape.get("H", 0) % shape.get("G", 1):
             shape["H"] = 2 * shape["G"]
-        shape_for_time = {
-            letter: min(size, shape.get(letter, size)) for letter, size in operation.cpu_shapes[0].items()
-        }
-        selected.append(
-            dataclasses.replace(operation, check_shapes=(shape,), cpu_shapes=(shape_for_time,), cpu_peers={})
+        shapes_for_time = tuple(
+            {letter: min(size, shape.get(letter, size)) for letter, size in timed.items()}
+            for timed in operation.cpu_shapes[:1]
         )
-    assert run_gpu_check(selected, tmp_path, device="cpu"), capsys.readouterr().out
+        selected.append(dataclasses.replace(operation, check_shapes=(shape,), cpu_shapes=shapes_for_time, cpu_peers={}))
+    assert run_gpu_check(selected, tmp_path, device="cpu", limit_s=3600), capsys.readouterr().out
     lines = correctness(tmp_path)
     assert {(line["op"], line["aspect"]) for line in lines} == {
         (op.name, aspect) for op in selected for aspect in ("option 0", "torch.compile")
     }
-    assert {row.op for row in read_rows(tmp_path / "benchmark.csv", Timing)} == {CEILING} | {op.name for op in selected}
+    assert {row.op for row in read_rows(tmp_path / "benchmark.csv", Timing)} == {
+        CEILING,
+        *(op.name for op in selected if op.cpu_shapes),
+    }
 
 
 def test_a_wrong_kernel_is_found_and_not_timed(tmp_path: Path, no_plot: None) -> None:

@@ -13,16 +13,21 @@ from triton_kernels.linear.decayed_linear_attention import decayed_linear_attent
 from triton_kernels.mixed.mixed_attention import mixed_attention, mixed_decode
 from triton_kernels.softmax.flash_attention import flash_attention
 from triton_kernels.tools.catalogue.linear import decayed_cost, lightning_slopes
-from triton_kernels.tools.catalogue.softmax import attention_cost, packed_offsets
-from triton_kernels.tools.operations import Cost, Operation, random_inputs
+from triton_kernels.tools.catalogue.softmax import attention_cost
+from triton_kernels.tools.operations import Cost, Operation, packed_offsets, random_inputs
 
 
-def _mixed_inputs(dtype: torch.dtype, device: str, *, W: int = 0, sequences: int = 0, **sizes: int) -> dict[str, Any]:
-    """A window of W; `sequences`: T is cut into so many, and every token has a decay of its own. All heads are K
-    wide."""
+def _mixed_inputs(
+    dtype: torch.dtype, device: str, *, W: int = 0, sequences: int = 0, every_option: int = 0, **sizes: int
+) -> dict[str, Any]:
+    """A window of W; `sequences`: T is cut into so many, and every token has a decay of its own; every_option: sinks
+    and initial states too. All heads are K wide."""
     T, J, K = sizes["T"], sizes["J"], sizes["K"]
+    sizes |= {"S": T, "V": K, "N": sequences}
     names = ("q_BTHK", "k_BSGK", "v_BSGV", "linear_q_BTJK", "linear_k_BTJK", "linear_v_BTJV")
-    inputs: dict[str, Any] = dict(random_inputs(T, dtype, device, {**sizes, "S": T, "V": K}, *names))
+    inputs: dict[str, Any] = dict(random_inputs(T, dtype, device, sizes, *names))
+    if every_option:
+        inputs |= random_inputs(T + 2, torch.float32, device, sizes, "sinks_H", "initial_state_NJKV")
     if sequences:
         inputs["log_decay"] = (
             -random_inputs(T + 1, torch.float32, device, sizes, "gate_BTJ")["gate_BTJ"].detach().abs().requires_grad_()
@@ -34,7 +39,7 @@ def _mixed_inputs(dtype: torch.dtype, device: str, *, W: int = 0, sequences: int
 
 
 def _mixed_cost(
-    element_size: int, *, B: int, T: int, H: int, G: int, J: int, K: int, W: int = 0, sequences: int = 0
+    element_size: int, *, B: int, T: int, H: int, G: int, J: int, K: int, W: int = 0, sequences: int = 0, **_: int
 ) -> tuple[Cost, Cost]:
     """The two ops' costs, added."""
     softmax_costs = attention_cost(element_size, B=B, T=T, H=H, G=G, K=K, V=K, W=W, sequences=sequences)
@@ -49,6 +54,11 @@ def mixed_heads(**inputs: Any) -> Tensor:
     """mixed_attention of both kinds of heads side by side, as a layer hands them to its output projection."""
     o_BTHV, linear_o_BTJV, _ = mixed_attention(**inputs)
     return torch.cat((o_BTHV.flatten(2), linear_o_BTJV.flatten(2)), -1)
+
+
+def mixed_heads_and_state(**inputs: Any) -> Tensor:
+    """What the heads give and the final states of the linear ones, in one tensor, so that all have a gradient."""
+    return torch.cat([output.flatten() for output in mixed_attention(**inputs)])
 
 
 def separate_launches(
@@ -115,6 +125,15 @@ OPERATIONS = (
         {**MIXED, "T": 1100, "K": 64, "W": 1024},
     ),
     _mixed("mixed_attention/packed", {**MIXED, "sequences": 5}, {**MIXED, "T": 1000, "sequences": 9}),
+    Operation(
+        name="mixed_attention/every_option",
+        call=mixed_heads_and_state,
+        inputs=_mixed_inputs,
+        cost=_mixed_cost,
+        inspect_shape={**MIXED, "G": 2, "W": 1024, "sequences": 5, "every_option": 1},
+        check_shapes=({**MIXED, "T": 1500, "G": 2, "K": 96, "W": 1024, "sequences": 4, "every_option": 1},),
+        without_products=frozenset({"gate_gradient_kernel"}),
+    ),
     Operation(
         name="mixed_attention/decode",
         call=decode_with_state,

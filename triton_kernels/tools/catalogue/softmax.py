@@ -8,18 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from triton_kernels.softmax.flash_attention import flash_attention
 from triton_kernels.softmax.flash_decode import flash_decode
 from triton_kernels.softmax.rotary import rotary_tables
 from triton_kernels.tools import peers
-from triton_kernels.tools.operations import Cost, Operation, random_inputs
-
-
-def packed_offsets(T: int, sequences: int, device: str) -> Tensor:
-    """Offsets of so many sequences in T tokens, the first one empty."""
-    return torch.tensor([0, *(T * n // (sequences - 1) for n in range(sequences))]).to(device)
+from triton_kernels.tools.operations import Cost, Operation, packed_offsets, random_inputs
 
 
 def _inputs(
@@ -185,6 +179,11 @@ OPERATIONS = (
         "flash_attention/rotary",
         _inspected(16, 4, 128, P=128),
         *(_heads(T, K, K, P=P) for T, K, P in ((257, 128, 128), (100, 64, 32), (300, 256, 256), (63, 48, 24))),
+    ),
+    _attention(
+        "flash_attention/every_option",
+        _inspected(16, 4, 96, W=1024, sinks=1, sequences=5, P=96),
+        {**_heads(1500, 96, 96, W=1024, sinks=1, sequences=4, P=48), "B": 1},
     ),
     _attention("flash_attention/width_64", _inspected(16, 16, 64), _heads(257, 64, 64)),
     _attention("flash_attention/width_256", _inspected(8, 8, 256), _heads(257, 256, 256)),

@@ -1,0 +1,129 @@
+"""A published checkpoint: safetensors files, one or several shards with an index, read and written tensor by tensor."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from foundation.files import CorruptFileError, DiskFullError, read_json, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SHARD_BYTES = 5_000_000_000
+
+
+class Entry(NamedTuple):
+    """One tensor of a checkpoint.
+
+    Attributes:
+        shard: the file it lies in.
+        shape, dtype: as its header says.
+    """
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """The safetensors files of a folder; headers are read now, tensors when they are asked for.
+
+    Args:
+        folder: where they lie.
+        single: name of the file where there is one only.
+
+    Raises:
+        ValueError: where there are none, or shards of the index are missing; names them.
+        CorruptFileError: for a file that cannot be read, or lacks what the index promises; names it.
+    """
+
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
+        self.folder, self.single = folder, single
+        self.entries: dict[str, Entry] = {}
+        self._files: dict[str, Any] = {}
+        promised = self._promised()
+        shards = sorted(set(promised.values())) or [single]
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise ValueError(f"{folder}: {', '.join(missing)} missing, of {len(shards)} files of the checkpoint")
+        for shard in shards:
+            file = self._files[shard] = self._open(shard)
+            for name in file.keys():  # noqa: SIM118
+                view = file.get_slice(name)
+                self.entries[name] = Entry(shard, tuple(view.get_shape()), view.get_dtype())
+        if lost := [name for name, shard in promised.items() if name not in self.entries]:
+            raise CorruptFileError(
+                f"{folder / INDEX} promises {lost[0]} in {promised[lost[0]]}, which does not hold it"
+                f" ({len(lost)} such tensors)"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored.
+
+        Raises:
+            ValueError: for a dtype that is no floating point of 16 or 32 bits; names the tensor.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"{self.folder / entry.shard}: {name} is {entry.dtype}; legal: {', '.join(DTYPES)}")
+        return self._files[entry.shard].get_tensor(name)
+
+    def _promised(self) -> dict[str, str]:
+        """By tensor, the file that the index says it is in; empty without an index."""
+        if (self.folder / INDEX).is_file():
+            promised = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(promised, dict) or not promised:
+                raise CorruptFileError(f"{self.folder / INDEX} has no weight_map")
+            return promised
+        if not (self.folder / self.single).is_file():
+            other = sorted(path.name for path in self.folder.glob("*.bin"))
+            found = f"; {other[0]} is pickled, which is never read here" if other else ""
+            raise ValueError(f"{self.folder} holds no {self.single} and no {INDEX}{found}")
+        return {}
+
+    def _open(self, shard: str) -> Any:
+        try:
+            return safetensors.safe_open(self.folder / shard, "pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CorruptFileError(f"{self.folder / shard} cannot be read ({error}): get the file again") from error
+
+
+def write_checkpoint(
+    folder: Path,
+    sizes: Mapping[str, int],
+    tensors: Callable[[str], Tensor],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a checkpoint shard by shard, in the order of `sizes`.
+
+    Args:
+        sizes: bytes of each tensor.
+        tensors: each of them by name, asked for when it is its turn.
+        shard_bytes: a file's size; a tensor that is larger has one of its own.
+
+    Raises:
+        DiskFullError: naming the folder.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    one = len(shards) == 1
+    names = [SINGLE if one else f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, inside in zip(names, shards):
+        try:
+            safetensors.torch.save_file(
+                {name: tensors(name).contiguous() for name in inside}, folder / file, metadata={"format": "pt"}
+            )
+        except safetensors.SafetensorError as error:
+            raise DiskFullError(f"{folder / file} could not be written: {error}") from error
+    if not one:
+        where = {name: file for file, inside in zip(names, shards) for name in inside}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})

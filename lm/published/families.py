@@ -1,0 +1,22 @@
+"""The families of published models that there are: the one list of adapters."""
+
+from foundation.serialize import nearest
+from lm.published import gpt_oss, olmoe, qwen3_moe, qwen3_next
+from lm.published.family import Family
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (qwen3_moe.FAMILY, olmoe.FAMILY, qwen3_next.FAMILY, qwen3_next.QWEN3_5, gpt_oss.FAMILY)
+}
+
+
+def family_of(values: object, place: str) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        ValueError: for a model of another family, or what is no config; names the supported ones.
+    """
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type not in FAMILIES:
+        raise ValueError(f"{place}: model_type = {model_type!r} is not supported; {nearest(str(model_type), FAMILIES)}")
+    return FAMILIES[model_type]

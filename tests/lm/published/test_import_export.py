@@ -1,0 +1,214 @@
+"""Published models in and out: what comes back is what went in, and what cannot be read is refused by name."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from lm.budget import set_budget
+from lm.config import ModelConfig
+from lm.evaluate import evaluate
+from lm.generate import SamplingConfig, generate
+from lm.model import LanguageModel
+from lm.pretrained import load_pretrained, save_pretrained
+from lm.published.checkpoint import Checkpoint
+from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
+from lm.published.families import FAMILIES
+
+pytest.importorskip("transformers", reason="transformers is not installed (the extra `hub`)")
+
+
+@pytest.fixture
+def copied(published, tmp_path):
+    """A copy of the published olmoe that a test may damage."""
+    shutil.copytree(published("olmoe").source, tmp_path / "published")
+    return tmp_path / "published"
+
+
+def refusal(folder, tmp_path, error=ValueError):
+    """What the import of a folder says; nothing may be left of it."""
+    with pytest.raises(error) as refused:
+        import_model(ImportConfig(source=folder, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    return str(refused.value)
+
+
+def edit(path, **changes):
+    """Writes fields into a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def bits(folder):
+    """Every tensor of a checkpoint as bytes."""
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name).contiguous().view(torch.uint8).numpy().tobytes() for name in checkpoint.entries}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_goes_through_bit_by_bit(published, tmp_path, dtype):
+    theirs = published("qwen3_moe").theirs.to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "published", max_shard_size="30KB")
+    theirs.float()
+    # A tensor of another precision than the rest keeps it.
+    shard = sorted(tmp_path.glob("published/*.safetensors"))[0]
+    tensors = safetensors.torch.load_file(shard)
+    odd = next(iter(tensors))
+    safetensors.torch.save_file({**tensors, odd: tensors[odd].float() + 1e-6}, shard, metadata={"format": "pt"})
+    import_model(ImportConfig(source=tmp_path / "published", out=tmp_path / "model"))
+    export_model(ExportConfig(run=tmp_path / "model", out=tmp_path / "back", shard_bytes=20_000))
+    before, after = bits(tmp_path / "published"), bits(tmp_path / "back")
+    assert len(list(tmp_path.glob("back/*.safetensors"))) > 1
+    assert before == after
+    assert load_pretrained(tmp_path / "model").config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+
+
+def test_import_fewer_experts_export(published, tmp_path):
+    """The round trip of a published model that is to run with fewer experts per token."""
+    from transformers import AutoModelForCausalLM
+
+    _, source, folder = published("qwen3_moe")
+    model = load_pretrained(folder)
+    tokens_BT = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(0))
+    batches = [(tokens_BT[:, :-1], tokens_BT[:, 1:])]
+    as_published = evaluate(model, batches, n_bytes=58)
+    set_budget(model, 1, tokens_BT)
+    cheaper = evaluate(model, batches, n_bytes=58)
+    assert as_published.mean_experts == (2.0, 1.0, 2.0, 2.0)
+    assert cheaper.mean_experts == (1.0,) * 4
+    assert cheaper.nats != as_published.nats
+    export_model(ExportConfig(run=folder, out=tmp_path / "back", experts=1))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert theirs.config.num_experts_per_tok == 1
+    with torch.no_grad():
+        logits_BTV = theirs(input_ids=tokens_BT).logits
+        torch.testing.assert_close(model(tokens_BT).logits_BTV, logits_BTV, atol=1e-5, rtol=1e-5)
+    assert bits(source) == bits(tmp_path / "back")
+
+
+def test_a_trained_model_goes_back(published, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = published("olmoe").folder
+    model = load_pretrained(folder)
+    tokens_BT = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(0))
+    model.train()
+    model.begin_step(0, 0)
+    output = model(tokens_BT[:, :-1], targets_BT=tokens_BT[:, 1:])
+    (output.loss + output.routing_loss).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.1 * parameter.grad
+    model.after_step()
+    save_pretrained(tmp_path / "trained", model.eval())
+    with pytest.raises(ValueError, match="--like"):
+        export_model(ExportConfig(run=tmp_path / "trained", out=tmp_path / "back"))
+    export_model(ExportConfig(run=tmp_path / "trained", out=tmp_path / "back", like=folder))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    with torch.no_grad():
+        ours_BTV, theirs_BTV = model(tokens_BT).logits_BTV, theirs(input_ids=tokens_BT).logits
+    torch.testing.assert_close(ours_BTV, theirs_BTV, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_family_cannot_say_is_refused_by_name(published, tmp_path):
+    folder = published("olmoe").folder
+    model = load_pretrained(folder)
+    attention = dataclasses.replace(model.config.attention, rope_base=500.0)
+    save_pretrained(tmp_path / "other", LanguageModel(dataclasses.replace(model.config, attention=attention)))
+    with pytest.raises(ValueError, match=r"blocks\[0\]\.attention\.rope_base is 500.0, its config\.json says 10000"):
+        export_model(ExportConfig(run=tmp_path / "other", out=tmp_path / "back", like=folder))
+    biased = load_pretrained(folder)
+    biased.routers()[1].selection_bias_E[0] = 1.0
+    save_pretrained(tmp_path / "biased", biased)
+    with pytest.raises(ValueError, match=r"blocks\.1\.moe.router\.selection_bias_E is not zero"):
+        export_model(ExportConfig(run=tmp_path / "biased", out=tmp_path / "back", like=folder))
+    save_pretrained(tmp_path / "ours", LanguageModel(ModelConfig(n_layers=1, d_model=8, vocab_size=8)))
+    with pytest.raises(ValueError, match="olmoe, "):
+        export_model(ExportConfig(run=tmp_path / "ours", out=tmp_path / "back"))
+    with pytest.raises(ValueError, match=r"TopK\.k = 9"):
+        export_model(ExportConfig(run=folder, out=tmp_path / "back", experts=9))
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_generates(published, family):
+    model = load_pretrained(published(family).folder)
+    sampling = SamplingConfig(temperature=0.0)
+    steps = list(generate(model, [1, 5, 7], max_new_tokens=6, sampling=sampling))
+    theirs = published(family).theirs
+    want = theirs.generate(torch.tensor([[1, 5, 7]]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert [step.token for step in steps] == want[0, 3:].tolist()
+
+
+def test_unknown_and_unsupported_fields_are_refused_by_name(copied, tmp_path):
+    edit(copied / "config.json", mystery_scale=2.0)
+    assert "mystery_scale = 2.0" in refusal(copied, tmp_path)
+    edit(copied / "config.json", mystery_scale=2.0, clip_qkv=8.0)
+    assert "clip_qkv = 8.0 is not supported; legal: None" in refusal(copied, tmp_path)
+    edit(copied / "config.json", clip_qkv=None, tie_word_embeddings=True)
+    assert "tie_word_embeddings = True is not supported; legal: False" in refusal(copied, tmp_path)
+    edit(copied / "config.json", tie_word_embeddings=False, rope_parameters={"rope_type": "llama3", "factor": 8})
+    assert "rope_type = 'llama3' is not supported; legal: 'default'" in refusal(copied, tmp_path)
+    edit(copied / "config.json", rope_parameters=None, hidden_size="wide")
+    assert "hidden_size = 'wide'; legal: a value of type int" in refusal(copied, tmp_path)
+    edit(copied / "config.json", hidden_size=32, num_experts_per_tok=9)
+    assert "config.json: TopK.k = 9" in refusal(copied, tmp_path)
+
+
+def test_an_unsupported_family_is_answered_with_the_supported_ones(copied, tmp_path):
+    edit(copied / "config.json", model_type="llama")
+    said = refusal(copied, tmp_path)
+    assert "'llama' is not supported" in said
+    assert all(family in said for family in FAMILIES)
+    assert "config.json is missing" in refusal(tmp_path, tmp_path)
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_listed_with_their_shapes(copied, tmp_path):
+    def change(name, tensor):
+        index = json.loads((copied / "model.safetensors.index.json").read_text())
+        shard = index["weight_map"].get(name, "model-00001-of-00004.safetensors")
+        tensors = safetensors.torch.load_file(copied / shard)
+        tensors.pop(name, None)
+        index["weight_map"].pop(name, None)
+        if tensor is not None:
+            tensors[name] = index["weight_map"][name] = tensor
+            index["weight_map"][name] = shard
+        safetensors.torch.save_file(tensors, copied / shard)
+        (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    change("model.layers.2.self_attn.o_proj.weight", None)
+    change("model.layers.0.extra.weight", torch.zeros(3, 5))
+    change("model.norm.weight", torch.zeros(7))
+    said = refusal(copied, tmp_path)
+    assert "1 missing (model.layers.2.self_attn.o_proj.weight [32, 32])" in said
+    assert "1 unexpected (model.layers.0.extra.weight [3, 5])" in said
+    assert "1 of another shape (model.norm.weight [7] instead of [32])" in said
+
+
+def test_damaged_shards_are_named(copied, tmp_path):
+    shards = sorted(copied.glob("*.safetensors"))
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content[: len(content) // 2])
+    assert f"{shards[1]} cannot be read" in refusal(copied, tmp_path)
+    shards[1].unlink()
+    assert f"{shards[1].name} missing, of {len(shards)} files" in refusal(copied, tmp_path)
+    # A shard that is sound but another one.
+    shutil.copy(shards[0], shards[1])
+    said = refusal(copied, tmp_path)
+    assert "promises" in said
+    assert shards[1].name in said
+    for shard in shards:
+        shard.unlink()
+    (copied / "model.safetensors.index.json").unlink()
+    (copied / "pytorch_model.bin").write_bytes(b"")
+    assert "pytorch_model.bin is pickled, which is never read here" in refusal(copied, tmp_path)
+
+
+def test_weights_of_few_bits_are_refused(copied, tmp_path):
+    shard = sorted(copied.glob("*.safetensors"))[0]
+    tensors = safetensors.torch.load_file(shard)
+    name = next(iter(tensors))
+    safetensors.torch.save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, shard)
+    assert f"{name} is F8_E4M3; legal: F32, BF16, F16" in refusal(copied, tmp_path)
