@@ -68,8 +68,7 @@ class DecodeStep:
         """Whether these tokens can be the next ones. Where they cannot, the layers say why not."""
         length = self.states[0].length
         return (
-            self.states[0].behind_B is None
-            and all(state.length == length < state.max_length for state in self.states)
+            all(state.length == length < state.max_length for state in self.states)
             and len(tokens_BT) == self.native.batch
             and all(0 <= token < self.native.vocabulary for (token,) in tokens_BT.tolist())
         )
@@ -81,12 +80,12 @@ class DecodeStep:
         Raises:
             NonFiniteScoresError: as a router does.
         """
-        position = self.states[0].length
+        position, behind_B = self.states[0].length, self.states[0].behind_B
         logits_B1V = torch.empty(self.native.batch, 1, self.native.vocabulary)
         whole, real = torch.empty(self.n_whole, dtype=torch.int64), torch.empty(self.n_real)
         failed = call(
             "decode_step",
-            *(ctypes.addressof(self.native), tokens_BT.contiguous(), position),
+            *(ctypes.addressof(self.native), tokens_BT.contiguous(), position, behind_B),
             *(logits_B1V, whole, real, threads()),
         )
         # Layers count what they have seen also where a router above them stops.

@@ -295,10 +295,11 @@ def test_other_moments_go_layer_by_layer(batch_size, setting, steps):
     assert not steps
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("plan", ["FSRr", "GKL", "MADC"])
-def test_sequences_of_different_lengths_go_layer_by_layer_until_they_are_alike(plan, steps):
-    """And each has the logits that it has alone."""
-    model = build(plan, "float32")
+def test_sequences_of_different_lengths_have_the_logits_that_they_have_alone(plan, dtype, steps):
+    """In one call, each from a place of its own: rings go round at different steps, and rows are moved on the way."""
+    model = build(plan, dtype, output_gate=True, sink_logits=True)
     texts = [
         torch.randint(50, (1, length + 3), generator=torch.Generator().manual_seed(length)) for length in (7, 2, 7)
     ]
@@ -308,12 +309,16 @@ def test_sequences_of_different_lengths_go_layer_by_layer_until_they_are_alike(p
             model(text[:, :-3], cache)
         cache = HybridCache.stack(caches)
         decoded = [model(torch.cat([text[:, t : t + 1] for text in texts]), cache).logits_BTV for t in (-3, -2)]
-        assert not steps
-        cache.reorder(torch.tensor([0, 2]))
-        last = model(torch.cat([texts[0][:, -1:], texts[2][:, -1:]]), cache).logits_BTV
+        kept = [0, 1]
+        cache.reorder(torch.tensor(kept))
+        last = model(torch.cat([texts[n][:, -1:] for n in kept]), cache).logits_BTV
         for n, text in enumerate(texts):
             expected = model(text).logits_BTV[0]
-            torch.testing.assert_close(torch.cat(decoded, dim=1)[n], expected[-3:-1], rtol=1e-4, atol=1e-4)
-            if n != 1:
-                torch.testing.assert_close(last[n // 2], expected[-1:], rtol=1e-4, atol=1e-4)
-    assert len(steps) == (plan != "MADC")
+            # In bf16 a token may meet another expert where two scores are equal but for rounding.
+            tolerance = 1e-4 if dtype == "float32" else 0.05 * float(expected.abs().max())
+            got = torch.cat(
+                [*(step[n] for step in decoded), last[kept.index(n)]] if n in kept else [step[n] for step in decoded]
+            )
+            difference = (got.float() - expected[-3:][: len(got)].float()).abs()
+            assert (difference.max() if dtype == "float32" else difference.median()) <= tolerance
+    assert len(steps) == (0 if plan == "MADC" else 3)

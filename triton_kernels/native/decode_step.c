@@ -109,23 +109,31 @@ static void gated(float *x, const float *gate, long stride, long batch, long n) 
         for (long i = 0; i < n; i++) x[i] *= sigmoid(gate[i]);
 }
 
-/* Attention between its projections: s->inner to s->mixed. */
-static long mix(const Block *l, const Model *m, Scratch *s, long position, int threads) {
+/* Softmax attention of `batch` sequences from the b-th on, whose tokens all stand at `position`. */
+static long softmax(const Block *l, Scratch *s, long position, long b, long batch, int threads) {
+    long H = l->heads, K = l->key, held = position < l->capacity ? position + 1 : l->capacity;
+    float cosine[l->half + 1], sine[l->half + 1];
+    /* In fp64, as `rotary_tables`: angles grow with the position. */
+    for (long i = 0; i < l->half; i++) {
+        double angle = (double)position * pow(l->rope_base, -(double)i / (double)l->half);
+        cosine[i] = (float)cos(angle), sine[i] = (float)sin(angle);
+    }
+    const float *q = s->inner + b * l->inner, *k = q + H * K + (l->output_gate ? H * K : 0);
+    long offset = b * l->cache_stride * (l->bf16 ? 2 : 4);
+    return softmax_decode(q, l->writes ? k : NULL, k + l->kv_heads * K, l->inner, l->inner, (char *)l->keys + offset,
+                          (char *)l->values + offset, l->cache_stride, position % l->capacity, held, (int)l->bf16,
+                          l->q_norm, l->k_norm, cosine, sine, l->sink, l->eps, 1.0f / sqrtf((float)K), batch, H,
+                          l->kv_heads, K, l->half, s->mixed + b * H * K, threads);
+}
+
+/* Attention between its projections: s->inner to s->mixed. Sequence b stands behind[b] tokens before `position`; all
+ * stand there where that is NULL. */
+static long mix(const Block *l, const Model *m, Scratch *s, long position, const int64_t *behind, int threads) {
     long B = m->batch, H = l->heads, K = l->key, V = l->value, X = H * V;
     if (l->mixer == SOFTMAX) {
-        long held = position < l->capacity ? position + 1 : l->capacity;
-        float cosine[l->half + 1], sine[l->half + 1];
-        /* In fp64, as `rotary_tables`: angles grow with the position. */
-        for (long i = 0; i < l->half; i++) {
-            double angle = (double)position * pow(l->rope_base, -(double)i / (double)l->half);
-            cosine[i] = (float)cos(angle), sine[i] = (float)sin(angle);
-        }
-        const float *gate = s->inner + H * K, *k = gate + (l->output_gate ? H * K : 0);
-        long error = softmax_decode(s->inner, l->writes ? k : NULL, k + l->kv_heads * K, l->inner, l->inner, l->keys,
-                                    l->values, l->cache_stride, position % l->capacity, held, (int)l->bf16, l->q_norm,
-                                    l->k_norm, cosine, sine, l->sink, l->eps, 1.0f / sqrtf((float)K), B, H, l->kv_heads,
-                                    K, l->half, s->mixed, threads);
-        if (l->output_gate) gated(s->mixed, gate, l->inner, B, X);
+        long error = behind ? 0 : softmax(l, s, position, 0, B, threads);
+        for (long b = 0; behind && b < B && !error; b++) error = softmax(l, s, position - behind[b], b, 1, threads);
+        if (l->output_gate) gated(s->mixed, s->inner + H * K, l->inner, B, X);
         return error;
     }
     const float *gate = s->inner + H * (2 * K + V);
@@ -195,9 +203,9 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
     return 0;
 }
 
-/* Logits [B, V] of the token after the one at `position`. 0, an error below it, or what `route_tokens` returns. */
-long decode_step(const Model *m, const int64_t *token, long position, float *logits, int64_t *whole, float *real,
-                 int threads) {
+/* Logits [B, V] of the tokens after those at `position`, see `mix`. 0, an error below it, or what `route_tokens` returns. */
+long decode_step(const Model *m, const int64_t *token, long position, const int64_t *behind, float *logits,
+                 int64_t *whole, float *real, int threads) {
     long B = m->batch, D = m->width, error = 0;
     Scratch s;
     for (long b = 0; b < B; b++)
@@ -211,7 +219,7 @@ long decode_step(const Model *m, const int64_t *token, long position, float *log
         lap(m, NORMS, &since);
         linear(s.normed, D, l->to_inner, s.inner, B, D, l->inner, threads);
         lap(m, PROJECTIONS, &since);
-        if ((error = mix(l, m, &s, position, threads))) break;
+        if ((error = mix(l, m, &s, position, behind, threads))) break;
         lap(m, MIXING, &since);
         linear(s.mixed, l->heads * l->value, l->to_out, s.y, B, l->heads * l->value, D, threads);
         lap(m, PROJECTIONS, &since);

@@ -53,7 +53,7 @@ SIGNATURES: dict[str, list[type]] = {
     "softmax_decode": [*[P] * 3, *[LONG] * 2, *[P] * 2, *[LONG] * 3, INT, *[P] * 5, *[FLOAT] * 2, *[LONG] * 5, P, INT],
     "delta_decode": [*[P] * 4, *[LONG] * 4, *[P] * 6, *[INT] * 3, FLOAT, *[LONG] * 5, P, INT],
     "lightning_decode": [P, LONG, P, P, P, *[LONG] * 4],
-    "decode_step": [P, P, LONG, P, P, P, INT],
+    "decode_step": [P, P, LONG, P, P, P, P, INT],
     "grouped_mlp_forward": [*[P] * 9, *[LONG] * 5, INT],
     "grouped_mlp_backward": [*[P] * 13, *[LONG] * 4, INT],
     "project_rows": [*[P] * 3, *[LONG] * 3, INT],
