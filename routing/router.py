@@ -44,6 +44,7 @@ class RouterConfig:
         score: softmax over experts or sigmoid of each.
         bias: added to the experts' logits, learnt; for a bias that selects and never weighs see `selection_bias_step`.
         renormalise: a token's weights sum to one, however many experts it has.
+        scaling: what all weights are multiplied by at last (arXiv 2412.19437).
         balance_coefficient: of the Switch loss.
         z_coefficient: of the z-loss.
         selection_bias_step: step of balancing by bias, 0 for none.
@@ -57,6 +58,7 @@ class RouterConfig:
     score: Literal["softmax", "sigmoid"] = "softmax"
     bias: bool = False
     renormalise: bool = True
+    scaling: float = 1.0
     balance_coefficient: float = 1e-2
     z_coefficient: float = 1e-3
     selection_bias_step: float = 0.0
@@ -67,6 +69,8 @@ class RouterConfig:
             raise ValueError(f"RouterConfig.score = {self.score!r} is not one of {', '.join(map(repr, SCORES))}")
         check_is_policy(self.policy)
         check_numbers(self, balance_coefficient=0, z_coefficient=0, selection_bias_step=0)
+        if not self.scaling > 0:
+            raise ValueError(f"RouterConfig.scaling: {self.scaling}; legal: above 0")
         for part in (self.policy, self.three_level_balance):
             if part is not None:
                 check_numbers(part)
@@ -219,11 +223,15 @@ class Router(ExactBuffers):
     def _route(self, x_TD: Tensor) -> Routing:
         scores = self.scores(x_TD)
         slots, weight_TK = self.decide(scores)
+        if self.config.scaling != 1.0:
+            weight_TK = weight_TK * self.config.scaling
         assignments = Assignments.from_slots(slots.expert_TK, weight_TK, slots.keep_TK, n_experts=self.n_experts)
         if self.training:
             self.step_rows_E += assignments.rows_per_expert_E()
             self.step_tokens += assignments.n_tokens
         identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
+        if identity_T is not None and self.config.scaling != 1.0:
+            identity_T = identity_T * self.config.scaling
         return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T)
 
     def losses(self, scores: Scores) -> dict[str, Tensor]:

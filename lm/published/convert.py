@@ -191,6 +191,7 @@ def export_model(config: ExportConfig) -> str:
     experts = config.experts or _experts_per_token(model)
     if experts is not None:
         values[EXPERTS_PER_TOKEN] = experts
+    values |= {name: value for name, value in family.after_export.items() if name in values}
     described = family.configuration(values, f"{config.out}/{CONFIG_FILE}")
     if config.experts is not None:
         model = _with_policies(model, described)
@@ -285,7 +286,7 @@ def _check_tensors(family: Family, model: ModelConfig, checkpoint: Checkpoint) -
     expected = _published_shapes(model, list(family.tensors(model)))
     entries, left_out = checkpoint.entries, {}
     for name in entries.keys() - expected.keys():
-        for pattern, reason in family.beside.items():
+        for pattern, reason in family.beside(model).items():
             if re.fullmatch(pattern, name):
                 left_out[name] = reason
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in entries]

@@ -1,12 +1,19 @@
 """The families of published models that there are: the one list of adapters."""
 
 from foundation.serialize import nearest
-from lm.published import gpt_oss, olmoe, qwen3_moe, qwen3_next
+from lm.published import glm4_moe, gpt_oss, olmoe, qwen3_moe, qwen3_next
 from lm.published.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (qwen3_moe.FAMILY, olmoe.FAMILY, qwen3_next.FAMILY, qwen3_next.QWEN3_5, gpt_oss.FAMILY)
+    for family in (
+        qwen3_moe.FAMILY,
+        olmoe.FAMILY,
+        qwen3_next.FAMILY,
+        qwen3_next.QWEN3_5,
+        gpt_oss.FAMILY,
+        glm4_moe.FAMILY,
+    )
 }
 
 

@@ -32,6 +32,7 @@ class Family:
         aliases: see `Fields`.
         beside: published tensors that are no part of the decoder, by regular expression, each with what it is: they
             are left out.
+        after_export: fields of config.json that export sets where they are, because what they speak of was left out.
         tiny: fields of a small model of the family, with which `python -m lm parity` holds ours against transformers'.
         delta_rule: whether layers with a delta rule are among it: rounding grows in them, on both sides.
     """
@@ -40,7 +41,8 @@ class Family:
     read: Callable[[Fields], ModelConfig]
     tensors: Callable[[ModelConfig], Iterator[Stored]]
     aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    beside: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
+    after_export: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     delta_rule: bool = False
 

@@ -84,6 +84,7 @@ FAMILY = Family(
     aliases={"num_experts": ("num_local_experts",), "num_experts_per_tok": ("experts_per_token",)},
     tiny={
         **{"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 24, "sliding_window": 8},
+        "num_local_experts": 8,
         "rope_parameters": {
             **{"rope_type": "yarn", "rope_theta": 150_000.0, "factor": 4.0, "truncate": False},
             **{"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64},

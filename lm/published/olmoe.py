@@ -29,5 +29,5 @@ FAMILY = Family(
     read=read,
     tensors=softmax_decoder,
     aliases={"num_experts": ("num_local_experts",)},
-    tiny={"num_key_value_heads": 2, "intermediate_size": 24},
+    tiny={"num_experts": 8, "num_key_value_heads": 2, "intermediate_size": 24},
 )

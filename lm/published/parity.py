@@ -31,8 +31,8 @@ from routing.losses import switch_balance_loss
 # Sizes that every tiny model has, unless its family says otherwise.
 TINY = {
     **{"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4},
-    **{"num_experts_per_tok": 2, "num_experts": 8, "max_position_embeddings": 256},
-    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "router_aux_loss_coef": 0.01},
+    **{"num_experts_per_tok": 2, "max_position_embeddings": 256},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None},
 }
 SEQUENCES, TOKENS, PREFILL = 2, 37, 21
 BALANCE = 0.1

@@ -39,6 +39,6 @@ FAMILY = Family(
     aliases={"num_experts": ("num_local_experts",)},
     tiny={
         **{"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 24, "norm_topk_prob": True},
-        **{"mlp_only_layers": [1], "intermediate_size": 40},
+        **{"num_experts": 8, "mlp_only_layers": [1], "intermediate_size": 40},
     },
 )

@@ -7,7 +7,7 @@ compute.
 Legend: H heads of values, J heads of keys, K key width, V value width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from attention.config import AttentionConfig
 from lm.config import ModelConfig
@@ -122,16 +122,23 @@ def _weights(module: str, *names: str) -> tuple[str, ...]:
 
 
 TINY = {
+    "num_experts": 8,
     **{"num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20},
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12},
 }
-MULTI_TOKEN = {r"mtp\..*": "multi-token prediction"}
+
+
+def beside(config: ModelConfig) -> Mapping[str, str]:
+    """See `Family.beside`."""
+    return {r"mtp\..*": "multi-token prediction"}
+
+
 FAMILY = Family(
     model_type="qwen3_next",
     read=read,
     tensors=tensors,
     aliases={"num_experts": ("num_local_experts",)},
-    beside=MULTI_TOKEN,
+    beside=beside,
     tiny={**TINY, "mlp_only_layers": [2], "intermediate_size": 40},
     delta_rule=True,
 )
@@ -140,7 +147,7 @@ QWEN3_5 = Family(
     read=read_qwen3_5,
     tensors=tensors_qwen3_5,
     aliases={"num_experts": ("num_local_experts",)},
-    beside=MULTI_TOKEN,
+    beside=beside,
     tiny=TINY,
     delta_rule=True,
 )

@@ -165,6 +165,28 @@ def test_an_unsupported_family_is_answered_with_the_supported_ones(copied, tmp_p
     assert "config.json is missing" in refusal(tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize(("family", "name"), [("qwen3_next", "mtp.fc.weight"), ("glm4_moe", "model.layers.4.a.weight")])
+def test_what_lies_beside_the_decoder_is_left_out_and_said(published, tmp_path, family, name):
+    shutil.copytree(published(family).source, tmp_path / "published")
+    index = json.loads((tmp_path / "published" / "model.safetensors.index.json").read_text())
+    safetensors.torch.save_file({name: torch.ones(3)}, tmp_path / "published" / "beside.safetensors")
+    index["weight_map"][name] = "beside.safetensors"
+    (tmp_path / "published" / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = import_model(ImportConfig(source=tmp_path / "published", out=tmp_path / "model"))
+    assert "left out: 1 tensors of multi-token prediction" in said
+    export_model(ExportConfig(run=tmp_path / "model", out=tmp_path / "back"))
+    assert bits(tmp_path / "back") == bits(published(family).source)
+    # What was left out is not claimed to be there.
+    assert json.loads((tmp_path / "back" / "config.json").read_text()).get("num_nextn_predict_layers", 0) == 0
+
+
+def test_fewer_experts_of_groups_come_from_the_same_groups(published):
+    model = load_pretrained(published("glm4_moe").folder)
+    set_budget(model, 1, torch.zeros(1, 4, dtype=torch.int64))
+    policies = [router.policy.config for router in model.routers()]
+    assert [(policy.k, policy.n_groups, policy.top_groups) for policy in policies] == [(1, 1, 1)] + [(1, 4, 2)] * 3
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_listed_with_their_shapes(copied, tmp_path):
     def change(name, tensor):
         index = json.loads((copied / "model.safetensors.index.json").read_text())

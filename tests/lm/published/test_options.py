@@ -24,7 +24,7 @@ ATTENTION = {
     "yarn": Yarn(factor=4.0, original_length=32),
 }
 MOE = {"shared_gate": True, "expert_bias": True, "clamped": ClampedSwiGLU(limit=1.0)}
-ROUTER = {"bias": True}
+ROUTER = {"bias": True, "scaling": 2.5}
 
 
 def build(plan="FSRr", attention=None, moe=None, router=None, **model):
