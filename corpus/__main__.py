@@ -1,5 +1,6 @@
-"""`python -m corpus prepare` makes a tokenizer and packed tokens; `python -m corpus show` describes a prepared
-folder."""
+"""`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it
+on, `prepare` makes a tokenizer and packed tokens of them,
+`show` describes a prepared folder."""
 
 import foundation.starting  # noqa: F401
 
@@ -12,7 +13,9 @@ import tyro
 
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
-from foundation.command import deferred, run_command
+from corpus.refine.config import RefineConfig
+from corpus.refine.dirt import DirtConfig, spoil
+from foundation.command import deferred, refuse_unwritable, run_command
 
 
 def summary(prepared: PreparedCorpus) -> str:
@@ -49,6 +52,32 @@ def prepare_command(config: tyro.conf.OmitArgPrefixes[CorpusConfig], root: str =
     print(summary(prepare(config, root)))
 
 
+def refine_command(config: tyro.conf.OmitArgPrefixes[RefineConfig]) -> None:
+    """Filter documents by twelve layers and remove what is there twice; the report says what each layer did.
+
+    Args:
+        config: What to refine and how.
+    """
+    # What it imports takes a second that the other commands need not wait for.
+    from corpus.refine.report import summary as refined
+    from corpus.refine.run import refine
+
+    refuse_unwritable("--out", config.out, folder=True)
+    print(refined(refine(config)))
+
+
+def dirt_command(config: tyro.conf.OmitArgPrefixes[DirtConfig]) -> None:
+    """Spoil clean documents in every way that `refine` should notice, to see whether it does.
+
+    Args:
+        config: What to spoil.
+    """
+    refuse_unwritable("--out", config.out)
+    counts = spoil(config)
+    print("\n".join(f"{kind:<20} {count:>6,}" for kind, count in counts.items()))
+    print(f"written to {config.out}")
+
+
 def show_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
     """Describe a prepared corpus.
 
@@ -61,7 +90,12 @@ def show_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     run_command(
         lambda given: tyro.extras.subcommand_cli_from_dict(
-            {"prepare": deferred(prepare_command), "show": deferred(show_command)},
+            {
+                "refine": deferred(refine_command),
+                "dirt": deferred(dirt_command),
+                "prepare": deferred(prepare_command),
+                "show": deferred(show_command),
+            },
             prog="python -m corpus",
             description=__doc__,
             args=given,

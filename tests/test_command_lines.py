@@ -125,6 +125,18 @@ NONSENSE = {
     },
     "ablations report": {"": ("/nowhere", "/dev/null")},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
+    "corpus refine": {
+        "--data": ("/nowhere", "/dev/null"),
+        "--workers": ("0", "-1", "nan"),
+        "--cluster-limit": ("0", "nan", "inf"),
+        "--shard-mb": ("0", "-1", "nan"),
+        "--languages": ("fr",),
+        "--without": ("minhash",),
+        "--trusted": ("/nowhere",),
+        "--block-list": ("/nowhere",),
+        "--out": ("/dev/null/x", "/dev/null"),
+    },
+    "corpus dirt": {"--data": ("/nowhere",), "--each": ("0", "nan"), "--out": ("/dev/null/x",)},
     "corpus show": {"": ("/nowhere", "/dev/null")},
     "lm generate": {
         "--temperature": ("nan", "inf", "-1", "1e400"),
@@ -167,6 +179,8 @@ NONSENSE = {
     },
 }
 REST = {
+    "corpus refine": ("--data", "{text}", "--out", "{out}"),
+    "corpus dirt": ("--data", "{text}", "--out", "{out}.jsonl"),
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
     "staged_training sweep": TINY_RUN,
@@ -187,7 +201,7 @@ def places(tmp_path_factory):
     (root / "text").mkdir()
     for number in range(30):
         (root / "text" / f"{number}.txt").write_text(f"document {number}: " + "the same words again and again " * 20)
-    return {"{out}": str(root / "out"), "{text}": str(root / "text")}
+    return {"{out}": str(root / "out"), "{out}.jsonl": str(root / "out.jsonl"), "{text}": str(root / "text")}
 
 
 @pytest.mark.parametrize(("command", "option", "value"), CASES)
@@ -268,7 +282,7 @@ HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
     "lm": "generate bench bench-peers long-context",
-    "corpus": "prepare",
+    "corpus": "refine dirt prepare",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
 }

@@ -252,7 +252,7 @@ def test_file_name_that_is_not_utf8(tmp_path):
         (lambda folder: folder, "no file of a known type"),
         (
             lambda folder: write(folder / "a.png", b"x"),
-            "a.png: unknown file type; legal are .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
+            r"a.png: unknown file type; legal are .txt, .md, .jsonl, .ndjson, .json \(each also as .gz and .zst\)",
         ),
         (lambda folder: "", "empty path"),
     ],
