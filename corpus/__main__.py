@@ -37,9 +37,9 @@ def summary(prepared: PreparedCorpus) -> str:
     lines += [
         f"valid under xz -9 {xz_bits_per_byte(prepared.valid_text()):.4f} bits per byte",
         f"duplicates        {manifest.duplicates_removed:,} removed",
-        f"skipped           {len(manifest.skipped):,}",
+        f"skipped           {sum(kind.count for kind in manifest.skipped_kinds):,}",
     ]
-    return "\n".join([*lines, *(f"  {item.place}: {item.reason}" for item in manifest.skipped)])
+    return "\n".join([*lines, *(f"  {kind.line()}" for kind in manifest.skipped_kinds)])
 
 
 def prepare_command(config: tyro.conf.OmitArgPrefixes[CorpusConfig], root: str = "runs/corpus") -> None:

@@ -44,7 +44,7 @@ class Skipped:
     @property
     def kind(self) -> str:
         """The reason without what differs from record to record."""
-        return re.sub(r"U\+[0-9A-F]+|\d+", "...", self.reason.partition(": ")[0])
+        return re.sub(r"U\+[0-9A-F]+|(?<=character )\d+", "...", self.reason.partition(": ")[0])
 
 
 def suffix_of(path: Path) -> str | None:
