@@ -1,5 +1,5 @@
-"""`python -m lm generate | bench | bench-peers | long-context`: text from a trained model, how fast a model is on this
-machine, alone and beside transformers, and what a long text costs it."""
+"""`python -m lm generate | evaluate | bench | bench-peers | long-context`: text from a trained model, how well it
+compresses text, how fast a model is on this machine, alone and beside transformers, and what a long text costs it."""
 
 import foundation.starting  # noqa: F401
 
@@ -20,6 +20,7 @@ from foundation.console import escaped
 from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
+from lm.evaluate_text import EvaluateConfig, evaluate_text
 from lm.generate import SamplingConfig, generate
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
@@ -77,6 +78,7 @@ def run_generate(config: GenerateConfig) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "generate": (GenerateConfig, run_generate),
+    "evaluate": (EvaluateConfig, evaluate_text),
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
     "long-context": (LongContextConfig, long_context),

@@ -146,6 +146,14 @@ NONSENSE = {
         "--run": ("/nowhere", "/dev/null"),
         "--trace": ("/dev/null/x", "/dev/null"),
     },
+    "lm evaluate": {
+        "--run": ("/nowhere", "/dev/null"),
+        "--window": ("0", "-1", "nan"),
+        "--stride": ("0", "1000"),
+        "--batch-size": ("0",),
+        "--resamples": ("0",),
+        "--csv": ("/dev/null/x", "/tmp"),
+    },
     "lm bench": {
         "--batch-size": ("0", "-1", "1" + "0" * 23),
         "--length": ("0",),
@@ -188,6 +196,7 @@ REST = {
     "ablations budgets": TINY_COMPARE,
     "ablations agreement": TINY_COMPARE[1:],
     "lm generate": ("--run", "/nowhere"),
+    "lm evaluate": ("--run", "/nowhere", "--data", "{text}"),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
 CASES = [
@@ -281,7 +290,7 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
-    "lm": "generate bench bench-peers long-context",
+    "lm": "generate evaluate bench bench-peers long-context",
     "corpus": "refine dirt prepare",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
