@@ -1,6 +1,5 @@
-"""`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it
-on, `prepare` makes a tokenizer and packed tokens of them,
-`show` describes a prepared folder."""
+"""`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it on, `prepare` makes a
+tokenizer and packed tokens of them, `show` describes a prepared folder, `mixture` predicts losses of mixtures."""
 
 import foundation.starting  # noqa: F401
 
@@ -12,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from corpus.compressors import xz_bits_per_byte
+from corpus.mixture import MixtureConfig, fit, table
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
 from corpus.refine.config import RefineConfig
 from corpus.refine.dirt import DirtConfig, spoil
@@ -78,6 +78,15 @@ def dirt_command(config: tyro.conf.OmitArgPrefixes[DirtConfig]) -> None:
     print(f"written to {config.out}")
 
 
+def mixture_command(config: tyro.conf.OmitArgPrefixes[MixtureConfig]) -> None:
+    """Predict from small runs which mixture of domains gives which loss.
+
+    Args:
+        config: What to learn from and what to predict.
+    """
+    print(table(fit(config)))
+
+
 def show_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
     """Describe a prepared corpus.
 
@@ -95,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "dirt": deferred(dirt_command),
                 "prepare": deferred(prepare_command),
                 "show": deferred(show_command),
+                "mixture": deferred(mixture_command),
             },
             prog="python -m corpus",
             description=__doc__,

@@ -291,7 +291,7 @@ HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
     "lm": "generate evaluate bench bench-peers long-context",
-    "corpus": "refine dirt prepare",
+    "corpus": "refine dirt prepare mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
 }
