@@ -1,5 +1,6 @@
 """`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it on, `prepare` makes a
-tokenizer and packed tokens of them, `show` describes a prepared folder, `mixture` predicts losses of mixtures."""
+tokenizer and packed tokens of them, `show` describes a prepared folder, `tokenizers` compares tokenizers, `mixture`
+predicts losses of mixtures."""
 
 import foundation.starting  # noqa: F401
 
@@ -15,6 +16,8 @@ from corpus.mixture import MixtureConfig, fit, table
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
 from corpus.refine.config import RefineConfig
 from corpus.refine.dirt import DirtConfig, spoil
+from corpus.tokenizer_table import TokenizersConfig, compare_tokenizers
+from corpus.tokenizer_table import table as tokenizer_table
 from foundation.command import deferred, refuse_unwritable, run_command
 
 
@@ -78,6 +81,15 @@ def dirt_command(config: tyro.conf.OmitArgPrefixes[DirtConfig]) -> None:
     print(f"written to {config.out}")
 
 
+def tokenizers_command(config: tyro.conf.OmitArgPrefixes[TokenizersConfig]) -> None:
+    """Compare tokenizers on held-out text, by domain and language.
+
+    Args:
+        config: Which, and on what.
+    """
+    print(tokenizer_table(compare_tokenizers(config)))
+
+
 def mixture_command(config: tyro.conf.OmitArgPrefixes[MixtureConfig]) -> None:
     """Predict from small runs which mixture of domains gives which loss.
 
@@ -104,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "dirt": deferred(dirt_command),
                 "prepare": deferred(prepare_command),
                 "show": deferred(show_command),
+                "tokenizers": deferred(tokenizers_command),
                 "mixture": deferred(mixture_command),
             },
             prog="python -m corpus",

@@ -137,6 +137,12 @@ NONSENSE = {
         "--out": ("/dev/null/x", "/dev/null"),
     },
     "corpus dirt": {"--data": ("/nowhere",), "--each": ("0", "nan"), "--out": ("/dev/null/x",)},
+    "corpus tokenizers": {
+        "--data": ("/nowhere",),
+        "--vocab-sizes": ("0", "260", "nan"),
+        "--files": ("/nowhere.json", "/nowhere"),
+        "--csv": ("/dev/null/x",),
+    },
     "corpus show": {"": ("/nowhere", "/dev/null")},
     "lm generate": {
         "--temperature": ("nan", "inf", "-1", "1e400"),
@@ -188,6 +194,7 @@ NONSENSE = {
 }
 REST = {
     "corpus refine": ("--data", "{text}", "--out", "{out}"),
+    "corpus tokenizers": ("--data", "{text}"),
     "corpus dirt": ("--data", "{text}", "--out", "{out}.jsonl"),
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
@@ -291,7 +298,7 @@ HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
     "lm": "generate evaluate bench bench-peers long-context",
-    "corpus": "refine dirt prepare mixture",
+    "corpus": "refine dirt prepare tokenizers mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
 }
