@@ -1,5 +1,6 @@
-"""`python -m corpus prepare` makes a tokenizer and packed tokens; `python -m corpus show` describes a prepared
-folder."""
+"""`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it on, `prepare` makes a
+tokenizer and packed tokens of them, `show` describes a prepared folder, `tokenizers` compares tokenizers, `mixture`
+predicts losses of mixtures."""
 
 import foundation.starting  # noqa: F401
 
@@ -11,8 +12,13 @@ from typing import Annotated
 import tyro
 
 from corpus.compressors import xz_bits_per_byte
+from corpus.mixture import MixtureConfig, fit, table
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
-from foundation.command import deferred, run_command
+from corpus.refine.config import RefineConfig
+from corpus.refine.dirt import DirtConfig, spoil
+from corpus.tokenizer_table import TokenizersConfig, compare_tokenizers
+from corpus.tokenizer_table import table as tokenizer_table
+from foundation.command import deferred, refuse_unwritable, run_command
 
 
 def summary(prepared: PreparedCorpus) -> str:
@@ -34,9 +40,9 @@ def summary(prepared: PreparedCorpus) -> str:
     lines += [
         f"valid under xz -9 {xz_bits_per_byte(prepared.valid_text()):.4f} bits per byte",
         f"duplicates        {manifest.duplicates_removed:,} removed",
-        f"skipped           {len(manifest.skipped):,}",
+        f"skipped           {sum(kind.count for kind in manifest.skipped_kinds):,}",
     ]
-    return "\n".join([*lines, *(f"  {item.place}: {item.reason}" for item in manifest.skipped)])
+    return "\n".join([*lines, *(f"  {kind.line()}" for kind in manifest.skipped_kinds)])
 
 
 def prepare_command(config: tyro.conf.OmitArgPrefixes[CorpusConfig], root: str = "runs/corpus") -> None:
@@ -47,6 +53,50 @@ def prepare_command(config: tyro.conf.OmitArgPrefixes[CorpusConfig], root: str =
         root: Folder of prepared corpora; each gets a folder of its own in it, named by the hash of config and content.
     """
     print(summary(prepare(config, root)))
+
+
+def refine_command(config: tyro.conf.OmitArgPrefixes[RefineConfig]) -> None:
+    """Filter documents by twelve layers and remove what is there twice; the report says what each layer did.
+
+    Args:
+        config: What to refine and how.
+    """
+    # What it imports takes a second that the other commands need not wait for.
+    from corpus.refine.report import summary as refined
+    from corpus.refine.run import refine
+
+    refuse_unwritable("--out", config.out, folder=True)
+    print(refined(refine(config)))
+
+
+def dirt_command(config: tyro.conf.OmitArgPrefixes[DirtConfig]) -> None:
+    """Spoil clean documents in every way that `refine` should notice, to see whether it does.
+
+    Args:
+        config: What to spoil.
+    """
+    refuse_unwritable("--out", config.out)
+    counts = spoil(config)
+    print("\n".join(f"{kind:<20} {count:>6,}" for kind, count in counts.items()))
+    print(f"written to {config.out}")
+
+
+def tokenizers_command(config: tyro.conf.OmitArgPrefixes[TokenizersConfig]) -> None:
+    """Compare tokenizers on held-out text, by domain and language.
+
+    Args:
+        config: Which, and on what.
+    """
+    print(tokenizer_table(compare_tokenizers(config)))
+
+
+def mixture_command(config: tyro.conf.OmitArgPrefixes[MixtureConfig]) -> None:
+    """Predict from small runs which mixture of domains gives which loss.
+
+    Args:
+        config: What to learn from and what to predict.
+    """
+    print(table(fit(config)))
 
 
 def show_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
@@ -61,7 +111,14 @@ def show_command(folder: Annotated[str, tyro.conf.Positional]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     run_command(
         lambda given: tyro.extras.subcommand_cli_from_dict(
-            {"prepare": deferred(prepare_command), "show": deferred(show_command)},
+            {
+                "refine": deferred(refine_command),
+                "dirt": deferred(dirt_command),
+                "prepare": deferred(prepare_command),
+                "show": deferred(show_command),
+                "tokenizers": deferred(tokenizers_command),
+                "mixture": deferred(mixture_command),
+            },
             prog="python -m corpus",
             description=__doc__,
             args=given,

@@ -4,13 +4,23 @@ nothing but the texts.
 A document's SHA-256 decides: the first 8 bytes choose the split, and the whole hash is the sort key (a shuffle that
 needs no seed). So neither the order nor the names of the input files matter, and a document stays in its split when
 others are added. Copies that differ in byte order mark or line ends only are duplicates too, or text held out would
-stand in training as well; of such copies the one with the lowest hash stays, as it is written. All texts are held in
-memory.
+stand in training as well; of such copies the one with the lowest hash stays, as it is written.
+
+Texts wait in a temporary file, of which memory holds 80 bytes a document.
+
+Legend: N documents read, K documents kept.
 """
 
 import hashlib
-from collections.abc import Sequence
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, overload
+
+import numpy as np
 
 from corpus.readers import Document, Skipped
 from corpus.sources import read_paths, read_standard_library
@@ -22,62 +32,164 @@ class Documents:
 
     Attributes:
         duplicates_removed: documents that were read again, byte order mark and line ends aside.
-        skipped: what could not be used, with its place.
+        skipped: what could not be used, with its place: the first `LISTED` of it.
+        skipped_kinds: how often each reason, with the first place of each.
         content_hash: SHA-256 over the sorted hashes of the documents.
     """
 
-    train: list[str]
-    valid: list[str]
+    train: "WaitingTexts"
+    valid: "WaitingTexts"
     duplicates_removed: int
     skipped: tuple[Skipped, ...]
+    skipped_kinds: "tuple[SkippedKind, ...]"
     content_hash: str
 
 
-def load_documents(data: Sequence[str], *, text_field: str, valid_share: float) -> Documents:
+@dataclass(frozen=True, kw_only=True)
+class SkippedKind:
+    """How often something could not be used for one reason, and the first places."""
+
+    reason: str
+    count: int
+    places: tuple[str, ...]
+
+    def line(self) -> str:
+        """For the summary: every place of a few, the first of many."""
+        more = f" and {self.count - len(self.places):,} more" if self.count > len(self.places) else ""
+        return f"{self.count:,} x {self.reason}: {', '.join(self.places)}{more}"
+
+
+# Of what was skipped so many records are listed one by one, and so many places are named per reason.
+LISTED, PLACES = 1000, 5
+RECORD = np.dtype([("same", "V32"), ("own", "V32"), ("start", "<i8"), ("bytes", "<i8")])
+
+
+class WaitingTexts(Sequence[str]):
+    """Texts in a file, read when they are asked for.
+
+    Args:
+        records_K: where each lies.
+    """
+
+    def __init__(self, file: BinaryIO, records_K: np.ndarray):
+        self._file = file
+        self._records_K = records_K
+
+    def __len__(self) -> int:
+        return len(self._records_K)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "WaitingTexts": ...
+    def __getitem__(self, index: int | slice) -> "str | WaitingTexts":
+        if isinstance(index, slice):
+            return WaitingTexts(self._file, self._records_K[index])
+        record = self._records_K[index]
+        return os.pread(self._file.fileno(), int(record["bytes"]), int(record["start"])).decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[place] for place in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WaitingTexts) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of all."""
+        return int(self._records_K["bytes"].sum())
+
+
+def load_documents(
+    data: Sequence[str], *, text_field: str, valid_share: float, folder: Path | None = None
+) -> Documents:
     """Documents of the user's paths, or of the Python standard library if there are none.
 
     Args:
         valid_share: expected share of the documents held out, between 0 and 1.
+        folder: where the temporary file may lie, which takes as much room as the text; the system's by default.
 
     Raises:
         ValueError: where nothing usable is found, or either side of the split is empty.
     """
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must lie between 0 and 1 (both excluded), got {valid_share}")
-    # By the hash of what copies have in common: the hash and the text of the copy that stays.
-    kept: dict[bytes, tuple[bytes, str]] = {}
-    skipped: list[Skipped] = []
-    n_read = 0
+    skipped = _Skips()
+    # Without a name: it goes with the process, however that ends.
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    records: list[bytes] = []
+    position = 0
     for item in read_paths(data, text_field=text_field) if data else read_standard_library():
-        if isinstance(item, Document):
-            n_read += 1
-            same, own = _sha256(_without_marks(item.text)), _sha256(item.text)
-            if same not in kept or own < kept[same][0]:
-                kept[same] = own, item.text
-        else:
-            skipped.append(item)
-    if not kept:
-        examples = "; ".join(f"{item.place}: {item.reason}" for item in skipped[:5])
-        raise ValueError(f"no usable document in {list(data)}: {len(skipped)} skipped, first ones: {examples}")
+        if not isinstance(item, Document):
+            skipped.add(item)
+            continue
+        text = item.text.encode()
+        place = np.array((_sha256(_without_marks(item.text).encode()), _sha256(text), position, len(text)), RECORD)
+        records.append(place.tobytes())
+        position += file.write(text)
+    file.flush()
+    records_N = np.frombuffer(b"".join(records), RECORD)
+    if not len(records_N):
+        examples = "; ".join(f"{item.place}: {item.reason}" for item in skipped.listed[:5])
+        raise ValueError(f"no usable document in {list(data)}: {skipped.count} skipped, first ones: {examples}")
 
-    text_of_digest = dict(kept.values())
-    digests = sorted(text_of_digest)
+    # Of copies the one with the lowest hash of its own; hashes compare as the bytes that they are.
+    order = np.lexsort((*_words(records_N["own"]), *_words(records_N["same"])))
+    same_N = records_N["same"][order]
+    first_N = np.concatenate(([True], same_N[1:] != same_N[:-1]))
+    kept_K = records_N[order[first_N]]
+    kept_K = kept_K[np.lexsort(_words(kept_K["own"]))]
+    digests = kept_K["own"].tobytes()
     # Digests are sorted, so the held-out documents are a prefix.
-    n_valid = sum(int.from_bytes(digest[:8], "big") < valid_share * 2**64 for digest in digests)
-    if n_valid == 0 or n_valid == len(digests):
+    leading_K = _words(kept_K["own"])[-1]
+    n_valid = int(np.searchsorted(leading_K, np.uint64(min(int(valid_share * 2**64), 2**64 - 1))))
+    if n_valid == 0 or n_valid == len(kept_K):
         empty = "validation" if n_valid == 0 else "training"
         raise ValueError(
-            f"the {empty} split is empty: valid_share={valid_share} of {len(digests)} distinct documents; give more"
+            f"the {empty} split is empty: valid_share={valid_share} of {len(kept_K)} distinct documents; give more"
             " documents or another share (a document is held out whole)"
         )
-    texts = [text_of_digest[digest] for digest in digests]
     return Documents(
-        train=texts[n_valid:],
-        valid=texts[:n_valid],
-        duplicates_removed=n_read - len(digests),
-        skipped=tuple(skipped),
-        content_hash=hashlib.sha256(b"".join(digests)).hexdigest(),
+        train=WaitingTexts(file, kept_K[n_valid:]),
+        valid=WaitingTexts(file, kept_K[:n_valid]),
+        duplicates_removed=len(records_N) - len(kept_K),
+        skipped=tuple(skipped.listed),
+        skipped_kinds=skipped.kinds(),
+        content_hash=hashlib.sha256(digests).hexdigest(),
     )
+
+
+class _Skips:
+    """What was skipped: the first of it, and how much of each kind."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.listed: list[Skipped] = []
+        self._kinds: Counter[str] = Counter()
+        self._places: dict[str, list[str]] = {}
+
+    def add(self, item: Skipped) -> None:
+        self.count += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(item)
+        self._kinds[item.kind] += 1
+        places = self._places.setdefault(item.kind, [])
+        if len(places) < PLACES:
+            places.append(item.place)
+
+    def kinds(self) -> tuple[SkippedKind, ...]:
+        return tuple(
+            SkippedKind(reason=kind, count=count, places=tuple(self._places[kind]))
+            for kind, count in sorted(self._kinds.items(), key=lambda pair: (-pair[1], pair[0]))
+        )
+
+
+def _words(digests_N: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The four 64-bit words of digests, the last first: the order in which `lexsort` takes its keys."""
+    words = np.ascontiguousarray(digests_N).view(">u8").reshape(len(digests_N), 4).astype(np.uint64)
+    return tuple(words[:, place] for place in (3, 2, 1, 0))
 
 
 def _without_marks(text: str) -> str:
@@ -85,5 +197,5 @@ def _without_marks(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def _sha256(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corpus.documents import Documents, load_documents
+from corpus.documents import Documents, SkippedKind, load_documents
 from corpus.packing import INDEX, PackedTokens, pack
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
@@ -21,8 +21,6 @@ from foundation.source import code_of
 DEFAULT_VOCAB_SIZE = 4096
 MANIFEST = "manifest.json"
 BATCH_CHARACTERS = 1 << 22
-# Of what was skipped; `python -m corpus prepare` lists all of it.
-SHOWN = 3
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +30,10 @@ class CorpusConfig:
     """What to read and how.
 
     Attributes:
-        data: Files and folders of .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet; none: the Python standard
-            library. A .txt or .md of more than 100,000 characters is cut into documents at blank lines.
-        text_field: Key or column that holds the text in .jsonl and .parquet.
+        data: Files and folders of .txt, .md, .jsonl, .ndjson, .json (each also as .gz and .zst) and .parquet; none: the
+            Python standard library. A .txt or .md of more than 100,000 characters is cut into documents at blank
+            lines.
+        text_field: Key or column that holds the text; meta.text for one inside of another.
         vocab_size: Size of the vocabulary to learn; 4096 unless told. Not together with tokenizer_file.
         tokenizer_file: A SentencePiece model to use instead of learning one.
         valid_share: Expected share of the documents held out for validation.
@@ -76,7 +75,8 @@ class CorpusManifest:
         content_hash: SHA-256 of the documents, in any order and under any name.
         tokenizer_hash: SHA-256 of the tokenizer's pieces and scores.
         tokenizer_file_hash: SHA-256 of its file.
-        skipped: what could not be used, with its place.
+        skipped: what could not be used, with its place: the first thousand of it.
+        skipped_kinds: how often each reason.
     """
 
     config: CorpusConfig
@@ -88,6 +88,7 @@ class CorpusManifest:
     valid: SplitCounts
     duplicates_removed: int
     skipped: tuple[Skipped, ...]
+    skipped_kinds: tuple[SkippedKind, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +117,12 @@ def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
     """
     tokenizer = None if config.tokenizer_file is None else Tokenizer.load(config.tokenizer_file)
     _say(f"reading {', '.join(config.data) or 'the Python standard library'}, without duplicates")
-    documents = load_documents(config.data, text_field=config.text_field, valid_share=config.valid_share)
-    if documents.skipped:
-        first = "; ".join(f"{item.place}: {item.reason}" for item in documents.skipped[:SHOWN])
-        _say(f"skipped {len(documents.skipped):,}: {first}{'; ...' * (len(documents.skipped) > SHOWN)}")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    documents = load_documents(
+        config.data, text_field=config.text_field, valid_share=config.valid_share, folder=Path(root)
+    )
+    for kind in documents.skipped_kinds:
+        _say(f"skipped {kind.line()}")
     folder = Path(root) / _cache_key(config, documents, tokenizer)
     if folder.exists():
         try:
@@ -181,7 +184,7 @@ def _cache_key(config: CorpusConfig, documents: Documents, tokenizer: Tokenizer 
         "config": dataclasses.asdict(config),
         "content": documents.content_hash,
         "duplicates_removed": documents.duplicates_removed,
-        "skipped": [dataclasses.asdict(item) for item in documents.skipped],
+        "skipped": [dataclasses.asdict(item) for item in (*documents.skipped, *documents.skipped_kinds)],
         "tokenizer": None if tokenizer is None else tokenizer.hash(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
@@ -195,7 +198,7 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
     tokenizer.save(folder / "tokenizer.model")
     counts: dict[str, SplitCounts] = {}
     for split, texts in (("train", documents.train), ("valid", documents.valid)):
-        _say(f"packing {split}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
+        _say(f"packing {split}: {len(texts):,} documents, {texts.n_bytes:,} bytes")
         packed = pack(
             folder / split,
             _encode(texts, tokenizer),
@@ -214,6 +217,7 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         valid=counts["valid"],
         duplicates_removed=documents.duplicates_removed,
         skipped=documents.skipped,
+        skipped_kinds=documents.skipped_kinds,
     )
     save_json(folder / MANIFEST, manifest)
     # The indices hold the checksums of the tokens.
@@ -230,15 +234,16 @@ def _counts(packed: PackedTokens) -> SplitCounts:
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
     """(ids, UTF-8 bytes) per document, encoded in bounded batches, each document proven to come back byte for byte."""
-    start = 0
-    while start < len(texts):
-        stop, characters = start, 0
-        while stop < len(texts) and characters < BATCH_CHARACTERS:
-            characters += len(texts[stop])
-            stop += 1
-        for text, ids in zip(texts[start:stop], tokenizer.encode_batch(texts[start:stop])):
+    waiting: list[str] = []
+    characters = 0
+    for number, text in enumerate(texts, start=1):
+        waiting.append(text)
+        characters += len(text)
+        if characters < BATCH_CHARACTERS and number < len(texts):
+            continue
+        batch, waiting, characters = waiting, [], 0
+        for text, ids in zip(batch, tokenizer.encode_batch(batch)):
             data = text.encode()
             if tokenizer.decode_bytes(ids) != data:
                 raise ValueError(f"the tokenizer does not give back the document that begins {text[:60]!r}")
             yield ids, len(data)
-        start = stop

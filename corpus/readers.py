@@ -5,13 +5,16 @@ Places are `path` (whole file), `path:line` or `path:row`, counted from 1.
 """
 
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+# zstd --ultra --long=31, the most that the format has; readers refuse more than 128 MiB unless told.
+ZSTD_WINDOW = 1 << 31
 # Characters of a text file that is more than one document, and of the documents that it is cut into: a book would be
 # trained on or held out as a whole.
 LONG_TEXT, PIECE = 100_000, 10_000
@@ -19,9 +22,16 @@ LONG_TEXT, PIECE = 100_000, 10_000
 
 @dataclass(frozen=True)
 class Document:
-    """A text, valid Unicode and not empty."""
+    """A text, valid Unicode and not empty.
+
+    Attributes:
+        place: where it stands.
+        record: the JSON object or row that holds the text, text included; empty for a text file.
+    """
 
     text: str
+    place: str = field(default="", compare=False)
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,11 @@ class Skipped:
 
     place: str
     reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without what differs from record to record."""
+        return re.sub(r"U\+[0-9A-F]+|(?<=character )\d+", "...", self.reason.partition(": ")[0])
 
 
 def suffix_of(path: Path) -> str | None:
@@ -52,20 +67,23 @@ def read_file(path: Path, *, text_field: str) -> Iterator[Document | Skipped]:
     """
     suffix = suffix_of(path)
     if suffix is None:
-        raise ValueError(f"{place_of(path)}: unknown file type; legal are {', '.join(SUFFIXES)}")
-    if suffix in (".txt", ".md"):
-        return (part for document in read_text(path) for part in cut(document))
+        raise ValueError(f"{place_of(path)}: unknown file type; legal are {LEGAL}")
     if suffix == ".parquet":
         return _read_parquet(path, text_field)
-    return _read_jsonl(path, text_field, CHUNKS_OF_SUFFIX[suffix])
+    kind, chunks_of = FORMATS[suffix]
+    if kind == "text":
+        return (part for document in read_text(path, chunks_of) for part in cut(document))
+    return _read_jsonl(path, text_field, chunks_of)
 
 
-def read_text(path: Path) -> Iterator[Document | Skipped]:
+def read_text(path: Path, chunks_of: Callable[[Path], Iterable[bytes]] | None = None) -> Iterator[Document | Skipped]:
     """The whole file as one document, if it is UTF-8; line ends and byte order mark stay as they are."""
+    place = place_of(path)
     try:
-        yield _checked(path.read_bytes().decode(), place_of(path))
-    except (OSError, UnicodeDecodeError) as error:
-        yield Skipped(place_of(path), str(error))
+        data = b"".join((chunks_of or _plain_chunks)(path))
+        yield _checked(data.decode(), place)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        yield Skipped(place, str(error))
 
 
 def cut(document: Document | Skipped) -> Iterator[Document | Skipped]:
@@ -81,10 +99,10 @@ def cut(document: Document | Skipped) -> Iterator[Document | Skipped]:
         bare = line.strip("\ufeff\r\n")
         length += len(bare) + 1
         if length >= 2 * PIECE or (length >= PIECE and not bare):
-            yield Document(part)
+            yield Document(part, document.place)
             part, length = "", 0
     if part:
-        yield Document(part)
+        yield Document(part, document.place)
 
 
 def _short_lines(text: str) -> Iterator[str]:
@@ -96,7 +114,7 @@ def _short_lines(text: str) -> Iterator[str]:
             yield from (line[start : start + PIECE] for start in range(0, len(line), PIECE))
 
 
-def _checked(text: Any, place: str) -> Document | Skipped:
+def _checked(text: Any, place: str, record: Mapping[str, Any] | None = None) -> Document | Skipped:
     if not isinstance(text, str):
         return Skipped(place, f"the text is not a string but {type(text).__name__}")
     if not text:
@@ -105,17 +123,20 @@ def _checked(text: Any, place: str) -> Document | Skipped:
         text.encode()
     except UnicodeEncodeError as error:
         return Skipped(place, f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}")
-    return Document(text)
+    return Document(text, place, record or {})
 
 
 def _read_jsonl(
-    path: Path, text_field: str, chunks_of: Callable[[Path], Iterator[bytes]]
+    path: Path, text_field: str, chunks_of: Callable[[Path], Iterable[bytes]]
 ) -> Iterator[Document | Skipped]:
     """Blank lines are passed over; a stream that breaks off loses its rest, from the first line that did not arrive
-    whole."""
+    whole. A file that begins with a bracket is one JSON array, which is held in memory."""
     number = 0
     try:
         for number, line in enumerate(_lines(chunks_of(path)), start=1):
+            if number == 1 and _is_array(path, line):
+                yield from _parse_array(b"".join(chunks_of(path)), text_field, place_of(path))
+                return
             if line.strip():
                 yield _parse_line(line, text_field, f"{place_of(path)}:{number}")
     except (OSError, EOFError, zlib.error) as error:
@@ -130,20 +151,57 @@ def _parse_line(line: bytes, text_field: str, place: str) -> Document | Skipped:
         return Skipped(place, "nested too deeply")
     except ValueError as error:
         return Skipped(place, f"not JSON in UTF-8: {error}")
+    return _text_of(record, text_field, place)
+
+
+def _is_array(path: Path, line: bytes) -> bool:
+    json_file = path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json")
+    return json_file and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _parse_array(data: bytes, text_field: str, place: str) -> Iterator[Document | Skipped]:
+    try:
+        records = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        yield Skipped(place, f"not JSON in UTF-8: {error}")
+        return
+    for number, record in enumerate(records, start=1):
+        yield _text_of(record, text_field, f"{place}[{number}]")
+
+
+def _text_of(record: Any, text_field: str, place: str) -> Document | Skipped:
     if not isinstance(record, dict):
         return Skipped(place, f"not a JSON object but {type(record).__name__}")
-    if text_field not in record:
+    holder, name = holder_of(record, text_field)
+    if name not in holder:
         return Skipped(place, f"no field {text_field!r}")
-    return _checked(record[text_field], place)
+    return _checked(holder[name], place, record)
+
+
+def holder_of(record: Mapping[str, Any], text_field: str) -> tuple[Mapping[str, Any], str]:
+    """The object that holds a field, and its name in there: `meta.text` is `text` in `meta`, unless there is a field of
+    the whole name."""
+    while text_field not in record and "." in text_field:
+        outer, _, rest = text_field.partition(".")
+        inner = record.get(outer)
+        if not isinstance(inner, Mapping):
+            break
+        record, text_field = inner, rest
+    return record, text_field
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    pending = b""
+    """Lines without their ends, in time linear in their length, however many chunks one takes."""
+    pending: list[bytes] = []
     for chunk in chunks:
-        *lines, pending = (pending + chunk).split(b"\n")
-        yield from lines
-    if pending:
-        yield pending
+        first, *others = chunk.split(b"\n")
+        pending.append(first)
+        if others:
+            yield b"".join(pending)
+            yield from others[:-1]
+            pending = [others[-1]]
+    if any(pending):
+        yield b"".join(pending)
 
 
 def _plain_chunks(path: Path) -> Iterator[bytes]:
@@ -172,7 +230,7 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
     for chunk in _plain_chunks(path):
         rest = chunk
         while rest:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
             try:
                 yield frame.decompress(rest)
             except zstandard.ZstdError as error:
@@ -194,25 +252,45 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document | Skipped]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
+            column, _, inner = text_field.partition(".")
+            if text_field in file.schema_arrow.names:
+                column, inner = text_field, ""
+            if column not in file.schema_arrow.names:
                 yield Skipped(
                     place_of(path), f"no column {text_field!r}; it has {', '.join(map(repr, file.schema_arrow.names))}"
                 )
                 return
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in batch.column(0):
+            for batch in file.iter_batches(batch_size=1024):
+                others = [name for name in batch.schema.names if name != column]
+                cells = zip(batch.column(column), *(batch.column(name) for name in others))
+                for value, *rest in cells:
                     row += 1
-                    yield _parse_cell(value, f"{place_of(path)}:{row}")
+                    yield _parse_cell(value, inner, f"{place_of(path)}:{row}", (column, others, rest))
     except (OSError, pyarrow.ArrowException) as error:
         yield Skipped(f"{place_of(path)}:{row + 1}", f"unreadable from here on: {error}")
 
 
-def _parse_cell(value: Any, place: str) -> Document | Skipped:
+def _parse_cell(value: Any, inner: str, place: str, row: tuple[str, list[str], list[Any]]) -> Document | Skipped:
+    column, names, others = row
     try:
-        return _checked(value.as_py(), place)
+        text = value.as_py()
+        record = {column: text, **{name: other.as_py() for name, other in zip(names, others)}}
+        return _text_of(record, f"{column}.{inner}", place) if inner else _checked(text, place, record)
     except UnicodeDecodeError as error:
         return Skipped(place, str(error))
 
 
-CHUNKS_OF_SUFFIX = {".jsonl": _plain_chunks, ".jsonl.gz": _gzip_chunks, ".jsonl.zst": _zstd_chunks}
-SUFFIXES = (".txt", ".md", *CHUNKS_OF_SUFFIX, ".parquet")
+COMPRESSIONS = {"": _plain_chunks, ".gz": _gzip_chunks, ".zst": _zstd_chunks}
+FORMATS = {
+    f"{suffix}{compression}": (kind, chunks_of)
+    for suffix, kind in (
+        (".txt", "text"),
+        (".md", "text"),
+        (".jsonl", "lines"),
+        (".ndjson", "lines"),
+        (".json", "lines"),
+    )
+    for compression, chunks_of in COMPRESSIONS.items()
+}
+SUFFIXES = (*FORMATS, ".parquet")
+LEGAL = ".txt, .md, .jsonl, .ndjson, .json (each also as .gz and .zst) and .parquet"

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from corpus.readers import SUFFIXES, Document, Skipped, place_of, read_file, read_text, suffix_of
+from corpus.readers import LEGAL, Document, Skipped, place_of, read_file, read_text, suffix_of
 
 # Installed packages are not the standard library; tests are mostly literals and near-copies of each other.
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -39,17 +39,28 @@ def read_standard_library(root: Path | None = None) -> Iterator[Document | Skipp
 
 
 def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | Skipped]:
-    """Documents of files and folders, in the order given; a folder is walked in sorted order and gives its files of a
-    known type.
-
-    Hidden files and folders are left out; files of another type in a folder are named among what is skipped.
+    """Documents of files and folders, in the order given; see `find_files`.
 
     Args:
-        text_field: column or key that holds the text in .jsonl and .parquet.
+        text_field: column or key that holds the text, `meta.text` for one inside of another.
 
     Raises:
-        ValueError: for a path that does not exist, a file of unknown type, or a folder with nothing to read; before
-            anything is read.
+        ValueError: as `find_files`; before anything is read.
+    """
+    paths, unknown = find_files(data)
+    for path in paths:
+        yield from read_file(path, text_field=text_field)
+    for path in unknown:
+        yield Skipped(place_of(path), f"unknown file type; legal are {LEGAL}")
+
+
+def find_files(data: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Files to read, in the order given, and files of unknown types in the folders.
+
+    A folder is walked in sorted order and gives its files of a known type. Hidden files and folders are left out.
+
+    Raises:
+        ValueError: for a path that does not exist, a file of unknown type, or a folder with nothing to read.
     """
     paths: list[Path] = []
     unknown: list[Path] = []
@@ -65,12 +76,11 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
             paths += found
         elif not path.exists():
             raise ValueError(f"{place_of(path)}: no such file or folder")
+        elif suffix_of(path) is None:
+            raise ValueError(f"{place_of(path)}: unknown file type; legal are {LEGAL}")
         else:
             paths.append(path)
-    for path in paths:
-        yield from read_file(path, text_field=text_field)
-    for path in unknown:
-        yield Skipped(place_of(path), f"unknown file type; legal are {', '.join(SUFFIXES)}")
+    return paths, unknown
 
 
 def _walk(root: Path, excluded_folders: frozenset[str] = frozenset()) -> list[Path]:

@@ -22,6 +22,7 @@ from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
 from lm.cache_table import CacheConfig, show_caches
+from lm.evaluate_text import EvaluateConfig, evaluate_text
 from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
@@ -29,7 +30,6 @@ from lm.pretrained import find_model, load_pretrained, load_tokenizer
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
 from lm.published.parity import ParityConfig, parity
 from lm.sampling import SamplingConfig, StopStrings
-from lm.text_evaluation import EvaluateConfig, evaluate_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

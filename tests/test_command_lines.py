@@ -151,6 +151,24 @@ NONSENSE = {
     },
     "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
+    "corpus refine": {
+        "--data": ("/nowhere", "/dev/null"),
+        "--workers": ("0", "-1", "nan"),
+        "--cluster-limit": ("0", "nan", "inf"),
+        "--shard-mb": ("0", "-1", "nan"),
+        "--languages": ("fr",),
+        "--without": ("minhash",),
+        "--trusted": ("/nowhere",),
+        "--block-list": ("/nowhere",),
+        "--out": ("/dev/null/x", "/dev/null"),
+    },
+    "corpus dirt": {"--data": ("/nowhere",), "--each": ("0", "nan"), "--out": ("/dev/null/x",)},
+    "corpus tokenizers": {
+        "--data": ("/nowhere",),
+        "--vocab-sizes": ("0", "260", "nan"),
+        "--files": ("/nowhere.json", "/nowhere"),
+        "--csv": ("/dev/null/x",),
+    },
     "corpus show": {"": ("/nowhere", "/dev/null")},
     "lm generate": {
         "--temperature": ("nan", "inf", "-1", "1e400", "1e-40"),
@@ -163,6 +181,14 @@ NONSENSE = {
         "--seed": ("1" + "0" * 23, "nan"),
         "--run": ("/nowhere", "/dev/null"),
         "--trace": ("/dev/null/x", "/dev/null"),
+    },
+    "lm evaluate": {
+        "--run": ("/nowhere", "/dev/null"),
+        "--window": ("0", "-1", "nan"),
+        "--stride": ("0", "1000"),
+        "--batch-size": ("0",),
+        "--resamples": ("0",),
+        "--csv": ("/dev/null/x", "/tmp"),
     },
     "lm bench": {
         "--batch-size": ("0", "-1", "1" + "0" * 23),
@@ -210,6 +236,9 @@ NONSENSE = {
     },
 }
 REST = {
+    "corpus refine": ("--data", "{text}", "--out", "{out}"),
+    "corpus tokenizers": ("--data", "{text}"),
+    "corpus dirt": ("--data", "{text}", "--out", "{out}.jsonl"),
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
     "staged_training sweep": TINY_RUN,
@@ -223,6 +252,7 @@ REST = {
     "ablations scaling compare": ("top_p", "/nowhere"),
     "ablations scaling ladder": TINY_COMPARE[1:],
     "ablations scaling plan": ("/nowhere",),
+    "lm evaluate": ("--run", "/nowhere", "--data", "{text}"),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
 CASES = [
@@ -236,7 +266,7 @@ def places(tmp_path_factory):
     (root / "text").mkdir()
     for number in range(30):
         (root / "text" / f"{number}.txt").write_text(f"document {number}: " + "the same words again and again " * 20)
-    return {"{out}": str(root / "out"), "{text}": str(root / "text")}
+    return {"{out}": str(root / "out"), "{out}.jsonl": str(root / "out.jsonl"), "{text}": str(root / "text")}
 
 
 @pytest.mark.parametrize(("command", "option", "value"), CASES)
@@ -316,8 +346,8 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty agreement scaling runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
-    "lm": "generate bench bench-peers long-context",
-    "corpus": "prepare",
+    "lm": "generate evaluate cache bench bench-peers long-context import export parity",
+    "corpus": "refine dirt prepare tokenizers mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
 }

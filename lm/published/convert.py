@@ -8,7 +8,7 @@ were published in, so that both ways are exact.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,8 @@ import tyro
 from torch import Tensor
 
 from corpus.byte_level_tokenizer import ByteLevelTokenizer
+from corpus.readers import Document
+from corpus.sources import read_paths
 from corpus.tokenizer import Tokenizer
 from foundation.command import refuse_unwritable
 from foundation.files import atomic_folder, json_text, read_json, require_space, write_json
@@ -30,7 +32,6 @@ from lm.published.checkpoint import DTYPES, SHARD_BYTES, Checkpoint, write_check
 from lm.published.families import FAMILIES, family_of
 from lm.published.family import Family
 from lm.published.layouts import Stored
-from lm.text_evaluation import read_tokens
 
 # Where a model folder keeps what it was imported from.
 BESIDE = "published"
@@ -142,7 +143,7 @@ def import_model(config: ImportConfig) -> str:
     if config.text:
         if tokenizer is None:
             raise ValueError(f"--text needs a tokenizer: {without}")
-        tokens, _ = read_tokens(tokenizer, config.text, "text", CALIBRATION_TOKENS)
+        tokens = read_tokens(tokenizer, config.text, CALIBRATION_TOKENS)
         # Rows of one length, as many as there are.
         length = min(CALIBRATION_LENGTH, len(tokens))
         calibration_BT = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
@@ -167,6 +168,23 @@ def _tokenizer(folder: Path, model: ModelConfig) -> tuple[Tokenizer | None, str 
         return tokenizer, None
     except (ValueError, ImportError) as error:
         return None, str(error)
+
+
+def read_tokens(tokenizer: Tokenizer, data: Sequence[Path], most: int) -> list[int]:
+    """The first tokens of a text, `most` of them or all, with a boundary before each document.
+
+    Raises:
+        ValueError: where there is no document.
+    """
+    tokens: list[int] = []
+    for item in read_paths([str(path) for path in data], text_field="text"):
+        if isinstance(item, Document):
+            tokens += [tokenizer.boundary_id, *tokenizer.encode(item.text)]
+        if len(tokens) >= most:
+            break
+    if len(tokens) < 2:
+        raise ValueError(f"--text: no usable document in {', '.join(map(str, data))}")
+    return tokens[:most]
 
 
 def export_model(config: ExportConfig) -> str:

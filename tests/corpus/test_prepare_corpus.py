@@ -249,8 +249,8 @@ def test_command_prepares_and_shows(data, tmp_path, capsys):
     assert f"content hash      {prepared.manifest.content_hash}" in printed
     assert f"{prepared.manifest.valid.tokens:,} tokens" in printed
     assert f"{xz_bits_per_byte(prepared.valid_text()):.4f} bits per byte" in printed
-    assert f"{data}:101: not JSON" in printed
-    assert f"{data}:205: lone surrogate U+D800 at character 0" in printed
+    assert f"1 x not JSON in UTF-8: {data}:101" in printed
+    assert f"1 x lone surrogate ... at character ...: {data}:205" in printed
     main(["show", str(folder)])
     assert facts(capsys.readouterr().out) == facts(printed)
 

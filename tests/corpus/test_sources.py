@@ -67,7 +67,7 @@ def test_a_book_is_cut_into_documents_at_blank_lines_and_loses_nothing(tmp_path)
     assert all(readers.PIECE <= len(part) < 2 * readers.PIECE for part in parts[:-1])
     # It has a part on each side now, as text that is many files has.
     documents = load_documents([str(tmp_path)], text_field="text", valid_share=0.1)
-    assert sorted(documents.train + documents.valid) == sorted(parts)
+    assert sorted([*documents.train, *documents.valid]) == sorted(parts)
 
 
 @pytest.mark.parametrize("change", [lambda text: text.replace("\n", "\r\n"), lambda text: "\ufeff" + text])
@@ -252,7 +252,7 @@ def test_file_name_that_is_not_utf8(tmp_path):
         (lambda folder: folder, "no file of a known type"),
         (
             lambda folder: write(folder / "a.png", b"x"),
-            "a.png: unknown file type; legal are .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst, .parquet",
+            r"a.png: unknown file type; legal are .txt, .md, .jsonl, .ndjson, .json \(each also as .gz and .zst\)",
         ),
         (lambda folder: "", "empty path"),
     ],
@@ -309,8 +309,8 @@ def test_split_does_not_depend_on_order_or_repetition(tmp_path_factory, texts, s
         return
     assert (first.train, first.valid, first.content_hash) == (second.train, second.valid, second.content_hash)
     distinct = {as_shown(text) for text in texts}
-    assert sorted(map(as_shown, first.train + first.valid)) == sorted(distinct)
-    assert set(first.train + first.valid) <= set(texts)
+    assert sorted(map(as_shown, [*first.train, *first.valid])) == sorted(distinct)
+    assert {*first.train, *first.valid} <= set(texts)
     assert first.duplicates_removed == len(texts) - len(distinct)
     assert second.duplicates_removed == len(shuffled) - len(distinct)
 
@@ -332,7 +332,7 @@ def test_copies_that_differ_in_marks_stand_in_one_split_only(tmp_path, reverse):
     assert len(found.train) + len(found.valid) == 40
     assert found.duplicates_removed == 120
     # What stays is a text that was read, whichever came first.
-    assert set(found.train + found.valid) <= set(every)
+    assert {*found.train, *found.valid} <= set(every)
     again = write(tmp_path / "again.jsonl", jsonl(*sorted(every)))
     same = load_documents([str(again)], text_field="text", valid_share=0.3)
     assert (same.train, same.valid, same.content_hash) == (found.train, found.valid, found.content_hash)
@@ -344,7 +344,7 @@ def test_without_such_copies_the_hashes_are_those_of_the_texts(tmp_path):
     found = load_documents([str(path)], text_field="text", valid_share=0.3)
     hashes = sorted(hashlib.sha256(text.encode()).digest() for text in texts)
     assert found.content_hash == hashlib.sha256(b"".join(hashes)).hexdigest()
-    assert [hashlib.sha256(text.encode()).digest() for text in found.valid + found.train] == hashes
+    assert [hashlib.sha256(text.encode()).digest() for text in [*found.valid, *found.train]] == hashes
 
 
 def test_documents_keep_their_split_when_others_are_added(tmp_path):
@@ -356,7 +356,7 @@ def test_documents_keep_their_split_when_others_are_added(tmp_path):
     assert small.content_hash != large.content_hash
     # Expected 200, standard deviation 13.4.
     assert 140 < len(large.valid) < 260
-    assert large.train != sorted(large.train, key=int)
+    assert list(large.train) != sorted(large.train, key=int)
 
 
 def test_standard_library_rule(tmp_path):
@@ -391,3 +391,84 @@ def test_standard_library_rule(tmp_path):
 def test_missing_standard_library_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match="give your own text with --data"):
         list(read_standard_library(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.ndjson", jsonl(*TEXTS)),
+        ("a.json", jsonl(*TEXTS)),
+        ("a.json.gz", gzip.compress(jsonl(*TEXTS))),
+        ("array.json", json.dumps([{"text": text} for text in TEXTS], indent=1).encode()),
+        ("array.json.zst", zstandard.compress(json.dumps([{"text": text} for text in TEXTS]).encode())),
+        ("A.NDJSON.ZST", zstandard.compress(jsonl(*TEXTS))),
+    ],
+)
+def test_other_names_of_the_same(tmp_path, name, data):
+    assert read(write(tmp_path / name, data)) == (TEXTS, [])
+
+
+@pytest.mark.parametrize(("name", "compress"), [("a.txt.gz", gzip.compress), ("b.md.zst", zstandard.compress)])
+def test_compressed_text_is_one_document_or_named(tmp_path, name, compress):
+    path = write(tmp_path / name, compress(TEXTS[0].encode()))
+    assert read(path) == ([TEXTS[0]], [])
+    write(path, compress(TEXTS[0].encode())[:-3])
+    assert [item.place for item in read(path)[1]] == [str(path)]
+
+
+def test_a_window_longer_than_readers_take_by_themselves(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    # Without its size in the header a frame says what window it needs.
+    path = write(tmp_path / "a.jsonl.zst", compressor.compress(jsonl(*TEXTS)) + compressor.flush())
+    assert read(path) == (TEXTS, [])
+
+
+def test_nested_fields(tmp_path):
+    lines = [
+        {"meta": {"text": "inner"}},
+        {"meta.text": "whole name"},
+        {"meta": "none"},
+        {"meta": {"other": 1}},
+        {"text": "x"},
+    ]
+    path = write(tmp_path / "a.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    texts, skipped = read(path, text_field="meta.text")
+    assert texts == ["inner", "whole name"]
+    assert {item.reason for item in skipped} == {"no field 'meta.text'"}
+    pa.parquet.write_table(pa.table({"meta": [{"text": "row"}], "n": [1]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_field="meta.text") == (["row"], [])
+
+
+def test_a_giant_line_takes_time_in_proportion(monkeypatch):
+    """Counted, not timed: bytes that joining and splitting touch."""
+    chunk, n = b"x" * 1000, 400
+    touched = 0
+
+    class Counting(bytes):
+        def split(self, *arguments):
+            nonlocal touched
+            touched += len(self)
+            return super().split(*arguments)
+
+    (line,) = readers._lines(Counting(chunk) for _ in range(n))
+    assert line == chunk * n
+    assert touched == len(chunk) * n
+
+
+def test_skips_are_summed_up_by_kind(tmp_path):
+    lines = [b'{"text": "good %d"}' % number for number in range(60)] + [b"{", b"[1]", b'{"text": 5}'] * 700
+    path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    write(tmp_path / "b.pdf", b"%PDF")
+    found = load_documents([str(tmp_path)], text_field="text", valid_share=0.5)
+    assert [(kind.count, kind.reason) for kind in found.skipped_kinds] == [
+        (700, "not JSON in UTF-8"),
+        (700, "not a JSON object but list"),
+        (700, "the text is not a string but int"),
+        (1, "unknown file type; legal are .txt, .md, .jsonl, .ndjson, .json (each also as .gz and .zst) and .parquet"),
+    ]
+    assert len(found.skipped) == 1000
+    assert found.skipped_kinds[0].line() == (
+        f"700 x not JSON in UTF-8: {', '.join(f'{path}:{number}' for number in range(61, 76, 3))} and 695 more"
+    )
+    assert found.skipped_kinds[-1].line().endswith(str(tmp_path / "b.pdf"))
