@@ -30,8 +30,8 @@ LEVEL = 0.9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PointRow:
-    """A finished run; the columns are those that `fit` reads by default. `loss` is bits per byte of the validation
-    text."""
+    """A finished run; the columns are those that `fit` and `compare` read by default. `loss` is bits per byte of the
+    validation text, `scale` see `Rung`."""
 
     run: str
     method: str
@@ -44,6 +44,7 @@ class PointRow:
     density: float
     flops: float
     seconds: float
+    scale: float
     loss: float
 
 
@@ -139,6 +140,7 @@ def write_points(ladder: Ladder) -> list[PointRow]:
                     density=rung.density,
                     flops=cost["flops"],
                     seconds=cost["seconds"],
+                    scale=rung.scale,
                     loss=record.result["bits_per_byte"],
                 )
             )

@@ -36,6 +36,7 @@ class Rung:
         granularity: width of a dense layer / width of an expert.
         density: share of the experts that a token uses.
         flops: of training.
+        scale: FLOPs of the baseline's run of the same sizes, by which methods are paired.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Rung:
     granularity: float
     density: float
     flops: float
+    scale: float
 
     @property
     def finished(self) -> bool:
@@ -125,7 +127,9 @@ def _wide(base: ModelOptions, width: int, depth: int) -> ModelOptions:
 
 def _rung(options: LadderOptions, corpus: PreparedCorpus, method: Method, model: ModelOptions, tokens: int) -> Rung:
     config = method.change(model.config(corpus.tokenizer.vocab_size))
-    plan = make_whole_plan(options.staging(tokens), corpus_facts(corpus), config, seed=options.seed)
+    facts, staging = corpus_facts(corpus), options.staging(tokens)
+    plan = make_whole_plan(staging, facts, config, seed=options.seed)
+    baseline = make_whole_plan(staging, facts, model.config(corpus.tokenizer.vocab_size), seed=options.seed)
     cost = model_cost(config, length=options.seq_len, mean_experts=float(model.k))
     return Rung(
         name=f"{method.name}_w{model.d_model}_l{model.n_layers}_e{model.n_experts}_k{model.k}_t{tokens}",
@@ -140,6 +144,7 @@ def _rung(options: LadderOptions, corpus: PreparedCorpus, method: Method, model:
         granularity=DENSE * model.d_model / model.d_expert,
         density=model.k / model.n_experts,
         flops=planned(plan, None, cached=False).training,
+        scale=planned(baseline, None, cached=False).training,
     )
 
 

@@ -176,7 +176,8 @@ class CompareOptions:
         points: csv, a row per trained model; the method and the baseline at the same four sizes or more.
         baseline: name of what it is compared with.
         method_column: name of the column of methods.
-        scale_column: name of the column of what grows along the ladder: FLOPs of training, or parameters.
+        scale_column: name of the column of what grows along the ladder, the same for both: the baseline's FLOPs in the
+            points of `ladder`; parameters, say.
         loss_column: name of the column of losses.
         seed_column: name of a column of seeds, by which the two are paired beside the scale.
         at: multiples of the ladder's largest scale, at which to say what the laws say.
@@ -188,7 +189,7 @@ class CompareOptions:
     points: tyro.conf.Positional[Path]
     baseline: str = "baseline"
     method_column: str = "method"
-    scale_column: str = "flops"
+    scale_column: str = "scale"
     loss_column: str = "loss"
     seed_column: str | None = None
     at: tuple[float, ...] = (1.0, 10.0, 100.0)

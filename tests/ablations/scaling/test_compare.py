@@ -12,7 +12,7 @@ SIZES = np.array([1e6, 3e6, 1e7, 3e7, 1e8])
 def write(path, better_E=-0.02, better_A=0.0, noise=0.001, sizes=SIZES, seeds=2, seed=0):
     """Two laws with one exponent; the method's constant and factor differ."""
     generator = np.random.default_rng(seed)
-    lines = ["method,flops,seed,loss"]
+    lines = ["method,scale,seed,loss"]
     for size in sizes:
         for number in range(seeds):
             shared = noise * generator.standard_normal()
@@ -59,7 +59,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sizes", "said"),
     [
-        ({}, SIZES, "a second row of 'baseline' at flops 1e[+]06; name the column of seeds"),
+        ({}, SIZES, "a second row of 'baseline' at scale 1e[+]06; name the column of seeds"),
         ({"seed_column": "seed"}, SIZES[:3], "meet at 3 sizes; a difference of laws needs at least 4"),
         ({"baseline": "other"}, SIZES, "no row of 'other'; it has baseline, top_p"),
         ({"scale_column": "params"}, SIZES, "no column 'params'"),

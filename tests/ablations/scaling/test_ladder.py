@@ -88,6 +88,10 @@ def test_the_largest_runs_are_predicted_before_they_are_trained(options, capsys)
 def test_a_ladder_of_a_method_has_its_own_held_out_runs(options):
     ladder = prepare_ladder(dataclasses.replace(options, methods=("baseline", "top_p")))
     held = [rung.method for rung in ladder.rungs if rung.held_out]
+    scales = [{rung.scale for rung in ladder.rungs if rung.method == method} for method in ("baseline", "top_p")]
+    # What `compare` pairs them by.
+    assert len(scales[0]) == 9
+    assert scales[0] == scales[1]
     assert sorted(held) == ["baseline"] * 2 + ["top_p"] * 2
 
 
