@@ -43,6 +43,8 @@ class AttentionConfig:
             half of head_dim by default.
         latent_value_dim: value width of a latent-attention head; head_dim by default.
         latent_query_dim: width of a latent that its queries are made from; None makes them from the input.
+        latent_scale: multiplies a latent-attention layer's logits: DeepSeek's YaRN makes all channels grow, (0.1 m
+            ln(factor) + 1)^2 with its mscale_all_dim m, and not only those that are turned.
         mamba_groups: groups of a Mamba-2 layer's linear heads that share what is written and read by (its B and C).
         short_conv_dim: channels of a gated short convolution; n_heads * head_dim by default.
         conv_width: taps of a short convolution (before a delta rule or a Mamba-2 scan, or a layer of its own), 2 to 8.
@@ -77,6 +79,7 @@ class AttentionConfig:
     latent_shared_dim: int | None = None
     latent_value_dim: int | None = None
     latent_query_dim: int | None = None
+    latent_scale: float = 1.0
     mamba_groups: int = 1
     short_conv_dim: int | None = None
     conv_width: int = 4
@@ -120,7 +123,7 @@ class AttentionConfig:
         for name in ("qk_norm_whole", "unit_offset"):
             if getattr(self, name) and not self.qk_norm:
                 raise ValueError(f"AttentionConfig.{name}: True without qk_norm, whose option it is; legal: False")
-        for name in ("rope_base", "norm_eps"):
+        for name in ("rope_base", "norm_eps", "latent_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")
 

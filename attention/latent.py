@@ -101,8 +101,6 @@ class LatentKind(AttentionKind):
                 f"AttentionConfig.latent_shared_dim: {shape.shared}, of which rotary_fraction={config.rotary_fraction}"
                 f" turns {turned:g} channels; legal: an even number"
             )
-        if config.yarn is not None:
-            raise ValueError(f"AttentionConfig.yarn: {config.yarn}; legal in a latent-attention layer (A): None")
 
     def new_state(
         self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
@@ -131,6 +129,7 @@ class LatentAttention(AttentionLayer):
         self.shape = latent_shape(config)
         H, K, R, V, C, _ = self.shape
         Q = config.latent_query_dim
+        self.scale = config.latent_scale * (R + K) ** -0.5
         # Queries, or their latent; the latent of keys and values; the key channels that all heads share.
         self.widths = [Q or H * (R + K), C, R]
         self.to_inner = Projection(d_model, sum(self.widths))
@@ -150,7 +149,10 @@ class LatentAttention(AttentionLayer):
         q, latent_BTC, shared_BTR = self.to_inner(x_BTD).split(self.widths, dim=-1)
         # The channels that positions turn come first in queries and keys, where rotary embeddings look for them.
         q_BTHK = self.to_query(self.q_norm(q)).view(B, T, H, R + K)
-        rotary = rotary_of(start, T, rotary_dim=self.shape.turned, base=self.config.rope_base, device=x_BTD.device)
+        config, device = self.config, x_BTD.device
+        rotary = rotary_of(
+            start, T, rotary_dim=self.shape.turned, base=config.rope_base, device=device, yarn=config.yarn
+        )
         latent_BTC, shared_BTR = self.kv_norm(latent_BTC), turned(shared_BTR[:, :, None], rotary, start)[:, :, 0]
         if state is not None:
             seen_BSX = state.update(torch.cat([latent_BTC, shared_BTR], dim=-1))
@@ -165,6 +167,7 @@ class LatentAttention(AttentionLayer):
             q_BTHK,
             torch.cat([shared_BSHR, key_BSHK.unflatten(-1, (H, K))], dim=-1),
             value_BSHV.unflatten(-1, (H, V)),
+            scale=self.scale,
             rotary=rotary,
         )
         return self.to_out(o_BTHV.flatten(2)), None
@@ -177,7 +180,7 @@ class LatentAttention(AttentionLayer):
         turned_BHR, plain_BHK = q_BHK.split([R, K], dim=-1)
         q_BHX = torch.cat([torch.einsum("bhk,hkc->bhc", plain_BHK, key_HKC), turned_BHR], dim=-1)
         seen_BS1X = seen_BSX[:, :, None]
-        o_BHC = flash_decode(q_BHX, seen_BS1X, seen_BS1X[..., :C], lengths_B, scale=(R + K) ** -0.5)
+        o_BHC = flash_decode(q_BHX, seen_BS1X, seen_BS1X[..., :C], lengths_B, scale=self.scale)
         return torch.einsum("bhc,hvc->bhv", o_BHC, value_HVC)
 
 

@@ -3,6 +3,7 @@ output of a whole text, and of a cached one, and gradients."""
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from attention import AttentionConfig, build_attention
 from attention.kinds import KINDS
 from attention.mamba2 import mamba_widths
+from attention.yarn import Yarn
 from foundation.environment import version
 
 pytestmark = pytest.mark.skipif(version("transformers") is None, reason="transformers is not installed")
@@ -74,9 +76,17 @@ def rotary_first(weight, heads, plain, rotary, interleaved=True):
     return weight[torch.cat([turned, rows[:, :plain]], dim=1).flatten()]
 
 
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 40.0, "original_max_position_embeddings": 8},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1},
+}
+
+
 @pytest.mark.parametrize("query_dim", [None, 20])
-@pytest.mark.parametrize("positions", [True, False])
-def test_latent_attention_is_deepseeks(query_dim, positions):
+@pytest.mark.parametrize(
+    ("positions", "yarn"), [(True, None), (False, None), (True, YARN), (True, {**YARN, "mscale_all_dim": 0.7})]
+)
+def test_latent_attention_is_deepseeks(query_dim, positions, yarn):
     from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
@@ -90,9 +100,15 @@ def test_latent_attention_is_deepseeks(query_dim, positions):
         qk_nope_head_dim=K,
         qk_rope_head_dim=R,
         v_head_dim=V,
+        **({} if yarn is None else {"rope_parameters": yarn}),
         attn_implementation="eager",
     )
     published = fresh(DeepseekV3Attention(config, layer_idx=0))
+    options = {}
+    if yarn is not None:
+        whole, rotary = (0.1 * yarn[name] * math.log(yarn["factor"]) + 1 for name in ("mscale_all_dim", "mscale"))
+        stretched = Yarn(factor=40.0, original_length=8, magnitude=rotary / whole)
+        options = {"latent_scale": whole**2, "yarn": stretched}
     layer = ours(
         "A",
         AttentionConfig(
@@ -105,6 +121,7 @@ def test_latent_attention_is_deepseeks(query_dim, positions):
             latent_query_dim=query_dim,
             rotary_fraction=float(positions),
             norm_eps=1e-6,
+            **options,
         ),
     )
     with torch.no_grad():
