@@ -144,6 +144,16 @@ NONSENSE = {
         "--csv": ("/dev/null/x", "/proc/x", "/tmp"),
         "--model.d-model": ("0",),
     },
+    "lm evaluate": {
+        "--tokens": ("0", "-1", "nan"),
+        "--context": ("0",),
+        "--batch-size": ("0",),
+        "--experts": ("nan", "-1"),
+        "--run": ("/nowhere", "/dev/null"),
+    },
+    "lm import": {"--dtype": ("int8",), "": ("/nowhere",)},
+    "lm export": {"--experts": ("0", "nan"), "--shard-bytes": ("0",), "--like": ("/nowhere",)},
+    "lm parity": {"--families": ("llama",), "--seed": ("x",), "--csv": ("/dev/null/x",)},
     "moe bench": {
         "--tokens": ("0", "-1", "nan", "1" + "0" * 23),
         "--k": ("0", "99"),
@@ -174,6 +184,9 @@ REST = {
     "ablations budgets": TINY_COMPARE,
     "ablations agreement": TINY_COMPARE[1:],
     "lm generate": ("--run", "/nowhere"),
+    "lm evaluate": ("--run", "/nowhere"),
+    "lm import": ("{out}",),
+    "lm export": ("/nowhere", "{out}"),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
 CASES = [
@@ -267,7 +280,7 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty agreement runs prune",
     "staged_training": "run parallel sweep diagnostics profile",
-    "lm": "generate bench bench-peers long-context",
+    "lm": "generate evaluate bench bench-peers long-context import export parity",
     "corpus": "prepare",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
