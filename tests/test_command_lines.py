@@ -213,6 +213,9 @@ NONSENSE = {
         "--csv": ("/dev/null/x", "/tmp"),
         "--plot": ("/dev/null/x", "/tmp", "x.txt"),
     },
+    "lm import": {"--dtype": ("int8",), "": ("/nowhere",)},
+    "lm export": {"--experts": ("0", "nan"), "--shard-bytes": ("0",), "--like": ("/nowhere",)},
+    "lm parity": {"--families": ("llama",), "--seed": ("x",), "--csv": ("/dev/null/x",)},
     "moe bench": {
         "--tokens": ("0", "-1", "nan", "1" + "0" * 23),
         "--k": ("0", "99"),
@@ -253,6 +256,8 @@ REST = {
     "ablations scaling ladder": TINY_COMPARE[1:],
     "ablations scaling plan": ("/nowhere",),
     "lm evaluate": ("--run", "/nowhere", "--data", "{text}"),
+    "lm import": ("{out}",),
+    "lm export": ("/nowhere", "{out}"),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
 CASES = [

@@ -208,7 +208,8 @@ def export_model(config: ExportConfig) -> str:
     model = load_json(ModelConfig, folder / CONFIG_FILE)
     experts = config.experts or _experts_per_token(model)
     if experts is not None:
-        values[EXPERTS_PER_TOKEN] = experts
+        named = [name for name in family.aliases.get(EXPERTS_PER_TOKEN, ()) if name in values]
+        values |= dict.fromkeys((EXPERTS_PER_TOKEN, *named), experts)
     values |= {name: value for name, value in family.after_export.items() if name in values}
     described = family.configuration(values, f"{config.out}/{CONFIG_FILE}")
     if config.experts is not None:

@@ -45,6 +45,7 @@ def read_qwen3_5(fields: Fields) -> ModelConfig:
 
 def _read(fields: Fields, *, renormalise: bool) -> ModelConfig:
     fields.only("attention_bias", False)
+    fields.only("use_sliding_window", False)
     sizes = read_sizes(fields)
     interval = fields.get("full_attention_interval", int, 4)
     usual = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(sizes["n_layers"])]

@@ -157,6 +157,29 @@ def test_unknown_and_unsupported_fields_are_refused_by_name(copied, tmp_path):
     assert "config.json: TopK.k = 9" in refusal(copied, tmp_path)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_of_before_transformers_5_says_the_same(published, family):
+    path = published(family).source / "config.json"
+    values = json.loads(path.read_text())
+    expected = FAMILIES[family].configuration(values, str(path))
+    rope = values.pop("rope_parameters")
+    values["torch_dtype"] = values.pop("dtype")
+    values["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    values["rope_scaling"] = None if rope["rope_type"] == "default" else {"type": rope.pop("rope_type"), **rope}
+    assert FAMILIES[family].configuration(values, str(path)) == expected
+
+
+def test_both_names_of_the_number_of_experts_are_written(published, tmp_path):
+    shutil.copytree(published("gpt_oss").source, tmp_path / "published")
+    edit(tmp_path / "published" / "config.json", experts_per_token=2)
+    import_model(ImportConfig(source=tmp_path / "published", out=tmp_path / "model"))
+    export_model(ExportConfig(run=tmp_path / "model", out=tmp_path / "back", experts=1))
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["experts_per_token"] == written["num_experts_per_tok"] == 1
+
+
 def test_an_unsupported_family_is_answered_with_the_supported_ones(copied, tmp_path):
     edit(copied / "config.json", model_type="llama")
     said = refusal(copied, tmp_path)
