@@ -23,6 +23,7 @@ from lm.model import LanguageModel
 PRECISION = 32
 MAGIC = b"LMAC"
 _HEADER = struct.Struct("<4sIQ16s")
+HEADER_BYTES = _HEADER.size
 
 
 class RangeEncoder:

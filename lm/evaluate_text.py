@@ -28,7 +28,7 @@ from foundation.command import CannotGoOn, refuse_unwritable
 from foundation.files import write_bytes
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
-from lm.arithmetic_coding import decode_text, encode_text
+from lm.arithmetic_coding import HEADER_BYTES, decode_text, encode_text
 from lm.budget import set_budget
 from lm.evaluate import Evaluation, evaluate
 from lm.model import IGNORED_TARGET, LanguageModel
@@ -294,6 +294,7 @@ def _code(config: EvaluateConfig, model: LanguageModel, tokenizer: Tokenizer, fi
     if decode_text(model, tokenizer, target.read_bytes()).encode() != data:
         raise CannotGoOn(f"{target}: does not decode to {file}")
     return (
-        f"{file}: {len(data):,} bytes coded in {len(code):,} ({8 * len(code) / len(data):.4f} bits per byte); -log2 p"
-        f" sums up to {bits / 8:,.1f} bytes, {bits / len(data):.4f} bits per byte; decoded bit for bit from {target}"
+        f"{file}: {len(data):,} bytes coded in {len(code):,} ({8 * len(code) / len(data):.4f} bits per byte),"
+        f" {HEADER_BYTES} of them a header; -log2 p sums up to {bits / 8:,.1f} bytes, {bits / len(data):.4f} bits per"
+        f" byte; decoded bit for bit from {target}"
     )

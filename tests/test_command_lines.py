@@ -188,6 +188,7 @@ NONSENSE = {
         "--stride": ("0", "1000"),
         "--batch-size": ("0",),
         "--resamples": ("0",),
+        "--experts": ("nan", "-1"),
         "--csv": ("/dev/null/x", "/tmp"),
     },
     "lm bench": {
