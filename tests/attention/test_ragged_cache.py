@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from attention import HybridCache, cache_bytes
 from attention.kinds import KINDS
+from attention.yarn import Yarn
 
 LETTERS = [(kind.reads or "") + letter for letter, kind in KINDS.items()]
 PATTERNS = [*LETTERS, "SSSFSSSR", "KKKA", "DDDF", "SrGLKFRADCM"]
@@ -57,6 +58,15 @@ def test_each_of_a_stack_decodes_as_it_would_alone(make_stack, tiny, pattern):
     assert cache.batch_size == len(LENGTHS)
     assert cache.nbytes() == sum(cache_bytes(stack.configs, stack.plan, 24, len(LENGTHS), element_size=4))
     decode_and_compare(stack, cache, texts, 7)
+
+
+def test_with_the_options_of_published_models(make_stack, tiny):
+    """Stretched positions, biases, a norm over all heads, shared keys of a delta rule."""
+    options = {"qkv_bias": True, "out_bias": True, "qk_norm_whole": True, "yarn": Yarn(factor=8.0, original_length=6)}
+    config = dataclasses.replace(tiny, linear_heads=4, linear_key_heads=2, mamba_groups=2, latent_scale=1.4, **options)
+    stack = make_stack("FRSrAGD", config)
+    texts = prompts(stack, LENGTHS)
+    decode_and_compare(stack, stacked(stack, texts, 24), texts, 7)
 
 
 @pytest.mark.parametrize("pattern", ["F", "S", "A", "M", "SrGLKFRADCM"])
