@@ -13,6 +13,7 @@ FAMILIES: dict[str, Family] = {
         qwen3_next.QWEN3_5,
         gpt_oss.FAMILY,
         glm4_moe.FAMILY,
+        olmoe.FLEX,
     )
 }
 

@@ -19,6 +19,12 @@ from moe.config import MoEConfig
 from routing.policies.top_k import TopK
 from routing.router import RouterConfig
 
+# By where a block normalises: what its norms are called here and there.
+NORMS = {
+    "pre": {"attention_norm": "input_layernorm", "moe_norm": "post_attention_layernorm"},
+    "post": {"attention_out_norm": "post_attention_layernorm", "moe_out_norm": "post_feedforward_layernorm"},
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
@@ -193,12 +199,12 @@ def with_dense(config: ModelConfig, dense: Sequence[bool], d_expert: int) -> Mod
 
 
 def decoder_tensors(config: ModelConfig) -> Iterator[Stored]:
-    """Embedding, norms before attention and experts, last norm, head."""
+    """Embedding, norms before attention and experts, or behind them, last norm, head."""
     yield Stored("embedding_VD", ("model.embed_tokens.weight",), SAME)
     for layer in range(config.n_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        yield Stored(f"{ours}.attention_norm.weight", (f"{theirs}.input_layernorm.weight",), SAME)
-        yield Stored(f"{ours}.moe_norm.weight", (f"{theirs}.post_attention_layernorm.weight",), SAME)
+        for our_norm, their_norm in NORMS[config.block(layer).norm].items():
+            yield Stored(f"{ours}.{our_norm}.weight", (f"{theirs}.{their_norm}.weight",), SAME)
     yield Stored("norm.weight", ("model.norm.weight",), SAME)
     yield Stored("head_VD", ("lm_head.weight",), SAME)
 

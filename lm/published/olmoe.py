@@ -1,5 +1,6 @@
 """OLMoE (Muennighoff et al., arXiv 2409.02060): full attention, QK-norm over the whole projection, experts chosen by
-the k largest of a softmax without renormalisation."""
+the k largest of a softmax without renormalisation; and FlexOlmo (Shi et al., arXiv 2507.07024), which normalises what
+comes out of attention and experts in place of what goes in."""
 
 from lm.config import ModelConfig
 from lm.published.family import Family, read_attention, read_sizes, read_softmax_experts, softmax_decoder
@@ -8,12 +9,22 @@ from lm.published.fields import Fields
 
 def read(fields: Fields) -> ModelConfig:
     """See `Family.read`."""
+    return _read(fields, norm="pre")
+
+
+def read_flex(fields: Fields) -> ModelConfig:
+    """See `Family.read`."""
+    return _read(fields, norm="post")
+
+
+def _read(fields: Fields, *, norm: str) -> ModelConfig:
     fields.only("attention_bias", False)
     fields.only("clip_qkv", None)
     sizes = read_sizes(fields)
     return ModelConfig(
         **sizes,
         layer_plan="F",
+        norm=norm,
         attention=read_attention(fields, qk_norm_whole=True),
         moe=read_softmax_experts(
             fields,
@@ -24,10 +35,18 @@ def read(fields: Fields) -> ModelConfig:
     )
 
 
+TINY = {"num_experts": 8, "num_key_value_heads": 2, "intermediate_size": 24}
 FAMILY = Family(
     model_type="olmoe",
     read=read,
     tensors=softmax_decoder,
     aliases={"num_experts": ("num_local_experts",)},
-    tiny={"num_experts": 8, "num_key_value_heads": 2, "intermediate_size": 24},
+    tiny=TINY,
+)
+FLEX = Family(
+    model_type="flex_olmo",
+    read=read_flex,
+    tensors=softmax_decoder,
+    aliases={"num_experts": ("num_local_experts",)},
+    tiny=TINY,
 )
