@@ -24,6 +24,7 @@ import numpy as np
 
 from corpus.readers import Document, Skipped
 from corpus.sources import read_paths, read_standard_library
+from foundation.files import naming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +122,16 @@ def load_documents(
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
     records: list[bytes] = []
     position = 0
-    for item in read_paths(data, text_field=text_field) if data else read_standard_library():
-        if not isinstance(item, Document):
-            skipped.add(item)
-            continue
-        text = item.text.encode()
-        place = np.array((_sha256(_without_marks(item.text).encode()), _sha256(text), position, len(text)), RECORD)
-        records.append(place.tobytes())
-        position += file.write(text)
-    file.flush()
+    with naming(Path(folder or tempfile.gettempdir()) / "the texts, waiting", "nothing of it is left"):
+        for item in read_paths(data, text_field=text_field) if data else read_standard_library():
+            if not isinstance(item, Document):
+                skipped.add(item)
+                continue
+            text = item.text.encode()
+            place = np.array((_sha256(_without_marks(item.text).encode()), _sha256(text), position, len(text)), RECORD)
+            records.append(place.tobytes())
+            position += file.write(text)
+        file.flush()
     records_N = np.frombuffer(b"".join(records), RECORD)
     if not len(records_N):
         examples = "; ".join(f"{item.place}: {item.reason}" for item in skipped.listed[:5])

@@ -206,12 +206,12 @@ def _rows(config: EvaluateConfig, texts: Sequence[Text], nats_D: np.ndarray) -> 
         touched_D = overlap([text.text for text in texts], train).touched_D
     domains = sorted({text.domain for text in texts})
     of_D = np.array([domains.index(text.domain) for text in texts])
-    random = np.random.default_rng(config.seed)
+    generator = np.random.default_rng(config.seed)
     rows: list[DomainRow] = []
     sums_R: list[tuple[np.ndarray, np.ndarray]] = []
     for number, domain in enumerate(domains):
         own = np.flatnonzero(of_D == number)
-        drawn = random.choice(own, (config.resamples, len(own)))
+        drawn = generator.choice(own, (config.resamples, len(own)))
         sums_R.append((bits_D[drawn].sum(axis=1), bytes_D[drawn].sum(axis=1)))
         xz = xz_bits_per_byte("".join(texts[place].text for place in own.tolist()).encode())
         rows.append(_row(domain, own, (texts, bits_D, bytes_D, touched_D), xz, sums_R[-1][0] / sums_R[-1][1]))

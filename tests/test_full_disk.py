@@ -50,7 +50,7 @@ def test_preparing_a_text(tmp_path):
     for limit in (1000, 9000):
         with (
             room_for(limit),
-            pytest.raises(DiskFullError, match=r"root/[0-9a-f]+ could not be written: File too large"),
+            pytest.raises(DiskFullError, match=r"root/.+ could not be written: File too large"),
         ):
             prepare(config, tmp_path / "root")
         assert list((tmp_path / "root").iterdir()) == []

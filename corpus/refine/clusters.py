@@ -55,12 +55,12 @@ class Topics:
         x_DF *= idf_F
         x_DF /= np.maximum(np.linalg.norm(x_DF, axis=1, keepdims=True), 1e-12)
         n_clusters = min(CLUSTERS, max(len(pages) // DOCUMENTS_PER_CLUSTER, 1))
-        random = np.random.default_rng(SEED)
-        centres_KF = x_DF[random.integers(len(pages))][None]
+        generator = np.random.default_rng(SEED)
+        centres_KF = x_DF[generator.integers(len(pages))][None]
         nearest_D = x_DF @ centres_KF[0]
         while len(centres_KF) < n_clusters:
             chance_D = np.maximum(1 - nearest_D, 1e-9).astype(np.float64)
-            chosen = x_DF[random.choice(len(pages), p=chance_D / chance_D.sum())]
+            chosen = x_DF[generator.choice(len(pages), p=chance_D / chance_D.sum())]
             centres_KF = np.vstack((centres_KF, chosen))
             nearest_D = np.maximum(nearest_D, x_DF @ chosen)
         for _ in range(ROUNDS):

@@ -24,7 +24,7 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def processes(request, tmp_path_factory):
     """What each process left, by rank."""
     folder, n = tmp_path_factory.mktemp("processes"), request.param

@@ -64,6 +64,7 @@ def test_an_attempt_tells_how_it_ended() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_a_case_that_is_none_is_refused() -> None:
     for words, said in ((["--replay", "flops:1"], "must be ATTACK:SEED"), (["--minutes", "nan"], "finite")):
         done = soak("-m", "tests.soak", *words)

@@ -7,7 +7,7 @@ the floor of `Operation.cost`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from foundation.files import fingerprint
+from foundation.source import code_of
 from foundation.tables import read_rows, write_rows
 from triton_kernels.common.launch_tables import Option, every_option
 from triton_kernels.tools.inspect_recorder import Launch, record_passes, report_binary
-from triton_kernels.tools.operations import Operation, dtype_name, shape_label
+from triton_kernels.tools.operations import CATALOGUES, Operation, catalogue_module, dtype_name, shape_label
 
 TOTAL = "total"
 # The tensor-core instruction of an architecture and its column.
@@ -27,7 +29,11 @@ TENSOR_CORES = {80: "hmma", 90: "hgmma", 100: "utcmma"}
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. In a total, launches and operators are counts, and the binary's columns are empty."""
+    """One line of the table. In a total, launches and operators are counts, and the binary's columns are empty.
+
+    Attributes:
+        code: of our operations, what `kernel_code` says of the code that the row was made from.
+    """
 
     op: str
     source: str
@@ -52,6 +58,7 @@ class Row:
     spills: int = 0
     bytes: int = 0
     floor_ratio: float = 0.0
+    code: str = ""
 
     @property
     def subject(self) -> tuple[str, str, int]:
@@ -88,7 +95,8 @@ def inspect_operation(operation: Operation, architecture: int, source: str = "ou
     rows: list[Row] = []
     for (direction, launches), floor in zip(passes.items(), operation.cost(2, **operation.inspect_shape)):
         assert floor is not None, f"{operation.name} has a backward that its cost does not know"
-        row: Any = partial(Row, op=operation.name, source=source, arch=architecture, direction=direction)
+        code = kernel_code(operation.name) if source == "ours" else ""
+        row: Any = partial(Row, op=operation.name, source=source, arch=architecture, direction=direction, code=code)
         kernels = [launch for launch in launches if launch.binary is not None]
         for launch in kernels:
             traffic = {"bytes": launch.n_bytes, "floor_ratio": round(launch.n_bytes / floor.bytes, 3)}
@@ -97,6 +105,23 @@ def inspect_operation(operation: Operation, architecture: int, source: str = "ou
         traffic = {"bytes": n_bytes, "floor_ratio": round(n_bytes / floor.bytes, 3)}
         rows.append(row(kernel=TOTAL, launches=len(kernels), operators=len(launches) - len(kernels), **traffic))
     return rows
+
+
+@cache
+def kernel_code(name: str) -> str:
+    """A fingerprint of everything that decides what an operation compiles to, but for Triton itself: kernels,
+    launchers and launch tables, and the shapes it is inspected at."""
+    (catalogue,) = (
+        module for module in map(catalogue_module, CATALOGUES) if name in {o.name for o in module.OPERATIONS}
+    )
+    compiled = {
+        file: code
+        for file, code in code_of((catalogue.__name__,)).items()
+        if file.startswith("triton_kernels/common/")
+        or file.endswith(("_kernels.py", "_launch.py", "launch_tables.py", "tiles.py"))
+        or "/catalogue/" in file
+    }
+    return fingerprint(compiled)[:12]
 
 
 def compile_options(
@@ -159,13 +184,14 @@ def record(path: Path, kind: type, rows: Sequence[Any], inspected: set[tuple[str
 
 def format_table(rows: list[Row]) -> str:
     """Text columns, blank where a total has nothing to say."""
-    names = [f.name for f in fields(Row)]
+    names = [f.name for f in fields(Row) if f.name != "code"]
     lines = [names]
     for row in rows:
         lines.append(
             [
                 "" if row.kernel == TOTAL and value == 0 and name != "operators" else str(value)
                 for name, value in asdict(row).items()
+                if name in names
             ]
         )
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -82,12 +83,17 @@ def packed_offsets(T: int, sequences: int, device: str) -> torch.Tensor:
     return torch.tensor([0, *(T * n // (sequences - 1) for n in range(sequences))]).to(device)
 
 
+def catalogue_module(name: str) -> ModuleType:
+    """The file of `catalogue/` by that name."""
+    return importlib.import_module(f"triton_kernels.tools.catalogue.{name}")
+
+
 @cache
 def operations() -> dict[str, Operation]:
     """Every registered operation by name."""
     found: dict[str, Operation] = {}
     for name in CATALOGUES:
-        for operation in importlib.import_module(f"triton_kernels.tools.catalogue.{name}").OPERATIONS:
+        for operation in catalogue_module(name).OPERATIONS:
             assert operation.name not in found, operation.name
             found[operation.name] = operation
     return found

@@ -34,6 +34,7 @@ def test_reversed():
     assert found.regret.value == pytest.approx(0.07, abs=1e-4)
 
 
+@pytest.mark.long
 def test_noise_agrees_in_half_of_the_pairs():
     rng = np.random.default_rng(0)
     found = [agreement(TRUTH_AS, rng.normal(0, 1, (8, 3)), resamples=100) for _ in range(60)]

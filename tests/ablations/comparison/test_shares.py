@@ -110,6 +110,7 @@ def test_what_a_killed_process_leaves_is_done_by_the_comparison(command, one_aft
     assert results(tmp_path) == one_after_the_other
 
 
+@pytest.mark.long
 def test_a_stop_signal_reaches_all_and_the_same_command_continues(command, one_after_the_other, tmp_path):
     process, found = start_and_wait_for_children(command, tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -146,6 +147,7 @@ class KillsOnce(submitit.LocalExecutor):
         return super().submit(fn, *args, **kwargs)
 
 
+@pytest.mark.long
 def test_killed_jobs_are_submitted_again_and_give_the_same_bits(
     command, one_after_the_other, tmp_path, monkeypatch, capfd
 ):

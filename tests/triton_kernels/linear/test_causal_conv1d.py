@@ -179,7 +179,7 @@ def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengt
         assert (x.double() - exact[name]).abs().max() <= budget, name
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 1), st.integers(0, 19)), min_size=1, max_size=6).filter(any),
     W=st.integers(2, 8),

@@ -211,6 +211,7 @@ def test_operations_are_selected_by_op_or_variant_and_unknown_ones_refused() -> 
     assert {operation.name for operation in select_operations(["decayed_linear_attention"])} == {
         "decayed_linear_attention/token",
         "decayed_linear_attention/fixed",
+        "decayed_linear_attention/every_option",
     }
     assert select_operations(["decayed_linear_attention/fixed"])[0].name == "decayed_linear_attention/fixed"
     with pytest.raises(ValueError, match="decayed_attention is unknown"):

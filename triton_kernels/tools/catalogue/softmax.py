@@ -81,6 +81,7 @@ def _attention(name: str, shape: dict[str, int], *check_shapes: dict[str, int]) 
             | ({"P": 64} if "P" in shape else {}),
         ),
         peers=others,
+        without_products=frozenset({"rotate_kernel"}),
         cpu_peers={"dense formula": peers.dense_attention, "SDPA": peers.sdpa(None)}
         if window is None and plain
         else {},
