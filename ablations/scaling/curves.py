@@ -2,7 +2,6 @@
 curves under other schedules."""
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ablations.scaling.points import read_table
 from ablations.scaling.schedule_laws import SCHEDULE_LAWS, Curve, ScheduleFit, ScheduleLaw, fit_curves
 from ablations.scaling.schedules import from_rows
 from foundation.command import refuse_unwritable
+from foundation.serialize import nearest
 from foundation.tables import write_rows, write_table
 
 VALUES_FILE, ERRORS_FILE, CURVES_FILE, FIGURE_FILE = "values.csv", "errors.csv", "curves.csv", "curves.png"
@@ -73,11 +73,7 @@ def find_schedule_law(name: str) -> ScheduleLaw:
         ValueError: for an unknown one, with the nearest legal name.
     """
     if name not in SCHEDULE_LAWS:
-        near = difflib.get_close_matches(name, SCHEDULE_LAWS, 1)
-        raise ValueError(
-            f"--law {name}: no such law{f', did you mean {near[0]}?' if near else ''};"
-            f" known: {', '.join(SCHEDULE_LAWS)}"
-        )
+        raise ValueError(f"--law {name}: no such law; {nearest(name, SCHEDULE_LAWS)}")
     return SCHEDULE_LAWS[name]
 
 

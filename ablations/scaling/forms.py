@@ -7,10 +7,11 @@ Legend: P points, T terms with the constant first, X exponents.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from foundation.serialize import nearest
 
 TOTAL, ACTIVE, TOKENS = "total_params", "active_params", "tokens"
 EXPERTS, GRANULARITY, DENSITY = "experts", "granularity", "density"
@@ -131,10 +132,7 @@ def find_law(name: str) -> Law:
         ValueError: for an unknown one, with the nearest legal name.
     """
     if name not in LAWS:
-        near = difflib.get_close_matches(name, LAWS, 1)
-        raise ValueError(
-            f"--law {name}: no such law{f', did you mean {near[0]}?' if near else ''}; known: {', '.join(LAWS)}"
-        )
+        raise ValueError(f"--law {name}: no such law; {nearest(name, LAWS)}")
     return LAWS[name]
 
 

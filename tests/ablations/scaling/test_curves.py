@@ -95,7 +95,7 @@ ROWS = "".join(f"{step},{0.1 if step < 50 else 0.01},{4 - step / 100}\n" for ste
         ("step,lr,loss\n10,0.1,3\n", {}, "1 rows; a curve needs at least 10"),
         (f"step,lr,loss\n{ROWS}10,0.1,3\n", {}, "line 13, column step: steps must rise"),
         (f"step,lr,loss\n{ROWS}".replace("0.01", "0.1"), {}, "falls in none of the curves"),
-        (f"step,lr,loss\n{ROWS}", {"law": "relax"}, "did you mean relaxation"),
+        (f"step,lr,loss\n{ROWS}", {"law": "relax"}, "did you mean 'relaxation'"),
     ],
 )
 def test_bad_curves_are_refused(tmp_path, text, options, said):

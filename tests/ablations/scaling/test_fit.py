@@ -154,5 +154,5 @@ def test_bad_tables_are_refused(tmp_path, text, said):
 
 
 def test_an_unknown_law_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="--law totl: no such law, did you mean total"):
+    with pytest.raises(ValueError, match="--law totl: no such law; did you mean 'total'"):
         fit_command(FitOptions(points=__file__, law="totl"))
