@@ -21,7 +21,7 @@ $(VENV)/.installed: $(VENV)/.lean
 	touch $@
 
 ablation: $(VENV)/.lean
-	$(BIN)/python -m ablations compare baseline twin other_order fewer_experts more_tokens top_p null_experts wider_window --seeds 3 $(ARGS)
+	$(BIN)/python -m ablations compare baseline twin other_order fewer_experts more_tokens top_p null_experts attention_sinks --seeds 3 $(ARGS)
 
 demo: $(VENV)/.lean
 	$(BIN)/python -m demos.terminal $(ARGS)

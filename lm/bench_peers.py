@@ -99,10 +99,11 @@ def bench_peers(config: PeersConfig) -> list[dict[str, str]]:
             for part in _parts(config):
                 rows.append(_row(case, dtype, part, workers, config.rounds))
                 print(_line(rows[-1]), flush=True)
+                # Row by row: all of them take an hour, and what is stopped keeps what it has measured.
+                if config.csv:
+                    write_table(config.csv, list(rows[0]), [list(row.values()) for row in rows])
             for worker in workers.values():
                 worker.close()
-    if config.csv:
-        write_table(config.csv, list(rows[0]), [list(row.values()) for row in rows])
     return rows
 
 

@@ -87,8 +87,8 @@ def compose(trunk: ModelConfig, method: ModelConfig, boundary: int) -> ModelConf
 
 
 def different_blocks(trunk: ModelConfig, method: ModelConfig) -> list[int]:
-    """Blocks whose letter or any weight's shape is not the trunk's. Weights that a router has in addition do not count:
-    see `added_weights`."""
+    """Blocks whose letter or any weight's shape is not the trunk's. Weights that can join a trunk do not count: see
+    `added_weights`."""
     added = set(added_weights(trunk, method))
     return [
         layer
@@ -99,11 +99,16 @@ def different_blocks(trunk: ModelConfig, method: ModelConfig) -> list[int]:
 
 
 def added_weights(trunk: ModelConfig, method: ModelConfig) -> list[str]:
-    """Router weights that the trunk does not have (null columns, say): a routing method may bring its own, initialised
-    from the branch's seed."""
+    """Weights that the trunk does not have and that may join it, initialised as in a model of the method's own: those
+    of routers (null columns, say), and sinks of attention heads, which one logit of zero beside those of all keys
+    hardly changes."""
     known, model = dict(meta_model(trunk).named_parameters()), meta_model(method)
     routers = model.names_in(model.routers())
-    return [name for name, _ in model.named_parameters() if name in routers and name not in known]
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in known and (name in routers or name.endswith(".sink_H"))
+    ]
 
 
 def _block_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:

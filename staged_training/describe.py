@@ -53,9 +53,7 @@ def describe(plan: Plan) -> str:
     ]
     for branch in {branch.method: branch for branch in plan.branches}.values():
         added = added_weights(model, branch.model)
-        new = (
-            f"; {len(added)} new router weights, initialised from the branch's seed" if added and not plan.fresh else ""
-        )
+        new = f"; {len(added)} new weights, initialised from the branch's seed" if added and not plan.fresh else ""
         longer = f"; {branch.stage.n_batches} batches" if branch.stage != stage else ""
         changed = "".join(f"; {change}" for change in _changes(model, branch.model, boundary))
         lines.append(

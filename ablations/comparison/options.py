@@ -126,7 +126,7 @@ class Options:
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=lambda: STAGING)
     corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=lambda: CorpusConfig(valid_share=0.08)
+        default_factory=lambda: CorpusConfig(valid_share=0.06)
     )
     execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=ExecutionConfig

@@ -53,6 +53,13 @@ def test_routing_methods_keep_the_trunks_weights(model_config, with_policy):
     ]
 
 
+def test_sinks_of_attention_heads_join_a_trunk(model_config):
+    sinks = dataclasses.replace(model_config.attention, sink_logits=True)
+    method = dataclasses.replace(model_config, attention=sinks)
+    assert not choose_cut(model_config, {"baseline": model_config, "sinks": method}, 0.5).fresh
+    assert added_weights(model_config, method) == [f"blocks.{block}.attention.sink_H" for block in range(4)]
+
+
 def test_one_architectural_method_makes_every_branch_fresh(model_config):
     cut = choose_cut(model_config, {"baseline": model_config, "window": with_plan(model_config, "S")}, 0.8)
     assert (cut.boundary, cut.fresh) == (3, True)

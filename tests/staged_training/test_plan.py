@@ -120,7 +120,7 @@ def test_describe_names_what_is_frozen_reused_and_taken(plan):
         "re-used    the trunk's weights everywhere",
         "the optimizer's state of what trains",
         "not taken  the trunk's schedule",
-        "2 new router weights, initialised from the branch's seed",
+        "2 new weights, initialised from the branch's seed",
         "TopP(",
     ):
         assert part in text, part
