@@ -1,4 +1,4 @@
-"""A learnt logit per head in the denominator of its softmax (gpt-oss, arXiv 2508.10925): a head may attend to nothing."""
+"""A learnt logit per head in the softmax's denominator (gpt-oss, arXiv 2508.10925): a head may attend to nothing."""
 
 import dataclasses
 

@@ -113,7 +113,7 @@ def load_documents(
         folder: where the temporary file may lie, which takes as much room as the text; the system's by default.
 
     Raises:
-        ValueError: where nothing usable is found, or either side of the split is empty.
+        ValueError: where nothing usable is found, or one document only.
     """
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must lie between 0 and 1 (both excluded), got {valid_share}")
@@ -147,12 +147,13 @@ def load_documents(
     # Digests are sorted, so the held-out documents are a prefix.
     leading_K = _words(kept_K["own"])[-1]
     n_valid = int(np.searchsorted(leading_K, np.uint64(min(int(valid_share * 2**64), 2**64 - 1))))
-    if n_valid == 0 or n_valid == len(kept_K):
-        empty = "validation" if n_valid == 0 else "training"
+    if len(kept_K) == 1:
         raise ValueError(
-            f"the {empty} split is empty: valid_share={valid_share} of {len(kept_K)} distinct documents; give more"
-            " documents or another share (a document is held out whole)"
+            "one distinct document cannot be both trained on and held out, since a document is held out whole; legal:"
+            " two or more"
         )
+    # Of few documents none might fall below the share; neither side stays empty.
+    n_valid = min(max(n_valid, 1), len(kept_K) - 1)
     return Documents(
         train=WaitingTexts(file, kept_K[n_valid:]),
         valid=WaitingTexts(file, kept_K[:n_valid]),

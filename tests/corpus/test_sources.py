@@ -286,8 +286,17 @@ def test_valid_share_must_be_a_share(tmp_path, valid_share):
 
 def test_empty_split_is_a_clear_error(tmp_path):
     path = write(tmp_path / "a.txt", b"one document")
-    with pytest.raises(ValueError, match=r"split is empty: valid_share=0\.1 of 1 distinct"):
+    with pytest.raises(ValueError, match="one distinct document cannot be both trained on and held out"):
         load_documents([str(path)], text_field="text", valid_share=0.1)
+
+
+@pytest.mark.parametrize("valid_share", [1e-9, 0.06, 0.5, 1 - 1e-9])
+def test_neither_side_of_a_few_documents_is_empty(tmp_path, valid_share):
+    path = write(tmp_path / "few.jsonl", jsonl("one", "two", "three"))
+    found = load_documents([str(path)], text_field="text", valid_share=valid_share)
+    assert len(found.valid) >= 1
+    assert len(found.train) >= 1
+    assert {*found.train, *found.valid} == {"one", "two", "three"}
 
 
 @given(texts=st.lists(st.text(min_size=1), min_size=8, max_size=40), seed=st.randoms())

@@ -46,7 +46,7 @@ SHORT = {
 # What the recorded commit trains by default: its own defaults stay, whatever later ones are better.
 TRAINED = {
     **{"optimizer": "adamw", "embedding-rate": 1, "learning-rate": 0.008},
-    **{"layer-plan": "F", "freeze": 0.85},
+    **{"layer-plan": "F", "freeze": 0.85, "valid-share": 0.08},
 }
 SIZED = {"n-layers": 8, "window": 128, "d-expert": 32}
 
