@@ -2,8 +2,8 @@
 `--executor slurm` makes jobs of the same processes.
 
 On a CPU one thread for each of N runs does more than N threads for one: a small model's operators are too short to be
-worth cutting up. Every process takes each N-th run; first the trunks, then the branches. What a process that was killed
-leaves is taken up by the comparison itself behind them, from its last checkpoint.
+worth cutting up. First the trunks, dealt out in turn, then the branches, the longest first to whoever has least. What a
+process that was killed leaves is taken up by the comparison itself behind them, from its last checkpoint.
 """
 
 import foundation.starting  # noqa: F401
@@ -149,7 +149,7 @@ def share_out(file: Path, part: str, count: int, module: str = MODULE) -> bool:
 
 
 def run_share(file: Path, part: Part, index: int, count: int) -> None:
-    """Every `count`-th run of one part of the comparison that `file` describes, from the `index`-th on."""
+    """Share `index` of `count` of one part of the comparison that `file` describes."""
     described = read_json(file)
     options = from_dict(Options, described["options"])
     job = prepare_job(find_methods(described["methods"]), options)
@@ -159,8 +159,26 @@ def run_share(file: Path, part: Part, index: int, count: int) -> None:
             execution.activations()
         return
     runs = [(execution, branch) for execution in executions for branch in execution.plan.branches]
-    for execution, branch in runs[index::count]:
-        run_branch(job, execution, branch)
+    for number in dealt([branch.stage.n_batches for _, branch in runs], count)[index]:
+        run_branch(job, *runs[number])
+
+
+def dealt(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Runs dealt out so that shares end at about the same time, by the same rule in every process.
+
+    Args:
+        lengths: of the runs, in any unit.
+
+    Returns:
+        The numbers of the runs in each share, ascending.
+    """
+    shares: list[list[int]] = [[] for _ in range(count)]
+    taken = [0] * count
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        least = taken.index(min(taken))
+        shares[least].append(number)
+        taken[least] += lengths[number]
+    return [sorted(share) for share in shares]
 
 
 def _parsed(given: Sequence[str] | None) -> tuple[Path, Part, int, int]:

@@ -51,6 +51,16 @@ def one_after_the_other(command, tmp_path_factory):
     return results(out)
 
 
+def test_long_runs_are_not_all_in_one_share():
+    # Eight arms, three seeds, one arm twice as long: in turn, one of two shares would have all that is long.
+    lengths = 3 * [1, 1, 1, 1, 2, 1, 1, 1]
+    first, second = shares.dealt(lengths, 2)
+    assert sorted([*first, *second]) == list(range(24))
+    assert abs(sum(lengths[run] for run in first) - sum(lengths[run] for run in second)) <= 1
+    assert shares.dealt([1, 1, 1, 1], 3) == [[0, 3], [1], [2]]
+    assert shares.dealt([1], 3) == [[0], [], []]
+
+
 def results(out):
     """Everything but times, by run."""
     found = {}
