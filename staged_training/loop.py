@@ -103,6 +103,11 @@ def train_stage(
         return processes.save(run, step, model, optimizer, average, state=state)
 
     metrics = processes.metrics(run.folder, step)
+    if stage.n_batches == 0 and saved is None:
+        # A trunk that nothing trains: its branches start from the checkpoint of its first weights.
+        if at_end is not None:
+            at_end()
+        last_saved = save()
     model.train()
     with StopSignals() as stop, model.its_threads():
         while step < stage.n_batches:

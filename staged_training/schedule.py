@@ -76,15 +76,14 @@ class Stage:
     """A stretch of training: so many batches, one update each, under one schedule.
 
     Raises:
-        ValueError: for a stage without a batch, or ramps longer than the stage.
+        ValueError: for ramps longer than the stage. A stage without a batch is that of a trunk which nothing trains.
     """
 
     n_batches: int
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        if self.n_batches < 1:
-            raise ValueError(f"Stage.n_batches: {self.n_batches}, must be at least 1")
+        check_numbers(self, n_batches=0)
         ramps = self.schedule.warmup_steps + self.schedule.decay_steps
         if ramps > self.n_batches:
             raise ValueError(f"Stage: warm-up and decay take {ramps} steps, the stage has {self.n_batches}")

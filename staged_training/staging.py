@@ -25,13 +25,15 @@ class StagingConfig:
 
     Attributes:
         tokens: budget of one method: trunk plus one branch.
-        trunk_share: share of it that is trained once, in the trunk.
+        trunk_share: share of it that is trained once, in the trunk; 0 trains every branch whole, from fresh blocks.
         freeze: share of the parameters below the boundary, frozen in the branches; 0 branches the whole network.
         batch_size, seq_len: rows and tokens per row of a batch.
         calibration_tokens: of the training text, kept out of training to calibrate budgets on; at most a twentieth of
             it.
         learning_rate: peak, of the trunk and of each branch.
-        warmup_share: share of the trunk's steps that warm up; it then stays at the peak.
+        warmup_share: share of the trunk's steps that warm up; it then stays at the peak. Without a trunk, of every
+            branch's.
+        whole_decay_share: share of a branch's steps that decay, its last, where there is no trunk.
         branch_warmup_share: the same for a branch with fresh blocks; the rest of the branch decays to zero. Any other
             branch goes on with the trunk's optimizer and decays from its first step on.
         decay_shape: "linear" or "1-sqrt".
@@ -52,6 +54,7 @@ class StagingConfig:
     calibration_tokens: int = CALIBRATION_TOKENS
     learning_rate: float = 3e-3
     warmup_share: float = 0.05
+    whole_decay_share: float = 0.15
     branch_warmup_share: float = 0.1
     decay_shape: str = "linear"
     anneal: Annotated[Anneal, tyro.conf.arg(prefix_name=False)] = "decay"
@@ -59,11 +62,17 @@ class StagingConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        if not 0 < self.trunk_share < 1:
-            raise ValueError(f"StagingConfig.trunk_share: {self.trunk_share}, must be above 0 and below 1")
-        for name in ("freeze", "warmup_share", "branch_warmup_share", "trunk_merge_share"):
+        shares = ("trunk_share", "freeze", "warmup_share", "whole_decay_share", "branch_warmup_share")
+        for name in (*shares, "trunk_merge_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"StagingConfig.{name}: {getattr(self, name)}, must be 0 or more and below 1")
+        if self.freeze and not self.trunk_share:
+            raise ValueError(f"StagingConfig.freeze: {self.freeze} without a trunk (trunk_share 0); legal: 0")
+        if self.warmup_share + self.whole_decay_share > 1:
+            raise ValueError(
+                f"StagingConfig.whole_decay_share: {self.whole_decay_share} beside a warmup_share of"
+                f" {self.warmup_share}, must not be above 1 together"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"StagingConfig.learning_rate: {self.learning_rate}, must be above 0")
         check_numbers(self, tokens=1, batch_size=1, seq_len=1, calibration_tokens=1)
@@ -119,7 +128,7 @@ def make_plan(
     total = config.tokens // tokens_per_batch
     trunk_batches = round(total * config.trunk_share)
     branch_batches = total - trunk_batches
-    if trunk_batches < 1 or branch_batches < 1:
+    if branch_batches < 1 or (config.trunk_share and trunk_batches < 1):
         raise ValueError(
             f"StagingConfig.tokens: {config.tokens} is {total} batches of {config.batch_size} x {config.seq_len}, "
             f"too few for a trunk ({config.trunk_share:.0%}) and a branch of at least one batch each"
@@ -138,6 +147,10 @@ def make_plan(
         1, min(-(-config.calibration_tokens // tokens_per_batch), corpus.train_tokens // tokens_per_batch // 20)
     )
     cut = choose_cut(model, {name: method for name, method, _ in branches}, config.freeze) if branches else None
+    if cut is not None and not config.trunk_share:
+        cut = dataclasses.replace(
+            cut, fresh=True, reasons=("no trunk: every branch is trained whole, from fresh blocks",)
+        )
     return Plan(
         corpus=corpus,
         model=model,
@@ -167,12 +180,15 @@ def make_plan(
 
 
 def _branch_stage(config: StagingConfig, n_batches: int, *, fresh: bool) -> Stage:
-    """Decays to the end, where blocks are fresh behind a warm-up."""
+    """Decays to the end, where blocks are fresh behind a warm-up; without a trunk it stays at the peak in between."""
     warmup = round(n_batches * config.branch_warmup_share) if fresh else 0
+    decay = n_batches - warmup
+    if not config.trunk_share:
+        warmup, decay = round(n_batches * config.warmup_share), round(n_batches * config.whole_decay_share)
     schedule = Schedule(
         peak=config.learning_rate,
         warmup_steps=warmup,
-        decay_steps=n_batches - warmup,
+        decay_steps=decay,
         decay_shape=config.decay_shape,
         anneal=config.anneal,
     )

@@ -6,7 +6,8 @@ them from scratch.
 
 From scratch: for each method, the FLOPs per token of training its whole network (its own measured mean of experts)
 times the tokens of trunk plus branch. Its seconds are an estimate, FLOPs divided by the speed at which the
-trunk was measured to train; evaluation is left out of it, so the comparison leans against the staged side.
+trunk (without one, the branches) was measured to train; evaluation is left out of it, so the comparison leans against
+the staged side.
 """
 
 import dataclasses
@@ -80,8 +81,9 @@ def compare_costs(records: Records) -> CostComparison:
         noise = (run for method in controls for run in records.branches.get(method, {}).values())
         phases[CONTROLS] = total(cost for run in noise for cost in run.costs.values())
     tokens = records.comparison.trunk_tokens + records.comparison.branch_tokens
-    # The trunk is the one run here that trains a whole network, as a run from scratch would.
-    speed = phases["trunk"].flops / phases["trunk"].seconds if records.trunks else math.nan
+    # The trunk is the one run here that trains a whole network, as a run from scratch would; without one, branches do.
+    whole = phases["trunk" if records.comparison.trunk_tokens else "branches"]
+    speed = whole.flops / whole.seconds if records.trunks else math.nan
     per_method = {}
     for method in (name for name in records.methods if name not in controls):
         results = records.results[method].values()

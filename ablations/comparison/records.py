@@ -112,6 +112,8 @@ class Comparison:
     @property
     def about(self) -> str:
         """What a comparison's answer is confined to."""
+        if not self.trunk_tokens:
+            return f"{self.trained_blocks}, all of the tokens"
         share = self.branch_tokens / (self.trunk_tokens + self.branch_tokens)
         return f"{self.trained_blocks}, last {100 * share:.0f} % of the tokens"
 

@@ -5,12 +5,16 @@ import csv
 from foundation.environment import ROOT
 from staged_training.staging import StagingConfig
 
+# The form without a trunk, which the study has at half of every width.
+WHOLE = "smaller_model"
 STUDY = ROOT / "notes" / "results" / "agreement"
 
 
 def form_of(staging: StagingConfig) -> str:
     """What decides whether a comparison orders methods as full runs do, as the study names it:
     `fork85_freeze50_decay`."""
+    if not staging.trunk_share:
+        return WHOLE
     return f"fork{100 * staging.trunk_share:.0f}_freeze{100 * staging.freeze:.0f}_{staging.anneal}"
 
 
@@ -32,6 +36,12 @@ def reliability_statement(form: str) -> str:
         return (
             f"Whether comparisons of this form ({form}) order methods as full runs do has not been measured: `python -m"
             " ablations agreement` asks it."
+        )
+    if form == WHOLE:
+        return (
+            "Every arm is trained whole, which holds at this size. For models of twice every width, such a comparison"
+            f" ordered, as full runs do, {'; '.join(found)}: in a recorded study of smaller runs"
+            f" ({STUDY.relative_to(ROOT)})."
         )
     return (
         f"Comparisons of this form ({form}) ordered, as full runs do, {'; '.join(found)}: in a recorded study of"

@@ -83,7 +83,7 @@ def outcomes(records: Records) -> dict[str, Outcome]:
             detectable=detectable,
             fork_shock=shock,
             kind=kind,
-            words=words + scope(difference, n_trunks) * (kind != "none"),
+            words=words + scope(difference, n_trunks, comparison.trunk_tokens) * (kind != "none"),
         )
     return found
 
@@ -145,8 +145,10 @@ def controls_statement(records: Records) -> str | None:
     )
 
 
-def scope(difference: Difference, n_trunks: int) -> str:
+def scope(difference: Difference, n_trunks: int, trunk_tokens: int) -> str:
     """What a verdict is confined to."""
+    if not trunk_tokens:
+        return "" if difference.n > 1 else " on this seed"
     if n_trunks > 1:
         return ""
     return " on this trunk" if difference.n > 1 else " on this seed of this trunk"
@@ -178,6 +180,9 @@ def noise_statement(records: Records) -> str:
     n_trunks, n_branches = len(records.comparison.trunk_seeds), len(records.comparison.branch_seeds)
     sections = next(iter(records.branches[records.comparison.baseline].values())).sections
     text = f"the noise of the validation text ({len(sections)} sections of {sections[-1].document + 1} documents)"
+    if not records.comparison.trunk_tokens:
+        runs = f"run noise (fresh weights, data order, the method's draws) over {n_branches} seeds"
+        return f"Intervals hold {text} and {runs if n_branches > 1 else 'no run noise, of one seed'}."
     if n_trunks > 1:
         return (
             f"Intervals hold {text}, trunk noise (initial weights, trunk data order) and branch noise, over {n_trunks}"

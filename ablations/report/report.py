@@ -89,10 +89,11 @@ def page(records: Records, figures: list[Figure]) -> str:
         figures: whose csv files, like the table's, must have been written already.
     """
     rows, costs = table_rows(records), compare_costs(records)
+    staged = " on one staged trunk" if records.comparison.trunk_tokens else ""
     title = headline(records, rows)
     environment = html.escape(json.dumps(records.environment, indent=2))
     body = [
-        '<p class="kicker">Comparison of methods on one staged trunk</p>',
+        f'<p class="kicker">Comparison of methods{staged}</p>',
         f"<h1>{html.escape(title)}</h1>",
         facts(records, rows, costs),
         "<h2>Result</h2>",

@@ -227,7 +227,7 @@ def footnotes(records: Records) -> list[str]:
         ),
         "tokens/s: training a branch" + (", the frozen prefix read from the cache." if comparison.boundary else "."),
     ]
-    if comparison.fresh:
+    if comparison.fresh and comparison.trunk_tokens:
         notes.append(
             f"Blocks from {comparison.boundary} on are fresh in every branch, the baseline's too, because a method"
             " changes them."
