@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -61,6 +62,38 @@ def test_whole_pairs_of_a_stretched_embedding():
         tiny = {**family.tiny, "rope_parameters": rope | more}
         rows = {row.check: row for row in checks(dataclasses.replace(family, tiny=tiny), seed=0)}
         assert rows["logits"].largest_error <= TOLERANCE
+
+
+VARIANTS = {
+    "every layer of deepseek_v3 with experts": ("deepseek_v3", {"first_k_dense_replace": 0, "rope_parameters": None}),
+    "a query latent in kimi_linear": ("kimi_linear", {"q_lora_rank": 10, "mlp_layer_types": ["sparse"] * 4}),
+    "a pattern of nemotron_h": ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "M-*E*M-"}),
+    "no experts in granitemoehybrid": ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 1}),
+    "no positions in granitemoehybrid": ("granitemoehybrid", {"position_embedding_type": None}),
+    "an untied head in lfm2_moe": ("lfm2_moe", {"tie_word_embeddings": False, "norm_topk_prob": False}),
+    "positions in olmo_hybrid": ("olmo_hybrid", {"rope_parameters": None, "linear_allow_neg_eigval": False}),
+    "a tied head in olmoe": ("olmoe", {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_else_a_family_may_have(name):
+    family, changes = VARIANTS[name]
+    family = dataclasses.replace(FAMILIES[family], tiny={**FAMILIES[family].tiny, **changes})
+    rows = list(itertools.islice(checks(family, seed=0), 3))
+    assert [row.check for row in rows] == ["weights after export", "logits", "cached decode"]
+    assert not [row for row in rows if not row.largest_error <= row.allowed]
+
+
+def test_a_shortest_time_step_as_transformers_has_it(tmp_path):
+    """Its forward pass, that is: its step for a single token has none."""
+    family = FAMILIES["nemotron_h"]
+    family = dataclasses.replace(family, tiny={**family.tiny, "time_step_min": 0.2})
+    rows = {row.check: row for row in itertools.islice(checks(family, seed=0), 4)}
+    assert rows["logits"].largest_error <= TOLERANCE
+    # Ours has it everywhere.
+    assert rows["prefill in two parts"].largest_error <= TOLERANCE
+    assert rows["cached decode"].largest_error > 100 * TOLERANCE
 
 
 def test_the_command_writes_its_table(tmp_path, capsys):
