@@ -43,6 +43,9 @@ DECAYS = (-3.0, 0.0)
 FIXED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 # In units of the largest value compared with. Where layers have a delta rule, rounding grows in both models.
 TOLERANCE, DELTA_TOLERANCE = 5e-6, 1e-4
+# Gradients are sums over all tokens, and both sides round them: measured against fp64, by as much as they differ
+# (notes/results/published).
+GRADIENT_TOLERANCE = 2e-5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +122,8 @@ def checks(family: Family, seed: int) -> Iterator[Parity]:
     ):
         yield Parity(family.model_type, check, compared(theirs, ours, tokens_BT), allowed)
     for check, error in _training(family, theirs, ours, tokens_BT).items():
-        yield Parity(family.model_type, check, error, allowed)
+        gradients = check == "gradients" and not family.delta_rule
+        yield Parity(family.model_type, check, error, GRADIENT_TOLERANCE if gradients else allowed)
 
 
 def published_model(family: Family, seed: int) -> Any:
@@ -199,14 +203,14 @@ def _training(family: Family, theirs: Any, ours: LanguageModel, tokens_BT: Tenso
     our_output = ours(tokens_BT)
     their_balance = getattr(their_output, "aux_loss", None)
     found: dict[str, float] = {}
-    losses = [_cross_entropy(our_output.logits_BTV, tokens_BT), _cross_entropy(their_output.logits, tokens_BT)]
+    losses = [cross_entropy(our_output.logits_BTV, tokens_BT), cross_entropy(their_output.logits, tokens_BT)]
     if isinstance(their_balance, Tensor):
         balance = pooled_balance(our_output)
         found["balance loss"] = relative(balance, their_balance)
         losses = [losses[0] + BALANCE * balance, losses[1] + BALANCE * their_balance]
     for loss in losses:
         loss.backward()
-    gradients = _published_gradients(family, theirs, ours.config)
+    gradients = published_gradients(family, theirs, ours.config)
     own = dict(ours.named_parameters())
     found["gradients"] = 0.0
     for stored in family.tensors(ours.config):
@@ -231,17 +235,18 @@ def _router_logits(theirs: Any) -> dict[str, bool]:
     return {"output_router_logits": True} if hasattr(theirs, "router_aux_loss_coef") else {}
 
 
-def _cross_entropy(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+def cross_entropy(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Of every next token."""
     return functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
 
 
-def _published_gradients(family: Family, theirs: Any, config: ModelConfig) -> dict[str, Tensor]:
+def published_gradients(family: Family, theirs: Any, config: ModelConfig) -> dict[str, Tensor]:
     """transformers' gradients under the names, and in the shapes, of its checkpoints, where experts lie one by one."""
     with tempfile.TemporaryDirectory() as folder:
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-        theirs.save_pretrained(folder)
+        theirs.float().save_pretrained(folder)
         stored = Checkpoint(Path(folder))
         stored.rename(family.other_names(config))
         return {name: stored.read(name) for name in stored.entries}
