@@ -55,8 +55,8 @@ def test_it_is_stored_once_and_trains_as_one(tmp_path):
     assert model.head is model.embedding_VD
     before = model.embedding_VD.detach().clone()
     optimizer = build_optimizer(model, OptimizerConfig(), 0)
-    losses = train(model.train(), optimizer, 60)
-    assert losses[-1] < 0.5 * losses[0]
+    losses = train(model.train(), optimizer, 25)
+    assert losses[-1] < 0.7 * losses[0]
     # Rows of tokens that never occur move as well: the head pushes them away.
     assert (model.embedding_VD[7:] != before[7:]).all()
     save_pretrained(tmp_path / "model", model.eval())

@@ -78,6 +78,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_else_a_family_may_have(name):
     family, changes = VARIANTS[name]
