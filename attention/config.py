@@ -27,6 +27,7 @@ class AttentionConfig:
         unit_offset: the weights of these RMSNorms are what their scale has beyond one, see `attention.norm`.
         qkv_bias: softmax layers add a bias to their queries, keys, values and output gates.
         out_bias: softmax layers add a bias to their output projection.
+        softmax_scale: of a softmax layer's logits; head_dim^-0.5 by default.
         output_gate: softmax layers multiply their output by sigmoid(x W_g) before the output projection.
         sink_logits: one learnt logit per query head in the softmax's denominator, so that a head may attend to nothing.
         linear_heads: heads of a linear layer; n_heads by default.
@@ -45,6 +46,9 @@ class AttentionConfig:
         latent_query_dim: width of a latent that its queries are made from; None makes them from the input.
         latent_scale: multiplies a latent-attention layer's logits: DeepSeek's YaRN makes all channels grow, (0.1 m
             ln(factor) + 1)^2 with its mscale_all_dim m, and not only those that are turned.
+        negative_eigenvalues: beta of a delta rule lies in (0, 2) instead of (0, 1), so that a state may be turned
+            around as well as forgotten (arXiv 2411.12537).
+        mamba_step_floor: the shortest time step of a Mamba-2 layer.
         mamba_groups: groups of a Mamba-2 layer's linear heads that share what is written and read by (its B and C).
         short_conv_dim: channels of a gated short convolution; n_heads * head_dim by default.
         conv_width: taps of a short convolution (before a delta rule or a Mamba-2 scan, or a layer of its own), 2 to 8.
@@ -67,6 +71,7 @@ class AttentionConfig:
     unit_offset: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
+    softmax_scale: float | None = None
     output_gate: bool = False
     sink_logits: bool = False
     linear_heads: int | None = None
@@ -80,6 +85,8 @@ class AttentionConfig:
     latent_value_dim: int | None = None
     latent_query_dim: int | None = None
     latent_scale: float = 1.0
+    negative_eigenvalues: bool = False
+    mamba_step_floor: float = 0.0
     mamba_groups: int = 1
     short_conv_dim: int | None = None
     conv_width: int = 4
@@ -89,7 +96,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         check_numbers(self, n_heads=1, n_kv_heads=1, head_dim=1, window=1, chunk_size=1)
         check_numbers(self, latent_dim=1, latent_shared_dim=0, latent_value_dim=1, latent_query_dim=1)
-        check_numbers(self, mamba_groups=1, short_conv_dim=1)
+        check_numbers(self, mamba_groups=1, mamba_step_floor=0, short_conv_dim=1)
         check_numbers(self, linear_heads=1, linear_key_dim=1, linear_value_dim=1, mixed_linear_heads=1, mixed_window=1)
         check_numbers(self, linear_key_heads=1)
         if self.linear_shape[0] % self.key_heads != 0:
@@ -123,9 +130,9 @@ class AttentionConfig:
         for name in ("qk_norm_whole", "unit_offset"):
             if getattr(self, name) and not self.qk_norm:
                 raise ValueError(f"AttentionConfig.{name}: True without qk_norm, whose option it is; legal: False")
-        for name in ("rope_base", "norm_eps", "latent_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"AttentionConfig.{name}: {getattr(self, name)}; legal: above 0")
+        for name in ("rope_base", "norm_eps", "latent_scale", "softmax_scale"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"AttentionConfig.{name}: {value}; legal: above 0")
 
     @property
     def rotary_dim(self) -> int:

@@ -122,7 +122,7 @@ class DeltaLayer(AttentionLayer):
         """From the projections to the input of the output projection [B, T, H * V]; brings the state up to date."""
         (B, T, _), (H, K, V) = qkv_BTX.shape, self.config.linear_shape
         gate_BTHV = gate_BTX.view(B, T, H, V)
-        if state is not None and T == 1 and self.config.key_heads == H:
+        if state is not None and T == 1 and self._known_to_one_op:
             y_BHV = delta_decode(
                 *(x[:, 0] for x in (qkv_BTX, gate_BTHV, a_BTX, b_BTH)),
                 conv_XW=self.conv_XW,
@@ -143,7 +143,7 @@ class DeltaLayer(AttentionLayer):
         q_BTGK, k_BTGK, v_BTHV = q.view(B, T, -1, K), k.view(B, T, -1, K), v.view(B, T, H, V)
         log_decay = self.decay_gate(a_BTX)
         # In the decay's fp32: what a token writes is corrected by what the state holds, and errors would add up.
-        beta_BTH = b_BTH.to(log_decay.dtype).sigmoid()
+        beta_BTH = b_BTH.to(log_decay.dtype).sigmoid() * (2.0 if self.config.negative_eigenvalues else 1.0)
         if state is not None and T == 1:
             one = (x[:, 0] for x in (q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH))
             o_BHV, last_BHKV = linear_attention_step(*one, state.state_BHKV, normalize_qk=True)
@@ -157,12 +157,17 @@ class DeltaLayer(AttentionLayer):
             o_BTHV, gate_BTHV, self.norm.weight, eps=self.norm.eps, activation=self.activation
         ).flatten(2)
 
+    @property
+    def _known_to_one_op(self) -> bool:
+        """Whether the ops that take one token through the whole layer know its options."""
+        return self.config.key_heads == self.config.linear_shape[0] and not self.config.negative_eigenvalues
+
     def describe_rule(self, block: native.NativeBlock, watch: native.Watch, state: LayerState) -> None:
         """What G and K have in common of `describe`."""
         if type(state) is not RecurrentState or type(self.decay_gate) is not DecayGate:
             raise native.NotInOneCall(f"a delta rule with a {type(state).__name__}")
-        if self.config.key_heads != self.config.linear_shape[0]:
-            raise native.NotInOneCall("a delta rule whose heads of values share keys")
+        if not self._known_to_one_op:
+            raise native.NotInOneCall("a delta rule whose heads of values share keys, or with negative eigenvalues")
         (H, K, V), X, W = self.config.linear_shape, self.config.conv_channels, self.config.conv_width
         self.describe_projections(block, watch, (H, K, V), sum(self.widths))
         watch.module(self.decay_gate)

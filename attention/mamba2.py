@@ -107,7 +107,7 @@ class Mamba2(AttentionLayer):
         q, k, v = qkv_BTX.split(mamba_widths(self.config), dim=-1)
         q_BTGK, k_BTGK, v_BTHV = q.unflatten(-1, (G, K)), k.unflatten(-1, (G, K)), v.unflatten(-1, (H, V))
         # In the fp32 of their parameters: both end up in a sum over the whole text.
-        step_BTH = functional.softplus(step_BTH + self.decay_gate.dt_bias)
+        step_BTH = functional.softplus(step_BTH + self.decay_gate.dt_bias).clamp_min(self.config.mamba_step_floor)
         log_decay_BTH = -self.decay_gate.A_log_H.exp() * step_BTH
         written_BTHV = (v_BTHV * step_BTH[..., None]).to(v_BTHV.dtype)
         if state is not None and T == 1:

@@ -149,11 +149,17 @@ class SoftmaxAttention(AttentionLayer):
         if state is not None and T == 1:
             # The newest token sees all that is kept, in whatever order a ring holds it: there is no window to apply.
             lengths_B = lengths_after(start, B, x_BTD.device)
-            o_BHK = flash_decode(turned(q_BTHK, rotary, start)[:, 0], *kv, lengths_B, sinks_H=self.sink_H)
+            q_BHK = turned(q_BTHK, rotary, start)[:, 0]
+            o_BHK = flash_decode(q_BHK, *kv, lengths_B, scale=config.softmax_scale, sinks_H=self.sink_H)
             o_BTHK = o_BHK[:, None]
         else:
             o_BTHK = flash_attention(
-                q_BTHK, kv.k_BSGK, kv.v_BSGV, window=self.window, sinks_H=self.sink_H, rotary=rotary
+                q_BTHK,
+                *kv,
+                window=self.window,
+                scale=config.softmax_scale,
+                sinks_H=self.sink_H,
+                rotary=rotary,
             )
         return self._out(o_BTHK.flatten(2), gate), kv if self.owns_kv else None
 
@@ -167,7 +173,8 @@ class SoftmaxAttention(AttentionLayer):
     @property
     def _known_in_c(self) -> bool:
         """Whether the forms in C know the options of this layer."""
-        return not self.config.qk_norm_whole and self.config.yarn is None
+        config = self.config
+        return not config.qk_norm_whole and config.yarn is None and config.softmax_scale is None
 
     def _decode(
         self, q_BX: Tensor, k_BX: Tensor, v_BX: Tensor, state: LayerState, shared: KV | None, start: int

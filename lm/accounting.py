@@ -13,8 +13,9 @@ from typing import cast
 import torch
 
 from attention.cache import cache_bytes
+from lm.block import Block
 from lm.config import ModelConfig
-from lm.model import Block, LanguageModel
+from lm.model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,16 @@ class ModelCost:
     Attributes:
         embedding_parameters: the token table; a lookup, so no FLOPs, and only one row of it is active.
         layers: per block.
-        head_parameters: the output projection and final norm.
+        head_parameters: the output projection, where it is not the embedding, and final norm.
         head_flops: forward FLOPs per token of the head.
+        tied: whether the output projection is the embedding, which then takes part in a product as a whole.
     """
 
     embedding_parameters: int
     layers: tuple[LayerCost, ...]
     head_parameters: int
     head_flops: float
+    tied: bool = False
 
     @property
     def total_parameters(self) -> int:
@@ -50,8 +53,9 @@ class ModelCost:
     @property
     def active_parameters(self) -> float:
         """Parameters that take part in a product for one token: experts used, shared weights and the head; not the
-        embedding table."""
-        return sum(layer.active_parameters for layer in self.layers) + self.head_parameters
+        embedding table, unless it is the head."""
+        head = self.head_parameters + (self.embedding_parameters if self.tied else 0)
+        return sum(layer.active_parameters for layer in self.layers) + head
 
     @property
     def forward_flops(self) -> float:
@@ -109,8 +113,9 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
         layers.append(
             LayerCost(letter, total, total - experts + in_use, 2 * products + mixing_flops(config, index, length))
         )
-    head = model.head_VD.numel()
-    return ModelCost(model.embedding_VD.numel(), tuple(layers), head + _count(model.norm), 2.0 * head)
+    head, tied = model.head.numel(), config.tied_embeddings
+    own = _count(model.norm) + (0 if tied else head)
+    return ModelCost(model.embedding_VD.numel(), tuple(layers), own, 2.0 * head, tied)
 
 
 def mixing_flops(config: ModelConfig, layer: int, length: int) -> float:

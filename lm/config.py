@@ -11,8 +11,33 @@ from foundation.serialize import nearest
 from moe.config import MoEConfig
 
 DTYPES = ("float32", "bfloat16")
-# Where a block normalises: what goes into attention and experts, what comes out of them, or both.
-NORM_PLACES = ("pre", "post", "sandwich")
+# Where a block normalises: what goes into attention and experts, what comes out of them, both, or the residual stream
+# itself.
+NORM_PLACES = ("pre", "post", "sandwich", "stream")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Residual:
+    """What a block multiplies the residual stream, and what it adds to it, by: kept x + added f(x).
+
+    Attributes:
+        attention_kept, attention_added: where attention is added.
+        experts_kept, experts_added: where experts are added.
+
+    Raises:
+        ValueError: for a number that is not above 0.
+    """
+
+    attention_kept: float = 1.0
+    attention_added: float = 1.0
+    experts_kept: float = 1.0
+    experts_added: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        for field in dataclasses.fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"Residual.{field.name}: {getattr(self, field.name)}; legal: above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +49,14 @@ class BlockConfig:
         attention: heads, widths, window, rotary embedding.
         moe: experts and router.
         norm: one of `NORM_PLACES`.
+        residual: how attention and experts are added.
     """
 
     letter: str
     attention: AttentionConfig
     moe: MoEConfig
-    norm: str
+    norm: str = "pre"
+    residual: Residual = dataclasses.field(default_factory=Residual)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +66,7 @@ class BlockOverride:
     attention: AttentionConfig | None = None
     moe: MoEConfig | None = None
     norm: str | None = None
+    residual: Residual | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +81,16 @@ class ModelConfig:
             sliding-window layers and a full one.
         attention: heads, widths, window, rotary embedding of every block that has none of its own.
         moe: number and width of the experts, router of every block that has none of its own.
-        norm: where blocks normalise: "pre" x + f(norm(x)), "post" x + norm(f(x)), "sandwich" x + norm(f(norm(x))).
+        norm: where blocks normalise: "pre" x + f(norm(x)), "post" x + norm(f(x)), "sandwich" x + norm(f(norm(x))),
+            "stream" y + f(y) with y = norm(x).
+        residual: how blocks add to the residual stream, of every block that has nothing of its own.
         blocks: what single blocks have of their own: nothing, or one entry per block, lowest first.
         norm_eps: added to the mean square in every RMSNorm.
         unit_offset: the weights of the RMSNorms over the residual stream are what their scale has beyond one, see
             `attention.norm`.
+        tied_embeddings: the head is the embedding (arXiv 1608.05859): one matrix, stored, trained and counted once.
+        embedding_scale: multiplies what the embedding gives to the residual stream (arXiv 2203.03466).
+        logit_scale: multiplies the logits.
         dtype: of activations and of weights as they enter a product; parameters stay fp32.
 
     Raises:
@@ -73,15 +106,22 @@ class ModelConfig:
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     norm: str = "pre"
+    residual: Residual = dataclasses.field(default_factory=Residual)
     blocks: tuple[BlockOverride, ...] = ()
     norm_eps: float = 1e-5
     unit_offset: bool = False
+    tied_embeddings: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"ModelConfig.dtype: {self.dtype!r} is not supported; {nearest(self.dtype, DTYPES)}")
         check_numbers(self, vocab_size=1, d_model=1, n_layers=1, norm_eps=0)
+        for name in ("embedding_scale", "logit_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"ModelConfig.{name}: {getattr(self, name)}; legal: above 0")
         if len(self.blocks) not in (0, self.n_layers):
             raise ValueError(f"ModelConfig.blocks: {len(self.blocks)} for {self.n_layers} blocks; legal: one each")
         norms = {"ModelConfig.norm": self.norm}
@@ -109,6 +149,7 @@ class ModelConfig:
             attention=own.attention or self.attention,
             moe=own.moe or self.moe,
             norm=own.norm or self.norm,
+            residual=own.residual or self.residual,
         )
 
     def with_blocks(self, blocks: Sequence[BlockConfig]) -> "ModelConfig":
@@ -120,6 +161,7 @@ class ModelConfig:
                 attention=None if block.attention == self.attention else block.attention,
                 moe=None if block.moe == self.moe else block.moe,
                 norm=None if block.norm == self.norm else block.norm,
+                residual=None if block.residual == self.residual else block.residual,
             )
             for block in blocks
         )

@@ -25,9 +25,10 @@ from foundation.command import refuse_unwritable
 from foundation.environment import device_name, peak_memory, short_commit
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
+from lm.block import Block
 from lm.config import ModelConfig
 from lm.generate import PREFILL_TOKENS
-from lm.model import Block, LanguageModel
+from lm.model import LanguageModel
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
 from moe.freed_memory import keep_freed_memory
 

@@ -14,18 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attention import build_attention
 from attention.cache import HybridCache
 from attention.kinds import KINDS
-from attention.layer_states import LayerState
-from attention.norm import RMSNorm, describe_norm
-from attention.positions import Start
+from attention.norm import describe_norm
 from attention.softmax import SoftmaxKind
 from foundation.exact_buffers import ExactBuffers
+from lm.block import Block, stream_norm
 from lm.config import ModelConfig
 from lm.decode_step import DecodeStep, step_of, takes_one_call
 from moe.backends import Choice, choose_backend
-from moe.layer import MoE
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
@@ -68,60 +65,6 @@ class Output:
         return total
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + experts(norm(x)); `BlockConfig.norm` says where the norms stand."""
-
-    def __init__(self, config: ModelConfig, layer_index: int) -> None:
-        super().__init__()
-        block = config.block(layer_index)
-        self.n_layers, self.dtype = config.n_layers, getattr(torch, config.dtype)
-
-        def norm(present: bool) -> nn.Module:
-            return _norm(config) if present else nn.Identity()
-
-        before, behind = block.norm != "post", block.norm != "pre"
-        self.attention_norm = norm(before)
-        self.attention = build_attention(
-            block.letter,
-            block.attention,
-            d_model=config.d_model,
-            layer_index=layer_index,
-            n_layers=config.n_layers,
-        )
-        self.attention_out_norm = norm(behind)
-        self.moe_norm = norm(before)
-        self.moe = MoE(block.moe, d_model=config.d_model, layer_index=layer_index)
-        self.moe_out_norm = norm(behind)
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        for norm in (self.attention_norm, self.attention_out_norm, self.moe_norm, self.moe_out_norm):
-            if isinstance(norm, RMSNorm):
-                norm.reset()
-        self.attention.init_weights(generator)
-        self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
-
-    def forward(self, x_BTD: Tensor, *, start: Start, state, shared) -> tuple[Tensor, object, Routing]:
-        # The residual stream is fp32; what is added to it is computed in `dtype`.
-        attended_BTD, kv = self.attention(
-            self.attention_norm(x_BTD).to(self.dtype), start=start, state=state, shared=shared
-        )
-        x_BTD = x_BTD + self.attention_out_norm(attended_BTD)
-        mixed_TD, routing = self.moe(self.moe_norm(x_BTD).to(self.dtype).flatten(0, 1))
-        return x_BTD + self.moe_out_norm(mixed_TD).view_as(x_BTD), kv, routing
-
-    def describe(self, block: NativeBlock, watch: Watch, state: LayerState, eps: float) -> None:
-        """Fills in a block of a decode step that is one call of C; eps is its norms'.
-
-        Raises:
-            NotInOneCall: for a part that the call does not know.
-        """
-        watch.module(self)
-        for place in ("attention_norm", "attention_out_norm", "moe_norm", "moe_out_norm"):
-            setattr(block, place, describe_norm(getattr(self, place), watch, width=watch.d_model, eps=eps))
-        self.attention.describe(block, watch, state)
-        self.moe.describe(block, watch)
-
-
 class LanguageModel(ExactBuffers):
     """Embedding, blocks, norm, head. Parameters and the residual stream are fp32; `config.dtype` is what products
     compute in.
@@ -135,8 +78,13 @@ class LanguageModel(ExactBuffers):
         self.config = config
         self.embedding_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
-        self.norm = _norm(config)
-        self.head_VD = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.norm = stream_norm(config)
+        self.head_VD = None if config.tied_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+
+    @property
+    def head(self) -> Tensor:
+        """The head's matrix [V, D]: one of its own, or the embedding."""
+        return self.embedding_VD if self.head_VD is None else self.head_VD
 
     def init_weights(self, seed: int, layers: Iterable[int] | None = None) -> "LanguageModel":
         """Fresh weights from `seed`, each block from a generator of its own: block i's weights do not depend on the
@@ -150,9 +98,13 @@ class LanguageModel(ExactBuffers):
             cast(Block, self.blocks[index]).init_weights(_generator(seed, index))
         if layers is None:
             self.norm.reset()
-            nn.init.normal_(self.embedding_VD, std=1.0, generator=_generator(seed, self.config.n_layers))
-            # A zero head starts from the uniform distribution over tokens: no time is lost unlearning confident noise.
-            nn.init.zeros_(self.head_VD)
+            # A tied one gives logits of variance one.
+            std = self.config.d_model**-0.5 if self.head_VD is None else 1.0
+            nn.init.normal_(self.embedding_VD, std=std, generator=_generator(seed, self.config.n_layers))
+            if self.head_VD is not None:
+                # A zero head starts from the uniform distribution over tokens: no time is lost unlearning confident
+                # noise.
+                nn.init.zeros_(self.head_VD)
         return self
 
     def forward(
@@ -191,6 +143,8 @@ class LanguageModel(ExactBuffers):
         if type(self) is not LanguageModel or len(cache.layers) != len(self.blocks):
             raise NotInOneCall(f"a {type(self).__name__} with a cache of {len(cache.layers)} layers")
         V, D, eps = self.config.vocab_size, self.config.d_model, self.config.norm_eps
+        if self.config.embedding_scale != 1.0 or self.config.logit_scale != 1.0:
+            raise NotInOneCall("scaled embeddings or logits")
         watch = Watch(batch_size, D)
         watch.module(self)
         watch.module(self.blocks)
@@ -202,7 +156,8 @@ class LanguageModel(ExactBuffers):
             blocks.append(NativeBlock())
             block.describe(blocks[-1], watch, state, eps)
         native = NativeModel(vocabulary=V, width=D, batch=batch_size, eps=eps)
-        native.embedding, native.head = (watch.parameter(self, name, V, D) for name in ("embedding_VD", "head_VD"))
+        names = ("embedding_VD", "embedding_VD" if self.head_VD is None else "head_VD")
+        native.embedding, native.head = (watch.parameter(self, name, V, D) for name in names)
         native.norm = describe_norm(self.norm, watch, width=D, eps=eps)
         return DecodeStep(native, blocks, watch, self.routers(), cache, self._dtype)
 
@@ -224,7 +179,8 @@ class LanguageModel(ExactBuffers):
         return self._from_block(inputs, boundary, None, targets_BT=targets_BT)
 
     def frozen_names(self, boundary: int) -> frozenset[str]:
-        """Parameters and buffers below a boundary: the embedding and blocks [0, boundary); none where it is 0."""
+        """Parameters and buffers below a boundary: the embedding and blocks [0, boundary); none where it is 0. A tied
+        head is frozen with the embedding."""
         if boundary == 0:
             return frozenset()
         return frozenset({"embedding_VD"}) | self.names_in(self.blocks[:boundary])
@@ -267,7 +223,7 @@ class LanguageModel(ExactBuffers):
         """What computes the experts on this model's device, and why."""
         experts = cast(Block, self.blocks[-1]).moe.experts
         if experts.has_options:
-            return Choice("plain", "biases or a clamped activation, which torch computes expert by expert")
+            return Choice("plain", "biases or another activation, which torch computes expert by expert")
         x = torch.empty(0, dtype=self._dtype, device=self.embedding_VD.device)
         return choose_backend(x, experts.w_down_EFD, experts.backend)
 
@@ -275,7 +231,7 @@ class LanguageModel(ExactBuffers):
         """Whether all that is large in training or reading this model is computed in C: attention (linear kinds are
         torch's), experts, norms, loss."""
         softmax = all(isinstance(KINDS[letter], SoftmaxKind) for letter in self.config.plan.letters)
-        return softmax and self._dtype == torch.float32 and takes_many_rows(self.head_VD)
+        return softmax and self._dtype == torch.float32 and takes_many_rows(self.head)
 
     def its_threads(self) -> contextlib.AbstractContextManager[None]:
         """Around training and evaluation: see `torch_by_one_thread`, where the model is mostly in C."""
@@ -295,9 +251,11 @@ class LanguageModel(ExactBuffers):
         if tokens_BT.dim() != 2:
             raise ValueError(f"tokens: shape {tuple(tokens_BT.shape)}, must be [batch, tokens]")
         try:
-            return functional.embedding(tokens_BT, self.embedding_VD)
+            x_BTD = functional.embedding(tokens_BT, self.embedding_VD)
         except IndexError:
             raise ValueError(_outside("tokens", tokens_BT, self.config.vocab_size)) from None
+        scale = self.config.embedding_scale
+        return x_BTD if scale == 1.0 else x_BTD * scale
 
     def _from_block(
         self,
@@ -308,11 +266,14 @@ class LanguageModel(ExactBuffers):
         targets_BT: Tensor | None = None,
     ) -> Output:
         x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
-        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD).to(self._dtype)
+        x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
+        if self.config.logit_scale != 1.0:
+            x_BTD = x_BTD * self.config.logit_scale
+        x_BTD = x_BTD.to(self._dtype)
         if targets_BT is None:
-            return Output(project(x_BTD, self.head_VD), lambda: routings)
+            return Output(project(x_BTD, self.head), lambda: routings)
         no_logits_BTV = x_BTD.new_empty(len(x_BTD), 0, self.config.vocab_size)
-        return Output(no_logits_BTV, lambda: routings, *mean_and_token_losses(x_BTD, self.head_VD, targets_BT))
+        return Output(no_logits_BTV, lambda: routings, *mean_and_token_losses(x_BTD, self.head, targets_BT))
 
     def _run_blocks(
         self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None
@@ -330,11 +291,6 @@ class LanguageModel(ExactBuffers):
             )
             routings.append(routing)
         return x_BTD, kv, tuple(routings)
-
-
-def _norm(config: ModelConfig) -> RMSNorm:
-    """A norm over the residual stream."""
-    return RMSNorm(config.d_model, eps=config.norm_eps, unit_offset=config.unit_offset)
 
 
 def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

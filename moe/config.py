@@ -30,11 +30,13 @@ class MoEConfig:
 
     Attributes:
         n_experts: number of routed experts.
-        d_expert: hidden width of each.
+        d_expert: hidden width of each; 0 of a single one for none: a block that is attention alone.
         d_shared: hidden width of the shared expert; 0 for none.
         shared_gate: every token multiplies the shared expert's output by sigmoid(x w) (arXiv 2407.10671).
         expert_bias: routed experts add a bias to both their projections.
         clamped: the activation of routed experts, in place of SiLU(g) u.
+        gated: experts are SwiGLU networks; without gates they are relu(x W_up)^2 W_down, the shared one too (arXiv
+            2109.08668).
         backend: of the expert computation, see `moe.backends.choose_backend`.
         router: how tokens choose their experts.
 
@@ -48,17 +50,30 @@ class MoEConfig:
     shared_gate: bool = False
     expert_bias: bool = False
     clamped: ClampedSwiGLU | None = None
+    gated: bool = True
     backend: str = "auto"
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
     # Whether the policy fits so many experts is asked where a router is built: sizes and policy are often replaced one
     # after the other.
     def __post_init__(self) -> None:
-        check_numbers(self, n_experts=1, d_expert=1, d_shared=0)
+        check_numbers(self, n_experts=1, d_expert=0, d_shared=0)
+        if self.d_expert == 0 and (self.n_experts > 1 or self.d_shared):
+            raise ValueError(
+                f"MoEConfig.d_expert: 0 of {self.n_experts} experts and a shared one of width {self.d_shared}; legal: 1"
+                " or more, or no experts at all (n_experts 1, d_shared 0)"
+            )
         if self.shared_gate and not self.d_shared:
             raise ValueError("MoEConfig.shared_gate: True without a shared expert; legal: False, or d_shared above 0")
-        if (self.expert_bias or self.clamped is not None) and self.backend not in ("auto", "reference"):
+        if self.clamped is not None and not self.gated:
+            raise ValueError("MoEConfig.gated: False with clamped, which is of gated experts; legal: True")
+        if self.has_options and self.backend not in ("auto", "reference"):
             raise ValueError(
-                f"MoEConfig.backend: {self.backend!r} knows neither expert_bias nor clamped; legal with them: auto,"
-                " reference"
+                f"MoEConfig.backend: {self.backend!r} knows neither expert_bias, clamped, gated=False nor"
+                " d_expert=0; legal with them: auto, reference"
             )
+
+    @property
+    def has_options(self) -> bool:
+        """Whether these experts are computed by `moe.plain_experts`."""
+        return self.expert_bias or self.clamped is not None or not self.gated or self.d_expert == 0

@@ -1,15 +1,16 @@
 """The experts: E SwiGLU networks in two packed parameters, and the shared expert as one more of its own width.
 
+Without gates they have the up projection alone.
+
 Legend: T tokens, D model width, E experts, F expert width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.backends import compute_experts
 from moe.config import ClampedSwiGLU
-from moe.plain_experts import plain_experts
+from moe.plain_experts import activation, plain_experts
 from routing.assignments import Assignments
 from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
@@ -18,10 +19,11 @@ class Experts(nn.Module):
     """y_t = sum over the rows of token t of weight * W_down^T (SiLU(W_gate^T x_t) * (W_up^T x_t)).
 
     Attributes:
-        w_gate_up_EDF2: fp32 [E, D, 2F], the gate's columns first.
+        w_gate_up_EDF2: fp32 [E, D, 2F], the gate's columns first; [E, D, F] without gates.
         w_down_EFD: fp32 [E, F, D].
         b_gate_up_EF2, b_down_ED: biases, or None.
         clamped: another activation, or None.
+        gated: whether they have gates, see `MoEConfig`.
         backend: see `moe.backends.choose_backend`.
     """
 
@@ -34,12 +36,14 @@ class Experts(nn.Module):
         backend: str = "auto",
         bias: bool = False,
         clamped: ClampedSwiGLU | None = None,
+        gated: bool = True,
     ) -> None:
         super().__init__()
-        self.backend, self.clamped = backend, clamped
-        self.b_gate_up_EF2 = nn.Parameter(torch.zeros(n_experts, 2 * d_expert)) if bias else None
+        self.backend, self.clamped, self.gated = backend, clamped, gated
+        width = 2 * d_expert if gated else d_expert
+        self.b_gate_up_EF2 = nn.Parameter(torch.zeros(n_experts, width)) if bias else None
         self.b_down_ED = nn.Parameter(torch.zeros(n_experts, d_model)) if bias else None
-        self.w_gate_up_EDF2 = nn.Parameter(torch.empty(n_experts, d_model, 2 * d_expert))
+        self.w_gate_up_EDF2 = nn.Parameter(torch.empty(n_experts, d_model, width))
         self.w_down_EFD = nn.Parameter(torch.empty(n_experts, d_expert, d_model))
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
@@ -48,7 +52,7 @@ class Experts(nn.Module):
         for weight, scale in ((self.w_gate_up_EDF2, 1.0), (self.w_down_EFD, down_scale)):
             # Drawn on the generator's device, so that the CPU's stream gives the same weights on every device.
             draw = torch.randn(weight.shape, generator=generator, device=generator.device)
-            weight.data.copy_(draw * (scale * weight.shape[1] ** -0.5))
+            weight.data.copy_(draw * (scale * max(1, weight.shape[1]) ** -0.5))
         for bias in (self.b_gate_up_EF2, self.b_down_ED):
             if bias is not None:
                 nn.init.zeros_(bias)
@@ -56,7 +60,8 @@ class Experts(nn.Module):
     @property
     def has_options(self) -> bool:
         """Whether these experts are computed by `moe.plain_experts`."""
-        return self.clamped is not None or self.b_down_ED is not None
+        no_width = self.w_down_EFD.shape[1] == 0
+        return self.clamped is not None or self.b_down_ED is not None or not self.gated or no_width
 
     def forward(self, x_TD: Tensor, assignments: Assignments) -> Tensor:
         """y_TD [T, D] in the dtype of x_TD."""
@@ -69,6 +74,7 @@ class Experts(nn.Module):
                 b_gate_up_EF2=self.b_gate_up_EF2,
                 b_down_ED=self.b_down_ED,
                 clamped=self.clamped,
+                gated=self.gated,
             )
         return compute_experts(x_TD, self.w_gate_up_EDF2, self.w_down_EFD, assignments, backend=self.backend)
 
@@ -88,11 +94,13 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """One SwiGLU network for every token, packed like the others: w_gate_up_DF2 [D, 2F], w_down_FD [F, D]."""
+    """One network for every token, packed like the others: w_gate_up_DF2 [D, 2F], or [D, F] without a gate, and
+    w_down_FD [F, D]."""
 
-    def __init__(self, *, d_model: int, d_shared: int) -> None:
+    def __init__(self, *, d_model: int, d_shared: int, gated: bool = True) -> None:
         super().__init__()
-        self.w_gate_up_DF2 = nn.Parameter(torch.empty(d_model, 2 * d_shared))
+        self.gated = gated
+        self.w_gate_up_DF2 = nn.Parameter(torch.empty(d_model, 2 * d_shared if gated else d_shared))
         self.w_down_FD = nn.Parameter(torch.empty(d_shared, d_model))
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
@@ -105,13 +113,13 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD [T, D] in the dtype of x_TD."""
-        gate_TF, up_TF = (x_TD @ self.w_gate_up_DF2.to(x_TD.dtype)).chunk(2, dim=-1)
-        return (F.silu(gate_TF) * up_TF) @ self.w_down_FD.to(x_TD.dtype)
+        h_TF2 = x_TD @ self.w_gate_up_DF2.to(x_TD.dtype)
+        return activation(h_TF2, gated=self.gated) @ self.w_down_FD.to(x_TD.dtype)
 
     def describe(self, block: NativeBlock, watch: Watch) -> None:
         """As `Experts.describe`."""
-        if type(self) is not SharedExpert:
-            raise NotInOneCall(f"a shared expert that is a {type(self).__name__}")
+        if type(self) is not SharedExpert or not self.gated:
+            raise NotInOneCall(f"a shared expert that is a {type(self).__name__}, or has no gate")
         watch.module(self)
         D, block.d_shared = watch.d_model, self.w_down_FD.shape[0]
         block.shared_gate_up = watch.parameter(self, "w_gate_up_DF2", D, 2 * block.d_shared)

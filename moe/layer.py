@@ -43,8 +43,10 @@ class MoE(ExactBuffers):
             backend=config.backend,
             bias=config.expert_bias,
             clamped=config.clamped,
+            gated=config.gated,
         )
-        self.shared_expert = SharedExpert(d_model=d_model, d_shared=config.d_shared) if config.d_shared else None
+        shared = config.d_shared
+        self.shared_expert = SharedExpert(d_model=d_model, d_shared=shared, gated=config.gated) if shared else None
         self.shared_gate_D = nn.Parameter(torch.zeros(d_model)) if config.shared_gate else None
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:

@@ -1,4 +1,5 @@
-"""Experts with options that the grouped products do not know: biases, and a clamped SwiGLU. Torch, expert by expert.
+"""Experts with options that the grouped products do not know: biases, a clamped SwiGLU, no gate. Torch, expert by
+expert.
 
 Legend: T tokens, D model width, E experts, F expert width, N assigned rows, n rows of one expert.
 """
@@ -22,8 +23,12 @@ def plain_experts(
     b_gate_up_EF2: Tensor | None,
     b_down_ED: Tensor | None,
     clamped: ClampedSwiGLU | None,
+    gated: bool,
 ) -> Tensor:
     """`moe.backends.compute_experts` with biases of both projections, each None for none, and another activation.
+
+    Args:
+        w_gate_up_EDF2: [E, D, 2F], the gate's columns first, or [E, D, F] without a gate.
 
     Returns:
         y_TD [T, D] in x's dtype; sums over a token's rows in fp32 or better. Differentiable in all tensors.
@@ -42,14 +47,17 @@ def plain_experts(
         h_nF2 = x_TD.index_select(0, token_n) @ w_gate_ups[e].to(dtype)
         if b_gate_ups is not None:
             h_nF2 = h_nF2 + b_gate_ups[e].to(dtype)
-        out_nD = _activation(h_nF2, clamped) @ w_downs[e].to(dtype)
+        out_nD = activation(h_nF2, clamped, gated=gated) @ w_downs[e].to(dtype)
         if b_downs is not None:
             out_nD = out_nD + b_downs[e].to(dtype)
         y_TD = y_TD.index_add(0, token_n, out_nD.to(sum_dtype) * rows.weight_N[first:last, None].to(sum_dtype))
     return y_TD.to(dtype)
 
 
-def _activation(h_nF2: Tensor, clamped: ClampedSwiGLU | None) -> Tensor:
+def activation(h_nF2: Tensor, clamped: ClampedSwiGLU | None = None, *, gated: bool = True) -> Tensor:
+    """What an expert makes of its first projection, see `MoEConfig`: [n, F]."""
+    if not gated:
+        return F.relu(h_nF2).square()
     gate_nF, up_nF = h_nF2.chunk(2, dim=-1)
     if clamped is None:
         return F.silu(gate_nF) * up_nF

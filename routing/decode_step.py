@@ -22,7 +22,8 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
     policy, budget = router.policy, router.policy.budget
     rule = policy.config.fused_rule
     others = {*policy.parameters(), *policy.buffers()} - set([] if budget is None else budget.buffers())
-    known = type(router) is Router and router.bias_E is None and router.config.scaling == 1.0
+    plain = router.config.scaling == 1.0 and not router.config.renormalise_eps
+    known = type(router) is Router and router.bias_E is None and plain
     if not known or rule is None or policy.config.null_columns or others:
         raise NotInOneCall(f"a {type(router).__name__} with {type(policy).__name__}")
     if policy.dealt_T is not None or (budget is not None and budget.calibrates):

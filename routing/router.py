@@ -44,6 +44,7 @@ class RouterConfig:
         score: softmax over experts or sigmoid of each.
         bias: added to the experts' logits, learnt; for a bias that selects and never weighs see `selection_bias_step`.
         renormalise: a token's weights sum to one, however many experts it has.
+        renormalise_eps: added to the sum that they are divided by (LFM2, arXiv 2511.23404, has 1e-6).
         scaling: what all weights are multiplied by at last (arXiv 2412.19437).
         balance_coefficient: of the Switch loss.
         z_coefficient: of the z-loss.
@@ -58,6 +59,7 @@ class RouterConfig:
     score: Literal["softmax", "sigmoid"] = "softmax"
     bias: bool = False
     renormalise: bool = True
+    renormalise_eps: float = 0.0
     scaling: float = 1.0
     balance_coefficient: float = 1e-2
     z_coefficient: float = 1e-3
@@ -68,7 +70,7 @@ class RouterConfig:
         if self.score not in SCORES:
             raise ValueError(f"RouterConfig.score = {self.score!r} is not one of {', '.join(map(repr, SCORES))}")
         check_is_policy(self.policy)
-        check_numbers(self, balance_coefficient=0, z_coefficient=0, selection_bias_step=0)
+        check_numbers(self, renormalise_eps=0, balance_coefficient=0, z_coefficient=0, selection_bias_step=0)
         if not self.scaling > 0:
             raise ValueError(f"RouterConfig.scaling: {self.scaling}; legal: above 0")
         for part in (self.policy, self.three_level_balance):
@@ -265,7 +267,8 @@ class Router(ExactBuffers):
         not dealt out anew."""
         logits_TE = scores.logits_TE
         here = logits_TE.is_cuda or routes_natively(logits_TE, len(logits_TE))
-        return here and logits_TE.dtype == torch.float32 and self.policy.dealt_T is None
+        plain = not self.config.renormalise_eps and self.policy.dealt_T is None
+        return here and plain and logits_TE.dtype == torch.float32
 
     def _decide_fused(self, scores: Scores, rule: FusedRule) -> tuple[Slots, Tensor]:
         """Slots whose score_TK are their weights already, and level_TK."""
@@ -338,7 +341,7 @@ class Router(ExactBuffers):
         total_T1 = score_TK.sum(dim=-1, keepdim=True)
         if slots.rest_T is not None:
             total_T1 = total_T1 + slots.rest_T[:, None]
-        return total_T1.clamp_min(torch.finfo(score_TK.dtype).tiny)
+        return (total_T1 + self.config.renormalise_eps).clamp_min(torch.finfo(score_TK.dtype).tiny)
 
     def begin_step(self, step: int, seed: int) -> None:
         """Before a training step of one or more forwards."""

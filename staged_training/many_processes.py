@@ -40,8 +40,9 @@ from torch.distributed.tensor import Shard
 from foundation.environment import under_torchrun
 from foundation.files import write_json
 from foundation.stopping import Interrupted
+from lm.block import Block
 from lm.config import ModelConfig
-from lm.model import Block, LanguageModel
+from lm.model import LanguageModel
 from moe.expert_parallel import ExpertParallelExperts
 from routing.over_processes import count_over_processes
 from routing.router import Router

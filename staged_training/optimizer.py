@@ -34,10 +34,11 @@ class OptimizerConfig:
         eps: added to the root of the second moment.
         weight_decay: for matrices. Vectors (norms, biases, per-head constants) have none, and neither has the
             embedding: a row that does not occur in a batch gets no gradient, and decay would shrink rare tokens towards
-            zero.
+            zero. An embedding that is the head too gets one from every token's logits: it is a matrix like the others,
+            of AdamW.
         embedding_rate: multiplies the embedding's learning rate. A row moves only when its token occurs, so the rate of
             the matrices is far too low for it: at 300k tokens ten times as much is worth 0.09 bits per byte
-            (notes/LOG.md).
+            (notes/LOG.md). Without effect where it is the head too.
         clip: largest norm of the whole gradient.
 
     Raises:
@@ -86,7 +87,8 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int
     embedding, decayed, plain = [], [], []
     for _, parameter in trained_parameters(model, boundary):
         parameter.requires_grad_(True)
-        own = embedding if parameter is model.embedding_VD else decayed if parameter.dim() >= 2 else plain
+        alone = parameter is model.embedding_VD and not model.config.tied_embeddings
+        own = embedding if alone else decayed if parameter.dim() >= 2 else plain
         own.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay, "rate": 1.0},

@@ -59,7 +59,9 @@ def packed_matrices(model: LanguageModel, *, routers: bool) -> dict[str, Packing
     for path, parameter in model.named_parameters():
         name, n_out = path.rpartition(".")[2], parameter.shape[-1]
         if name in GATE_AND_UP:
-            found[path] = Packing(out_dim=-1, widths=(n_out // 2, n_out // 2))
+            # Without gates there is one matrix.
+            gated = getattr(model.get_submodule(path.rpartition(".")[0]), "gated", True)
+            found[path] = Packing(out_dim=-1, widths=(n_out // 2, n_out // 2) if gated else (n_out,))
         elif name in DOWN:
             found[path] = Packing(out_dim=-1, widths=(n_out,))
         elif name in ROUTER and routers:

@@ -26,9 +26,10 @@ from foundation.tables import write_rows
 from foundation.timing import wall_seconds
 from lm.accounting import mixing_flops, model_cost
 from lm.bench import matmul_speed
+from lm.block import Block
 from lm.config import ModelConfig
 from lm.decode_profile import memory_speed, profile_decode
-from lm.model import Block, LanguageModel, mean_and_token_losses
+from lm.model import LanguageModel, mean_and_token_losses
 from moe.freed_memory import keep_freed_memory
 from routing.assignments import Assignments
 from routing.router import Routing
@@ -199,7 +200,7 @@ def alone_of(model: LanguageModel, inputs_BT: Tensor, targets_BT: Tensor) -> dic
 
     def head() -> float:
         x = x_BTD.detach().to(getattr(torch, model.config.dtype)).requires_grad_()
-        return wall_seconds(lambda: mean_and_token_losses(x, model.head_VD, targets_BT)[0].backward(), x.device.type)
+        return wall_seconds(lambda: mean_and_token_losses(x, model.head, targets_BT)[0].backward(), x.device.type)
 
     return parts | {"head and loss": [head]}
 

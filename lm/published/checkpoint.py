@@ -1,5 +1,6 @@
 """A published checkpoint: safetensors files, one or several shards with an index, read and written tensor by tensor."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class Checkpoint:
     def __init__(self, folder: Path, single: str = SINGLE) -> None:
         self.folder, self.single = folder, single
         self.entries: dict[str, Entry] = {}
+        self._names: dict[str, str] = {}
         self._files: dict[str, Any] = {}
         promised = self._promised()
         shards = sorted(set(promised.values())) or [single]
@@ -69,7 +71,20 @@ class Checkpoint:
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{self.folder / entry.shard}: {name} is {entry.dtype}; legal: {', '.join(DTYPES)}")
-        return self._files[entry.shard].get_tensor(name)
+        return self._files[entry.shard].get_tensor(self._names.get(name, name))
+
+    def rename(self, patterns: Mapping[str, str]) -> None:
+        """Calls tensors by other names from now on.
+
+        Args:
+            patterns: regular expressions of whole names, each with what `re.sub` makes of one.
+        """
+        for name in list(self.entries):
+            for pattern, other in patterns.items():
+                if re.fullmatch(pattern, name) and (new := re.sub(pattern, other, name)) not in self.entries:
+                    self._names[new] = self._names.pop(name, name)
+                    self.entries[new] = self.entries.pop(name)
+                    break
 
     def _promised(self) -> dict[str, str]:
         """By tensor, the file that the index says it is in; empty without an index."""

@@ -28,7 +28,7 @@ from lm.accounting import meta_model
 from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model, save_tensors
-from lm.published.checkpoint import DTYPES, SHARD_BYTES, Checkpoint, write_checkpoint
+from lm.published.checkpoint import DTYPES, SHARD_BYTES, Checkpoint, Entry, write_checkpoint
 from lm.published.families import FAMILIES, family_of
 from lm.published.family import Family
 from lm.published.layouts import Stored
@@ -47,7 +47,7 @@ MOST_LISTED = 10
 # Tokens of a row of text that is kept with a model.
 CALIBRATION_LENGTH = 256
 # Fields of `ModelConfig` that a block may have of its own.
-BLOCK_FIELDS = ("attention", "moe", "norm")
+BLOCK_FIELDS = ("attention", "moe", "norm", "residual")
 # Fields that say how a model is trained or computed here, of which a published config.json knows nothing.
 OF_OURS = ("dtype", "backend", "chunk_size", "balance_coefficient", "z_coefficient", "selection_bias_step")
 OF_OURS += ("three_level_balance",)
@@ -121,6 +121,7 @@ def import_model(config: ImportConfig) -> str:
     if config.dtype is not None:
         model = dataclasses.replace(model, dtype=config.dtype)
     checkpoint = Checkpoint(config.source)
+    checkpoint.rename(family.other_names(model))
     left_out = _check_tensors(family, model, checkpoint)
     stored = {one.ours: one for one in family.tensors(model)}
     usual = values.get("dtype") or values.get("torch_dtype") or "float32"
@@ -299,11 +300,22 @@ def _published_shapes(model: ModelConfig, stored: list[Stored]) -> dict[str, tor
     return {name: part.shape for one in stored for name, part in zip(one.theirs, one.layout.split(ours[one.ours]))}
 
 
+def _shapes(entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in entries.items()}
+
+
 def _check_tensors(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, str]:
     """Refuses a checkpoint that is not what its config.json says; returns what it has beside the decoder, with what
     that is."""
-    expected = _published_shapes(model, list(family.tensors(model)))
+    stored = list(family.tensors(model))
+    expected = _published_shapes(model, stored)
     entries, left_out = checkpoint.entries, {}
+    for one in stored:
+        if one.any_heights and all(name in entries for name in one.theirs):
+            # As one tensor has them.
+            heights = [sum(shapes[name][0] for name in one.theirs) for shapes in (expected, _shapes(entries))]
+            if heights[0] == heights[1]:
+                expected |= {name: torch.Size(entries[name].shape) for name in one.theirs}
     for name in entries.keys() - expected.keys():
         for pattern, reason in family.beside(model).items():
             if re.fullmatch(pattern, name):

@@ -1,7 +1,20 @@
 """The families of published models that there are: the one list of adapters."""
 
 from foundation.serialize import nearest
-from lm.published import glm4_moe, gpt_oss, olmoe, qwen3_moe, qwen3_next
+from lm.published import (
+    deepseek_v3,
+    glm4_moe,
+    gpt_oss,
+    granitemoehybrid,
+    kimi_linear,
+    lfm2_moe,
+    minimax,
+    nemotron_h,
+    olmo_hybrid,
+    olmoe,
+    qwen3_moe,
+    qwen3_next,
+)
 from lm.published.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -14,6 +27,14 @@ FAMILIES: dict[str, Family] = {
         gpt_oss.FAMILY,
         glm4_moe.FAMILY,
         olmoe.FLEX,
+        deepseek_v3.FAMILY,
+        deepseek_v3.LITE,
+        kimi_linear.FAMILY,
+        nemotron_h.FAMILY,
+        granitemoehybrid.FAMILY,
+        lfm2_moe.FAMILY,
+        olmo_hybrid.FAMILY,
+        minimax.FAMILY,
     )
 }
 

@@ -6,6 +6,7 @@ Legend: D model width, F expert width, E experts, H query heads, G key/value hea
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ NORMS = {
     "pre": {"attention_norm": "input_layernorm", "moe_norm": "post_attention_layernorm"},
     "post": {"attention_out_norm": "post_attention_layernorm", "moe_out_norm": "post_feedforward_layernorm"},
 }
+# What the two or three matrices of an MLP are called: gate, up, down.
+PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,8 @@ class Family:
         aliases: see `Fields`.
         beside: published tensors that are no part of the decoder, by regular expression, each with what it is: they
             are left out.
+        other_names: what files also call tensors, by regular expression, each with what turns it into the name that
+            `tensors` has; export writes the latter.
         after_export: fields of config.json that export sets where they are, because what they speak of was left out.
         tiny: fields of a small model of the family, with which `python -m lm parity` holds ours against transformers'.
         delta_rule: whether layers with a delta rule are among it: rounding grows in them, on both sides.
@@ -48,6 +53,7 @@ class Family:
     tensors: Callable[[ModelConfig], Iterator[Stored]]
     aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     beside: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
+    other_names: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     after_export: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     delta_rule: bool = False
@@ -69,10 +75,13 @@ class Family:
         return config
 
 
-def read_sizes(fields: Fields) -> dict[str, Any]:
-    """Arguments of `ModelConfig` that every family has, and what none of ours may have: tied embeddings, quantised
-    weights."""
-    fields.only("tie_word_embeddings", False)
+def read_sizes(fields: Fields, *, n_layers: int | None = None, tied: bool = False) -> dict[str, Any]:
+    """Arguments of `ModelConfig` that every family has, and what none of ours may have: quantised weights.
+
+    Args:
+        n_layers: where it is not the file's number.
+        tied: whether the head is the embedding, where the file does not say.
+    """
     fields.only("quantization_config", None)
     fields.only("hidden_act", "silu")
     dtype = fields.get("dtype", str, None) or fields.get("torch_dtype", str, "float32")
@@ -82,20 +91,27 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
     return {
         "vocab_size": fields.get("vocab_size", int),
         "d_model": fields.get("hidden_size", int),
-        "n_layers": fields.get("num_hidden_layers", int),
+        "n_layers": fields.get("num_hidden_layers", int) if n_layers is None else n_layers,
         "norm_eps": fields.get("rms_norm_eps", float),
+        "tied_embeddings": fields.get("tie_word_embeddings", bool, tied),
         # Half precision is a way to store weights here, not one to compute in.
         "dtype": "bfloat16" if dtype == "bfloat16" else "float32",
     }
 
 
 def read_attention(
-    fields: Fields, *, rope_base: float = 10_000.0, rotary_fraction: float = 1.0, **options: Any
+    fields: Fields,
+    *,
+    rope_base: float = 10_000.0,
+    rotary_fraction: float = 1.0,
+    positions: bool = True,
+    **options: Any,
 ) -> AttentionConfig:
     """Heads, widths and rotary embedding of softmax layers.
 
     Args:
         rope_base: where the file has none, and so `rotary_fraction`.
+        positions: whether there is a rotary embedding.
         options: further fields of `AttentionConfig`.
     """
     # Dropout of attention weights exists in training only, and published models are trained without.
@@ -105,10 +121,18 @@ def read_attention(
         n_heads=n_heads,
         n_kv_heads=fields.get("num_key_value_heads", int, n_heads),
         head_dim=fields.get("head_dim", int, fields.get("hidden_size", int) // n_heads),
-        **read_rotary(fields, rope_base, rotary_fraction),
-        norm_eps=fields.get("rms_norm_eps", float),
-        **options,
+        **(read_rotary(fields, rope_base, rotary_fraction) if positions else without_rotary(fields)),
+        **{"norm_eps": fields.get("rms_norm_eps", float), **options},
     )
+
+
+def without_rotary(fields: Fields) -> dict[str, Any]:
+    """What `AttentionConfig` says of a rotary embedding that is not there, whatever the file says of one."""
+    for name in ("rope_theta", "partial_rotary_factor"):
+        fields.get(name, float, None)
+    for name in ("rope_scaling", "rope_parameters"):
+        fields.part(name)
+    return {"rotary_fraction": 0.0}
 
 
 def read_rotary(fields: Fields, base: float, fraction: float) -> dict[str, Any]:
@@ -120,7 +144,7 @@ def read_rotary(fields: Fields, base: float, fraction: float) -> dict[str, Any]:
     """
     base = fields.get("rope_theta", float, base)
     fraction = fields.get("partial_rotary_factor", float, fraction)
-    before, since, yarn = fields.part("rope_scaling"), fields.part("rope_parameters"), None
+    before, since, yarn, scale = fields.part("rope_scaling"), fields.part("rope_parameters"), None, 1.0
     if (rope := since or before) is not None:
         rope.aliases = {"rope_type": ("type",)}
         kind = rope.get("rope_type", str, "default")
@@ -128,16 +152,29 @@ def read_rotary(fields: Fields, base: float, fraction: float) -> dict[str, Any]:
         base = rope.get("rope_theta", float, base)
         fraction = rope.get("partial_rotary_factor", float, fraction)
         if kind == "yarn":
+            factor = rope.get("factor", float)
+            turned, all_channels = rope.get("mscale", float, 0.0), rope.get("mscale_all_dim", float, 0.0)
+            scale = growth(factor, all_channels) ** 2
             yarn = Yarn(
-                factor=rope.get("factor", float),
+                factor=factor,
                 original_length=rope.get("original_max_position_embeddings", int),
                 fast_turns=rope.get("beta_fast", float, 32.0),
                 slow_turns=rope.get("beta_slow", float, 1.0),
-                magnitude=rope.get("attention_factor", float, None),
+                magnitude=rope.get(
+                    "attention_factor",
+                    float,
+                    growth(factor, turned) / growth(factor, all_channels) if turned and all_channels else None,
+                ),
                 whole_pairs=rope.get("truncate", bool, True),
             )
         rope.done(())
-    return {"rope_base": base, "rotary_fraction": fraction, "yarn": yarn}
+    # The last is of latent attention alone, and the published softmax layers ignore it as ours do.
+    return {"rope_base": base, "rotary_fraction": fraction, "yarn": yarn, "latent_scale": scale}
+
+
+def growth(factor: float, mscale: float) -> float:
+    """What YaRN multiplies queries and keys by, in DeepSeek's terms (arXiv 2405.04434)."""
+    return 0.1 * mscale * math.log(factor) + 1.0
 
 
 def read_softmax_experts(fields: Fields, n_layers: int, *, renormalise: bool, **options: Any) -> MoEConfig:
@@ -159,6 +196,33 @@ def read_softmax_experts(fields: Fields, n_layers: int, *, renormalise: bool, **
             z_coefficient=0.0,
         ),
         **options,
+    )
+
+
+def read_sigmoid_router(fields: Fields) -> RouterConfig:
+    """The router of DeepSeek-V3 (arXiv 2412.19437): sigmoid scores, a bias that selects and never weighs, groups,
+    scaled weights, no balance loss."""
+    return RouterConfig(
+        policy=TopK(
+            k=fields.get("num_experts_per_tok", int),
+            n_groups=fields.get("n_group", int, 1),
+            top_groups=fields.get("topk_group", int, 1),
+        ),
+        score="sigmoid",
+        renormalise=fields.get("norm_topk_prob", bool, True),
+        scaling=fields.get("routed_scaling_factor", float, 1.0),
+        balance_coefficient=0.0,
+        z_coefficient=0.0,
+    )
+
+
+def read_sigmoid_experts(fields: Fields, d_expert: int) -> MoEConfig:
+    """Experts that such a router chooses, and a shared one as wide as several of them."""
+    return MoEConfig(
+        n_experts=fields.get("n_routed_experts", int),
+        d_expert=d_expert,
+        d_shared=fields.get("n_shared_experts", int, 1) * d_expert,
+        router=read_sigmoid_router(fields),
     )
 
 
@@ -184,34 +248,58 @@ def read_dense_layers(fields: Fields, n_layers: int) -> tuple[bool, ...]:
     return tuple(layer in listed or (layer + 1) % step != 0 for layer in range(n_layers))
 
 
+def single_expert(width: int, **options: Any) -> MoEConfig:
+    """A dense MLP of this width: a single expert, which every token has whole; of width 0, none.
+
+    Args:
+        options: further fields of `MoEConfig`.
+    """
+    router = RouterConfig(policy=TopK(k=1), renormalise=True, balance_coefficient=0.0, z_coefficient=0.0)
+    return MoEConfig(n_experts=1, d_expert=width, router=router, **options)
+
+
 def with_dense(config: ModelConfig, dense: Sequence[bool], d_expert: int) -> ModelConfig:
-    """The model with a dense MLP of this width in some layers: a single expert, which every token has whole.
+    """The model with a dense MLP of this width in some layers.
 
     Args:
         dense: for every layer, whether it is one of them.
     """
     if not any(dense):
         return config
-    router = RouterConfig(policy=TopK(k=1), renormalise=True, balance_coefficient=0.0, z_coefficient=0.0)
-    moe = MoEConfig(n_experts=1, d_expert=d_expert, router=router)
+    moe = single_expert(d_expert)
     blocks = tuple(BlockOverride(moe=moe if is_dense else None) for is_dense in dense)
     return dataclasses.replace(config, blocks=blocks)
 
 
-def decoder_tensors(config: ModelConfig) -> Iterator[Stored]:
-    """Embedding, norms before attention and experts, or behind them, last norm, head."""
+def decoder_tensors(
+    config: ModelConfig, norms: Mapping[str, Mapping[str, str]] = NORMS, last_norm: str = "norm"
+) -> Iterator[Stored]:
+    """Embedding, norms before attention and experts, or behind them, last norm, head.
+
+    Args:
+        norms: what they are called, and `last_norm`.
+    """
     yield Stored("embedding_VD", ("model.embed_tokens.weight",), SAME)
     for layer in range(config.n_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-        for our_norm, their_norm in NORMS[config.block(layer).norm].items():
+        for our_norm, their_norm in norms[config.block(layer).norm].items():
             yield Stored(f"{ours}.{our_norm}.weight", (f"{theirs}.{their_norm}.weight",), SAME)
-    yield Stored("norm.weight", ("model.norm.weight",), SAME)
-    yield Stored("head_VD", ("lm_head.weight",), SAME)
+    yield Stored("norm.weight", (f"model.{last_norm}.weight",), SAME)
+    if not config.tied_embeddings:
+        yield Stored("head_VD", ("lm_head.weight",), SAME)
 
 
-def softmax_tensors(layer: int, attention: AttentionConfig, name: str = "self_attn") -> Iterator[Stored]:
-    """A softmax layer with four projections; where it has an output gate, every head's lies behind its query."""
-    ours, theirs = f"blocks.{layer}.attention", f"model.layers.{layer}.{name}"
+def softmax_tensors(
+    layer: int, attention: AttentionConfig, theirs: str | None = None, out: str = "o_proj", norm: str = "{}_norm"
+) -> Iterator[Stored]:
+    """A softmax layer with four projections; where it has an output gate, every head's lies behind its query.
+
+    Args:
+        theirs: the published module.
+        out: what its last projection is called.
+        norm: what its norms of queries and keys are called, with a place for q or k.
+    """
+    ours, theirs = f"blocks.{layer}.attention", theirs or f"model.layers.{layer}.self_attn"
     H, G, K = attention.n_heads, attention.n_kv_heads, attention.head_dim
     inner = tuple(f"{theirs}.{part}_proj.weight" for part in "qkv")
     if attention.output_gate:
@@ -220,31 +308,60 @@ def softmax_tensors(layer: int, attention: AttentionConfig, name: str = "self_at
     else:
         layout = rows(H * K, G * K, G * K)
     yield Stored(f"{ours}.to_inner.weight", inner, layout)
-    yield Stored(f"{ours}.to_out.weight", (f"{theirs}.o_proj.weight",), SAME)
+    yield Stored(f"{ours}.to_out.weight", (f"{theirs}.{out}.weight",), SAME)
     if attention.qkv_bias:
         yield Stored(f"{ours}.to_inner.bias", tuple(f"{theirs}.{part}_proj.bias" for part in "qkv"), layout)
     if attention.out_bias:
-        yield Stored(f"{ours}.to_out.bias", (f"{theirs}.o_proj.bias",), SAME)
+        yield Stored(f"{ours}.to_out.bias", (f"{theirs}.{out}.bias",), SAME)
     if attention.sink_logits:
         yield Stored(f"{ours}.sink_H", (f"{theirs}.sinks",), SAME)
     if attention.qk_norm:
         for part in "qk":
-            yield Stored(f"{ours}.{part}_norm.weight", (f"{theirs}.{part}_norm.weight",), SAME)
+            yield Stored(f"{ours}.{part}_norm.weight", (f"{theirs}.{norm.format(part)}.weight",), SAME)
 
 
-def experts_tensors(layer: int, moe: MoEConfig, name: str = "mlp") -> Iterator[Stored]:
-    """A router and SwiGLU experts, stored one by one; or the dense MLP in their place."""
-    ours, theirs, E = f"blocks.{layer}.moe", f"model.layers.{layer}.{name}", moe.n_experts
+def experts_tensors(
+    layer: int,
+    moe: MoEConfig,
+    theirs: str | None = None,
+    parts: Sequence[str] = PARTS,
+    dense_parts: Sequence[str] | None = None,
+) -> Iterator[Stored]:
+    """A router and experts, stored one by one; or the dense MLP in their place.
+
+    Args:
+        theirs: the published module.
+        parts: what an expert's matrices are called, and `dense_parts` those of the dense MLP, if otherwise.
+    """
+    ours, theirs, E = f"blocks.{layer}.moe", theirs or f"model.layers.{layer}.mlp", moe.n_experts
     if E == 1:
         # Its router, which chooses nothing, is zero.
-        gate_up = tuple(f"{theirs}.{part}_proj.weight" for part in ("gate", "up"))
-        yield Stored(f"{ours}.experts.w_gate_up_EDF2", gate_up, experts(1, 2))
-        yield Stored(f"{ours}.experts.w_down_EFD", (f"{theirs}.down_proj.weight",), experts(1, 1))
+        *gate_up, down = (f"{theirs}.{part}.weight" for part in dense_parts or parts)
+        yield Stored(f"{ours}.experts.w_gate_up_EDF2", tuple(gate_up), experts(1, len(gate_up)))
+        yield Stored(f"{ours}.experts.w_down_EFD", (down,), experts(1, 1))
         return
     yield Stored(f"{ours}.router.weight_ED", (f"{theirs}.gate.weight",), SAME)
-    for packed, parts in (("w_gate_up_EDF2", ("gate", "up")), ("w_down_EFD", ("down",))):
-        stored = tuple(f"{theirs}.experts.{e}.{part}_proj.weight" for e in range(E) for part in parts)
-        yield Stored(f"{ours}.experts.{packed}", stored, experts(E, len(parts)))
+    for packed, inside in (("w_gate_up_EDF2", parts[:-1]), ("w_down_EFD", parts[-1:])):
+        stored = tuple(f"{theirs}.experts.{e}.{part}.weight" for e in range(E) for part in inside)
+        yield Stored(f"{ours}.experts.{packed}", stored, experts(E, len(inside)))
+
+
+def sigmoid_experts_tensors(
+    layer: int,
+    moe: MoEConfig,
+    theirs: str | None = None,
+    parts: Sequence[str] = PARTS,
+    shared_parts: Sequence[str] = PARTS,
+) -> Iterator[Stored]:
+    """Experts of `read_sigmoid_experts`, or the dense MLP in their place, whose matrices are called as the shared
+    expert's; see `experts_tensors`."""
+    theirs = theirs or f"model.layers.{layer}.mlp"
+    yield from experts_tensors(layer, moe, theirs, parts, shared_parts)
+    if moe.n_experts > 1:
+        bias = f"{theirs}.gate.e_score_correction_bias"
+        yield Stored(f"blocks.{layer}.moe.router.selection_bias_E", (bias,), SAME)
+    if moe.d_shared:
+        yield from shared_tensors(layer, f"{theirs}.shared_experts", shared_parts)
 
 
 def softmax_decoder(config: ModelConfig) -> Iterator[Stored]:
@@ -256,9 +373,14 @@ def softmax_decoder(config: ModelConfig) -> Iterator[Stored]:
         yield from experts_tensors(layer, block.moe)
 
 
-def shared_tensors(layer: int, name: str) -> Iterator[Stored]:
-    """A shared expert."""
-    ours, theirs = f"blocks.{layer}.moe.shared_expert", f"model.layers.{layer}.{name}"
-    gate_up = tuple(f"{theirs}.{part}_proj.weight" for part in ("gate", "up"))
-    yield Stored(f"{ours}.w_gate_up_DF2", gate_up, transposed_rows(2))
-    yield Stored(f"{ours}.w_down_FD", (f"{theirs}.down_proj.weight",), transposed_rows(1))
+def shared_tensors(layer: int, theirs: str, parts: Sequence[str] = PARTS) -> Iterator[Stored]:
+    """A shared expert.
+
+    Args:
+        theirs: the published module.
+        parts: what its matrices are called.
+    """
+    ours = f"blocks.{layer}.moe.shared_expert"
+    *gate_up, down = (f"{theirs}.{part}.weight" for part in parts)
+    yield Stored(f"{ours}.w_gate_up_DF2", tuple(gate_up), transposed_rows(len(gate_up)))
+    yield Stored(f"{ours}.w_down_FD", (down,), transposed_rows(1))

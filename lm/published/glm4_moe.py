@@ -8,18 +8,15 @@ from lm.config import ModelConfig
 from lm.published.family import (
     Family,
     decoder_tensors,
-    experts_tensors,
     read_attention,
+    read_sigmoid_experts,
     read_sizes,
-    shared_tensors,
+    sigmoid_experts_tensors,
     softmax_tensors,
     with_dense,
 )
 from lm.published.fields import Fields
-from lm.published.layouts import SAME, Stored
-from moe.config import MoEConfig
-from routing.policies.top_k import TopK
-from routing.router import RouterConfig
+from lm.published.layouts import Stored
 
 
 def read(fields: Fields) -> ModelConfig:
@@ -33,25 +30,7 @@ def read(fields: Fields) -> ModelConfig:
         qk_norm=fields.get("use_qk_norm", bool, False),
         qkv_bias=fields.get("attention_bias", bool, False),
     )
-    d_expert = fields.get("moe_intermediate_size", int)
-    router = RouterConfig(
-        policy=TopK(
-            k=fields.get("num_experts_per_tok", int),
-            n_groups=fields.get("n_group", int, 1),
-            top_groups=fields.get("topk_group", int, 1),
-        ),
-        score="sigmoid",
-        renormalise=fields.get("norm_topk_prob", bool, True),
-        scaling=fields.get("routed_scaling_factor", float, 1.0),
-        balance_coefficient=0.0,
-        z_coefficient=0.0,
-    )
-    moe = MoEConfig(
-        n_experts=fields.get("n_routed_experts", int),
-        d_expert=d_expert,
-        d_shared=fields.get("n_shared_experts", int, 1) * d_expert,
-        router=router,
-    )
+    moe = read_sigmoid_experts(fields, fields.get("moe_intermediate_size", int))
     config = ModelConfig(**sizes, layer_plan="F", attention=attention, moe=moe)
     n_dense = fields.get("first_k_dense_replace", int, 1)
     return with_dense(
@@ -65,12 +44,7 @@ def tensors(config: ModelConfig) -> Iterator[Stored]:
     for layer in range(config.n_layers):
         block = config.block(layer)
         yield from softmax_tensors(layer, block.attention)
-        yield from experts_tensors(layer, block.moe)
-        if block.moe.n_experts > 1:
-            bias = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
-            yield Stored(f"blocks.{layer}.moe.router.selection_bias_E", (bias,), SAME)
-        if block.moe.d_shared:
-            yield from shared_tensors(layer, "mlp.shared_experts")
+        yield from sigmoid_experts_tensors(layer, block.moe)
 
 
 def beside(config: ModelConfig) -> Mapping[str, str]:

@@ -29,11 +29,14 @@ class Stored(NamedTuple):
         ours: its name in `LanguageModel.state_dict`.
         theirs: the published tensors that it is made of.
         layout: how.
+        any_heights: whether files split the rows among the published tensors in more than one way; export writes that
+            of `layout`.
     """
 
     ours: str
     theirs: tuple[str, ...]
     layout: Layout
+    any_heights: bool = False
 
 
 SAME = Layout(lambda parts: parts[0], lambda whole: [whole])
@@ -47,6 +50,24 @@ def rows(*heights: int) -> Layout:
 def reshaped(ours: Sequence[int], theirs: Sequence[int]) -> Layout:
     """The same numbers in the same order, in another shape."""
     return Layout(lambda parts: parts[0].reshape(*ours), lambda whole: [whole.reshape(*theirs)])
+
+
+def reordered(order: Sequence[int]) -> Layout:
+    """The rows of one matrix in another order.
+
+    Args:
+        order: of every row of ours, which published one it is.
+    """
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return Layout(lambda parts: parts[0][list(order)], lambda whole: [whole[back]])
+
+
+def chained(first: Layout, second: Layout) -> Layout:
+    """One layout that makes one tensor of the published ones, and another that makes ours of it."""
+    return Layout(lambda parts: second.join([first.join(parts)]), lambda whole: first.split(second.split(whole)[0]))
+
+
+TRANSPOSED = Layout(lambda parts: parts[0].mT, lambda whole: [whole.mT])
 
 
 def headwise(n_heads: int, *groups: tuple[int, ...], order: Sequence[int] | None = None) -> Layout:

@@ -92,7 +92,7 @@ def _tensors(config: ModelConfig, *, packed: bool) -> Iterator[Stored]:
             yield from softmax_tensors(layer, block.attention)
         yield from experts_tensors(layer, block.moe)
         if block.moe.d_shared:
-            yield from shared_tensors(layer, "mlp.shared_expert")
+            yield from shared_tensors(layer, f"model.layers.{layer}.mlp.shared_expert")
             gate = f"model.layers.{layer}.mlp.shared_expert_gate.weight"
             yield Stored(f"blocks.{layer}.moe.shared_gate_D", (gate,), reshaped((-1,), (1, -1)))
 

@@ -143,13 +143,19 @@ def test_tokens_must_be_a_batch():
 
 @pytest.mark.parametrize("norm", NORM_PLACES)
 def test_norms_stand_where_the_configuration_says(norm):
-    """Against the three formulas, written out."""
+    """Against the formulas, written out."""
     model = awake(dataclasses.replace(tiny("F"), norm=norm))
     block, x_BTD = model.blocks[0], torch.randn(2, 5, model.config.d_model, generator=torch.Generator().manual_seed(1))
 
     def placed(f, before, behind, x_BTD):
-        within = {"pre": f(before(x_BTD)), "post": behind(f(x_BTD)), "sandwich": behind(f(before(x_BTD)))}
-        return x_BTD + within[norm]
+        inner_BTD = before(x_BTD)
+        within = {
+            "pre": f(inner_BTD),
+            "post": behind(f(x_BTD)),
+            "sandwich": behind(f(inner_BTD)),
+            "stream": f(inner_BTD),
+        }
+        return (inner_BTD if norm == "stream" else x_BTD) + within[norm]
 
     def attention(x_BTD):
         return block.attention(x_BTD)[0]
@@ -162,7 +168,7 @@ def test_norms_stand_where_the_configuration_says(norm):
     out_BTD, _, _ = block(x_BTD, start=0, state=None, shared=None)
     torch.testing.assert_close(out_BTD, expected_BTD)
     assert ("attention_norm.weight" in block.state_dict()) == (norm != "post")
-    assert ("attention_out_norm.weight" in block.state_dict()) == (norm != "pre")
+    assert ("attention_out_norm.weight" in block.state_dict()) == (norm in ("post", "sandwich"))
 
 
 def test_blocks_may_differ_in_everything_but_the_model_width():

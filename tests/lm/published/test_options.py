@@ -9,7 +9,7 @@ import torch
 from attention.config import AttentionConfig
 from attention.yarn import Yarn
 from lm.accounting import model_cost
-from lm.config import ModelConfig
+from lm.config import ModelConfig, Residual
 from lm.model import LanguageModel
 from moe.config import ClampedSwiGLU, MoEConfig
 from routing.policies.top_k import TopK
@@ -22,9 +22,10 @@ ATTENTION = {
     "qkv_bias": True,
     "out_bias": True,
     "yarn": Yarn(factor=4.0, original_length=32),
+    "softmax_scale": 0.4,
 }
-MOE = {"shared_gate": True, "expert_bias": True, "clamped": ClampedSwiGLU(limit=1.0)}
-ROUTER = {"bias": True, "scaling": 2.5}
+MOE = {"shared_gate": True, "expert_bias": True, "clamped": ClampedSwiGLU(limit=1.0), "gated": False}
+ROUTER = {"bias": True, "scaling": 2.5, "renormalise_eps": 0.2}
 
 
 def build(plan="FSRr", attention=None, moe=None, router=None, **model):
@@ -64,7 +65,15 @@ CASES = {
     **{f"router {name}": {"router": {name: value}} for name, value in ROUTER.items()},
     "unit_offset of the model": {"unit_offset": True},
     "linear_key_heads": {"plan": "GGGF", "attention": {"linear_key_heads": 2}},
+    "negative_eigenvalues": {"plan": "GKGF", "attention": {"negative_eigenvalues": True}},
+    "mamba_step_floor": {"plan": "DDDF", "attention": {"mamba_step_floor": 0.5, "mamba_groups": 2}},
+    "tied_embeddings": {"tied_embeddings": True},
+    "embedding_scale": {"embedding_scale": 5.0},
+    "logit_scale": {"logit_scale": 0.3},
+    "residual": {"residual": Residual(attention_kept=1.2, attention_added=0.4, experts_added=0.7)},
 }
+# What changes the number of products.
+OTHER_PRODUCTS = ("linear_key_heads", "gated", "mamba_step_floor")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,7 +103,7 @@ def test_an_option_trains_and_costs_what_it_should(case):
     # Vectors are no products, whatever shape they lie in.
     cost = model_cost(model.config, length=12, mean_experts=2)
     plain = model_cost(build(plan=CASES[case].get("plan", "FSRr")).config, length=12, mean_experts=2)
-    if case != "linear_key_heads":
+    if case not in OTHER_PRODUCTS:
         assert cost.forward_flops == plain.forward_flops
 
 
@@ -140,3 +149,53 @@ def test_yarn_refuses_by_name():
         Yarn(factor=0.5, original_length=10)
     with pytest.raises(ValueError, match=r"Yarn\.slow_turns: 40"):
         Yarn(factor=2.0, original_length=10, slow_turns=40.0)
+
+
+def test_options_of_models_refuse_by_name():
+    with pytest.raises(ValueError, match=r"ModelConfig\.logit_scale: 0\.0; legal: above 0"):
+        ModelConfig(logit_scale=0.0)
+    with pytest.raises(ValueError, match=r"Residual\.experts_kept: -1\.0; legal: above 0"):
+        Residual(experts_kept=-1.0)
+    with pytest.raises(ValueError, match=r"AttentionConfig\.softmax_scale: 0\.0; legal: above 0"):
+        AttentionConfig(softmax_scale=0.0)
+    with pytest.raises(ValueError, match=r"MoEConfig\.gated: False with clamped"):
+        MoEConfig(gated=False, clamped=ClampedSwiGLU())
+    with pytest.raises(ValueError, match=r"MoEConfig\.d_expert: 0 of 80 experts"):
+        MoEConfig(d_expert=0)
+
+
+def test_a_block_without_experts_is_attention_alone():
+    none = MoEConfig(n_experts=1, d_expert=0, router=RouterConfig(policy=TopK(k=1)))
+    config = build("FSGD").config
+    config = config.with_blocks(
+        [dataclasses.replace(config.block(layer), moe=none if layer % 2 else config.moe) for layer in range(4)]
+    )
+    model = moved(LanguageModel(config).init_weights(0).eval())
+    fast, whole = decoded(model)
+    torch.testing.assert_close(fast, whole, atol=1e-4, rtol=1e-4)
+    block = model.blocks[1]
+    assert not any("moe_norm" in name for name, _ in block.named_parameters())
+    x_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y_BTD, _, routing = block(x_BTD, start=0, state=None, shared=None)
+        alone_BTD, _ = block.attention(block.attention_norm(x_BTD))
+    torch.testing.assert_close(y_BTD, x_BTD + alone_BTD)
+    assert routing.statistics.mean_experts == 1.0
+    # Its router, which has nothing to choose from, is all that it has beside attention and its norm.
+    costs = model_cost(config, length=12, mean_experts=2).layers
+    attention = sum(p.numel() for p in block.attention.parameters()) + block.attention_norm.weight.numel()
+    assert costs[1].total_parameters == attention + 32
+
+
+def test_a_norm_of_the_stream_and_weights_of_both_parts():
+    """The formula of `BlockConfig`, written out."""
+    residual = Residual(attention_kept=1.5, attention_added=0.5, experts_kept=0.7, experts_added=2.0)
+    block = moved(build("FFFF", norm="stream", residual=residual)).blocks[0]
+    x_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y_BTD, _, _ = block(x_BTD, start=0, state=None, shared=None)
+        inner_BTD = block.attention_norm(x_BTD)
+        x_BTD = 1.5 * inner_BTD + 0.5 * block.attention(inner_BTD)[0]
+        inner_BTD = block.moe_norm(x_BTD)
+        mixed_TD, _ = block.moe(inner_BTD.flatten(0, 1))
+    torch.testing.assert_close(y_BTD, 0.7 * inner_BTD + 2.0 * mixed_TD.view_as(x_BTD))
