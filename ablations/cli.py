@@ -1,5 +1,5 @@
-"""The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty | agreement |
-scaling | runs | prune`, and `python -m ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty |
+counterfactual | frontier | agreement | scaling | runs | prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -20,6 +20,7 @@ from ablations.comparison.options import Options
 from ablations.comparison.records import read_records
 from ablations.comparison.registry import all_methods, find_methods
 from ablations.comparison.shares import run_side_by_side
+from ablations.counterfactual.options import CounterfactualOptions, FrontierOptions
 from ablations.difficulty.options import AnalysisOptions
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.gate.decision import GateConfig
@@ -53,6 +54,8 @@ def main() -> None:
         "budgets": budgets_command,
         "calibrate": calibrate_command,
         "difficulty": difficulty_command,
+        "counterfactual": counterfactual_command,
+        "frontier": frontier_command,
         "agreement": agreement_command,
         "scaling": scaling_command,
         "runs": runs_command,
@@ -187,6 +190,26 @@ def difficulty_command(
         from ablations.difficulty.analysis import analyse
 
         analyse(training.out, analysis)
+
+
+def counterfactual_command(
+    options: Annotated[CounterfactualOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")],
+) -> None:
+    """Is a policy's choice of experts worth anything? The loss of trained models under it and under other allocations
+    of the same total: even, shuffled, by frequency, greedy, and an oracle's that knows no token's luck."""
+    from ablations.counterfactual.study import counterfactual
+
+    counterfactual(options)
+
+
+def frontier_command(
+    options: Annotated[FrontierOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")],
+) -> None:
+    """Bits per byte against mean experts and against measured seconds per token: trained models by their own policies
+    and with the same number for every token."""
+    from ablations.counterfactual.frontier import frontier
+
+    frontier(options)
 
 
 def agreement_command(

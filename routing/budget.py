@@ -39,6 +39,8 @@ def exact_threshold(level_TK: Tensor, target_mean: float) -> Tensor:
     return level_TK.detach().reshape(-1).kthvalue(wanted)[0]
 
 
+# Share of the slots that rounding may put beyond a bound, as it does where a sum of probabilities passes one.
+ROUNDING = 1e-3
 # Share of a step's error in the number of experts that the aim takes over, and how far, as a share of the target, it
 # may go.
 AIM_RATE, AIM_RANGE = 0.05, 0.2
@@ -105,18 +107,32 @@ class BudgetController(nn.Module):
         level_TK = level_TK.detach()
         if self._calibrate_to is not None:
             target_mean, self._calibrate_to = self._calibrate_to, None
-            forced = torch.isneginf(level_TK).sum().item() / max(level_TK.shape[0], 1)
-            if forced > target_mean + 1e-6:
-                raise ValueError(
-                    f"target_mean = {target_mean} experts per token is out of reach: the policy always uses {forced:g}"
-                )
-            self.threshold.copy_(exact_threshold(level_TK, target_mean).clamp(self.lowest, self.highest))
+            exact = exact_threshold(level_TK, target_mean)
+            self._refuse_beyond_bounds(level_TK, target_mean)
+            self.threshold.copy_(exact.clamp(self.lowest, self.highest))
             self.drift.zero_()
             return True
         if self.training and self.target_mean is not None and level_TK.shape[0] > 0:
             self.step_levels.append(level_TK)
             self.n_slots = level_TK.shape[1]
         return False
+
+    def _refuse_beyond_bounds(self, level_TK: Tensor, target_mean: float) -> None:
+        """Raises ValueError for a mean that no threshold between the bounds gives: it would be held nowhere, and
+        nobody would know."""
+        n_tokens = level_TK.shape[0]
+        wanted = round(target_mean * n_tokens)
+        least, most = (int((level_TK <= bound).sum()) for bound in (self.lowest, self.highest))
+        if wanted < least:
+            raise ValueError(
+                f"target_mean = {target_mean} experts per token is out of reach: the policy always uses"
+                f" {least / n_tokens:g}"
+            )
+        if wanted * (1 - ROUNDING) > most:
+            raise ValueError(
+                f"target_mean = {target_mean} experts per token is out of reach: at {self.highest:g}, the highest"
+                f" threshold, the policy uses {most / n_tokens:g}"
+            )
 
     def calibrate(self, target_mean: float | None) -> None:
         """The next forward first sets the threshold so that the mean number of experts on its own tokens is exact, then

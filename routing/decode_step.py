@@ -26,12 +26,12 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
     known = type(router) is Router and router.bias_E is None and plain
     if not known or rule is None or policy.config.null_columns or others:
         raise NotInOneCall(f"a {type(router).__name__} with {type(policy).__name__}")
-    if policy.dealt_T is not None or (budget is not None and budget.calibrates):
-        raise NotInOneCall("experts that are dealt out, or a threshold that is to be calibrated")
+    if policy.counts_T is not None or (budget is not None and budget.calibrates):
+        raise NotInOneCall("numbers of experts from outside, or a threshold that is to be calibrated")
     for module in (router, policy):
         watch.module(module)
     watch.same(router, "config")
-    watch.same(policy, "config", "dealt_T")
+    watch.same(policy, "config", "counts_T")
     block.experts, block.slots, block.floor = router.n_experts, rule.k, rule.floor
     block.rule, block.use_sigmoid = RULES.index(rule.rule), router.config.score == "sigmoid"
     block.renormalise = router.config.renormalise

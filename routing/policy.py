@@ -144,17 +144,17 @@ class Policy(nn.Module):
     Attributes:
         config: what it was built from.
         budget: the threshold of a policy that compares levels with one; None for the others.
-        dealt_T: int64 [T] or None. Where it is set, token t gets the decision made for token dealt_T[t]: the same
-            numbers of experts, handed out for no reason. A study's control; one batch long, so never in a checkpoint.
+        counts_T: int64 [T] or None. Where it is set, token t gets its counts_T[t] best experts, whatever the policy
+            would have given it. A study's counterfactual; one batch long, so never in a checkpoint.
     """
 
     config: Any
     budget: BudgetController | None
-    dealt_T: Tensor | None
+    counts_T: Tensor | None
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
-        self.config, self.budget, self.dealt_T = config, None, None
+        self.config, self.budget, self.counts_T = config, None, None
 
     @property
     def asked_experts(self) -> float | None:
@@ -162,25 +162,34 @@ class Policy(nn.Module):
         return self.config.evaluated_experts
 
     def choose(self, scores: Scores) -> Slots:
-        """The experts of each token, as dealt out where `dealt_T` says so: what the router calls."""
-        return self.select(scores) if self.dealt_T is None else self.select_dealt(scores, self.dealt_T)
+        """The experts of each token, as many as `counts_T` says where it is set: what the router calls.
+
+        Raises:
+            ValueError: for a number of experts beyond the policy's slots.
+        """
+        slots = self.select(scores)
+        if self.counts_T is None:
+            return slots
+        n_slots = slots.expert_TK.shape[1]
+        if (most := int(self.counts_T.max())) > n_slots:
+            raise ValueError(f"{most} experts for a token: {type(self.config).__name__} fills at most {n_slots} slots")
+        # A policy that keeps all its slots knows nothing of how many.
+        return slots._replace(keep_TK=self.counted(slots.expert_TK)) if slots.keep_TK is None else slots
 
     def select(self, scores: Scores) -> Slots:
         """Choose the experts of each token."""
         raise NotImplementedError
 
-    def select_dealt(self, scores: Scores, dealt_T: Tensor) -> Slots:
-        """`select`, with how many experts each token gets dealt out anew: which ones remains a matter of its own
-        ranking."""
-        slots = self.select(scores)
-        assert slots.keep_TK is not None, "every token has the same number of experts: there is nothing to deal out"
-        rest_T, identity_T = (
-            None if value_T is None else value_T[dealt_T] for value_T in (slots.rest_T, slots.identity_T)
-        )
-        return slots._replace(keep_TK=slots.keep_TK[dealt_T], rest_T=rest_T, identity_T=identity_T)
+    def counted(self, level_TK: Tensor) -> Tensor:
+        """The slots that `counts_T` asks for, bool [T, K]."""
+        assert self.counts_T is not None
+        return torch.arange(level_TK.shape[1], device=level_TK.device) < self.counts_T[:, None]
 
     def within_budget(self, level_TK: Tensor) -> Tensor:
-        """Which slots are used, bool [T, K]: those whose level is at or below the budget's threshold."""
+        """Which slots are used, bool [T, K]: those whose level is at or below the budget's threshold, or, where it is
+        set, as many as `counts_T` says."""
+        if self.counts_T is not None:
+            return self.counted(level_TK)
         assert self.budget is not None
         return self.budget.keep(level_TK)
 

@@ -264,10 +264,10 @@ class Router(ExactBuffers):
 
     def takes_the_kernel(self, scores: Scores) -> bool:
         """Whether a decision that a kernel can take is left to it: in fp32, on CUDA or by the form in C on a CPU, and
-        not dealt out anew."""
+        the number of experts is the policy's own."""
         logits_TE = scores.logits_TE
         here = logits_TE.is_cuda or routes_natively(logits_TE, len(logits_TE))
-        plain = not self.config.renormalise_eps and self.policy.dealt_T is None
+        plain = not self.config.renormalise_eps and self.policy.counts_T is None
         return here and plain and logits_TE.dtype == torch.float32
 
     def _decide_fused(self, scores: Scores, rule: FusedRule) -> tuple[Slots, Tensor]:

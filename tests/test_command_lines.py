@@ -111,6 +111,23 @@ NONSENSE = {
         "--resamples": ("0",),
         "--synthetic-documents": ("1",),
     },
+    "ablations counterfactual": {
+        "--run": ("/nowhere", "/dev/null"),
+        "--mean": ("nan", "-1", "inf"),
+        "--forced": ("1", "3 2", "0 2"),
+        "--documents": ("0", "-1"),
+        "--window": ("0", "1"),
+        "--resamples": ("0",),
+        "--out": ("/dev/null/x", "/dev/null"),
+    },
+    "ablations frontier": {
+        "--run": ("/nowhere", "/dev/null"),
+        "--budgets": ("0", "-1", "nan"),
+        "--sequences": ("0",),
+        "--repeats": ("0",),
+        "--decode": ("0", "2"),
+        "--out": ("/dev/null/x", "/dev/null"),
+    },
     "ablations agreement": {
         "--form": ("medium",),
         "--arms": ("static_3", "top_p"),
@@ -259,6 +276,8 @@ REST = {
     "lm evaluate": ("--run", "/nowhere", "--data", "{text}"),
     "lm import": ("{out}",),
     "lm export": ("/nowhere", "{out}"),
+    "ablations counterfactual": ("--run", "/nowhere", "--out", "{out}"),
+    "ablations frontier": ("--run", "/nowhere", "--out", "{out}"),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
 CASES = [
@@ -350,7 +369,8 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 
 
 HELPED = {
-    "ablations": "list compare gate report budgets calibrate difficulty agreement scaling runs prune",
+    "ablations": "list compare gate report budgets calibrate difficulty counterfactual frontier agreement scaling runs"
+    " prune",
     "staged_training": "run parallel sweep diagnostics profile",
     "lm": "generate evaluate cache bench bench-peers long-context import export parity",
     "corpus": "refine dirt prepare tokenizers mixture",

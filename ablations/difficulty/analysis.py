@@ -1,27 +1,39 @@
 """From trained models to the answer: do harder tokens get more experts, and does that pay? Everything is computed on
 held-out documents.
 
-`analyse` writes correlations.csv, structure.csv, deciles.csv, regret.csv, frontier.csv, differences.csv, verdict.txt
+`analyse` writes correlations.csv, structure.csv, deciles.csv, frontier.csv, differences.csv, verdict.txt
 and figure.png.
 
 Legend: N tokens of real text, K forced numbers of experts, W windows, R resamples, D documents.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ablations.difficulty import frontier
-from ablations.difficulty.allocation import best_allocation, by_difficulty, loss_at
-from ablations.difficulty.correlations import Bounded, document_sums, document_weights, matched_shuffle, ratio, spearman
+from ablations.difficulty.controls import control_basis
+from ablations.difficulty.correlations import (
+    Bounded,
+    bounded,
+    document_sums,
+    document_weights,
+    matched_shuffle,
+    pooled,
+    resampled_spearman,
+    spearman,
+)
 from ablations.difficulty.figure import draw
-from ablations.difficulty.frontier import OWN, UNIFORM, Point, measure_frontier, methods_of, own_policy
+from ablations.difficulty.frontier import OWN, Point, measure_frontier, methods_of, own_policy
 from ablations.difficulty.observe import Observed, observe_as
 from ablations.difficulty.options import AnalysisOptions
 from ablations.difficulty.results import ResultRow, Results, write_tables
+from ablations.difficulty.scale import Scale
 from ablations.difficulty.tasks import read_problems
-from ablations.difficulty.training import EARLY, PROBLEMS_FILE, REFERENCE, Study, read_study
+from ablations.difficulty.training import EARLY, PROBLEMS_FILE, RANDOM_K, REFERENCE, Study, read_study
 from ablations.difficulty.verdict import verdict_text
 from ablations.difficulty.windows import HeldOut, Windows, held_out
 from corpus.prepare import PreparedCorpus, open_prepared
@@ -37,14 +49,16 @@ class Tokens:
 
     Attributes:
         difficulties: by name; the loss of the reference model, and how much of its early loss it has learnt away.
-        covariates: log frequency in the training text of the token the router sees and of the token to be predicted,
-            position in the window.
+        frequency_N: log frequency in the training text of the token the router sees.
+        basis_NP: what is held fixed: that frequency, the one of the token to be predicted, position in the window,
+            domain.
         weights_RD: how often each resample draws each document, see `document_weights`.
     """
 
     windows: Windows
     difficulties: dict[str, np.ndarray]
-    covariates: tuple[np.ndarray, ...]
+    frequency_N: np.ndarray
+    basis_NP: np.ndarray
     weights_RD: np.ndarray
 
 
@@ -76,20 +90,20 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
     budgets = tuple(sorted({*options.budgets, study.k}))
     points = measure_frontier(folder, study, data, forced=options.forced, budgets=budgets)
     chosen = {point.weights: point for point in points if point.allocation == OWN and point.asked == study.k}
+    found = {name: correlations(point.observed, tokens, options.shuffles) for name, point in chosen.items()}
     results = Results(
         k=study.k,
         n_tokens=len(tokens.windows.targets_N),
         n_documents=tokens.weights_RD.shape[1],
         correlations=[
             row
-            for name, point in chosen.items()
-            for row in correlation_rows(name, point.observed, tokens, options.shuffles)
+            for label, names in labels(study, list(chosen)).items()
+            for row in correlation_rows(label, [found[name] for name in names])
         ],
         structure=structure_rows(folder, study, data, options.resamples),
         deciles=[row for name, point in chosen.items() for row in decile_rows(name, point.observed, tokens)],
-        regret=[regret_row(name, point, points, tokens) for name, point in chosen.items()],
         frontier=frontier_rows(points, tokens),
-        differences=difference_rows(points, tokens),
+        differences=[*difference_rows(study, points, tokens), *pooled_difference_rows(study, points, tokens)],
     )
     out = folder / "analysis"
     out.mkdir(exist_ok=True)
@@ -98,7 +112,26 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
     text = verdict_text(results)
     write_text(out / "verdict.txt", text)
     print(f"\n{text}\nresults: {out}", flush=True)
+    print(
+        "what allocations are worth at equal compute: python -m ablations counterfactual --run",
+        *(str(folder / run) for run in seeds_of_one(study)),
+    )
     return out
+
+
+def seeds_of_one(study: Study) -> list[str]:
+    """Run folders of one method, all its seeds: the first that chooses by its own trained policy."""
+    names = [name for name in methods_of(study) if study.method_of(name) != RANDOM_K]
+    return [study.runs[name] for name in names if study.method_of(name) == study.method_of(names[0])]
+
+
+def labels(study: Study, names: Sequence[str]) -> dict[str, list[str]]:
+    """What is reported on, and the runs behind it: every run, and every method of several seeds."""
+    by_method: dict[str, list[str]] = {}
+    for name in names:
+        by_method.setdefault(study.method_of(name), []).append(name)
+    several = {f"{method}, {len(own)} seeds": own for method, own in by_method.items() if len(own) > 1}
+    return {name: [name] for name in names} | several
 
 
 def token_counts(corpus: PreparedCorpus) -> np.ndarray:
@@ -117,30 +150,55 @@ def describe_tokens(
     late, early = (observe_as(folder / study.models[name], data.text).nats_N for name in (REFERENCE, EARLY))
     # Plus one: a token of the held-out text may be missing in the training text.
     frequency_V = np.log(counts_V + 1)
+    seen_N, predicted_N = frequency_V[data.text.inputs_N], frequency_V[data.text.targets_N]
     return Tokens(
         windows=data.text,
         difficulties={"reference_loss": late, "learnability": early - late},
-        covariates=(frequency_V[data.text.inputs_N], frequency_V[data.text.targets_N], data.text.position_N),
+        frequency_N=seen_N,
+        basis_NP=control_basis((seen_N, predicted_N, data.text.position_N, data.domain_D[data.text.document_N])),
         weights_RD=document_weights(int(data.text.document_W.max()) + 1, options.resamples),
     )
 
 
-def correlation_rows(name: str, observed: Observed, tokens: Tokens, shuffles: int) -> list[ResultRow]:
-    """Difficulty against experts, per layer and summed over layers."""
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Of difficulty with experts in one layer, or their sum: plain and partial with their resamples, [R], and the
+    frequency-matched null."""
+
+    plain: tuple[float, np.ndarray]
+    partial: tuple[float, np.ndarray]
+    null: np.ndarray
+
+
+def correlations(observed: Observed, tokens: Tokens, shuffles: int) -> dict[tuple[str, str], Correlation]:
+    """Difficulty against experts, by difficulty and layer, and summed over layers."""
     experts_NL, document_N = observed.experts_NL, tokens.windows.document_N
     layers = [(str(layer), experts_NL[:, layer]) for layer in range(experts_NL.shape[1])]
-    rows = []
+    found = {}
     for difficulty, difficulty_N in tokens.difficulties.items():
         for layer, experts_N in (*layers, ("sum", experts_NL.sum(1))):
-            plain = spearman(difficulty_N, experts_N, document_N, weights_RD=tokens.weights_RD)
-            partial = spearman(
-                difficulty_N, experts_N, document_N, given=tokens.covariates, weights_RD=tokens.weights_RD
+            plain, partial = (
+                resampled_spearman(difficulty_N, experts_N, document_N, basis_NP=basis_NP, weights_RD=tokens.weights_RD)
+                for basis_NP in (None, tokens.basis_NP)
             )
-            null = matched_shuffle(difficulty_N, experts_N, tokens.covariates[0], shuffles=shuffles)
-            low, high = np.quantile(null, (0.025, 0.975))
-            shuffled = Bounded(value=float(null.mean()), low=float(low), high=float(high))
-            row = {"method": name, "difficulty": difficulty, "layer": layer}
-            rows.append(row | named("spearman", plain) | named("partial", partial) | named("shuffled", shuffled))
+            null = matched_shuffle(difficulty_N, experts_N, tokens.frequency_N, shuffles=shuffles)
+            found[difficulty, layer] = Correlation(plain=plain, partial=partial, null=null)
+    return found
+
+
+def correlation_rows(label: str, runs: Sequence[dict[tuple[str, str], Correlation]]) -> list[ResultRow]:
+    """Rows of one run, or of the mean of several."""
+    rows = []
+    for difficulty, layer in runs[0]:
+        own = [run[difficulty, layer] for run in runs]
+        low, high = np.quantile([one.null for one in own], (0.025, 0.975))
+        shuffled = Bounded(value=float(np.mean([one.null for one in own])), low=float(low), high=float(high))
+        row = {"method": label, "difficulty": difficulty, "layer": layer}
+        for name in ("plain", "partial"):
+            values, draws = zip(*(getattr(one, name) for one in own))
+            number = pooled(values, draws) if len(own) > 1 else bounded(values[0], draws[0])
+            row |= named("spearman" if name == "plain" else name, number)
+        rows.append(row | named("shuffled", shuffled))
     return rows
 
 
@@ -159,14 +217,17 @@ def structure_rows(folder: Path, study: Study, data: HeldOut, resamples: int) ->
     position_W = per_window(windows.position_N.astype(float))
     rows = []
     for name in methods_of(study):
-        observed = observe_as(folder / study.models[name], windows, own_policy(name, study.k, data.calibration_BT))
+        observed = observe_as(
+            folder / study.models[name], windows, own_policy(study.method_of(name), study.k, data.calibration_BT)
+        )
         experts_W = per_window(observed.experts_NL.mean(1))
         for task in sorted(set(probes.task_W)):
             here = probes.task_W == task
             weights_RD, documents = document_weights(int(here.sum()), resamples), np.arange(here.sum())
             level_W = probes.level_W[here]
             plain = spearman(level_W, experts_W[here], documents, weights_RD=weights_RD)
-            partial = spearman(level_W, experts_W[here], documents, given=(position_W[here],), weights_RD=weights_RD)
+            basis = control_basis((position_W[here],))
+            partial = spearman(level_W, experts_W[here], documents, basis_NP=basis, weights_RD=weights_RD)
             loss = spearman(level_W, loss_W[here], documents, weights_RD=weights_RD)
             numbers = named("given_position", partial) | named("level_vs_reference_loss", loss)
             row = {"method": name, "task": task, "problems": int(here.sum())}
@@ -192,46 +253,6 @@ def decile_rows(name: str, observed: Observed, tokens: Tokens) -> list[ResultRow
     return rows
 
 
-def regret_row(name: str, point: Point, points: list[Point], tokens: Tokens) -> ResultRow:
-    """The share of the oracle's gain over the uniform allocation that other allocations take, from the losses of the
-    same weights at forced k."""
-    uniform = [other for other in points if other.weights == name and other.allocation == UNIFORM]
-    ks = np.array([other.asked for other in uniform])
-    loss_NK = np.stack([other.observed.nats_N for other in uniform], axis=1)
-    used_N, document_N = point.observed.experts_NL.mean(1), tokens.windows.document_N
-    # Clipped first: experts beyond the forced numbers are not priced, so the total that is compared must not hold them
-    # either.
-    used_N = np.clip(used_N, ks[0], ks[-1])
-    mean = float(used_N.mean())
-    allocations = {
-        "own": used_N,
-        "shuffled": np.random.default_rng(0).permutation(used_N),
-        "by_reference_loss": by_difficulty(loss_NK, ks, mean, tokens.difficulties["reference_loss"], document_N),
-        "oracle": best_allocation(loss_NK, ks, mean),
-    }
-    even_N = loss_at(loss_NK, ks, np.full(len(used_N), mean))
-    gain_D = {
-        which: _document_gain(even_N - loss_at(loss_NK, ks, experts_N), tokens)
-        for which, experts_N in allocations.items()
-    }
-    shares = {
-        which: ratio(gain_D[which], gain_D["oracle"], tokens.weights_RD) for which in allocations if which != "oracle"
-    }
-    numbers = {key: value for which, share in shares.items() for key, value in named(which, share).items()}
-    means = {f"{which}_mean_experts": float(experts_N.mean()) for which, experts_N in allocations.items()}
-    row = {
-        "method": name,
-        "mean_experts": mean,
-        "uniform_nats": float(even_N.mean()),
-        "oracle_gain_nats": gain_D["oracle"].sum() / len(even_N),
-    }
-    return row | numbers | means
-
-
-def _document_gain(gain_N: np.ndarray, tokens: Tokens) -> np.ndarray:
-    return document_sums(gain_N, tokens.windows.document_N, tokens.weights_RD.shape[1])
-
-
 def frontier_rows(points: list[Point], tokens: Tokens) -> list[ResultRow]:
     """Every point: experts asked for and used, and bits per byte of the real text."""
     rows = []
@@ -243,22 +264,57 @@ def frontier_rows(points: list[Point], tokens: Tokens) -> list[ResultRow]:
     return rows
 
 
-def difference_rows(points: list[Point], tokens: Tokens) -> list[ResultRow]:
-    """Each own allocation minus its rivals at the same number of experts, in bits per byte; negative is better."""
+def pairs_of(study: Study, points: list[Point]) -> list[tuple[Point, Point]]:
+    """Each own allocation with each of its rivals of the same seed, at the same number of experts asked for."""
+    return [
+        (point, rival)
+        for point in points
+        if point.allocation == OWN
+        for rival in frontier.rivals(point, points)
+        if study.seed_of(rival.weights) == study.seed_of(point.weights)
+    ]
+
+
+def difference_rows(study: Study, points: list[Point], tokens: Tokens) -> list[ResultRow]:
+    """Each own allocation minus its rivals, in bits per byte; negative is better."""
     rows = []
-    for point in points:
-        for rival in frontier.rivals(point, points) if point.allocation == OWN else ():
-            bits = frontier.difference(point, rival, tokens.windows, tokens.weights_RD)
-            row = {
-                "weights": point.weights,
-                "asked": point.asked,
-                "mean_experts": point.observed.mean_experts,
-                "against": rival.weights,
-                "against_allocation": rival.allocation,
-                "against_mean_experts": rival.observed.mean_experts,
-            }
-            rows.append(row | named("difference", bits))
+    for point, rival in pairs_of(study, points):
+        bits = frontier.difference(point, rival, tokens.windows, tokens.weights_RD)
+        rows.append(_difference_row(point.weights, rival.weights, [(point, rival)], bits))
     return rows
+
+
+def pooled_difference_rows(study: Study, points: list[Point], tokens: Tokens) -> list[ResultRow]:
+    """The same of every method that has several seeds."""
+    groups: dict[tuple, list[tuple[Point, Point]]] = {}
+    for point, rival in pairs_of(study, points):
+        names = study.method_of(point.weights), study.method_of(rival.weights)
+        groups.setdefault((*names, rival.allocation, point.asked), []).append((point, rival))
+    windows, n_documents = tokens.windows, tokens.weights_RD.shape[1]
+    n_bytes_D = document_sums(windows.n_bytes_N, windows.document_N, n_documents)
+    rows = []
+    for (method, against, *_), pairs in groups.items():
+        if len(pairs) < 2:
+            continue
+        nats_UN = [point.observed.nats_N - rival.observed.nats_N for point, rival in pairs]
+        bits_UD = np.stack([document_sums(nats_N, windows.document_N, n_documents) for nats_N in nats_UN]) / math.log(2)
+        # The seeds' own noise is in it: nothing is resampled.
+        bits = Scale(n_bytes_D=n_bytes_D, resamples=1, seed=0).gain(bits_UD)
+        rows.append(_difference_row(f"{method}, {len(pairs)} seeds", against, pairs, bits))
+    return rows
+
+
+def _difference_row(weights: str, against: str, pairs: list[tuple[Point, Point]], bits: Bounded) -> ResultRow:
+    point, rival = pairs[0]
+    row = {
+        "weights": weights,
+        "asked": point.asked,
+        "mean_experts": float(np.mean([own.observed.mean_experts for own, _ in pairs])),
+        "against": against,
+        "against_allocation": rival.allocation,
+        "against_mean_experts": float(np.mean([other.observed.mean_experts for _, other in pairs])),
+    }
+    return row | named("difference", bits)
 
 
 def named(name: str, number: Bounded) -> ResultRow:

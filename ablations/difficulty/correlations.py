@@ -1,16 +1,17 @@
 """Rank correlations with what else could explain them held fixed, resampled by document.
 
-Spearman's coefficient is Pearson's on ranks. The partial one correlates the residuals of a linear regression of the
-ranks on the covariates' ranks. Tokens of a document are not independent, so intervals resample documents; the ranks are
-those of the whole sample in every resample, so a resample is a weighted sum of one matrix of moments per document.
+Spearman's coefficient is Pearson's on ranks. The partial one correlates what `controls.control_basis` leaves of the
+ranks. Tokens of a document are not independent, so intervals resample documents; ranks and residuals are those of the
+whole sample in every resample, so a resample is a weighted sum of one matrix of moments per document.
 
-Legend: N tokens, D documents, R resamples, V variables (a constant first).
+Legend: N tokens, D documents, R resamples, V variables (a constant first), P columns that are held fixed.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 FREQUENCY_BINS = 20
 
@@ -29,42 +30,52 @@ def spearman(
     y_N: np.ndarray,
     document_N: np.ndarray,
     *,
-    given: tuple[np.ndarray, ...] = (),
+    basis_NP: np.ndarray | None = None,
     weights_RD: np.ndarray,
 ) -> Bounded:
+    """Rank correlation of x and y, with its interval over documents; arguments see `resampled_spearman`."""
+    return bounded(*resampled_spearman(x_N, y_N, document_N, basis_NP=basis_NP, weights_RD=weights_RD))
+
+
+def resampled_spearman(
+    x_N: np.ndarray,
+    y_N: np.ndarray,
+    document_N: np.ndarray,
+    *,
+    basis_NP: np.ndarray | None = None,
+    weights_RD: np.ndarray,
+) -> tuple[float, np.ndarray]:
     """Rank correlation of x and y.
 
     Args:
         document_N: the document of each token, the unit of resampling.
-        given: covariates whose ranks are held fixed; the correlation is then partial.
+        basis_NP: orthonormal columns that are held fixed, see `controls.control_basis`; the correlation is then
+            partial.
         weights_RD: how often each resample draws each document, see `document_weights`.
 
     Returns:
-        The coefficient with its bootstrap interval; NaN where x or y does not vary.
+        The coefficient, and that of every resample, [R]; NaN where x or y does not vary.
     """
-    ranks = [stats.rankdata(values) / len(x_N) for values in (x_N, y_N, *given)]
-    ranked_NV = np.column_stack([np.ones(len(x_N)), *ranks])
+    ranked_NV = np.column_stack([np.ones(len(x_N)), *(stats.rankdata(values) / len(x_N) for values in (x_N, y_N))])
+    scale_V = (ranked_NV[:, 1:] ** 2).mean(0)
+    if basis_NP is not None:
+        ranked_NV[:, 1:] -= basis_NP @ (basis_NP.T @ ranked_NV[:, 1:])
     order = np.argsort(document_N, kind="stable")
     _, starts = np.unique(document_N[order], return_index=True)
     # One matrix per document: a resample is then a weighted sum of few numbers instead of another pass over all tokens.
     moments_DVV = np.stack([part.T @ part for part in np.split(ranked_NV[order], starts[1:])])
-    whole = _partial(moments_DVV.sum(0)[None])[0]
-    resampled_R = _partial(np.einsum("rd,dvw->rvw", weights_RD, moments_DVV))
-    return _bounded(float(whole), resampled_R)
+    whole = _correlation(moments_DVV.sum(0)[None], scale_V)[0]
+    return float(whole), _correlation(np.einsum("rd,dvw->rvw", weights_RD, moments_DVV), scale_V)
 
 
-def _partial(moments_RVV: np.ndarray) -> np.ndarray:
-    """Correlation of variables 1 and 2 given the constant and variables 3 on, from sums of products; NaN where either
-    does not vary."""
-    given = [0, *range(3, moments_RVV.shape[-1])]
-    of_given = moments_RVV[:, given][:, :, given]
-    of_both = moments_RVV[:, 1:3][:, :, given]
-    # A covariate may be constant or a copy of another: the pseudo-inverse then holds the same space fixed.
-    rest = moments_RVV[:, 1:3, 1:3] - of_both @ np.linalg.pinv(of_given, hermitian=True) @ of_both.transpose(0, 2, 1)
-    scale = moments_RVV[:, [1, 2], [1, 2]]
-    variance = rest[:, [0, 1], [0, 1]]
-    varies = (variance > 1e-9 * scale).all(1)
-    return np.where(varies, rest[:, 0, 1] / np.sqrt(np.where(varies, variance[:, 0] * variance[:, 1], 1.0)), np.nan)
+def _correlation(moments_RVV: np.ndarray, scale_V: np.ndarray) -> np.ndarray:
+    """Of variables 1 and 2, from sums of products; NaN where either does not vary, beside its ranks' mean square."""
+    n_R = moments_RVV[:, 0, 0]
+    mean_RV = moments_RVV[:, 0, 1:] / n_R[:, None]
+    central_RVV = moments_RVV[:, 1:, 1:] / n_R[:, None, None] - mean_RV[:, :, None] * mean_RV[:, None, :]
+    variance_RV = central_RVV[:, [0, 1], [0, 1]]
+    varies_R = (variance_RV > 1e-9 * scale_V).all(1)
+    return np.where(varies_R, central_RVV[:, 0, 1] / np.sqrt(np.where(varies_R, variance_RV.prod(1), 1.0)), np.nan)
 
 
 def document_weights(n_documents: int, resamples: int, seed: int = 0) -> np.ndarray:
@@ -118,11 +129,27 @@ def document_sums(values_N: np.ndarray, document_N: np.ndarray, n_documents: int
 def ratio(numerator_D: np.ndarray, denominator_D: np.ndarray, weights_RD: np.ndarray) -> Bounded:
     """Ratio of two sums over documents, with its bootstrap interval."""
     resampled_R = (weights_RD @ numerator_D) / (weights_RD @ denominator_D)
-    return _bounded(float(numerator_D.sum() / denominator_D.sum()), resampled_R)
+    return bounded(float(numerator_D.sum() / denominator_D.sum()), resampled_R)
 
 
-def _bounded(value: float, resampled_R: np.ndarray) -> Bounded:
-    """Resamples without a value (a quantity that does not vary in them) do not count."""
+def pooled(values: Sequence[float], resampled_UR: Sequence[np.ndarray]) -> Bounded:
+    """Mean of a number over training seeds, with an interval that holds the noise of seeds and of documents: as for a
+    difference (`comparison.statistics`), a part of each kind, added as squares.
+
+    Args:
+        values: of at least two runs.
+        resampled_UR: of each run, under the same resamples of the documents.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    seeds = -special.stdtrit(n - 1, 0.025) * float(np.std(values, ddof=1)) / n**0.5
+    documents = -special.ndtri(0.025) * float(np.nanstd(np.mean(resampled_UR, axis=0)))
+    half = float(np.hypot(seeds, documents))
+    return Bounded(value=mean, low=mean - half, high=mean + half)
+
+
+def bounded(value: float, resampled_R: np.ndarray) -> Bounded:
+    """A number with the interval of its resamples; those without a value (a quantity that does not vary in them) do
+    not count."""
     known = resampled_R[np.isfinite(resampled_R)]
     low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
     return Bounded(value=value, low=float(low), high=float(high))

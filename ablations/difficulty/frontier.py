@@ -41,7 +41,7 @@ class Point:
 
     weights: str
     allocation: str
-    asked: int
+    asked: float
     observed: Observed
 
 
@@ -97,10 +97,15 @@ def measure_frontier(
             observed = observe_as(model_folder, data.text, lambda model, k=k: model.set_policy(TopK(k=k)))
             points.append(Point(weights=name, allocation=UNIFORM, asked=k, observed=observed))
         for mean in budgets:
-            change = own_policy(name, mean, data.calibration_BT)
-            for allocation, seed in ((OWN, None), (RANDOM, 0)):
-                observed = observe_as(model_folder, data.text, change, permute_seed=seed)
-                points.append(Point(weights=name, allocation=allocation, asked=mean, observed=observed))
+            change = own_policy(study.method_of(name), mean, data.calibration_BT)
+            own = observe_as(model_folder, data.text, change)
+            # Tokens exchange their numbers of all layers: one that gets many in one layer still does in the others.
+            dealt_NL = np.random.default_rng(0).permutation(own.experts_NL)
+            random = observe_as(model_folder, data.text, change, counts_NL=dealt_NL)
+            points += [
+                Point(weights=name, allocation=allocation, asked=mean, observed=observed)
+                for allocation, observed in ((OWN, own), (RANDOM, random))
+            ]
     return points
 
 

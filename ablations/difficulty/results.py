@@ -19,7 +19,6 @@ class Results:
         correlations: difficulty against experts, by method, difficulty and layer.
         structure: problems, their label against the experts of their answers, by method and task.
         deciles: experts and loss by tenths of difficulty.
-        regret: share of the possible gain that an allocation takes, by method.
         frontier: bits per byte of every allocation measured.
         differences: own allocations against their rivals, in bits per byte.
     """
@@ -30,12 +29,11 @@ class Results:
     correlations: list[ResultRow]
     structure: list[ResultRow]
     deciles: list[ResultRow]
-    regret: list[ResultRow]
     frontier: list[ResultRow]
     differences: list[ResultRow]
 
 
-TABLES = ("correlations", "structure", "deciles", "regret", "frontier", "differences")
+TABLES = ("correlations", "structure", "deciles", "frontier", "differences")
 
 
 def write_tables(results: Results, folder: Path) -> None:

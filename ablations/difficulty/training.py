@@ -36,11 +36,11 @@ from staged_training.describe import describe
 from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.plan import Plan
-from staged_training.record import Ledger
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 
 STUDY_FILE, PROBLEMS_FILE = "study.json", "synthetic.jsonl"
-REFERENCE, EARLY, REFERENCE_SEED = "reference", "reference_early", 1
+# No seed of the models that are compared.
+REFERENCE, EARLY, REFERENCE_SEED = "reference", "reference_early", 1000
 RANDOM_K = "random_k"
 
 
@@ -52,6 +52,8 @@ class TrainingOptions:
         out: folder of everything; the same command continues what it finds there.
         minutes: train the main model (trunk plus one branch) for about this long on this machine instead of for
             `tokens`; measured once, and kept in the folder, so a run that is continued has the same budget.
+        seeds: trunks, each with a branch of every method and static model: the noise of training, which intervals over
+            documents do not hold.
         reference_share: tokens of the reference model, as a share of the main model's.
         early_share: share of those after which its early losses are taken.
         synthetic_documents: generated problems that are mixed into the text; those held out are the probes with
@@ -65,6 +67,7 @@ class TrainingOptions:
 
     out: Path = Path("runs/difficulty")
     minutes: float | None = None
+    seeds: int = 1
     reference_share: float = 0.4
     early_share: float = 0.3
     synthetic_documents: int = 24_000
@@ -89,7 +92,9 @@ class TrainingOptions:
             raise ValueError(
                 f"--synthetic-documents {self.synthetic_documents}: at least 30, or none of a task is held out"
             )
-        check_numbers(self, static=1)
+        check_numbers(self, static=1, seeds=1)
+        if self.seeds > REFERENCE_SEED:
+            raise ValueError(f"--seeds {self.seeds}: must be at most {REFERENCE_SEED}, the reference's seed")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"--minutes {self.minutes}: must be above 0")
         if self.staging.freeze:
@@ -106,9 +111,10 @@ class Study:
         k: experts per token that every method holds in the mean.
         tokens: the main model's, trunk plus one branch.
         models: `lm.pretrained` folder by name: reference, reference_early, random_k, each method, and static_<k>.
-        runs: run folder by name, of the branches.
+        runs: run folder by name, of the branches: the method's, with `_seed_<s>` behind it for another seed than 0.
         static: the k that a static model was trained at, by its name in `runs`; every other run chooses the number for
             each token.
+        methods, seeds: of each run, by its name; of a study with one seed, which may lack them, the name itself and 0.
         seconds: of training by name, trunk plus branch.
         command: that trains it again.
         environment: commit, versions and device.
@@ -123,6 +129,21 @@ class Study:
     seconds: dict[str, float]
     command: str
     environment: dict
+    methods: dict[str, str] = dataclasses.field(default_factory=dict)
+    seeds: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def method_of(self, name: str) -> str:
+        """What a run was trained with."""
+        return self.methods.get(name, name)
+
+    def seed_of(self, name: str) -> int:
+        """Of a run's trunk and branch."""
+        return self.seeds.get(name, 0)
+
+
+def run_name(method: str, seed: int) -> str:
+    """What a run is called, in the study and in tables."""
+    return method if seed == 0 else f"{method}_seed_{seed}"
 
 
 def static_name(k: int) -> str:
@@ -144,34 +165,39 @@ def train(options: TrainingOptions) -> Study:
     corpus = prepare_text(options)
     model = options.model.config(corpus.tokenizer.vocab_size)
     options = with_tokens(options, corpus, model)
-    reference, main = (
-        execution(options, corpus, plan)
-        for plan in (reference_plan(options, corpus, model), main_plan(options, corpus, model))
-    )
-    print(describe(main.plan), flush=True)
+    reference = execution(options, corpus, reference_plan(options, corpus, model))
+    mains = [execution(options, corpus, main_plan(options, corpus, model, seed)) for seed in range(options.seeds)]
+    print(describe(mains[0].plan), flush=True)
     leave_options(options.out)
     reference.trunk()
     late = reference.branch(reference.plan.branches[0])
     models, runs = {REFERENCE: late.folder / "model", EARLY: reference.trunk_folder / "model"}, {}
-    _, trunk_record = main.trunk()
-    seconds = trunk_record.ledger.costs["trunk"]["seconds"]
-    study = None
-    for branch in main.plan.branches:
-        record = main.branch(branch)
-        models[branch.method], runs[branch.method] = record.folder / "model", record.folder
-        # Written after every branch: what is trained can be analysed while the rest trains.
-        study = Study(
-            k=options.model.k,
-            tokens=options.staging.tokens,
-            corpus=relative(corpus.folder, options.out),
-            models={name: relative(folder, options.out) for name, folder in models.items()},
-            runs={name: relative(folder, options.out) for name, folder in runs.items()},
-            static={static_name(k): k for k in options.static if static_name(k) in runs},
-            seconds={name: seconds + Ledger.load(folder).costs["branches"]["seconds"] for name, folder in runs.items()},
-            command=shlex.join(["python", *sys.orig_argv[1:]]),
-            environment=environment(data_hash=main.plan.corpus.content_hash),
-        )
-        write_into_seal(options.out, {STUDY_FILE: json_text(to_dict(study))}, seal_too=[PROBLEMS_FILE], anew=True)
+    seconds, methods, seeds, study = {}, {}, {}, None
+    for seed, main in enumerate(mains):
+        _, trunk_record = main.trunk()
+        for branch in main.plan.branches:
+            record, name = main.branch(branch), run_name(branch.method, seed)
+            models[name], runs[name] = record.folder / "model", record.folder
+            methods[name], seeds[name] = branch.method, seed
+            seconds[name] = sum(
+                ledger.costs[kind]["seconds"]
+                for kind, ledger in (("trunk", trunk_record.ledger), ("branches", record.ledger))
+            )
+            # Written after every branch: what is trained can be analysed while the rest trains.
+            study = Study(
+                k=options.model.k,
+                tokens=options.staging.tokens,
+                corpus=relative(corpus.folder, options.out),
+                models={name: relative(folder, options.out) for name, folder in models.items()},
+                runs={name: relative(folder, options.out) for name, folder in runs.items()},
+                static={name: k for name in runs for k in options.static if methods[name] == static_name(k)},
+                seconds=dict(seconds),
+                command=shlex.join(["python", *sys.orig_argv[1:]]),
+                environment=environment(data_hash=main.plan.corpus.content_hash),
+                methods=dict(methods),
+                seeds=dict(seeds),
+            )
+            write_into_seal(options.out, {STUDY_FILE: json_text(to_dict(study))}, seal_too=[PROBLEMS_FILE], anew=True)
     assert study is not None
     return study
 
@@ -218,8 +244,11 @@ def trunk_model(model: ModelConfig, k: int) -> ModelConfig:
     return with_policy(model, RandomK(k_min=lowest, k_max=min(2 * k - lowest, model.moe.n_experts), k_eval=k))
 
 
-def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig) -> Plan:
+def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConfig, seed: int = 0) -> Plan:
     """A trunk of random k, and from it the static models, the same random k, and the methods.
+
+    Args:
+        seed: of the trunk and of every branch.
 
     Raises:
         ValueError: for a method that chooses no number of experts, or that has the name of a static model.
@@ -237,7 +266,8 @@ def main_plan(options: TrainingOptions, corpus: PreparedCorpus, model: ModelConf
         options.staging,
         corpus_facts(corpus),
         trunk,
-        [(name, config, 0) for name, config in models.items()],
+        [(name, config, seed) for name, config in models.items()],
+        trunk_seed=seed,
         sources=sources_of(methods),
     )
 

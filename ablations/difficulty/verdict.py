@@ -24,8 +24,8 @@ def verdict_text(results: Results) -> str:
             " intervals, documents resampled."
         ),
         (
-            "Partial: token frequency (seen and predicted) and position held fixed. Shuffled: 95 % of shuffles among"
-            " tokens of like frequency."
+            "Partial: token frequency (seen and predicted), position and domain held fixed, by splines and columns per"
+            " domain. Shuffled: 95 % of shuffles among tokens of like frequency."
         ),
         "",
     ]
@@ -37,7 +37,6 @@ def verdict_text(results: Results) -> str:
             if row["method"] == method and row["layer"] == "sum"
         ]
         lines += [f"  {structure_sentence(row)}" for row in results.structure if row["method"] == method]
-        lines += [f"  {regret_sentence(row)}" for row in results.regret if row["method"] == method]
         lines += [
             f"  {difference_sentence(row)}"
             for row in results.differences
@@ -72,14 +71,6 @@ def structure_sentence(row: ResultRow) -> str:
         f"{row['task']} ({row['problems']} problems): answers to harder problems get {word} experts:"
         f" {interval(row, 'spearman', '+.2f')}; given position {controlled}; the label against the reference's loss"
         f" {loss}"
-    )
-
-
-def regret_sentence(row: ResultRow) -> str:
-    return (
-        f"allocation regret (0 uniform, 1 oracle): own {interval(row, 'own', '+.3f')}, shuffled"
-        f" {interval(row, 'shuffled', '+.3f')}, by the reference's loss {interval(row, 'by_reference_loss', '+.3f')};"
-        f" the oracle gains {row['oracle_gain_nats']:.3f} nats per token"
     )
 
 

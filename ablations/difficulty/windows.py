@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ablations.difficulty.domains import validation_domains
 from ablations.difficulty.tasks import Problem
 from corpus.prepare import PreparedCorpus
 from lm.model import IGNORED_TARGET
@@ -75,9 +76,14 @@ class Probes:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """Validation documents in three parts that share none: real text measured, real text for thresholds (rows without
-    padding), problems."""
+    padding), problems.
+
+    Attributes:
+        domain_D: of each document of the measured text.
+    """
 
     text: Windows
+    domain_D: np.ndarray
     calibration_BT: Tensor
     probes: Probes
 
@@ -91,9 +97,9 @@ def held_out(
         ValueError: where the validation text has too few documents for the three parts.
     """
     offsets = corpus.valid.document_offsets
-    text, calibration, probes = [], [], []
+    text, domains, calibration, probes = [], [], [], []
     n_text = 0
-    for start, stop in itertools.pairwise(offsets.tolist()):
+    for domain, (start, stop) in zip(validation_domains(corpus).tolist(), itertools.pairwise(offsets.tolist())):
         ids = np.asarray(corpus.valid.tokens[start:stop], dtype=np.int64)
         data = corpus.tokenizer.decode_bytes(ids[1:])
         problem = problems.get(data.decode())
@@ -103,9 +109,10 @@ def held_out(
             continue
         n_text += 1
         if n_text % CALIBRATION_EVERY == 0:
-            calibration += _cut(ids, seq_len, windows_per_document)
+            calibration += cut_windows(ids, seq_len, windows_per_document)
             continue
-        text.append(_cut(ids, seq_len, windows_per_document))
+        text.append(cut_windows(ids, seq_len, windows_per_document))
+        domains.append(domain)
         if STEP_MARK in data and ANSWER_MARK in data and len(ids) <= seq_len + 1:
             probes.append((ids, REAL_PROBLEM, data.count(STEP_MARK), data.rindex(ANSWER_MARK) + len(ANSWER_MARK)))
     n_rows = sum(len(window) for window in calibration) // seq_len
@@ -116,14 +123,15 @@ def held_out(
         )
     stream = np.concatenate(calibration)[: n_rows * seq_len]
     return HeldOut(
-        text=_windows(text, corpus, seq_len),
+        text=windows_of(text, corpus.tokenizer.n_bytes_V, seq_len),
+        domain_D=np.array(domains),
         calibration_BT=torch.from_numpy(stream).view(n_rows, seq_len),
         # By length, so that a batch of them is hardly padded.
         probes=_probes(sorted(probes, key=lambda probe: len(probe[0])), corpus, seq_len),
     )
 
 
-def _cut(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndarray]:
+def cut_windows(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndarray]:
     """Up to `most` stretches of `seq_len` tokens and the target behind the last, evenly spaced; the whole document
     where it is shorter."""
     n_windows = min(most, max(1, (len(ids) - 1) // seq_len))
@@ -131,7 +139,13 @@ def _cut(ids: np.ndarray, seq_len: int, most: int) -> list[np.ndarray]:
     return [ids[start : start + seq_len + 1] for start in starts]
 
 
-def _windows(documents: Sequence[Sequence[np.ndarray]], corpus: PreparedCorpus, seq_len: int) -> Windows:
+def windows_of(documents: Sequence[Sequence[np.ndarray]], n_bytes_V: np.ndarray, seq_len: int) -> Windows:
+    """Rows of the windows of some documents.
+
+    Args:
+        documents: of each its windows as token ids, one more than `seq_len` at most; the first is only read.
+        n_bytes_V: UTF-8 bytes of each token of the vocabulary.
+    """
     rows = [(number, ids) for number, windows in enumerate(documents) for ids in windows]
     tokens_WT = np.zeros((len(rows), seq_len), dtype=np.int64)
     targets_WT = np.full((len(rows), seq_len), IGNORED_TARGET, dtype=np.int64)
@@ -141,7 +155,7 @@ def _windows(documents: Sequence[Sequence[np.ndarray]], corpus: PreparedCorpus, 
         tokens_WT=torch.from_numpy(tokens_WT),
         targets_WT=torch.from_numpy(targets_WT),
         document_W=np.array([number for number, _ in rows]),
-        n_bytes_N=corpus.tokenizer.n_bytes_V[targets_WT[targets_WT != IGNORED_TARGET]],
+        n_bytes_N=n_bytes_V[targets_WT[targets_WT != IGNORED_TARGET]],
     )
 
 
@@ -152,7 +166,7 @@ def _probes(probes: Sequence[tuple[np.ndarray, str, int, int]], corpus: Prepared
         # token.
         answers.append(np.cumsum(corpus.tokenizer.n_bytes_V[ids[1:]]) > answer_start)
     return Probes(
-        windows=_windows([[ids] for ids, *_ in probes], corpus, seq_len),
+        windows=windows_of([[ids] for ids, *_ in probes], corpus.tokenizer.n_bytes_V, seq_len),
         answer_N=np.concatenate(answers),
         task_W=np.array([task for _, task, _, _ in probes]),
         level_W=np.array([level for _, _, level, _ in probes]),

@@ -11,7 +11,7 @@ import dataclasses
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from routing.budget import BudgetController
 from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds
@@ -68,6 +68,9 @@ class DifficultyHeadPolicy(Policy):
         assert self.budget is not None
         expert_TK, score_TK = best(scores, self.config.cap)
         difficulty_T1 = (scores.x_TD @ self.head_D.to(scores.x_TD.dtype))[:, None]
+        if self.counts_T is not None:
+            # A number from outside stands for a prediction of that number, which also weighs a token's last experts.
+            difficulty_T1 = (self.counts_T + 0.5).to(score_TK.dtype).log()[:, None] - self.budget.threshold
         soft_level_TK = (
             torch.arange(1, self.config.cap + 1, device=score_TK.device).to(score_TK.dtype).log() - difficulty_T1
         )
@@ -77,7 +80,3 @@ class DifficultyHeadPolicy(Policy):
         return Slots(
             expert_TK, score_TK * ((self.budget.threshold - soft_level_TK) / self.config.softness).sigmoid(), keep_TK
         )
-
-    def select_dealt(self, scores: Scores, dealt_T: Tensor) -> Slots:
-        # The predicted number also weighs a token's last experts: another token's prediction must come whole.
-        return self.select(dataclasses.replace(scores, x_TD=scores.x_TD[dealt_T]))

@@ -64,6 +64,12 @@ class TopPPolicy(Policy):
         if not 0.0 < config.p < 1.0:
             raise ValueError(f"TopP.p = {config.p} is outside (0, 1)")
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
+        if config.target_mean is not None and config.target_mean < 1:
+            # No mass lies ahead of a token's first expert, so that no p leaves it out.
+            raise ValueError(
+                f"TopP.target_mean = {config.target_mean} is out of reach with floor = {config.floor}: every token uses"
+                " its first expert, whatever the threshold; legal: at least 1"
+            )
         self.budget = BudgetController(
             target_mean=config.target_mean, initial=config.p, lowest=0.0, highest=1.0, rate=config.rate
         )

@@ -115,6 +115,7 @@ def test_calibration_is_exact_on_its_own_tokens(policy, target):
         (BUDGETED[0], 0.5, "target_mean = 0.5 .* always uses 1"),
         (BUDGETED[0], 17.0, "at most 16 slots"),
         (NullExperts(k=14, n_null=8, target_mean=8.0, floor=1), 5.0, "always uses 6"),
+        (TopP(target_mean=8.0, floor=0, cap=16), 0.5, "target_mean = 0.5 .* always uses 1"),
     ],
     ids=repr,
 )
@@ -125,6 +126,15 @@ def test_calibration_out_of_reach_is_refused(policy, target, message):
         router(torch.randn(T, D))
     # The refused request is forgotten.
     router(torch.randn(T, D))
+
+
+def test_a_budget_beyond_the_clamp_of_the_threshold_is_refused():
+    """No threshold between the bounds gives it, so the nearest one would hold another mean without saying so."""
+    router = drifting_router(NullExperts(k=14, n_null=20, target_mean=8.0, floor=1)).eval()
+    router.selection_bias_E.fill_(-5)
+    router.calibrate(8.0)
+    with pytest.raises(ValueError, match=r"target_mean = 8.0 .* at 2, the highest threshold, the policy uses 1"):
+        router(torch.randn(T, D))
 
 
 def test_calibration_of_a_fixed_number_of_experts_is_refused():

@@ -121,8 +121,8 @@ def test_the_kernel_is_for_single_precision_on_cuda(policy, dtype, expected, mon
     assert not router.takes_the_kernel(scores)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     assert router.takes_the_kernel(scores) == expected
-    # A decision that is dealt out anew is the policy's own.
-    router.policy.dealt_T = torch.tensor([1, 0])
+    # Numbers of experts from outside are none of the kernel's rules.
+    router.policy.counts_T = torch.tensor([1, 0])
     assert not router.takes_the_kernel(scores)
 
 

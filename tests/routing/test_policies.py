@@ -213,6 +213,10 @@ def test_any_router_runs_under_every_policy(trained):
         (TopP(p=0.5, floor=5, cap=4, target_mean=None), r"floor = 5 must lie in \[0, cap = 4\]"),
         (TopP(p=0.5, cap=8, target_mean=9.0), r"target_mean = 9.0 .* out of reach: floor = 1, cap = 8"),
         (TopP(p=0.5, cap=8, floor=4, target_mean=3.0), r"target_mean = 3.0 .* out of reach: floor = 4"),
+        (
+            TopP(cap=8, floor=0, target_mean=0.5),
+            r"TopP.target_mean = 0.5 is out of reach with floor = 0: .* first expert",
+        ),
         (TopP(p=0.5, cap=13, target_mean=None), r"cap = 13 is outside"),
         (TopP(cap=8, target_mean=4.0, rate=0.0), r"rate = 0.0 is outside \(0, 1\]"),
         (NullExperts(k=13), r"NullExperts.k = 13 is outside"),
