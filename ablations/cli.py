@@ -1,5 +1,5 @@
 """The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty |
-counterfactual | frontier | agreement | scaling | runs | prune`, and `python -m ablations.<method>`."""
+counterfactual | frontier | agreement | problems | scaling | runs | prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -22,6 +22,7 @@ from ablations.comparison.registry import all_methods, find_methods
 from ablations.comparison.shares import run_side_by_side
 from ablations.counterfactual.options import CounterfactualOptions, FrontierOptions
 from ablations.difficulty.options import AnalysisOptions
+from ablations.difficulty.tasks import generate, write_problems
 from ablations.difficulty.training import TrainingOptions, train
 from ablations.gate.decision import GateConfig
 from ablations.gate.exits import Verdict, errors_apart, progress_on_stderr
@@ -30,7 +31,7 @@ from ablations.method import Method
 from ablations.report.index import runs_command
 from ablations.report.run_folders import prune_command
 from ablations.scaling.command import ScalingCommand, run_scaling
-from foundation.command import deferred, run_command
+from foundation.command import deferred, refuse_unwritable, run_command
 from foundation.numbers import objection
 from foundation.serialize import to_dict
 from foundation.tables import write_rows
@@ -57,6 +58,7 @@ def main() -> None:
         "counterfactual": counterfactual_command,
         "frontier": frontier_command,
         "agreement": agreement_command,
+        "problems": problems_command,
         "scaling": scaling_command,
         "runs": runs_command,
         "prune": prune_command,
@@ -220,6 +222,23 @@ def agreement_command(
     from ablations.agreement.report import agreement_study
 
     agreement_study(options)
+
+
+def problems_command(out: Path, count: int = 24_000, seed: int = 0) -> None:
+    """Write generated problems of known difficulty (addition, recall, word problems), one JSON object per line, for
+    `--data`.
+
+    Args:
+        out: the .jsonl file to write.
+        count: problems, all different.
+        seed: equal seed, equal problems.
+    """
+    if problem := objection(count, 1):
+        raise ValueError(f"--count {count}: {problem}")
+    refuse_unwritable("--out", out)
+    problems = generate(count, seed)
+    write_problems(problems, out)
+    print(f"{count:,} problems, {sum(len(each.text) for each in problems):,} bytes: {out}")
 
 
 def scaling_command(command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ScalingCommand]]) -> None:

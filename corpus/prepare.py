@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corpus.byte_level_tokenizer import ByteLevelTokenizer
 from corpus.documents import Documents, SkippedKind, load_documents
 from corpus.packing import INDEX, PackedTokens, pack
 from corpus.readers import Skipped
@@ -106,16 +107,20 @@ class PreparedCorpus:
         return self.tokenizer.decode_bytes(self.valid.window(0, len(self.valid)))
 
 
-def prepare(config: CorpusConfig, root: str | Path) -> PreparedCorpus:
+def prepare(config: CorpusConfig, root: str | Path, tokenizer: Tokenizer | None = None) -> PreparedCorpus:
     """Reads the documents; opens the prepared corpus for exactly these under `root`, or makes it.
 
     The documents are read and hashed, and the cached files verified, each time, so a stale or damaged cache is never
     used: it is named in a warning and made again. Each phase is printed before it begins: it may take minutes.
 
+    Args:
+        tokenizer: a trained model's own, of either kind; by default the one that the configuration names or learns.
+
     Raises:
         ValueError: for unusable input (see `load_documents`, `Tokenizer.train`).
     """
-    tokenizer = None if config.tokenizer_file is None else Tokenizer.load(config.tokenizer_file)
+    if tokenizer is None and config.tokenizer_file is not None:
+        tokenizer = Tokenizer.load(config.tokenizer_file)
     _say(f"reading {', '.join(config.data) or 'the Python standard library'}, without duplicates")
     Path(root).mkdir(parents=True, exist_ok=True)
     documents = load_documents(
@@ -163,10 +168,11 @@ def open_prepared(folder: str | Path) -> PreparedCorpus:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no readable corpus manifest here ({error})") from error
     check_seal(folder)
-    model = folder / "tokenizer.model"
+    model = _tokenizer_file(folder)
     if not model.is_file() or sha256_file(model) != manifest.tokenizer_file_hash:
         raise ValueError(f"{model}: missing, or not the tokenizer of the manifest; prepare the corpus again")
-    tokenizer = Tokenizer.load(model)
+    byte_level = model.name == ByteLevelTokenizer.file_name
+    tokenizer = ByteLevelTokenizer.load(model, manifest.vocab_size) if byte_level else Tokenizer.load(model)
     if tokenizer.hash() != manifest.tokenizer_hash:
         raise ValueError(f"{path}: tokenizer_hash is not that of {model.name}; prepare the corpus again")
     train, valid = PackedTokens(folder / "train"), PackedTokens(folder / "valid")
@@ -174,6 +180,12 @@ def open_prepared(folder: str | Path) -> PreparedCorpus:
         if _counts(packed) != counts:
             raise ValueError(f"{packed.folder}: not the counts of the manifest; prepare the corpus again")
     return PreparedCorpus(folder=folder, tokenizer=tokenizer, train=train, valid=valid, manifest=manifest)
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    """The tokenizer of a prepared folder, by the kind that lies there."""
+    published = folder / ByteLevelTokenizer.file_name
+    return published if published.is_file() else folder / Tokenizer.file_name
 
 
 def _cache_key(config: CorpusConfig, documents: Documents, tokenizer: Tokenizer | None) -> str:
@@ -195,7 +207,7 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         vocab_size = DEFAULT_VOCAB_SIZE if config.vocab_size is None else config.vocab_size
         _say(f"learning a tokenizer of {vocab_size} tokens")
         tokenizer = Tokenizer.train(documents.train, vocab_size)
-    tokenizer.save(folder / "tokenizer.model")
+    tokenizer.save(folder / tokenizer.file_name)
     counts: dict[str, SplitCounts] = {}
     for split, texts in (("train", documents.train), ("valid", documents.valid)):
         _say(f"packing {split}: {len(texts):,} documents, {texts.n_bytes:,} bytes")
@@ -211,7 +223,7 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         config=config,
         content_hash=documents.content_hash,
         tokenizer_hash=tokenizer.hash(),
-        tokenizer_file_hash=sha256_file(folder / "tokenizer.model"),
+        tokenizer_file_hash=sha256_file(folder / tokenizer.file_name),
         vocab_size=tokenizer.vocab_size,
         train=counts["train"],
         valid=counts["valid"],
@@ -221,7 +233,8 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
     )
     save_json(folder / MANIFEST, manifest)
     # The indices hold the checksums of the tokens.
-    seal(folder, (MANIFEST, "tokenizer.model", f"train/{INDEX}", f"valid/{INDEX}"))
+    tokenizers = sorted(path.name for path in folder.glob("tokenizer*"))
+    seal(folder, (MANIFEST, *tokenizers, f"train/{INDEX}", f"valid/{INDEX}"))
 
 
 def _say(phase: str) -> None:

@@ -79,6 +79,8 @@ class MoE(ExactBuffers):
         y_TD = self.experts(x_TD, routing.assignments)
         if routing.identity_T is not None:
             y_TD = y_TD + (routing.identity_T[:, None] * x_TD).to(x_TD.dtype)
+        if routing.constant_TD is not None:
+            y_TD = y_TD + routing.constant_TD.to(x_TD.dtype)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)
             if self.shared_gate_D is not None:

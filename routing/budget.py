@@ -148,6 +148,12 @@ class BudgetController(nn.Module):
         """Whether the next forward sets the threshold."""
         return self._calibrate_to is not None
 
+    def move_target(self, before: float, now: float) -> None:
+        """Training holds `now` experts per token from here on, where it held `before`. The number aimed at moves along,
+        which is all of this that a checkpoint holds: whoever moves the target by a function of the step continues."""
+        self.target_mean = now
+        self.aim += now - before
+
     def begin_step(self) -> None:
         self.step_levels, self.step_exact = [], None
 

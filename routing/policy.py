@@ -39,6 +39,9 @@ class PolicyConfig(Family):
     # Whether a decision depends on the other tokens of a batch: such a policy cannot generate text, nor decide for a
     # part of the batch.
     needs_whole_batch: ClassVar[bool] = False
+    # Whether training moves it by statistics of a step's tokens that `routing.over_processes` does not know: it trains
+    # in one process.
+    own_statistics: ClassVar[bool] = False
 
     @property
     def held_mean(self) -> float | None:
@@ -80,6 +83,11 @@ class PolicyConfig(Family):
         return 0
 
     @property
+    def null_columns_apart(self) -> bool:
+        """Whether the softmax of the real experts is as if there were no null columns, which are measured by it."""
+        return False
+
+    @property
     def fused_rule(self) -> FusedRule | None:
         """How the fused kernel takes this policy's decision; None if it cannot.
 
@@ -106,8 +114,8 @@ class Scores:
         logits_TE: of the real experts.
         probs_TE: softmax of logits_TE: what balance losses and probability-mass policies read, whatever the score
             function.
-        scores_TE: what an expert weighs before renormalisation: softmax (over null columns too where there are any) or
-            sigmoid.
+        scores_TE: what an expert weighs before renormalisation: softmax (over null columns too where there are any that
+            do not stand apart) or sigmoid.
         selection_TE: detached; scores plus the selection bias: what ranks experts, and never weighs them.
         null_TZ: scores of the null columns, or None.
     """
@@ -129,6 +137,7 @@ class Slots(NamedTuple):
         keep_TK: bool, or None if every slot is used.
         rest_T: score of chosen columns that compute nothing but take their share of the weight, or None.
         identity_T: the part of rest_T whose columns return the token itself, or None.
+        constant_TD: what chosen columns give beside rows and the token, before renormalisation, or None.
     """
 
     expert_TK: Tensor
@@ -136,6 +145,12 @@ class Slots(NamedTuple):
     keep_TK: Tensor | None = None
     rest_T: Tensor | None = None
     identity_T: Tensor | None = None
+    constant_TD: Tensor | None = None
+
+    @property
+    def kept_score_TK(self) -> Tensor:
+        """score_TK, zero where the slot is not used."""
+        return self.score_TK if self.keep_TK is None else self.score_TK * self.keep_TK
 
 
 class Policy(nn.Module):

@@ -94,12 +94,14 @@ class Routing:
         losses_of: what gives the losses: scalars by name, already weighted. Nobody asks for them while text is
             generated.
         identity_T: what the token itself weighs beside its experts' outputs, or None.
+        constant_TD: what is added to its experts' outputs, or None.
     """
 
     assignments: Assignments
     probs_TE: Tensor
     losses_of: Callable[[], dict[str, Tensor]]
     identity_T: Tensor | None = None
+    constant_TD: Tensor | None = None
 
     @cached_property
     def losses(self) -> dict[str, Tensor]:
@@ -234,7 +236,10 @@ class Router(ExactBuffers):
         identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
         if identity_T is not None and self.config.scaling != 1.0:
             identity_T = identity_T * self.config.scaling
-        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T)
+        constant_TD = slots.constant_TD
+        if constant_TD is not None:
+            constant_TD = constant_TD * (self.config.scaling / self._total_T1(slots))
+        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T, constant_TD)
 
     def losses(self, scores: Scores) -> dict[str, Tensor]:
         """`Routing.losses` of these scores."""
@@ -316,6 +321,8 @@ class Router(ExactBuffers):
         probs_TE = logits_TE.softmax(dim=-1)
         if self.config.score == "sigmoid":
             scores = logits.sigmoid()
+        elif use_null and self.policy.config.null_columns_apart:
+            scores = (logits - logits_TE.logsumexp(dim=-1, keepdim=True)).exp()
         else:
             scores = logits.softmax(dim=-1) if use_null else probs_TE
         scores_TE = scores[:, : self.n_experts]
@@ -331,11 +338,11 @@ class Router(ExactBuffers):
     def weights(self, slots: Slots) -> Tensor:
         """weight_TK: the scores of the chosen, renormalised over them (null columns included, if the policy says
         so)."""
-        return _kept_score_TK(slots) / self._total_T1(slots)
+        return slots.kept_score_TK / self._total_T1(slots)
 
     def _total_T1(self, slots: Slots) -> Tensor:
         """What a token's scores are divided by."""
-        score_TK = _kept_score_TK(slots)
+        score_TK = slots.kept_score_TK
         if not self.config.renormalise:
             return score_TK.new_ones(score_TK.shape[0], 1)
         total_T1 = score_TK.sum(dim=-1, keepdim=True)
@@ -394,7 +401,3 @@ class Router(ExactBuffers):
             f"router of layer {self.layer_index}: scores are not finite (NaN or infinity in its input, its"
             " weights, its biases or its thresholds)"
         )
-
-
-def _kept_score_TK(slots: Slots) -> Tensor:
-    return slots.score_TK if slots.keep_TK is None else slots.score_TK * slots.keep_TK

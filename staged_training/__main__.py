@@ -1,7 +1,7 @@
 """`python -m staged_training run`: trains a trunk and, unless told otherwise, the baseline branch that decays from it.
 `parallel`: one model, one stage, in several processes under torchrun. `sweep`: optimizers and learning rates on equal
-terms. `diagnostics`: what the routers of a run did, by layer and over time. `profile`: where a training step and a
-decode step spend their time.
+terms. `adapt`: a trained model learns a variable number of experts. `diagnostics`: what the routers of a run did, by
+layer and over time. `profile`: where a training step and a decode step spend their time.
 
 Started again by the same command it continues where it was, or says that it is finished. A stop signal leaves
 everything saved; exit codes are those of `foundation.command`.
@@ -23,6 +23,8 @@ from foundation.environment import environment
 from foundation.numbers import check_numbers
 from foundation.serialize import to_dict
 from lm.config import ModelConfig
+from staged_training.adapt.command import adapt
+from staged_training.adapt.options import AdaptConfig
 from staged_training.describe import describe
 from staged_training.diagnostics import DiagnosticsConfig, show_diagnostics
 from staged_training.estimate import estimate
@@ -88,7 +90,7 @@ def run(config: RunConfig) -> None:
         execution.branch(branch)
 
 
-def run_any(config: RunConfig | ParallelConfig | SweepConfig | DiagnosticsConfig | ProfileConfig) -> None:
+def run_any(config: RunConfig | ParallelConfig | SweepConfig | AdaptConfig | DiagnosticsConfig | ProfileConfig) -> None:
     """What each configuration asks for."""
     if isinstance(config, RunConfig):
         run(config)
@@ -96,6 +98,8 @@ def run_any(config: RunConfig | ParallelConfig | SweepConfig | DiagnosticsConfig
         train_in_parallel(config)
     elif isinstance(config, SweepConfig):
         sweep(config)
+    elif isinstance(config, AdaptConfig):
+        adapt(config)
     elif isinstance(config, ProfileConfig):
         profile(config)
     else:
@@ -109,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "run": RunConfig,
                 "parallel": ParallelConfig,
                 "sweep": SweepConfig,
+                "adapt": AdaptConfig,
                 "diagnostics": DiagnosticsConfig,
                 "profile": ProfileConfig,
             },

@@ -27,7 +27,7 @@ from staged_training.optimizer import build_optimizer, restore_optimizer, update
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress
 from staged_training.run import Run
-from staged_training.step import clipped_gradients
+from staged_training.step import Objective, clipped_gradients, next_token
 
 
 class NonFiniteLossError(CannotGoOn):
@@ -62,6 +62,8 @@ def train_stage(
     progress: Progress,
     at_end: Callable[[], object] | None = None,
     inherited: Mapping[str, Tensor] | None = None,
+    objective: Objective = next_token,
+    before_step: Callable[[int], object] | None = None,
     processes: Processes = ALONE,
 ) -> StageResult:
     """Trains blocks [boundary, L), norm and head (everything when the run's boundary is 0), or the rest of a stage that
@@ -73,6 +75,9 @@ def train_stage(
         batches: inputs and targets_BT by batch number.
         save_every: steps between checkpoints; there is always one at the end.
         inherited: state of the optimizer that the stage starts from, see `fork.inherited_state`; none by default.
+        objective: what a step minimises beside the routers' losses.
+        before_step: called ahead of every step with its number; it may say which of the parameters train, and which
+            mean the budgets hold, as functions of that number alone.
         at_end: called behind the last step and ahead of its checkpoint, which holds what it does to the model.
         processes: that train together; `model` is then this process's part, and `batches` have its rows.
 
@@ -116,6 +121,8 @@ def train_stage(
             where = f"step {step}, data position {step}, batch {order[step]}; last good checkpoint: {last_saved}"
             # Draws are a function of seed and step, so a resumed run draws what an uninterrupted one does.
             model.begin_step(step, run.seed)
+            if before_step is not None:
+                before_step(step)
             inputs, targets_BT = batches[order[step]]
             try:
                 numbers = clipped_gradients(
@@ -125,6 +132,7 @@ def train_stage(
                     targets_BT,
                     boundary=boundary,
                     clip=run.optimizer.clip,
+                    objective=objective,
                     diagnose=progress.ends_interval(step + 1),
                     processes=processes,
                 )

@@ -234,7 +234,8 @@ def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:
         if n_expert > 1 and math.gcd(config.d_model, moe.d_expert) % n_data:
             widths = f"d_model: {config.d_model} and {name}.d_expert: {moe.d_expert}"
             raise ValueError(f"{widths} must both divide by the {n_data} processes that share the weights of an expert")
-        if (policy := moe.router.policy).needs_whole_batch:
+        policy = moe.router.policy
+        if policy.needs_whole_batch or policy.own_statistics:
             raise ValueError(
                 f"{type(policy).__name__} ranks the tokens of a whole batch against each other, of which every process"
                 " sees a part only"

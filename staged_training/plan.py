@@ -185,18 +185,20 @@ class Plan:
 
     def trunk_batches(self) -> np.ndarray:
         """Batch numbers in the order the trunk visits them, int64."""
-        return self._numbers(0, self.trunk.n_batches)
+        return self.numbers(0, self.trunk.n_batches)
 
     def branch_batches(self) -> np.ndarray:
         """The batches behind the trunk's last position, in the trunk's order: the data of the longest branch, whose
         beginning is that of the others."""
-        return self._numbers(self.trunk.n_batches, max((branch.stage.n_batches for branch in self.branches), default=0))
+        return self.numbers(self.trunk.n_batches, max((branch.stage.n_batches for branch in self.branches), default=0))
 
     def order_of(self, branch: Branch) -> np.ndarray:
         """Batch numbers in the order this branch visits them: its method plays no part, its seed does."""
         return branch_order(self.branch_batches()[: branch.stage.n_batches], branch.seed)
 
-    def _numbers(self, start: int, count: int) -> np.ndarray:
+    def numbers(self, start: int, count: int) -> np.ndarray:
+        """Batch numbers at positions [start, start + count) of the trunk's endless sequence, int64; calibration batches
+        never occur."""
         trained = np.setdiff1d(np.arange(self._n_batches), self.calibration_batches())
         return trained[trunk_order(self.n_train_batches, self.trunk_seed, start, count)]
 

@@ -5,14 +5,40 @@ Legend: B batch, T tokens.
 
 import dataclasses
 import math
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lm.model import LanguageModel
+from lm.model import LanguageModel, Output
 from routing.diagnostics import RoutingStatistics
 from staged_training.optimizer import clip_gradients
 from staged_training.processes import ALONE, Processes
+
+
+class Forward(NamedTuple):
+    """What an objective makes of a batch.
+
+    Attributes:
+        minimised: fp32 scalar, what the step goes down on; routers' losses come on top.
+        loss: mean loss of the text's own tokens in nats, which the step is known by.
+    """
+
+    output: Output
+    minimised: Tensor
+    loss: Tensor
+
+
+class Objective(Protocol):
+    """A forward pass through what trains, and what is minimised of it."""
+
+    def __call__(self, model: LanguageModel, inputs: Any, targets_BT: Tensor, boundary: int) -> Forward: ...
+
+
+def next_token(model: LanguageModel, inputs: Any, targets_BT: Tensor, boundary: int) -> Forward:
+    """The loss of the text's own tokens."""
+    output = model.run(inputs, boundary, targets_BT)
+    return Forward(output, output.loss, output.loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,24 +68,25 @@ class StepNumbers:
 def clipped_gradients(
     model: LanguageModel,
     optimizer: torch.optim.AdamW,
-    inputs: Tensor,
+    inputs: Any,
     targets_BT: Tensor,
     *,
     boundary: int,
     clip: float,
+    objective: Objective = next_token,
     diagnose: bool = False,
     processes: Processes = ALONE,
 ) -> StepNumbers:
-    """Leaves the clipped gradient of token loss plus routing losses in the trained parameters.
+    """Leaves the clipped gradient of the objective plus routing losses in the trained parameters.
 
     Args:
-        inputs: tokens_BT, or with a boundary the x_BTD that crosses it.
+        inputs: as the objective reads them: tokens_BT, or with a boundary the x_BTD that crosses it.
         diagnose: also count what the routers did.
         processes: whose tokens, as many in each, count as one batch.
     """
-    output = model.run(inputs, boundary, targets_BT)
-    loss, routing_loss = output.loss, output.routing_loss
-    (loss + routing_loss).backward()
+    output, minimised, loss = objective(model, inputs, targets_BT, boundary)
+    routing_loss = output.routing_loss
+    (minimised + routing_loss).backward()
     grad_norm = clip_gradients(optimizer, clip)
     experts = [
         routing.assignments.expert_offsets[-1].float() / routing.assignments.n_tokens for routing in output.routings

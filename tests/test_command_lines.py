@@ -90,6 +90,24 @@ NONSENSE = {
         "--anneal": ("stop",),
         "--staging.trunk-merge-share": ("1", "-1", "nan"),
     },
+    "staged_training adapt": {
+        "--run": ("/nowhere", "/dev/null"),
+        "--method": ("top_k",),
+        "--mean": ("-1", "nan", "inf"),
+        "--tokens": ("0", "-1"),
+        "--batch-size": ("0",),
+        "--learning-rate": ("0", "nan"),
+        "--router-share": ("2", "-1", "nan"),
+        "--decay-share": ("0.99", "nan"),
+        "--ramp-share": ("1.5",),
+        "--distill-share": ("1.1",),
+        "--temperature": ("0", "inf"),
+        "--then": ("attention",),
+        "--first-batch": ("-1",),
+        "--save-every": ("0",),
+        "--optimizer.clip": ("0",),
+    },
+    "ablations problems": {"--out": ("/dev/null/x", "/tmp"), "--count": ("0", "-1", "nan")},
     "ablations compare": {
         "--seeds": ("0", "-1", "nan"),
         "--trunk-seeds": ("0",),
@@ -263,6 +281,8 @@ REST = {
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
     "staged_training sweep": TINY_RUN,
+    "staged_training adapt": ("--run", "/nowhere", "--data", "{text}"),
+    "ablations problems": ("--out", "{out}.jsonl"),
     "ablations compare": TINY_COMPARE,
     "ablations budgets": TINY_COMPARE,
     "ablations agreement": TINY_COMPARE[1:],
@@ -369,9 +389,9 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 
 
 HELPED = {
-    "ablations": "list compare gate report budgets calibrate difficulty counterfactual frontier agreement scaling runs"
-    " prune",
-    "staged_training": "run parallel sweep diagnostics profile",
+    "ablations": "list compare gate report budgets calibrate difficulty counterfactual frontier agreement problems"
+    " scaling runs prune",
+    "staged_training": "run parallel sweep adapt diagnostics profile",
     "lm": "generate evaluate cache bench bench-peers long-context import export parity",
     "corpus": "refine dirt prepare tokenizers mixture",
     "moe": "bench",

@@ -32,6 +32,9 @@ class NullExperts(PolicyConfig):
         start: what chosen null columns' scores are multiplied by at first, and learned from there, so that they can
             join weights that were trained without them and leave what those compute as it is; 1 for no factor.
         rate: of the controller, per step.
+        apart: real experts score as if there were no null columns, exp(logit) / sum over the real exp(logit), and null
+            columns by the same measure: columns that join a router which does not renormalise then take nothing from
+            its weights.
     """
 
     k: int = 20
@@ -41,6 +44,7 @@ class NullExperts(PolicyConfig):
     null_weighs: bool = True
     start: float = 1.0
     rate: float = 0.5
+    apart: bool = False
 
     @property
     def held_mean(self) -> float | None:
@@ -57,6 +61,10 @@ class NullExperts(PolicyConfig):
     @property
     def null_columns(self) -> int:
         return self.n_null
+
+    @property
+    def null_columns_apart(self) -> bool:
+        return self.apart
 
     def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "NullExpertsPolicy":
         return NullExpertsPolicy(self, n_experts=n_experts)
@@ -78,8 +86,10 @@ class NullExpertsPolicy(Policy):
                 f"{name}.target_mean = {config.target_mean} is out of reach: with n_null = {config.n_null} null columns"
                 f" at least {config.k - config.n_null} of k = {config.k} slots go to real experts"
             )
+        # Scores of columns that stand apart have no upper bound.
+        highest = 1e4 if config.apart else 2.0
         self.budget = BudgetController(
-            target_mean=config.target_mean, initial=0.0, lowest=-2.0, highest=2.0, rate=config.rate
+            target_mean=config.target_mean, initial=0.0, lowest=-2.0, highest=highest, rate=config.rate
         )
 
     def select(self, scores: Scores) -> Slots:

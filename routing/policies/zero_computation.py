@@ -31,6 +31,7 @@ class ZeroComputationExperts(NullExperts):
         null_weighs: must be True: it is the null columns' share of the weights that the token returns with.
         start: of what chosen null columns weigh, see `NullExperts`.
         rate: of the controller, per step.
+        apart: see `NullExperts`.
         bias_rate: mu of LongCat's controller, which then replaces the budget's in training (leave selection_bias_step
             at 0); calibration stays.
     """

@@ -6,8 +6,11 @@ import torch
 from foundation.serialize import kinds
 from routing.policies.difficulty_head import DifficultyHead
 from routing.policies.expert_choice import ExpertChoice
+from routing.policies.expert_threshold import ExpertThreshold
+from routing.policies.moe_plus_plus import MoEPlusPlus
 from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK
+from routing.policies.relative_threshold import RelativeThreshold
 from routing.policies.relu import ReLU
 from routing.policies.skipping import Skipping
 from routing.policies.threshold import LearnedThreshold, ScoreThreshold
@@ -239,6 +242,9 @@ EVERY_POLICY = [
     ZeroComputationExperts(k=8, n_null=9, target_mean=4.0),
     RandomK(k_min=1, k_max=8, k_eval=4),
     ExpertChoice(k=4.0),
+    ExpertThreshold(k=4.0, cap=E),
+    RelativeThreshold(target_mean=4.0, cap=E),
+    MoEPlusPlus(k=8, n_null=9, n_copy=3, n_constant=3, target_mean=4.0),
 ]
 
 
