@@ -1,5 +1,5 @@
 """The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty | agreement |
-scaling | runs | prune`, and `python -m ablations.<method>`."""
+recall | scaling | runs | prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -26,6 +26,7 @@ from ablations.gate.decision import GateConfig
 from ablations.gate.exits import Verdict, errors_apart, progress_on_stderr
 from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
+from ablations.recall.options import RecallOptions
 from ablations.report.index import runs_command
 from ablations.report.run_folders import prune_command
 from ablations.scaling.command import ScalingCommand, run_scaling
@@ -54,6 +55,7 @@ def main() -> None:
         "calibrate": calibrate_command,
         "difficulty": difficulty_command,
         "agreement": agreement_command,
+        "recall": recall_command,
         "scaling": scaling_command,
         "runs": runs_command,
         "prune": prune_command,
@@ -197,6 +199,14 @@ def agreement_command(
     from ablations.agreement.report import agreement_study
 
     agreement_study(options)
+
+
+def recall_command(options: Annotated[RecallOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")]) -> None:
+    """What does a layer plan remember? Train small models to recall associations, over a grid of learning rates, and
+    show their accuracy against the size of their state. What is finished is not trained again."""
+    from ablations.recall.report import recall_study
+
+    recall_study(options)
 
 
 def scaling_command(command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ScalingCommand]]) -> None:
