@@ -1,5 +1,5 @@
 """The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty |
-counterfactual | frontier | agreement | problems | scaling | runs | prune`, and `python -m ablations.<method>`."""
+counterfactual | frontier | agreement | problems | recall | scaling | runs | prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -28,6 +28,7 @@ from ablations.gate.decision import GateConfig
 from ablations.gate.exits import Verdict, errors_apart, progress_on_stderr
 from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
+from ablations.recall.options import RecallOptions
 from ablations.report.index import runs_command
 from ablations.report.run_folders import prune_command
 from ablations.scaling.command import ScalingCommand, run_scaling
@@ -59,6 +60,7 @@ def main() -> None:
         "frontier": frontier_command,
         "agreement": agreement_command,
         "problems": problems_command,
+        "recall": recall_command,
         "scaling": scaling_command,
         "runs": runs_command,
         "prune": prune_command,
@@ -239,6 +241,14 @@ def problems_command(out: Path, count: int = 24_000, seed: int = 0) -> None:
     problems = generate(count, seed)
     write_problems(problems, out)
     print(f"{count:,} problems, {sum(len(each.text) for each in problems):,} bytes: {out}")
+
+
+def recall_command(options: Annotated[RecallOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")]) -> None:
+    """What does a layer plan remember? Train small models to recall associations, over a grid of learning rates, and
+    show their accuracy against the size of their state. What is finished is not trained again."""
+    from ablations.recall.report import recall_study
+
+    recall_study(options)
 
 
 def scaling_command(command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ScalingCommand]]) -> None:

@@ -1,6 +1,7 @@
-"""`python -m lm generate | evaluate | cache | bench | bench-peers | long-context | import | export | parity`: text
-from a trained model, its bits per byte, what a layer plan remembers, in bytes, how fast a model is on this machine,
-alone and beside transformers, what a long text costs it, and published models in and out."""
+"""`python -m lm generate | evaluate | cache | bench | bench-peers | long-context | recall | import | export | parity`:
+text from a trained model, its bits per byte, what a layer plan remembers, in bytes, how fast a model is on this
+machine, alone and beside transformers, what a long text costs it and what it remembers of one, and published models in
+and out."""
 
 import foundation.starting  # noqa: F401
 
@@ -29,6 +30,7 @@ from lm.long_context import LongContextConfig, long_context
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
 from lm.published.parity import ParityConfig, parity
+from lm.recall import RecallConfig, recall
 from lm.sampling import SamplingConfig, StopStrings
 
 
@@ -108,6 +110,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
     "long-context": (LongContextConfig, long_context),
+    "recall": (RecallConfig, recall),
     "cache": (CacheConfig, show_caches),
     "import": (ImportConfig, lambda config: print(import_model(config))),
     "export": (ExportConfig, lambda config: print(export_model(config))),
