@@ -8,6 +8,9 @@ Slots that must be used (the floor) have level -inf.
 Legend: T tokens, K slots per token (the cap).
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -85,6 +88,8 @@ class BudgetController(nn.Module):
         self.step_exact: Tensor | None = None
         self.n_slots = float("inf")
         self._calibrate_to: float | None = None
+        # Told the levels of each decision while somebody asks for them.
+        self._listener: Callable[[Tensor], object] | None = None
 
     def keep(self, level_TK: Tensor) -> Tensor:
         """Which slots are used, bool. The levels are observed first, see `observe`."""
@@ -103,6 +108,9 @@ class BudgetController(nn.Module):
             ValueError: for a calibration out of reach; the request is then forgotten.
         """
         level_TK = level_TK.detach()
+        if self._listener is not None:
+            self._listener(level_TK)
+            return False
         if self._calibrate_to is not None:
             target_mean, self._calibrate_to = self._calibrate_to, None
             forced = torch.isneginf(level_TK).sum().item() / max(level_TK.shape[0], 1)
@@ -126,6 +134,16 @@ class BudgetController(nn.Module):
         calibrated layers below give.
         """
         self._calibrate_to = target_mean
+
+    @contextlib.contextmanager
+    def overheard(self) -> Iterator[list[Tensor]]:
+        """The level_TK of each decision taken inside the block, which teaches the budget nothing."""
+        levels: list[Tensor] = []
+        self._listener = levels.append
+        try:
+            yield levels
+        finally:
+            self._listener = None
 
     @property
     def calibrates(self) -> bool:

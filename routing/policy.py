@@ -119,6 +119,11 @@ class Scores:
     selection_TE: Tensor
     null_TZ: Tensor | None = None
 
+    def of_token(self, token: int) -> "Scores":
+        """The same for one token, as a batch of it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Scores(**{name: None if value is None else value[token : token + 1] for name, value in fields.items()})
+
 
 class Slots(NamedTuple):
     """A policy's decision, best expert first.

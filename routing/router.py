@@ -92,12 +92,14 @@ class Routing:
         losses_of: what gives the losses: scalars by name, already weighted. Nobody asks for them while text is
             generated.
         identity_T: what the token itself weighs beside its experts' outputs, or None.
+        scores: what was decided on, for whoever decides again (`routing.levels`).
     """
 
     assignments: Assignments
     probs_TE: Tensor
     losses_of: Callable[[], dict[str, Tensor]]
     identity_T: Tensor | None = None
+    scores: Scores | None = None
 
     @cached_property
     def losses(self) -> dict[str, Tensor]:
@@ -232,7 +234,7 @@ class Router(ExactBuffers):
         identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
         if identity_T is not None and self.config.scaling != 1.0:
             identity_T = identity_T * self.config.scaling
-        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T)
+        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T, scores)
 
     def losses(self, scores: Scores) -> dict[str, Tensor]:
         """`Routing.losses` of these scores."""
