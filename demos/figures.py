@@ -4,7 +4,7 @@ experts."""
 import csv
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def cache_figure(config: ModelConfig, tokens: int) -> str:
     return svg(draw, "bytes of the cache against the number of tokens")
 
 
-def frontier_figure(lines: dict[str, Sequence[tuple[float, float]]]) -> str:
+def frontier_figure(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Bits per byte against mean experts per token, a line per method, as an SVG element."""
 
     def draw() -> Figure:

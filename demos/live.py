@@ -6,7 +6,7 @@ Legend: B batch, T tokens, L layers.
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -111,7 +111,9 @@ class LiveModel:
         asked = [routers[layer].policy.config for layer in self.layers]
         return sum(config.held_mean or config.assumed_experts for config in asked) / len(asked)
 
-    def stream(self, prompt: list[int], *, max_new_tokens: int, sampling: SamplingConfig) -> Iterator[GeneratedToken]:
+    def stream(
+        self, prompt: list[int], *, max_new_tokens: int, sampling: SamplingConfig
+    ) -> Generator[GeneratedToken, None, None]:
         """Tokens behind the prompt. Between two of them the budget may change."""
         count, self.end = 0, "length"
         for step in generate(

@@ -84,6 +84,7 @@ let chosen = 0;
 // Bytes that make no whole character are never shown as one.
 const visible = (piece) => piece.replaceAll("\ufffd", "");
 const digits = (n) => (Math.abs(n - Math.round(n)) < 0.05 || n >= 9.95 ? n.toFixed(0) : n.toFixed(1));
+const named = (n) => `${digits(n)} ${digits(n) === "1" ? "expert" : "experts"}`;
 const WIDE = /[\u2e80-\u9fff\uac00-\ud7ff\uf900-\ufaff\uff00-\uffef]/;
 
 function element(name, className, content) {
@@ -158,7 +159,7 @@ function paint(token) {
   token.button.lastChild.textContent = digits(n);
   const by = counted.map((layer) => `layer ${layers[layer].index}: ${slots[layer].length}`).join(", ");
   const before = changed ? `, ${digits(was)} as recorded` : "";
-  token.button.setAttribute("aria-label", `${JSON.stringify(visible(token.text))}: ${digits(n)} experts (${by})${before}`);
+  token.button.setAttribute("aria-label", `${JSON.stringify(visible(token.text))}: ${named(n)} (${by})${before}`);
 }
 
 // Looking at a token: by pointer as long as it is there, by keyboard or a click until another is chosen.
@@ -213,7 +214,7 @@ function showDetails(place) {
   $("token-name").textContent = visible(token.text).trim() === "" ? JSON.stringify(visible(token.text)) : visible(token.text).trim();
   const bits = token.nats / Math.LN2;
   $("token-facts").textContent =
-    `token ${place + 1} of ${tokens.length}, ${digits(experts(slots))} experts` +
+    `token ${place + 1} of ${tokens.length}, ${named(experts(slots))}` +
     (budget === null ? "" : ` (${digits(experts(token.recorded))} as recorded)`) +
     `, ${bits.toFixed(1)} bits of surprise`;
   spectra.forEach((view, layer) => drawLayer(view, token, layer, slots[layer]));
@@ -237,7 +238,7 @@ function drawLayer({ bars, number, best, svg }, token, layer, slots) {
   });
   const changes = [now.size - [...now].filter((e) => before.has(e)).length, [...before].filter((e) => !now.has(e)).length];
   const moved = changes[0] || changes[1] ? ` (+${changes[0]} \u2212${changes[1]})` : "";
-  number.textContent = `${now.size} of ${layers[layer].experts}${moved}`;
+  number.replaceChildren(`${now.size}`, element("span", "of", ` of ${layers[layer].experts}`), moved);
   const listed = (was.length ? was : slots).slice(0, 4).map((slot) => {
     const chip = element("span", now.has(token.expert[slot]) ? "chip" : "chip gone");
     chip.append(element("b", "", `#${token.expert[slot]}`), ` ${token.weight[slot].toFixed(2)}`);
@@ -302,8 +303,8 @@ function cacheSentence(length) {
 }
 
 function budgetText() {
-  if (recording.live) return liveBudget === null ? "as trained" : `${liveBudget} experts per token`;
-  return budget === null ? "as recorded" : `${means[budget]} experts per token`;
+  if (recording.live) return liveBudget === null ? "as trained" : `${named(liveBudget)} per token`;
+  return budget === null ? "as recorded" : `${named(means[budget])} per token`;
 }
 
 function setBudget(place) {

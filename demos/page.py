@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lm.config import ModelConfig
 from lm.generation_trace import TracedScores, TracedText
 
 HERE = Path(__file__).parent
-Frontier = dict[str, Sequence[tuple[float, float]]]
+Frontier = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def page(
@@ -48,7 +48,7 @@ def page(
         '<p class="kicker">Dynamic experts, token by token</p>',
         f"<h1>{title}</h1>",
         f'<p class="source">{html.escape(str(run))}</p>',
-        FACTS,
+        FACTS.format(when="median" if live else "as recorded"),
         live or "",
         budget_bar(data),
         legend(data["cap"]),
@@ -90,7 +90,7 @@ def budget_bar(data: dict[str, Any]) -> str:
     wanted = data["budget"] or 12
     start = min(range(len(means)), key=lambda place: abs(means[place] - wanted))
     name = "Budget of the tokens to come" if live else "Budget, decided again from the stored scores"
-    reset = "as trained" if live else "as recorded"
+    reset = "As trained" if live else "Reset"
     explained = "" if live else '<p id="change" role="status"></p>'
     return (
         f'<div class="bar"><label for="budget">{name}</label><output id="budget-now" for="budget"></output>'
@@ -102,9 +102,9 @@ def budget_bar(data: dict[str, Any]) -> str:
 def legend(cap: int) -> str:
     """The fixed scale, in words too."""
     return (
-        f'<p class="legend"><span>0</span><span class="ramp"></span><span>{cap} experts, the cap</span>'
-        "<span>· the digits under a token are its number, a mean over the layers where it varies · \u25e6 stands for"
-        " bytes that make no whole character</span></p>"
+        f'<div class="legend"><span>0</span><span class="ramp"></span><span>{cap} experts, the cap</span>'
+        '<span class="words">The digits under a token are its number of experts, a mean over layers where it varies.'
+        " \u25e6 stands for bytes that make no whole character.</span></div>"
     )
 
 
@@ -134,7 +134,7 @@ FRONTIER_CAPTION = (
 FACTS = """<dl class="facts">
 <div><dt>experts per token</dt><dd id="mean"></dd></div>
 <div><dt>bits per byte of this text</dt><dd id="bits"></dd></div>
-<div><dt>ms per token, median</dt><dd id="ms"></dd></div>
+<div><dt>ms per token, {when}</dt><dd id="ms"></dd></div>
 <div><dt>bytes of cache, of full attention</dt><dd id="cache"></dd></div>
 </dl>"""
 TEXT_AND_DETAILS = """<div class="columns">

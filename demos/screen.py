@@ -43,7 +43,8 @@ class Screen:
     @property
     def size(self) -> tuple[int, int]:
         """Columns and lines."""
-        return tuple(shutil.get_terminal_size())
+        columns, lines = shutil.get_terminal_size()
+        return columns, lines
 
     def draw(self, lines: Sequence[str]) -> None:
         """Replaces what is there."""

@@ -44,7 +44,7 @@ FORM = f"""<form class="start" id="start"><label>Prompt
 <label>Seed<input name="seed" type="number" value="0" min="0" step="1"></label>
 <label>Tokens<input name="max_new_tokens" type="number" value="160" min="1" max="{MOST_TOKENS}" step="1"></label>
 <label>Temperature<input name="temperature" type="number" value="0.8" min="0" step="0.1"></label>
-<label>Tokens a second<input name="pace" type="number" value="20" min="0.1" step="any"></label>
+<label>Tokens/s<input name="pace" type="number" value="20" min="0.1" step="any"></label>
 <button class="plain strong" id="go">Start</button>
 <button class="plain" type="button" id="stop" disabled>Stop</button></form>
 <p class="state" role="status"><span id="state">ready</span>

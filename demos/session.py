@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -115,7 +115,7 @@ class Session:
         with self.model:
             self.live.set_budget(mean)
 
-    def events(self, wanted: Asked) -> Iterator[tuple[str, dict[str, Any]]]:
+    def events(self, wanted: Asked) -> Generator[tuple[str, dict[str, Any]], None, None]:
         """(name, data) of each event of a generation; whoever stops iterating ends it.
 
         Raises:

@@ -198,6 +198,7 @@ def frame(panes: Sequence[Pane], palette: Palette, head: Sequence[str], foot: st
     """
     columns, rows = max(size[0], 20), max(size[1], 8)
     width = (columns - 3 * (len(panes) - 1)) // len(panes)
+    head = [part for line in head for part in _within(line, columns)]
     most_layers = max(1, rows // 3)
     blocks = []
     for pane in panes:
@@ -211,7 +212,7 @@ def frame(panes: Sequence[Pane], palette: Palette, head: Sequence[str], foot: st
     for block in blocks:
         block[-1:-1] = [" " * width] * (deepest - len(block))
     body = [" │ ".join(parts) for parts in zip(*blocks)]
-    return [*(_within(line, columns) for line in head), *body, _fitted(foot, columns)]
+    return [*head, *body, _fitted(foot, columns)]
 
 
 def spark_lines(pane: Pane, palette: Palette, width: int, most: int) -> list[str]:
@@ -245,10 +246,10 @@ def _padded(line: list[Run], palette: Palette, width: int) -> str:
     return painted + " " * max(width - sum(cells(text) for text, _ in line), 0)
 
 
-def _within(line: str, width: int) -> str:
-    """A line as it is; one that is too wide without its colours, and cut."""
+def _within(line: str, width: int) -> list[str]:
+    """A line as it is, or several; one that is too wide without its colours."""
     bare = COLOUR.sub("", line)
-    return line if cells(bare) <= width else _fitted(bare, width)
+    return [line] if cells(bare) <= width and "\x1b" in line else [_fitted(part, width) for part in _plain(bare, width)]
 
 
 def _fitted(text: str, width: int) -> str:

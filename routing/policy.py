@@ -121,8 +121,15 @@ class Scores:
 
     def of_token(self, token: int) -> "Scores":
         """The same for one token, as a batch of it."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Scores(**{name: None if value is None else value[token : token + 1] for name, value in fields.items()})
+        one = slice(token, token + 1)
+        return Scores(
+            x_TD=self.x_TD[one],
+            logits_TE=self.logits_TE[one],
+            probs_TE=self.probs_TE[one],
+            scores_TE=self.scores_TE[one],
+            selection_TE=self.selection_TE[one],
+            null_TZ=None if self.null_TZ is None else self.null_TZ[one],
+        )
 
 
 class Slots(NamedTuple):

@@ -195,6 +195,38 @@ def test_nothing_sticks_out(tab, tmp_path, width, dark):
     tab.window(1280)
 
 
+# The contrast of WCAG 2 between what is written on a token and its ground, for a number of experts.
+CONTRAST = """(share) => {
+  const token = document.querySelector('button.token');
+  token.style.setProperty('--t', `${200 * (share > 0.5 ? share - 0.5 : share)}%`);
+  token.classList.toggle('many', share > 0.5);
+  const style = getComputedStyle(token);
+  const pen = new OffscreenCanvas(1, 1).getContext('2d');
+  const light = (colour) => {
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    const linear = [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => part / 255)
+      .map((part) => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+  };
+  const [text, ground] = [light(style.color), light(style.backgroundColor)];
+  return [(Math.max(text, ground) + 0.05) / (Math.min(text, ground) + 0.05), ground];
+}"""
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_colour_can_be_read_and_they_rise_or_fall_all_the_way(tab, dark):
+    tab.window(1280, dark=dark)
+    found = [tab.js(f"({CONTRAST})({step / 24})") for step in range(25)]
+    assert min(ratio for ratio, _ in found) > 4.5
+    grounds = [ground for _, ground in found]
+    assert grounds == sorted(grounds, reverse=not dark)
+    tab.js("tokens.forEach(paint)")
+    tab.window(1280)
+
+
 @pytest.mark.parametrize(
     "words", [["/nowhere"], ["{trace}", "--out", "/dev/null/x"], ["{trace}", "--frontier", "/nowhere"]]
 )
