@@ -24,7 +24,7 @@ ablation: $(VENV)/.lean
 	$(BIN)/python -m ablations compare baseline twin other_order fewer_experts more_tokens top_p null_experts attention_sinks --seeds 3 $(ARGS)
 
 demo: $(VENV)/.lean
-	$(BIN)/python -m demos.terminal $(ARGS)
+	$(BIN)/python -m demos $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

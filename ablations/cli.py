@@ -1,5 +1,6 @@
 """The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty |
-counterfactual | frontier | agreement | problems | recall | scaling | runs | prune`, and `python -m ablations.<method>`."""
+counterfactual | frontier | agreement | problems | recall | scaling | runs | prune`, and `python -m
+ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 

@@ -27,7 +27,7 @@ from lm.evaluate_text import EvaluateConfig, evaluate_text
 from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
 from lm.long_context import LongContextConfig, long_context
-from lm.pretrained import find_model, load_pretrained, load_tokenizer
+from lm.pretrained import find_model, has_calibration_tokens, load_calibration_tokens, load_pretrained, load_tokenizer
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
 from lm.published.parity import ParityConfig, parity
 from lm.recall import RecallConfig, recall
@@ -78,8 +78,20 @@ def run_generate(config: GenerateConfig) -> None:
     alone = len(prompts) == 1
     texts = list(config.prompt)
     print(shown(config.prompt[0]) if alone else "", end="", flush=True)
-    started, count, cache_bytes = time.perf_counter(), 0, 0
-    with traced_generation(model, config.trace, prompt=prompts[0]) as record:
+    calibration_BT = None
+    if config.trace is not None and has_calibration_tokens(folder):
+        calibration_BT = load_calibration_tokens(folder).to(model.embedding_VD.device)
+    count = cache_bytes = 0
+    with traced_generation(
+        model,
+        config.trace,
+        prompt=prompts[0],
+        calibration_BT=calibration_BT,
+        prompt_text=config.prompt[0],
+        source=str(folder),
+        sampling=config.sampling,
+    ) as record:
+        started = time.perf_counter()
         for step in generate_batch(
             model,
             prompts,
@@ -89,11 +101,14 @@ def run_generate(config: GenerateConfig) -> None:
             ends=lambda text, token: stops[text].stopped,
         ):
             piece = decoders[step.text].push(step.token)
-            record(step.token, piece)
+            if record is not None:
+                record.add(step, piece)
             certain = stops[step.text].push(piece)
             texts[step.text] += certain
             print(shown(certain) if alone else "", end="", flush=True)
             count, cache_bytes = count + 1, max(cache_bytes, step.cache_bytes)
+        if record is not None and count < config.max_new_tokens:
+            record.end = "stop" if stops[0].stopped else "document"
     for place, (decoder, stop) in enumerate(zip(decoders, stops)):
         # What was held back for a character or a stop string that did not come.
         rest = stop.push(decoder.flush()) + stop.flush()

@@ -1,8 +1,9 @@
 """Another mean number of experts for the same weights, without training or reloading.
 
-Legend: B batch, T tokens, D model width.
+Legend: B batch, T tokens, D model width, L layers, M budgets.
 """
 
+import contextlib
 import copy
 import dataclasses
 
@@ -12,7 +13,10 @@ from torch import Tensor
 from lm.evaluate import evaluating
 from lm.model import LanguageModel
 from routing.budget import BudgetController
+from routing.levels import levels_of, most_experts, thresholds_of
 from routing.policies.top_k import TopK
+from routing.router import Router, Routing
+from routing.trace import unrecorded
 
 # Thresholds set on this many tokens, from many places of a text, hold the mean on the rest of it to 1 %
 # (notes/005-routing.md).
@@ -84,7 +88,7 @@ def _calibrate(model: LanguageModel, targets: dict[int, float], inputs: Tensor, 
     for layer, target in targets.items():
         model.routers()[layer].calibrate(target)
     try:
-        with evaluating(model):
+        with evaluating(model), unrecorded():
             # Without the head where it can be left out: logits of so many tokens are large.
             _ = model.run(inputs, boundary) if boundary else model.prefix(inputs, model.config.n_layers)
     except ValueError:
@@ -93,6 +97,40 @@ def _calibrate(model: LanguageModel, targets: dict[int, float], inputs: Tensor, 
             _budget(model, layer).calibrate(None)
         raise
     return inputs.shape[0] * inputs.shape[1]
+
+
+@torch.no_grad()
+def budget_table(model: LanguageModel, inputs: Tensor) -> tuple[list[float], Tensor]:
+    """Every mean number of experts, in halves, that each layer can hold, and the thresholds that hold it.
+
+    One forward gives them all: the levels of each layer on what the layers below give it under their present budget.
+    They are for deciding again on scores that were made under that budget; `set_budget` moves the layers below, too.
+
+    Args:
+        inputs: text to calibrate on, tokens_BT, a few thousand.
+
+    Returns:
+        The means, rising, and thresholds_ML, fp32: whole numbers only where some layer gives all tokens the same
+        number; nothing where one has no budget. Blocks of a single expert always use it.
+    """
+    levels: dict[int, Tensor] = {}
+
+    def hear(router: Router, given: object, routing: Routing) -> None:
+        assert routing.scores is not None
+        levels[router.layer_index] = levels_of(router, routing.scores).level_TK
+
+    with contextlib.ExitStack() as hooks, evaluating(model), unrecorded():
+        for router in model.routers():
+            hooks.callback(router.register_forward_hook(hear).remove)
+        model.prefix(inputs, model.config.n_layers)
+    choosing = [layer for layer, router in enumerate(model.routers()) if router.n_experts > 1]
+    most = min((levels[layer].shape[1] for layer in choosing), default=0)
+    means = [half / 2 for half in range(1, 2 * most + 1)]
+    threshold_ML = torch.ones(len(means), model.config.n_layers)
+    for layer in choosing:
+        threshold_ML[:, layer] = thresholds_of(model.routers()[layer], levels[layer], means)
+    held_M = ~threshold_ML.isnan().any(dim=1)
+    return [mean for mean, held in zip(means, held_M.tolist()) if held], threshold_ML[held_M]
 
 
 def _budget(model: LanguageModel, layer: int) -> BudgetController:
@@ -104,6 +142,18 @@ def _budget(model: LanguageModel, layer: int) -> BudgetController:
 def variable_layers(model: LanguageModel) -> tuple[int, ...]:
     """Blocks whose number of experts depends on the token."""
     return tuple(layer for layer, router in enumerate(model.routers()) if router.policy.config.varies_by_token)
+
+
+def counted_layers(model: LanguageModel) -> tuple[int, ...]:
+    """Blocks over which a token's number of experts is averaged to be shown: those where it varies, or all that
+    choose."""
+    choosing = tuple(layer for layer, router in enumerate(model.routers()) if router.n_experts > 1)
+    return variable_layers(model) or choosing or tuple(range(model.config.n_layers))
+
+
+def cap_of(model: LanguageModel) -> int:
+    """The most experts of any token in any of these blocks: where a fixed scale of colours ends."""
+    return max(most_experts(model.routers()[layer]) for layer in counted_layers(model))
 
 
 @torch.no_grad()

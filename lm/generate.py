@@ -14,6 +14,7 @@ from attention.cache import HybridCache
 from lm.evaluate import evaluating
 from lm.model import LanguageModel, Output
 from lm.sampling import SamplingConfig, sample
+from routing.router import Routing
 
 # Tokens of a prompt that are read at once: enough to fill the products, few enough to stay small.
 PREFILL_TOKENS = 1024
@@ -29,6 +30,9 @@ class GeneratedToken:
         seconds: of the forward pass behind it, which all texts share; a text's first one is the prefill of its prompt.
         cache_bytes: of the cache, which is allocated once for the texts that go on.
         text: which of the prompts it follows, from 0.
+        nats: minus the log of the model's own probability of the token, before anything that sampling does to it.
+        routings: of the forward pass behind it, per block, for all texts and positions that it read; in them `position`
+            is the one that predicted this token.
     """
 
     token: int
@@ -36,6 +40,9 @@ class GeneratedToken:
     seconds: float
     cache_bytes: int
     text: int = 0
+    nats: float = 0.0
+    routings: tuple[Routing, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    position: int = 0
 
 
 def generate(
@@ -95,13 +102,18 @@ def generate_batch(
     with evaluating(model):
         for place, text in enumerate(texts):
             started, cache = time.perf_counter(), model.new_cache(1, room)
-            logits_1V, experts_1L = _read(prefill(model, text, cache))
+            output = prefill(model, text, cache)
+            logits_1V, experts_1L = _read(output)
             seconds = time.perf_counter() - started
             token = sample(logits_1V[0], sampling, generators[place], text)
             if token == stop:
                 continue
             text.append(token)
-            yield GeneratedToken(token, experts_1L[0], seconds, cache.nbytes(), place)
+            yield GeneratedToken(
+                *(token, experts_1L[0], seconds, cache.nbytes(), place, _nats(logits_1V[0], token)),
+                routings=output.routings,
+                position=output.routings[0].assignments.n_tokens - 1,
+            )
             if not ends(place, token):
                 going, last, caches = [*going, place], [*last, token], [*caches, cache]
         if not going:
@@ -119,7 +131,11 @@ def generate_batch(
                 if token == stop:
                     continue
                 texts[place].append(token)
-                yield GeneratedToken(token, experts_BL[row], seconds, cache.nbytes(), place)
+                yield GeneratedToken(
+                    *(token, experts_BL[row], seconds, cache.nbytes(), place, _nats(logits_BV[row], token)),
+                    routings=output.routings,
+                    position=row,
+                )
                 if not ends(place, token):
                     kept, drawn = [*kept, row], [*drawn, token]
             if not kept:
@@ -138,6 +154,10 @@ def prefill(model: LanguageModel, tokens: Sequence[int], cache: HybridCache) -> 
     for piece_1T in pieces:
         model(piece_1T, cache, last_only=True)
     return model(last_1T, cache, last_only=True)
+
+
+def _nats(logits_V: Tensor, token: int) -> float:
+    return float(logits_V.logsumexp(0) - logits_V[token])
 
 
 def _read(output: Output) -> tuple[Tensor, list[tuple[int, ...]]]:

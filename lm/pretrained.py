@@ -103,6 +103,11 @@ def load_pretrained(folder: Path, device: str | torch.device = "cpu") -> Languag
     return model.to(device).eval()
 
 
+def has_calibration_tokens(folder: Path) -> bool:
+    """Whether the model was saved with text to calibrate budgets on; an imported one has none."""
+    return (folder / CALIBRATION_FILE).is_file()
+
+
 def load_calibration_tokens(folder: Path) -> Tensor:
     """The calibration tokens stored with a model, int64 [B, T].
 
@@ -110,7 +115,7 @@ def load_calibration_tokens(folder: Path) -> Tensor:
         ValueError: when the model was saved without them.
         CorruptFileError: when a file is not as it was written; names it.
     """
-    if not (folder / CALIBRATION_FILE).is_file():
+    if not has_calibration_tokens(folder):
         raise ValueError(f"{folder} has no {CALIBRATION_FILE}: it was saved without calibration tokens")
     check_folder(folder)
     return safetensors.torch.load_file(folder / CALIBRATION_FILE)["tokens_BT"]

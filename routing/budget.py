@@ -8,6 +8,9 @@ Slots that must be used (the floor) have level -inf.
 Legend: T tokens, K slots per token (the cap).
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +90,8 @@ class BudgetController(nn.Module):
         self.step_exact: Tensor | None = None
         self.n_slots = float("inf")
         self._calibrate_to: float | None = None
+        # Told the levels of each decision while somebody asks for them.
+        self._listener: Callable[[Tensor], object] | None = None
 
     def keep(self, level_TK: Tensor) -> Tensor:
         """Which slots are used, bool. The levels are observed first, see `observe`."""
@@ -105,6 +110,9 @@ class BudgetController(nn.Module):
             ValueError: for a calibration out of reach; the request is then forgotten.
         """
         level_TK = level_TK.detach()
+        if self._listener is not None:
+            self._listener(level_TK)
+            return False
         if self._calibrate_to is not None:
             target_mean, self._calibrate_to = self._calibrate_to, None
             exact = exact_threshold(level_TK, target_mean)
@@ -142,6 +150,16 @@ class BudgetController(nn.Module):
         calibrated layers below give.
         """
         self._calibrate_to = target_mean
+
+    @contextlib.contextmanager
+    def overheard(self) -> Iterator[list[Tensor]]:
+        """The level_TK of each decision taken inside the block, which teaches the budget nothing."""
+        levels: list[Tensor] = []
+        self._listener = levels.append
+        try:
+            yield levels
+        finally:
+            self._listener = None
 
     @property
     def calibrates(self) -> bool:

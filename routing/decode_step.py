@@ -46,4 +46,4 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
 def routing_of(router: Router, assignments: Assignments, x_TD: Tensor, logits_TE: Tensor) -> Routing:
     """The routing of tokens that the call has assigned, from what it wrote down: its input and its logits."""
     scores = router.scores_of(x_TD, logits_TE)
-    return Routing(assignments, scores.probs_TE, partial(router.losses, scores))
+    return Routing(assignments, scores.probs_TE, partial(router.losses, scores), scores=scores)

@@ -127,6 +127,18 @@ class Scores:
     selection_TE: Tensor
     null_TZ: Tensor | None = None
 
+    def of_token(self, token: int) -> "Scores":
+        """The same for one token, as a batch of it."""
+        one = slice(token, token + 1)
+        return Scores(
+            x_TD=self.x_TD[one],
+            logits_TE=self.logits_TE[one],
+            probs_TE=self.probs_TE[one],
+            scores_TE=self.scores_TE[one],
+            selection_TE=self.selection_TE[one],
+            null_TZ=None if self.null_TZ is None else self.null_TZ[one],
+        )
+
 
 class Slots(NamedTuple):
     """A policy's decision, best expert first.

@@ -95,6 +95,7 @@ class Routing:
             generated.
         identity_T: what the token itself weighs beside its experts' outputs, or None.
         constant_TD: what is added to its experts' outputs, or None.
+        scores: what was decided on, for whoever decides again (`routing.levels`).
     """
 
     assignments: Assignments
@@ -102,6 +103,7 @@ class Routing:
     losses_of: Callable[[], dict[str, Tensor]]
     identity_T: Tensor | None = None
     constant_TD: Tensor | None = None
+    scores: Scores | None = None
 
     @cached_property
     def losses(self) -> dict[str, Tensor]:
@@ -239,7 +241,7 @@ class Router(ExactBuffers):
         constant_TD = slots.constant_TD
         if constant_TD is not None:
             constant_TD = constant_TD * (self.config.scaling / self._total_T1(slots))
-        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T, constant_TD)
+        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T, constant_TD, scores)
 
     def losses(self, scores: Scores) -> dict[str, Tensor]:
         """`Routing.losses` of these scores."""

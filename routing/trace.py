@@ -11,9 +11,12 @@ archives, compressed), each complete by itself: a process that dies loses what i
 Legend: arrays here are columns of one entry per dispatched row.
 """
 
+import contextlib
 import dataclasses
 import io
 from collections import defaultdict
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,6 +48,19 @@ class TracedRows:
     token: np.ndarray
     expert: np.ndarray
     weight: np.ndarray
+
+
+_unrecorded: ContextVar[bool] = ContextVar("unrecorded", default=False)
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """Forwards inside the block are no part of any trace: those that set a budget while a text is generated."""
+    token = _unrecorded.set(True)
+    try:
+        yield
+    finally:
+        _unrecorded.reset(token)
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(TracedRows))
@@ -88,6 +104,8 @@ class RouterTrace:
 
     def _record(self, router: nn.Module, arguments: tuple[object, ...], routing: Routing) -> None:
         assert isinstance(router, Router)
+        if _unrecorded.get():
+            return
         rows, layer = routing.assignments, router.layer_index
         n_rows = int(rows.expert_offsets[-1])
         part = {

@@ -10,8 +10,7 @@ import sys
 import pytest
 import tyro
 
-from demos.terminal import DemoConfig
-from demos.terminal import main as demo
+from demos import browser, serve, terminal
 from foundation.command import run_command
 from lm.config import ModelConfig
 from lm.model import LanguageModel
@@ -22,13 +21,19 @@ from routing.router import RouterConfig
 
 # Names that only a parser knows.
 INTERNAL = ("tyro", "dummy", "argparse", "_parse", "__main__")
+DEMOS = {
+    "demos": (terminal.DemoConfig, terminal.main),
+    "demos.browser": (browser.BrowserConfig, browser.main),
+    "demos.serve": (serve.ServeConfig, serve.main),
+}
 
 
 def run(*words):
     """Runs `python -m package ...` in this process."""
     package, *arguments = words
-    if package == "demos":
-        run_command(lambda given: tyro.cli(DemoConfig, prog="demos", args=given), demo, arguments)
+    if package in DEMOS:
+        config, main = DEMOS[package]
+        run_command(lambda given: tyro.cli(config, prog=package, args=given), main, arguments)
         return
     module = importlib.import_module("ablations.cli" if package == "ablations" else f"{package}.__main__")
     with pytest.MonkeyPatch.context() as patch:
@@ -294,7 +299,11 @@ NONSENSE = {
         "--replay": ("/nowhere", "/dev/null"),
         "--trace": ("/dev/null",),
         "--colours": ("red",),
+        "--side-by-side": ("both",),
+        "--pace": ("0", "nan"),
     },
+    "demos.browser": {"": ("/nowhere", "/dev/null")},
+    "demos.serve": {"--port": ("-1", "70000", "x"), "--run": ("/nowhere",)},
 }
 REST = {
     "corpus refine": ("--data", "{text}", "--out", "{out}"),
