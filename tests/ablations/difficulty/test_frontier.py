@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import all_methods
 from ablations.difficulty import frontier, training
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM, measure_frontier, methods_of
 from ablations.difficulty.observe import Observed
 from ablations.difficulty.training import Study, TrainingOptions, main_plan
+from lm.options import ModelOptions
 
 
 @pytest.fixture

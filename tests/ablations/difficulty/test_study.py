@@ -8,12 +8,12 @@ import random
 
 import pytest
 
-from ablations.comparison.options import ModelOptions
 from ablations.difficulty.analysis import analyse
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM
 from ablations.difficulty.options import AnalysisOptions
 from ablations.difficulty.training import TrainingOptions, prepare_text, read_study, train, with_tokens
 from corpus.prepare import CorpusConfig
+from lm.options import ModelOptions
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig
 
