@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup ablation lint test check gate soak demo clean
+.PHONY: setup ablation lint test check gate soak demo docs shell clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,15 @@ ablation: $(VENV)/.lean
 
 demo: $(VENV)/.lean
 	$(BIN)/python -m demos $(ARGS)
+
+# The notes and every public function as a static site: site/index.html.
+docs: $(VENV)/.lean
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f docs/mkdocs.yml
+
+# A shell in which `python` is the environment's, as pages and reports write it.
+shell: $(VENV)/.lean
+	. $(BIN)/activate && exec "$${SHELL:-sh}"
 
 lint: setup
 	$(BIN)/ruff check .
@@ -50,4 +59,4 @@ soak: setup
 	$(BIN)/python -m tests.soak $(ARGS)
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs site .pytest_cache .ruff_cache .hypothesis

@@ -6,8 +6,8 @@ from ablations.method import Method, with_plan
 METHOD = Method(
     name="gated_delta_hybrid",
     question=(
-        "Does linear attention with the gated delta rule in three layers of four do as well as full attention"
-        " everywhere?"
+        "Does linear attention with the gated delta rule, with a full layer every fourth, do as well as what"
+        " it replaces?"
     ),
     change=lambda model: with_plan(model, "GGGF"),
 )

@@ -6,8 +6,8 @@ from ablations.method import Method, with_plan
 METHOD = Method(
     name="kda_hybrid",
     question=(
-        "Does linear attention with a delta rule that decays every key channel at its own rate, in three layers of"
-        " four, do as well as full attention everywhere?"
+        "Does linear attention with a delta rule that decays every key channel at its own rate, with a full"
+        " layer every fourth, do as well as what it replaces?"
     ),
     change=lambda model: with_plan(model, "KKKF"),
 )

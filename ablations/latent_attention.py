@@ -16,8 +16,8 @@ def change(model: ModelConfig) -> ModelConfig:
 METHOD = Method(
     name="latent_attention",
     question=(
-        "Does attention on one cached latent per token, from which the keys and values of all heads are made, do as"
-        " well as full attention everywhere?"
+        "Does attention on one cached latent per token, from which the keys and values of all heads are made,"
+        " do as well as keys and values of its own?"
     ),
     change=change,
 )

@@ -6,7 +6,7 @@ from ablations.method import Method, with_plan
 METHOD = Method(
     name="lightning_hybrid",
     question=(
-        "Does linear attention with a fixed decay in three layers of four do as well as full attention everywhere?"
+        "Does linear attention with a fixed decay, with a full layer every fourth, do as well as what it replaces?"
     ),
     change=lambda model: with_plan(model, "LLLF"),
 )

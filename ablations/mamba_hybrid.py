@@ -5,7 +5,7 @@ from ablations.method import Method, with_plan
 
 METHOD = Method(
     name="mamba_hybrid",
-    question="Do Mamba-2 layers in three layers of four do as well as full attention everywhere?",
+    question="Do Mamba-2 layers, with a full layer every fourth, do as well as the layers that they replace?",
     change=lambda model: with_plan(model, "DDDF"),
 )
 

@@ -6,10 +6,7 @@ from ablations.method import Method, with_plan
 
 METHOD = Method(
     name="mixed_heads_hybrid",
-    question=(
-        "Do softmax and linear heads side by side in every layer, half of each, do as well as full attention"
-        " everywhere?"
-    ),
+    question="Do softmax and linear heads side by side, half of each, do as well as the layers that they replace?",
     change=lambda model: with_plan(model, "M"),
 )
 

@@ -6,8 +6,7 @@ from ablations.method import Method, with_plan
 METHOD = Method(
     name="short_conv_hybrid",
     question=(
-        "Do convolutions over a few tokens in two layers of three do as well as full attention everywhere, where the"
-        " third layer is full?"
+        "Do convolutions over a few tokens, with a full layer every third, do as well as the layers that they replace?"
     ),
     change=lambda model: with_plan(model, "CCF"),
 )

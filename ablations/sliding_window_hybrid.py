@@ -5,10 +5,7 @@ from ablations.method import Method, with_plan
 
 METHOD = Method(
     name="sliding_window_hybrid",
-    question=(
-        "Does full attention in one layer of four, and a sliding window in the others, do as well as full attention"
-        " everywhere?"
-    ),
+    question="Do sliding windows, with a full layer every fourth, do as well as the layers that they replace?",
     change=lambda model: with_plan(model, "SSSF"),
 )
 

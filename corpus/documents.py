@@ -6,7 +6,7 @@ needs no seed). So neither the order nor the names of the input files matter, an
 others are added. Copies that differ in byte order mark or line ends only are duplicates too, or text held out would
 stand in training as well; of such copies the one with the lowest hash stays, as it is written.
 
-Texts wait in a temporary file, of which memory holds 80 bytes a document.
+Texts wait in a temporary file, of which memory holds 88 bytes a document, and the names of domains.
 
 Legend: N documents read, K documents kept.
 """
@@ -62,7 +62,7 @@ class SkippedKind:
 
 # Of what was skipped so many records are listed one by one, and so many places are named per reason.
 LISTED, PLACES = 1000, 5
-RECORD = np.dtype([("same", "V32"), ("own", "V32"), ("start", "<i8"), ("bytes", "<i8")])
+RECORD = np.dtype([("same", "V32"), ("own", "V32"), ("start", "<i8"), ("bytes", "<i8"), ("domain", "<i8")])
 
 
 class WaitingTexts(Sequence[str]):
@@ -70,11 +70,13 @@ class WaitingTexts(Sequence[str]):
 
     Args:
         records_K: where each lies.
+        domains: names, which records count from 0.
     """
 
-    def __init__(self, file: BinaryIO, records_K: np.ndarray):
+    def __init__(self, file: BinaryIO, records_K: np.ndarray, domains: list[str]):
         self._file = file
         self._records_K = records_K
+        self._domains = domains
 
     def __len__(self) -> int:
         return len(self._records_K)
@@ -85,7 +87,7 @@ class WaitingTexts(Sequence[str]):
     def __getitem__(self, index: slice) -> "WaitingTexts": ...
     def __getitem__(self, index: int | slice) -> "str | WaitingTexts":
         if isinstance(index, slice):
-            return WaitingTexts(self._file, self._records_K[index])
+            return WaitingTexts(self._file, self._records_K[index], self._domains)
         record = self._records_K[index]
         return os.pread(self._file.fileno(), int(record["bytes"]), int(record["start"])).decode()
 
@@ -96,6 +98,11 @@ class WaitingTexts(Sequence[str]):
         return isinstance(other, WaitingTexts) and list(self) == list(other)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    @property
+    def domains(self) -> list[str]:
+        """The domain of every text, see `Document.domain`."""
+        return [self._domains[domain] for domain in self._records_K["domain"].tolist()]
 
     @property
     def n_bytes(self) -> int:
@@ -121,6 +128,7 @@ def load_documents(
     # Without a name: it goes with the process, however that ends.
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
     records: list[bytes] = []
+    domains: dict[str, int] = {}
     position = 0
     with naming(Path(folder or tempfile.gettempdir()) / "the texts, waiting", "nothing of it is left"):
         for item in read_paths(data, text_field=text_field) if data else read_standard_library():
@@ -128,7 +136,9 @@ def load_documents(
                 skipped.add(item)
                 continue
             text = item.text.encode()
-            place = np.array((_sha256(_without_marks(item.text).encode()), _sha256(text), position, len(text)), RECORD)
+            hashes = _sha256(_without_marks(item.text).encode()), _sha256(text)
+            domain = domains.setdefault(item.domain, len(domains))
+            place = np.array((*hashes, position, len(text), domain), RECORD)
             records.append(place.tobytes())
             position += file.write(text)
         file.flush()
@@ -155,8 +165,8 @@ def load_documents(
     # Of few documents none might fall below the share; neither side stays empty.
     n_valid = min(max(n_valid, 1), len(kept_K) - 1)
     return Documents(
-        train=WaitingTexts(file, kept_K[n_valid:]),
-        valid=WaitingTexts(file, kept_K[:n_valid]),
+        train=WaitingTexts(file, kept_K[n_valid:], list(domains)),
+        valid=WaitingTexts(file, kept_K[:n_valid], list(domains)),
         duplicates_removed=len(records_N) - len(kept_K),
         skipped=tuple(skipped.listed),
         skipped_kinds=skipped.kinds(),

@@ -21,6 +21,8 @@ from foundation.source import code_of
 
 DEFAULT_VOCAB_SIZE = 4096
 MANIFEST = "manifest.json"
+# Beside the validation tokens: the domain of every document.
+DOMAINS = "valid/domains.json"
 BATCH_CHARACTERS = 1 << 22
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class CorpusConfig:
     text_field: str = "text"
     vocab_size: int | None = None
     tokenizer_file: str | None = None
-    valid_share: float = 0.1
+    valid_share: float = 0.06
     shard_tokens: int = 1 << 26
 
     def __post_init__(self) -> None:
@@ -105,6 +107,10 @@ class PreparedCorpus:
     def valid_text(self) -> bytes:
         """UTF-8 bytes of all validation documents, `valid.n_bytes` of them: what bits per byte are counted over."""
         return self.tokenizer.decode_bytes(self.valid.window(0, len(self.valid)))
+
+    def valid_domains(self) -> tuple[str, ...]:
+        """The domain of every validation document: what its record says, or the name of its file."""
+        return tuple(json.loads((self.folder / DOMAINS).read_text(encoding="utf-8")))
 
 
 def prepare(config: CorpusConfig, root: str | Path, tokenizer: Tokenizer | None = None) -> PreparedCorpus:
@@ -232,9 +238,10 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
         skipped_kinds=documents.skipped_kinds,
     )
     save_json(folder / MANIFEST, manifest)
+    (folder / DOMAINS).write_text(json.dumps(documents.valid.domains, ensure_ascii=False), encoding="utf-8")
     # The indices hold the checksums of the tokens.
     tokenizers = sorted(path.name for path in folder.glob("tokenizer*"))
-    seal(folder, (MANIFEST, *tokenizers, f"train/{INDEX}", f"valid/{INDEX}"))
+    seal(folder, (MANIFEST, *tokenizers, f"train/{INDEX}", f"valid/{INDEX}", DOMAINS))
 
 
 def _say(phase: str) -> None:

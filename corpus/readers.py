@@ -33,6 +33,12 @@ class Document:
     place: str = field(default="", compare=False)
     record: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def domain(self) -> str:
+        """What its record says, or the name of its file without suffixes."""
+        given = self.record.get("domain")
+        return given if isinstance(given, str) else Path(self.place).name.split(".")[0]
+
 
 @dataclass(frozen=True)
 class Skipped:

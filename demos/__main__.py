@@ -72,11 +72,12 @@ def train(config: Demo) -> None:
     """A trunk and a branch that chooses its experts by top-p, as the comparison trains them."""
     # Seconds to import, and not needed where a model is there.
     from ablations.cli import compare
-    from ablations.comparison.options import STAGING, Options
+    from ablations.comparison.options import Options
     from ablations.comparison.registry import find_methods
+    from staged_training.staging import StagingConfig
 
     print(f"no trained model under {config.runs}/: training a small one on {config.tokens:,} tokens", flush=True)
-    staging = dataclasses.replace(STAGING, tokens=config.tokens)
+    staging = StagingConfig(tokens=config.tokens)
     compare(find_methods(["top_p"]), Options(seeds=1, out=config.runs, staging=staging))
 
 

@@ -14,6 +14,7 @@ import functools
 import io
 import logging
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -115,6 +116,15 @@ def refuse_unwritable(option: str, path: Path | None, *, folder: bool = False) -
             path.unlink()
     except OSError as error:
         raise ValueError(f"{option} {path}: cannot be written ({error.strerror})") from error
+
+
+def command_line() -> str:
+    """The command of this process as it can be pasted at the root of the checkout: with the Python of its environment,
+    by a relative path where that lies in the checkout."""
+    # Not resolved: in an environment Python is a link, and what it finds depends on where the link lies.
+    python = Path(sys.executable)
+    beside = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    return shlex.join([str(beside), *sys.orig_argv[1:]])
 
 
 def leave_options(folder: Path) -> None:

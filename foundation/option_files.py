@@ -4,8 +4,8 @@
     tokens = 300_000
     dry-run = true                      # --dry-run
     data = ["one folder", "another"]
-    [model]                             # --model.dtype, where options of a command have such names
-    dtype = "float32"
+    [attention]                         # --attention.window, where options of a command have such names
+    window = 64
 
 A key is an option's name as `--help` shows it, with - or _. What the command line gives too, it decides. Runs leave
 such a file beside their results.

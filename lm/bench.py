@@ -7,19 +7,22 @@ Legend: B batch, T tokens.
 import dataclasses
 import statistics
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 
+from corpus.prepare import DEFAULT_VOCAB_SIZE
 from foundation.command import refuse_unwritable
 from foundation.environment import device_name
 from foundation.numbers import check_numbers
 from foundation.tables import write_table
 from foundation.timing import median_seconds
 from lm.accounting import decode_bytes, model_cost
-from lm.config import ModelConfig
 from lm.decode_profile import DecodeProfile, profile_decode
 from lm.generate import generate
 from lm.model import LanguageModel, token_losses
+from lm.options import ModelOptions
 from lm.sampling import SamplingConfig
 from moe.freed_memory import keep_freed_memory
 from routing.policies.top_k import TopK
@@ -30,9 +33,11 @@ class BenchConfig:
     """What to time.
 
     Attributes:
-        model: the network; sizes by option, e.g. `--model.d-model 256`.
-        batch_size, length: sequences and tokens per training step and prefill.
-        decode_tokens: tokens decoded after a prompt of `length` tokens.
+        model: the network, with fresh weights.
+        vocab_size: of the vocabulary that its tokens are drawn from.
+        batch_size: sequences per training step and prefill.
+        seq_len: tokens of each.
+        decode_tokens: tokens decoded after a prompt of `seq_len` tokens.
         repeats: timed repetitions after 2 warm-ups; medians are printed.
         experts: numbers of experts per token at which decoding is timed once more, by the same weights; the model's
             own, a half and a quarter of it by default.
@@ -43,9 +48,10 @@ class BenchConfig:
         ValueError: for a number that nothing can be timed with.
     """
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    batch_size: int = 16
-    length: int = 256
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    batch_size: int = 4
+    seq_len: int = 256
     decode_tokens: int = 64
     repeats: int = 7
     experts: tuple[int, ...] = ()
@@ -54,16 +60,16 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         # Two steps of a decode do not count, and the median needs one that does.
-        check_numbers(self, batch_size=1, length=1, decode_tokens=3, repeats=1, experts=1, threads=0)
-        if max(self.experts, default=1) > self.model.moe.n_experts:
+        check_numbers(self, vocab_size=1, batch_size=1, seq_len=1, decode_tokens=3, repeats=1, experts=1, threads=0)
+        if max(self.experts, default=1) > self.model.n_experts:
             raise ValueError(
-                f"BenchConfig.experts: {max(self.experts)}, must be at most the model's {self.model.moe.n_experts}"
+                f"BenchConfig.experts: {max(self.experts)}, must be at most the model's {self.model.n_experts}"
             )
 
     @property
     def numbers_of_experts(self) -> tuple[int, ...]:
         """Those to decode with, the first of them what the others are compared with."""
-        own = round(self.model.moe.router.policy.assumed_experts)
+        own = self.model.k
         return tuple(dict.fromkeys(self.experts or (own, max(1, own // 2), max(1, own // 4))))
 
 
@@ -75,16 +81,17 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     # As training does.
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ceiling = matmul_speed(config.model.dtype, device)
+    sizes = config.model.config(config.vocab_size)
+    ceiling = matmul_speed(sizes.dtype, device)
     print(
-        f"torch {torch.__version__}, {device_name()}, {torch.get_num_threads()} threads, {config.model.dtype}; "
+        f"torch {torch.__version__}, {device_name()}, {torch.get_num_threads()} threads, {sizes.dtype}; "
         f"dense matmul {ceiling / 1e9:.0f} GFLOP/s"
     )
 
-    model = LanguageModel(config.model).init_weights(seed=0).to(device)
+    model = LanguageModel(sizes).init_weights(seed=0).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens_BT = torch.randint(
-        config.model.vocab_size, (config.batch_size, config.length + 1), generator=torch.Generator().manual_seed(0)
+        sizes.vocab_size, (config.batch_size, config.seq_len + 1), generator=torch.Generator().manual_seed(0)
     ).to(device)
     experts: list[float] = []
 
@@ -102,9 +109,9 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     def prefill() -> None:
         model(tokens_BT[:, :-1])
 
-    n_tokens = config.batch_size * config.length
+    n_tokens = config.batch_size * config.seq_len
     seconds = median_seconds(train_step, repeats=config.repeats, device=device)
-    cost = model_cost(config.model, length=config.length, mean_experts=tuple(experts))
+    cost = model_cost(sizes, length=config.seq_len, mean_experts=tuple(experts))
     rows = [_row("training", n_tokens / seconds, cost.training_flops, ceiling)]
     model.eval()
     rows.append(
@@ -118,7 +125,7 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     steps = list(
         generate(
             model,
-            tokens_BT[0, : config.length].tolist(),
+            tokens_BT[0, : config.seq_len].tolist(),
             max_new_tokens=config.decode_tokens,
             sampling=SamplingConfig(),
         )
@@ -127,7 +134,7 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     seconds = statistics.median(step.seconds for step in steps[2:])
     rows.append(_row("decode, 1 sequence", 1 / seconds, cost.forward_flops, ceiling))
     mean_experts = sum(sum(step.experts) for step in steps) / (len(steps) * config.model.n_layers)
-    read = decode_bytes(config.model, config.length, mean_experts)
+    read = decode_bytes(sizes, config.seq_len, mean_experts)
     rows += expert_rows(model, config, ceiling)
     if config.csv:
         write_table(config.csv, list(rows[0]), [list(row.values()) for row in rows])
@@ -149,10 +156,10 @@ def expert_rows(model: LanguageModel, config: BenchConfig, ceiling: float) -> li
     for _ in range(config.repeats):
         for k in seconds:
             model.set_policy(TopK(k=k))
-            seconds[k].append(profile_decode(model, context=config.length, steps=config.decode_tokens))
+            seconds[k].append(profile_decode(model, context=config.seq_len, steps=config.decode_tokens))
     rows = []
     for k, profiles in seconds.items():
-        cost = model_cost(config.model, length=config.length, mean_experts=k)
+        cost = model_cost(model.config, length=config.seq_len, mean_experts=k)
         taken = statistics.median(profile.seconds for profile in profiles)
         rows.append(_row(f"decode, {k} experts", 1 / taken, cost.forward_flops, ceiling))
     return rows

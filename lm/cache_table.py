@@ -11,9 +11,10 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from attention.cache import HybridCache, cache_bytes
 from attention.config import AttentionConfig
@@ -51,8 +52,8 @@ class CacheConfig:
     """Shows what layer plans cost in memory.
 
     Attributes:
-        plan: layer plans to compare, one letter per layer, see `attention.kinds`.
-        layers: depth that a plan is repeated to; 0 for as many layers as it has letters.
+        layer_plan: one or several to compare, one letter per layer, see `attention.kinds`.
+        n_layers: depth that a plan is repeated to; 0 for as many layers as it has letters.
         attention: heads, widths, window of all layers.
         run: folder of a trained model, or of the run that trained it, whose plan and attention are taken instead.
         length: tokens of a sequence: 65536, or 64k of 1,024 each, or 1M.
@@ -63,9 +64,9 @@ class CacheConfig:
         published: show instead what published models say of their caches beside what these formulas give.
     """
 
-    plan: tuple[str, ...] = ("SSSFSSSR",)
-    layers: int = 0
-    attention: AttentionConfig = LARGE
+    layer_plan: tuple[str, ...] = ("SSSFSSSR",)
+    n_layers: int = 0
+    attention: Annotated[AttentionConfig, tyro.conf.OmitArgPrefixes] = LARGE
     run: Path | None = None
     length: str = "64k"
     batch_size: int = 1
@@ -75,10 +76,10 @@ class CacheConfig:
     published: bool = False
 
     def __post_init__(self) -> None:
-        check_numbers(self, layers=0, batch_size=1)
+        check_numbers(self, n_layers=0, batch_size=1)
         tokens_of(self.length)
-        if not self.plan:
-            raise ValueError("plan: none given; legal: at least one layer plan, such as SSSFSSSR")
+        if not self.layer_plan:
+            raise ValueError("layer_plan: none given; legal: at least one layer plan, such as SSSFSSSR")
         if self.plot is not None and self.plot.suffix not in (".svg", ".png", ".pdf"):
             raise ValueError(f"plot: {self.plot} is no file of a kind that is drawn; legal: .svg, .png or .pdf")
 
@@ -186,7 +187,7 @@ def _costs(config: CacheConfig) -> list[PlanCost]:
     if config.run is not None:
         model = load_json(ModelConfig, find_model(config.run) / CONFIG_FILE)
         return [PlanCost(model.plan, model.attentions, config.batch_size, element_size)]
-    plans = [LayerPlan.parse(plan, config.layers or max(1, len(plan))) for plan in config.plan]
+    plans = [LayerPlan.parse(plan, config.n_layers or max(1, len(plan))) for plan in config.layer_plan]
     return [PlanCost(plan, [config.attention] * len(plan.letters), config.batch_size, element_size) for plan in plans]
 
 

@@ -13,12 +13,14 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import torch
+import tyro
 from torch import Tensor
 
 from attention.cache import cache_bytes
+from corpus.prepare import DEFAULT_VOCAB_SIZE
 from corpus.readers import Document
 from corpus.sources import read_paths, read_standard_library
 from foundation.command import refuse_unwritable
@@ -26,9 +28,9 @@ from foundation.environment import device_name, peak_memory, short_commit
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
 from lm.block import Block
-from lm.config import ModelConfig
 from lm.generate import PREFILL_TOKENS
 from lm.model import LanguageModel
+from lm.options import ModelOptions
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
 from moe.freed_memory import keep_freed_memory
 
@@ -43,7 +45,8 @@ class LongContextConfig:
     Attributes:
         run: folder of a trained model, or of the run that trained it. Without one the model has fresh weights and
             reads the text's bytes: time and memory are the same.
-        model: the network without `run`; sizes by option, e.g. `--model.layer-plan KKKF`.
+        model: the network without `run`.
+        vocab_size: of its vocabulary; bytes need 256.
         data: files or folders of text; the Python standard library by default. Documents follow each other, from the
             first again when they end.
         tokens: of the prompt.
@@ -53,7 +56,12 @@ class LongContextConfig:
     """
 
     run: Path | None = None
-    model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(layer_plan="SSSFSSSR"))
+    # A plan that shares keys and values needs more layers than the others' default, and a wide model is what long texts
+    # cost memory in.
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=lambda: ModelOptions(n_layers=8, layer_plan="SSSFSSSR", window=128, d_expert=256)
+    )
+    vocab_size: int = DEFAULT_VOCAB_SIZE
     data: tuple[str, ...] = ()
     tokens: int = 200_000
     decode_tokens: int = 64
@@ -61,7 +69,7 @@ class LongContextConfig:
     csv: Path | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self, tokens=1, decode_tokens=1, threads=0)
+        check_numbers(self, vocab_size=1, tokens=1, decode_tokens=1, threads=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,9 +137,9 @@ def _model_and_tokens(config: LongContextConfig, device: torch.device) -> tuple[
     if not texts:
         raise ValueError(f"data: no usable document in {list(config.data)}")
     if config.run is None:
-        if config.model.vocab_size < 256:
-            raise ValueError(f"model.vocab_size: {config.model.vocab_size}, must be at least 256: the text's bytes")
-        model = LanguageModel(config.model).init_weights(0).to(device).eval()
+        if config.vocab_size < 256:
+            raise ValueError(f"--vocab-size {config.vocab_size}: must be at least 256: the text's bytes")
+        model = LanguageModel(config.model.config(config.vocab_size)).init_weights(0).to(device).eval()
         encode = lambda text: list(text.encode())  # noqa: E731
     else:
         folder = find_model(config.run)

@@ -18,6 +18,14 @@ from moe.bench import Shape
 from moe.bench_table import HEADER, environment, line, table, write_csv
 from moe.freed_memory import keep_freed_memory
 
+# What `--help` says of the sizes of `Shape`.
+SIZES = {
+    "tokens": "in a batch",
+    "d_model": "their width",
+    "n_experts": "routed experts",
+    "d_expert": "hidden width of an expert",
+    "k": "experts per token",
+}
 WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 
 
@@ -25,12 +33,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m moe", description=__doc__)
     command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "bench", help="time forward + backward of the expert layer"
+        "bench",
+        help="time forward + backward of the expert layer",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults = Shape()
-    for name in ("tokens", "d_model", "n_experts", "d_expert", "k"):
-        command.add_argument(f"--{name.replace('_', '-')}", type=argument(int, 1), default=getattr(defaults, name))
-    command.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    for name, sentence in SIZES.items():
+        default = getattr(defaults, name)
+        command.add_argument(f"--{name.replace('_', '-')}", type=argument(int, 1), default=default, help=sentence)
+    command.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16"],
+        help="of the activations; one table each",
+    )
     command.add_argument(
         "--weight-dtype",
         default="float32",
@@ -44,9 +61,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[1.0, 4.5],
         help="rows of the busiest expert over the mean",
     )
-    command.add_argument("--threads", type=argument(int, 1), default=None)
-    command.add_argument("--repeats", type=argument(int, 1), default=3)
-    command.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    command.add_argument(
+        "--threads", type=argument(int, 1), default=None, help="CPU threads; torch's choice by default"
+    )
+    command.add_argument("--repeats", type=argument(int, 1), default=3, help="timed turns, whose median counts")
+    command.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="code to compute the experts by")
     command.add_argument(
         "--csv", type=Path, default=None, help="also write the table, with what it depends on, to this file"
     )

@@ -14,6 +14,7 @@ import foundation.starting  # noqa: F401
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -22,7 +23,7 @@ from foundation.command import leave_options, run_command
 from foundation.environment import environment
 from foundation.numbers import check_numbers
 from foundation.serialize import to_dict
-from lm.config import ModelConfig
+from lm.options import ModelOptions
 from staged_training.adapt.command import adapt
 from staged_training.adapt.options import AdaptConfig
 from staged_training.describe import describe
@@ -45,16 +46,19 @@ class RunConfig:
         model: the network; its vocabulary is the tokenizer's.
         staging: the token budget and how it is spent.
         execution: saving, printing, tracking.
-        trunk_seed, branch_seed: weights, data order, routers' draws.
+        trunk_seed: of the trunk's weights, data order and routers' draws.
+        branch_seed: of the branch's data order and routers' draws.
         branch: also train the baseline branch.
         dry_run: print the resolved configuration, the environment and the plan, and leave.
     """
 
     out: Path = Path("runs/staged")
-    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    staging: StagingConfig = dataclasses.field(default_factory=StagingConfig)
-    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CorpusConfig)
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
+    staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=StagingConfig)
+    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=ExecutionConfig
+    )
     trunk_seed: int = 0
     branch_seed: int = 0
     branch: bool = True
@@ -72,15 +76,14 @@ def run(config: RunConfig) -> None:
         loop.NonFiniteLossError, foundation.stopping.Interrupted: everything saved; the same call continues.
     """
     corpus = prepare(config.corpus, config.out / "corpus")
-    model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
-    config = dataclasses.replace(config, model=model)
+    model = config.model.config(corpus.tokenizer.vocab_size)
     facts = corpus_facts(corpus)
     branches = [("baseline", model, config.branch_seed)] if config.branch else []
     plan = make_plan(config.staging, facts, model, branches, trunk_seed=config.trunk_seed)
     print(describe(plan), flush=True)
     if config.dry_run:
         here = environment(data_hash=facts.content_hash)
-        print(json.dumps({"config": to_dict(config), "environment": here}, indent=2))
+        print(json.dumps({"config": to_dict(config), "model": to_dict(model), "environment": here}, indent=2))
         return
     leave_options(config.out)
     execution = Execution(plan, corpus, config.out, config.execution)

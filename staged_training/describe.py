@@ -8,7 +8,7 @@ from lm.accounting import ModelCost, model_cost
 from lm.config import ModelConfig
 from staged_training.boundary import added_weights, frozen_share
 from staged_training.optimizer import OptimizerConfig
-from staged_training.plan import Plan
+from staged_training.plan import Branch, Plan
 from staged_training.schedule import Stage
 
 
@@ -51,30 +51,55 @@ def describe(plan: Plan) -> str:
         f"  re-used    {_reused(plan.fresh, boundary)}",
         "  not taken  the trunk's schedule, the state of a routing policy",
     ]
-    for branch in {branch.method: branch for branch in plan.branches}.values():
-        added = added_weights(model, branch.model)
-        new = f"; {len(added)} new weights, initialised from the branch's seed" if added and not plan.fresh else ""
-        longer = f"; {branch.stage.n_batches} batches" if branch.stage != stage else ""
-        changed = "".join(f"; {change}" for change in _changes(model, branch.model, boundary))
-        lines.append(
-            f"  {branch.method:<22} layers {''.join(branch.model.plan.letters)}, {branch.model.moe.router.policy}"
-            f"{changed}{new}{longer}"
-        )
+    lines += [
+        f"  {branch.method:<22} {changes_text(plan, branch)}"
+        for branch in {branch.method: branch for branch in plan.branches}.values()
+    ]
     return "\n".join(lines)
 
 
-def _changes(trunk: ModelConfig, branch: ModelConfig, boundary: int) -> list[str]:
-    """What blocks above the boundary have in place of the trunk's, beside letter and policy: `attention.window 64 ->
-    256`."""
+def changed_blocks(plan: Plan, branch: Branch) -> list[int]:
+    """The blocks that a branch has of its own, lowest first."""
+    return [layer for layer in range(plan.model.n_layers) if branch.model.block(layer) != plan.model.block(layer)]
+
+
+def blocks_text(blocks: list[int], n_layers: int) -> str:
+    """Blocks as a reader would name them: `all 4 blocks`, `block 3 of 4`, `blocks 1, 3 of 4`."""
+    if len(blocks) == n_layers:
+        return f"all {n_layers} blocks"
+    return f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))} of {n_layers}"
+
+
+def changes_text(plan: Plan, branch: Branch) -> str:
+    """How a branch differs from the trunk's model, which is the baseline's, and from the first branch's training."""
+    model, first = plan.model, plan.branches[0]
+    parts = _changes(model, branch.model)
+    if (added := added_weights(model, branch.model)) and not plan.fresh:
+        parts.append(f"{len(added)} new router weights, initialised from the branch's seed")
+    if branch.stage != first.stage:
+        parts.append(f"{branch.stage.n_batches} batches instead of {first.stage.n_batches}")
+    if branch.rounding:
+        parts.append("weights that differ by rounding")
+    if not {each.seed for each in plan.branches if each.method == branch.method} <= {
+        each.seed for each in plan.branches if each.method == first.method
+    }:
+        parts.append("other branch seeds")
+    return "; ".join(parts) or f"the trunk's model: layers {''.join(model.plan.letters)}, {model.moe.router.policy}"
+
+
+def _changes(trunk: ModelConfig, branch: ModelConfig) -> list[str]:
+    """What blocks have in place of the trunk's: `attention.window 64 -> 256`. Below the boundary they have nothing."""
     changes: dict[str, None] = {}
-    for layer in range(boundary, trunk.n_layers):
-        before, after = (_places(to_dict(config.block(layer))) for config in (trunk, branch))
+    if branch.plan.letters != trunk.plan.letters:
+        changes[f"layers {''.join(trunk.plan.letters)} -> {''.join(branch.plan.letters)}"] = None
+    for layer in range(trunk.n_layers):
+        old, new = trunk.block(layer), branch.block(layer)
+        if old.moe.router.policy != new.moe.router.policy:
+            changes[f"policy {old.moe.router.policy} -> {new.moe.router.policy}"] = None
+        before, after = (_places(to_dict(block)) for block in (old, new))
         for place in before | after:
-            if (
-                place != "letter"
-                and not place.startswith("moe.router.policy")
-                and before.get(place) != after.get(place)
-            ):
+            said = place == "letter" or place.startswith("moe.router.policy")
+            if not said and before.get(place) != after.get(place):
                 changes[f"{place} {before.get(place)} -> {after.get(place)}"] = None
     return list(changes)
 

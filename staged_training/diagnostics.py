@@ -49,16 +49,28 @@ class LayerDiagnostics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepDiagnostics:
-    """One line of the file; `layers` are those that train."""
+    """One line of the file.
+
+    Attributes:
+        layers: those that train.
+        valid_bits_per_byte: of some batches of the validation text, see `validation`; None where they were not
+            looked at.
+    """
 
     step: int
     layers: tuple[LayerDiagnostics, ...]
+    valid_bits_per_byte: float | None = None
 
 
-def step_diagnostics(step: int, routers: Sequence[Router], statistics: Sequence[RoutingStatistics]) -> dict[str, Any]:
+def step_diagnostics(
+    step: int,
+    routers: Sequence[Router],
+    statistics: Sequence[RoutingStatistics],
+    valid_bits_per_byte: float | None = None,
+) -> dict[str, Any]:
     """The line of one step as JSON takes it."""
     layers = tuple(_layer(router, counted) for router, counted in zip(routers, statistics, strict=True))
-    return to_dict(StepDiagnostics(step=step, layers=layers))
+    return to_dict(StepDiagnostics(step=step, layers=layers, valid_bits_per_byte=valid_bits_per_byte))
 
 
 def _layer(router: Router, counted: RoutingStatistics) -> LayerDiagnostics:

@@ -17,6 +17,7 @@ from staged_training.fork import fork
 from staged_training.optimizer import build_optimizer, update
 from staged_training.record import RESULT
 from staged_training.step import clipped_gradients
+from staged_training.validation import VALIDATED, looks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ def estimate(execution: Execution, *, steps: int = 3, jobs: int = 1) -> Estimate
     trunk_seconds = 0.0
     if not trunk_done:
         trunk_seconds = _training(trunk, execution, tokens_BT, targets_BT, 0, steps) * plan.trunk.n_batches
-        trunk_seconds += _evaluating(trunk, execution, tokens_BT, targets_BT, 0, steps) * n_valid
+        looked_at = n_valid + looks(plan.trunk.n_batches, execution.config.log_every) * VALIDATED
+        trunk_seconds += _evaluating(trunk, execution, tokens_BT, targets_BT, 0, steps) * looked_at
     trunk.requires_grad_(False).eval()
 
     def prefix() -> float:
@@ -86,7 +88,8 @@ def estimate(execution: Execution, *, steps: int = 3, jobs: int = 1) -> Estimate
             step = _training(model, execution, x_BTD, targets_BT, boundary, steps) + recomputed
             branches += step * sum(each.stage.n_batches for each in same) / jobs
             batch = _evaluating(model, execution, x_BTD, targets_BT, boundary, steps) + recomputed
-            evaluation += batch * n_valid * len(same) / jobs
+            looked_at = n_valid + looks(branch.stage.n_batches, execution.config.log_every) * VALIDATED
+            evaluation += batch * looked_at * len(same) / jobs
     return Estimate(
         trunk=trunk_seconds,
         caching=caching,

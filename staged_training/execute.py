@@ -52,6 +52,7 @@ from staged_training.record import (
 from staged_training.run import Run
 from staged_training.trained_run import Summarise, TrainedRun, summarise
 from staged_training.trunk_activations import trunk_activations
+from staged_training.validation import Validation, looks
 
 log = logging.getLogger(__name__)
 
@@ -209,8 +210,11 @@ class Execution:
 
             # Branches fork from a calibrated trunk, also after a restart, which finds the last checkpoint only. A trunk
             # that is cut over processes has no branches, and cannot run by itself as long as it is.
-            at_end = None if processes.many else calibrate
-            training = self._train(run, model, processes.own_rows(self.train_tokens), at_end)
+            # Nor is it measured on its way: what evaluates needs it whole.
+            at_end = validation = None
+            if not processes.many:
+                at_end, validation = calibrate, self._validation(model, self.valid_tokens, 0)
+            training = self._train(run, model, processes.own_rows(self.train_tokens), validation, at_end)
             # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
             if (whole := processes.whole(model)) is None:
                 return None
@@ -221,6 +225,7 @@ class Execution:
                 # What the branches need of the trunk to count the FLOPs of their frozen prefix.
                 return {**summary(trained), "trained_mean_experts": means}
 
+            self._pay(ledger, run, means, validation)
             return whole, self._finish(run, whole, self.valid_tokens, training, means, ledger, with_means)
 
     def _restored_trunk(self, run: Run) -> LanguageModel | None:
@@ -322,11 +327,14 @@ class Execution:
         model = fork(trunk, branch)
         # A branch starts at its budget, not at the threshold its policy was born with.
         calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
-        training = self._train(run, model, train, inherited=inherited_state(model, trunk, branch, self._trunk_state()))
+        validation = self._validation(model, valid, boundary)
+        inherited = inherited_state(model, trunk, branch, self._trunk_state())
+        training = self._train(run, model, train, validation, inherited=inherited)
         means = tuple(trunk_record.result["trained_mean_experts"][:boundary]) + training.mean_experts
         flops = branch_flops(plan, branch, means, cached=self.config.cache, calibrated=calibrated)
         ledger = Ledger()
         ledger.add("branches", flops=flops, seconds=training.seconds)
+        self._pay(ledger, run, means, validation)
         return self._finish(run, model, valid, training, means, ledger, summary)
 
     def _trunk_state(self) -> dict[str, Tensor]:
@@ -337,11 +345,23 @@ class Execution:
             self._moments = saved.optimizer
         return self._moments
 
+    def _validation(self, model: LanguageModel, valid: Batches, boundary: int) -> Validation:
+        return Validation(model, valid, boundary, self.corpus, self.plan)
+
+    def _pay(self, ledger: Ledger, run: Run, means: tuple[float, ...], validation: Validation | None) -> None:
+        """Adds to the costs what looking at the validation text on the way took: of a run that was stopped the
+        seconds since."""
+        if validation is not None:
+            n_looks = looks(run.stage.n_batches, self.config.log_every)
+            flops = validation.flops(means, n_looks, cached=self.config.cache)
+            ledger.add("evaluation", flops=flops, seconds=validation.seconds)
+
     def _train(
         self,
         run: Run,
         model: LanguageModel,
         batches: Batches,
+        validation: Validation | None,
         at_end: Callable[[], None] | None = None,
         inherited: dict[str, Tensor] | None = None,
     ) -> StageResult:
@@ -368,6 +388,7 @@ class Execution:
                 progress=progress,
                 at_end=at_end,
                 inherited=inherited,
+                validate=validation,
                 processes=self.processes,
             )
 

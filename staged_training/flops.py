@@ -6,6 +6,8 @@ Of a network with a share f below the boundary, training above it costs a third 
 each element does not.
 """
 
+import dataclasses
+
 import torch
 
 from lm.accounting import model_cost
@@ -17,15 +19,59 @@ from staged_training.packed_matrices import packed_matrices
 from staged_training.plan import Branch, Plan
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """FLOPs of one run before anything has run: of its training, and of evaluating what it trained."""
+
+    training: float
+    evaluation: float
+
+
+def planned(plan: Plan, branch: Branch | None, *, cached: bool) -> Planned:
+    """FLOPs of a branch of the plan, or of its trunk."""
+    model, boundary = (plan.model, 0) if branch is None else (branch.model, branch.boundary)
+    means, tokens = assumed_experts(model), plan.tokens_per_batch
+    evaluated = evaluation_flops(
+        plan,
+        model,
+        means,
+        boundary=boundary,
+        cached=cached,
+        n_batches=-(-plan.corpus.valid_tokens // tokens),
+        calibrated=plan.n_calibration * tokens,
+    )
+    if branch is None:
+        return Planned(training=trunk_flops(plan, means), evaluation=evaluated)
+    return Planned(training=branch_flops(plan, branch, means, cached=cached, calibrated=0), evaluation=evaluated)
+
+
+def planned_caching(plan: Plan) -> float:
+    """FLOPs of storing the trunk's activations for the batches that the branches of a plan train on."""
+    return caching_flops(plan, assumed_experts(plan.model), n_batches=len(set(plan.branch_batches().tolist())))
+
+
+def assumed_experts(model: ModelConfig) -> tuple[float, ...]:
+    """Experts per token of every block, as estimates assume them."""
+    return tuple(model.block(layer).moe.router.policy.assumed_experts for layer in range(model.n_layers))
+
+
+def whole_flops(plan: Plan, model: ModelConfig, mean_experts: tuple[float, ...], *, n_batches: int) -> float:
+    """Training a whole model, nothing of it frozen, on batches of the plan.
+
+    Args:
+        mean_experts: per block, over training.
+    """
+    cost = model_cost(model, length=plan.seq_len, mean_experts=mean_experts)
+    return (cost.training_flops * plan.tokens_per_batch + optimizer_flops(model, plan.optimizer)) * n_batches
+
+
 def trunk_flops(plan: Plan, mean_experts: tuple[float, ...]) -> float:
     """Training the trunk.
 
     Args:
         mean_experts: per block, over training.
     """
-    cost = model_cost(plan.model, length=plan.seq_len, mean_experts=mean_experts)
-    per_batch = cost.training_flops * plan.tokens_per_batch + optimizer_flops(plan.model, plan.optimizer)
-    return per_batch * plan.trunk.n_batches
+    return whole_flops(plan, plan.model, mean_experts, n_batches=plan.trunk.n_batches)
 
 
 def caching_flops(plan: Plan, mean_experts: tuple[float, ...], *, n_batches: int) -> float:

@@ -64,6 +64,7 @@ def train_stage(
     inherited: Mapping[str, Tensor] | None = None,
     objective: Objective = next_token,
     before_step: Callable[[int], object] | None = None,
+    validate: Callable[[], float] | None = None,
     processes: Processes = ALONE,
 ) -> StageResult:
     """Trains blocks [boundary, L), norm and head (everything when the run's boundary is 0), or the rest of a stage that
@@ -78,6 +79,8 @@ def train_stage(
         objective: what a step minimises beside the routers' losses.
         before_step: called ahead of every step with its number; it may say which of the parameters train, and which
             mean the budgets hold, as functions of that number alone.
+        validate: bits per byte of some validation text with the model as it is, asked for behind every step that ends
+            an interval of progress; changes nothing of the model.
         at_end: called behind the last step and ahead of its checkpoint, which holds what it does to the model.
         processes: that train together; `model` is then this process's part, and `batches` have its rows.
 
@@ -168,7 +171,8 @@ def train_stage(
             record["mean_experts"] = sum(numbers.mean_experts) / len(numbers.mean_experts)
             metrics.write(record, {"step": step, "seconds": taken})
             if numbers.statistics:
-                metrics.write_diagnostics(step_diagnostics(step, model.routers(boundary), numbers.statistics))
+                measured = None if validate is None else validate()
+                metrics.write_diagnostics(step_diagnostics(step, model.routers(boundary), numbers.statistics, measured))
             progress.step(record)
             # Read once: a signal that comes after this line is the next step's.
             stopping = processes.agreed(stop.signal) is not None

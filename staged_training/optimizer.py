@@ -45,14 +45,14 @@ class OptimizerConfig:
         ValueError: for a number outside its range.
     """
 
-    kind: Annotated[Kind, tyro.conf.arg(name="optimizer", prefix_name=False)] = "adamw"
+    kind: Annotated[Kind, tyro.conf.arg(name="optimizer", prefix_name=False)] = "muon"
     muon_momentum: float = 0.95
     muon_scale: Scale = "match_rms_adamw"
     muon_routers: bool = False
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    embedding_rate: float = 1.0
+    embedding_rate: float = 70.0
     clip: float = 1.0
 
     def __post_init__(self) -> None:

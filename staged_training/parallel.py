@@ -9,13 +9,15 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from corpus.prepare import CorpusConfig, prepare
 from foundation.command import leave_options
 from foundation.numbers import check_numbers
 from foundation.serialize import from_dict
-from lm.config import ModelConfig
+from lm.options import ModelOptions
 from routing.router import RouterConfig
 from staged_training.describe import describe
 from staged_training.execute import Execution, ExecutionConfig
@@ -41,12 +43,14 @@ class ParallelConfig:
     """
 
     out: Path = Path("runs/parallel")
-    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CorpusConfig)
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     policy: str = ""
     expert_parallel: int = 0
-    staging: StagingConfig = dataclasses.field(default_factory=StagingConfig)
-    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=StagingConfig)
+    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=ExecutionConfig
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,8 +73,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
             cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
         processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and leave_options(config.out))
         corpus = prepare(config.corpus, config.out / "corpus")
-        model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
-        plan = plan_of(dataclasses.replace(config, model=model), corpus_facts(corpus))
+        plan = plan_of(config, corpus_facts(corpus), corpus.tokenizer.vocab_size)
         print(f"{describe(plan)}\n{processes}", flush=True)
         execution = Execution(
             plan,
@@ -88,13 +91,13 @@ def train_in_parallel(config: ParallelConfig) -> None:
         execution.train_trunk(run)
 
 
-def plan_of(config: ParallelConfig, facts: CorpusFacts) -> Plan:
+def plan_of(config: ParallelConfig, facts: CorpusFacts, vocab_size: int) -> Plan:
     """One stage without branches. Nothing of it depends on the number of processes.
 
     Raises:
         ValueError: for a routing policy that does not parse.
     """
-    model = config.model
+    model = config.model.config(vocab_size)
     if config.policy:
         try:
             stored: dict[str, Any] = json.loads(config.policy)

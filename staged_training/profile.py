@@ -14,11 +14,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+import tyro
 from torch import Tensor, nn
 
+from corpus.prepare import DEFAULT_VOCAB_SIZE
 from foundation.command import refuse_unwritable
 from foundation.environment import device_name
 from foundation.numbers import check_numbers
@@ -27,14 +29,15 @@ from foundation.timing import wall_seconds
 from lm.accounting import mixing_flops, model_cost
 from lm.bench import matmul_speed
 from lm.block import Block
-from lm.config import ModelConfig
 from lm.decode_profile import memory_speed, profile_decode
 from lm.model import LanguageModel, mean_and_token_losses
+from lm.options import ModelOptions
 from moe.freed_memory import keep_freed_memory
 from routing.assignments import Assignments
 from routing.router import Routing
 from staged_training.flops import optimizer_flops
 from staged_training.optimizer import OptimizerConfig, build_optimizer, update
+from staged_training.staging import StagingConfig
 from staged_training.step import clipped_gradients
 
 REST = "between"
@@ -45,8 +48,10 @@ class ProfileConfig:
     """What to look into.
 
     Attributes:
-        model: the network, with fresh weights; sizes by option, e.g. `--model.layer-plan SSSF`.
-        batch_size, seq_len: rows and tokens per row of a training step.
+        model: the network, with fresh weights.
+        vocab_size: of the vocabulary that its tokens are drawn from.
+        batch_size: rows of a training step.
+        seq_len: tokens of a row.
         optimizer: of the training step.
         context: tokens behind which is decoded.
         repeats: timed repetitions, after two that do not count; medians are printed.
@@ -57,17 +62,20 @@ class ProfileConfig:
         ValueError: for a number that nothing can be timed with.
     """
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    batch_size: int = 4
-    seq_len: int = 256
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
+    vocab_size: int = DEFAULT_VOCAB_SIZE
+    batch_size: int = StagingConfig.batch_size
+    seq_len: int = StagingConfig.seq_len
+    optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=OptimizerConfig
+    )
     context: int = 1024
     repeats: int = 9
     threads: int = 0
     csv: Path | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self, batch_size=1, seq_len=1, context=1, repeats=1, threads=0)
+        check_numbers(self, vocab_size=1, batch_size=1, seq_len=1, context=1, repeats=1, threads=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,12 +97,13 @@ def profile(config: ProfileConfig) -> list[ProfileRow]:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    products, memory = matmul_speed(config.model.dtype, device), memory_speed()
+    sizes = config.model.config(config.vocab_size)
+    products, memory = matmul_speed(sizes.dtype, device), memory_speed()
     print(
-        f"torch {torch.__version__}, {device_name()}, {torch.get_num_threads()} threads, {config.model.dtype}; dense"
+        f"torch {torch.__version__}, {device_name()}, {torch.get_num_threads()} threads, {sizes.dtype}; dense"
         f" products {products / 1e9:.0f} GFLOP/s, memory {memory / 1e9:.1f} GB/s"
     )
-    model = LanguageModel(config.model).init_weights(seed=0).to(device)
+    model = LanguageModel(sizes).init_weights(seed=0).to(device)
     rows = training_rows(model, config, products)
     n_tokens, seconds = config.batch_size * config.seq_len, sum(row.seconds for row in rows)
     print(

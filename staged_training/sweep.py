@@ -10,12 +10,15 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated
+
+import tyro
 
 from corpus.prepare import CorpusConfig, prepare
 from foundation.command import leave_options, refuse_unwritable
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
-from lm.config import ModelConfig
+from lm.options import ModelOptions
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.loop import NonFiniteLossError
 from staged_training.optimizer import Kind
@@ -30,7 +33,7 @@ class SweepConfig:
         out: folder of the runs; the prepared text is kept in `corpus/` below it.
         optimizers: "adamw", "muon"; the one of `staging` when empty.
         learning_rates: peaks, the same for every optimizer; the one of `staging` when empty.
-        tokens: budgets, each trained from the start; the one of `staging` when empty.
+        token_budgets: each trained from the start; the one of `staging` when empty.
         seeds: runs of each, from seed 0 on: weights, data order, draws.
         csv: one row per run; `sweep.csv` in `out` by default.
         corpus: the text; this machine's Python standard library by default.
@@ -42,16 +45,18 @@ class SweepConfig:
     out: Path = Path("runs/sweep")
     optimizers: tuple[Kind, ...] = ()
     learning_rates: tuple[float, ...] = ()
-    tokens: tuple[int, ...] = ()
+    token_budgets: tuple[int, ...] = ()
     seeds: int = 1
     csv: Path | None = None
-    corpus: CorpusConfig = dataclasses.field(default_factory=CorpusConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    staging: StagingConfig = dataclasses.field(default_factory=StagingConfig)
-    execution: ExecutionConfig = dataclasses.field(default_factory=ExecutionConfig)
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CorpusConfig)
+    model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
+    staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=StagingConfig)
+    execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=ExecutionConfig
+    )
 
     def __post_init__(self) -> None:
-        check_numbers(self, seeds=1, tokens=1)
+        check_numbers(self, seeds=1, token_budgets=1)
         if not all(rate > 0 for rate in self.learning_rates):
             raise ValueError(f"SweepConfig.learning_rates: {self.learning_rates}, must be above 0")
 
@@ -89,7 +94,7 @@ def sweep(config: SweepConfig) -> None:
     refuse_unwritable("--csv", table)
     corpus = prepare(config.corpus, config.out / "corpus")
     leave_options(config.out)
-    model = dataclasses.replace(config.model, vocab_size=corpus.tokenizer.vocab_size)
+    model = config.model.config(corpus.tokenizer.vocab_size)
     facts = corpus_facts(corpus)
     # All of them before the first is trained: what does not fit is said at once.
     plans = [make_whole_plan(staging, facts, model, seed=seed) for staging, seed in runs_of(config)]
@@ -132,7 +137,7 @@ def run_one(execution: Execution) -> SweepRow:
 
 def runs_of(config: SweepConfig) -> Iterable[tuple[StagingConfig, int]]:
     """The staging and seed of every run: smallest budget first, so that a stopped sweep has compared something."""
-    for tokens in sorted(config.tokens or (config.staging.tokens,)):
+    for tokens in sorted(config.token_budgets or (config.staging.tokens,)):
         for seed in range(config.seeds):
             for rate in config.learning_rates or (config.staging.learning_rate,):
                 for kind in config.optimizers or (config.staging.optimizer.kind,):

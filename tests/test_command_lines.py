@@ -4,6 +4,7 @@ is run."""
 import functools
 import importlib
 import json
+import re
 import shutil
 import sys
 
@@ -54,30 +55,30 @@ def refusal(capsys, *words):
     return said
 
 
-TINY_RUN = ("--out", "{out}", "--corpus.data", "{text}", "--corpus.vocab-size", "300", "--model.d-model", "16")
+TINY_RUN = ("--out", "{out}", "--data", "{text}", "--vocab-size", "300", "--d-model", "16")
 TINY_COMPARE = ("top_p", "--out", "{out}", "--data", "{text}", "--vocab-size", "300", "--d-model", "16", "--dry-run")
 NONSENSE = {
     "staged_training run": {
-        "--execution.save-every": ("0", "-1", "nan"),
-        "--execution.log-every": ("0", "-3"),
-        "--execution.track": ("paper",),
-        "--staging.tokens": ("0", "-1", "1e400", "nan", "1" + "0" * 23, "100"),
-        "--staging.learning-rate": ("0", "-1", "nan", "inf", "1e400"),
-        "--staging.batch-size": ("0", "100000000"),
-        "--staging.seq-len": ("-1", "100000000"),
-        "--staging.freeze": ("1", "nan", "-0.1"),
-        "--staging.trunk-share": ("0", "1", "nan"),
-        "--staging.optimizer.clip": ("0", "inf"),
-        "--staging.optimizer.muon-momentum": ("1", "-1", "nan"),
+        "--save-every": ("0", "-1", "nan"),
+        "--log-every": ("0", "-3"),
+        "--track": ("paper",),
+        "--tokens": ("0", "-1", "1e400", "nan", "1" + "0" * 23, "100"),
+        "--learning-rate": ("0", "-1", "nan", "inf", "1e400"),
+        "--batch-size": ("0", "100000000"),
+        "--seq-len": ("-1", "100000000"),
+        "--freeze": ("1", "nan", "-0.1"),
+        "--trunk-share": ("0", "1", "nan"),
+        "--clip": ("0", "inf"),
+        "--muon-momentum": ("1", "-1", "nan"),
         "--optimizer": ("sgd",),
-        "--model.d-model": ("0", "-1", "1" + "0" * 23),
-        "--model.layer-plan": ("", "X", "R"),
-        "--model.moe.router.balance-coefficient": ("nan", "inf", "-1"),
-        "--model.moe.router.z-coefficient": ("nan",),
-        "--model.moe.n-experts": ("0",),
-        "--model.attention.rope-base": ("nan", "inf", "0"),
-        "--corpus.valid-share": ("nan", "-1", "0", "2"),
-        "--corpus.shard-tokens": ("0", "-1"),
+        "--d-model": ("0", "-1", "1" + "0" * 23),
+        "--layer-plan": ("", "X", "R"),
+        "--balance-coefficient": ("nan", "inf", "-1"),
+        "--z-coefficient": ("nan",),
+        "--n-experts": ("0",),
+        "--rope-base": ("nan", "inf", "0"),
+        "--valid-share": ("nan", "-1", "0", "2"),
+        "--shard-tokens": ("0", "-1"),
         "--trunk-seed": ("-1", "x"),
     },
     "staged_training parallel": {
@@ -90,10 +91,11 @@ NONSENSE = {
         "--optimizers": ("sgd",),
         "--learning-rates": ("0", "-1", "nan", "inf"),
         "--tokens": ("0", "100"),
+        "--token-budgets": ("0", "100"),
         "--seeds": ("0", "-1"),
         "--csv": ("/dev/null/x", "/tmp"),
         "--anneal": ("stop",),
-        "--staging.trunk-merge-share": ("1", "-1", "nan"),
+        "--trunk-merge-share": ("1", "-1", "nan"),
     },
     "staged_training adapt": {
         "--run": ("/nowhere", "/dev/null"),
@@ -245,23 +247,23 @@ NONSENSE = {
     },
     "lm bench": {
         "--batch-size": ("0", "-1", "1" + "0" * 23),
-        "--length": ("0",),
+        "--seq-len": ("0",),
         "--decode-tokens": ("0", "2"),
         "--repeats": ("0",),
         "--threads": ("-1",),
         "--experts": ("0", "99"),
         "--csv": ("/dev/null/x", "/proc/x", "/tmp"),
-        "--model.d-model": ("0",),
+        "--d-model": ("0",),
     },
     "lm cache": {
-        "--plan": ("X", "R", "SSXF"),
+        "--layer-plan": ("X", "R", "SSXF"),
         "--length": ("0", "-1", "64x", "nan", "1" + "0" * 23),
-        "--layers": ("-1", "nan"),
+        "--n-layers": ("-1", "nan"),
         "--batch-size": ("0", "-1"),
         "--dtype": ("int8",),
-        "--attention.window": ("0",),
-        "--attention.latent-dim": ("0",),
-        "--attention.conv-width": ("1", "9"),
+        "--window": ("0",),
+        "--latent-dim": ("0",),
+        "--conv-width": ("1", "9"),
         "--run": ("/nowhere", "/dev/null"),
         "--csv": ("/dev/null/x", "/tmp"),
         "--plot": ("/dev/null/x", "/tmp", "x.txt"),
@@ -413,11 +415,11 @@ def test_a_policy_of_wrong_type_names_its_place(places, capsys):
 
 def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
     words = [places.get(word, word) for word in TINY_RUN]
-    said = refusal(capsys, "staged_training", "run", *words, "--execution.save-every", "0")
-    assert said == "error: --execution.save-every: ExecutionConfig.save_every: 0, must be at least 1\n"
-    said = refusal(capsys, "staged_training", "run", *words, "--staging.seq-len", "4096", "--dry-run")
+    said = refusal(capsys, "staged_training", "run", *words, "--save-every", "0")
+    assert said == "error: --save-every: ExecutionConfig.save_every: 0, must be at least 1\n"
+    said = refusal(capsys, "staged_training", "run", *words, "--seq-len", "4096", "--dry-run")
     assert said.startswith("error: ")
-    assert "StagingConfig.seq_len: 8 x 4096 tokens per batch; the training text has" in said
+    assert "StagingConfig.seq_len: 4 x 4096 tokens per batch; the training text has" in said
 
 
 HELPED = {
@@ -431,14 +433,39 @@ HELPED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("package", "command"), [(package, name) for package, names in HELPED.items() for name in names.split()]
-)
-def test_help_speaks_of_the_command_only(package, command, capsys):
+# Beside them, what lies a level deeper.
+DEEPER = [("ablations", f"scaling {name}") for name in ("fit", "curves", "predict", "compare", "ladder", "plan")]
+COMMANDS = [(package, name) for package, names in HELPED.items() for name in names.split()] + DEEPER
+
+
+def help_of(package, command, capsys, monkeypatch):
+    # So wide that no line is broken.
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stopped:
-        run(package, command, "--help")
+        run(package, *command.split(), "--help")
     assert not stopped.value.code
-    said = " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("package", "command"), COMMANDS)
+def test_help_speaks_of_the_command_only(package, command, capsys, monkeypatch):
+    said = " ".join(help_of(package, command, capsys, monkeypatch).split())
     assert said.startswith(f"usage: python -m {package} {command}")
     assert "options options" not in said
     assert not any(name in said for name in INTERNAL)
+
+
+@pytest.mark.parametrize(("package", "command"), [*COMMANDS, ("demos", "")])
+def test_every_option_has_a_sentence(package, command, capsys, monkeypatch):
+    lines = [line.strip("│ ") for line in help_of(package, command, capsys, monkeypatch).splitlines()]
+    options: dict[str, str] = {}
+    for line in lines:
+        if line.startswith(("--", "-h")):
+            # The name with what stands for its value, two spaces, the sentence.
+            name, _, sentence = line.partition("  ")
+            options[name] = sentence
+        elif options and not line.startswith(("╭", "╰", "─")):
+            options[list(options)[-1]] += f" {line}"
+    bare = [name for name, sentence in options.items() if len(re.sub(r"\((default|required|sets).*", "", sentence)) < 8]
+    assert len(options) > 0
+    assert not bare, bare

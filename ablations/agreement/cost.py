@@ -1,6 +1,5 @@
 """What a study costs, told before it starts: runs, FLOPs as a share of the full runs, and seconds."""
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -8,49 +7,10 @@ import torch
 from ablations.agreement.study import BRANCHES, TRUTH, WHOLE, Study, Task, Whole, tasks_of
 from ablations.comparison.cost import duration
 from ablations.comparison.shares import jobs_of
-from lm.config import ModelConfig
 from staged_training.estimate import estimate
 from staged_training.execute import Execution
-from staged_training.flops import branch_flops, caching_flops, evaluation_flops, trunk_flops
-from staged_training.plan import Branch, Plan
+from staged_training.flops import Planned, planned, planned_caching
 from staged_training.record import RESULT, Ledger
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Planned:
-    """FLOPs of one run before anything has run: of its training, and of evaluating what it trained."""
-
-    training: float
-    evaluation: float
-
-
-def assumed_experts(model: ModelConfig) -> tuple[float, ...]:
-    """Experts per token of every block, as estimates assume them."""
-    return tuple(model.block(layer).moe.router.policy.assumed_experts for layer in range(model.n_layers))
-
-
-def planned(plan: Plan, branch: Branch | None, *, cached: bool) -> Planned:
-    """FLOPs of a branch of the plan, or of its trunk."""
-    model, boundary = (plan.model, 0) if branch is None else (branch.model, branch.boundary)
-    means = assumed_experts(model)
-    tokens = plan.tokens_per_batch
-    evaluated = evaluation_flops(
-        plan,
-        model,
-        means,
-        boundary=boundary,
-        cached=cached,
-        n_batches=-(-plan.corpus.valid_tokens // tokens),
-        calibrated=plan.n_calibration * tokens,
-    )
-    if branch is None:
-        return Planned(training=trunk_flops(plan, means), evaluation=evaluated)
-    return Planned(training=branch_flops(plan, branch, means, cached=cached, calibrated=0), evaluation=evaluated)
-
-
-def caching(plan: Plan) -> float:
-    """FLOPs of storing the trunk's activations for the batches that the branches of a plan train on."""
-    return caching_flops(plan, assumed_experts(plan.model), n_batches=len(set(plan.branch_batches().tolist())))
 
 
 def cost_text(study: Study) -> str:
@@ -75,7 +35,7 @@ def cost_text(study: Study) -> str:
         branches = [(plan, branch) for plan in plans for branch in plan.branches]
         flops = total(planned(plan, None, cached=cached) for plan in trunks.values())
         flops += total(planned(plan, branch, cached=cached) for plan, branch in branches)
-        flops += sum(map(caching, stored.values()))
+        flops += sum(map(planned_caching, stored.values()))
         lines.append(line(setting, len(trunks) + len(branches), flops))
     tasks = [task for part in (WHOLE, BRANCHES) for task in tasks_of(study, part)]
     waiting = [task for task in tasks if not task.finished]

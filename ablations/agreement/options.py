@@ -8,9 +8,10 @@ import tyro
 
 from ablations.agreement.arms import ARCHITECTURE, ROUTING
 from ablations.agreement.settings import LARGE, SMALL, Setting, find_settings
-from ablations.comparison.options import STAGING, ModelOptions, Options
+from ablations.comparison.options import Options
 from corpus.prepare import CorpusConfig
 from foundation.numbers import check_numbers
+from lm.options import ModelOptions
 from staged_training.execute import ExecutionConfig
 from staged_training.optimizer import OptimizerConfig
 from staged_training.staging import StagingConfig
@@ -62,7 +63,8 @@ class AgreementOptions:
         jobs: runs that train side by side, see `compare`.
         out: folder of all runs; trunks and branches are those of `compare` under the same folder.
         dry_run: print what the study would cost, and run nothing.
-        batch_size, seq_len: rows and tokens per row of a batch.
+        batch_size: rows of a batch.
+        seq_len: tokens of a row.
         learning_rate: the tuned peak; some settings take a third of it.
         budget_batches: see `compare`; part of what a branch is measured by.
 
@@ -81,10 +83,12 @@ class AgreementOptions:
     out: Path = Path("runs")
     dry_run: bool = False
     batch_size: int | None = None
-    seq_len: int = STAGING.seq_len
-    learning_rate: float = STAGING.learning_rate
+    seq_len: int = StagingConfig.seq_len
+    learning_rate: float = StagingConfig.learning_rate
     budget_batches: int = 2
-    optimizer: OptimizerConfig = STAGING.optimizer
+    optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=OptimizerConfig
+    )
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     # Every run is measured on the same text, so little of it is enough to say which of two is better there.
     corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
@@ -127,8 +131,7 @@ class AgreementOptions:
     @property
     def staging(self) -> StagingConfig:
         """Of full runs: their rate decays over the last part of the budget, as that of a branch does."""
-        return dataclasses.replace(
-            STAGING,
+        return StagingConfig(
             tokens=self.tokens or FORMS[self.form].tokens,
             batch_size=self.batch_size or FORMS[self.form].batch_size,
             seq_len=self.seq_len,

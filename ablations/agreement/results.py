@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ablations.agreement.cost import caching
 from ablations.agreement.study import TRUTH, Study
 from ablations.comparison.compare import SharedExecution
 from ablations.comparison.registry import BASELINE
 from staged_training.execute import Execution
+from staged_training.flops import planned_caching
 from staged_training.record import RESULT, Ledger, read_run
 
 TRUNK, CACHING = "trunk", "caching"
@@ -143,7 +143,7 @@ def _caching_row(execution: Execution, setting: str) -> Iterator[RunRow]:
     cost = Ledger.load(folder).costs.get(CACHING) if (folder / RESULT).exists() else None
     if cost is None:
         return
-    flops = caching(plan)
+    flops = planned_caching(plan)
     yield RunRow(
         setting=setting,
         arm=CACHING,

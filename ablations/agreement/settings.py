@@ -3,9 +3,9 @@
 import dataclasses
 from itertools import product
 
-from ablations.comparison.options import ModelOptions
 from ablations.comparison.reliability import form_of
 from foundation.serialize import nearest
+from lm.options import ModelOptions
 from staged_training.schedule import Anneal
 from staged_training.staging import StagingConfig
 

@@ -12,11 +12,10 @@ share.
 import dataclasses
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ablations.comparison.announce import asked, plan_text
 from ablations.comparison.measure import MeasuringContext, budgets_of, measure
 from ablations.comparison.options import Options
 from ablations.comparison.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference
@@ -25,12 +24,11 @@ from ablations.comparison.reliability import form_of
 from ablations.method import Method
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
-from foundation.command import leave_options
+from foundation.command import command_line, leave_options
 from foundation.environment import environment
 from foundation.files import CorruptFileError, check_seal, fingerprint, json_text, write_into_seal
 from foundation.serialize import to_dict
 from lm.config import ModelConfig
-from staged_training.describe import describe
 from staged_training.estimate import Estimate, estimate
 from staged_training.execute import Execution
 from staged_training.plan import Branch, CorpusFacts, Plan
@@ -201,7 +199,7 @@ def run_comparison(
     executions = [SharedExecution(job, plan) for plan in job.plans]
     # Where old code is accepted, the plans are those of its runs.
     job = dataclasses.replace(job, plans=[execution.plan for execution in executions])
-    plan = plan_text(job)
+    plan = plan_text(job.methods, job.plans, job.baseline, cached=options.execution.cache)
     print(plan, flush=True)
     for execution in executions:
         if not options.dry_run:
@@ -246,23 +244,12 @@ def with_budgets(estimated: Estimate, execution: Execution, job: Job) -> Estimat
     return dataclasses.replace(estimated, evaluation=estimated.evaluation * (1 + extra))
 
 
-def plan_text(job: Job) -> str:
-    """What will run, for people."""
-    n_branches = sum(len(plan.branches) for plan in job.plans)
-    lines = [
-        f"methods {len(job.methods)}, branch seeds {job.options.seeds}, trunks {len(job.plans)}: {n_branches} branches"
-    ]
-    lines += [f"  {method.name:<22} {method.question}" for method in job.methods]
-    # Trunks differ in their seed only.
-    return "\n".join([*lines, describe(job.plans[0])])
-
-
-def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: str) -> Comparison:
+def describe_comparison(job: Job, executions: list[SharedExecution], printed: str) -> Comparison:
     """The record that the report is made from.
 
     Args:
         executions: one per plan of the job.
-        plan_text: as it was printed.
+        printed: the plan, as it was.
     """
     # What is recorded of the first plan and its first branch holds for all: plans differ in the trunk's seed only, and
     # `Plan` refuses branches that differ in stage, boundary or freshness.
@@ -275,7 +262,7 @@ def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: 
 
     return Comparison(
         methods=tuple(
-            MethodSummary(name=m.name, question=m.question, kind=m.kind(job.baseline), known=m.known)
+            MethodSummary(name=m.name, question=asked(m, plan), kind=m.kind(job.baseline), known=m.known)
             for m in job.methods
         ),
         trunk_seeds=tuple(plan.trunk_seed for plan in job.plans),
@@ -289,8 +276,8 @@ def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: 
         bytes_per_token=plan.corpus.train_bytes / plan.corpus.train_tokens,
         valid_bytes=plan.corpus.valid_bytes,
         xz_bits_per_byte=xz_bits_per_byte(job.corpus.valid_text()),
-        plan=plan_text,
-        command=shlex.join(["python", *sys.orig_argv[1:]]),
+        plan=printed,
+        command=command_line(),
         trunks=tuple(
             RunReference(
                 method="trunk",
@@ -311,4 +298,5 @@ def describe_comparison(job: Job, executions: list[SharedExecution], plan_text: 
             for branch in execution.plan.branches
         ),
         form=form_of(job.options.staging),
+        domains=job.corpus.valid_domains(),
     )

@@ -8,7 +8,6 @@ trunk's and keeps its policy.
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from lm.config import ModelConfig
 from lm.evaluate import evaluate
 from staged_training.flops import optimizer_flops
 from staged_training.trained_run import TrainedRun
+from staged_training.validation import spaced_batches, text_bytes
 
 # Shares of the baseline's experts per token: 2, 4, 6, 8, 12 and 16 at top-12.
 BUDGETS = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 1, 4 / 3)
@@ -128,30 +128,10 @@ def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[Bud
     return tuple(points), tokens, flops
 
 
-def spaced_batches(count: int, n_batches: int) -> list[int]:
-    """Numbers of up to `count` of `n_batches` batches, evenly spaced from the first on: a text's domains lie one after
-    the other, so its first batches alone would be one domain."""
-    count = min(count, n_batches)
-    return [index * n_batches // count for index in range(count)]
-
-
 def budgets_of(baseline: ModelConfig) -> list[int]:
     """Mean experts per token to evaluate at, ascending: the baseline's own, and below and above it."""
     k = experts_of(baseline)
     return sorted({min(max(1, round(share * k)), baseline.moe.n_experts) for share in BUDGETS})
-
-
-def text_bytes(corpus: PreparedCorpus, batches: Sequence[int], tokens_per_batch: int) -> int:
-    """UTF-8 bytes of the tokens predicted in some validation batches.
-
-    Args:
-        batches: their numbers.
-        tokens_per_batch: of every batch but the last, which ends with the text.
-    """
-    # The first token of the text is never predicted, so the targets of batch 0 begin at token 1.
-    starts = (1 + index * tokens_per_batch for index in batches)
-    windows = (corpus.valid.window(start, min(tokens_per_batch, len(corpus.valid) - start)) for start in starts)
-    return sum(int(corpus.tokenizer.n_bytes_V[targets].sum()) for targets in windows)
 
 
 def padded(counts: tuple[int, ...], length: int) -> list[int]:

@@ -6,6 +6,7 @@ without `result.json` is unfinished.
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from foundation.files import CorruptFileError, check_seal, read_json
 from foundation.serialize import load_json
 from foundation.tables import read_rows
 from staged_training.diagnostics import StepDiagnostics, read_diagnostics
-from staged_training.progress import METRICS, TIMING, read_metrics, read_steps
+from staged_training.progress import METRICS, read_metrics
 from staged_training.record import ENVIRONMENT, LEDGER, RESULT, SECTIONS, Ledger, SectionLoss, check_run
 
 COMPARISON_FILE = "comparison.json"
@@ -69,6 +70,7 @@ class Comparison:
         command: that repeats this comparison.
         trunks, branches: all planned runs, finished or not.
         form: see `reliability.form_of`; empty where it was not written down.
+        domains: of every document of the validation text; empty where it was not written down.
     """
 
     methods: tuple[MethodSummary, ...]
@@ -88,6 +90,7 @@ class Comparison:
     trunks: tuple[RunReference, ...]
     branches: tuple[RunReference, ...]
     form: str = ""
+    domains: tuple[str, ...] = ()
 
     @property
     def controls(self) -> frozenset[str]:
@@ -192,7 +195,6 @@ class RecordedRun:
         folder: of the run.
         losses: of every step, in nats per token.
         experts: of every step, the mean number per token over the blocks that train.
-        seconds: of every step.
         costs: by kind of work, see `staged_training.record.Ledger`.
         sections: the loss of each section of the validation text.
         diagnostics: of every step that ended an interval of progress; none where the run is from before they were
@@ -202,10 +204,15 @@ class RecordedRun:
     folder: Path
     losses: list[float]
     experts: list[float]
-    seconds: list[float]
     costs: dict[str, Cost]
     sections: list[SectionLoss]
     diagnostics: list[StepDiagnostics]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the whole validation text."""
+        n_bytes = sum(section.n_bytes for section in self.sections)
+        return math.fsum(section.nats for section in self.sections) / (n_bytes * math.log(2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,17 +327,16 @@ def read_recorded_run(folder: Path) -> RecordedRun:
     check_run(folder)
     if not (folder / SECTIONS).is_file():
         raise ValueError(f"{folder} holds no {SECTIONS}: a run of before there was one; remove it and run it again")
-    metrics, timing, ledger = read_metrics(folder), read_steps(folder / TIMING), Ledger.load(folder)
+    metrics, ledger = read_metrics(folder), Ledger.load(folder)
     try:
         return RecordedRun(
             folder=folder,
             losses=[line["loss"] for line in metrics],
             experts=[line["mean_experts"] for line in metrics],
-            seconds=[line["seconds"] for line in timing],
             costs={kind: Cost(flops=cost["flops"], seconds=cost["seconds"]) for kind, cost in ledger.costs.items()},
             sections=read_rows(folder / SECTIONS, SectionLoss),
             diagnostics=read_diagnostics(folder),
         )
     except (KeyError, TypeError, AttributeError) as error:
         # Only in folders from before there were seals: what has one is as it was written.
-        raise CorruptFileError(f"{folder}: {METRICS}, {TIMING} or {LEDGER} lacks {error}") from error
+        raise CorruptFileError(f"{folder}: {METRICS} or {LEDGER} lacks {error}") from error

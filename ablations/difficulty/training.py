@@ -12,24 +12,22 @@ the early checkpoint that learnability is measured against.
 """
 
 import dataclasses
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ablations.comparison.options import STAGING, ModelOptions
 from ablations.comparison.registry import find_methods, sources_of
 from ablations.difficulty.tasks import generate, write_problems
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, PreparedCorpus, prepare
-from foundation.command import leave_options
+from foundation.command import command_line, leave_options
 from foundation.environment import environment
 from foundation.files import check_seal, json_text, write_into_seal, write_text
 from foundation.numbers import check_numbers
 from foundation.serialize import load_json, to_dict
 from lm.config import ModelConfig
+from lm.options import ModelOptions
 from routing.policies.random_k import RandomK
 from routing.policies.top_k import TopK
 from staged_training.describe import describe
@@ -75,11 +73,9 @@ class TrainingOptions:
     methods: tuple[str, ...] = ("top_p", "difficulty_head")
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     staging: Annotated[StagingConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=lambda: dataclasses.replace(STAGING, tokens=5_000_000, trunk_share=0.8, freeze=0.0)
+        default_factory=lambda: StagingConfig(tokens=5_000_000, trunk_share=0.8)
     )
-    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=lambda: CorpusConfig(valid_share=0.08)
-    )
+    corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CorpusConfig)
     execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=ExecutionConfig
     )
@@ -192,7 +188,7 @@ def train(options: TrainingOptions) -> Study:
                 runs={name: relative(folder, options.out) for name, folder in runs.items()},
                 static={name: k for name in runs for k in options.static if methods[name] == static_name(k)},
                 seconds=dict(seconds),
-                command=shlex.join(["python", *sys.orig_argv[1:]]),
+                command=command_line(),
                 environment=environment(data_hash=main.plan.corpus.content_hash),
                 methods=dict(methods),
                 seeds=dict(seeds),

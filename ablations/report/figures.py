@@ -10,16 +10,22 @@ import math
 import statistics
 from collections.abc import Callable
 
+import numpy as np
 from matplotlib.figure import Figure as Drawing
 
 from ablations.comparison.cost import compare_costs
-from ablations.comparison.records import Comparison, RecordedRun, Records
+from ablations.comparison.records import BranchResult, Comparison, RecordedRun, Records
+from ablations.comparison.statistics import RunKey
 from ablations.comparison.verdicts import outcomes
 from ablations.report import drawing
+from ablations.report.drawing import MEAN
+from staged_training.validation import VALIDATED
 
 FigureRows = list[tuple]
 # Points per curve: enough for its shape, few enough that the noise of single batches is averaged away.
 TRUNK_BINS, BRANCH_BINS, DIFFERENCE_BINS = 48, 10, 24
+# Panels of the differences.
+PAIRED, KNOWN, UNPAIRED = "methods, paired by seed", "controls of known sign", "another order of the data, not paired"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,30 +49,39 @@ class Figure:
 
 def all_figures(records: Records) -> list[Figure]:
     """Every figure that the finished runs can fill, in the order of the report."""
-    kinds = (differences, loss_curves, branch_differences, loss_against_experts, histogram, routers, costs)
+    kinds = (
+        *(differences, loss_curves, validation_curves, branch_differences, loss_against_experts, histogram),
+        *(routers, costs),
+    )
     return [figure for kind in kinds if (figure := kind(records)).rows]
 
 
 def differences(records: Records) -> Figure:
-    """The result: every method's paired difference from the baseline, its interval and its single runs."""
-    baseline = {key: result.bits_per_byte for key, result in records.results[records.comparison.baseline].items()}
-    rows: FigureRows = []
+    """The result: every method's paired difference from the baseline, its interval and its single runs. What is far
+    larger than a method's effect, what is known and what another order does, has a panel and a scale of its own."""
+    comparison = records.comparison
+    baseline = {key: result.bits_per_byte for key, result in records.results[comparison.baseline].items()}
+    panels: dict[str, FigureRows] = {PAIRED: [], KNOWN: [], UNPAIRED: []}
     for method, outcome in outcomes(records).items():
         if outcome.difference is None:
             continue
+        panel = UNPAIRED if method in comparison.reordered else KNOWN if method in comparison.known else PAIRED
         losses = {key: result.bits_per_byte for key, result in records.results[method].items() if key in baseline}
         interval = outcome.difference.interval
-        rows.append((method, "mean", interval.mean, interval.low, interval.high))
-        rows += [(method, f"trunk {t} seed {s}", losses[t, s] - baseline[t, s], None, None) for t, s in sorted(losses)]
+        rows = panels[panel]
+        rows.append((panel, method, MEAN, interval.mean, interval.low, interval.high))
+        rows += [(panel, method, run_name(*key), losses[key] - baseline[key], None, None) for key in sorted(losses)]
     return Figure(
         name="differences",
         title="Difference from the baseline",
         caption=(
-            "Validation bits per byte, method minus baseline, paired by seed; left of zero is better. "
-            "Bar: 95 % interval of the mean. Small dots: single runs."
+            "Validation bits per byte, method minus baseline; left of zero is better. Bar: 95 % interval of the mean."
+            " Small dots: single runs. Panels have scales of their own: methods see the baseline's batches in its order"
+            " (paired by seed), controls of known sign show what an effect looks like, and another order of the data"
+            " what runs scatter by that are not paired."
         ),
-        columns=("method", "what", "difference", "low", "high"),
-        rows=rows,
+        columns=("panel", "method", "what", "difference", "low", "high"),
+        rows=[row for rows in panels.values() for row in rows],
         draw=drawing.differences,
     )
 
@@ -95,6 +110,27 @@ def loss_curves(records: Records) -> Figure:
     )
 
 
+def validation_curves(records: Records) -> Figure:
+    """Validation loss in the course of trunk and branches, run by run."""
+    comparison = records.comparison
+    rows: FigureRows = by_run("trunk", {(t, 0): validation(run, comparison) for t, run in records.trunks.items()})
+    for method in records.methods:
+        runs = records.branches[method]
+        rows += by_run(method, {key: validation(run, comparison, comparison.trunk_tokens) for key, run in runs.items()})
+    return Figure(
+        name="validation_curves",
+        title="Validation loss",
+        caption=(
+            f"Bits per byte of {VALIDATED} batches of the validation text while training ran, each curve shifted so"
+            " that it ends at the run's value in the table, which is of the whole text. Thin: single runs; thick: their"
+            " mean."
+        ),
+        columns=("series", "run", "tokens", "bits_per_byte"),
+        rows=rows,
+        draw=drawing.validation_curves,
+    )
+
+
 def branch_differences(records: Records) -> Figure:
     """Training loss of a branch minus that of the baseline's branch with the same seed, which sees the same batches in
     the same order."""
@@ -104,20 +140,19 @@ def branch_differences(records: Records) -> Figure:
         # It sees other batches: nothing to subtract batch by batch.
         if method in records.comparison.reordered:
             continue
-        pairs = [(run, baseline[key]) for key, run in records.branches[method].items() if key in baseline]
-        rows += [
-            (method, *point)
-            for point in band([curve_difference(*pair, records.comparison) for pair in pairs], DIFFERENCE_BINS)
-        ]
+        pairs = {key: (run, baseline[key]) for key, run in records.branches[method].items() if key in baseline}
+        curves = {key: curve_difference(*pair, records.comparison) for key, pair in pairs.items()}
+        n_steps = min((len(points) for points in curves.values()), default=0)
+        rows += by_run(method, {key: binned(points[:n_steps], DIFFERENCE_BINS) for key, points in curves.items()})
     return Figure(
         name="branch_differences",
         title="Branches against the baseline, batch by batch",
         caption=(
             "Training bits per byte of each branch minus those of the baseline's branch with the same seed, which sees"
-            " the same batches (other_order sees others and is left out). Below zero is better. Line: mean over seeds;"
-            " band: range over seeds."
+            " the same batches (other_order sees others and is left out). Below zero is better. Thin: single runs;"
+            " thick: their mean."
         ),
-        columns=("method", "tokens", "mean", "low", "high"),
+        columns=("method", "run", "tokens", "difference"),
         rows=rows,
         draw=drawing.branch_differences,
     )
@@ -130,22 +165,32 @@ def loss_against_experts(records: Records) -> Figure:
     for method in records.methods:
         results = list(records.results[method].values())
         # All branches of a comparison were measured at the same budgets, in ascending order.
-        for points in zip(*(result.budgets for result in results)):
-            losses = [point.bits_per_byte for point in points]
-            experts = statistics.fmean(point.mean_experts for point in points)
+        for points in zip(*(level_of_the_table(result) for result in results)):
+            losses = [loss for _, loss in points]
+            experts = statistics.fmean(used for used, _ in points)
             rows.append((method, experts, statistics.fmean(losses), min(losses), max(losses)))
     return Figure(
         name="loss_against_experts",
         title="Loss against experts used",
         caption=(
             "The trained weights run with other mean numbers of experts per token in"
-            f" {records.comparison.trained_blocks}: bits per byte of {tokens:,} tokens of the validation text, in"
-            " batches spaced evenly through it. Line: mean over seeds; band: range over seeds."
+            f" {records.comparison.trained_blocks}. The change from the number that a method trained with was measured"
+            f" on {tokens:,} tokens of the validation text, in batches spaced evenly through it, and stands on the"
+            " table's value, which is of the whole text. Line: mean over seeds; band: range over seeds."
         ),
         columns=("method", "mean_experts", "mean", "low", "high"),
         rows=rows,
         draw=drawing.loss_against_experts,
     )
+
+
+def level_of_the_table(result: BranchResult) -> list[tuple[float, float]]:
+    """(mean experts, bits per byte) at every budget: the change from the branch's own number of experts on the batches
+    that budgets are measured on, added to what the whole validation text gave."""
+    experts = [point.mean_experts for point in result.budgets]
+    losses = [point.bits_per_byte for point in result.budgets]
+    own = float(np.interp(result.mean_experts, experts, losses))
+    return [(used, result.bits_per_byte + loss - own) for used, loss in zip(experts, losses)]
 
 
 def histogram(records: Records) -> Figure:
@@ -171,29 +216,37 @@ def histogram(records: Records) -> Figure:
 
 
 def routers(records: Records) -> Figure:
-    """What the routers of each layer did when training ended."""
+    """What the routers did over the whole run: means over layers and seeds, and the range over layers."""
+    comparison = records.comparison
+    steps = comparison.tokens_per_step
     rows: FigureRows = []
-    for name, runs in {
-        "trunk": records.trunks,
-        **{method: records.branches[method] for method in records.methods},
-    }.items():
-        last = [run.diagnostics[-1].layers for run in runs.values() if run.diagnostics]
-        # Runs of one name report the same layers: the trunk all, a branch those that it trains.
-        for layers in zip(*last):
-            values = (
-                [layer.realised for layer in layers],
-                [layer.dead_experts for layer in layers],
-                [layer.entropy for layer in layers],
-            )
-            rows.append((name, layers[0].layer, *(statistics.fmean(value) for value in values)))
+    for quantity, measured in (
+        ("experts per token", lambda layer: layer.realised),
+        ("dead experts", lambda layer: layer.dead_experts),
+        ("entropy, nats", lambda layer: layer.entropy),
+    ):
+        for name, runs in {
+            "trunk": records.trunks,
+            **{method: records.branches[method] for method in records.methods},
+        }.items():
+            offset = 0 if name == "trunk" else comparison.trunk_tokens
+            # Runs of one name end their intervals at the same steps and report the same layers.
+            for lines in zip(*(run.diagnostics for run in runs.values() if run.diagnostics)):
+                by_layer = [
+                    statistics.fmean(measured(layer) for layer in layers)
+                    for layers in zip(*(line.layers for line in lines))
+                ]
+                where = offset + lines[0].step * steps
+                rows.append((quantity, name, where, statistics.fmean(by_layer), min(by_layer), max(by_layer)))
     return Figure(
         name="routers",
-        title="Routers by layer",
+        title="Routers in the course of training",
         caption=(
-            "In the last step of training, mean over seeds: experts per token, experts that no token of the step used,"
-            " and the entropy of the router's probabilities. The trunk has all layers, a branch those that it trains."
+            "Experts per token, experts that no token of a step used, and the entropy of the routers' probabilities, in"
+            " the steps that ended an interval of progress. Line: mean over layers and seeds; band: range over layers."
+            " The trunk has all layers, a branch those that it trains."
         ),
-        columns=("series", "layer", "mean_experts", "dead_experts", "entropy"),
+        columns=("quantity", "series", "tokens", "mean", "low", "high"),
         rows=rows,
         draw=drawing.routers,
     )
@@ -240,6 +293,34 @@ def curve_difference(run: RecordedRun, baseline: RecordedRun, comparison: Compar
         (tokens, y - reference)
         for (tokens, y), (_, reference) in zip(curve(run, comparison), curve(baseline, comparison))
     ]
+
+
+def validation(run: RecordedRun, comparison: Comparison, offset: int = 0) -> list[tuple[int, float]]:
+    """(tokens seen, validation bits per byte) in the course of a run, ending at the value of the whole text."""
+    measured = [
+        (offset + line.step * comparison.tokens_per_step, line.valid_bits_per_byte)
+        for line in run.diagnostics
+        if line.valid_bits_per_byte is not None
+    ]
+    return [(tokens, y - measured[-1][1] + run.bits_per_byte) for tokens, y in measured]
+
+
+def by_run(name: str, curves: dict[RunKey, list[tuple[int, float]]]) -> FigureRows:
+    """Rows (name, "mean" or a run, tokens, value) of curves that have the same steps; none without curves."""
+    curves = {key: points for key, points in sorted(curves.items()) if points}
+    rows: FigureRows = [(name, run_name(*key), *point) for key, points in curves.items() for point in points]
+    together = zip(*curves.values())
+    return rows + [(name, MEAN, points[0][0], statistics.fmean(y for _, y in points)) for points in together]
+
+
+def run_name(trunk_seed: int, branch_seed: int) -> str:
+    """A run in a csv."""
+    return f"trunk {trunk_seed} seed {branch_seed}"
+
+
+def binned(points: list[tuple[int, float]], bins: int) -> list[tuple[int, float]]:
+    """Means of pieces of equal length, fewer where there are fewer steps; (tokens at the end of the piece, mean)."""
+    return [(tokens, mean) for tokens, mean, _, _ in band([points], bins)]
 
 
 def band(curves: list[list[tuple[int, float]]], bins: int) -> FigureRows:

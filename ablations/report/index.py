@@ -25,8 +25,8 @@ HEADINGS = {
 
 
 def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
-    """List trunks, branches, comparisons and prepared texts: what, when, how large, what came out. Written as a page
-    with links, too: `index.html` in the folder.
+    """List trunks, branches, comparisons and prepared texts: what, when, bits per byte, how large, what came out.
+    Written as a page with links, too: `index.html` in the folder.
 
     Args:
         root: folder that is searched, with all folders below it.
@@ -38,7 +38,8 @@ def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
     width = max(len(str(run.folder)) for run in found)
     for run in found:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
-        print(f"{run.folder!s:<{width}}  {run.what:<10}  {when}  {mebibytes(run.n_bytes)}  {run.verdict}")
+        sizes = f"{bits_text(run):>6} bits per byte  {mebibytes(run.n_bytes)}"
+        print(f"{run.folder!s:<{width}}  {run.what:<10}  {when}  {sizes}  {run.verdict}")
     print(f"{len(found)} folders, {mebibytes(sum(run.n_bytes for run in found)).strip()}")
     print(f"index: {write_index(root, found)}")
 
@@ -60,7 +61,7 @@ def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
             lines = "".join(_line(root, folder) for folder in own)
             sections.append(
                 f"<h2>{heading}</h2><div class=scroll><table class=index><thead><tr><th>folder</th>"
-                "<th>last written</th><th>size</th><th class=verdict>what came out</th></tr></thead>"
+                "<th>last written</th><th>bits/byte</th><th>size</th><th class=verdict>what came out</th></tr></thead>"
                 f"<tbody>{lines}</tbody></table></div>"
             )
     path = root / INDEX_FILE
@@ -75,6 +76,11 @@ def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
     return path
 
 
+def bits_text(found: RunFolder) -> str:
+    """Four decimals, or a dash."""
+    return "-" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+
+
 def _line(root: Path, found: RunFolder) -> str:
     report = found.folder / REPORT
     place = os.path.relpath(report if report.is_file() else found.folder, root)
@@ -82,6 +88,6 @@ def _line(root: Path, found: RunFolder) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.changed))
     return (
         f'<tr><td><a href="{quote(place)}">{html.escape(name)}</a></td><td>{when}</td>'
-        f"<td>{mebibytes(found.n_bytes).strip()}</td>"
+        f"<td>{bits_text(found)}</td><td>{mebibytes(found.n_bytes).strip()}</td>"
         f"<td class=verdict>{html.escape(found.verdict)}</td></tr>"
     )

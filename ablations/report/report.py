@@ -13,7 +13,9 @@ from pathlib import Path
 
 from ablations.comparison.cost import CostComparison, compare_costs, cost_rows, duration
 from ablations.comparison.records import Records, read_records
+from ablations.report.domains import domain_table
 from ablations.report.figures import Figure, all_figures
+from ablations.report.sample import samples
 from ablations.report.style import DARK, VARIABLES, svg
 from ablations.report.table import (
     LOSS,
@@ -21,14 +23,15 @@ from ablations.report.table import (
     SHOWN,
     VERDICT,
     TableRow,
-    compressor_cells,
     footnotes,
+    reference_cells,
     table_rows,
     table_text,
     with_unit,
     write_csv,
 )
 from foundation.command import CannotGoOn
+from foundation.console import escaped
 from foundation.files import write_text
 from foundation.tables import write_table
 
@@ -100,11 +103,13 @@ def page(records: Records, figures: list[Figure]) -> str:
         table(records, rows),
         "".join(["<ul class=notes>", *(f"<li>{html.escape(note)}</li>" for note in footnotes(records)), "</ul>"]),
         f"<p>{csv_link(records.folder / TABLE_FILE)}</p>",
+        domains(records),
         '<h2>Figures</h2><div class="figures">',
         *(figure_block(records, figure) for figure in figures),
         "</div>",
         "<h2>Cost</h2>",
         cost_table(costs),
+        written_texts(records),
         "<h2>Methods</h2>",
         methods(records),
         "<h2>Plan and environment</h2>",
@@ -183,11 +188,44 @@ def table(records: Records, rows: list[TableRow]) -> str:
             label = html.escape(column.heading or "")
             line.append(f'<td{cell_class} data-label="{label}">{html.escape(column.cell(row))}</td>')
         lines.append("".join(line))
-    compressor = compressor_cells(records)
-    lines.append(f'<td>{compressor[METHOD]}</td><td data-label="{LOSS.heading}">{compressor[LOSS]}</td>')
+    lines += [
+        f'<td class="muted">{cells[METHOD]}</td><td data-label="{LOSS.heading}">{cells[LOSS]}</td>'
+        for cells in reference_cells(records)
+    ]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f'<div class="scroll"><table class="result"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def domains(records: Records) -> str:
+    """Bits per byte by domain; nothing where the text has none."""
+    rows = domain_table(records)
+    if not rows:
+        return ""
+    head, *body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    head = head.replace("td>", "th>")
+    lines = "".join(f"<tr>{line}</tr>" for line in body)
+    return (
+        "<h2>By domain</h2><p>Bits per byte of the validation text's domains, mean over runs.</p>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    )
+
+
+def written_texts(records: Records) -> str:
+    """What trained models write; nothing where none is left."""
+    found = samples(records)
+    if not found:
+        return ""
+    texts = (
+        f"<p>{html.escape(each.method)}, {each.bits_per_byte:.4f} bits per byte,"
+        f" <code>{html.escape(each.run)}</code></p>"
+        f'<pre class="written">{html.escape(escaped(each.text))}</pre>'
+        for each in found
+    )
+    return (
+        "<h2>What the models write</h2><p>From an empty document, temperature 0.8, top-p 0.95, seed 0: what a level of"
+        f" bits per byte looks like.</p>{''.join(texts)}"
     )
 
 

@@ -32,6 +32,7 @@ class RunFolder:
         changed: when it was last written to, seconds since 1970.
         n_bytes: of all files below.
         verdict: what came out, or how far it is.
+        bits_per_byte: of the run, of a comparison's baseline; None where there is no such number yet.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class RunFolder:
     changed: float
     n_bytes: int
     verdict: str
+    bits_per_byte: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,11 +78,11 @@ def prune_command(root: tyro.conf.Positional[Path] = Path("runs"), yes: bool = F
 def run_folders(root: Path) -> list[RunFolder]:
     """Everything below `root` that a command of this project has left."""
     runs = [
-        _listed(folder, {"trunks": "trunk", "branches": "branch"}.get(folder.parent.name, "run"), run_verdict(folder))
+        _listed(folder, {"trunks": "trunk", "branches": "branch"}.get(folder.parent.name, "run"), *run_verdict(folder))
         for folder in training_runs(root)
     ]
     comparisons = [
-        _listed(path.parent, "comparison", comparison_verdict(path.parent))
+        _listed(path.parent, "comparison", *comparison_verdict(path.parent))
         for path in sorted(root.rglob(COMPARISON_FILE))
     ]
     texts = [
@@ -94,29 +96,34 @@ def training_runs(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.rglob(ENVIRONMENT) if (path.parent / CONFIG).is_file())
 
 
-def run_verdict(folder: Path) -> str:
-    """What a run has to say for itself in a few words."""
+def run_verdict(folder: Path) -> tuple[str, float | None]:
+    """What a run has to say for itself in a few words, and its bits per byte."""
     if not (folder / RESULT).is_file():
         newest = max((folder / "checkpoints").glob("step_*"), default=None)
-        return "unfinished, " + ("no checkpoint" if newest is None else f"checkpoint at step {int(newest.name[5:])}")
+        return (
+            "unfinished, " + ("no checkpoint" if newest is None else f"checkpoint at step {int(newest.name[5:])}"),
+            None,
+        )
     try:
         record = read_run(folder)
     except ValueError as error:
-        return f"damaged: {error}"
+        return f"damaged: {error}", None
     bits_per_byte = record.result.get("bits_per_byte")
-    score = "" if bits_per_byte is None else f", {bits_per_byte:.4f} bits per byte"
     changed = changed_since(record.config)
-    return f"finished{score}" + (f", by other code: {named(changed)} changed since" if changed else "")
+    by_other_code = f", by other code: {named(changed)} changed since" if changed else ""
+    return f"finished{by_other_code}", bits_per_byte
 
 
-def comparison_verdict(folder: Path) -> str:
-    """Every method with its verdict, or why there is none yet."""
+def comparison_verdict(folder: Path) -> tuple[str, float | None]:
+    """Every method with its verdict, or why there is none yet, and the baseline's bits per byte."""
     try:
         records = read_records(folder)
         left_out = [f"{len(records.damaged)} damaged runs left out"] if records.damaged else []
-        return ", ".join([*(f"{row.method} {row.verdict}" for row in table_rows(records)), *left_out])
+        rows = table_rows(records)
+        verdicts = ", ".join([*(f"{row.method} {row.verdict}" for row in rows), *left_out])
+        return verdicts, rows[0].bits_per_byte.mean
     except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{folder}: ")
+        return str(error).removeprefix(f"{folder}: "), None
 
 
 def weighed(root: Path) -> list[Weighed]:
@@ -196,10 +203,17 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _listed(folder: Path, what: str, verdict: str) -> RunFolder:
+def _listed(folder: Path, what: str, verdict: str, bits_per_byte: float | None = None) -> RunFolder:
     marks = [
         path.stat().st_mtime
         for name in (RESULT, METRICS, COMPARISON_FILE, CORPUS_MANIFEST, CONFIG)
         if (path := folder / name).is_file()
     ]
-    return RunFolder(folder=folder, what=what, changed=max(marks), n_bytes=size_of(folder), verdict=verdict)
+    return RunFolder(
+        folder=folder,
+        what=what,
+        changed=max(marks),
+        n_bytes=size_of(folder),
+        verdict=verdict,
+        bits_per_byte=bits_per_byte,
+    )

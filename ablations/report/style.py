@@ -5,10 +5,11 @@ page can give it another value in the dark. Series colours start from the colour
 (jfly.uni-koeln.de/color), darkened where it is too pale on white.
 """
 
+import dataclasses
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -64,26 +65,72 @@ WIDTH = 5.4
 
 # Arms that measure noise, by the names of their files.
 CONTROLS = ("twin", "other_order")
+# Dashes and markers differ where colours may not: to colour-blind eyes, and in print.
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 1.2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def colours(methods: list[str]) -> dict[str, str]:
-    """One colour per method, the same in every figure.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a series is drawn wherever it appears.
+
+    Attributes:
+        dash: a line style of matplotlib.
+    """
+
+    colour: str
+    dash: Any
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """For a line."""
+        return {"color": self.colour, "linestyle": self.dash}
+
+    @property
+    def points(self) -> dict[str, Any]:
+        """For a line with its points marked."""
+        return {**self.line, "marker": self.marker, "markersize": 4}
+
+
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    """One look per method, the same in every figure.
 
     Args:
         methods: the baseline first, in the order of the table.
 
     Returns:
-        By method: ink for the baseline, grey for the controls, then the series colours in turn.
+        By method, and for "trunk": a solid line of ink for the baseline, grey ones for trunk and controls, then the
+        series colours in turn, each with a dash and a marker of its own.
     """
     others = [method for method in methods[1:] if method not in CONTROLS]
-    named = {method: SERIES[index % len(SERIES)] for index, method in enumerate(others)}
-    return {methods[0]: INK, **dict.fromkeys(CONTROLS, MUTED), **named}
+    named = {
+        method: Look(
+            colour=SERIES[index % len(SERIES)],
+            dash=DASHES[1:][index % (len(DASHES) - 1)],
+            marker=MARKERS[1:][index % (len(MARKERS) - 1)],
+        )
+        for index, method in enumerate(others)
+    }
+    grey = {
+        name: Look(colour=MUTED, dash=dash, marker="o") for name, dash in zip(("trunk", *CONTROLS), ("-", *DASHES[2:]))
+    }
+    first = {name: Look(colour=INK, dash="-", marker="o") for name in methods[:1]}
+    return {**first, **grey, **named}
 
 
-def new_figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `rows` panels above each other that share their x axis; drawn without a window system."""
+def new_figure(
+    height: float, rows: int = 1, *, share_x: bool = True, heights: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `rows` panels above each other; drawn without a window system.
+
+    Args:
+        height: in inches.
+        heights: of the panels, in any unit; equal by default.
+    """
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    panels = figure.subplots(rows, 1, sharex=share_x, squeeze=False, height_ratios=heights)
+    return figure, list(panels[:, 0])
 
 
 def spread(values: list[float], gap: float) -> list[float]:

@@ -14,9 +14,13 @@ from typing import Literal
 from ablations.comparison.cost import compare_costs, cost_text
 from ablations.comparison.records import BranchResult, Records
 from ablations.comparison.reliability import reliability_statement
-from ablations.comparison.statistics import Interval, RunKey, mean_interval
+from ablations.comparison.statistics import Interval, RunKey, mean_interval, student_quantile
 from ablations.comparison.verdicts import Outcome, controls_statement, noise_statement, outcomes, would_see
+from ablations.report.domains import domain_text
 from foundation.tables import write_table
+
+# Share of the baseline's FLOPs by which an arm may differ and count as equal.
+EQUAL = 0.02
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,16 +32,12 @@ class TableRow:
         is_baseline: whether it is what the others are measured against.
         results: of its finished branches.
         outcome: beside the baseline.
-        step_seconds: wall-clock seconds of every training step of every branch.
-        tokens_per_step: of a branch.
     """
 
     method: str
     is_baseline: bool
     results: Mapping[RunKey, BranchResult]
     outcome: Outcome
-    step_seconds: tuple[float, ...]
-    tokens_per_step: int
 
     @property
     def runs(self) -> int:
@@ -63,11 +63,6 @@ class TableRow:
         """The mean over branches of one number of `BranchResult`, named by its field."""
         return statistics.fmean(getattr(result, measured) for result in self.results.values())
 
-    @property
-    def tokens_per_second(self) -> float:
-        """In training, at the median step of all branches: a mean would count the machine's worst moments."""
-        return self.tokens_per_step / statistics.median(self.step_seconds)
-
 
 def table_rows(records: Records) -> list[TableRow]:
     """One row per method with a finished branch; the baseline first."""
@@ -79,8 +74,6 @@ def table_rows(records: Records) -> list[TableRow]:
             is_baseline=method == comparison.baseline,
             results=records.results[method],
             outcome=found[method],
-            step_seconds=tuple(seconds for run in records.branches[method].values() for seconds in run.seconds),
-            tokens_per_step=comparison.tokens_per_step,
         )
         for method in records.methods
     ]
@@ -193,12 +186,6 @@ COLUMNS = (
         heading="KV/token 64K",
         text=lambda row: with_unit(row.mean("cache_bytes_64k")) + "B",
     ),
-    Column(
-        name="tokens_per_second",
-        value=lambda row: row.tokens_per_second,
-        heading="tokens/s",
-        text=lambda row: f"{row.tokens_per_second:,.0f}",
-    ),
 )
 SHOWN = tuple(column for column in COLUMNS if column.heading is not None)
 
@@ -225,8 +212,10 @@ def footnotes(records: Records) -> list[str]:
             " thresholds are set on text that is neither trained on nor measured. Total and active parameters and"
             " FLOPs/token (forward): the whole network."
         ),
-        "tokens/s: training a branch" + (", the frozen prefix read from the cache." if comparison.boundary else "."),
     ]
+    notes[1:1] = [few_seeds(records), *below_the_trunk(records)]
+    if unequal := unequal_budgets(records):
+        notes.append(unequal)
     if comparison.fresh and comparison.trunk_tokens:
         notes.append(
             f"Blocks from {comparison.boundary} on are fresh in every branch, the baseline's too, because a method"
@@ -263,23 +252,72 @@ def footnotes(records: Records) -> list[str]:
     return notes
 
 
-def compressor_cells(records: Records) -> dict[Column, str]:
-    """The last line of the table: what a compressor without a model needs for the same text."""
-    return {METHOD: "xz -9, same text", LOSS: f"{records.comparison.xz_bits_per_byte:.4f}"}
+def few_seeds(records: Records) -> str:
+    """What stands behind a plus-minus sign, and why it is so large where there are few runs."""
+    comparison = records.comparison
+    n = len(comparison.trunk_seeds) if len(comparison.trunk_seeds) > 1 else len(comparison.branch_seeds)
+    what = "trunks" if len(comparison.trunk_seeds) > 1 else "seeds"
+    if n < 2:
+        return "One seed: no spread of bits/byte is known, so none is shown beside it."
+    t = student_quantile(n - 1)
+    return (
+        f"Behind bits/byte: half of a 95 % interval, {t:.1f} standard errors of the mean over {n} {what} (Student's t"
+        f" with {n - 1} degree{'s' * (n > 2)} of freedom; 12.7 with two {what}, 2.0 with many)."
+    )
+
+
+def below_the_trunk(records: Records) -> list[str]:
+    """A warning for arms that end worse than the trunk that they start from: more training has cost them."""
+    if not records.trunks:
+        return []
+    trunk = statistics.fmean(run.bits_per_byte for run in records.trunks.values())
+    worse = {row.method: row.bits_per_byte.mean - trunk for row in table_rows(records)}
+    worse = {method: more for method, more in worse.items() if more > 0}
+    if not worse:
+        return []
+    named = ", ".join(f"{method} by {more:.4f}" for method, more in worse.items())
+    return [
+        f"WARNING: worse than the trunk that they start from ({trunk:.4f}): {named}. Such branches are too short, or"
+        " their rate too high, to say what a method is worth: more --tokens, a smaller --trunk-share, another"
+        " --learning-rate."
+    ]
+
+
+def unequal_budgets(records: Records) -> str | None:
+    """One sentence on arms that train on other tokens, or compute with other FLOPs per token, than the baseline."""
+    rows = {row.method: row for row in table_rows(records)}
+    baseline, own = rows[records.comparison.baseline], records.branches[records.comparison.baseline]
+    steps = len(next(iter(own.values())).losses)
+    found = []
+    for method, row in rows.items():
+        flops = row.mean("forward_flops") / baseline.mean("forward_flops")
+        tokens = len(next(iter(records.branches[method].values())).losses) / steps
+        parts = [f"{tokens:.2g} times the tokens"] * (abs(tokens - 1) > 0.01)
+        parts += [f"{flops:.2f} times the FLOPs per token"] * (abs(flops - 1) > EQUAL)
+        if parts:
+            found.append(f"{method} ({', '.join(parts)})")
+    return f"Not at the baseline's cost: {'; '.join(found)}." if found else None
+
+
+def reference_cells(records: Records) -> list[dict[Column, str]]:
+    """The last lines of the table: where branches begin, and what a compressor without a model needs for the text."""
+    trunks = [run.bits_per_byte for run in records.trunks.values()]
+    lines = [{METHOD: "trunk at its end", LOSS: f"{statistics.fmean(trunks):.4f}"}] if trunks else []
+    return [*lines, {METHOD: "xz -9, same text", LOSS: f"{records.comparison.xz_bits_per_byte:.4f}"}]
 
 
 def table_text(records: Records) -> str:
     """Table, footnotes and costs for the terminal."""
-    compressor = compressor_cells(records)
     body = [
         [column.heading or "" for column in SHOWN],
         *([column.cell(row) for column in SHOWN] for row in table_rows(records)),
-        [compressor.get(column, "") for column in SHOWN],
+        *([cells.get(column, "") for column in SHOWN] for cells in reference_cells(records)),
     ]
     widths = [max(len(cell) for cell in cells) for cells in zip(*body)]
     lines = ["  ".join(_padded(*place) for place in zip(SHOWN, line, widths)).rstrip() for line in body]
     lines.insert(1, "-" * max(len(line) for line in lines))
-    return "\n".join([*lines, "", *footnotes(records), "", cost_text(compare_costs(records))])
+    domains = [domain_text(records), ""] * bool(domain_text(records))
+    return "\n".join([*lines, "", *footnotes(records), "", *domains, cost_text(compare_costs(records))])
 
 
 def _padded(column: Column, cell: str, width: int) -> str:

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ablations.comparison.options import STAGING, ModelOptions
 from corpus.prepare import CorpusConfig
 from foundation.numbers import check_numbers
+from lm.options import ModelOptions
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig
 
@@ -51,9 +51,9 @@ class LadderOptions:
     resamples: int = 200
     out: Path = Path("runs")
     dry_run: bool = False
-    batch_size: int = STAGING.batch_size
-    seq_len: int = STAGING.seq_len
-    learning_rate: float = STAGING.learning_rate
+    batch_size: int = StagingConfig.batch_size
+    seq_len: int = StagingConfig.seq_len
+    learning_rate: float = StagingConfig.learning_rate
     seed: int = 0
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
@@ -84,8 +84,7 @@ class LadderOptions:
 
     def staging(self, tokens: int) -> StagingConfig:
         """Of a run of so many tokens."""
-        return dataclasses.replace(
-            STAGING,
+        return StagingConfig(
             tokens=tokens,
             batch_size=self.batch_size,
             seq_len=self.seq_len,

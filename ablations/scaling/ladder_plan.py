@@ -5,9 +5,8 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ablations.agreement.cost import planned, speed
+from ablations.agreement.cost import speed
 from ablations.comparison.cost import duration
-from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import find_methods
 from ablations.method import Method
 from ablations.report.table import with_unit
@@ -15,7 +14,9 @@ from ablations.scaling.ladder_options import LadderOptions
 from corpus.prepare import PreparedCorpus, prepare
 from foundation.files import fingerprint
 from lm.accounting import model_cost
+from lm.options import ModelOptions
 from staged_training.execute import Execution
+from staged_training.flops import planned
 from staged_training.plan import Plan
 from staged_training.record import RESULT
 from staged_training.staging import corpus_facts, make_whole_plan

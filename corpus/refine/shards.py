@@ -120,10 +120,7 @@ def _item(item: Document | Skipped, file: Path) -> Item:
     domain = domain_of(file)
     if isinstance(item, Skipped):
         return Item("", {}, item.place, domain, 0, layer="normalise", reason=f"unreadable: {item.kind}")
-    record = dict(item.record)
-    given = record.get("domain")
-    n_bytes = len(item.text.encode())
-    return Item(item.text, record, item.place, given if isinstance(given, str) else domain, n_bytes)
+    return Item(item.text, dict(item.record), item.place, item.domain, len(item.text.encode()))
 
 
 def domain_of(file: Path) -> str:

@@ -1,10 +1,10 @@
-"""Expert choice: each expert takes the tokens that score highest for it (Zhou et al., arXiv 2202.09368). Perfectly
-balanced by construction.
+"""Expert choice: in training each expert takes the tokens that score highest for it (Zhou et al., arXiv 2202.09368).
+Perfectly balanced by construction.
 
-For the analysis of training only: whether a token gets an expert depends on later tokens of the batch, so it cannot
-generate text, and losses measured with it are not those of a language model.
+Whether a token gets an expert then depends on later tokens of the batch: the training loss is not one of a language
+model, and a text that is generated has no later tokens. Outside training every token takes its k best experts instead.
 
-Legend: T tokens, E experts, C tokens per expert.
+Legend: T tokens, E experts, C tokens per expert, K slots per token.
 """
 
 import dataclasses
@@ -12,15 +12,16 @@ from typing import ClassVar
 
 import torch
 
-from routing.policy import Policy, PolicyConfig, Scores, Slots
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertChoice(PolicyConfig):
-    """Each expert takes the tokens that score highest for it; for the analysis of training only.
+    """Each expert takes the tokens that score highest for it; outside training tokens take their best experts.
 
     Attributes:
-        k: mean experts per token; each expert takes C = round(k * T / E) tokens.
+        k: mean experts per token; each expert takes C = round(k * T / E) tokens. Outside training every token takes as
+            many experts, rounded.
     """
 
     needs_whole_batch: ClassVar[bool] = True
@@ -33,7 +34,7 @@ class ExpertChoice(PolicyConfig):
 
     @property
     def evaluated_experts(self) -> float:
-        return self.k
+        return max(1, round(self.k))
 
     def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "ExpertChoicePolicy":
         return ExpertChoicePolicy(self, n_experts=n_experts)
@@ -47,10 +48,7 @@ class ExpertChoicePolicy(Policy):
 
     def select(self, scores: Scores) -> Slots:
         if not self.training:
-            raise ValueError(
-                "ExpertChoice looks at later tokens and is for training analysis only: set another policy to evaluate"
-                " or generate"
-            )
+            return Slots(*best(scores, max(1, round(self.config.k))))
         n_tokens, n_experts = scores.scores_TE.shape
         taken_CE = scores.selection_TE.topk(min(n_tokens, round(self.config.k * n_tokens / n_experts)), dim=0)[1]
         keep_TE = torch.zeros_like(scores.scores_TE, dtype=torch.bool).scatter_(0, taken_CE, True)

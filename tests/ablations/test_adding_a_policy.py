@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ablations.cli import compare
-from ablations.comparison.options import ModelOptions, Options
+from ablations.comparison.options import Options
 from ablations.comparison.registry import find_methods
 from ablations.difficulty.observe import observe
 from ablations.difficulty.windows import Windows
@@ -22,6 +22,7 @@ from foundation.serialize import from_dict, to_dict
 from lm.budget import calibrate_to_targets, set_budget, variable_layers
 from lm.config import ModelConfig
 from lm.model import LanguageModel, token_losses
+from lm.options import ModelOptions
 from moe.config import MoEConfig
 from routing.budget import BudgetController
 from routing.policies.top_k import TopK
@@ -189,8 +190,7 @@ def test_it_is_compared_with_the_baseline(margin, tmp_path, text_folder, tiny_mo
     assert method.has_budget(options.model.config(300))
     report = compare([*find_methods([]), method], options)
     printed = capsys.readouterr().out
-    assert "margin                 layers" in printed
-    assert "Margin(target_mean=" in printed
+    assert "margin                 policy TopK(k=3, n_groups=1, top_groups=1) -> Margin(target_mean=3" in printed
     assert report is not None
     assert "Does a margin below the best logit choose well?" in report.read_text()
     # It holds what it was asked for, at its own budget and at others.

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from ablations.comparison.compare import SharedExecution, prepare_job, run_in_turn
-from ablations.comparison.options import ModelOptions, Options
+from ablations.comparison.options import Options
 from ablations.comparison.records import BranchResult
 from ablations.comparison.registry import all_methods, find_methods
 from ablations.method import Method, with_policy
 from corpus.prepare import CorpusConfig
 from foundation.serialize import load_json
 from lm.accounting import meta_model
+from lm.options import ModelOptions
 from routing.policies.top_k import TopK
 from staged_training.boundary import different_blocks
 from staged_training.checkpoint import load_latest

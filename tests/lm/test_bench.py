@@ -4,21 +4,17 @@ import pytest
 
 from lm.__main__ import main
 from lm.bench import BenchConfig, fewer_experts_text
-from lm.config import ModelConfig
-from moe.config import MoEConfig
-from routing.policies.top_k import TopK
-from routing.router import RouterConfig
+from lm.options import ModelOptions
 
 
 def config(**changes):
-    moe = MoEConfig(n_experts=9, d_expert=8, router=RouterConfig(policy=TopK(k=8)))
-    return BenchConfig(model=ModelConfig(moe=moe), **changes)
+    return BenchConfig(model=ModelOptions(n_experts=9, d_expert=8, k=8), **changes)
 
 
 def test_decoding_is_timed_with_fewer_experts_too(tmp_path, capsys):
-    words = "--model.n-layers 2 --model.d-model 16 --model.vocab-size 50 --model.attention.head-dim 8 --batch-size 2"
+    words = "--n-layers 2 --d-model 16 --vocab-size 50 --head-dim 8 --batch-size 2"
     csv = tmp_path / "bench.csv"
-    more = f"--length 9 --decode-tokens 4 --repeats 1 --experts 5 2 80 --threads 1 --csv {csv}"
+    more = f"--seq-len 9 --decode-tokens 4 --repeats 1 --experts 5 2 80 --threads 1 --csv {csv}"
     main(["bench", *f"{words} {more}".split()])
     printed = capsys.readouterr().out
     parts = [line.split(",")[0] for line in csv.read_text().replace('"', "").splitlines()[1:]]

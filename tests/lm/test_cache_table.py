@@ -18,7 +18,7 @@ from lm.pretrained import save_pretrained
 from lm.published_caches import PUBLISHED
 from moe.config import MoEConfig
 
-SMALL = ("--attention.n-heads", "4", "--attention.n-kv-heads", "2", "--attention.head-dim", "8")
+SMALL = ("--n-heads", "4", "--n-kv-heads", "2", "--head-dim", "8")
 BY_NAME = {model.name: model for model in PUBLISHED}
 
 
@@ -46,7 +46,7 @@ def test_the_published_table_is_printed(capsys):
 
 
 def test_yi_lightnings_plan(capsys):
-    main(["cache", "--plan", "SSSFSSSR", "--length", "64k"])
+    main(["cache", "--layer-plan", "SSSFSSSR", "--length", "64k"])
     said = capsys.readouterr().out
     assert "saved 82.8125 %" in said
     assert re.search(r"^S +6 +0 .* 4,097 tokens$", said, re.MULTILINE)
@@ -62,7 +62,7 @@ def test_rows_are_the_bytes_of_real_caches(tmp_path, pattern, dtype, capsys):
     main(
         [
             "cache",
-            "--plan",
+            "--layer-plan",
             pattern,
             "--length",
             "700",
@@ -125,7 +125,7 @@ def test_by_hand_where_a_linear_layer_begins_to_save():
 def test_figures_are_drawn_the_same_each_time(tmp_path):
     paths = [tmp_path / name for name in ("one.svg", "two.svg", "three.png")]
     for path in paths:
-        main(["cache", "--plan", "SSSF", "KKKA", "F", "--length", "2k", "--plot", str(path), *SMALL])
+        main(["cache", "--layer-plan", "SSSF", "KKKA", "F", "--length", "2k", "--plot", str(path), *SMALL])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     text = " ".join(ElementTree.parse(paths[0]).getroot().itertext())
     assert "KKKA" in text

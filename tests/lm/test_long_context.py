@@ -7,13 +7,14 @@ import pytest
 from lm.__main__ import main
 
 OPTIONS = {
-    "--model.n-layers": 4,
-    "--model.layer-plan": "KSLF",
-    "--model.d-model": 32,
-    "--model.vocab-size": 256,
-    "--model.moe.n-experts": 16,
-    "--model.moe.d-expert": 16,
-    "--model.attention.window": 8,
+    "--dtype": "float32",
+    "--n-layers": 4,
+    "--layer-plan": "KSLF",
+    "--d-model": 32,
+    "--vocab-size": 256,
+    "--n-experts": 16,
+    "--d-expert": 16,
+    "--window": 8,
     "--threads": 1,
     "--tokens": 17000,
     "--decode-tokens": 3,
@@ -53,5 +54,5 @@ def test_the_table_and_the_end(tmp_path, capsys):
 
 
 def test_bytes_need_a_vocabulary():
-    with pytest.raises(SystemExit, match=r"model.vocab_size: 100, must be at least 256"):
-        main(["long-context", "--model.vocab-size", "100", "--tokens", "10"])
+    with pytest.raises(SystemExit, match=r"--vocab-size 100: must be at least 256"):
+        main(["long-context", "--vocab-size", "100", "--tokens", "10"])

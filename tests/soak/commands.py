@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from tests.soak.attempts import attempt
-from tests.soak.world import Outcome, World, prefixed
+from tests.soak.world import Outcome, World
 from tests.test_command_lines import INTERNAL, run
 
 # Longer ones are asked to stop, which they must answer as well.
@@ -57,18 +57,8 @@ VALUES = {
 HEADS = ("--d-model", "16", "--n-layers", "2", "--n-experts", "4", "--d-expert", "8", "--n-heads", "2")
 HEADS += ("--n-kv-heads", "1", "--head-dim", "8", "--k", "2")
 FEW = ("--tokens", "640", "--batch-size", "2", "--seq-len", "16")
-MODEL = prefixed(HEADS, "model")
-TRAINING = (
-    "--out",
-    "{out}",
-    "--corpus.data",
-    "{text}",
-    "--corpus.vocab-size",
-    "300",
-    *MODEL,
-    *prefixed(FEW, "staging"),
-)
-COMPARING = ("top_p", "--out", "{out}", "--data", "{text}", "--vocab-size", "300", *HEADS, *FEW, "--dry-run")
+TRAINING = ("--out", "{out}", "--data", "{text}", "--vocab-size", "300", *HEADS, *FEW)
+COMPARING = ("top_p", *TRAINING, "--dry-run")
 COMMANDS = {
     "staged_training run": (*TRAINING, "--dry-run"),
     "staged_training parallel": TRAINING,
@@ -83,7 +73,7 @@ COMMANDS = {
     "corpus prepare": ("--root", "{out}", "--data", "{text}", "--vocab-size", "300"),
     "corpus show": ("{corpus}",),
     "lm generate": ("--run", "{model}", "--max-new-tokens", "3"),
-    "lm bench": ("--length", "8", "--decode-tokens", "4", "--repeats", "1", "--threads", "1", *MODEL),
+    "lm bench": ("--seq-len", "8", "--decode-tokens", "4", "--repeats", "1", "--threads", "1", *HEADS),
     "moe bench": (
         "--tokens",
         "16",

@@ -32,8 +32,6 @@ SIZES = (
 )
 STAGING = ("--tokens", "960", "--batch-size", "2", "--seq-len", "16")
 OFTEN = ("--save-every", "4", "--log-every", "10")
-NAMES = {"n-experts": "moe.n-experts", "d-expert": "moe.d-expert", "k": "moe.router.policy.k"}
-NAMES |= {name: f"attention.{name}" for name in ("n-heads", "n-kv-heads", "head-dim")}
 
 # What depends on the clock, on the machine or, through a checksum, on one of these.
 BY_THE_CLOCK = {"timing.jsonl", "seal.json", "report.html", "environment.json", ".lock"}
@@ -54,15 +52,6 @@ class Outcome:
     how: str
     count: int = 1
     problem: str = ""
-
-
-def prefixed(options: tuple[str, ...], prefix: str) -> list[str]:
-    """Options of `ablations compare` as `staged_training` spells them."""
-    return [
-        f"--{prefix}.{NAMES.get(word[2:], word[2:])}" if word.startswith("--") else word
-        for word in options
-        if prefix != "model" or word not in ("--dtype", "float32")
-    ]
 
 
 class Subject:
@@ -193,8 +182,7 @@ class World:
         of_corpus = ("--data", str(self.text), "--vocab-size", VOCABULARY)
         self.compare = ("compare", "top_p", *of_corpus, *SIZES, *STAGING, *OFTEN, "--freeze", "0.5", "--seeds", "1")
         self.compare += ("--budget-batches", "1")
-        common = [*prefixed(of_corpus, "corpus"), *prefixed(SIZES, "model"), *prefixed(OFTEN, "execution")]
-        self.staged = [*common, *prefixed(STAGING, "staging")]
+        self.staged = [*of_corpus, *SIZES, *STAGING, *OFTEN]
         self.subjects = {
             "comparison": Subject("comparison", lambda out: run("ablations", *self.compare, "--out", str(out))),
             "two processes": Subject(

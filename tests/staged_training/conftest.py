@@ -12,6 +12,7 @@ from moe.config import MoEConfig
 from routing.policies.top_k import TopK
 from routing.router import RouterConfig
 from staged_training.execute import ExecutionConfig
+from staged_training.optimizer import OptimizerConfig
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 
 VOCABULARY = 300
@@ -57,7 +58,15 @@ def with_policy(model_config):
 
 @pytest.fixture(scope="session")
 def staging():
-    return StagingConfig(tokens=30 * 2 * 16, trunk_share=0.8, freeze=0.5, batch_size=2, seq_len=16)
+    return StagingConfig(
+        tokens=30 * 2 * 16,
+        trunk_share=0.8,
+        freeze=0.5,
+        batch_size=2,
+        seq_len=16,
+        learning_rate=3e-3,
+        optimizer=OptimizerConfig(kind="adamw", embedding_rate=1.0),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def train(policy: str, folder: Path, processes: Processes = ALONE, *, stop: bool
         branch_seed=None,
         stage=Stage(n_batches=STEPS, schedule=schedule),
         # A gradient that is nearly zero must not become a full step of either sign: rounding would decide.
-        optimizer=OptimizerConfig(kind="muon" if policy == "muon" else "adamw", eps=1e-3, clip=0.1),
+        optimizer=OptimizerConfig(kind="muon" if policy == "muon" else "adamw", embedding_rate=1.0, eps=1e-3, clip=0.1),
         seed=0,
         boundary=0,
         order=tuple(range(STEPS)),

@@ -38,7 +38,7 @@ def train(corpus, with_policy):
             method="trunk",
             branch_seed=None,
             stage=stage,
-            optimizer=OptimizerConfig(),
+            optimizer=OptimizerConfig(kind="adamw", embedding_rate=1.0),
             seed=0,
             boundary=boundary,
             order=tuple(range(STEPS)),

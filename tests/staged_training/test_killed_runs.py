@@ -15,29 +15,31 @@ from staged_training.__main__ import main
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [
     *(
-        "--corpus.vocab-size",
+        "--dtype",
+        "float32",
+        "--vocab-size",
         "300",
-        "--model.d-model",
+        "--d-model",
         "16",
-        "--model.n-layers",
+        "--n-layers",
         "4",
-        "--model.moe.n-experts",
+        "--n-experts",
         "4",
-        "--model.moe.d-expert",
+        "--d-expert",
         "8",
     ),
     *(
-        "--model.attention.n-heads",
+        "--n-heads",
         "2",
-        "--model.attention.n-kv-heads",
+        "--n-kv-heads",
         "1",
-        "--model.attention.head-dim",
+        "--head-dim",
         "8",
-        "--model.moe.router.policy.k",
+        "--k",
         "2",
     ),
-    *("--staging.tokens", "4480", "--staging.batch-size", "2", "--staging.seq-len", "16", "--staging.freeze", "0.5"),
-    *("--execution.save-every", "7", "--execution.log-every", "50"),
+    *("--tokens", "4480", "--batch-size", "2", "--seq-len", "16", "--freeze", "0.5"),
+    *("--save-every", "7", "--log-every", "50"),
 ]
 TRUNK_STEPS = 119
 
@@ -62,13 +64,13 @@ def results(out):
 def straight(documents, tmp_path_factory):
     """The results of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("straight")
-    main(["run", "--out", str(out), "--corpus.data", str(documents), *OPTIONS])
+    main(["run", "--out", str(out), "--data", str(documents), *OPTIONS])
     return results(out)
 
 
 @pytest.fixture
 def command(documents, tmp_path):
-    return ["run", "--out", str(tmp_path), "--corpus.data", str(documents), *OPTIONS]
+    return ["run", "--out", str(tmp_path), "--data", str(documents), *OPTIONS]
 
 
 def start(*arguments):

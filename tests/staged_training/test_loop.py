@@ -62,7 +62,7 @@ def train(batches, with_policy):
             method="trunk",
             branch_seed=None,
             stage=stage,
-            optimizer=OptimizerConfig(),
+            optimizer=OptimizerConfig(kind="adamw", embedding_rate=1.0),
             seed=seed,
             boundary=0,
             order=tuple(range(STEPS)),

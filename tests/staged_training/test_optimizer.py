@@ -26,7 +26,7 @@ def fill_gradients(optimizer, seed):
 
 
 def test_matrices_decay_and_nothing_else(model):
-    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.3), 0)
+    optimizer = build_optimizer(model, OptimizerConfig(kind="adamw", embedding_rate=1.0, weight_decay=0.3), 0)
     decay_of = {
         id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -39,7 +39,7 @@ def test_matrices_decay_and_nothing_else(model):
 @pytest.mark.parametrize("boundary", [0, 1, 3])
 def test_only_what_is_above_the_boundary_moves(model, boundary):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimizerConfig(), boundary)
+    optimizer = build_optimizer(model, OptimizerConfig(kind="adamw", embedding_rate=1.0), boundary)
     fill_gradients(optimizer, 0)
     update(optimizer, 1e-2)
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
@@ -70,7 +70,7 @@ def test_the_embedding_moves_at_its_own_rate_and_the_rest_as_before(model_config
 
 
 def test_clipping_returns_the_norm_it_found(model):
-    optimizer = build_optimizer(model, OptimizerConfig(), 2)
+    optimizer = build_optimizer(model, OptimizerConfig(kind="adamw", embedding_rate=1.0), 2)
     fill_gradients(optimizer, 0)
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
     expected = torch.sqrt(sum(gradient.double().square().sum() for gradient in gradients))
@@ -86,7 +86,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(model_config):
             update(optimizer, 1e-2 / (1 + step))
 
     straight = LanguageModel(model_config).init_weights(0)
-    optimizer = build_optimizer(straight, OptimizerConfig(), 1)
+    optimizer = build_optimizer(straight, OptimizerConfig(kind="adamw", embedding_rate=1.0), 1)
     train(straight, optimizer, range(3))
     weights = {name: tensor.clone() for name, tensor in straight.state_dict().items()}
     stored = {name: tensor.clone() for name, tensor in optimizer_tensors(straight, optimizer, 1).items()}
@@ -94,14 +94,14 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(model_config):
 
     resumed = LanguageModel(model_config).init_weights(9)
     resumed.load_state_dict(weights)
-    again = build_optimizer(resumed, OptimizerConfig(), 1)
+    again = build_optimizer(resumed, OptimizerConfig(kind="adamw", embedding_rate=1.0), 1)
     restore_optimizer(resumed, again, 1, stored)
     train(resumed, again, range(3, 6))
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in straight.state_dict().items())
 
 
 def test_states_of_another_model_are_refused_by_name(model):
-    optimizer = build_optimizer(model, OptimizerConfig(), 1)
+    optimizer = build_optimizer(model, OptimizerConfig(kind="adamw", embedding_rate=1.0), 1)
     with pytest.raises(ValueError, match=r"exp_avg:blocks\.0\.moe"):
         restore_optimizer(model, optimizer, 1, {"exp_avg:blocks.0.moe.router.weight_ED": torch.zeros(4, 16)})
     with pytest.raises(ValueError, match=r"exp_avg:head_VD.*\[|exp_avg:head_VD.*\("):

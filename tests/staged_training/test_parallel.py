@@ -125,26 +125,28 @@ def test_a_stop_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(
 
 TINY = [
     *(
-        "--corpus.vocab-size",
+        "--dtype",
+        "float32",
+        "--vocab-size",
         "300",
-        "--model.d-model",
+        "--d-model",
         "16",
-        "--model.n-layers",
+        "--n-layers",
         "2",
-        "--model.moe.n-experts",
+        "--n-experts",
         "8",
-        "--model.moe.d-expert",
+        "--d-expert",
         "16",
     ),
-    *("--model.attention.n-heads", "2", "--model.attention.n-kv-heads", "1", "--model.attention.head-dim", "8"),
+    *("--n-heads", "2", "--n-kv-heads", "1", "--head-dim", "8"),
     *(
         "--policy",
         '{"type": "TopP", "target_mean": 2, "cap": 4}',
-        "--staging.tokens",
+        "--tokens",
         "640",
-        "--staging.batch-size",
+        "--batch-size",
         "4",
-        "--staging.seq-len",
+        "--seq-len",
         "16",
     ),
 ]
@@ -162,7 +164,7 @@ def test_the_command_under_torchrun(documents, tmp_path):
         "staged_training",
         "parallel",
     ]
-    command += ["--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
+    command += ["--out", str(tmp_path), "--data", str(documents), *TINY]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
     )
@@ -180,7 +182,7 @@ def test_the_command_without_torchrun_is_one_process_and_knows_what_is_finished(
     # Left over from another program; without torchrun they mean nothing.
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    command = ["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
+    command = ["parallel", "--out", str(tmp_path), "--data", str(documents), *TINY]
     main(command)
     assert "1 (gloo): 1 x data, 1 x experts" in capsys.readouterr().out
     main(command)
@@ -192,7 +194,7 @@ def test_a_disk_that_runs_full_under_the_shards_is_one_line_and_the_same_command
     documents, tmp_path, capsys, monkeypatch, n_bytes
 ):
     """Torch says so by an exception of its own that is no `Exception`, and from inside its writer of files."""
-    command = ["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
+    command = ["parallel", "--out", str(tmp_path), "--data", str(documents), *TINY]
     real, limits = many_processes.save_shards, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save(*values, **named):
@@ -225,7 +227,7 @@ def test_a_disk_that_runs_full_under_the_shards_is_one_line_and_the_same_command
 )
 def test_what_cannot_be_run_is_refused(documents, tmp_path, changes, message):
     with pytest.raises(SystemExit, match=message):
-        main(["parallel", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY, *changes])
+        main(["parallel", "--out", str(tmp_path), "--data", str(documents), *TINY, *changes])
 
 
 PATIENT = """

@@ -142,7 +142,7 @@ def test_describe_says_fresh(plan_of, model_config):
     text = describe(plan_of([("baseline", model_config, 0), ("hybrid", hybrid, 0)], freeze=0.7))
     assert "blocks from 3 on are FRESH in every branch" in text
     assert "because these methods change the architecture: hybrid" in text
-    assert "layers FFFS" in text
+    assert "layers FFFF -> FFFS" in text
     assert "no branches" in describe(plan_of([]))
 
 

@@ -36,9 +36,9 @@ def config(plan="SFRG", **changes):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_part_of_both_steps_is_timed(optimizer, tmp_path, capsys):
-    words = "--model.n-layers 3 --model.layer-plan SFR --model.d-model 16 --model.vocab-size 97"
-    words += " --model.moe.n-experts 20"
-    sizes = "--model.moe.d-shared 8 --model.attention.head-dim 8 --batch-size 2 --seq-len 12 --context 40 --repeats 2"
+    words = "--n-layers 3 --layer-plan SFR --d-model 16 --vocab-size 97"
+    words += " --n-experts 20"
+    sizes = "--d-shared 8 --head-dim 8 --batch-size 2 --seq-len 12 --context 40 --repeats 2"
     csv = tmp_path / "profile.csv"
     main(["profile", *f"{words} {sizes} --optimizer {optimizer} --csv {csv}".split()])
     printed = capsys.readouterr().out
@@ -61,11 +61,11 @@ def test_every_part_of_both_steps_is_timed(optimizer, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_parts_flops_are_those_of_the_step(kind):
-    profiled = ProfileConfig(model=config(), batch_size=2, seq_len=12, optimizer=OptimizerConfig(kind=kind))
-    model = LanguageModel(profiled.model).init_weights(0)
+    profiled, sizes = ProfileConfig(batch_size=2, seq_len=12, optimizer=OptimizerConfig(kind=kind)), config()
+    model = LanguageModel(sizes).init_weights(0)
     flops = step_flops(model, profiled, experts=(2.0,) * 4)
-    whole = model_cost(profiled.model, length=12, mean_experts=2.0).training_flops * 24
-    assert sum(flops.values()) == pytest.approx(whole + optimizer_flops(profiled.model, profiled.optimizer))
+    whole = model_cost(sizes, length=12, mean_experts=2.0).training_flops * 24
+    assert sum(flops.values()) == pytest.approx(whole + optimizer_flops(sizes, profiled.optimizer))
     assert all(value > 0 for part, value in flops.items() if part != "optimizer")
 
 

@@ -8,33 +8,35 @@ from staged_training.__main__ import main
 
 TINY = [
     *(
-        "--corpus.vocab-size",
+        "--dtype",
+        "float32",
+        "--vocab-size",
         "300",
-        "--model.d-model",
+        "--d-model",
         "16",
-        "--model.n-layers",
+        "--n-layers",
         "4",
-        "--model.moe.n-experts",
+        "--n-experts",
         "4",
-        "--model.moe.d-expert",
+        "--d-expert",
         "8",
     ),
     *(
-        "--model.attention.n-heads",
+        "--n-heads",
         "2",
-        "--model.attention.n-kv-heads",
+        "--n-kv-heads",
         "1",
-        "--model.attention.head-dim",
+        "--head-dim",
         "8",
-        "--model.moe.router.policy.k",
+        "--k",
         "2",
     ),
-    *("--staging.tokens", "640", "--staging.batch-size", "2", "--staging.seq-len", "16", "--staging.freeze", "0.5"),
+    *("--tokens", "640", "--batch-size", "2", "--seq-len", "16", "--freeze", "0.5"),
 ]
 
 
 def test_a_trunk_and_a_branch(documents, tmp_path, capsys):
-    command = ["run", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY]
+    command = ["run", "--out", str(tmp_path), "--data", str(documents), *TINY]
     main(command)
     first = capsys.readouterr().out
     for part in (
@@ -54,11 +56,11 @@ def test_a_trunk_and_a_branch(documents, tmp_path, capsys):
 
 
 def test_dry_run_prints_config_environment_and_plan_and_trains_nothing(documents, tmp_path, capsys):
-    main(["run", "--out", str(tmp_path), "--corpus.data", str(documents), *TINY, "--dry-run"])
+    main(["run", "--out", str(tmp_path), "--data", str(documents), *TINY, "--dry-run"])
     plan, _, rest = capsys.readouterr().out.partition("\n{")
     assert "frozen     embedding and blocks" in plan
     printed = json.loads("{" + rest)
-    assert printed["config"]["model"]["vocab_size"] == 300
+    assert printed["model"]["vocab_size"] == 300
     assert printed["config"]["staging"]["tokens"] == 640
     assert printed["environment"]["versions"]["torch"]
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
@@ -66,9 +68,9 @@ def test_dry_run_prints_config_environment_and_plan_and_trains_nothing(documents
 
 def test_a_misspelt_key_is_refused_with_the_nearest(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["run", "--staging.token", "640"])
+        main(["run", "--tokns", "640"])
     assert stopped.value.code == 2
-    assert "--staging.tokens" in capsys.readouterr().err
+    assert "--tokens" in capsys.readouterr().err
 
 
 def test_a_users_mistake_is_one_line(documents, tmp_path):
@@ -76,10 +78,10 @@ def test_a_users_mistake_is_one_line(documents, tmp_path):
         "run",
         "--out",
         str(tmp_path),
-        "--corpus.data",
+        "--data",
         str(documents),
         *TINY,
-        "--model.layer-plan",
+        "--layer-plan",
         "R",
         "--dry-run",
     ]

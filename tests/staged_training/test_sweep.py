@@ -9,15 +9,15 @@ from staged_training.record import read_run
 from staged_training.sweep import SweepRow, sweep_text
 
 SIZES = [
-    *("--corpus.vocab-size=300", "--model.d-model=16", "--model.n-layers=2", "--model.moe.n-experts=4"),
-    *("--model.moe.d-expert=8", "--model.attention.n-heads=2", "--model.attention.n-kv-heads=1"),
-    *("--model.attention.head-dim=8", "--model.moe.router.policy.k=2", "--staging.batch-size=2"),
-    "--staging.seq-len=16",
+    *("--dtype=float32", "--vocab-size=300", "--d-model=16", "--n-layers=2", "--n-experts=4"),
+    *("--d-expert=8", "--n-heads=2", "--n-kv-heads=1"),
+    *("--head-dim=8", "--k=2", "--batch-size=2"),
+    "--seq-len=16",
 ]
 
 
 def test_a_sweep_trains_each_run_once_and_tabulates_all(documents, tmp_path, capsys):
-    command = ["sweep", "--out", str(tmp_path), "--corpus.data", str(documents), *SIZES]
+    command = ["sweep", "--out", str(tmp_path), "--data", str(documents), *SIZES]
     command += ["--optimizers", "adamw", "muon", "--learning-rates", "1e-3", "1e-2", "--csv", str(tmp_path / "t.csv")]
     main([*command, "--tokens", "320"])
     first = read_rows(tmp_path / "t.csv", SweepRow)
@@ -38,7 +38,7 @@ def test_a_sweep_trains_each_run_once_and_tabulates_all(documents, tmp_path, cap
     assert "run 4 of 4: 320 tokens, seed 0" in printed
     assert printed.count(" *") == 2
     # Another budget beside what is finished.
-    main([*command, "--tokens", "192", "320"])
+    main([*command, "--token-budgets", "192", "320"])
     both = read_rows(tmp_path / "t.csv", SweepRow)
     assert both[4:] == first
     assert [row.tokens for row in both] == [192] * 4 + [320] * 4
@@ -46,7 +46,7 @@ def test_a_sweep_trains_each_run_once_and_tabulates_all(documents, tmp_path, cap
 
 
 def test_a_rate_that_explodes_is_an_answer(documents, tmp_path, capsys):
-    command = ["sweep", "--out", str(tmp_path), "--corpus.data", str(documents), *SIZES, "--tokens", "192"]
+    command = ["sweep", "--out", str(tmp_path), "--data", str(documents), *SIZES, "--token-budgets", "192"]
     main([*command, "--learning-rates", "1e-3", "1e15"])
     fine, exploded = read_rows(tmp_path / "sweep.csv", SweepRow)
     assert math.isfinite(fine.bits_per_byte)

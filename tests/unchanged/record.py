@@ -97,9 +97,8 @@ def comparison(folder: Path, methods: tuple[str, ...], options: list[str]) -> di
         }
     (at,) = folder.glob("comparisons/*")
     tables = {str(path.relative_to(at)): path.read_text().splitlines() for path in sorted(at.rglob("*.csv"))}
-    # Seconds and tokens per second are columns of these two.
+    # Seconds are a column of it.
     found["csv"] = {name: lines for name, lines in tables.items() if Path(name).name != "costs.csv"}
-    found["csv"]["table.csv"] = [line.rsplit(",", 1)[0] for line in tables["table.csv"]]
     return found
 
 

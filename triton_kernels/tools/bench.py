@@ -29,6 +29,17 @@ from triton_kernels.tools.operations import Cost, Operation, Shape, dtype_name, 
 Passes = dict[str, Callable[[], Any]]
 
 CEILING, DENSE = "ceiling", "dense matmul"
+PREFIXES = (
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1, ""),
+    (1e-3, "m"),
+    (1e-6, "µ"),
+    (1e-9, "n"),
+    (1e-12, "p"),
+)
 # Rows and columns of the matrices, elements of the copy.
 CEILING_SIZES = {"cpu": (1024, 2**25), "cuda": (8192, 2**29)}
 # Inputs of one op that take turns, turns that do not count (each input has one), and what one source may take for the
@@ -216,14 +227,33 @@ def time_operation(
             row = Timing(
                 op=operation.name, source=name, dtype=dtype_name(dtype), shape=label, direction=direction, **rounded
             )
-            print(
-                f"{row.op:34s} {row.dtype:9s} {label:30s} {direction:17s} {name:16s} {ms:10.4f} ms "
-                f" {row.ns_per_head_token:9.3f} ns  {row.tflops:8.3f} TFLOP/s {row.gbytes_per_s:8.1f} GB/s  roofline"
-                f" {row.roofline:5.3f}  x{row.ratio:.2f}",
-                flush=True,
-            )
+            print(line(row), flush=True)
             rows.append(row)
     return rows
+
+
+HEADING = (
+    f"{'op':34} {'dtype':9} {'shape':30} {'direction':17} {'source':16} {'time':>9} {'head, token':>11} {'FLOP/s':>8}"
+    f" {'bytes/s':>8} {'roofline':>8} {'of ours':>8}"
+)
+
+
+def line(row: Timing) -> str:
+    """A row under `HEADING`, every number with the unit that fits it; a dash where there is no such number."""
+    per_head = scaled(1e-9 * row.ns_per_head_token, "s")
+    return (
+        f"{row.op:34} {row.dtype:9} {row.shape:30} {row.direction:17} {row.source:16} {scaled(1e-3 * row.ms, 's'):>9}"
+        f" {per_head:>11} {scaled(1e12 * row.tflops, ''):>8} {scaled(1e9 * row.gbytes_per_s, ''):>8}"
+        f" {row.roofline:>8.1%} {row.ratio:>7.2f}x"
+    )
+
+
+def scaled(number: float, unit: str) -> str:
+    """Three digits and a prefix: 0.0123 s as 12.3 ms; a dash for zero, which nothing here can take."""
+    for factor, prefix in PREFIXES:
+        if number >= 0.9995 * factor:
+            return f"{number / factor:.3g} {prefix}{unit}"
+    return "-"
 
 
 def run_bench(
@@ -241,6 +271,7 @@ def run_bench(
     for dtype in dtypes:
         ceilings = measure_ceilings(device, dtype)
         rows += ceilings.rows(dtype)
+        print(HEADING)
         shapes_of_ops = [
             operation.bench_shapes if device == "cuda" else operation.cpu_shapes for operation in operations
         ]

@@ -14,9 +14,9 @@ from ablations.agreement.settings import SETTINGS, SMALL, find_settings, smaller
 from ablations.agreement.shares import CLAIMS, claimed, run_claimed
 from ablations.agreement.study import BRANCHES, WHOLE, prepare_study, tasks_of
 from ablations.comparison.compare import SharedExecution, prepare_job
-from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import find_methods
 from corpus.prepare import CorpusConfig
+from lm.options import ModelOptions
 from staged_training.execute import ExecutionConfig
 from staged_training.loop import NonFiniteLossError
 

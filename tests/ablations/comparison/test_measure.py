@@ -2,17 +2,18 @@
 
 import pytest
 
-from ablations.comparison.measure import asked_experts, budgets_of, spaced_batches, text_bytes
-from ablations.comparison.options import ModelOptions
+from ablations.comparison.measure import asked_experts, budgets_of
 from ablations.comparison.registry import all_methods
 from ablations.method import with_policy
 from corpus.prepare import CorpusConfig, prepare
+from lm.options import ModelOptions
 from routing.policies.expert_choice import ExpertChoice
 from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK
 from routing.policies.skipping import Skipping
 from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
+from staged_training.validation import spaced_batches, text_bytes
 
 
 def test_budgets_are_around_the_baselines_own():
@@ -28,11 +29,12 @@ def test_budgets_are_around_the_baselines_own():
         (TopP(target_mean=6.5, cap=16), 6.5),
         (NullExperts(k=20, n_null=40, target_mean=5), 5),
         (RandomK(k_min=2, k_max=12, k_eval=9), 9),
-        (ExpertChoice(k=3.5), 3.5),
+        (ExpertChoice(k=3.5), 4),
         # The baseline's, where the policy's threshold alone decides.
         (TopP(p=0.4, target_mean=None), 12),
         (NullExperts(k=20, n_null=40, target_mean=None), 12),
         (Skipping(k=10), 12),
+        (Skipping(k=10, target_mean=6), 6),
     ],
 )
 def test_a_method_is_measured_against_the_number_it_asks_for_itself(policy, asked):

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import all_methods, find_methods
 from ablations.method import Method, with_plan
 from attention.kinds import KINDS
+from foundation.serialize import kinds
+from lm.options import ModelOptions
 from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK
 from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
+from routing.policy import PolicyConfig
 from staged_training.boundary import choose_cut
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,16 +30,19 @@ ASKED_FOR = {
     "random_k",
     "sliding_window_hybrid",
     "shared_kv_hybrid",
+    "shared_window_hybrid",
     "lightning_hybrid",
     "gated_delta_hybrid",
     "kda_hybrid",
     "zero_computation",
+    "expert_choice",
+    "skipping",
     "mixed_heads_hybrid",
     "latent_attention",
     "mamba_hybrid",
     "short_conv_hybrid",
 }
-ROUTING = ("top_p", "null_experts", "zero_computation", "random_k")
+ROUTING = ("top_p", "null_experts", "zero_computation", "random_k", "expert_choice", "skipping")
 
 
 def test_every_file_with_a_method_is_found_and_listed():
@@ -77,6 +82,15 @@ def test_routing_methods_hold_the_baselines_mean(k):
                 assert policy.k_eval == (policy.k_min + policy.k_max) / 2 == k
 
 
+def test_every_policy_and_every_kind_of_attention_has_a_method():
+    """Found by their registries: whoever adds one adds its method."""
+    base = ModelOptions(n_layers=8, layer_plan="F").config(4096)
+    models = [method.change(base) for method in all_methods().values()]
+    folder = {kind for kind in kinds(PolicyConfig).values() if kind.__module__.startswith("routing.policies.")}
+    assert folder <= {type(model.moe.router.policy) for model in models}
+    assert set(KINDS) <= {letter for model in models for letter in model.plan.letters}
+
+
 def test_architecture_is_what_cannot_take_the_trunks_weights():
     """One definition for the report and for the plan, whatever a method is called: letters or shapes of weights."""
     base = ModelOptions().config(4096)
@@ -105,6 +119,7 @@ def test_plans_are_the_ones_named():
     assert plans == {
         "sliding_window_hybrid": "SSSFSSSF",
         "shared_kv_hybrid": "SSSFSSSR",
+        "shared_window_hybrid": "SrrFSrrF",
         "lightning_hybrid": "LLLFLLLF",
         "gated_delta_hybrid": "GGGFGGGF",
         "kda_hybrid": "KKKFKKKF",

@@ -6,13 +6,13 @@ import types
 import numpy as np
 import pytest
 
-from ablations.comparison.options import ModelOptions
 from ablations.comparison.registry import all_methods
 from ablations.difficulty import analysis, frontier, training
 from ablations.difficulty.correlations import bounded, document_weights, pooled, resampled_spearman
 from ablations.difficulty.frontier import OWN, RANDOM, TRAINED, UNIFORM, Point, measure_frontier, methods_of
 from ablations.difficulty.observe import Observed
 from ablations.difficulty.training import Study, TrainingOptions, main_plan
+from lm.options import ModelOptions
 
 
 @pytest.fixture

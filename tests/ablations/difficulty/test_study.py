@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 
-from ablations.comparison.options import ModelOptions
 from ablations.counterfactual.frontier import frontier
 from ablations.counterfactual.measure import EVEN, MEANING
 from ablations.counterfactual.options import CounterfactualOptions, FrontierOptions, TextOptions
@@ -26,6 +25,7 @@ from ablations.difficulty.training import (
     with_tokens,
 )
 from corpus.prepare import CorpusConfig
+from lm.options import ModelOptions
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ablations.comparison.records import read_records
 from ablations.report.figures import all_figures, band, curve
-from ablations.report.style import DARK, SERIES, VARIABLES, colours, spread, svg
+from ablations.report.style import DARK, SERIES, VARIABLES, looks, spread, svg
 from foundation.tables import write_table
 
 
@@ -36,12 +36,16 @@ def read_back(figure, path):
     return [tuple(value(cell) for cell in row) for row in rows]
 
 
-@pytest.mark.parametrize("name", ["loss_curves", "branch_differences", "loss_against_experts"])
+@pytest.mark.parametrize("name", ["loss_curves", "loss_against_experts"])
 def test_lines_and_bands_are_the_csv(figures, name, tmp_path):
     rows = read_back(figures[name], tmp_path / "data.csv")
     (axes,) = figures[name].draw(rows).axes
+    held_against(axes, {key: list(group) for key, group in groupby(rows, key=lambda row: row[0])})
+
+
+def held_against(axes, groups):
+    """Lines and bands of a panel are the rows (series, x, mean, low, high) of its groups."""
     lines = [line for line in axes.lines if len(line.get_xdata()) > 2]
-    groups = {key: list(group) for key, group in groupby(rows, key=lambda row: row[0])}
     assert len(lines) == len(axes.collections) == len(groups) >= 3
     for line, filled, group in zip(lines, axes.collections, groups.values()):
         assert list(line.get_xdata()) == [row[1] for row in group]
@@ -50,6 +54,37 @@ def test_lines_and_bands_are_the_csv(figures, name, tmp_path):
         assert {(row[1], row[3]) for row in group} | {(row[1], row[4]) for row in group} <= {
             tuple(vertex) for vertex in outline
         }
+
+
+@pytest.mark.parametrize("name", ["validation_curves", "branch_differences"])
+def test_lines_of_single_runs_and_their_means_are_the_csv(figures, name, tmp_path):
+    rows = read_back(figures[name], tmp_path / "data.csv")
+    (axes,) = figures[name].draw(rows).axes
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row[:2])]
+    lines = [line for line in axes.lines if list(line.get_xdata()) not in ([0, 1], [axes.lines[-1].get_xdata()[0]] * 2)]
+    assert [list(line.get_ydata()) for line in lines] == [[row[3] for row in group] for group in groups]
+    runs = {row[1] for row in rows if row[0] == "top_p"}
+    assert runs == {"mean", "trunk 0 seed 0", "trunk 0 seed 1", "trunk 0 seed 2"}
+    widths = {row[1]: line.get_linewidth() for line, (row, *_) in zip(lines, groups) if row[0] == "top_p"}
+    assert all(widths[run] < widths["mean"] for run in runs - {"mean"})
+
+
+def test_validation_ends_where_the_table_stands(figures, comparison_folder):
+    records = read_records(comparison_folder)
+    rows = figures["validation_curves"].rows
+    ends = {row[0]: row[3] for row in rows if row[1] == "mean"}
+    for method in records.methods:
+        table = sum(run.bits_per_byte for run in records.branches[method].values()) / 3
+        assert ends[method] == pytest.approx(table)
+    assert ends["trunk"] == pytest.approx(records.trunks[0].bits_per_byte)
+
+
+def test_budgets_stand_on_the_level_of_the_table(figures, comparison_folder):
+    """What a budget costs was measured on some batches; the level is that of the whole text."""
+    records = read_records(comparison_folder)
+    at_own = {row[0]: row[2] for row in figures["loss_against_experts"].rows if row[1] == 12}
+    own = sum(result.bits_per_byte for result in records.results["baseline"].values()) / 3
+    assert at_own["baseline"] == pytest.approx(own)
 
 
 def test_the_caption_says_which_text_the_budgets_were_measured_on(figures):
@@ -61,14 +96,20 @@ def test_the_caption_says_which_text_the_budgets_were_measured_on(figures):
 
 def test_difference_marks_are_the_csv(figures, tmp_path):
     rows = read_back(figures["differences"], tmp_path / "data.csv")
-    (axes,) = figures["differences"].draw(rows).axes
-    means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
-    assert means == [row[2] for row in rows if row[1] == "mean"]
-    bars = [tuple(line.get_xdata()) for line in axes.lines if line.get_marker() != "o"]
-    assert bars[1:] == [(row[3], row[4]) for row in rows if row[1] == "mean"]
-    single = [point[0] for dots in axes.collections for point in dots.get_offsets()]
-    assert single == [row[2] for row in rows if row[1] != "mean"]
-    assert len(single) == 5 * 3
+    panels = figures["differences"].draw(rows).axes
+    grouped = [(name, list(group)) for name, group in groupby(rows, key=lambda row: row[0])]
+    # What is not paired scatters ten times as far: it has a scale of its own.
+    assert [name for name, _ in grouped] == ["methods, paired by seed", "another order of the data, not paired"]
+    assert {row[1] for row in grouped[1][1]} == {"other_order"}
+    for axes, (name, own) in zip(panels, grouped, strict=True):
+        assert axes.get_title(loc="left") == name
+        means = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+        assert means == [row[3] for row in own if row[2] == "mean"]
+        bars = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
+        assert bars[1:] == [(row[4], row[5]) for row in own if row[2] == "mean"]
+        single = [point[0] for dots in axes.collections for point in dots.get_offsets()]
+        assert single == [row[3] for row in own if row[2] != "mean"]
+        assert len(single) == 3 * len(means)
 
 
 def test_another_order_is_not_subtracted_batch_by_batch(figures):
@@ -84,18 +125,22 @@ def test_histogram_bars_are_the_csv_and_sum_to_one(figures, tmp_path):
         assert sum(share for _, _, share in group) == pytest.approx(1)
 
 
-def test_router_lines_are_the_csv_of_the_last_step(figures, comparison_folder, tmp_path):
+def test_router_lines_are_the_csv_of_the_whole_run(figures, comparison_folder, tmp_path):
     rows = read_back(figures["routers"], tmp_path / "data.csv")
-    groups = [list(group) for _, group in groupby(rows, key=lambda row: row[0])]
-    assert [(group[0][0], len(group)) for group in groups] == [
-        ("trunk", 8),
-        *((name, 1) for name in read_records(comparison_folder).methods),
-    ]
-    # 800 steps of the trunk, 200 of a branch: the last line and not the one before.
-    assert {row[2] for row in rows if row[0] == "trunk"} == {12.8}
-    assert {round(row[2], 9) for row in rows if row[0] != "trunk"} == {12.2}
-    for column, axes in enumerate(figures["routers"].draw(rows).axes, start=2):
-        assert [list(line.get_ydata()) for line in axes.lines] == [[row[column] for row in group] for group in groups]
+    panels = figures["routers"].draw(rows).axes
+    grouped = [(name, list(group)) for name, group in groupby(rows, key=lambda row: row[0])]
+    assert [name for name, _ in grouped] == ["experts per token", "dead experts", "entropy, nats"]
+    methods = read_records(comparison_folder).methods
+    for axes, (name, own) in zip(panels, grouped, strict=True):
+        assert axes.get_title(loc="left") == name
+        groups = {key: [row[1:] for row in group] for key, group in groupby(own, key=lambda row: row[1])}
+        assert list(groups) == ["trunk", *methods]
+        assert [list(line.get_ydata()) for line in axes.lines] == [[row[2] for row in g] for g in groups.values()]
+    experts = grouped[0][1]
+    # 800 steps of the trunk and 200 of a branch, at both lines that each has written.
+    assert [row[2] for row in experts if row[1] == "trunk"] == [4_000_000, 8_000_000]
+    assert [row[2] for row in experts if row[1] == "top_p"] == [9_000_000, 10_000_000]
+    assert [row[3] for row in experts if row[1] == "trunk"] == pytest.approx([12.4, 12.8])
 
 
 def test_runs_without_diagnostics_have_no_such_figure(write_synthetic):
@@ -108,7 +153,11 @@ def test_runs_without_diagnostics_have_no_such_figure(write_synthetic):
 def test_cost_bars_are_the_csv(figures, tmp_path):
     rows = read_back(figures["costs"], tmp_path / "data.csv")
     (axes,) = figures["costs"].draw(rows).axes
-    assert [patch.get_width() for patch in axes.patches] == pytest.approx([row[2] for row in rows])
+    expected = []
+    for _, group in groupby(rows, key=lambda row: row[0]):
+        parts = [row[2] for row in group]
+        expected += [sum(parts), *parts]
+    assert [patch.get_width() for patch in axes.patches] == pytest.approx(expected)
 
 
 def test_curves_are_in_bits_per_byte_of_the_tokens_seen(comparison_folder):
@@ -156,10 +205,14 @@ def test_every_colour_has_a_dark_partner_and_series_differ_in_lightness_of_their
     assert all((luminance(DARK[VARIABLES[colour]]) + 0.05) / (luminance("#14171b") + 0.05) >= 3 for colour in SERIES)
 
 
-def test_methods_keep_their_colour():
-    named = colours(["baseline", "other_order", "a", "b"])
-    assert len(set(named.values())) == 4
-    assert named["a"] == colours(["", "a", "b"])["a"]
+def test_methods_keep_their_look_and_differ_without_colour():
+    named = looks(["baseline", "other_order", "a", "b", "c", "d"])
+    assert named["a"] == looks(["", "a", "b"])["a"]
+    lines = [named[name] for name in ("baseline", "a", "b", "c", "d")]
+    assert len({look.colour for look in lines}) == 5
+    # To eyes that see no colour, and in print.
+    assert len({str(look.dash) for look in lines}) == 5
+    assert len({look.marker for look in lines}) == 5
 
 
 def test_svg_follows_the_theme_and_refers_to_nothing_outside(figures):

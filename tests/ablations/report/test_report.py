@@ -48,6 +48,7 @@ def test_contains_every_figure_table_plan_ledger_and_environment(report, compari
     assert names == [
         "differences",
         "loss_curves",
+        "validation_curves",
         "branch_differences",
         "loss_against_experts",
         "experts_per_token",

@@ -14,7 +14,20 @@ from ablations.comparison.records import read_records
 from ablations.comparison.statistics import Noise
 from ablations.comparison.verdicts import controls_statement, outcomes, would_see
 from ablations.report import report, table
-from ablations.report.table import COLUMNS, SHOWN, Column, footnotes, table_rows, table_text, with_unit, write_csv
+from ablations.report.domains import bits_by_domain, domain_table
+from ablations.report.table import (
+    COLUMNS,
+    SHOWN,
+    Column,
+    footnotes,
+    table_rows,
+    table_text,
+    unequal_budgets,
+    with_unit,
+    write_csv,
+)
+from foundation.tables import read_rows, write_rows
+from staged_training.record import SectionLoss
 
 
 def test_rows_are_means_over_runs_and_differences_are_paired(comparison_folder):
@@ -34,8 +47,6 @@ def test_rows_are_means_over_runs_and_differences_are_paired(comparison_folder):
     assert difference.half_width is not None
     assert rows["top_p"].bits_per_byte.half_width is not None
     assert difference.half_width < rows["top_p"].bits_per_byte.half_width / 2
-    # 10,000 tokens per step at 0.02 s.
-    assert rows["baseline"].tokens_per_second == pytest.approx(500_000)
 
 
 def test_verdicts_of_large_effects_and_of_none(comparison_folder):
@@ -147,7 +158,7 @@ def test_text_holds_every_column_the_noise_and_xz(comparison_folder):
         "total",
         "active",
     ]
-    assert [column.heading for column in SHOWN] == [*headings, "FLOPs/token", "KV/token 4K", "KV/token 64K", "tokens/s"]
+    assert [column.heading for column in SHOWN] == [*headings, "FLOPs/token", "KV/token 4K", "KV/token 64K"]
     for column in SHOWN:
         assert column.heading is not None
         assert column.heading in text
@@ -161,6 +172,69 @@ def test_text_holds_every_column_the_noise_and_xz(comparison_folder):
     assert "in block 7, the part above the frozen boundary" in text
     assert "its data order differs too" in text
     assert "cost ledger" in text
+
+
+def test_the_trunk_stands_below_its_branches_and_few_seeds_are_explained(comparison_folder):
+    records = read_records(comparison_folder)
+    text = table_text(records)
+    assert re.search(r"^trunk at its end +2\.00\d\d$", text, re.MULTILINE)
+    assert (
+        "4.3 standard errors of the mean over 3 seeds (Student's t with 2 degrees of freedom; 12.7 with two seeds"
+        in text
+    )
+    assert "WARNING" not in text
+    # Nobody re-measures what other days and other machines have timed.
+    assert "tokens/s" not in text
+
+
+def test_branches_that_end_worse_than_their_trunk_are_warned_of(write_synthetic):
+    folder = write_synthetic()
+    path = folder / "../../trunks/0/sections.csv"
+    losses = [dataclasses.replace(row, nats=0.94 * row.nats) for row in read_rows(path, SectionLoss)]
+    write_rows(path, SectionLoss, losses)
+    (warning,) = (note for note in footnotes(read_records(folder)) if note.startswith("WARNING"))
+    assert "worse than the trunk that they start from (1.88" in warning
+    assert "random_k by 0.0" in warning
+    assert "--trunk-share" in warning
+
+
+def test_unequal_budgets_are_named(write_synthetic):
+    folder = write_synthetic()
+    assert unequal_budgets(read_records(folder)) is None
+    for seed in range(3):
+        path = folder / f"../../branches/top_p_0_{seed}/result.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"forward_flops": 0.62 * result["forward_flops"]}))
+        path = folder / f"../../branches/random_k_0_{seed}/metrics.jsonl"
+        lines = path.read_text().splitlines()
+        more = [json.dumps(json.loads(line) | {"step": len(lines) + n}) for n, line in enumerate(lines, 1)]
+        path.write_text("\n".join([*lines, *more]) + "\n")
+    assert unequal_budgets(read_records(folder)) == (
+        "Not at the baseline's cost: top_p (0.62 times the FLOPs per token), random_k (2 times the tokens)."
+    )
+
+
+def test_domains_have_bits_per_byte_of_their_own(comparison_folder):
+    records = read_records(comparison_folder)
+    assert domain_table(records) == []
+    # Forty documents of ten sections each, of two domains that take turns.
+    split = dataclasses.replace(records.comparison, domains=("code", "wiki") * 20)
+    records = dataclasses.replace(records, comparison=split)
+    head, sizes, first, *_ = domain_table(records)
+    assert (head, sizes) == (["method", "code", "wiki"], ["bytes", "256,000", "256,000"])
+    run = records.branches["baseline"][0, 0]
+    parts = bits_by_domain(run, split.domains)
+    # Of equal size, so the whole text's is their mean.
+    assert sum(parts.values()) / 2 == pytest.approx(run.bits_per_byte)
+    assert float(first[1]) == pytest.approx(
+        statistics.fmean(bits_by_domain(each, split.domains)["code"] for each in records.branches["baseline"].values()),
+        abs=6e-5,
+    )
+    assert "bits/byte by domain of the validation text\nmethod" in table_text(records)
+    assert "<h2>By domain</h2>" in report.domains(records)
+    # As many as documents: file names, and no domains.
+    alone = dataclasses.replace(split, domains=tuple(map(str, range(40))))
+    assert domain_table(dataclasses.replace(records, comparison=alone)) == []
 
 
 def test_csv_holds_the_rows_in_full_precision(comparison_folder, tmp_path):

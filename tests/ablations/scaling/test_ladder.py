@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from ablations.comparison.options import ModelOptions
 from ablations.scaling.ladder import COMPARED_FILE, POINTS_FILE, PREDICTED_FILE, ladder_command
 from ablations.scaling.ladder_options import LadderOptions
 from ablations.scaling.ladder_plan import prepare_ladder
 from corpus.prepare import CorpusConfig
+from lm.options import ModelOptions
 from staged_training.execute import ExecutionConfig
 
 

@@ -1,0 +1,81 @@
+"""The report and the index of runs as a browser draws them, on a phone and on a screen, light and dark: nothing leaves
+the page, overlaps, is clipped or lies on a curve."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from ablations.comparison.records import read_records
+from ablations.report.index import write_index
+from ablations.report.report import write_report
+from ablations.report.run_folders import run_folders
+
+PHONE, SCREEN = 400, 1280
+
+
+def tools():
+    spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pages(write_synthetic):
+    """A report whose cells are as wide as they come: a withheld verdict, a control of known sign, domains."""
+    folder = write_synthetic()
+    for seed in range(3):
+        path = folder / f"../../branches/random_k_0_{seed}/metrics.jsonl"
+        first, *others = path.read_text().splitlines()
+        record = json.loads(first)
+        record["loss"] += 0.1 * 3.6 * math.log(2)
+        path.write_text("\n".join([json.dumps(record), *others]) + "\n")
+    path = folder / "comparison.json"
+    comparison = json.loads(path.read_text())
+    next(method for method in comparison["methods"] if method["name"] == "top_p")["known"] = "better"
+    path.write_text(json.dumps(comparison | {"domains": ["code", "wiki"] * 20}))
+    root = folder.parent.parent
+    return {"report": write_report(read_records(folder)), "index": write_index(root, run_folders(root))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_overflows_or_overlaps(pages, dark):
+    found = tools()
+    if found.browser() is None:
+        pytest.skip(f"no browser to look with: one of {', '.join(found.BROWSERS)}")
+    seen = found.look(pages, (PHONE, SCREEN), dark=dark)
+    assert set(seen) == {f"{page} {width}" for page in pages for width in (PHONE, SCREEN)}
+    # On a phone a wide table scrolls inside its frame; on a screen nothing has to.
+    problems = {
+        where: [each for each in one["problems"] if "scrolls" not in each or where.endswith(str(SCREEN))]
+        for where, one in seen.items()
+    }
+    assert not any(problems.values()), json.dumps(problems, indent=1)
+    for one in seen.values():
+        paper, ink = (sum(map(int, one[name].removeprefix("rgb(").rstrip(")").split(","))) for name in ("paper", "ink"))
+        assert (paper < ink) == dark
+        assert abs(paper - ink) > 400
+
+
+@pytest.mark.slow
+def test_faults_are_seen(tmp_path):
+    found = tools()
+    if found.browser() is None:
+        pytest.skip(f"no browser to look with: one of {', '.join(found.BROWSERS)}")
+    words = "<text x='{}' y='20'>words that are long</text>"
+    faulty = (
+        "<!doctype html><body><div style='width:600px'>wide</div>"
+        "<svg aria-label='figure' viewBox='0 0 200 40' width=200>"
+        f"{words.format(0)}{words.format(20)}{words.format(150)}"
+        "<path d='M 0 15 L 200 15' style='fill:none;stroke:black'/></svg></body>"
+    )
+    (tmp_path / "faulty.html").write_text(faulty)
+    problems = " ".join(found.look({"faulty": tmp_path / "faulty.html"}, (PHONE,))["faulty 400"]["problems"])
+    for fault in ("the page is 6", "figure: clipped", "words that are long on words", "a line runs through"):
+        assert fault in problems
