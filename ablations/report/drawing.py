@@ -221,7 +221,7 @@ def draw_runs(axes: Axes, groups: dict[str, list[tuple]], look: Mapping[str, Loo
     for name, own in groups.items():
         for run, points in series(own).items():
             x, y = zip(*points)
-            axes.plot(x, y, **look[name].line, **({} if run == MEAN else FAINT))
+            axes.plot(x, y, **{**look[name].line, **({} if run == MEAN else FAINT)})
             if run == MEAN:
                 ends.append((name, y[-1], look[name].colour))
     return ends

@@ -32,13 +32,13 @@ class Teacher:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        self.norm, self.head_VD = model.norm, model.head_VD
-        self.dtype = getattr(torch, model.config.dtype)
+        self.norm, self.head_VD = model.norm, model.head
+        self.dtype, self.scale = getattr(torch, model.config.dtype), model.config.logit_scale
 
     @torch.no_grad()
     def logits(self, x_BTD: Tensor) -> Tensor:
         """logits_BTV from the residual stream behind the last block."""
-        x_BTD = self.norm(x_BTD.to(getattr(torch, RESIDUAL_DTYPE))).to(self.dtype)
+        x_BTD = (self.norm(x_BTD.to(getattr(torch, RESIDUAL_DTYPE))) * self.scale).to(self.dtype)
         return project(x_BTD, self.head_VD)
 
 
