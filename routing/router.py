@@ -235,12 +235,9 @@ class Router(ExactBuffers):
         if self.training:
             self.step_rows_E += assignments.rows_per_expert_E()
             self.step_tokens += assignments.n_tokens
-        identity_T = None if slots.identity_T is None else slots.identity_T / self._total_T1(slots)[:, 0]
-        if identity_T is not None and self.config.scaling != 1.0:
-            identity_T = identity_T * self.config.scaling
-        constant_TD = slots.constant_TD
-        if constant_TD is not None:
-            constant_TD = constant_TD * (self.config.scaling / self._total_T1(slots))
+        identity_T, constant_TD, scaling = slots.identity_T, slots.constant_TD, self.config.scaling
+        identity_T = None if identity_T is None else identity_T / self._total_T1(slots)[:, 0] * scaling
+        constant_TD = None if constant_TD is None else constant_TD * (scaling / self._total_T1(slots))
         return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T, constant_TD, scores)
 
     def losses(self, scores: Scores) -> dict[str, Tensor]:
@@ -250,10 +247,8 @@ class Router(ExactBuffers):
             "z": self.config.z_coefficient * z_loss(scores.logits_TE),
             **self.policy.losses(scores, self.load_E),
         }
-        if self.config.three_level_balance is not None:
-            losses["three_level_balance"] = three_level_balance_loss(
-                self.config.three_level_balance, self.load_E, scores.probs_TE
-            )
+        if (levels := self.config.three_level_balance) is not None:
+            losses["three_level_balance"] = three_level_balance_loss(levels, self.load_E, scores.probs_TE)
         return losses
 
     def decide(self, scores: Scores) -> tuple[Slots, Tensor]:

@@ -28,7 +28,7 @@ from staged_training.code import CODE, code_changes
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
 from staged_training.flops import branch_flops, caching_flops, evaluation_flops, trunk_flops
 from staged_training.fork import fork, inherited_state
-from staged_training.loop import StageResult, train_stage
+from staged_training.loop import Hooks, StageResult, train_stage
 from staged_training.plan import Branch, Plan
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress, Tracker
@@ -386,9 +386,8 @@ class Execution:
                 batches,
                 save_every=config.save_every,
                 progress=progress,
-                at_end=at_end,
+                hooks=Hooks(validate=validation, at_end=at_end),
                 inherited=inherited,
-                validate=validation,
                 processes=self.processes,
             )
 

@@ -53,6 +53,26 @@ class StageResult:
     skipped: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What is called on the way through a stage.
+
+    Attributes:
+        before_step: ahead of every step with its number; it may say which of the parameters train, and which mean the
+            budgets hold, as functions of that number alone.
+        validate: bits per byte of some validation text with the model as it is, asked for behind every step that ends
+            an interval of progress; changes nothing of the model.
+        at_end: behind the last step and ahead of its checkpoint, which holds what it does to the model.
+    """
+
+    before_step: Callable[[int], object] | None = None
+    validate: Callable[[], float] | None = None
+    at_end: Callable[[], object] | None = None
+
+
+NO_HOOKS = Hooks()
+
+
 def train_stage(
     run: Run,
     model: LanguageModel,
@@ -60,11 +80,9 @@ def train_stage(
     *,
     save_every: int,
     progress: Progress,
-    at_end: Callable[[], object] | None = None,
+    hooks: Hooks = NO_HOOKS,
     inherited: Mapping[str, Tensor] | None = None,
     objective: Objective = next_token,
-    before_step: Callable[[int], object] | None = None,
-    validate: Callable[[], float] | None = None,
     processes: Processes = ALONE,
 ) -> StageResult:
     """Trains blocks [boundary, L), norm and head (everything when the run's boundary is 0), or the rest of a stage that
@@ -77,11 +95,6 @@ def train_stage(
         save_every: steps between checkpoints; there is always one at the end.
         inherited: state of the optimizer that the stage starts from, see `fork.inherited_state`; none by default.
         objective: what a step minimises beside the routers' losses.
-        before_step: called ahead of every step with its number; it may say which of the parameters train, and which
-            mean the budgets hold, as functions of that number alone.
-        validate: bits per byte of some validation text with the model as it is, asked for behind every step that ends
-            an interval of progress; changes nothing of the model.
-        at_end: called behind the last step and ahead of its checkpoint, which holds what it does to the model.
         processes: that train together; `model` is then this process's part, and `batches` have its rows.
 
     Raises:
@@ -113,8 +126,8 @@ def train_stage(
     metrics = processes.metrics(run.folder, step)
     if stage.n_batches == 0 and saved is None:
         # A trunk that nothing trains: its branches start from the checkpoint of its first weights.
-        if at_end is not None:
-            at_end()
+        if hooks.at_end is not None:
+            hooks.at_end()
         last_saved = save()
     model.train()
     with StopSignals() as stop, model.its_threads():
@@ -124,8 +137,8 @@ def train_stage(
             where = f"step {step}, data position {step}, batch {order[step]}; last good checkpoint: {last_saved}"
             # Draws are a function of seed and step, so a resumed run draws what an uninterrupted one does.
             model.begin_step(step, run.seed)
-            if before_step is not None:
-                before_step(step)
+            if hooks.before_step is not None:
+                hooks.before_step(step)
             inputs, targets_BT = batches[order[step]]
             try:
                 numbers = clipped_gradients(
@@ -171,13 +184,13 @@ def train_stage(
             record["mean_experts"] = sum(numbers.mean_experts) / len(numbers.mean_experts)
             metrics.write(record, {"step": step, "seconds": taken})
             if numbers.statistics:
-                measured = None if validate is None else validate()
+                measured = None if hooks.validate is None else hooks.validate()
                 metrics.write_diagnostics(step_diagnostics(step, model.routers(boundary), numbers.statistics, measured))
             progress.step(record)
             # Read once: a signal that comes after this line is the next step's.
             stopping = processes.agreed(stop.signal) is not None
-            if step == stage.n_batches and at_end is not None:
-                at_end()
+            if step == stage.n_batches and hooks.at_end is not None:
+                hooks.at_end()
             if step % save_every == 0 or step == stage.n_batches or stopping:
                 last_saved = save()
             if stopping:

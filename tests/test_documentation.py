@@ -105,7 +105,6 @@ SAID = [
     (r"`xz -9` \((\d\.\d+) against", "default/", r"baseline (\d\.\d+) ±"),
     (r"`xz -9` \(\d\.\d+ against (\d\.\d+) bits", "default/", r"xz -9 (\d\.\d+)"),
     (r"after five million tokens \((\d\.\d+)\)", "long/", r"baseline (\d\.\d+) bits"),
-    (r"fork\s+alone moves", "default/", r"withheld, its fork moves the loss"),
     (
         r"order all (\d)\s+pairs of routing",
         "agreement/",

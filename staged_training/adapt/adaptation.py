@@ -34,7 +34,7 @@ from staged_training.adapt.options import AdaptConfig
 from staged_training.adapt.teaching import Phases, budgets_of
 from staged_training.code import CODE, code_behind
 from staged_training.data import Batches, TokenBatches, in_order
-from staged_training.loop import StageResult, train_stage
+from staged_training.loop import Hooks, StageResult, train_stage
 from staged_training.plan import Plan
 from staged_training.progress import Progress
 from staged_training.record import SECTIONS, Ledger, RunRecord, SectionLoss, finish_run, locked, open_run
@@ -169,9 +169,11 @@ class Adaptation:
                 TaughtBatches(self.train_tokens, states),
                 save_every=self.config.save_every,
                 progress=self._progress(),
-                at_end=lambda: calibrate_to_targets(model, self.calibration()),
                 objective=Distillation(teacher, share=self.teach.distill_share, temperature=self.teach.temperature),
-                before_step=Phases(model, self.teach, self.k),
+                hooks=Hooks(
+                    before_step=Phases(model, self.teach, self.k),
+                    at_end=lambda: calibrate_to_targets(model, self.calibration()),
+                ),
             )
             ledger.add("adaptation", flops=self._flops(training), seconds=training.seconds)
             return self._finish(model, training, ledger, start_kl)
