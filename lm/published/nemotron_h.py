@@ -18,7 +18,7 @@ from lm.published.family import (
     softmax_tensors,
 )
 from lm.published.fields import Fields
-from lm.published.layouts import SAME, Stored
+from lm.published.layouts import SAME, TRANSPOSED, Stored
 from lm.published.mamba import mamba_tensors
 from moe.config import MoEConfig
 
@@ -50,6 +50,7 @@ def read(fields: Fields) -> ModelConfig:
             n_experts=fields.get("n_routed_experts", int),
             d_expert=fields.get("moe_intermediate_size", int),
             d_shared=fields.get("moe_shared_expert_intermediate_size", int),
+            d_latent=fields.get("moe_latent_size", int, 0),
             gated=False,
             router=read_sigmoid_router(fields),
         ),
@@ -90,7 +91,6 @@ def _refuse_unknown(fields: Fields) -> None:
     fields.only("mlp_hidden_act", "relu2")
     fields.only("mamba_hidden_act", "silu")
     fields.only("n_shared_experts", 1)
-    fields.only("moe_latent_size", None)
     fields.only("sliding_window", None)
     fields.only("hidden_dropout", 0.0)
     fields.only("use_conv_bias", True)
@@ -127,6 +127,10 @@ def tensors(config: ModelConfig) -> Iterator[Stored]:
             theirs = f"backbone.layers.{at}"
             yield Stored(f"{ours}.moe_norm.weight", (f"{theirs}.norm.weight",), SAME)
             yield from sigmoid_experts_tensors(layer, block.moe, f"{theirs}.mixer", PARTS, PARTS)
+            if block.moe.d_latent:
+                latent = {"latent_in_DL": "fc1_latent_proj", "latent_out_LD": "fc2_latent_proj"}
+                for our_name, their_name in latent.items():
+                    yield Stored(f"{ours}.moe.{our_name}", (f"{theirs}.mixer.{their_name}.weight",), TRANSPOSED)
             at += 1
     yield Stored("norm.weight", ("backbone.norm_f.weight",), SAME)
     if not config.tied_embeddings:
@@ -159,7 +163,13 @@ FAMILY = Family(
         ],
         **{"num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 6, "ssm_state_size": 8},
         **{"n_groups": 2, "n_routed_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 40},
-        **{"moe_shared_expert_intermediate_size": 20, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2},
+        **{
+            "moe_latent_size": 20,
+            "moe_shared_expert_intermediate_size": 20,
+            "routed_scaling_factor": 2.5,
+            "n_group": 4,
+            "topk_group": 2,
+        },
         # Shorter than any step: transformers' step for a single token has no shortest one.
         "time_step_min": 1e-6,
     },
