@@ -23,7 +23,7 @@ from lm.published.mamba import mamba_tensors
 from moe.config import MoEConfig
 
 MIXERS = {"linear_attention": "D", "mamba": "D", "full_attention": "F", "attention": "F"}
-MLPS = ("moe", "mlp")
+MLPS, NOTHING = ("moe", "mlp"), ""
 PATTERN = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 PARTS = ("up_proj", "down_proj")
 
@@ -45,24 +45,35 @@ def read(fields: Fields) -> ModelConfig:
         mamba_step_floor=fields.get("time_step_min", float, 0.001),
         conv_width=fields.get("conv_kernel", int, 4),
     )
-    by_kind = {
-        "moe": MoEConfig(
-            n_experts=fields.get("n_routed_experts", int),
-            d_expert=fields.get("moe_intermediate_size", int),
-            d_shared=fields.get("moe_shared_expert_intermediate_size", int),
-            d_latent=fields.get("moe_latent_size", int, 0),
-            gated=False,
-            router=read_sigmoid_router(fields),
-        ),
-        "mlp": single_expert(fields.get("intermediate_size", int), gated=False),
-        None: single_expert(0),
-    }
-    blocks = [BlockConfig(letter=MIXERS[mixer], attention=attention, moe=by_kind[mlp]) for mixer, mlp in layers]
+    mlp = single_expert(fields.get("intermediate_size", int), gated=False)
+    by_kind = {"moe": _read_experts(fields, used=any(kind == "moe" for _, kind in layers)) or mlp, "mlp": mlp}
+    by_kind[NOTHING] = single_expert(0)
+    blocks = [BlockConfig(letter=MIXERS[mixer], attention=attention, moe=by_kind[kind]) for mixer, kind in layers]
     return ModelConfig(**sizes, attention=attention, moe=by_kind["moe"]).with_blocks(blocks)
 
 
-def _read_layers(fields: Fields) -> list[tuple[str, str | None]]:
-    """Of every block here, what mixes across tokens and what follows it.
+def _read_experts(fields: Fields, *, used: bool) -> MoEConfig | None:
+    """Experts and router; None of a model without, whatever the file says of them."""
+    if not used:
+        for name in ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size"):
+            fields.get(name, int, None)
+        for name in ("moe_latent_size", "num_experts_per_tok", "n_group", "topk_group"):
+            fields.get(name, int, None)
+        fields.get("norm_topk_prob", bool, None)
+        fields.get("routed_scaling_factor", float, None)
+        return None
+    return MoEConfig(
+        n_experts=fields.get("n_routed_experts", int),
+        d_expert=fields.get("moe_intermediate_size", int),
+        d_shared=fields.get("moe_shared_expert_intermediate_size", int),
+        d_latent=fields.get("moe_latent_size", int, 0),
+        gated=False,
+        router=read_sigmoid_router(fields),
+    )
+
+
+def _read_layers(fields: Fields) -> list[tuple[str, str]]:
+    """Of every block here, what mixes across tokens and what follows it: one of `MLPS`, or `NOTHING`.
 
     Raises:
         ValueError: for another type of layer, or an MLP or experts that follow others.
@@ -71,11 +82,11 @@ def _read_layers(fields: Fields) -> list[tuple[str, str | None]]:
     kinds: Sequence[str] = fields.get("layers_block_type", list, [PATTERN.get(letter, letter) for letter in pattern])
     # Says again how many there are.
     fields.only("num_hidden_layers", len(kinds))
-    blocks: list[tuple[str, str | None]] = []
+    blocks: list[tuple[str, str]] = []
     for at, kind in enumerate(kinds):
         if kind in MIXERS:
-            blocks.append((kind, None))
-        elif kind in MLPS and blocks and blocks[-1][1] is None:
+            blocks.append((kind, NOTHING))
+        elif kind in MLPS and blocks and blocks[-1][1] == NOTHING:
             blocks[-1] = (blocks[-1][0], kind)
         else:
             raise ValueError(
@@ -150,6 +161,7 @@ FAMILY = Family(
         "rms_norm_eps": ("layer_norm_epsilon", "norm_eps"),
         "layers_block_type": ("layer_types",),
         "n_routed_experts": ("num_local_experts",),
+        "head_dim": ("attention_head_dim",),
         **{"n_groups": ("mamba_n_groups",), "conv_kernel": ("mamba_d_conv",), "expand": ("mamba_expand",)},
         **{"time_step_min": ("mamba_dt_min",), "time_step_max": ("mamba_dt_max",)},
         **{"time_step_limit": ("mamba_dt_limit",), "time_step_floor": ("mamba_dt_init_floor",)},
