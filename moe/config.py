@@ -32,6 +32,8 @@ class MoEConfig:
         n_experts: number of routed experts.
         d_expert: hidden width of each; 0 of a single one for none: a block that is attention alone.
         d_shared: hidden width of the shared expert; 0 for none.
+        d_latent: width of a latent that routed experts read and write, x W_in before them and y W_out behind their sum
+            (Nemotron 3, arXiv 2512.20848); 0 for none.
         shared_gate: every token multiplies the shared expert's output by sigmoid(x w) (arXiv 2407.10671).
         expert_bias: routed experts add a bias to both their projections.
         clamped: the activation of routed experts, in place of SiLU(g) u.
@@ -47,6 +49,7 @@ class MoEConfig:
     n_experts: int = 80
     d_expert: int = 256
     d_shared: int = 0
+    d_latent: int = 0
     shared_gate: bool = False
     expert_bias: bool = False
     clamped: ClampedSwiGLU | None = None
@@ -57,7 +60,7 @@ class MoEConfig:
     # Whether the policy fits so many experts is asked where a router is built: sizes and policy are often replaced one
     # after the other.
     def __post_init__(self) -> None:
-        check_numbers(self, n_experts=1, d_expert=0, d_shared=0)
+        check_numbers(self, n_experts=1, d_expert=0, d_shared=0, d_latent=0)
         if self.d_expert == 0 and (self.n_experts > 1 or self.d_shared):
             raise ValueError(
                 f"MoEConfig.d_expert: 0 of {self.n_experts} experts and a shared one of width {self.d_shared}; legal: 1"

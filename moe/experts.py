@@ -105,11 +105,8 @@ class SharedExpert(nn.Module):
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
         """As `Experts.init_weights`."""
-        for weight, scale in ((self.w_gate_up_DF2, 1.0), (self.w_down_FD, down_scale)):
-            weight.data.copy_(
-                torch.randn(weight.shape, generator=generator, device=generator.device)
-                * (scale * weight.shape[0] ** -0.5)
-            )
+        draw_matrix(self.w_gate_up_DF2, generator)
+        draw_matrix(self.w_down_FD, generator, down_scale)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD [T, D] in the dtype of x_TD."""
@@ -124,3 +121,9 @@ class SharedExpert(nn.Module):
         D, block.d_shared = watch.d_model, self.w_down_FD.shape[0]
         block.shared_gate_up = watch.parameter(self, "w_gate_up_DF2", D, 2 * block.d_shared)
         block.shared_down = watch.parameter(self, "w_down_FD", block.d_shared, D)
+
+
+def draw_matrix(weight: Tensor, generator: torch.Generator, scale: float = 1.0) -> None:
+    """A matrix [in, out], normal with standard deviation scale in^-1/2, drawn on the generator's device."""
+    draw = torch.randn(weight.shape, generator=generator, device=generator.device)
+    weight.data.copy_(draw * (scale * weight.shape[0] ** -0.5))

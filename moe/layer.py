@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: route, dispatch, experts, combine.
 
-Legend: T tokens, D model width, E experts.
+Legend: T tokens, D model width, L latent width, E experts.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foundation.exact_buffers import ExactBuffers
 from moe.config import MoEConfig
-from moe.experts import Experts, SharedExpert
+from moe.experts import Experts, SharedExpert, draw_matrix
 from routing.decode_step import describe_router
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
@@ -38,7 +38,7 @@ class MoE(ExactBuffers):
         )
         self.experts = Experts(
             n_experts=config.n_experts,
-            d_model=d_model,
+            d_model=config.d_latent or d_model,
             d_expert=config.d_expert,
             backend=config.backend,
             bias=config.expert_bias,
@@ -47,19 +47,24 @@ class MoE(ExactBuffers):
         )
         shared = config.d_shared
         self.shared_expert = SharedExpert(d_model=d_model, d_shared=shared, gated=config.gated) if shared else None
+        self.latent_in_DL = nn.Parameter(torch.empty(d_model, config.d_latent)) if config.d_latent else None
+        self.latent_out_LD = nn.Parameter(torch.empty(config.d_latent, d_model)) if config.d_latent else None
         self.shared_gate_D = nn.Parameter(torch.zeros(d_model)) if config.shared_gate else None
 
     def init_weights(self, generator: torch.Generator, *, down_scale: float = 1.0) -> None:
         """Fresh weights, all of them drawn here and nowhere else; construction leaves them unset.
 
         Args:
-            generator: what they are drawn from, in a fixed order: router, experts, shared expert.
+            generator: what they are drawn from, in a fixed order: router, experts, shared expert, latent.
             down_scale: multiplies the projections back into the residual stream, for instance by (2 * n_layers)^-1/2.
         """
         self.router.init_weights(generator)
         self.experts.init_weights(generator, down_scale=down_scale)
         if self.shared_expert is not None:
             self.shared_expert.init_weights(generator, down_scale=down_scale)
+        if self.latent_in_DL is not None and self.latent_out_LD is not None:
+            draw_matrix(self.latent_in_DL, generator)
+            draw_matrix(self.latent_out_LD, generator, down_scale)
         if self.shared_gate_D is not None:
             # Half open for every token.
             nn.init.zeros_(self.shared_gate_D)
@@ -76,7 +81,11 @@ class MoE(ExactBuffers):
         routing = self.router(x_TD)
         # Dispatch, SwiGLU and combine are one operation: the gathered inputs and the experts' outputs never exist as a
         # whole.
-        y_TD = self.experts(x_TD, routing.assignments)
+        if self.latent_in_DL is None or self.latent_out_LD is None:
+            y_TD = self.experts(x_TD, routing.assignments)
+        else:
+            y_TL = self.experts(x_TD @ self.latent_in_DL.to(x_TD.dtype), routing.assignments)
+            y_TD = y_TL @ self.latent_out_LD.to(x_TD.dtype)
         if routing.identity_T is not None:
             y_TD = y_TD + (routing.identity_T[:, None] * x_TD).to(x_TD.dtype)
         if routing.constant_TD is not None:
@@ -94,8 +103,8 @@ class MoE(ExactBuffers):
         Raises:
             NotInOneCall: for a part that the call does not know.
         """
-        if type(self) is not MoE or self.shared_gate_D is not None:
-            raise NotInOneCall(f"experts in a {type(self).__name__}, or a gate of the shared expert")
+        if type(self) is not MoE or self.shared_gate_D is not None or self.latent_in_DL is not None:
+            raise NotInOneCall(f"experts in a {type(self).__name__}, a gate of the shared expert, or a latent")
         watch.module(self)
         describe_router(self.router, block, watch)
         self.experts.describe(block, watch)

@@ -19,7 +19,7 @@ from attention.softmax import SoftmaxAttention
 from lm.model import LanguageModel
 
 # By the last part of their name, because experts that are spread over processes are of another class.
-GATE_AND_UP, DOWN = ("w_gate_up_EDF2", "w_gate_up_DF2"), ("w_down_EFD", "w_down_FD")
+GATE_AND_UP, ALONE = ("w_gate_up_EDF2", "w_gate_up_DF2"), ("w_down_EFD", "w_down_FD", "latent_in_DL", "latent_out_LD")
 ROUTER = ("weight_ED", "null_weight_ZD")
 
 
@@ -62,7 +62,7 @@ def packed_matrices(model: LanguageModel, *, routers: bool) -> dict[str, Packing
             # Without gates there is one matrix.
             gated = getattr(model.get_submodule(path.rpartition(".")[0]), "gated", True)
             found[path] = Packing(out_dim=-1, widths=(n_out // 2, n_out // 2) if gated else (n_out,))
-        elif name in DOWN:
+        elif name in ALONE:
             found[path] = Packing(out_dim=-1, widths=(n_out,))
         elif name in ROUTER and routers:
             found[path] = Packing(out_dim=-2, widths=(parameter.shape[0],))

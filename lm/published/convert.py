@@ -8,7 +8,7 @@ were published in, so that both ways are exact.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -300,8 +300,13 @@ def _published_shapes(model: ModelConfig, stored: list[Stored]) -> dict[str, tor
     return {name: part.shape for one in stored for name, part in zip(one.theirs, one.layout.split(ours[one.ours]))}
 
 
-def _shapes(entries: dict[str, Entry]) -> dict[str, tuple[int, ...]]:
-    return {name: entry.shape for name, entry in entries.items()}
+def _other_heights(expected: Mapping[str, torch.Size], entries: Mapping[str, Entry]) -> dict[str, torch.Size]:
+    """The shapes in the files of tensors that hold the same rows, split otherwise; none where they hold others."""
+    found = {name: torch.Size(entries[name].shape) for name in expected if name in entries}
+    whole = [
+        (sum(shape[0] for shape in shapes.values()), {s[1:] for s in shapes.values()}) for shapes in (expected, found)
+    ]
+    return found if whole[0] == whole[1] else {}
 
 
 def _check_tensors(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, str]:
@@ -311,11 +316,8 @@ def _check_tensors(family: Family, model: ModelConfig, checkpoint: Checkpoint) -
     expected = _published_shapes(model, stored)
     entries, left_out = checkpoint.entries, {}
     for one in stored:
-        if one.any_heights and all(name in entries for name in one.theirs):
-            # As one tensor has them.
-            heights = [sum(shapes[name][0] for name in one.theirs) for shapes in (expected, _shapes(entries))]
-            if heights[0] == heights[1]:
-                expected |= {name: torch.Size(entries[name].shape) for name in one.theirs}
+        if one.any_heights:
+            expected |= _other_heights({name: expected[name] for name in one.theirs}, entries)
     for name in entries.keys() - expected.keys():
         for pattern, reason in family.beside(model).items():
             if re.fullmatch(pattern, name):

@@ -18,12 +18,12 @@ from lm.published.family import (
     softmax_tensors,
 )
 from lm.published.fields import Fields
-from lm.published.layouts import SAME, Stored
+from lm.published.layouts import SAME, TRANSPOSED, Stored
 from lm.published.mamba import mamba_tensors
 from moe.config import MoEConfig
 
 MIXERS = {"linear_attention": "D", "mamba": "D", "full_attention": "F", "attention": "F"}
-MLPS = ("moe", "mlp")
+MLPS, NOTHING = ("moe", "mlp"), ""
 PATTERN = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 PARTS = ("up_proj", "down_proj")
 
@@ -45,23 +45,35 @@ def read(fields: Fields) -> ModelConfig:
         mamba_step_floor=fields.get("time_step_min", float, 0.001),
         conv_width=fields.get("conv_kernel", int, 4),
     )
-    by_kind = {
-        "moe": MoEConfig(
-            n_experts=fields.get("n_routed_experts", int),
-            d_expert=fields.get("moe_intermediate_size", int),
-            d_shared=fields.get("moe_shared_expert_intermediate_size", int),
-            gated=False,
-            router=read_sigmoid_router(fields),
-        ),
-        "mlp": single_expert(fields.get("intermediate_size", int), gated=False),
-        None: single_expert(0),
-    }
-    blocks = [BlockConfig(letter=MIXERS[mixer], attention=attention, moe=by_kind[mlp]) for mixer, mlp in layers]
+    mlp = single_expert(fields.get("intermediate_size", int), gated=False)
+    by_kind = {"moe": _read_experts(fields, used=any(kind == "moe" for _, kind in layers)) or mlp, "mlp": mlp}
+    by_kind[NOTHING] = single_expert(0)
+    blocks = [BlockConfig(letter=MIXERS[mixer], attention=attention, moe=by_kind[kind]) for mixer, kind in layers]
     return ModelConfig(**sizes, attention=attention, moe=by_kind["moe"]).with_blocks(blocks)
 
 
-def _read_layers(fields: Fields) -> list[tuple[str, str | None]]:
-    """Of every block here, what mixes across tokens and what follows it.
+def _read_experts(fields: Fields, *, used: bool) -> MoEConfig | None:
+    """Experts and router; None of a model without, whatever the file says of them."""
+    if not used:
+        for name in ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size"):
+            fields.get(name, int, None)
+        for name in ("moe_latent_size", "num_experts_per_tok", "n_group", "topk_group"):
+            fields.get(name, int, None)
+        fields.get("norm_topk_prob", bool, None)
+        fields.get("routed_scaling_factor", float, None)
+        return None
+    return MoEConfig(
+        n_experts=fields.get("n_routed_experts", int),
+        d_expert=fields.get("moe_intermediate_size", int),
+        d_shared=fields.get("moe_shared_expert_intermediate_size", int),
+        d_latent=fields.get("moe_latent_size", int, 0),
+        gated=False,
+        router=read_sigmoid_router(fields),
+    )
+
+
+def _read_layers(fields: Fields) -> list[tuple[str, str]]:
+    """Of every block here, what mixes across tokens and what follows it: one of `MLPS`, or `NOTHING`.
 
     Raises:
         ValueError: for another type of layer, or an MLP or experts that follow others.
@@ -70,11 +82,11 @@ def _read_layers(fields: Fields) -> list[tuple[str, str | None]]:
     kinds: Sequence[str] = fields.get("layers_block_type", list, [PATTERN.get(letter, letter) for letter in pattern])
     # Says again how many there are.
     fields.only("num_hidden_layers", len(kinds))
-    blocks: list[tuple[str, str | None]] = []
+    blocks: list[tuple[str, str]] = []
     for at, kind in enumerate(kinds):
         if kind in MIXERS:
-            blocks.append((kind, None))
-        elif kind in MLPS and blocks and blocks[-1][1] is None:
+            blocks.append((kind, NOTHING))
+        elif kind in MLPS and blocks and blocks[-1][1] == NOTHING:
             blocks[-1] = (blocks[-1][0], kind)
         else:
             raise ValueError(
@@ -90,7 +102,6 @@ def _refuse_unknown(fields: Fields) -> None:
     fields.only("mlp_hidden_act", "relu2")
     fields.only("mamba_hidden_act", "silu")
     fields.only("n_shared_experts", 1)
-    fields.only("moe_latent_size", None)
     fields.only("sliding_window", None)
     fields.only("hidden_dropout", 0.0)
     fields.only("use_conv_bias", True)
@@ -127,6 +138,10 @@ def tensors(config: ModelConfig) -> Iterator[Stored]:
             theirs = f"backbone.layers.{at}"
             yield Stored(f"{ours}.moe_norm.weight", (f"{theirs}.norm.weight",), SAME)
             yield from sigmoid_experts_tensors(layer, block.moe, f"{theirs}.mixer", PARTS, PARTS)
+            if block.moe.d_latent:
+                latent = {"latent_in_DL": "fc1_latent_proj", "latent_out_LD": "fc2_latent_proj"}
+                for our_name, their_name in latent.items():
+                    yield Stored(f"{ours}.moe.{our_name}", (f"{theirs}.mixer.{their_name}.weight",), TRANSPOSED)
             at += 1
     yield Stored("norm.weight", ("backbone.norm_f.weight",), SAME)
     if not config.tied_embeddings:
@@ -146,6 +161,7 @@ FAMILY = Family(
         "rms_norm_eps": ("layer_norm_epsilon", "norm_eps"),
         "layers_block_type": ("layer_types",),
         "n_routed_experts": ("num_local_experts",),
+        "head_dim": ("attention_head_dim",),
         **{"n_groups": ("mamba_n_groups",), "conv_kernel": ("mamba_d_conv",), "expand": ("mamba_expand",)},
         **{"time_step_min": ("mamba_dt_min",), "time_step_max": ("mamba_dt_max",)},
         **{"time_step_limit": ("mamba_dt_limit",), "time_step_floor": ("mamba_dt_init_floor",)},
@@ -159,7 +175,13 @@ FAMILY = Family(
         ],
         **{"num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 6, "ssm_state_size": 8},
         **{"n_groups": 2, "n_routed_experts": 8, "moe_intermediate_size": 24, "intermediate_size": 40},
-        **{"moe_shared_expert_intermediate_size": 20, "routed_scaling_factor": 2.5, "n_group": 4, "topk_group": 2},
+        **{
+            "moe_latent_size": 20,
+            "moe_shared_expert_intermediate_size": 20,
+            "routed_scaling_factor": 2.5,
+            "n_group": 4,
+            "topk_group": 2,
+        },
         # Shorter than any step: transformers' step for a single token has no shortest one.
         "time_step_min": 1e-6,
     },

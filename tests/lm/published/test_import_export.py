@@ -194,6 +194,29 @@ def test_a_config_of_before_transformers_5_says_the_same(published, family):
     assert FAMILIES[family].configuration(values, str(path)) == expected
 
 
+@pytest.mark.parametrize("family", ["kimi_linear", "olmo_hybrid"])
+def test_names_and_heights_that_transformers_writes_otherwise_are_the_same_model(published, tmp_path, family):
+    """What is exported is called as it was released, and imports as the same weights."""
+    _, source, folder = published(family)
+    export_model(ExportConfig(run=folder, out=tmp_path / "back"))
+    assert Checkpoint(tmp_path / "back").entries.keys() != Checkpoint(source).entries.keys()
+    import_model(ImportConfig(source=tmp_path / "back", out=tmp_path / "again"))
+    for name in ("weights.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_rows_split_otherwise_have_to_be_as_many_and_as_wide(published, tmp_path):
+    shutil.copytree(published("olmo_hybrid").source, tmp_path / "published")
+    name = "model.layers.0.linear_attn.q_conv1d.weight"
+    index = json.loads((tmp_path / "published" / "model.safetensors.index.json").read_text())
+    shard = tmp_path / "published" / index["weight_map"][name]
+    tensors = safetensors.torch.load_file(shard)
+    safetensors.torch.save_file({**tensors, name: tensors[name][:, :, :3].contiguous()}, shard)
+    assert f"{name} [32, 1, 3] instead of [24, 1, 4]" in refusal(tmp_path / "published", tmp_path)
+    safetensors.torch.save_file({**tensors, name: tensors[name][1:].contiguous()}, shard)
+    assert f"{name} [31, 1, 4] instead of [24, 1, 4]" in refusal(tmp_path / "published", tmp_path)
+
+
 def test_both_names_of_the_number_of_experts_are_written(published, tmp_path):
     shutil.copytree(published("gpt_oss").source, tmp_path / "published")
     edit(tmp_path / "published" / "config.json", experts_per_token=2)

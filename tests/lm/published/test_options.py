@@ -24,7 +24,7 @@ ATTENTION = {
     "yarn": Yarn(factor=4.0, original_length=32),
     "softmax_scale": 0.4,
 }
-MOE = {"shared_gate": True, "expert_bias": True, "clamped": ClampedSwiGLU(limit=1.0), "gated": False}
+MOE = {"shared_gate": True, "expert_bias": True, "clamped": ClampedSwiGLU(limit=1.0), "gated": False, "d_latent": 12}
 ROUTER = {"bias": True, "scaling": 2.5, "renormalise_eps": 0.2}
 
 
@@ -73,7 +73,7 @@ CASES = {
     "residual": {"residual": Residual(attention_kept=1.2, attention_added=0.4, experts_added=0.7)},
 }
 # What changes the number of products.
-OTHER_PRODUCTS = ("linear_key_heads", "gated", "mamba_step_floor")
+OTHER_PRODUCTS = ("linear_key_heads", "gated", "d_latent", "mamba_step_floor")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -70,6 +70,7 @@ VARIANTS = {
     "every layer of deepseek_v3 with experts": ("deepseek_v3", {"first_k_dense_replace": 0, "rope_parameters": None}),
     "a query latent in kimi_linear": ("kimi_linear", {"q_lora_rank": 10, "mlp_layer_types": ["sparse"] * 4}),
     "a pattern of nemotron_h": ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "M-*E*M-"}),
+    "no experts in nemotron_h": ("nemotron_h", {"layers_block_type": None, "hybrid_override_pattern": "M-M*-"}),
     "no experts in granitemoehybrid": ("granitemoehybrid", {"num_local_experts": 0, "mamba_n_groups": 1}),
     "no positions in granitemoehybrid": ("granitemoehybrid", {"position_embedding_type": None}),
     "an untied head in lfm2_moe": ("lfm2_moe", {"tie_word_embeddings": False, "norm_topk_prob": False}),

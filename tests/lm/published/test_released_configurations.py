@@ -136,7 +136,7 @@ def test_plans_of_released_models():
             "each of the layers 1 to 27",
         ),
         ("Kimi-Linear-48B-A3B", "linear_attn_config", {"gate": 1}, "linear_attn_config: gate = 1: nothing here knows"),
-        ("Nemotron-3-Nano-30B-A3B", "moe_latent_size", 512, "moe_latent_size = 512 is not supported; legal: None"),
+        ("Nemotron-3-Nano-30B-A3B", "mlp_hidden_act", "silu", "mlp_hidden_act = 'silu' is not supported"),
         ("Nemotron-3-Nano-30B-A3B", "hybrid_override_pattern", "E" * 52, "layer 0 is 'moe'; legal: linear_attention"),
         (
             "Nemotron-3-Nano-30B-A3B",
