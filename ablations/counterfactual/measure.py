@@ -5,6 +5,7 @@ Legend: N counted tokens, L layers with more than one expert, K numbers of exper
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +155,7 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
     if not chooses and options.mean is not None:
         own_NL = even(bench.n_tokens, same_in_every_layer(round(options.mean * own_NL.size), len(bench.layers)))
     total = int(own_NL.sum())
-    if not chooses:
-        widen(bench, max(options.forced, default=2 * -(-total // own_NL.size)))
+    widen(bench, options, total / own_NL.size)
     ks = forced_numbers(model, options, own_NL.mean(0))
     even_NL = even(bench.n_tokens, same_in_every_layer(total, len(bench.layers)))
     n_passes = len(bench.layers) * (len(ks) + 2)
@@ -190,13 +190,17 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
     )
 
 
-def widen(bench: Bench, k: int) -> None:
-    """Gives layers of a fixed number of experts as many slots as will be asked for, or as there are."""
-    for layer in bench.layers:
-        router = bench.model.routers()[layer]
+def widen(bench: Bench, options: CounterfactualOptions, mean: float) -> None:
+    """Gives layers of a fixed number of experts the slots that will be asked for: the widest number that is forced, as
+    many as layers that choose have, or, where none does, twice the mean."""
+    routers = {layer: bench.model.routers()[layer] for layer in bench.layers}
+    fixed = {layer: router for layer, router in routers.items() if not router.policy.config.varies_by_token}
+    choosing = [slots for layer, slots in slots_of(bench.model).items() if layer not in fixed]
+    widest = max(options.forced, default=max(choosing, default=2 * math.ceil(mean)))
+    for router in fixed.values():
         same = router.policy.config if isinstance(router.policy.config, TopK) else TopK()
         most = router.n_experts // same.n_groups * same.top_groups
-        router.set_policy(dataclasses.replace(same, k=min(k, most)))
+        router.set_policy(dataclasses.replace(same, k=min(widest, most)))
 
 
 def forced_numbers(model: LanguageModel, options: CounterfactualOptions, mean_L: np.ndarray) -> np.ndarray:
@@ -205,7 +209,7 @@ def forced_numbers(model: LanguageModel, options: CounterfactualOptions, mean_L:
     Raises:
         ValueError: where they go beyond the slots of a layer, or do not enclose a layer's mean.
     """
-    slots = slots_of(model)
+    slots = min(slots_of(model).values())
     ks = options.forced or (*(k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < slots), slots)
     if ks[-1] > slots:
         raise ValueError(f"--forced {' '.join(map(str, ks))}: a token gets at most {slots} experts here")
