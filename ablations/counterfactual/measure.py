@@ -21,7 +21,7 @@ from ablations.counterfactual.allocations import (
     shuffled_by_token,
     shuffled_in_documents,
 )
-from ablations.counterfactual.cross_fit import predicted_gains
+from ablations.counterfactual.cross_fit import cross_fitted_gains
 from ablations.counterfactual.gains import Gains, measure_gains, routed_layers, slots_of
 from ablations.counterfactual.options import CounterfactualOptions
 from ablations.counterfactual.text import Text
@@ -62,23 +62,17 @@ class Measured:
 
     Attributes:
         name: of the run.
-        policy: name of the class of its routing policy.
-        mean: experts per token and layer of every allocation.
         runs: by allocation, in the order of `MEANING`; those that need the policy's own numbers are missing where it
             gives every token the same.
         layer_runs: by layer: `EVEN` (each layer's mean, the same for every token) and, with that layer alone changed,
             `OWN` and `ORACLE`.
         gains: what the oracle was made of.
-        predicted_NLK: the cross-fitted gains.
     """
 
     name: str
-    policy: str
-    mean: float
     runs: dict[str, Observed]
     layer_runs: dict[int, dict[str, Observed]]
     gains: Gains
-    predicted_NLK: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +142,9 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
     bench = Bench(model=model, text=text, layers=list(routed_layers(model)))
     if not bench.layers:
         raise ValueError(f"{name}: every layer has a single expert, there is nothing to allocate")
-    policy = type(model.routers()[bench.layers[0]].policy.config).__name__
+    # Blocks below a frozen boundary keep the trunk's policy.
+    names = [type(model.routers()[layer].policy.config).__name__ for layer in bench.layers]
+    policy = ", ".join(dict.fromkeys(names))
     own = observe(model, text.windows)
     own_NL = own.experts_NL[:, bench.layers].astype(np.int64)
     chooses = bool((own_NL != own_NL[:1]).any())
@@ -165,12 +161,8 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
         flush=True,
     )
     gains = measure_gains(model, text.windows, bench.whole(even_NL), ks)
-    predicted_NLK = np.stack(
-        [
-            predicted_gains(gains.feature_NLP[:, place], gains.gain_NLK[:, place], text.windows.document_N)
-            for place in range(len(bench.layers))
-        ],
-        axis=1,
+    predicted_NLK = cross_fitted_gains(
+        gains.feature_NLP, gains.gain_NLK, text.windows.document_N, ks, total / own_NL.size
     )
     runs = {EVEN: gains.even}
     if chooses:
@@ -181,12 +173,9 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
         runs[allocation] = bench.run(counts_NL)
     return Measured(
         name=name,
-        policy=policy,
-        mean=total / own_NL.size,
         runs={allocation: runs[allocation] for allocation in MEANING if allocation in runs},
         layer_runs=layer_runs(bench, own_NL if chooses else None, predicted_NLK, ks, own_NL.sum(0)),
         gains=gains,
-        predicted_NLK=predicted_NLK,
     )
 
 
@@ -210,7 +199,9 @@ def forced_numbers(model: LanguageModel, options: CounterfactualOptions, mean_L:
         ValueError: where they go beyond the slots of a layer, or do not enclose a layer's mean.
     """
     slots = min(slots_of(model).values())
-    ks = options.forced or (*(k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < slots), slots)
+    # Beside the mean, too: between two numbers of the grid a gain is taken to be a straight line.
+    near = math.floor(mean_L.mean()), math.ceil(mean_L.mean())
+    ks = options.forced or sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, *near) if 1 <= k < slots} | {slots})
     if ks[-1] > slots:
         raise ValueError(f"--forced {' '.join(map(str, ks))}: a token gets at most {slots} experts here")
     if not (ks[0] <= mean_L.min() and mean_L.max() <= ks[-1]):
@@ -237,13 +228,9 @@ def from_gains(gains: Gains, predicted_NLK: np.ndarray, text: Text, total: int) 
     """Allocations made of measured gains: all but the last know nothing of a document that they are measured on."""
     edges = np.unique(np.quantile(text.frequency_N, np.linspace(0, 1, FREQUENCY_BINS + 1)[1:-1]))
     bin_NB = np.eye(len(edges) + 1)[np.searchsorted(edges, text.frequency_N, side="right")]
-    by_frequency_NLK = np.stack(
-        [
-            predicted_gains(bin_NB, gains.gain_NLK[:, place], text.windows.document_N)
-            for place in range(len(gains.layers))
-        ],
-        axis=1,
-    )
+    bin_NLB = np.repeat(bin_NB[:, None], len(gains.layers), axis=1)
+    mean = total / gains.gain_NLK[..., 0].size
+    by_frequency_NLK = cross_fitted_gains(bin_NLB, gains.gain_NLK, text.windows.document_N, gains.ks, mean)
     return {
         FREQUENCY_GAINS: by_gains(by_frequency_NLK, gains.ks, total),
         GREEDY: by_gains(predicted_NLK, gains.ks, total, greedy=True),

@@ -40,12 +40,12 @@ def test_fixed_layers_get_the_slots_that_choosing_ones_have(bench):
     widen(bench, OPTIONS, 3.0)
     # Of four groups of two the best two have four.
     assert slots_of(bench.model) == {0: 5, 1: 5, 2: 4}
-    assert forced_numbers(bench.model, OPTIONS, np.array([3.0])).tolist() == [1, 2, 4]
+    assert forced_numbers(bench.model, OPTIONS, np.array([3.0])).tolist() == [1, 2, 3, 4]
 
 
 def test_static_models_get_twice_their_mean(bench):
     widen(bench, OPTIONS, 2.5)
     assert slots_of(bench.model) == {0: 6, 1: 6, 2: 6}
-    assert forced_numbers(bench.model, OPTIONS, np.array([2.5])).tolist() == [1, 2, 4, 6]
+    assert forced_numbers(bench.model, OPTIONS, np.array([2.5])).tolist() == [1, 2, 3, 4, 6]
     widen(bench, CounterfactualOptions(run=(Path("run"),), forced=(1, 12)), 2.5)
     assert slots_of(bench.model) == {0: 8, 1: 8, 2: 8}
