@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ablations.counterfactual.measure import EVEN, HINDSIGHT, ORACLE, OWN, REPLAYED
 from ablations.counterfactual.tables import POOLED, WHOLE, AllocationRow
@@ -40,7 +41,7 @@ def draw(rows: Sequence[AllocationRow], path: Path) -> None:
             (row,) = (row for row in whole if row.allocation == name and row.run == main)
             _bar(above, row, y, COLOURS.get(name, INK))
         above.set_yticks(range(len(names)), names)
-        above.set_title(headline(rows), fontsize=9, color=INK, loc="left")
+        figure.suptitle(headline(rows), fontsize=9, color=INK)
         for y, part in enumerate(parts):
             for shift, name in ((-0.14, OWN), (0.14, ORACLE)):
                 for row in rows:
@@ -52,9 +53,11 @@ def draw(rows: Sequence[AllocationRow], path: Path) -> None:
             axes.axvline(0, color=INK, linewidth=1)
             axes.grid(visible=False, axis="y")
             axes.grid(visible=True, axis="x")
-        below.set_xlabel(
-            "bits per byte gained over an even allocation   (worse ←  → better); own: orange, oracle: blue"
-        )
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+        below.set_xlabel("bits per byte gained over an even allocation   (worse ← → better)")
+        for name in (OWN, ORACLE):
+            below.plot([], [], "o-", color=COLOURS[name], label=name)
+        below.legend(frameon=False, fontsize=8)
         drawn = io.BytesIO()
         figure.savefig(drawn, dpi=150)
         write_bytes(path, drawn.getvalue())

@@ -114,7 +114,7 @@ def settings(model: LanguageModel, folder: Path, options: FrontierOptions) -> li
         )
     own_mean = routed[0].policy.asked_experts
     chooses = any(router.policy.budget is not None for router in routed)
-    budgets: list[float] = sorted({*options.budgets, *([] if own_mean is None else [own_mean])})
+    budgets: list[float] = sorted({*map(float, options.budgets), *([own_mean] if own_mean is not None else [])})
     found: list[tuple[str, float, list[Policy]]] = []
     for mean in budgets if chooses else ():
         set_policies(model, [copy.deepcopy(policy) for policy in trained])

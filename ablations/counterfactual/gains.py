@@ -80,15 +80,15 @@ def routed_layers(model: LanguageModel) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def slots_of(model: LanguageModel) -> int:
-    """The most experts that every router can give a token."""
-    return min(
-        router.policy.select(
+def slots_of(model: LanguageModel) -> dict[int, int]:
+    """The most experts that each router with a choice can give a token, by layer."""
+    return {
+        layer: router.policy.select(
             router.scores(torch.zeros(1, router.d_model, device=router.weight_ED.device))
         ).expert_TK.shape[1]
-        for router in model.routers()
+        for layer, router in enumerate(model.routers())
         if router.n_experts > 1
-    )
+    }
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Legend: N counted tokens, L layers with more than one expert, K numbers of exper
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ablations.counterfactual.allocations import (
     shuffled_by_token,
     shuffled_in_documents,
 )
-from ablations.counterfactual.cross_fit import predicted_gains
+from ablations.counterfactual.cross_fit import by_cross_fitted_gains, cross_fitted_gains
 from ablations.counterfactual.gains import Gains, measure_gains, routed_layers, slots_of
 from ablations.counterfactual.options import CounterfactualOptions
 from ablations.counterfactual.text import Text
@@ -61,23 +62,17 @@ class Measured:
 
     Attributes:
         name: of the run.
-        policy: name of the class of its routing policy.
-        mean: experts per token and layer of every allocation.
         runs: by allocation, in the order of `MEANING`; those that need the policy's own numbers are missing where it
             gives every token the same.
         layer_runs: by layer: `EVEN` (each layer's mean, the same for every token) and, with that layer alone changed,
             `OWN` and `ORACLE`.
         gains: what the oracle was made of.
-        predicted_NLK: the cross-fitted gains.
     """
 
     name: str
-    policy: str
-    mean: float
     runs: dict[str, Observed]
     layer_runs: dict[int, dict[str, Observed]]
     gains: Gains
-    predicted_NLK: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,15 +142,16 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
     bench = Bench(model=model, text=text, layers=list(routed_layers(model)))
     if not bench.layers:
         raise ValueError(f"{name}: every layer has a single expert, there is nothing to allocate")
-    policy = type(model.routers()[bench.layers[0]].policy.config).__name__
+    # Blocks below a frozen boundary keep the trunk's policy.
+    names = [type(model.routers()[layer].policy.config).__name__ for layer in bench.layers]
+    policy = ", ".join(dict.fromkeys(names))
     own = observe(model, text.windows)
     own_NL = own.experts_NL[:, bench.layers].astype(np.int64)
     chooses = bool((own_NL != own_NL[:1]).any())
     if not chooses and options.mean is not None:
         own_NL = even(bench.n_tokens, same_in_every_layer(round(options.mean * own_NL.size), len(bench.layers)))
     total = int(own_NL.sum())
-    if not chooses:
-        widen(bench, max(options.forced, default=2 * -(-total // own_NL.size)))
+    widen(bench, options, total / own_NL.size)
     ks = forced_numbers(model, options, own_NL.mean(0))
     even_NL = even(bench.n_tokens, same_in_every_layer(total, len(bench.layers)))
     n_passes = len(bench.layers) * (len(ks) + 2)
@@ -165,12 +161,8 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
         flush=True,
     )
     gains = measure_gains(model, text.windows, bench.whole(even_NL), ks)
-    predicted_NLK = np.stack(
-        [
-            predicted_gains(gains.feature_NLP[:, place], gains.gain_NLK[:, place], text.windows.document_N)
-            for place in range(len(bench.layers))
-        ],
-        axis=1,
+    predicted_NLK = cross_fitted_gains(
+        gains.feature_NLP, gains.gain_NLK, text.windows.document_N, ks, total / own_NL.size
     )
     runs = {EVEN: gains.even}
     if chooses:
@@ -181,22 +173,23 @@ def measure_model(name: str, model: LanguageModel, text: Text, options: Counterf
         runs[allocation] = bench.run(counts_NL)
     return Measured(
         name=name,
-        policy=policy,
-        mean=total / own_NL.size,
         runs={allocation: runs[allocation] for allocation in MEANING if allocation in runs},
         layer_runs=layer_runs(bench, own_NL if chooses else None, predicted_NLK, ks, own_NL.sum(0)),
         gains=gains,
-        predicted_NLK=predicted_NLK,
     )
 
 
-def widen(bench: Bench, k: int) -> None:
-    """Gives layers of a fixed number of experts as many slots as will be asked for, or as there are."""
-    for layer in bench.layers:
-        router = bench.model.routers()[layer]
+def widen(bench: Bench, options: CounterfactualOptions, mean: float) -> None:
+    """Gives layers of a fixed number of experts the slots that will be asked for: the widest number that is forced, as
+    many as layers that choose have, or, where none does, twice the mean."""
+    routers = {layer: bench.model.routers()[layer] for layer in bench.layers}
+    fixed = {layer: router for layer, router in routers.items() if not router.policy.config.varies_by_token}
+    choosing = [slots for layer, slots in slots_of(bench.model).items() if layer not in fixed]
+    widest = max(options.forced, default=max(choosing, default=2 * math.ceil(mean)))
+    for router in fixed.values():
         same = router.policy.config if isinstance(router.policy.config, TopK) else TopK()
         most = router.n_experts // same.n_groups * same.top_groups
-        router.set_policy(dataclasses.replace(same, k=min(k, most)))
+        router.set_policy(dataclasses.replace(same, k=min(widest, most)))
 
 
 def forced_numbers(model: LanguageModel, options: CounterfactualOptions, mean_L: np.ndarray) -> np.ndarray:
@@ -205,8 +198,10 @@ def forced_numbers(model: LanguageModel, options: CounterfactualOptions, mean_L:
     Raises:
         ValueError: where they go beyond the slots of a layer, or do not enclose a layer's mean.
     """
-    slots = slots_of(model)
-    ks = options.forced or (*(k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < slots), slots)
+    slots = min(slots_of(model).values())
+    # Beside the mean, too: between two numbers of the grid a gain is taken to be a straight line.
+    near = math.floor(mean_L.mean()), math.ceil(mean_L.mean())
+    ks = options.forced or sorted({k for k in (1, 2, 4, 8, 16, 32, 64, 128, *near) if 1 <= k < slots} | {slots})
     if ks[-1] > slots:
         raise ValueError(f"--forced {' '.join(map(str, ks))}: a token gets at most {slots} experts here")
     if not (ks[0] <= mean_L.min() and mean_L.max() <= ks[-1]):
@@ -233,17 +228,13 @@ def from_gains(gains: Gains, predicted_NLK: np.ndarray, text: Text, total: int) 
     """Allocations made of measured gains: all but the last know nothing of a document that they are measured on."""
     edges = np.unique(np.quantile(text.frequency_N, np.linspace(0, 1, FREQUENCY_BINS + 1)[1:-1]))
     bin_NB = np.eye(len(edges) + 1)[np.searchsorted(edges, text.frequency_N, side="right")]
-    by_frequency_NLK = np.stack(
-        [
-            predicted_gains(bin_NB, gains.gain_NLK[:, place], text.windows.document_N)
-            for place in range(len(gains.layers))
-        ],
-        axis=1,
-    )
+    bin_NLB = np.repeat(bin_NB[:, None], len(gains.layers), axis=1)
+    mean, document_N = total / gains.gain_NLK[..., 0].size, text.windows.document_N
+    by_frequency_NLK = cross_fitted_gains(bin_NLB, gains.gain_NLK, document_N, gains.ks, mean)
     return {
-        FREQUENCY_GAINS: by_gains(by_frequency_NLK, gains.ks, total),
-        GREEDY: by_gains(predicted_NLK, gains.ks, total, greedy=True),
-        ORACLE: by_gains(predicted_NLK, gains.ks, total),
+        FREQUENCY_GAINS: by_cross_fitted_gains(by_frequency_NLK, gains.ks, total, document_N),
+        GREEDY: by_cross_fitted_gains(predicted_NLK, gains.ks, total, document_N, greedy=True),
+        ORACLE: by_cross_fitted_gains(predicted_NLK, gains.ks, total, document_N),
         HINDSIGHT: by_gains(gains.gain_NLK.astype(np.float64), gains.ks, total),
     }
 
@@ -256,7 +247,8 @@ def layer_runs(
     base = bench.run(base_NL)
     found = {}
     for place, layer in enumerate(bench.layers):
-        changed = {ORACLE: by_gains(predicted_NLK[:, [place]], ks, int(totals_L[place]))}
+        column_N1K, document_N = predicted_NLK[:, [place]], bench.text.windows.document_N
+        changed = {ORACLE: by_cross_fitted_gains(column_N1K, ks, int(totals_L[place]), document_N)}
         if own_NL is not None:
             changed[OWN] = own_NL[:, [place]]
         found[layer] = {EVEN: base}

@@ -46,7 +46,7 @@ class CounterfactualOptions:
         mean: experts per token and layer, in the mean; by default the policy's own. The thresholds of a policy that has
             them are calibrated to it.
         forced: numbers of experts at which every layer's gains are measured, ascending; by default powers of two up to
-            the policy's slots.
+            the policy's slots, and the numbers beside the mean.
         resamples: of the documents, for the intervals of a single run.
         seed: of shuffles and resamples.
 

@@ -95,6 +95,7 @@ def analyse(folder: Path, options: AnalysisOptions) -> Path:
         k=study.k,
         n_tokens=len(tokens.windows.targets_N),
         n_documents=tokens.weights_RD.shape[1],
+        methods={name: study.method_of(name) for name in study.runs},
         correlations=[
             row
             for label, names in labels(study, list(chosen)).items()

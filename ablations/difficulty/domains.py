@@ -36,11 +36,12 @@ def validation_domains(corpus: PreparedCorpus) -> np.ndarray:
     if not config.data:
         return np.full(len(offsets) - 1, STANDARD_LIBRARY)
     known: dict[bytes, str] = {}
-    try:
-        for domain, text in texts_by_domain(config.data, config.text_field):
-            known.setdefault(hashlib.sha256(text.encode()).digest(), domain)
-    except (ValueError, OSError) as error:
-        print(f"domains are not known: {error}", flush=True)
+    for source in config.data:
+        try:
+            for domain, text in texts_by_domain((source,), config.text_field):
+                known.setdefault(hashlib.sha256(text.encode()).digest(), domain)
+        except (ValueError, OSError) as error:
+            print(f"domain {UNKNOWN!r} for its documents: {error}", flush=True)
     return np.array(
         [
             known.get(hashlib.sha256(document_bytes(corpus, start, stop)).digest(), UNKNOWN)

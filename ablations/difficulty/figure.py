@@ -21,35 +21,38 @@ def draw(results: Results, path: Path) -> None:
         results: every table of the study.
         path: where the image goes, of the type that the suffix names.
     """
-    methods = list(dict.fromkeys(row["method"] for row in results.deciles))
-    colour = {method: SERIES[index % len(SERIES)] for index, method in enumerate(methods)}
+    runs = list(dict.fromkeys(row["method"] for row in results.deciles))
+    methods = list(dict.fromkeys(results.methods[run] for run in runs))
+    colour = {run: SERIES[methods.index(results.methods[run]) % len(SERIES)] for run in runs}
+    # A method is named once, however many seeds it has.
+    labelled = {next(run for run in runs if results.methods[run] == method) for method in methods}
     with matplotlib.rc_context({**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}):
         figure = Figure(figsize=(WIDTH * 1.3, 7.5), layout="constrained")
         above, below = figure.subplots(2, 1)
-        for method in methods:
-            rows = [row for row in results.deciles if row["method"] == method and row["difficulty"] == "reference_loss"]
+        for run in runs:
+            rows = [row for row in results.deciles if row["method"] == run and row["difficulty"] == "reference_loss"]
             above.plot(
                 [row["decile"] for row in rows],
                 [row["mean_experts"] for row in rows],
-                color=colour[method],
+                color=colour[run],
                 marker="o",
-                label=method,
+                label=results.methods[run] if run in labelled else None,
             )
         above.axhline(results.k, color=MUTED, linewidth=0.8)
         above.set_xlabel("tokens by the loss of the reference model, tenths, easiest first")
         above.set_ylabel("experts per token and layer")
         above.legend(frameon=False)
-        for method in methods:
+        for run in runs:
             for allocation, line in LINES.items():
-                rows = frontier_curve(results.frontier, method, allocation)
+                rows = frontier_curve(results.frontier, run, allocation)
                 if rows:
                     below.plot(
                         [row["mean_experts"] for row in rows],
                         [row["bits_per_byte"] for row in rows],
                         marker=".",
-                        color=colour[method],
+                        color=colour[run],
                         linestyle=line,
-                        label=f"{method}, {allocation}",
+                        label=f"{results.methods[run]}, {allocation}" if run in labelled else None,
                     )
         trained = sorted(
             (row for row in results.frontier if row["allocation"] == TRAINED), key=lambda row: row["mean_experts"]

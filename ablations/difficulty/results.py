@@ -16,6 +16,7 @@ class Results:
     Attributes:
         k: mean experts at which methods are compared.
         n_tokens, n_documents: of real text measured.
+        methods: of each run, whose name the rows bear; several seeds of a method are several runs.
         correlations: difficulty against experts, by method, difficulty and layer.
         structure: problems, their label against the experts of their answers, by method and task.
         deciles: experts and loss by tenths of difficulty.
@@ -26,6 +27,7 @@ class Results:
     k: int
     n_tokens: int
     n_documents: int
+    methods: dict[str, str]
     correlations: list[ResultRow]
     structure: list[ResultRow]
     deciles: list[ResultRow]

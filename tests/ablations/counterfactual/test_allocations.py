@@ -19,7 +19,7 @@ from ablations.counterfactual.allocations import (
     shuffled_by_token,
     shuffled_in_documents,
 )
-from ablations.counterfactual.cross_fit import predicted_gains
+from ablations.counterfactual.cross_fit import by_cross_fitted_gains, cross_fitted_gains, gain_at, predicted_gains
 from ablations.difficulty.scale import Scale
 
 KS = np.array([1, 2, 4])
@@ -104,6 +104,21 @@ def test_predictions_know_other_documents_only():
     blind = predicted_gains(feature, luck + np.arange(3.0), document)
     assert blind.mean(0) == pytest.approx([0, 1, 2], abs=0.08)
     assert (blind.std(0) < 0.06).all()
+
+
+def test_predictions_part_tokens_as_far_as_that_pays_elsewhere():
+    """Of luck alone nothing is left to part them by; what is known is kept."""
+    rng, ks = np.random.default_rng(4), np.array([1, 2, 4])
+    feature, document = rng.normal(size=(3000, 1, 12)), np.arange(3000) // 20
+    curve = np.array([-0.5, -0.2, 0.0])
+    luck = rng.normal(size=(3000, 1, 3)) * 0.5
+    known = 0.4 * feature[:, :, :1] * (ks - 2)
+    for gain, least, most in ((curve + luck, -0.002, 0.01), (curve + luck + known, 0.2, 1.0)):
+        counts = by_cross_fitted_gains(cross_fitted_gains(feature, gain, document, ks, 2.0), ks, 6000, document)
+        assert counts.sum() == 6000
+        # Two for everyone gain what the curve says.
+        gained = gain_at(gain - luck, ks, counts).mean() - curve[1]
+        assert least <= gained <= most
 
 
 def test_intervals_hold_the_share_that_was_drawn():
