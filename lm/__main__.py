@@ -1,7 +1,7 @@
-"""`python -m lm generate | evaluate | cache | bench | bench-peers | long-context | recall | import | export | parity`:
-text from a trained model, its bits per byte, what a layer plan remembers, in bytes, how fast a model is on this
-machine, alone and beside transformers, what a long text costs it and what it remembers of one, and published models in
-and out."""
+"""`python -m lm generate | evaluate | eval | cache | bench | bench-peers | long-context | recall | import | export |
+parity`: text from a trained model, its bits per byte, its answers to tasks of lm-evaluation-harness, what a
+layer plan remembers, in bytes, how fast a model is on this machine, alone and beside transformers, what a long text
+costs it and what it remembers of one, and published models in and out."""
 
 import foundation.starting  # noqa: F401
 
@@ -23,6 +23,7 @@ from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
 from lm.cache_table import CacheConfig, show_caches
+from lm.eval_harness import EvalConfig, run_tasks
 from lm.evaluate_text import EvaluateConfig, evaluate_text
 from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
@@ -122,6 +123,7 @@ def run_generate(config: GenerateConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "generate": (GenerateConfig, run_generate),
     "evaluate": (EvaluateConfig, evaluate_text),
+    "eval": (EvalConfig, run_tasks),
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
     "long-context": (LongContextConfig, long_context),

@@ -27,6 +27,7 @@ from foundation.serialize import load_json, to_dict
 from lm.accounting import meta_model
 from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
+from lm.hub.export import export_own
 from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model, save_tensors
 from lm.published.checkpoint import DTYPES, SHARD_BYTES, Checkpoint, Entry, write_checkpoint
 from lm.published.families import FAMILIES, family_of
@@ -73,12 +74,14 @@ class ImportConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Writes a model folder in the layout of the family that it was imported from, as transformers reads it.
+    """Writes a model folder as transformers reads it: in the layout of the family that it was imported from, or, a
+    model of our own, with the code that runs it (`trust_remote_code=True`).
 
     Attributes:
         run: a model folder, or the run that trained it.
         out: folder to write; it may not exist yet, or is replaced.
-        like: the imported model folder that it was trained from, where it holds no `published/` itself.
+        like: the imported model folder that it was trained from, where it holds no `published/` itself and is to be
+            written in that family's layout.
         experts: experts per token that the written config.json names; those of the model by default.
         shard_bytes: of one file of weights, at the most.
     """
@@ -192,8 +195,8 @@ def export_model(config: ExportConfig) -> str:
     """See `ExportConfig`; returns what was exported, for people to read.
 
     Raises:
-        ValueError: for a model that was not imported, or one that its family's config.json cannot describe any more;
-            names what differs.
+        ValueError: for a model that its family's config.json cannot describe any more, or one of ours that the
+            exported code does not know; names what it is.
         CorruptFileError: for damaged files; names them.
     """
     refuse_unwritable("OUT", config.out.parent, folder=True)
@@ -201,10 +204,12 @@ def export_model(config: ExportConfig) -> str:
     check_folder(folder)
     origin = (find_model(config.like) if config.like else folder) / BESIDE
     if not origin.is_dir():
-        raise ValueError(
-            f"{origin.parent} was not imported (it has no {BESIDE}/); families that can be exported:"
-            f" {', '.join(sorted(FAMILIES))}. A model trained from an imported one needs --like"
-        )
+        if config.like is not None or config.experts is not None:
+            raise ValueError(
+                f"{origin.parent} was not imported (it has no {BESIDE}/); --like and --experts are for models of the"
+                f" families {', '.join(sorted(FAMILIES))}"
+            )
+        return export_own(folder, config.out, config.shard_bytes)
     family, values, _ = read_published(origin)
     model = load_json(ModelConfig, folder / CONFIG_FILE)
     experts = config.experts or _experts_per_token(model)

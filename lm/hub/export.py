@@ -1,0 +1,198 @@
+"""A model of our own as a folder that transformers loads with `trust_remote_code=True`, wherever it lies.
+
+The files of the model (`modeling_hybrid_moe.py` and those it imports) are copied beside the weights. They know most of
+what this project knows; what they do not know is refused here by name.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attention.lightning import lightning_slopes
+from corpus.byte_level_tokenizer import ByteLevelTokenizer
+from corpus.tokenizer import Tokenizer
+from foundation.files import atomic_folder, require_space, write_json
+from foundation.serialize import load_json
+from lm.config import BlockConfig, ModelConfig
+from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from lm.published.checkpoint import DTYPES, Checkpoint, write_checkpoint
+from routing.policies.random_k import RandomK
+from routing.policies.skipping import Skipping
+from routing.policies.threshold import ScoreThreshold
+from routing.policies.top_k import TopK
+from routing.policies.top_p import TopP
+from routing.router import RouterConfig
+
+HERE = Path(__file__).resolve().parent
+CODE = ("configuration_hybrid_moe.py", "attention_hybrid_moe.py", "experts_hybrid_moe.py", "modeling_hybrid_moe.py")
+LETTERS = "FSRrLGKDC"
+MODEL_TYPE = "hybrid_moe_lab"
+# Fields of `AttentionConfig` that go over as they are.
+ATTENTION_FIELDS = (
+    *("n_heads", "n_kv_heads", "head_dim", "window", "rope_base", "rotary_dim", "qk_norm", "qk_norm_whole"),
+    *("unit_offset", "qkv_bias", "out_bias", "output_gate", "sink_logits", "norm_eps"),
+    *("linear_shape", "key_heads", "conv_width", "mamba_groups", "short_conv_channels"),
+)
+# Names of tensors outside the blocks, ours and theirs.
+OUTSIDE = {"embedding_VD": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head_VD": "lm_head.weight"}
+# What training moves and a trained model does not need.
+LEFT_OUT = ("router.load_E", "router.policy.budget.drift", "router.policy.budget.aim", "router.null_weight_ZD")
+OUR_THRESHOLD, THRESHOLD = "router.policy.budget.threshold", "router.threshold"
+
+
+def export_own(folder: Path, out: Path, shard_bytes: int) -> str:
+    """Writes a model folder of ours as one that transformers loads; returns what was exported, for people to read.
+
+    Args:
+        folder: the model folder, checked.
+        out: the folder to write; it may not exist yet, or is replaced.
+        shard_bytes: of one file of weights, at the most.
+
+    Raises:
+        ValueError: for what the exported code does not know; names it.
+        foundation.files.DiskFullError: naming the folder.
+    """
+    config = load_json(ModelConfig, folder / CONFIG_FILE)
+    described = {"blocks": list(describe_blocks(config))}
+    weights = Checkpoint(folder, WEIGHTS_FILE)
+    ours = dict(_names(weights))
+    # Every exported router has a threshold, also where its policy compares nothing with one.
+    thresholds = {f"model.blocks.{layer}.moe.{THRESHOLD}" for layer in range(config.n_layers)} - ours.keys()
+    sizes = dict.fromkeys(sorted(thresholds), 4)
+    for theirs, name in ours.items():
+        entry = weights.entries[name]
+        sizes[theirs] = torch.Size(entry.shape).numel() * DTYPES[entry.dtype].itemsize
+
+    def tensor(theirs: str) -> torch.Tensor:
+        return torch.zeros(()) if theirs in thresholds else weights.read(ours[theirs])
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_space(out.parent, sum(sizes.values()), f"the model {out}")
+    with atomic_folder(out, replace=True) as temporary:
+        for name in CODE:
+            (temporary / name).write_bytes((HERE / name).read_bytes())
+        write_json(temporary / CONFIG_FILE, _config(config, described, _copy_tokenizer(folder, temporary, config)))
+        write_checkpoint(temporary, sizes, tensor, shard_bytes)
+    return (
+        f"{out}: {MODEL_TYPE}, {config.n_layers} blocks {''.join(config.plan.letters)}; load it with trust_remote_code"
+    )
+
+
+def describe_blocks(config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """Every block as the exported configuration has it.
+
+    Raises:
+        ValueError: naming the block and what is not supported.
+    """
+    letters, source = config.plan.letters, config.plan.source
+    if not set(letters) & set("FS"):
+        raise ValueError(
+            f"layer plan {''.join(letters)}: transformers' cache counts tokens in a softmax layer; legal: a plan with F"
+            " or S"
+        )
+    windows = {config.block(layer).attention.window for layer, letter in enumerate(letters) if letter in "Sr"}
+    if len(windows) > 1:
+        raise ValueError(
+            f"windows of {sorted(windows)} tokens: transformers' cache knows one; legal: one for all layers"
+        )
+    for layer, letter in enumerate(letters):
+        block = config.block(layer)
+        try:
+            yield {
+                "letter": letter,
+                "norm": block.norm,
+                "source": source[layer],
+                "attention": _attention(block, layer, config.n_layers),
+                "experts": _experts(block),
+                "router": _router(block.moe.router),
+            }
+        except ValueError as error:
+            raise ValueError(f"block {layer} cannot be exported: {error}") from None
+
+
+def _attention(block: BlockConfig, layer: int, n_layers: int) -> dict[str, Any]:
+    if block.letter not in LETTERS:
+        raise ValueError(f"attention {block.letter}; legal: {', '.join(LETTERS)}")
+    attention = block.attention
+    if attention.yarn is not None:
+        raise ValueError("AttentionConfig.yarn; legal: None")
+    described: dict[str, Any] = {name: getattr(attention, name) for name in ATTENTION_FIELDS}
+    if block.letter == "L":
+        slopes_H = lightning_slopes(attention.linear_shape[0], layer, n_layers)
+        described["log_decays"] = [-float(slope) for slope in slopes_H]
+    return described
+
+
+def _experts(block: BlockConfig) -> dict[str, Any]:
+    moe = block.moe
+    clamped = None if moe.clamped is None else {"slope": moe.clamped.slope, "limit": moe.clamped.limit}
+    fields = ("n_experts", "d_expert", "d_shared", "shared_gate", "expert_bias")
+    return {**{name: getattr(moe, name) for name in fields}, "clamped": clamped}
+
+
+def _router(router: RouterConfig) -> dict[str, Any]:
+    match policy := router.policy:
+        case TopK() if policy.top_groups == policy.n_groups:
+            rule, k, floor = "top_k", policy.k, policy.k
+        case RandomK():
+            rule, k, floor = "top_k", policy.k_eval, policy.k_eval
+        case TopP():
+            rule, k, floor = "top_p", policy.cap, policy.floor
+        case ScoreThreshold():
+            rule, k, floor = "threshold", policy.cap, policy.floor
+        case Skipping():
+            rule, k, floor = "ratio", policy.k, 0
+        case _:
+            groups = " with groups of experts" if isinstance(policy, TopK) else ""
+            raise ValueError(
+                f"policy {type(policy).__name__}{groups}; legal: TopK without groups, RandomK, TopP, ScoreThreshold,"
+                " Skipping"
+            )
+    options = {name: getattr(router, name) for name in ("score", "bias", "renormalise", "scaling")}
+    return {"rule": rule, "k": k, "floor": floor, **options}
+
+
+def _names(weights: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Of every tensor that is exported: its name there, and ours."""
+    for name in weights.entries:
+        if name.endswith(LEFT_OUT):
+            continue
+        yield OUTSIDE.get(name, f"model.{name}").replace(OUR_THRESHOLD, THRESHOLD), name
+
+
+def _copy_tokenizer(folder: Path, out: Path, config: ModelConfig) -> Tokenizer | None:
+    """Copies the tokenizer's file, if there is one; returns it."""
+    for kind in (ByteLevelTokenizer, Tokenizer):
+        path = folder / kind.file_name
+        if path.is_file():
+            (out / path.name).write_bytes(path.read_bytes())
+            byte_level = kind is ByteLevelTokenizer
+            return ByteLevelTokenizer.load(path, config.vocab_size) if byte_level else Tokenizer.load(path)
+    return None
+
+
+def _config(config: ModelConfig, described: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    boundary = None if tokenizer is None else tokenizer.boundary_id
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["HybridMoEForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_hybrid_moe.HybridMoEConfig",
+            "AutoModel": "modeling_hybrid_moe.HybridMoEModel",
+            "AutoModelForCausalLM": "modeling_hybrid_moe.HybridMoEForCausalLM",
+        },
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        **described,
+        "norm_eps": config.norm_eps,
+        "unit_offset": config.unit_offset,
+        "compute_dtype": config.dtype,
+        # Of the weights as they are stored.
+        "dtype": "float32",
+        "bos_token_id": boundary,
+        "eos_token_id": boundary,
+        "pad_token_id": boundary,
+        "use_cache": True,
+    }
