@@ -113,6 +113,7 @@ class Recorder:
         model: that generates; its budgets may change on the way.
         prompt: ids that are prefilled.
         table: means and thresholds of other budgets, from `lm.budget.budget_table`; None for none.
+        trace: of the same model, which is told the rows, too; it hears the prefill by itself.
         about: further fields of `TracedText`.
     """
 
@@ -122,9 +123,10 @@ class Recorder:
         *,
         prompt: Sequence[int],
         table: tuple[list[float], Tensor] | None = None,
+        trace: RouterTrace | None = None,
         **about: object,
     ) -> None:
-        self.model, self.prompt, self.about = model, tuple(prompt), about
+        self.model, self.prompt, self.trace, self.about = model, tuple(prompt), trace, about
         self.end: End = "length"
         self.steps: list[tuple[int, str, float, float]] = []
         self._parts: list[dict[str, np.ndarray]] = []
@@ -133,6 +135,12 @@ class Recorder:
 
     def add(self, step: GeneratedToken, piece: str) -> dict[str, np.ndarray]:
         """Takes a token, before the next one is drawn, and the text that it added; its `token_scores`."""
+        if self.trace is not None:
+            if self.steps:
+                for router, routing in zip(self.model.routers(), step.routings):
+                    self.trace.add(router, routing)
+            # Behind the prefill nobody listens, so that the clock shows what a step takes that is not recorded.
+            self.trace.unhook()
         self.steps.append((step.token, piece, step.seconds, step.nats))
         self._parts.append(token_scores(self.model, step))
         return self._parts[-1]
@@ -205,8 +213,8 @@ def traced_generation(
     calibration_BT: Tensor | None = None,
     **about: object,
 ) -> Iterator[Recorder | None]:
-    """Records the forwards inside the block, and the tokens the block adds to the recorder; where `folder` is None
-    there is none.
+    """Records the prefill inside the block, and the tokens the block adds to the recorder, one generation; where
+    `folder` is None there is none.
 
     Args:
         calibration_BT: text on which thresholds for other budgets are set, as the model is now; None for none.
@@ -220,7 +228,7 @@ def traced_generation(
         return
     trace = RouterTrace(model, folder)
     table = None if calibration_BT is None else budget_table(model, calibration_BT)
-    recorder = Recorder(model, prompt=prompt, table=table, **about)
+    recorder = Recorder(model, prompt=prompt, table=table, trace=trace, **about)
     with trace:
         yield recorder
     write_generation(folder, recorder.text(), recorder.scores())
@@ -244,7 +252,7 @@ def read_generation(folder: Path) -> tuple[TracedText, np.ndarray]:
     if not (folder / TEXT).exists():
         raise ValueError(f"{folder} holds a trace, but of no generation: {TEXT} is missing")
     text = load_json(TracedText, folder / TEXT)
-    # The forward behind a token that ended the document has rows but no token.
+    # In older traces the forward behind a token that ended the document has rows but no token.
     last = np.where(rows.forward == 0, len(text.prompt) - 1, 0)
     counted = (rows.token == last) & (rows.forward < len(text.tokens))
     experts_NL = np.zeros((len(text.tokens), text.n_layers), np.int64)

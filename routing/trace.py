@@ -98,14 +98,22 @@ class RouterTrace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.unhook()
+        self._write()
+
+    def unhook(self) -> None:
+        """From here on only `add` records: a decode step that nobody listens to may be one call."""
         for hook in self._hooks:
             hook.remove()
-        self._write()
+        self._hooks = []
 
     def _record(self, router: nn.Module, arguments: tuple[object, ...], routing: Routing) -> None:
         assert isinstance(router, Router)
-        if _unrecorded.get():
-            return
+        if not _unrecorded.get():
+            self.add(router, routing)
+
+    def add(self, router: Router, routing: Routing) -> None:
+        """Records one forward of one router."""
         rows, layer = routing.assignments, router.layer_index
         n_rows = int(rows.expert_offsets[-1])
         part = {

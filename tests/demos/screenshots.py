@@ -31,7 +31,11 @@ COLOUR = re.compile(r"\x1b\[(?:(48|38);5;(\d+)|0)m")
 def save(tab: Tab, path: Path) -> None:
     """A screenshot in few colours, which keeps the file small."""
     tab.screenshot(path)
-    image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB").quantize(255, dither=Image.Dither.NONE)
+    image = (
+        Image.open(io.BytesIO(path.read_bytes()))
+        .convert("RGB")
+        .quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
     image.save(path, optimize=True)
 
 
