@@ -218,7 +218,8 @@ class MixtureConfig:
         action: fit.
         mixtures: csv of the runs to learn from: number of the run, then the share of each domain.
         losses: csv of the same runs: number, then each validation loss.
-        test_mixtures, test_losses: csv files of runs to predict, in pairs.
+        test_mixtures: csv files like `mixtures`, of runs to predict.
+        test_losses: csv files like `losses`, of the same runs, one for each.
         csv: file for the table.
         steps: of the search for length scales.
     """

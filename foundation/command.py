@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import logging
+import os
 import re
 import shlex
 import sys
@@ -156,6 +157,9 @@ def _parsed(parse: Callable[[Sequence[str] | None], Parsed], given: Sequence[str
         with contextlib.redirect_stderr(said):
             return parse(given)
     except SystemExit as stop:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0":
+            # Of processes that were all given the same command line one says what is wrong with it.
+            raise
         if (ours := _refusal(stop)) is not None:
             print(f"error: {_line(ours, given)}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -467,14 +467,14 @@ def test_help_speaks_of_the_command_only(package, command, capsys, monkeypatch):
 
 @pytest.mark.parametrize(("package", "command"), [*COMMANDS, ("demos", "")])
 def test_every_option_has_a_sentence(package, command, capsys, monkeypatch):
-    lines = [line.strip("│ ") for line in help_of(package, command, capsys, monkeypatch).splitlines()]
+    lines = [line.strip("│| ") for line in help_of(package, command, capsys, monkeypatch).splitlines()]
     options: dict[str, str] = {}
     for line in lines:
-        if line.startswith(("--", "-h")):
+        if re.match(r"--?[a-z]", line):
             # The name with what stands for its value, two spaces, the sentence.
             name, _, sentence = line.partition("  ")
             options[name] = sentence
-        elif options and not line.startswith(("╭", "╰", "─")):
+        elif options and re.match(r"[\w(\"'.]", line):
             options[list(options)[-1]] += f" {line}"
     bare = [name for name, sentence in options.items() if len(re.sub(r"\((default|required|sets).*", "", sentence)) < 8]
     assert len(options) > 0

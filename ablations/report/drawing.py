@@ -19,6 +19,9 @@ BAND = 0.12
 # Of single runs beside their mean.
 FAINT = {"alpha": 0.45, "linewidth": 0.7}
 MEAN = "mean"
+# Of the differences, each with a scale of its own.
+PAIRED, KNOWN, UNPAIRED = "methods, paired by seed", "controls of known sign", "another order of the data, not paired"
+PANELS = (PAIRED, KNOWN, UNPAIRED)
 # Inches of a line in a figure of bars.
 BAR_ROW = 0.24
 
@@ -31,9 +34,10 @@ def series(rows: list[tuple]) -> dict[str, list[tuple]]:
 def differences(rows: list[tuple]) -> Figure:
     """Rows (panel, method, "mean" or a run, difference, low, high): panels of a scale of their own, and in each of
     them a bar, a mark and single runs per method."""
-    panels = {name: series(own) for name, own in series(rows).items()}
-    # The baseline has no row, but the first look is its.
-    look = looks(["baseline", *(method for groups in panels.values() for method in groups)])
+    present = {row[0] for row in rows}
+    panels = {name: series([row[1:] for row in rows if row[0] == name]) for name in PANELS if name in present}
+    # Methods in the order of the table, as in every figure; the baseline has no row, but the first look is its.
+    look = looks(["baseline", *dict.fromkeys(row[1] for row in rows)])
     counts = [len(groups) for groups in panels.values()]
     figure, all_axes = new_figure(
         0.5 + 0.62 * len(panels) + 0.4 * sum(counts), rows=len(panels), share_x=False, heights=counts

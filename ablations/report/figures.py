@@ -18,14 +18,12 @@ from ablations.comparison.records import BranchResult, Comparison, RecordedRun, 
 from ablations.comparison.statistics import RunKey
 from ablations.comparison.verdicts import outcomes
 from ablations.report import drawing
-from ablations.report.drawing import MEAN
+from ablations.report.drawing import KNOWN, MEAN, PAIRED, UNPAIRED
 from staged_training.validation import VALIDATED
 
 FigureRows = list[tuple]
 # Points per curve: enough for its shape, few enough that the noise of single batches is averaged away.
 TRUNK_BINS, BRANCH_BINS, DIFFERENCE_BINS = 48, 10, 24
-# Panels of the differences.
-PAIRED, KNOWN, UNPAIRED = "methods, paired by seed", "controls of known sign", "another order of the data, not paired"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,14 +59,13 @@ def differences(records: Records) -> Figure:
     larger than a method's effect, what is known and what another order does, has a panel and a scale of its own."""
     comparison = records.comparison
     baseline = {key: result.bits_per_byte for key, result in records.results[comparison.baseline].items()}
-    panels: dict[str, FigureRows] = {PAIRED: [], KNOWN: [], UNPAIRED: []}
+    rows: FigureRows = []
     for method, outcome in outcomes(records).items():
         if outcome.difference is None:
             continue
         panel = UNPAIRED if method in comparison.reordered else KNOWN if method in comparison.known else PAIRED
         losses = {key: result.bits_per_byte for key, result in records.results[method].items() if key in baseline}
         interval = outcome.difference.interval
-        rows = panels[panel]
         rows.append((panel, method, MEAN, interval.mean, interval.low, interval.high))
         rows += [(panel, method, run_name(*key), losses[key] - baseline[key], None, None) for key in sorted(losses)]
     return Figure(
@@ -81,7 +78,7 @@ def differences(records: Records) -> Figure:
             " what runs scatter by that are not paired."
         ),
         columns=("panel", "method", "what", "difference", "low", "high"),
-        rows=[row for rows in panels.values() for row in rows],
+        rows=rows,
         draw=drawing.differences,
     )
 

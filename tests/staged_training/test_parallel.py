@@ -230,6 +230,20 @@ def test_what_cannot_be_run_is_refused(documents, tmp_path, changes, message):
         main(["parallel", "--out", str(tmp_path), "--data", str(documents), *TINY, *changes])
 
 
+def test_a_command_line_that_is_none_is_refused_once(capsys, monkeypatch):
+    """Of many processes with the same mistake the first one names it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            main(["parallel", "--tokens", "none"])
+        assert stopped.value.code == 2
+        said.append(capsys.readouterr().err)
+    assert "--tokens" in said[0]
+    assert said[1] == ""
+
+
 PATIENT = """
 import datetime, os, sys, time
 import torch, torch.distributed as dist

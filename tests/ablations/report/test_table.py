@@ -210,7 +210,7 @@ def test_unequal_budgets_are_named(write_synthetic):
         more = [json.dumps(json.loads(line) | {"step": len(lines) + n}) for n, line in enumerate(lines, 1)]
         path.write_text("\n".join([*lines, *more]) + "\n")
     assert unequal_budgets(read_records(folder)) == (
-        "Not at the baseline's cost: top_p (0.62 times the FLOPs per token), random_k (2 times the tokens)."
+        "Not at the baseline's cost: top_p (0.62 times the FLOPs per token); random_k (2 times the tokens)."
     )
 
 
