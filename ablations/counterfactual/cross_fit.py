@@ -51,8 +51,8 @@ def cross_fitted_gains(
 def by_cross_fitted_gains(
     gain_NLK: np.ndarray, ks: np.ndarray, total: int, document_N: np.ndarray, *, greedy: bool = False
 ) -> np.ndarray:
-    """The allocation that `cross_fitted_gains` make, int64 [N, L], with the same mean in each fold: strengths differ from
-    fold to fold, so their gains have no common price."""
+    """The allocation that `cross_fitted_gains` make, int64 [N, L], with the same mean in each fold: strengths differ
+    from fold to fold, so their gains have no common price."""
     fold_N, counts_NL = document_N % FOLDS, np.zeros(gain_NLK.shape[:2], dtype=np.int64)
     before = np.cumsum([0, *(int((fold_N == fold).sum()) for fold in range(FOLDS))])
     for fold, share in enumerate(np.diff(before * total // len(fold_N)).tolist()):
