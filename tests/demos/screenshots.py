@@ -94,10 +94,10 @@ def terminal(tab: Tab, run: Path, folder: Path, work: Path) -> None:
         ("terminal_budgets", {"side_by_side": "budgets"}, (140, 34)),
         ("terminal_static", {"side_by_side": "static", "budget": 8.0}, (140, 34)),
     ):
-        config = DemoConfig(run=run, prompt=PROMPT, **options)
+        config = DemoConfig(run=run, prompt=PROMPT, max_new_tokens=400, **options)
         lives = models(config)
         sides = [side_of(model, config, several=len(lives) > 1) for model in lives]
-        for number in range(120):
+        for number in range(400):
             turn(sides, number)
         palette = Palette(max(model.cap for model in lives), True)
         head = [str(lives[0].run), palette.legend(), *([timing_line(sides)] if len(sides) > 1 else [])]
