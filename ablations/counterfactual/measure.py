@@ -21,7 +21,7 @@ from ablations.counterfactual.allocations import (
     shuffled_by_token,
     shuffled_in_documents,
 )
-from ablations.counterfactual.cross_fit import cross_fitted_gains
+from ablations.counterfactual.cross_fit import by_cross_fitted_gains, cross_fitted_gains
 from ablations.counterfactual.gains import Gains, measure_gains, routed_layers, slots_of
 from ablations.counterfactual.options import CounterfactualOptions
 from ablations.counterfactual.text import Text
@@ -229,12 +229,12 @@ def from_gains(gains: Gains, predicted_NLK: np.ndarray, text: Text, total: int) 
     edges = np.unique(np.quantile(text.frequency_N, np.linspace(0, 1, FREQUENCY_BINS + 1)[1:-1]))
     bin_NB = np.eye(len(edges) + 1)[np.searchsorted(edges, text.frequency_N, side="right")]
     bin_NLB = np.repeat(bin_NB[:, None], len(gains.layers), axis=1)
-    mean = total / gains.gain_NLK[..., 0].size
-    by_frequency_NLK = cross_fitted_gains(bin_NLB, gains.gain_NLK, text.windows.document_N, gains.ks, mean)
+    mean, document_N = total / gains.gain_NLK[..., 0].size, text.windows.document_N
+    by_frequency_NLK = cross_fitted_gains(bin_NLB, gains.gain_NLK, document_N, gains.ks, mean)
     return {
-        FREQUENCY_GAINS: by_gains(by_frequency_NLK, gains.ks, total),
-        GREEDY: by_gains(predicted_NLK, gains.ks, total, greedy=True),
-        ORACLE: by_gains(predicted_NLK, gains.ks, total),
+        FREQUENCY_GAINS: by_cross_fitted_gains(by_frequency_NLK, gains.ks, total, document_N),
+        GREEDY: by_cross_fitted_gains(predicted_NLK, gains.ks, total, document_N, greedy=True),
+        ORACLE: by_cross_fitted_gains(predicted_NLK, gains.ks, total, document_N),
         HINDSIGHT: by_gains(gains.gain_NLK.astype(np.float64), gains.ks, total),
     }
 
@@ -247,7 +247,8 @@ def layer_runs(
     base = bench.run(base_NL)
     found = {}
     for place, layer in enumerate(bench.layers):
-        changed = {ORACLE: by_gains(predicted_NLK[:, [place]], ks, int(totals_L[place]))}
+        column_N1K, document_N = predicted_NLK[:, [place]], bench.text.windows.document_N
+        changed = {ORACLE: by_cross_fitted_gains(column_N1K, ks, int(totals_L[place]), document_N)}
         if own_NL is not None:
             changed[OWN] = own_NL[:, [place]]
         found[layer] = {EVEN: base}

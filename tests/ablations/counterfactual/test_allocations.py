@@ -19,7 +19,7 @@ from ablations.counterfactual.allocations import (
     shuffled_by_token,
     shuffled_in_documents,
 )
-from ablations.counterfactual.cross_fit import cross_fitted_gains, gain_at, predicted_gains
+from ablations.counterfactual.cross_fit import by_cross_fitted_gains, cross_fitted_gains, gain_at, predicted_gains
 from ablations.difficulty.scale import Scale
 
 KS = np.array([1, 2, 4])
@@ -114,7 +114,8 @@ def test_predictions_part_tokens_as_far_as_that_pays_elsewhere():
     luck = rng.normal(size=(3000, 1, 3)) * 0.5
     known = 0.4 * feature[:, :, :1] * (ks - 2)
     for gain, least, most in ((curve + luck, -0.002, 0.01), (curve + luck + known, 0.2, 1.0)):
-        counts = by_gains(cross_fitted_gains(feature, gain, document, ks, 2.0), ks, 6000)
+        counts = by_cross_fitted_gains(cross_fitted_gains(feature, gain, document, ks, 2.0), ks, 6000, document)
+        assert counts.sum() == 6000
         # Two for everyone gain what the curve says.
         gained = gain_at(gain - luck, ks, counts).mean() - curve[1]
         assert least <= gained <= most
