@@ -32,11 +32,10 @@ def draw_frontier(rows: list[dict[str, Any]], path: Path) -> None:
             scale = 1e6 if column in times else 1.0
             for index, name in enumerate(names):
                 for allocation, (line, marker) in LINES.items():
-                    points = sorted(
-                        (scale * row[column], row["bits_per_byte"])
-                        for row in rows
-                        if (row["weights"], row["allocation"]) == (name, allocation)
-                    )
+                    # Joined in the order of their experts, whatever the clock made of it.
+                    own = (row for row in rows if (row["weights"], row["allocation"]) == (name, allocation))
+                    ordered = sorted(own, key=lambda row: row["mean_experts"])
+                    points = [(scale * row[column], row["bits_per_byte"]) for row in ordered]
                     if points:
                         axes.plot(
                             *zip(*points),
