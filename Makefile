@@ -17,7 +17,7 @@ $(VENV)/.lean: pyproject.toml constraints.txt
 
 # Tests, and every command that asks for a package of its own.
 $(VENV)/.installed: $(VENV)/.lean
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e ".[dev,track,corpus,hub,cluster,eval]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e ".[dev,track,corpus,hub,cluster,eval,gguf]"
 	touch $@
 
 ablation: $(VENV)/.lean

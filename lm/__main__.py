@@ -1,5 +1,5 @@
 """`python -m lm generate | evaluate | eval | cache | bench | bench-peers | long-context | recall | import | export |
-parity`: text from a trained model, its bits per byte, its answers to tasks of lm-evaluation-harness, what a
+gguf | parity`: text from a trained model, its bits per byte, its answers to tasks of lm-evaluation-harness, what a
 layer plan remembers, in bytes, how fast a model is on this machine, alone and beside transformers, what a long text
 costs it and what it remembers of one, and published models in and out."""
 
@@ -27,6 +27,7 @@ from lm.eval_harness import EvalConfig, run_tasks
 from lm.evaluate_text import EvaluateConfig, evaluate_text
 from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
+from lm.gguf_files.write import GGUFConfig, write_gguf
 from lm.long_context import LongContextConfig, long_context
 from lm.pretrained import find_model, has_calibration_tokens, load_calibration_tokens, load_pretrained, load_tokenizer
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
@@ -131,6 +132,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "cache": (CacheConfig, show_caches),
     "import": (ImportConfig, lambda config: print(import_model(config))),
     "export": (ExportConfig, lambda config: print(export_model(config))),
+    "gguf": (GGUFConfig, lambda config: print(write_gguf(config))),
     "parity": (ParityConfig, parity),
 }
 

@@ -94,6 +94,7 @@ class RecallOptions:
         jobs: runs that train side by side; one per thread by default.
         out: folder of all runs.
         dry_run: print what would run, and run nothing.
+        show: run nothing, and write tables and figure of what is finished.
 
     Raises:
         ValueError: for a number that is too small, a plan with an unknown letter, or heads that do not divide a width.
@@ -114,6 +115,7 @@ class RecallOptions:
     jobs: int = 0
     out: Path = Path("runs")
     dry_run: bool = False
+    show: bool = False
 
     def __post_init__(self) -> None:
         check_numbers(self, widths=1, rates=1e-12, seeds=1, steps=1, batch_size=1, vocab_size=8, heads=1, window=1)

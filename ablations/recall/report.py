@@ -36,7 +36,10 @@ def recall_study(options: RecallOptions) -> Path | None:
     )
     if options.dry_run:
         return None
-    run_study(options, tasks)
+    if not options.show:
+        run_study(options, tasks)
+    elif not finished:
+        raise ValueError(f"--show: none of the {len(tasks)} runs is finished in {options.out}")
     return show(options, tasks)
 
 

@@ -83,6 +83,9 @@ def test_only_what_is_missing_is_trained_and_comes_back_alike(options, folder, c
     gone = tasks_of(options)[3]
     result = gone.result
     gone.file.unlink()
+    assert recall_study(dataclasses.replace(options, show=True)) == folder
+    assert len((folder / "runs.csv").read_text().splitlines()) == len(before.splitlines()) - 1
+    capsys.readouterr()
     assert recall_study(options) == folder
     said = capsys.readouterr().out
     assert "4 runs, 3 of them finished" in said

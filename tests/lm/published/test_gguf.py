@@ -1,0 +1,194 @@
+"""`python -m lm gguf`: what a file holds, and, where llama.cpp can be imported, what it computes from it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from corpus.tokenizer import Tokenizer
+from lm.__main__ import main
+from lm.pretrained import load_pretrained, load_tokenizer
+from lm.published.convert import ImportConfig, import_model
+from lm.published.families import FAMILIES
+from lm.published.parity import published_model
+
+pytest.importorskip("transformers", reason="transformers is not installed (the extra `hub`)")
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (the extra `gguf`)")
+
+VOCAB = 320
+TEXT = "".join(f"def line_{i}(x):\n    return x + {i}  # überall, {i * i}\n" for i in range(60))
+# What makes a tiny model one that llama.cpp's architecture can compute, with rows that fill the blocks of q8_0.
+FITTING = {
+    "olmoe": {"num_key_value_heads": 4, "intermediate_size": 32},
+    "qwen3_moe": {"mlp_only_layers": [], "moe_intermediate_size": 32},
+    "glm4_moe": {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 32, "intermediate_size": 64},
+    "qwen3_next": {
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+FAMILY_NAMES = list(FITTING)
+# The divergence of llama.cpp's next tokens from ours, in nats. Its cache and products round to fp16; among weights of 8
+# bits a token of so small a model may go to another expert.
+DIVERGENCE = {"f32": 1e-5, "q8_0": 0.2}
+
+
+def imported(model_type, at, **changes):
+    """A tiny model of a family with a byte-level tokenizer, as a model folder."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (the extra `hub`)")
+    family = FAMILIES[model_type]
+    fields = {**family.tiny, "vocab_size": VOCAB, **FITTING[model_type], **changes}
+    theirs = published_model(dataclasses.replace(family, tiny=fields), 3)
+    theirs.save_pretrained(at / "published")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True)])
+    (at / "published" / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    (at / "published" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    import_model(ImportConfig(source=at / "published", out=at / "model"))
+    return theirs, at / "model"
+
+
+@pytest.fixture(scope="module", params=FAMILY_NAMES)
+def made(request, tmp_path_factory):
+    """A family, transformers' model of it, and its model folder."""
+    at = tmp_path_factory.mktemp(request.param)
+    return request.param, *imported(request.param, at)
+
+
+def read(path):
+    """Keys and tensors of a file, dequantised."""
+    reader = gguf.GGUFReader(path)
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {
+        tensor.name: (tensor.tensor_type.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        for tensor in reader.tensors
+    }
+    return keys, tensors
+
+
+def test_keys_tensors_and_vocabulary(made, tmp_path):
+    _, theirs, folder = made
+    main(["gguf", str(folder), str(tmp_path / "f32.gguf"), "--type", "f32"])
+    keys, tensors = read(tmp_path / "f32.gguf")
+    arch = keys["general.architecture"]
+    model = load_pretrained(folder)
+    config, moe = model.config, model.config.block(3).moe
+    assert keys[f"{arch}.block_count"] == 4
+    assert keys[f"{arch}.expert_count"] == moe.n_experts
+    assert keys[f"{arch}.expert_used_count"] == moe.router.policy.k
+    assert keys[f"{arch}.attention.head_count_kv"] == config.attention.n_kv_heads
+    assert keys[f"{arch}.rope.dimension_count"] == config.attention.rotary_dim
+    # Every weight is there once: as many numbers as the published model has.
+    assert sum(values.size for _, values in tensors.values()) == sum(p.numel() for p in theirs.state_dict().values())
+    assert all(kind == "F32" for kind, _ in tensors.values())
+    experts = model.blocks[3].moe.experts
+    gate_EDF, up_EDF = experts.w_gate_up_EDF2.detach().chunk(2, dim=-1)
+    for part, wanted in (("gate", gate_EDF), ("up", up_EDF), ("down", experts.w_down_EFD.detach())):
+        np.testing.assert_array_equal(tensors[f"blk.3.ffn_{part}_exps.weight"][1], wanted.transpose(1, 2).numpy())
+    np.testing.assert_array_equal(tensors["token_embd.weight"][1], model.embedding_VD.detach().numpy())
+    pieces = keys["tokenizer.ggml.tokens"]
+    assert len(pieces) == VOCAB
+    assert pieces[keys["tokenizer.ggml.bos_token_id"]] == "<|end|>"
+    assert keys["tokenizer.ggml.token_type"][VOCAB - 1] == gguf.TokenType.UNUSED
+
+
+@pytest.mark.parametrize(("kind", "allowed"), [("f16", 1e-3), ("q8_0", 1 / 127), ("q4_0", 1 / 7)])
+def test_types(made, kind, allowed, tmp_path):
+    _, _, folder = made
+    main(["gguf", str(folder), str(tmp_path / "f32.gguf"), "--type", "f32"])
+    main(["gguf", str(folder), str(tmp_path / "out.gguf"), "--type", kind])
+    exact, rounded = read(tmp_path / "f32.gguf")[1], read(tmp_path / "out.gguf")[1]
+    assert exact.keys() == rounded.keys()
+    for name, (stored, values) in rounded.items():
+        wanted = exact[name][1]
+        if values.ndim == 1 or "ffn_gate_inp" in name or "conv1d" in name:
+            assert stored == "F32"
+            np.testing.assert_array_equal(values, wanted)
+        else:
+            assert stored == (kind.upper() if wanted.shape[-1] % 32 == 0 else "F16")
+            blocks = wanted.reshape(-1, 32 if wanted.shape[-1] % 32 == 0 else wanted.shape[-1])
+            largest = np.abs(blocks).max(axis=1, keepdims=True)
+            assert (np.abs(values.reshape(blocks.shape) - blocks) <= allowed * largest + 1e-7).all(), name
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_sentencepiece_vocabulary(tmp_path):
+    family = FAMILIES["olmoe"]
+    fields = {**family.tiny, "vocab_size": VOCAB, **FITTING["olmoe"]}
+    published_model(dataclasses.replace(family, tiny=fields), 0).save_pretrained(tmp_path / "published")
+    tokenizer = Tokenizer.train([TEXT], VOCAB)
+    tokenizer.save(tmp_path / "published" / "tokenizer.model")
+    import_model(ImportConfig(source=tmp_path / "published", out=tmp_path / "model"))
+    main(["gguf", str(tmp_path / "model"), str(tmp_path / "out.gguf")])
+    keys, _ = read(tmp_path / "out.gguf")
+    assert keys["tokenizer.ggml.model"] == "llama"
+    assert keys["tokenizer.ggml.bos_token_id"] == tokenizer.boundary_id
+    assert keys["tokenizer.ggml.token_type"].count(gguf.TokenType.BYTE) == 256
+    pieces, scores = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.scores"]
+    ids = tokenizer.encode("def line_3(x)")
+    assert b"".join(pieces[id].replace("\u2581", " ").encode() for id in ids) == b"def line_3(x)"
+    assert len(scores) == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "said"),
+    [
+        ("olmoe", {"num_key_value_heads": 2}, "llama.cpp's olmoe has no 2 key heads of 4"),
+        ("olmoe", {"norm_topk_prob": True}, "renormalised weights"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "weights of experts as they are"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"dense layers \(1\)"),
+    ],
+)
+def test_what_llama_cpp_does_not_know_is_refused_by_name(model_type, changes, said, tmp_path):
+    family = FAMILIES[model_type]
+    fields = {**family.tiny, **FITTING[model_type], **changes}
+    published_model(dataclasses.replace(family, tiny=fields), 0).save_pretrained(tmp_path / "published")
+    import_model(ImportConfig(source=tmp_path / "published", out=tmp_path / "model"))
+    with pytest.raises(SystemExit, match=said):
+        main(["gguf", str(tmp_path / "model"), str(tmp_path / "out.gguf")])
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_family_without_an_architecture_is_refused_with_the_others(published, tmp_path):
+    with pytest.raises(SystemExit, match=r"no GGUF file of flex_olmo .*olmoe"):
+        main(["gguf", str(published("flex_olmo").folder), str(tmp_path / "out.gguf")])
+
+
+@pytest.mark.parametrize("kind", DIVERGENCE)
+def test_llama_cpp_computes_what_ours_does(made, kind, tmp_path):
+    """Log-probabilities of every next token, by an implementation that shares no code with ours or transformers'."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed (the extra `gguf`)")
+    _, _, folder = made
+    main(["gguf", str(folder), str(tmp_path / "out.gguf"), "--type", kind])
+    model = load_pretrained(folder)
+    tokenizer = load_tokenizer(folder, model)
+    options = xllamacpp.CommonParams()
+    options.model.path = str(tmp_path / "out.gguf")
+    options.n_ctx, options.warmup = 128, False
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(options)
+    for text in ("d", "def line_7(x):", "return x + 12  # über" * 3):
+        ids = [tokenizer.boundary_id, *tokenizer.encode(text)]
+        with torch.no_grad():
+            ours_V = model(torch.tensor([ids])).logits_BTV[0, -1].log_softmax(dim=-1)
+        # What is drawn says nothing, but must be a character of its own to be answered: the bias is for it, and
+        # logprobs are without.
+        request = {"prompt": ids, "max_tokens": 1, "logprobs": VOCAB, "logit_bias": [[tokenizer.encode("a")[0], 100.0]]}
+        answer = server.handle_completions(request)
+        (step,) = answer["choices"][0]["logprobs"]["content"]
+        theirs = {one["id"]: one["logprob"] for one in step["top_logprobs"]}
+        assert len(theirs) == VOCAB
+        theirs_V = torch.tensor([theirs[id] for id in range(VOCAB)])
+        assert (ours_V.exp() * (ours_V - theirs_V)).sum().item() < DIVERGENCE[kind]
+        if kind == "f32":
+            assert (ours_V - theirs_V).abs().max().item() < 0.02
