@@ -4,7 +4,7 @@ Series are named where they end, not in a legend; the baseline is ink, the contr
 colour, its dash and its marker through the whole report. Words stand beside what is drawn, never on it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from matplotlib.axes import Axes
@@ -112,12 +112,16 @@ def validation_curves(rows: list[tuple]) -> Figure:
     return figure
 
 
-def branch_differences(rows: list[tuple]) -> Figure:
-    """Rows (method, "mean" or a run, tokens, difference): lines about zero, which is the baseline."""
+def branch_differences(rows: list[tuple], methods: Sequence[str] = ()) -> Figure:
+    """Rows (method, "mean" or a run, tokens, difference): lines about zero, which is the baseline.
+
+    Args:
+        methods: all of the report, whose looks they keep here where some of them have no row.
+    """
     groups = series(rows)
     figure, (axes,) = new_figure(3.2)
     axes.axhline(0, color=INK, linewidth=1)
-    ends = draw_runs(axes, groups, looks(["baseline", *groups]))
+    ends = draw_runs(axes, groups, looks(methods or ["baseline", *groups]))
     tokens_axis(axes)
     axes.set_xlabel("tokens since the branch began")
     axes.set_ylabel("bits per byte, method − baseline")
