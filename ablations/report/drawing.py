@@ -6,6 +6,7 @@ colour, its dash and its marker through the whole report. Words stand beside wha
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from ablations.report.table import with_unit
 # Blended over the page's background in either theme.
 BAND = 0.12
 # Of single runs beside their mean.
-FAINT = {"alpha": 0.45, "linewidth": 0.7}
+FAINT: dict[str, Any] = {"alpha": 0.45, "linewidth": 0.7}
 MEAN = "mean"
 # Of the differences, each with a scale of its own.
 PAIRED, KNOWN, UNPAIRED = "methods, paired by seed", "controls of known sign", "another order of the data, not paired"
