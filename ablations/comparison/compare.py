@@ -199,7 +199,7 @@ def run_comparison(
     executions = [SharedExecution(job, plan) for plan in job.plans]
     # Where old code is accepted, the plans are those of its runs.
     job = dataclasses.replace(job, plans=[execution.plan for execution in executions])
-    plan = plan_text(job.methods, job.plans, job.baseline, cached=options.execution.cache)
+    plan = plan_text(job.methods, job.plans, job.baseline, options)
     print(plan, flush=True)
     for execution in executions:
         if not options.dry_run:

@@ -4,8 +4,9 @@ Series are named where they end, not in a legend; the baseline is ink, the contr
 colour, its dash and its marker through the whole report. Words stand beside what is drawn, never on it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from ablations.report.table import with_unit
 # Blended over the page's background in either theme.
 BAND = 0.12
 # Of single runs beside their mean.
-FAINT = {"alpha": 0.45, "linewidth": 0.7}
+FAINT: dict[str, Any] = {"alpha": 0.45, "linewidth": 0.7}
 MEAN = "mean"
 # Of the differences, each with a scale of its own.
 PAIRED, KNOWN, UNPAIRED = "methods, paired by seed", "controls of known sign", "another order of the data, not paired"
@@ -112,12 +113,16 @@ def validation_curves(rows: list[tuple]) -> Figure:
     return figure
 
 
-def branch_differences(rows: list[tuple]) -> Figure:
-    """Rows (method, "mean" or a run, tokens, difference): lines about zero, which is the baseline."""
+def branch_differences(rows: list[tuple], methods: Sequence[str] = ()) -> Figure:
+    """Rows (method, "mean" or a run, tokens, difference): lines about zero, which is the baseline.
+
+    Args:
+        methods: all of the report, whose looks they keep here where some of them have no row.
+    """
     groups = series(rows)
     figure, (axes,) = new_figure(3.2)
     axes.axhline(0, color=INK, linewidth=1)
-    ends = draw_runs(axes, groups, looks(["baseline", *groups]))
+    ends = draw_runs(axes, groups, looks(methods or ["baseline", *groups]))
     tokens_axis(axes)
     axes.set_xlabel("tokens since the branch began")
     axes.set_ylabel("bits per byte, method − baseline")

@@ -6,6 +6,7 @@ what is known of them.
 """
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable
@@ -132,10 +133,12 @@ def branch_differences(records: Records) -> Figure:
     """Training loss of a branch minus that of the baseline's branch with the same seed, which sees the same batches in
     the same order."""
     baseline = records.branches[records.comparison.baseline]
+    lengths = {len(run.losses) for run in baseline.values()}
     rows: FigureRows = []
     for method in records.methods[1:]:
-        # It sees other batches: nothing to subtract batch by batch.
-        if method in records.comparison.reordered:
+        # Another order, or more batches in an order of their own: nothing to subtract batch by batch.
+        longer = {len(run.losses) for run in records.branches[method].values()} != lengths
+        if longer or method in records.comparison.reordered:
             continue
         pairs = {key: (run, baseline[key]) for key, run in records.branches[method].items() if key in baseline}
         curves = {key: curve_difference(*pair, records.comparison) for key, pair in pairs.items()}
@@ -146,12 +149,12 @@ def branch_differences(records: Records) -> Figure:
         title="Branches against the baseline, batch by batch",
         caption=(
             "Training bits per byte of each branch minus those of the baseline's branch with the same seed, which sees"
-            " the same batches (other_order sees others and is left out). Below zero is better. Thin: single runs;"
-            " thick: their mean."
+            " the same batches (arms of another order or length see others and are left out). Below zero is better."
+            " Thin: single runs; thick: their mean."
         ),
         columns=("method", "run", "tokens", "difference"),
         rows=rows,
-        draw=drawing.branch_differences,
+        draw=functools.partial(drawing.branch_differences, methods=records.methods),
     )
 
 

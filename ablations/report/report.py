@@ -208,7 +208,7 @@ def domains(records: Records) -> str:
     lines = "".join(f"<tr>{line}</tr>" for line in body)
     return (
         "<h2>By domain</h2><p>Bits per byte of the validation text's domains, mean over runs.</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+        f'<div class="scroll"><table class="domains"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
     )
 
 
