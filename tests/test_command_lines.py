@@ -181,6 +181,12 @@ NONSENSE = {
         "--out": ("/dev/null/x", "/dev/null"),
     },
     "corpus dirt": {"--data": ("/nowhere",), "--each": ("0", "nan"), "--out": ("/dev/null/x",)},
+    "corpus facts": {
+        "--documents": ("0", "nan"),
+        "--words": ("1", "999"),
+        "--easy-share": ("2", "nan"),
+        "--out": ("/dev/null/x",),
+    },
     "corpus tokenizers": {
         "--data": ("/nowhere",),
         "--vocab-sizes": ("0", "260", "nan"),
@@ -261,6 +267,7 @@ REST = {
     "corpus refine": ("--data", "{text}", "--out", "{out}"),
     "corpus tokenizers": ("--data", "{text}"),
     "corpus dirt": ("--data", "{text}", "--out", "{out}.jsonl"),
+    "corpus facts": ("--out", "{out}.jsonl"),
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
     "staged_training sweep": TINY_RUN,
@@ -373,7 +380,7 @@ HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty agreement problems scaling runs prune",
     "staged_training": "run parallel sweep adapt diagnostics profile",
     "lm": "generate evaluate cache bench bench-peers long-context import export parity",
-    "corpus": "refine dirt prepare tokenizers mixture",
+    "corpus": "refine dirt facts prepare tokenizers mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
 }
