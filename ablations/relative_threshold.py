@@ -9,7 +9,8 @@ from routing.policies.relative_threshold import RelativeThreshold
 
 def change(model: ModelConfig) -> ModelConfig:
     k, n_experts = experts_of(model), model.moe.n_experts
-    return with_policy(model, RelativeThreshold(target_mean=k, floor=min(2, k), cap=min(2 * k, n_experts)))
+    # A floor of one, or the report could not run the weights at small budgets.
+    return with_policy(model, RelativeThreshold(target_mean=k, floor=1, cap=min(2 * k, n_experts)))
 
 
 METHOD = Method(

@@ -1,6 +1,6 @@
-"""`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it on, `prepare` makes a
-tokenizer and packed tokens of them, `show` describes a prepared folder, `tokenizers` compares tokenizers, `mixture`
-predicts losses of mixtures."""
+"""`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it on, `facts` makes text
+to learn by heart, `prepare` makes a tokenizer and packed tokens of documents, `show` describes a prepared folder,
+`tokenizers` compares tokenizers, `mixture` predicts losses of mixtures."""
 
 import foundation.starting  # noqa: F401
 
@@ -12,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from corpus.compressors import xz_bits_per_byte
+from corpus.facts import FactsConfig, write_facts
 from corpus.mixture import MixtureConfig, fit, table
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
 from corpus.refine.config import RefineConfig
@@ -81,6 +82,16 @@ def dirt_command(config: tyro.conf.OmitArgPrefixes[DirtConfig]) -> None:
     print(f"written to {config.out}")
 
 
+def facts_command(config: tyro.conf.OmitArgPrefixes[FactsConfig]) -> None:
+    """Write generated text that has to be known by heart, half of it easy and half of it hard.
+
+    Args:
+        config: How much of it, and of which world.
+    """
+    refuse_unwritable("--out", config.out)
+    print(f"{config.documents:,} documents, {write_facts(config):,} bytes: {config.out}")
+
+
 def tokenizers_command(config: tyro.conf.OmitArgPrefixes[TokenizersConfig]) -> None:
     """Compare tokenizers on held-out text, by domain and language.
 
@@ -114,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             {
                 "refine": deferred(refine_command),
                 "dirt": deferred(dirt_command),
+                "facts": deferred(facts_command),
                 "prepare": deferred(prepare_command),
                 "show": deferred(show_command),
                 "tokenizers": deferred(tokenizers_command),

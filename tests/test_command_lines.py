@@ -217,6 +217,12 @@ NONSENSE = {
         "--out": ("/dev/null/x", "/dev/null"),
     },
     "corpus dirt": {"--data": ("/nowhere",), "--each": ("0", "nan"), "--out": ("/dev/null/x",)},
+    "corpus facts": {
+        "--documents": ("0", "nan"),
+        "--words": ("1", "999"),
+        "--easy-share": ("2", "nan"),
+        "--out": ("/dev/null/x",),
+    },
     "corpus tokenizers": {
         "--data": ("/nowhere",),
         "--vocab-sizes": ("0", "260", "nan"),
@@ -321,6 +327,7 @@ REST = {
     "corpus refine": ("--data", "{text}", "--out", "{out}"),
     "corpus tokenizers": ("--data", "{text}"),
     "corpus dirt": ("--data", "{text}", "--out", "{out}.jsonl"),
+    "corpus facts": ("--out", "{out}.jsonl"),
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
     "staged_training sweep": TINY_RUN,
@@ -439,7 +446,7 @@ HELPED = {
     " recall scaling runs prune",
     "staged_training": "run parallel sweep adapt diagnostics profile",
     "lm": "generate evaluate eval cache bench bench-peers long-context recall import export gguf parity",
-    "corpus": "refine dirt prepare tokenizers mixture",
+    "corpus": "refine dirt facts prepare tokenizers mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
 }

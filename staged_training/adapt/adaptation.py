@@ -131,8 +131,7 @@ class Adaptation:
                     f" {teach.batch_size} x {teach.seq_len}, from position {teach.first_batch}"
                 ),
                 (
-                    f"  budget   from {self.k} to {teach.mean:g} over"
-                    f" {round(stage.n_batches * teach.ramp_share)} steps, then held"
+                    f"  budget   from {self.k} to {teach.mean:g} over {teach.ramp_steps} steps, then held"
                     if self.varies
                     else f"  budget   none: a number drawn in every step, {teach.mean:g} outside training"
                 ),

@@ -97,10 +97,14 @@ class Teaching:
         """Steps that train routers alone."""
         return self.n_steps if self.then == "routers" else round(self.n_steps * self.router_share)
 
+    @property
+    def ramp_steps(self) -> int:
+        """Steps over which the budget falls."""
+        return round(self.n_steps * self.ramp_share)
+
     def mean_at(self, step: int, k: int) -> float:
         """The budget of a step, from 0, of a model that used k experts."""
-        ramp = round(self.n_steps * self.ramp_share)
-        return self.mean if step >= ramp else k + (self.mean - k) * step / ramp
+        return self.mean if step >= self.ramp_steps else k + (self.mean - k) * step / self.ramp_steps
 
 
 def budgets_of(model: LanguageModel) -> list[BudgetController]:
@@ -124,3 +128,6 @@ class Phases:
         before, now = (self.teach.mean_at(max(each, 0), self.k) for each in (step - 1, step))
         for budget in self.budgets:
             budget.move_target(before, now)
+            # A threshold that follows a falling budget by what the last steps needed would run past it: as long as it
+            # falls, the step's own levels set it.
+            budget.calibrate(now if step < self.teach.ramp_steps else None)
