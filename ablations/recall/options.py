@@ -47,7 +47,7 @@ FORMS = {
         steps=300,
         batch_size=32,
         test_rows=128,
-        # AdamW has not begun to answer after as many steps, at rates from 3e-3 to 3e-2.
+        # AdamW has hardly begun to answer after as many steps (notes/results/recall).
         optimizer=OptimizerConfig(kind="muon", embedding_rate=10.0),
     ),
     # The settings of the published study (figure 2 of arXiv 2402.18668): 180,000 texts, 32 times, in batches of 256;
