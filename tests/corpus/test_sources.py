@@ -407,7 +407,7 @@ def test_missing_standard_library_is_a_clear_error(tmp_path):
     [
         ("a.ndjson", jsonl(*TEXTS)),
         ("a.json", jsonl(*TEXTS)),
-        ("a.json.gz", gzip.compress(jsonl(*TEXTS))),
+        ("a.json.gz", gzip.compress(jsonl(*TEXTS), mtime=0)),
         ("array.json", json.dumps([{"text": text} for text in TEXTS], indent=1).encode()),
         ("array.json.zst", zstandard.compress(json.dumps([{"text": text} for text in TEXTS]).encode())),
         ("A.NDJSON.ZST", zstandard.compress(jsonl(*TEXTS))),
