@@ -47,6 +47,7 @@ class ExpertParallelExperts(Experts):
         if experts.has_options:
             raise ValueError("expert parallelism knows neither MoEConfig.expert_bias nor MoEConfig.clamped")
         self.clamped = self.b_gate_up_EF2 = self.b_down_ED = None
+        self.gated = True
         if mesh.ndim != 1:
             raise ValueError(
                 f"expert parallelism runs over one dimension of a mesh, this one has {mesh.ndim}: {mesh.mesh_dim_names}"

@@ -75,7 +75,7 @@ def changes_text(plan: Plan, branch: Branch) -> str:
     model, first = plan.model, plan.branches[0]
     parts = _changes(model, branch.model)
     if (added := added_weights(model, branch.model)) and not plan.fresh:
-        parts.append(f"{len(added)} new router weights, initialised from the branch's seed")
+        parts.append(f"{len(added)} new weights, initialised from the branch's seed")
     if branch.stage != first.stage:
         parts.append(f"{branch.stage.n_batches} batches instead of {first.stage.n_batches}")
     if branch.rounding:

@@ -67,7 +67,7 @@ NONSENSE = {
         "--batch-size": ("0", "100000000"),
         "--seq-len": ("-1", "100000000"),
         "--freeze": ("1", "nan", "-0.1"),
-        "--trunk-share": ("0", "1", "nan"),
+        "--trunk-share": ("-0.1", "1", "nan"),
         "--clip": ("0", "inf"),
         "--muon-momentum": ("1", "-1", "nan"),
         "--optimizer": ("sgd",),

@@ -83,7 +83,8 @@ class FrontierOptions:
         budgets: mean experts per token and layer at which each model is run: by its own policy where that chooses the
             number, and by the same number for every token.
         repeats: timed turns; medians are taken.
-        prefill, decode: tokens of a sequence that are read at once, and decoded after it, where times are taken.
+        prefill: tokens of a sequence that are read at once, where times are taken.
+        decode: tokens decoded after it.
         sequences: how many are decoded at once; one time is taken for each number.
         resamples: of the documents, for the intervals.
         threads: CPU threads; 0 keeps torch's choice.

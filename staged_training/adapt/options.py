@@ -35,9 +35,11 @@ class AdaptConfig:
     out: Path = Path("runs/adapted")
     data: tuple[str, ...] = ()
     text_field: str = "text"
-    valid_share: float = 0.1
+    valid_share: float = 0.06
     cache: bool = True
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
+        default_factory=OptimizerConfig
+    )
     save_every: int = 200
     log_every: int = 20
     dry_run: bool = False

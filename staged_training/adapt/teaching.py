@@ -20,8 +20,9 @@ class Teaching:
             probability), "difficulty" (a head predicts the number), "random_k" (any fixed number afterwards).
         mean: real experts per token in the mean; a whole number for random_k.
         tokens: of the stage.
-        batch_size, seq_len: rows and tokens per row of a batch.
-        learning_rate: peak.
+        batch_size: rows of a batch.
+        seq_len: tokens of a row.
+        learning_rate: its peak, behind the warm-up.
         warmup_share: share of the steps that warm up.
         decay_share: share of the steps, the last ones, in which the rate decays to zero.
         router_share: share of the steps, the first ones, that train routers alone, with what their policies add.

@@ -100,6 +100,8 @@ def test_the_method_is_found_planned_and_compared(checkout, options):
     assert compared.count("finished before") == 1 + 2 * 3
 
 
+# `test_adding_a_policy.py` compares one of its own in every run of the tests.
+@pytest.mark.long
 def test_the_policy_is_found_tested_and_compared(checkout, options):
     tested, compared = run(checkout, options, "pytest", "ablations.margin")
     assert re.search(r"^\d+ passed", tested, re.MULTILINE)

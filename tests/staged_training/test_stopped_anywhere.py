@@ -30,7 +30,7 @@ def results(out):
 
 def test_the_same_command_continues_wherever_it_was_stopped(documents, tmp_path, capfd, monkeypatch):
     def command(out):
-        command_line.main(["run", "--out", str(tmp_path / out), "--corpus.data", str(documents), *TINY])
+        command_line.main(["run", "--out", str(tmp_path / out), "--data", str(documents), *TINY])
 
     command("straight")
     for phase, (module, name, number) in PHASES.items():

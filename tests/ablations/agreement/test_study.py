@@ -100,6 +100,7 @@ def test_a_second_run_trains_nothing(options, folder, capsys):
     assert "estimated time" not in printed
 
 
+@pytest.mark.long
 def test_what_is_missing_is_trained_side_by_side_with_the_same_bits(options, folder, capfd):
     before = results(options.out)
     runs = (folder / "runs.csv").read_text()

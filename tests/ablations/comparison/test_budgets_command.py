@@ -74,6 +74,10 @@ def test_command_runs_every_method_with_a_budget(text_folder, tiny_model, tmp_pa
         "relu_penalty",
         "score_threshold",
         "learned_threshold",
+        "relative_threshold",
+        "expert_threshold",
+        "skipping",
+        "moe_plus_plus",
     }
     assert set(own) == {"baseline", *budgeted}
     assert own["baseline"]["trained_error_percent"] == own["baseline"]["used_error_percent"] == "0.0"

@@ -111,6 +111,7 @@ def start_and_wait_for_children(command, out):
     return process, found
 
 
+@pytest.mark.long
 def test_what_a_killed_process_leaves_is_done_by_the_comparison(command, one_after_the_other, tmp_path):
     process, found = start_and_wait_for_children(command, tmp_path)
     os.kill(found[0], signal.SIGKILL)
