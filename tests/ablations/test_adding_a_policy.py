@@ -191,7 +191,7 @@ def test_it_is_compared_with_the_baseline(margin, tmp_path, text_folder, tiny_mo
     assert method.has_budget(options.model.config(300))
     report = compare([*find_methods([]), method], options)
     printed = capsys.readouterr().out
-    assert re.search(r"margin +policy TopK\(k=3[^)]*\) -> Margin\(target_mean=3", printed)
+    assert re.search(r"margin +policy TopK\(k=3[^)]*\) -> \S*Margin\(target_mean=3", printed)
     assert report is not None
     assert "Does a margin below the best logit choose well?" in report.read_text()
     # It holds what it was asked for, at its own budget and at others.
