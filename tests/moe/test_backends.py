@@ -22,7 +22,7 @@ ON_THE_CPU = pytest.mark.parametrize(
     ],
     ids=str,
 )
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
 NAMES = ("y", "dx", "dw_gate_up", "dw_down", "dweight")
 
 
