@@ -90,7 +90,8 @@ def assert_close_to_reference(mask_TE, *, d_model, d_expert, dtype, backend="cpu
             # of two or three.
             return float((found.detach().double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
-        budget = TOLERANCE[dtype] + 2 * error(loop[name])
+        # The loop cancels as much, to within what two draws of rounding differ.
+        budget = TOLERANCE[dtype] + 4 * error(loop[name])
         assert error(got[name]) < budget, f"{name}: relative error {error(got[name]):.2e}, budget {budget:.2e}"
 
 
