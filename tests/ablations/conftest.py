@@ -221,3 +221,11 @@ def comparison_folder(tmp_path_factory):
 def write_synthetic(tmp_path):
     """A function that writes a variant of the comparison and returns its folder."""
     return lambda **options: write_comparison(tmp_path, **options)
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Reports with their tables and texts, and without figures, which take nine tenths of a report's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ablations.report.report.svg", lambda draw, label: "<svg></svg>")
+        yield

@@ -64,6 +64,13 @@ def chain(subject: Subject, out: Path, draw: random.Random) -> tuple[int, str]:
     return most, ""
 
 
+def imports_torch(process: int) -> bool:
+    try:
+        return "libtorch" in Path(f"/proc/{process}/maps").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def signalled(world: World, out: Path, draw: random.Random) -> tuple[int, str]:
     """Real processes of the comparison that get signals: (signals that stopped one, problem)."""
     command = [sys.executable, "-m", "ablations", *world.compare, "--out", str(out)]
@@ -72,9 +79,9 @@ def signalled(world: World, out: Path, draw: random.Random) -> tuple[int, str]:
         process = subprocess.Popen(
             command, cwd=ROOT, env={**os.environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        began, patience = time.monotonic(), draw.uniform(0, 3)
-        # From the moment at which it has made its folder: before that it is only importing.
-        while process.poll() is None and not out.exists() and time.monotonic() - began < 120:
+        began, patience = time.monotonic(), draw.uniform(0, 10)
+        # From the moment at which it is importing: before that it is Python that begins, and knows no signals of ours.
+        while process.poll() is None and not imports_torch(process.pid) and time.monotonic() - began < 120:
             time.sleep(0.01)
         time.sleep(patience)
         process.send_signal(number)
@@ -84,7 +91,6 @@ def signalled(world: World, out: Path, draw: random.Random) -> tuple[int, str]:
         stopped += 1
         if process.returncode not in (-signal.SIGKILL, 128 + number) or TRACEBACK in output:
             return stopped, f"{number.name}: code {process.returncode}, {output.strip().splitlines()[-1:]}"
-        # A run that goes on after a kill has its folder while it is still importing.
         said = "the same command continues" in output or "before it began" in output
         if number != signal.SIGKILL and not said:
             return stopped, f"{number.name}: does not say that the same command continues"

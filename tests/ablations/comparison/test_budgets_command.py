@@ -9,6 +9,8 @@ from ablations import cli
 from ablations.comparison.budgets import budget_rows, budget_text, write_budgets
 from ablations.comparison.records import read_records
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def test_rows_are_what_the_runs_recorded(comparison_folder, tmp_path):
     rows = budget_rows(read_records(comparison_folder), last_steps=4)

@@ -11,6 +11,8 @@ from ablations.comparison.calibration import calibration_rows, calibration_text
 from ablations.comparison.records import read_records
 from ablations.comparison.verdicts import bits_by_run
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def records(write_synthetic):

@@ -13,6 +13,8 @@ from ablations.comparison import registry
 from foundation import source
 from staged_training import code
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("foundation", "triton_kernels", "attention", "routing", "moe", "lm", "corpus", "staged_training")
 TRAINED = re.compile(r"^(\S+) valid bpb", re.MULTILINE)

@@ -21,6 +21,8 @@ from ablations.comparison.slurm import TRIES, parameters_of, run_jobs, slurm_exe
 from foundation.command import CannotGoOn
 from foundation.stopping import Interrupted
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).resolve().parents[3]
 # What a run measures of the machine, and where it lies.
 MEASURED = {"seconds", "tokens_per_second"}

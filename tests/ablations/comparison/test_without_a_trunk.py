@@ -14,6 +14,8 @@ from staged_training.checkpoint import load_latest
 from staged_training.execute import ExecutionConfig
 from staged_training.staging import StagingConfig
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STEPS = 10
 
 
@@ -23,7 +25,7 @@ def folder(tmp_path_factory, text_folder, tiny_model):
         seeds=2,
         out=tmp_path_factory.mktemp("whole"),
         budget_batches=1,
-        model=ModelOptions(**tiny_model),
+        model=ModelOptions(**{**tiny_model, "n_layers": 4}),
         staging=StagingConfig(tokens=STEPS * 64, trunk_share=0.0, freeze=0.0, batch_size=2, seq_len=32),
         corpus=CorpusConfig(data=(str(text_folder),), vocab_size=300),
         execution=ExecutionConfig(save_every=STEPS),

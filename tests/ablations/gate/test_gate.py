@@ -10,6 +10,8 @@ import pytest
 from ablations import cli
 from ablations.gate.ledger import read_tries
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -17,6 +17,8 @@ from foundation.files import seal
 from staged_training.progress import METRICS, TIMING
 from staged_training.record import CONFIG, ENVIRONMENT, LEDGER, RESULT
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def removable(root):
     return [item for item in weighed(root) if not item.needed]

@@ -145,3 +145,19 @@ def test_every_listed_shape_is_one_that_the_op_takes(name: str) -> None:
     for shape in (operation.inspect_shape, *operation.check_shapes, *operation.bench_shapes, *operation.cpu_shapes):
         sizes = {axis: min(size, few.get(axis, size)) for axis, size in shape.items()}
         operation.call(**operation.inputs(torch.float32, "cpu", **sizes), backend="torch")
+
+
+def test_an_integer_that_overflows_in_a_kernel_is_named() -> None:
+    """As Triton's own interpreter does it, at a tenth of the time (tests/conftest.py)."""
+    from triton.runtime import interpreter
+
+    semantic = interpreter.interpreter_semantic
+    large = semantic.scalar_constant(2**31 - 1, interpreter.tl.int32)
+    one = semantic.scalar_constant(1, interpreter.tl.int32)
+    assert semantic.sub(large, one, True).handle.data == 2**31 - 2
+    with pytest.raises(AssertionError, match="add: int32 overflow"):
+        semantic.add(large, one, True)
+    with pytest.raises(AssertionError, match="sub: int32 overflow"):
+        semantic.sub(semantic.minus(large), semantic.scalar_constant(2, interpreter.tl.int32), True)
+    with pytest.raises(AssertionError, match="mul: int32 overflow"):
+        semantic.mul(large, large, True)
