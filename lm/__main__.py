@@ -51,6 +51,7 @@ class GenerateConfig:
         stop: strings before any of which a text ends.
         experts: mean experts per token and layer, of all texts or one number for each; as trained by default. Layers
             that give every token the same number need a whole one.
+        eight_bits: the cache stores keys and values in 8 bits, with a scale for each token and head.
         trace: folder to record every token's experts and their weights in, layer by layer, and the text; see
             `lm.generation_trace`.
         sampling: temperature, top-k, top-p, min-p, repetition penalty, seed.
@@ -61,6 +62,7 @@ class GenerateConfig:
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
     experts: tuple[float, ...] = ()
+    eight_bits: bool = False
     trace: Path | None = None
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
 
@@ -117,6 +119,7 @@ def run_generate(config: GenerateConfig) -> None:
             stop=tokenizer.boundary_id,
             ends=lambda text, token: stops[text].stopped,
             budgets=budgets,
+            eight_bits=config.eight_bits,
         ):
             used[step.text].append(fmean(step.experts[layer] for layer in counted))
             piece = decoders[step.text].push(step.token)

@@ -70,6 +70,7 @@ def generate_batch(
     stop: int | None = None,
     ends: Callable[[int, int], bool] = lambda text, token: False,
     budgets: TextBudgets | None = None,
+    eight_bits: bool = False,
 ) -> Iterator[GeneratedToken]:
     """Streams tokens that follow each of several prompts of any lengths: a token of every text that goes on, in the
     prompts' order, then the next of each. A text is what it would be alone, with a seed of its own.
@@ -82,6 +83,7 @@ def generate_batch(
         stop: the token that ends a text and is not yielded; None for none.
         ends: asked of every drawn token, after whoever iterates has seen it: whether its text (by place) ends there.
         budgets: mean experts per token of each text, which may be changed between two tokens; all as trained without.
+        eight_bits: the cache stores keys and values as int8, see `attention.kv_states.EightBits`.
 
     Returns:
         An iterator over the tokens, drawn when they are asked for.
@@ -106,7 +108,7 @@ def generate_batch(
     going, last, caches = [], [], []
     with evaluating(model):
         for place, text in enumerate(texts):
-            started, cache = time.perf_counter(), model.new_cache(1, room)
+            started, cache = time.perf_counter(), model.new_cache(1, room, eight_bits=eight_bits)
             with using([place]):
                 output = prefill(model, text, cache)
             logits_1V, experts_1L = _read(output)
