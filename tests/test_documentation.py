@@ -17,7 +17,6 @@ from corpus.tokenizer import Tokenizer
 from foundation import command as foundation_command
 from foundation.serialize import kinds
 from lm.config import ModelConfig
-from lm.gguf_files.architectures import ARCHITECTURES
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from lm.published.families import FAMILIES
@@ -186,7 +185,6 @@ NUMBERS = [
 COUNTED = [
     (r"(\w+) policies from top-k", lambda: len(kinds(PolicyConfig))),
     (r"safetensors of (\w+) families", lambda: len(FAMILIES)),
-    (r"`lm gguf` writes (\w+) of\s+the families", lambda: len(ARCHITECTURES)),
     (r"a cascade of (\w+) filters", lambda: len(LAYERS)),
     (r"branches (\w+) arms x 3 seeds", lambda: len(re.search(r"compare (.*) --seeds 3", MAKEFILE)[1].split())),
     (r"`make ablation` takes (\w+) minutes", lambda: math.ceil(recorded_minutes())),
