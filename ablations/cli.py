@@ -76,6 +76,7 @@ def main() -> None:
             ),
             lambda command: command(),
             continues=True,
+            nested=("scaling",),
         )
 
 

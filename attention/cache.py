@@ -46,6 +46,8 @@ class HybridCache:
         max_length: tokens of each that fit.
         dtype: of keys, values and convolution tails: the model's activations.
         device: of everything held.
+        eight_bits: keys and values are stored as int8 with a scale per token and head; latents, linear states and tails
+            as they are.
 
     Attributes:
         layers: the state of each layer, to be passed to it as `state`.
@@ -62,6 +64,8 @@ class HybridCache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        eight_bits: bool = False,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
@@ -77,6 +81,7 @@ class HybridCache:
                 state = kind.new_state(
                     config, batch_size=batch_size, max_length=max_length, dtype=dtype, device=torch.device(device)
                 )
+                state = state.in_eight_bits() if eight_bits else state
             else:
                 state = Alias(self.layers[source])
             self.layers.append(state)
@@ -217,7 +222,13 @@ class HybridCache:
 
 
 def cache_bytes(
-    configs: Sequence[AttentionConfig], plan: LayerPlan, length: int, batch_size: int = 1, element_size: int = 2
+    configs: Sequence[AttentionConfig],
+    plan: LayerPlan,
+    length: int,
+    batch_size: int = 1,
+    element_size: int = 2,
+    *,
+    eight_bits: bool = False,
 ) -> list[int]:
     """Bytes that each layer's state takes for `length` tokens, from the configuration alone; the formulas are the
     kinds' `state_bytes`.
@@ -228,6 +239,7 @@ def cache_bytes(
         length: tokens of each sequence.
         batch_size: sequences side by side.
         element_size: bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
+        eight_bits: keys and values are stored as int8 with a scale per token and head.
 
     Returns:
         One number per layer; 0 for a layer that reads another's keys and values, because the owner pays.
@@ -240,7 +252,8 @@ def cache_bytes(
         if value < least:
             raise ValueError(f"cache_bytes: {name}={value}; legal: at least {least}")
     plan.check(configs)
+    own = [kind.eight_bit_bytes if eight_bits else kind.state_bytes for kind in plan.kinds]
     return [
-        batch_size * kind.state_bytes(config, length, element_size) if kind.reads is None else 0
-        for kind, config in zip(plan.kinds, configs)
+        batch_size * n_bytes(config, length, element_size) if kind.reads is None else 0
+        for kind, n_bytes, config in zip(plan.kinds, own, configs)
     ]

@@ -74,10 +74,14 @@ class AttentionKind(abc.ABC):
         """Forward FLOPs per token of mixing across tokens, without the projections, averaged over a causal sequence of
         `length` tokens; a multiply-add is 2."""
 
-    def read_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+    def eight_bit_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """`state_bytes` where keys and values are stored in 8 bits; the same for a kind that has none."""
+        return self.state_bytes(config, length, element_size)
+
+    def read_bytes(self, config: AttentionConfig, length: int, element_size: int, *, eight_bits: bool = False) -> int:
         """Bytes of cache per sequence that decoding one more token after `length` reads: the whole state, unless a kind
         says otherwise."""
-        return self.state_bytes(config, length, element_size)
+        return (self.eight_bit_bytes if eight_bits else self.state_bytes)(config, length, element_size)
 
 
 class AttentionLayer(ExactBuffers):

@@ -1,6 +1,6 @@
-"""Keys and values of a softmax layer, of all tokens or of a window.
+"""Keys and values of a softmax layer, of all tokens or of a window, as they are or in 8 bits.
 
-Legend: B batch, T tokens, G key/value heads, K key width, V value width.
+Legend: B batch, T tokens, S keys, G key/value heads, K key width, V value width.
 """
 
 import torch
@@ -8,8 +8,47 @@ from torch import Tensor
 
 from attention.layer_states import KV, TensorState
 
+Rows = dict[str, Tensor]
 
-class GrowingKV(TensorState):
+
+class KVState(TensorState):
+    """Common part: how keys and values are stored, which the two classes below leave to it.
+
+    Args:
+        rows: of memory, in each sequence; the others as in `GrowingKV`.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        max_length: int,
+        rows: int,
+        heads: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(max_length, **self._allocated((batch_size, rows, *heads), dtype, device))
+
+    def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+        return {name: torch.empty(shape, dtype=dtype, device=device) for name in ("k", "v")}
+
+    def _stored(self, k_BTGK: Tensor, v_BTGV: Tensor) -> Rows:
+        """New rows as they lie in memory."""
+        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
+            self._check(name, new)
+        return {"k": k_BTGK.detach(), "v": v_BTGV.detach()}
+
+    def _read(self, rows: Rows) -> KV:
+        """Rows of memory as keys and values."""
+        return KV(rows["k"], rows["v"])
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """G and K."""
+        return self.tensors["k"].shape[2], self.tensors["k"].shape[3]
+
+
+class GrowingKV(KVState):
     """Keys and values of every token seen, in each sequence from the first row on.
 
     Args:
@@ -25,25 +64,19 @@ class GrowingKV(TensorState):
     def __init__(
         self, batch_size: int, max_length: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (batch_size, max_length, *heads)
-        super().__init__(
-            max_length,
-            k=torch.empty(shape, dtype=dtype, device=device),
-            v=torch.empty(shape, dtype=dtype, device=device),
-        )
+        super().__init__(batch_size, max_length, max_length, heads, dtype, device)
 
     def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
-        """Appends T tokens, one where sequences are behind; returns the keys and values of all tokens so far, as
-        views."""
-        end = self.length + k_BTGK.shape[1]
-        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
-            self._check(name, new)
-            if self.behind_B is None:
-                self.tensors[name][:, self.length : end] = new.detach()
-        if self.behind_B is not None:
-            self._write_row(self.length - self.behind_B, k=k_BTGK, v=v_BTGV)
+        """Appends T tokens, one where sequences are behind; returns the keys and values of all tokens so far, where
+        they are stored as they are as views."""
+        end, stored = self.length + k_BTGK.shape[1], self._stored(k_BTGK, v_BTGV)
+        if self.behind_B is None:
+            for name, new in stored.items():
+                self.tensors[name][:, self.length : end] = new
+        else:
+            self._write_row(self.length - self.behind_B, **stored)
         self.length = end
-        return KV(self.tensors["k"][:, :end], self.tensors["v"][:, :end])
+        return self._read({name: tensor[:, :end] for name, tensor in self.tensors.items()})
 
     def next_row(self, new: Tensor) -> tuple[int, KV]:
         """Counts one more token, `new` being its key or value: the row that it is to be written to, and all rows in use
@@ -59,8 +92,12 @@ class GrowingKV(TensorState):
     def refusal_to_crop(self, length: int) -> str | None:
         return None
 
+    def in_eight_bits(self) -> "EightBitGrowingKV":
+        held = self.tensors["k"]
+        return EightBitGrowingKV(self.batch_size, self.max_length, self.heads, held.dtype, held.device)
 
-class RingKV(TensorState):
+
+class RingKV(KVState):
     """Keys and values of the last `window` tokens: the token at position p lies in slot p modulo the capacity.
 
     Args:
@@ -78,33 +115,26 @@ class RingKV(TensorState):
     ) -> None:
         self.window = window
         self.capacity = min(window, max_length)
-        shape = (batch_size, self.capacity, *heads)
-        super().__init__(
-            max_length,
-            k=torch.empty(shape, dtype=dtype, device=device),
-            v=torch.empty(shape, dtype=dtype, device=device),
-        )
+        super().__init__(batch_size, max_length, self.capacity, heads, dtype, device)
 
     def update(self, k_BTGK: Tensor, v_BTGV: Tensor) -> KV:
         """Adds T tokens; returns all keys and values that any of the T may see.
 
-        For a single token that is the ring itself, as a view. Its slots are rotated then, which attention of one query
-        over keys that it sees all of does not notice. Several tokens need their predecessors in order, and before they
-        are overwritten: a copy.
+        For a single token that is the ring itself, stored as it is a view. Its slots are rotated then, which attention
+        of one query over keys that it sees all of does not notice. Several tokens need their predecessors in order, and
+        before they are overwritten: a copy.
         """
-        T = k_BTGK.shape[1]
-        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
-            self._check(name, new)
+        T, stored = k_BTGK.shape[1], self._stored(k_BTGK, v_BTGV)
         if T == 1:
             if self.behind_B is None:
-                self._write(k_BTGK, v_BTGV)
+                self._write(stored, T)
             else:
-                self._write_row((self.length - self.behind_B) % self.capacity, k=k_BTGK, v=v_BTGV)
+                self._write_row((self.length - self.behind_B) % self.capacity, **stored)
                 self.length += 1
             held = min(self.length, self.capacity)
-            return KV(self.tensors["k"][:, :held], self.tensors["v"][:, :held])
-        seen = KV(self._with_predecessors("k", k_BTGK), self._with_predecessors("v", v_BTGV))
-        self._write(k_BTGK, v_BTGV)
+            return self._read({name: tensor[:, :held] for name, tensor in self.tensors.items()})
+        seen = self._read({name: self._with_predecessors(name, new) for name, new in stored.items()})
+        self._write(stored, T)
         return seen
 
     def next_row(self, new: Tensor) -> tuple[int, KV]:
@@ -125,14 +155,14 @@ class RingKV(TensorState):
         oldest = self.length % self.capacity
         return torch.cat([ring[:, oldest:], ring[:, :oldest], new], dim=1)
 
-    def _write(self, k_BTGK: Tensor, v_BTGV: Tensor) -> None:
-        end = self.length + k_BTGK.shape[1]
+    def _write(self, stored: Rows, T: int) -> None:
+        end = self.length + T
         # Of more tokens than slots only the newest stay.
-        kept = min(k_BTGK.shape[1], self.capacity)
+        kept = min(T, self.capacity)
         slot = (end - kept) % self.capacity
         before_wrap = min(kept, self.capacity - slot)
-        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
-            newest = new[:, new.shape[1] - kept :].detach()
+        for name, new in stored.items():
+            newest = new[:, T - kept :]
             self.tensors[name][:, slot : slot + before_wrap] = newest[:, :before_wrap]
             self.tensors[name][:, : kept - before_wrap] = newest[:, before_wrap:]
         self.length = end
@@ -150,3 +180,44 @@ class RingKV(TensorState):
             f"the ring buffer of {self.capacity} tokens has overwritten tokens that the window before token {length}"
             " needs"
         )
+
+    def in_eight_bits(self) -> "EightBitRingKV":
+        held = self.tensors["k"]
+        return EightBitRingKV(self.batch_size, self.max_length, self.window, self.heads, held.dtype, held.device)
+
+
+class EightBits(KVState):
+    """Stored as int8 with a scale of their own for each token's key and value in each head (fp32): (K + 4) bytes where
+    fp32 takes 4 K. What is read is rounded by at most 1/254 of the head's largest number, for the token that has just
+    come as for all others, so that reading a prompt in pieces changes nothing."""
+
+    dtype: torch.dtype
+
+    def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
+        self.dtype = dtype
+        whole = super()._allocated(shape, torch.int8, device)
+        scales = {f"{name}_scale": torch.empty(shape[:-1], dtype=torch.float32, device=device) for name in whole}
+        return whole | scales
+
+    def _stored(self, k_BTGK: Tensor, v_BTGV: Tensor) -> Rows:
+        stored: Rows = {}
+        for name, new in (("k", k_BTGK), ("v", v_BTGV)):
+            if new.dtype != self.dtype:
+                raise ValueError(f"cache stores {name} of {self.dtype}, got {new.dtype}; legal: the same")
+            exact = new.detach().float()
+            scale_BTG = exact.abs().amax(dim=-1) / 127
+            # A head of zeros has no scale, and needs none.
+            steps = exact / scale_BTG.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+            stored |= {name: steps.round().to(torch.int8), f"{name}_scale": scale_BTG}
+        return stored
+
+    def _read(self, rows: Rows) -> KV:
+        return KV(*((rows[name].float() * rows[f"{name}_scale"][..., None]).to(self.dtype) for name in ("k", "v")))
+
+
+class EightBitGrowingKV(EightBits, GrowingKV):
+    """`GrowingKV` in 8 bits."""
+
+
+class EightBitRingKV(EightBits, RingKV):
+    """`RingKV` in 8 bits."""

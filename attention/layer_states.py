@@ -88,6 +88,10 @@ class LayerState(Protocol):
         """Makes room for so many tokens of each sequence, at least as many as before."""
         ...
 
+    def in_eight_bits(self) -> "LayerState":
+        """An empty state like this empty one, its keys and values stored in 8 bits; itself where it has none."""
+        ...
+
     def save(self) -> Saved:
         """What `restore` needs to come back to this moment."""
         ...
@@ -159,6 +163,10 @@ class TensorState:
     def grow(self, max_length: int) -> None:
         """Makes room for so many tokens of each sequence, at least as many as before."""
         self.max_length = max_length
+
+    def in_eight_bits(self) -> LayerState:
+        """An empty state like this empty one, its keys and values stored in 8 bits; itself where it has none."""
+        return self
 
     def save(self) -> Saved:
         """What `restore` needs to come back to this moment."""
@@ -323,6 +331,9 @@ class Alias:
 
     def grow(self, max_length: int) -> None:
         pass
+
+    def in_eight_bits(self) -> "Alias":
+        return self
 
     def save(self) -> Saved:
         return Saved(self.length, self.behind_B, {})

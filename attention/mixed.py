@@ -28,7 +28,7 @@ from attention.lightning import lightning_flops, lightning_slopes
 from attention.norm import RMSNorm
 from attention.positions import Start, lengths_after, rotary_of, turned
 from attention.projection import Projection
-from attention.softmax import kv_state_bytes, new_kv, softmax_flops
+from attention.softmax import eight_bit_kv_bytes, kv_state_bytes, new_kv, softmax_flops
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
 from triton_kernels.linear.linear_decode import split_heads
 from triton_kernels.mixed.mixed_attention import mixed_attention, mixed_decode
@@ -90,6 +90,9 @@ class MixedState:
         self.kv.grow(max_length)
         self.recurrent.grow(max_length)
 
+    def in_eight_bits(self) -> "MixedState":
+        return MixedState(self.kv.in_eight_bits(), self.recurrent)
+
     def save(self) -> Saved:
         kv = self.kv.save()
         return Saved(kv.length, kv.behind_B, kv.tensors | self.recurrent.save().tensors)
@@ -129,6 +132,11 @@ class MixedKind(AttentionKind):
         """Those of an F or S layer and of a lightning layer, each with its share of the heads."""
         (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
         kv = kv_state_bytes(config.mixed_window, (G, config.head_dim), length, element_size)
+        return kv + RecurrentState.matrix_bytes((J, K, V))
+
+    def eight_bit_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        (_, G, J), (_, K, V) = config.mixed_heads, config.linear_shape
+        kv = eight_bit_kv_bytes(config.mixed_window, (G, config.head_dim), length)
         return kv + RecurrentState.matrix_bytes((J, K, V))
 
     def mixing_flops(self, config: AttentionConfig, length: int) -> float:

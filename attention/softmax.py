@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attention.config import AttentionConfig
 from attention.kind import AttentionKind, AttentionLayer
-from attention.kv_states import GrowingKV, RingKV
+from attention.kv_states import EightBits, GrowingKV, RingKV
 from attention.layer_states import KV, Alias, LayerState
 from attention.norm import RMSNorm, describe_norm
 from attention.positions import Start, lengths_after, rotary_of, turned
@@ -53,6 +53,10 @@ class SoftmaxKind(AttentionKind):
         """2 G K element_size bytes per token, of `length` tokens or of the window if that is shorter."""
         return kv_state_bytes(self.window(config), (config.n_kv_heads, config.head_dim), length, element_size)
 
+    def eight_bit_bytes(self, config: AttentionConfig, length: int, element_size: int) -> int:
+        """2 G (K + 4) bytes per token."""
+        return eight_bit_kv_bytes(self.window(config), (config.n_kv_heads, config.head_dim), length)
+
     def mixing_flops(self, config: AttentionConfig, length: int) -> float:
         return softmax_flops(config.n_heads, config.head_dim, self.window(config), length)
 
@@ -81,6 +85,12 @@ def kv_state_bytes(window: int | None, heads: tuple[int, int], length: int, elem
     n_kv_heads, head_dim = heads
     kept = length if window is None else min(length, window)
     return 2 * n_kv_heads * head_dim * element_size * kept
+
+
+def eight_bit_kv_bytes(window: int | None, heads: tuple[int, int], length: int) -> int:
+    """The same in 8 bits, with a scale in fp32 for each token and head."""
+    n_kv_heads, head_dim = heads
+    return kv_state_bytes(window, (n_kv_heads, head_dim + torch.float32.itemsize), length, torch.int8.itemsize)
 
 
 def softmax_flops(n_heads: int, head_dim: int, window: int | None, length: int) -> float:
@@ -129,6 +139,8 @@ class SoftmaxAttention(AttentionLayer):
             )
         q, gate, k, v = self.to_inner(x_BTD).split(self.widths, dim=-1)
         in_c = self._known_in_c and is_native(x_BTD, B, *self._vectors())
+        # Keys and values in 8 bits are none that the forms in C know; those of another layer come as they are.
+        in_c = in_c and not (self.owns_kv and isinstance(state, EightBits))
         if state is not None and T == 1 and isinstance(start, int) and in_c:
             o_BX, kv = self._decode(q[:, 0], k[:, 0], v[:, 0], state, shared, start)
             return self._out(o_BX[:, None], gate), kv

@@ -19,7 +19,7 @@ from corpus.refine.config import RefineConfig
 from corpus.refine.dirt import DirtConfig, spoil
 from corpus.tokenizer_table import TokenizersConfig, compare_tokenizers
 from corpus.tokenizer_table import table as tokenizer_table
-from foundation.command import deferred, refuse_unwritable, run_command
+from foundation.command import deferred, leave_options, refuse_unwritable, run_command
 
 
 def summary(prepared: PreparedCorpus) -> str:
@@ -53,7 +53,9 @@ def prepare_command(config: tyro.conf.OmitArgPrefixes[CorpusConfig], root: str =
         config: What to read and how.
         root: Folder of prepared corpora; each gets a folder of its own in it, named by the hash of config and content.
     """
-    print(summary(prepare(config, root)))
+    prepared = prepare(config, root)
+    leave_options(prepared.folder)
+    print(summary(prepared))
 
 
 def refine_command(config: tyro.conf.OmitArgPrefixes[RefineConfig]) -> None:
@@ -67,7 +69,9 @@ def refine_command(config: tyro.conf.OmitArgPrefixes[RefineConfig]) -> None:
     from corpus.refine.run import refine
 
     refuse_unwritable("--out", config.out, folder=True)
-    print(refined(refine(config)))
+    report = refine(config)
+    leave_options(config.out)
+    print(refined(report))
 
 
 def dirt_command(config: tyro.conf.OmitArgPrefixes[DirtConfig]) -> None:

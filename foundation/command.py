@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from foundation.console import Console, escaped
-from foundation.option_files import OPTION, with_option_files, write_options
+from foundation.option_files import OPTION, subcommand, with_option_files, write_options
 from foundation.stopping import Interrupted, StopSignals, not_held_up
 
 Parsed = TypeVar("Parsed")
@@ -40,6 +40,7 @@ def run_command(
     arguments: Sequence[str] | None = None,
     *,
     continues: bool = False,
+    nested: Sequence[str] = (),
 ) -> None:
     """Parses a command line and runs what it asks for.
 
@@ -48,6 +49,7 @@ def run_command(
         run: does it.
         arguments: those of the process by default.
         continues: the same command goes on where it was stopped, which is worth saying then.
+        nested: subcommands that have subcommands of their own.
 
     Raises:
         SystemExit: when it ends early.
@@ -63,8 +65,8 @@ def run_command(
     ):
         given: Sequence[str] = sys.argv[1:] if arguments is None else arguments
         try:
-            given = with_option_files(given)
-            with _current(given):
+            given = with_option_files(given, nested)
+            with _current(given[len(subcommand(given, nested)) :]):
                 run(_parsed(parse, given))
         except Interrupted as stopped:
             message = str(stopped)
@@ -131,13 +133,12 @@ def command_line() -> str:
 def leave_options(folder: Path) -> None:
     """Writes the options of the command that is running beside the results that it makes, as a file for `--config`;
     nothing where these are made by a call from Python."""
-    if _words:
-        # A first word without a dash is the subcommand, which is none of the options.
-        write_options(folder, _words if _words[0].startswith("-") else _words[1:])
+    if _words is not None:
+        write_options(folder, _words)
 
 
-# Those of the command that is running, with option files read.
-_words: Sequence[str] = ()
+# Those of the command that is running, with option files read; None outside of commands.
+_words: Sequence[str] | None = None
 
 
 @contextlib.contextmanager

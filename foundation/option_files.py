@@ -7,13 +7,14 @@
     [attention]                         # --attention.window, where options of a command have such names
     window = 64
 
-A key is an option's name as `--help` shows it, with - or _. What the command line gives too, it decides. Runs leave
-such a file beside their results.
+A key is an option's name as `--help` shows it, with - or _. What the command line gives too, it decides, arguments
+ahead of its options too. Runs leave such a file beside their results.
 """
 
+import itertools
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,25 @@ OPTION, ARGUMENTS = "--config", "arguments"
 OPTIONS_FILE = "options.toml"
 
 
-def with_option_files(words: Sequence[str]) -> list[str]:
+def with_option_files(words: Sequence[str], nested: Container[str] = ()) -> list[str]:
     """A command line with every `--config FILE` replaced by what the file says.
+
+    Args:
+        words: behind the program.
+        nested: subcommands that have subcommands of their own.
 
     Raises:
         ValueError: for a file that is missing or no TOML, or a value that no option has, naming both.
     """
     given = {_name(word) for word in words if word.startswith("--")}
+    command = subcommand(words, nested)
+    if any(not word.startswith("-") for word in words[len(command) :][:1]):
+        # Arguments, see `_options`.
+        given.add("")
     expanded: list[str] = []
-    rest = iter(words)
+    # Ahead of the options: behind one that takes several values arguments would be some of these.
+    arguments: list[str] = []
+    rest = iter(words[len(command) :])
     for word in rest:
         option, equals, path = word.partition("=")
         if option != OPTION:
@@ -40,8 +51,17 @@ def with_option_files(words: Sequence[str]) -> list[str]:
         path = path if equals else next(rest, "")
         if not path:
             raise ValueError(f"{OPTION}: no file is named; legal: the options of the command in a TOML file")
-        expanded += [word for key, words in _options(Path(path)) if key not in given for word in words]
-    return expanded
+        for key, found in _options(Path(path)):
+            if key not in given:
+                (expanded if key else arguments).extend(found)
+    return [*command, *arguments, *expanded]
+
+
+def subcommand(words: Sequence[str], nested: Container[str] = ()) -> Sequence[str]:
+    """The words of a command line that say which command of the program it is: none where it has but one, else the
+    first, and the second where `nested` has the first."""
+    most = 2 if words and words[0] in nested else 1
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), words[:most]))
 
 
 def write_options(folder: Path, words: Sequence[str]) -> None:

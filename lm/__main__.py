@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from foundation.console import escaped
 from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
 from lm.bench_peers import PeersConfig, bench_peers
+from lm.budget import counted_layers
 from lm.cache_table import CacheConfig, show_caches
 from lm.eval_harness import EvalConfig, run_tasks
 from lm.evaluate_text import EvaluateConfig, evaluate_text
@@ -34,6 +36,7 @@ from lm.published.convert import ExportConfig, ImportConfig, export_model, impor
 from lm.published.parity import ParityConfig, parity
 from lm.recall import RecallConfig, recall
 from lm.sampling import SamplingConfig, StopStrings
+from lm.text_budgets import TextBudgets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,9 @@ class GenerateConfig:
             each becomes what it would alone under its own seed.
         max_new_tokens: how many at the most; a document may end earlier.
         stop: strings before any of which a text ends.
+        experts: mean experts per token and layer, of all texts or one number for each; as trained by default. Layers
+            that give every token the same number need a whole one.
+        eight_bits: the cache stores keys and values in 8 bits, with a scale for each token and head.
         trace: folder to record every token's experts and their weights in, layer by layer, and the text; see
             `lm.generation_trace`.
         sampling: temperature, top-k, top-p, min-p, repetition penalty, seed.
@@ -55,14 +61,20 @@ class GenerateConfig:
     prompt: tuple[str, ...] = ("",)
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
+    experts: tuple[float, ...] = ()
+    eight_bits: bool = False
     trace: Path | None = None
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        check_numbers(self, max_new_tokens=0)
+        check_numbers(self, max_new_tokens=0, experts=0)
         StopStrings(self.stop)
         if not self.prompt:
             raise ValueError('prompt: none given; legal: at least one, "" for a new document')
+        if len(self.experts) not in (0, 1, len(self.prompt)):
+            raise ValueError(
+                f"experts: {len(self.experts)} numbers for {len(self.prompt)} prompts; legal: one, or as many"
+            )
         if self.trace is not None and len(self.prompt) > 1:
             raise ValueError(f"trace: a trace is of one text; legal: one prompt, not {len(self.prompt)}")
 
@@ -81,8 +93,12 @@ def run_generate(config: GenerateConfig) -> None:
     texts = list(config.prompt)
     print(shown(config.prompt[0]) if alone else "", end="", flush=True)
     calibration_BT = None
-    if config.trace is not None and has_calibration_tokens(folder):
+    if (config.trace is not None or config.experts) and has_calibration_tokens(folder):
         calibration_BT = load_calibration_tokens(folder).to(model.embedding_VD.device)
+    budgets = TextBudgets(model, calibration_BT) if config.experts else None
+    for place in range(len(prompts)) if budgets is not None else ():
+        budgets.set(place, config.experts[place % len(config.experts)])
+    counted, used = counted_layers(model), [list[float]() for _ in prompts]
     count = cache_bytes = 0
     with traced_generation(
         model,
@@ -91,6 +107,7 @@ def run_generate(config: GenerateConfig) -> None:
         calibration_BT=calibration_BT,
         prompt_text=config.prompt[0],
         source=str(folder),
+        budget=config.experts[0] if config.experts else None,
         sampling=config.sampling,
     ) as record:
         started = time.perf_counter()
@@ -101,7 +118,10 @@ def run_generate(config: GenerateConfig) -> None:
             sampling=config.sampling,
             stop=tokenizer.boundary_id,
             ends=lambda text, token: stops[text].stopped,
+            budgets=budgets,
+            eight_bits=config.eight_bits,
         ):
+            used[step.text].append(fmean(step.experts[layer] for layer in counted))
             piece = decoders[step.text].push(step.token)
             if record is not None:
                 record.add(step, piece)
@@ -115,10 +135,9 @@ def run_generate(config: GenerateConfig) -> None:
         # What was held back for a character or a stop string that did not come.
         rest = stop.push(decoder.flush()) + stop.flush()
         print(shown(rest) if alone else f"[{place}] {shown(texts[place] + rest)}")
-    print(
-        f"[{count} tokens, {count / (time.perf_counter() - started):.0f} tokens/s, cache {cache_bytes:,} bytes]",
-        file=sys.stderr,
-    )
+    means = ", ".join(f"{fmean(own):.2f}" if own else "-" for own in used)
+    speed = count / (time.perf_counter() - started)
+    print(f"[{count} tokens, {speed:.0f} tokens/s, cache {cache_bytes:,} bytes, mean experts {means}]", file=sys.stderr)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {

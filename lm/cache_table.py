@@ -24,6 +24,7 @@ from foundation.files import write_bytes
 from foundation.numbers import check_numbers
 from foundation.serialize import load_json
 from foundation.tables import write_rows
+from lm.cache_rounding import rounding_text
 from lm.config import ModelConfig
 from lm.pretrained import CONFIG_FILE, find_model
 from lm.published_caches import PUBLISHED
@@ -59,6 +60,8 @@ class CacheConfig:
         length: tokens of a sequence: 65536, or 64k of 1,024 each, or 1M.
         batch_size: sequences side by side.
         dtype: of keys, values, latents and convolution tails; linear states are fp32 whatever it is.
+        eight_bits: keys and values in 8 bits, with a scale for each token and head. With a run, also how far its
+            answers move by that.
         csv: also write one row per plan and length there, from 256 tokens on.
         plot: draw them into this file (svg, png or pdf).
         published: show instead what published models say of their caches beside what these formulas give.
@@ -71,6 +74,7 @@ class CacheConfig:
     length: str = "64k"
     batch_size: int = 1
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    eight_bits: bool = False
     csv: Path | None = None
     plot: Path | None = None
     published: bool = False
@@ -106,18 +110,27 @@ class PlanCost:
         plan: its letters.
         attentions: one configuration per layer.
         batch_size: sequences side by side.
-        element_size: bytes of a key's or value's number.
+        dtype: of keys and values.
+        eight_bits: they are stored in 8 bits; full attention, beside which a plan stands, in `dtype`.
     """
 
     def __init__(
-        self, plan: LayerPlan, attentions: Sequence[AttentionConfig], batch_size: int, element_size: int
+        self,
+        plan: LayerPlan,
+        attentions: Sequence[AttentionConfig],
+        batch_size: int,
+        dtype: torch.dtype,
+        eight_bits: bool = False,
     ) -> None:
         self.plan, self.attentions = plan, attentions
-        self.batch_size, self.element_size = batch_size, element_size
+        self.batch_size, self.dtype, self.eight_bits = batch_size, dtype, eight_bits
+        self.element_size = dtype.itemsize
         self.full = LayerPlan.parse("F", len(plan.letters))
 
     def by_layer(self, length: int) -> list[int]:
-        return cache_bytes(self.attentions, self.plan, length, self.batch_size, self.element_size)
+        return cache_bytes(
+            *(self.attentions, self.plan, length, self.batch_size, self.element_size), eight_bits=self.eight_bits
+        )
 
     def total(self, length: int) -> int:
         return sum(self.by_layer(length))
@@ -129,7 +142,10 @@ class PlanCost:
     def read(self, length: int) -> list[int]:
         """Bytes that decoding one more token of every sequence reads, by layer."""
         kinds = zip(self.plan.kinds, self.attentions)
-        return [self.batch_size * kind.read_bytes(config, length, self.element_size) for kind, config in kinds]
+        return [
+            self.batch_size * kind.read_bytes(config, length, self.element_size, eight_bits=self.eight_bits)
+            for kind, config in kinds
+        ]
 
     def row(self, length: int) -> CacheRow:
         total, full = self.total(length), sum(self.full_by_layer(length))
@@ -172,9 +188,11 @@ def show_caches(config: CacheConfig) -> list[CacheRow]:
         return []
     length, rows = tokens_of(config.length), []
     for cost in _costs(config):
-        print(plan_table(cost, length, getattr(torch, config.dtype)))
+        print(plan_table(cost, length))
         lengths = itertools.takewhile(lambda tokens: tokens < length, (SHORTEST << n for n in range(40)))
         rows += [cost.row(tokens) for tokens in (*lengths, length)]
+    if config.eight_bits and config.run is not None:
+        print(rounding_text(find_model(config.run)))
     if config.csv:
         write_rows(config.csv, CacheRow, rows)
     if config.plot:
@@ -183,21 +201,26 @@ def show_caches(config: CacheConfig) -> list[CacheRow]:
 
 
 def _costs(config: CacheConfig) -> list[PlanCost]:
-    element_size = getattr(torch, config.dtype).itemsize
     if config.run is not None:
         model = load_json(ModelConfig, find_model(config.run) / CONFIG_FILE)
-        return [PlanCost(model.plan, model.attentions, config.batch_size, element_size)]
-    plans = [LayerPlan.parse(plan, config.n_layers or max(1, len(plan))) for plan in config.layer_plan]
-    return [PlanCost(plan, [config.attention] * len(plan.letters), config.batch_size, element_size) for plan in plans]
+        plans = [(model.plan, model.attentions)]
+    else:
+        parsed = [LayerPlan.parse(plan, config.n_layers or max(1, len(plan))) for plan in config.layer_plan]
+        plans = [(plan, [config.attention] * len(plan.letters)) for plan in parsed]
+    dtype = getattr(torch, config.dtype)
+    return [PlanCost(*plan, config.batch_size, dtype, config.eight_bits) for plan in plans]
 
 
-def plan_table(cost: PlanCost, length: int, dtype: torch.dtype) -> str:
+def plan_table(cost: PlanCost, length: int) -> str:
     """What each kind of layer costs in this plan, and all of them together."""
     letters, row = cost.plan.letters, cost.row(length)
-    cache = HybridCache(cost.attentions, cost.plan, cost.batch_size, length, dtype, "meta")
+    cache = HybridCache(
+        *(cost.attentions, cost.plan, cost.batch_size, length, cost.dtype, "meta"), eight_bits=cost.eight_bits
+    )
+    dtype = f"{str(cost.dtype)[6:]}{', keys and values in 8 bits' if cost.eight_bits else ''}"
     now, next_token, read = cost.by_layer(length), cost.by_layer(length + 1), cost.read(length)
     lines = [
-        f"plan {row.plan}, {len(letters)} layers, {cost.batch_size} x {length:,} tokens, {str(dtype)[6:]}",
+        f"plan {row.plan}, {len(letters)} layers, {cost.batch_size} x {length:,} tokens, {dtype}",
         f"{'letter':<8}{'layers':>7}{'bytes/token':>13}{'bytes':>17}{'share':>8}{'read/token':>17}  less than F from",
     ]
     for letter in dict.fromkeys(letters):

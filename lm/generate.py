@@ -3,6 +3,7 @@
 Legend: B texts side by side, T tokens, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from attention.cache import HybridCache
 from lm.evaluate import evaluating
 from lm.model import LanguageModel, Output
 from lm.sampling import SamplingConfig, sample
+from lm.text_budgets import TextBudgets
 from routing.router import Routing
 
 # Tokens of a prompt that are read at once: enough to fill the products, few enough to stay small.
@@ -67,6 +69,8 @@ def generate_batch(
     sampling: SamplingConfig,
     stop: int | None = None,
     ends: Callable[[int, int], bool] = lambda text, token: False,
+    budgets: TextBudgets | None = None,
+    eight_bits: bool = False,
 ) -> Iterator[GeneratedToken]:
     """Streams tokens that follow each of several prompts of any lengths: a token of every text that goes on, in the
     prompts' order, then the next of each. A text is what it would be alone, with a seed of its own.
@@ -78,6 +82,8 @@ def generate_batch(
         sampling: how each is drawn.
         stop: the token that ends a text and is not yielded; None for none.
         ends: asked of every drawn token, after whoever iterates has seen it: whether its text (by place) ends there.
+        budgets: mean experts per token of each text, which may be changed between two tokens; all as trained without.
+        eight_bits: the cache stores keys and values as int8, see `attention.kv_states.EightBits`.
 
     Returns:
         An iterator over the tokens, drawn when they are asked for.
@@ -93,6 +99,7 @@ def generate_batch(
             raise ValueError(f"prompt token {bad[0]} lies outside the vocabulary [0, {vocab})")
     if not prompts or max_new_tokens == 0:
         return
+    using = (lambda places: contextlib.nullcontext()) if budgets is None else budgets.using
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(sampling.seed + place) for place in range(len(texts))]
     # The last token drawn is never fed back.
@@ -101,8 +108,9 @@ def generate_batch(
     going, last, caches = [], [], []
     with evaluating(model):
         for place, text in enumerate(texts):
-            started, cache = time.perf_counter(), model.new_cache(1, room)
-            output = prefill(model, text, cache)
+            started, cache = time.perf_counter(), model.new_cache(1, room, eight_bits=eight_bits)
+            with using([place]):
+                output = prefill(model, text, cache)
             logits_1V, experts_1L = _read(output)
             seconds = time.perf_counter() - started
             token = sample(logits_1V[0], sampling, generators[place], text)
@@ -122,7 +130,8 @@ def generate_batch(
         del caches
         for _ in range(max_new_tokens - 1):
             started = time.perf_counter()
-            output = model(torch.tensor(last, device=model.embedding_VD.device)[:, None], cache, last_only=True)
+            with using(going):
+                output = model(torch.tensor(last, device=model.embedding_VD.device)[:, None], cache, last_only=True)
             logits_BV, experts_BL = _read(output)
             seconds = time.perf_counter() - started
             kept, drawn = [], []

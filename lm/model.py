@@ -237,11 +237,11 @@ class LanguageModel(ExactBuffers):
         """Around training and evaluation: see `torch_by_one_thread`, where the model is mostly in C."""
         return torch_by_one_thread() if self.mostly_in_c() else contextlib.nullcontext()
 
-    def new_cache(self, batch_size: int, max_length: int) -> HybridCache:
-        """An empty cache for `max_length` tokens of each of `batch_size` sequences, on the model's device."""
-        return HybridCache(
-            self.config.attentions, self.config.plan, batch_size, max_length, self._dtype, self.embedding_VD.device
-        )
+    def new_cache(self, batch_size: int, max_length: int, *, eight_bits: bool = False) -> HybridCache:
+        """An empty cache for `max_length` tokens of each of `batch_size` sequences, on the model's device; keys and
+        values as int8 on request."""
+        attentions, plan, device = self.config.attentions, self.config.plan, self.embedding_VD.device
+        return HybridCache(attentions, plan, batch_size, max_length, self._dtype, device, eight_bits=eight_bits)
 
     @property
     def _dtype(self) -> torch.dtype:

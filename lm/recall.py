@@ -24,7 +24,7 @@ from torch import Tensor
 from corpus.readers import Document
 from corpus.sources import read_paths, read_standard_library
 from corpus.tokenizer import Tokenizer
-from foundation.command import refuse_unwritable
+from foundation.command import leave_options, refuse_unwritable
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
 from lm.evaluate import evaluating
@@ -155,6 +155,7 @@ def recall(config: RecallConfig) -> tuple[list[NeedleRow], list[PositionRow]]:
                 + ("  beyond the trained length" if row.beyond else "")
             )
     if config.out is not None:
+        leave_options(config.out)
         write_rows(config.out / NEEDLES_FILE, NeedleRow, needles)
         write_rows(config.out / POSITIONS_FILE, PositionRow, positions)
     return needles, positions

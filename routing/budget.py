@@ -70,17 +70,21 @@ class BudgetController(nn.Module):
         target_mean: experts per token that training holds; None where training leaves the threshold alone.
         lowest, highest: bounds of the threshold.
         rate: share of a step's error that is taken at once, in (0, 1].
+        threshold_T1: in place of the threshold where it is set, one for each token of a forward pass (or one for all):
+            texts that are generated side by side have budgets of their own. Never in a checkpoint.
     """
 
     threshold: Tensor
     drift: Tensor
     aim: Tensor
+    threshold_T1: Tensor | None
 
     def __init__(self, *, target_mean: float | None, initial: float, lowest: float, highest: float, rate: float):
         super().__init__()
         if not 0.0 < rate <= 1.0:
             raise ValueError(f"rate = {rate} is outside (0, 1]")
         self.target_mean, self.lowest, self.highest, self.rate = target_mean, lowest, highest, rate
+        self.threshold_T1 = None
         self.register_buffer("threshold", torch.tensor(initial, dtype=torch.float32))
         self.register_buffer("drift", torch.zeros(()))
         self.register_buffer("aim", torch.tensor(target_mean or 0.0, dtype=torch.float32))
@@ -93,11 +97,16 @@ class BudgetController(nn.Module):
         # Told the levels of each decision while somebody asks for them.
         self._listener: Callable[[Tensor], object] | None = None
 
+    @property
+    def limit(self) -> Tensor:
+        """What levels are compared with: the threshold, or what single tokens have in its place."""
+        return self.threshold if self.threshold_T1 is None else self.threshold_T1
+
     def keep(self, level_TK: Tensor) -> Tensor:
         """Which slots are used, bool. The levels are observed first, see `observe`."""
         self.observe(level_TK)
         # What cannot be compared is kept: dropped, a NaN would become a token that no expert computes.
-        return ~(level_TK.detach() > self.threshold)
+        return ~(level_TK.detach() > self.limit)
 
     def observe(self, level_TK: Tensor) -> bool:
         """Learns a forward's levels: in training they are remembered for `after_step`; after `calibrate` they set the

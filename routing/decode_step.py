@@ -26,8 +26,8 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
     known = type(router) is Router and router.bias_E is None and plain
     if not known or rule is None or policy.config.null_columns or others:
         raise NotInOneCall(f"a {type(router).__name__} with {type(policy).__name__}")
-    if policy.counts_T is not None or (budget is not None and budget.calibrates):
-        raise NotInOneCall("numbers of experts from outside, or a threshold that is to be calibrated")
+    if policy.counts_T is not None or (budget is not None and (budget.calibrates or budget.threshold_T1 is not None)):
+        raise NotInOneCall("numbers of experts from outside, or a threshold that is none yet or not one for all")
     for module in (router, policy):
         watch.module(module)
     watch.same(router, "config")
@@ -39,7 +39,7 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
     block.bias = watch.buffer(router, "selection_bias_E", router.n_experts)
     if budget is not None:
         watch.module(budget)
-        watch.same(budget, "_calibrate_to")
+        watch.same(budget, "_calibrate_to", "threshold_T1")
         block.threshold, block.drift, block.aim = (watch.buffer(budget, name) for name in ("threshold", "drift", "aim"))
 
 

@@ -32,6 +32,7 @@ from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.parallel import ParallelConfig, train_in_parallel
 from staged_training.profile import ProfileConfig, profile
+from staged_training.record import CONFIG
 from staged_training.staging import StagingConfig, corpus_facts, make_plan
 from staged_training.sweep import SweepConfig, sweep
 
@@ -85,8 +86,11 @@ def run(config: RunConfig) -> None:
         here = environment(data_hash=facts.content_hash)
         print(json.dumps({"config": to_dict(config), "model": to_dict(model), "environment": here}, indent=2))
         return
-    leave_options(config.out)
     execution = Execution(plan, corpus, config.out, config.execution)
+    # Beside the run, since runs of other options may share the folder above it; what lies there already has its own.
+    for folder in [execution.folder_of(branch) for branch in execution.plan.branches] or [execution.trunk_folder]:
+        if not (folder / CONFIG).exists():
+            leave_options(folder)
     print(estimate(execution), flush=True)
     execution.trunk()
     for branch in execution.plan.branches:

@@ -488,3 +488,13 @@ def test_every_option_has_a_sentence(package, command, capsys, monkeypatch):
     bare = [name for name, sentence in options.items() if len(re.sub(r"\((default|required|sets).*", "", sentence)) < 8]
     assert len(options) > 0
     assert not bare, bare
+
+
+@pytest.mark.parametrize(("package", "command"), [*COMMANDS, *((package, "") for package in DEMOS)])
+def test_every_command_takes_its_options_from_a_file(package, command, capsys, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("help = true\n")
+    with pytest.raises(SystemExit) as stopped:
+        run(package, *command.split(), "--config", str(path))
+    assert not stopped.value.code
+    assert capsys.readouterr().out.startswith(f"usage: {package if package in DEMOS else f'python -m {package}'}")

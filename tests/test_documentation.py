@@ -1,7 +1,9 @@
 """Every command that README, AGENTS.md and the notes name is one that its parser takes; every link among them leads
 somewhere."""
 
+import argparse
 import csv
+import math
 import re
 import runpy
 import shlex
@@ -10,36 +12,56 @@ from pathlib import Path
 
 import pytest
 
+from corpus.refine.cascade import LAYERS
 from corpus.tokenizer import Tokenizer
 from foundation import command as foundation_command
+from foundation.serialize import kinds
 from lm.config import ModelConfig
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
+from lm.published.families import FAMILIES
 from moe.config import MoEConfig
 from routing.policies.top_k import TopK
+from routing.policy import PolicyConfig
 from routing.router import RouterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "notes").glob("0*.md"))]
-# A line of a code block or a passage in backticks, with `\` at the end of a line that goes on.
-COMMAND = re.compile(r"(?:\.venv/bin/)?(?:python|torchrun --nproc-per-node \d) -m ((?:[^`|\n\\]|\\\n)+)")
+# All but the log, which says what was so on a day.
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md"]
+PAGES += [page for page in sorted((ROOT / "notes").rglob("*.md")) if page.name != "LOG.md"]
 # What stands for something that the reader puts there, or is put there by a test that follows the page.
-MADE_UP = ("[", "...", "sigmoid_scores", "ablations.margin", "running_mean", "PPPF", "pytest")
+MADE_UP = ("[", "...", "sigmoid_scores", "ablations.margin", "running_mean", "PPPF", "pip install", "test_router")
+CODE_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"(?:\.venv/bin/)?(?:python|torchrun --nproc-per-node \d) (?:-m )?([\w./]+(?: .*)?)")
+
+
+def name_of(page: Path) -> str:
+    """A page in the name of a test."""
+    return page.relative_to(ROOT).as_posix()
 
 
 class Taken(BaseException):
     """The command line parses."""
 
 
+def lines_of_code(page: Path) -> list[str]:
+    """Lines of code blocks, with those that `\\` continues, and passages in backticks, each as one line."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [block.replace("\\\n", " ") for block in CODE_BLOCK.findall(text)]
+    passages = re.findall(r"`([^`]+)`", "\n".join([CODE_BLOCK.sub("", text), *blocks]))
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [" ".join(line.split("  #")[0].split()) for line in (*passages, *lines)]
+
+
 def commands() -> list[str]:
-    """Each as `module words`, without what names no subcommand."""
-    found = []
-    for page in PAGES:
-        for words in COMMAND.findall(page.read_text(encoding="utf-8")):
-            words = " ".join(words.replace("\\\n", " ").split("#")[0].split()).rstrip(".,;:")
-            if not any(mark in words for mark in MADE_UP) and (" " in words or "." in words):
-                found.append(words)
-    return sorted(set(found))
+    """Each as `module words` or `file.py words`; `a b | c` are `a b` and `a c`."""
+    found = set()
+    for line in (line for page in PAGES for line in lines_of_code(page)):
+        if (command := COMMAND.fullmatch(line)) and not any(mark in line for mark in MADE_UP):
+            first, *others = command[1].split(" | ")
+            found |= {first, *(f"{first.rpartition(' ')[0]} {other}" for other in others)}
+    # A name of a package alone is none.
+    return sorted(each for each in found if " " in each or "." in each)
 
 
 def test_there_are_commands_to_check():
@@ -49,33 +71,52 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize("words", commands())
 def test_a_command_of_the_pages_parses(words, monkeypatch):
-    package, *arguments = shlex.split(words)
+    program, *arguments = shlex.split(words)
+    for path in [word for word in (program, *arguments) if word.startswith("tests/")]:
+        assert (ROOT / path).exists()
+    if program == "pytest":
+        return
     # A name in a sentence, without what the command requires.
-    if len(arguments) == 1:
+    if all(re.fullmatch(r"[a-z-]+", word) for word in arguments):
         arguments.append("--help")
 
     def parsed(parse, given):
         parse(given)
         raise Taken
 
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parsed_by_a_script(parser):
+        parse_args(parser)
+        raise Taken
+
     monkeypatch.setattr(foundation_command, "_parsed", parsed)
-    monkeypatch.setattr(sys, "argv", [package, *arguments])
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    if program.startswith("tests"):
+        if program.endswith(".py") and "parse_args" not in (ROOT / program).read_text():
+            # Without a parser: what it does with the words shows when it is run.
+            return
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed_by_a_script)
+    start, place = (runpy.run_path, ROOT / program) if program.endswith(".py") else (runpy.run_module, program)
     with pytest.raises((Taken, SystemExit)) as ended:
-        runpy.run_module(package, run_name="__main__")
+        start(str(place), run_name="__main__")
     assert isinstance(ended.value, Taken) or (arguments[-1:] == ["--help"] and not ended.value.code)
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, *(ROOT / "notes" / "results").glob("*/README.md")], ids=lambda page: str(page)
-)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_paste_as_they_stand(page):
-    """Lines of code blocks call the Python of the environment."""
-    blocks = re.findall(r"```(?:sh)?\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    """Lines of code blocks call the Python of the environment, and in the notes so does every passage that names an
+    option or a file."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for block in CODE_BLOCK.findall(text) for line in block.splitlines()]
+    if page.is_relative_to(ROOT / "notes"):
+        lines += [line for line in lines_of_code(page) if re.search(r" --|\.py", line)]
     assert not [line for line in lines if re.match(r" *(python|torchrun|pytest|pip) ", line)]
+    # Fenced, since of what is indented no line says that it goes on.
+    assert not re.findall(r"^ {4}\S*(?:python|torchrun|pip) .*", CODE_BLOCK.sub("", text), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
@@ -87,11 +128,13 @@ def test_the_results_in_the_readme_are_the_recorded_ones():
     with (ROOT / "notes" / "results" / "default" / "table.csv").open(encoding="utf-8") as file:
         recorded = {row["method"]: row for row in csv.DictReader(file)}
     lines = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert [method for method, _ in lines] == list(recorded)
+    # The trunk, which is no method, need not be shown, and records of earlier days do not have it.
+    assert [method for method, _ in lines if method != "trunk"] == [name for name in recorded if name != "trunk"]
     for method, cells in lines:
         row = recorded[method]
         bits, difference, verdict = (cell.strip() for cell in cells.split("|"))
-        assert bits == f"{float(row['bits_per_byte']):.4f} ± {float(row['bits_per_byte_half_width']):.4f}"
+        half = f" ± {float(row['bits_per_byte_half_width']):.4f}" if row["bits_per_byte_half_width"] else ""
+        assert bits == f"{float(row['bits_per_byte']):.4f}{half}"
         assert verdict == row["verdict"].removesuffix(" on this trunk")
         if row["difference"]:
             assert difference == f"{float(row['difference']):+.4f} ± {float(row['difference_half_width']):.4f}"
@@ -115,6 +158,8 @@ SAID = [
     (r"Architectures cannot be compared so \((\d of \d)\)", "agreement/", r"of architectures (\d of \d)"),
     (r"orders all (\d+) pairs of all arms, for", "agreement/", r"all (\d+) pairs of all arms"),
     (r"pairs of all arms, for (\d+) %", "agreement/", r"pairs of all arms for (\d+) %"),
+    (r"use 4 of 12 experts \((\d\.\d+) bits", "dynamic/", r"12 taught to 4: (\d\.\d+)"),
+    (r"trained with 4 for as many tokens \((\d\.\d+),", "dynamic/", r"static 4 with the same tokens: (\d\.\d+)"),
     (r"1B model from 190M to 760M\s+within (\d\.\d+) % in the mean", "scaling/", r"within (\d\.\d+) % in the mean"),
 ]
 
@@ -130,6 +175,33 @@ def test_numbers_in_the_sentences_of_the_readme_are_recorded(said, folder, recor
     for mine, other in zip((group for group in ours.groups() if group is not None), theirs.groups()):
         digits = len(mine.partition(".")[2])
         assert mine == (f"{float(other):.{digits}f}" if digits else other)
+
+
+NUMBERS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
+]
+# What the README counts, and what there is.
+COUNTED = [
+    (r"(\w+) policies from top-k", lambda: len(kinds(PolicyConfig))),
+    (r"safetensors of (\w+) families", lambda: len(FAMILIES)),
+    (r"a cascade of (\w+) filters", lambda: len(LAYERS)),
+    (r"branches (\w+) arms x 3 seeds", lambda: len(re.search(r"compare (.*) --seeds 3", MAKEFILE)[1].split())),
+    (r"`make ablation` takes (\w+) minutes", lambda: math.ceil(recorded_minutes())),
+]
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def recorded_minutes() -> float:
+    record = (ROOT / "notes" / "results" / "README.md").read_text(encoding="utf-8")
+    minutes, seconds = re.search(r"; (\d+) min (\d+) s without the installation", record).groups()
+    return int(minutes) + int(seconds) / 60
+
+
+@pytest.mark.parametrize(("said", "there_are"), COUNTED)
+def test_the_readme_counts_right(said, there_are):
+    (word,) = re.findall(said, (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert NUMBERS.index(word) == there_are()
 
 
 def test_the_limits_in_the_readme_are_those_of_its_table():

@@ -36,6 +36,7 @@ def agreement_study(options: AgreementOptions) -> Path | None:
     print(cost_text(study), flush=True)
     if options.dry_run:
         return None
+    leave_options(study.folder)
     run_study(study)
     return show(study)
 
@@ -55,7 +56,6 @@ def show(study: Study) -> Path:
     draw(rows, folder / FIGURE_FILE)
     text = "\n\n".join([table_text(rows), truth_text(study, runs, rows), "\n".join(findings(rows))])
     write_text(folder / REPORT_FILE, text + "\n")
-    leave_options(folder)
     print(f"\n{text}\n\nstudy: {folder}")
     return folder
 

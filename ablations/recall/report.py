@@ -37,6 +37,7 @@ def recall_study(options: RecallOptions) -> Path | None:
     if options.dry_run:
         return None
     if not options.show:
+        leave_options(folder_of(options, tasks))
         run_study(options, tasks)
     elif not finished:
         raise ValueError(f"--show: none of the {len(tasks)} runs is finished in {options.out}")
@@ -58,7 +59,6 @@ def show(options: RecallOptions, tasks: Sequence[Task]) -> Path:
     draw(rows, states, PUBLISHED, folder / FIGURE_FILE)
     text = table_text(rows, states)
     write_text(folder / REPORT_FILE, text + "\n")
-    leave_options(folder)
     print(f"\n{text}\n\nstudy: {folder}")
     return folder
 

@@ -2,6 +2,7 @@
 reports and folders."""
 
 import html
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def runs_command(root: tyro.conf.Positional[Path] = Path("runs")) -> None:
     Args:
         root: folder that is searched, with all folders below it.
     """
-    found = run_folders(root)
+    found = in_order(run_folders(root))
     if not found:
         print(f"no runs in {root}")
         return
@@ -55,15 +56,13 @@ def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
 
     total = mebibytes(sum(folder.n_bytes for folder in found)).strip()
     sections = []
-    for what, heading in HEADINGS.items():
-        own = sorted((folder for folder in found if folder.what == what), key=lambda folder: -folder.changed)
-        if own:
-            lines = "".join(_line(root, folder) for folder in own)
-            sections.append(
-                f"<h2>{heading}</h2><div class=scroll><table class=index><thead><tr><th>folder</th>"
-                "<th>last written</th><th>bits/byte</th><th>size</th><th class=verdict>what came out</th></tr></thead>"
-                f"<tbody>{lines}</tbody></table></div>"
-            )
+    for what, own in itertools.groupby(in_order(found), key=lambda folder: folder.what):
+        lines = "".join(_line(root, folder) for folder in own)
+        sections.append(
+            f"<h2>{HEADINGS[what]}</h2><div class=scroll><table class=index><thead><tr><th>folder</th>"
+            "<th>last written</th><th>bits/byte</th><th>size</th><th class=verdict>what came out</th></tr></thead>"
+            f"<tbody>{lines}</tbody></table></div>"
+        )
     path = root / INDEX_FILE
     write_text(
         path,
@@ -74,6 +73,11 @@ def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
         f" runs</code>.</p>\n{''.join(sections)}\n</main></body></html>\n",
     )
     return path
+
+
+def in_order(found: Sequence[RunFolder]) -> list[RunFolder]:
+    """By kind, newest first."""
+    return sorted(found, key=lambda folder: (list(HEADINGS).index(folder.what), -folder.changed))
 
 
 def bits_text(found: RunFolder) -> str:

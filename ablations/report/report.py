@@ -203,9 +203,13 @@ def domains(records: Records) -> str:
     rows = domain_table(records)
     if not rows:
         return ""
-    head, *body = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    head = head.replace("td>", "th>")
-    lines = "".join(f"<tr>{line}</tr>" for line in body)
+    names = [html.escape(cell) for cell in rows[0]]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    cells = (
+        "".join(f'<td data-label="{name}">{html.escape(cell)}</td>' for name, cell in zip(names, row))
+        for row in rows[1:]
+    )
+    lines = "".join(f"<tr>{line}</tr>" for line in cells)
     return (
         "<h2>By domain</h2><p>Bits per byte of the validation text's domains, mean over runs.</p>"
         f'<div class="scroll"><table class="domains"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'

@@ -21,6 +21,8 @@ from foundation.tables import write_table
 
 # Share of the baseline's FLOPs by which an arm may differ and count as equal.
 EQUAL = 0.02
+# Of the trunks in the csv.
+TRUNK = "trunk"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,7 @@ class Column:
 METHOD = Column(
     name="method", value=lambda row: row.method, heading="method", text=lambda row: row.method, aligned="left"
 )
+RUNS = Column(name="runs", value=lambda row: row.runs)
 LOSS = Column(
     name="bits_per_byte",
     value=lambda row: row.bits_per_byte.mean,
@@ -120,7 +123,7 @@ VERDICT = Column(
 )
 COLUMNS = (
     METHOD,
-    Column(name="runs", value=lambda row: row.runs),
+    RUNS,
     LOSS,
     Column(name="bits_per_byte_half_width", value=lambda row: row.bits_per_byte.half_width),
     Column(
@@ -266,11 +269,16 @@ def few_seeds(records: Records) -> str:
     )
 
 
+def trunk_bits(records: Records) -> float | None:
+    """Bits per byte at the trunks' ends, their mean; None where none is left."""
+    trunks = [run.bits_per_byte for run in records.trunks.values()]
+    return statistics.fmean(trunks) if trunks else None
+
+
 def below_the_trunk(records: Records) -> list[str]:
     """A warning for arms that end worse than the trunk that they start from: more training has cost them."""
-    if not records.trunks:
+    if (trunk := trunk_bits(records)) is None:
         return []
-    trunk = statistics.fmean(run.bits_per_byte for run in records.trunks.values())
     worse = {row.method: row.bits_per_byte.mean - trunk for row in table_rows(records)}
     worse = {method: more for method, more in worse.items() if more > 0}
     if not worse:
@@ -301,8 +309,8 @@ def unequal_budgets(records: Records) -> str | None:
 
 def reference_cells(records: Records) -> list[dict[Column, str]]:
     """The last lines of the table: where branches begin, and what a compressor without a model needs for the text."""
-    trunks = [run.bits_per_byte for run in records.trunks.values()]
-    lines = [{METHOD: "trunk at its end", LOSS: f"{statistics.fmean(trunks):.4f}"}] if trunks else []
+    trunk = trunk_bits(records)
+    lines = [] if trunk is None else [{METHOD: "trunk at its end", LOSS: f"{trunk:.4f}"}]
     return [*lines, {METHOD: "xz -9, same text", LOSS: f"{records.comparison.xz_bits_per_byte:.4f}"}]
 
 
@@ -325,8 +333,11 @@ def _padded(column: Column, cell: str, width: int) -> str:
 
 
 def write_csv(records: Records, path: Path) -> None:
-    """The rows of the table in full precision."""
-    rows = ([column.value(row) for column in COLUMNS] for row in table_rows(records))
+    """The rows of the table in full precision, and the trunks' as `trunk`."""
+    rows = [[column.value(row) for column in COLUMNS] for row in table_rows(records)]
+    if (trunk := trunk_bits(records)) is not None:
+        known = {METHOD: TRUNK, RUNS: len(records.trunks), LOSS: trunk}
+        rows.append([known.get(column) for column in COLUMNS])
     write_table(path, [column.name for column in COLUMNS], rows)
 
 

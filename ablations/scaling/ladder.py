@@ -19,6 +19,7 @@ from ablations.scaling.ladder_options import LadderOptions
 from ablations.scaling.ladder_plan import Ladder, Rung, cost_text, prepare_ladder
 from ablations.scaling.points import Points, check_enough
 from ablations.scaling.variable_projection import fit_by_projection
+from foundation.command import leave_options
 from foundation.tables import read_rows, write_rows
 from staged_training.record import read_run
 
@@ -92,6 +93,7 @@ def ladder_command(options: LadderOptions) -> Ladder:
     print(cost_text(ladder, [rung for rung in waiting if rung.held_out in held]), flush=True)
     if options.dry_run:
         return ladder
+    leave_options(ladder.folder)
     if options.phase in ("all", "small"):
         train(ladder, [rung for rung in ladder.rungs if not rung.held_out])
     if options.phase in ("all", "predict") and options.held_out:

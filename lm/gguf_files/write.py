@@ -23,7 +23,8 @@ from foundation.files import fsync_path, naming, require_space
 from foundation.serialize import load_json
 from lm.accounting import meta_model
 from lm.config import ModelConfig
-from lm.gguf_files.architectures import Architecture, architecture_of, sparse_block
+from lm.gguf_files.architecture import Architecture, sparse_moe
+from lm.gguf_files.architectures import architecture_of
 from lm.gguf_files.vocabulary import add_vocabulary
 from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model
 from lm.published.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ FILE_TYPES: dict[str, int] = {
     **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
 }
 # Routers and gates of shared experts; llama.cpp's convolutions take nothing else.
-FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d")
+FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv", "ssm_a", "ssm_d", "ssm_norm")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -117,7 +118,7 @@ def add_sizes(
     writer: Any, architecture: Architecture, model: ModelConfig, *, context: int | None, file_type: str
 ) -> None:
     """What a file says of a model beside its tensors and its tokenizer."""
-    attention, moe = model.attention, model.block(sparse_block(model)).moe
+    attention, moe = model.attention, sparse_moe(model)
     k = moe.router.policy.fixed_experts
     policies = [block.moe.router.policy for block in map(model.block, range(model.n_layers)) if block.moe.n_experts > 1]
     if k is None or any(policy != moe.router.policy for policy in policies):
@@ -125,30 +126,32 @@ def add_sizes(
             f"{type(moe.router.policy).__name__}: llama.cpp gives every token of every layer as many experts; legal:"
             " TopK with one k"
         )
-    if attention.yarn is not None:
+    if attention.yarn is not None and not architecture.yarn:
         raise ValueError("AttentionConfig.yarn: a stretched rotary embedding is not written; legal: None")
     writer.add_file_type(FILE_TYPES[file_type])
     writer.add_quantization_version(2)
-    writer.add_block_count(model.n_layers)
-    # What the published model was made for; llama.cpp asks for a number and runs others.
-    writer.add_context_length(context or 4096)
-    writer.add_vocab_size(model.vocab_size)
-    writer.add_embedding_length(model.d_model)
-    # Of dense layers, where there are some.
-    writer.add_feed_forward_length(model.block(0).moe.d_expert)
-    writer.add_expert_feed_forward_length(moe.d_expert)
-    writer.add_expert_count(moe.n_experts)
-    writer.add_expert_used_count(int(k))
-    writer.add_head_count(attention.n_heads)
-    writer.add_head_count_kv(attention.n_kv_heads)
-    writer.add_key_length(attention.head_dim)
-    writer.add_value_length(attention.head_dim)
-    writer.add_rope_dimension_count(attention.rotary_dim)
-    writer.add_rope_freq_base(attention.rope_base)
-    writer.add_layer_norm_rms_eps(model.norm_eps)
-    for name, value in architecture.keys(model).items():
-        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(f"{architecture.name}.{name}", value)
+    usual = {
+        "block_count": model.n_layers,
+        # What the published model was made for; llama.cpp asks for a number and runs others.
+        "context_length": context or 4096,
+        "vocab_size": model.vocab_size,
+        "embedding_length": model.d_model,
+        # Of dense layers, where there are some.
+        "feed_forward_length": model.block(0).moe.d_expert,
+        "expert_feed_forward_length": moe.d_expert,
+        "expert_count": moe.n_experts,
+        "expert_used_count": int(k),
+        "attention.head_count": attention.n_heads,
+        "attention.head_count_kv": attention.n_kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "rope.dimension_count": attention.rotary_dim,
+        "rope.freq_base": attention.rope_base,
+        "attention.layer_norm_rms_epsilon": model.norm_eps,
+    }
+    adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for name, value in {**usual, **architecture.keys(model)}.items():
+        adds.get(type(value), writer.add_array)(f"{architecture.name}.{name}", value)
 
 
 def _planned(

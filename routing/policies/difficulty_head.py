@@ -70,7 +70,7 @@ class DifficultyHeadPolicy(Policy):
         difficulty_T1 = (scores.x_TD @ self.head_D.to(scores.x_TD.dtype))[:, None]
         if self.counts_T is not None:
             # A number from outside stands for a prediction of that number, which also weighs a token's last experts.
-            difficulty_T1 = (self.counts_T + 0.5).to(score_TK.dtype).log()[:, None] - self.budget.threshold
+            difficulty_T1 = (self.counts_T + 0.5).to(score_TK.dtype).log()[:, None] - self.budget.limit
         soft_level_TK = (
             torch.arange(1, self.config.cap + 1, device=score_TK.device).to(score_TK.dtype).log() - difficulty_T1
         )
@@ -78,5 +78,5 @@ class DifficultyHeadPolicy(Policy):
         level_TK[:, : self.config.floor] = -torch.inf
         keep_TK = self.within_budget(level_TK)
         return Slots(
-            expert_TK, score_TK * ((self.budget.threshold - soft_level_TK) / self.config.softness).sigmoid(), keep_TK
+            expert_TK, score_TK * ((self.budget.limit - soft_level_TK) / self.config.softness).sigmoid(), keep_TK
         )

@@ -91,7 +91,7 @@ class ReLUPolicy(Policy):
         level_TK = -logit_TK.detach()
         level_TK[:, : self.config.floor] = -torch.inf
         keep_TK = self.within_budget(level_TK)
-        score_TK = (logit_TK + self.budget.threshold).relu()
+        score_TK = (logit_TK + self.budget.limit).relu()
         forced_TK = keep_TK & (score_TK <= 0)
         return Slots(expert_TK, score_TK.masked_fill(forced_TK, FLOOR_SCORE), keep_TK)
 

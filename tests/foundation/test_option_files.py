@@ -40,6 +40,27 @@ def test_the_command_line_decides(file: Path) -> None:
         assert left == ["baseline", "top_p", "--learning-rate", "0.007", "--model.dtype", "float32"]
 
 
+def test_arguments_stand_ahead_of_options_and_give_way_to_those_of_the_command_line(file: Path) -> None:
+    # Behind an option that takes several values they would be some of these.
+    first = with_option_files(["compare", "--data", "mine", "--config", str(file)])
+    assert first[:5] == ["compare", "baseline", "top_p", "--data", "mine"]
+    assert with_option_files(["compare", "relu", "--config", str(file)])[:3] == ["compare", "relu", "--tokens"]
+    # A program of one command has no word for it; some have two.
+    assert with_option_files(["--seeds", "2", "--config", str(file)])[:3] == ["baseline", "top_p", "--seeds"]
+    words = ["scaling", "fit", "--config", str(file)]
+    assert with_option_files(words, nested=("scaling",))[:4] == ["scaling", "fit", "baseline", "top_p"]
+
+
+def test_a_command_below_another_leaves_its_options_without_both_names(tmp_path: Path) -> None:
+    def run(words: list[str]) -> None:
+        leave_options(tmp_path)
+
+    words = ["scaling", "fit", "points.csv", "--law", "total"]
+    run_command(lambda given: list(given or ()), run, words, nested=("scaling",))
+    read = with_option_files(["scaling", "fit", "--config", str(tmp_path / OPTIONS_FILE)], nested=("scaling",))
+    assert read == words
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

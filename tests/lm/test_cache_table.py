@@ -17,6 +17,8 @@ from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from lm.published_caches import PUBLISHED
 from moe.config import MoEConfig
+from routing.policies.top_k import TopK
+from routing.router import RouterConfig
 
 SMALL = ("--n-heads", "4", "--n-kv-heads", "2", "--head-dim", "8")
 BY_NAME = {model.name: model for model in PUBLISHED}
@@ -92,11 +94,28 @@ def test_rows_are_the_bytes_of_real_caches(tmp_path, pattern, dtype, capsys):
     assert f"holds {cache.nbytes():,} bytes" in capsys.readouterr().out
 
 
+def test_eight_bits_and_what_they_change(tmp_path, capsys):
+    main(["cache", "--layer-plan", "SSSFSSSR", "--length", "64k", "--eight-bits"])
+    said = capsys.readouterr().out
+    # 128 numbers and a scale in fp32 where bf16 takes 256 bytes.
+    assert re.search(r"^F +1 +2,112 +138,412,032 ", said, re.MULTILINE)
+    assert f"holds {369_098_752 * 132 // 256:,} bytes" in said
+    attention = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8, window=16)
+    moe = MoEConfig(n_experts=4, d_expert=8, router=RouterConfig(policy=TopK(k=2)))
+    config = ModelConfig(vocab_size=60, d_model=32, n_layers=2, layer_plan="SF", attention=attention, moe=moe)
+    tokens_BT = torch.randint(60, (16, 33), generator=torch.Generator().manual_seed(0))
+    save_pretrained(tmp_path / "model", LanguageModel(config).init_weights(0), tokens_BT)
+    main(["cache", "--run", str(tmp_path), "--length", "1k", "--eight-bits"])
+    assert re.search(
+        r"in 8 bits, on 256 tokens of .* bits per token beside \d\.\d+, divergence", capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("letter", [letter for letter, kind in KINDS.items() if kind.reads is None and letter != "F"])
 def test_a_kind_is_cheaper_from_there_on_and_not_before(letter):
     config = AttentionConfig(n_heads=8, n_kv_heads=4, head_dim=16, window=100, mixed_window=30)
     model = ModelConfig(n_layers=1, layer_plan=letter, attention=config)
-    cost = PlanCost(model.plan, model.attentions, 1, 2)
+    cost = PlanCost(model.plan, model.attentions, 1, torch.bfloat16)
 
     def full(length):
         return sum(cost.full_by_layer(length))
@@ -110,14 +129,14 @@ def test_a_kind_is_cheaper_from_there_on_and_not_before(letter):
 
 def test_a_kind_that_is_never_cheaper():
     config = AttentionConfig(n_heads=8, n_kv_heads=1, head_dim=16)
-    cost = PlanCost(ModelConfig(n_layers=1, layer_plan="A").plan, [config], 1, 2)
+    cost = PlanCost(ModelConfig(n_layers=1, layer_plan="A").plan, [config], 1, torch.bfloat16)
     assert cheaper_from(cost.total, lambda length: sum(cost.full_by_layer(length))) is None
 
 
 def test_by_hand_where_a_linear_layer_begins_to_save():
     """4 H K V bytes of state against 2 G K 2 per token."""
     config = AttentionConfig(n_heads=32, n_kv_heads=8, head_dim=128)
-    cost = PlanCost(ModelConfig(n_layers=1, layer_plan="L").plan, [config], 1, 2)
+    cost = PlanCost(ModelConfig(n_layers=1, layer_plan="L").plan, [config], 1, torch.bfloat16)
     break_even = 4 * 32 * 128 * 128 // (2 * 8 * 128 * 2)
     assert cheaper_from(cost.total, lambda length: sum(cost.full_by_layer(length))) == break_even + 1 == 513
 

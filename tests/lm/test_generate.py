@@ -16,6 +16,7 @@ from corpus.tokenizer import Tokenizer
 from foundation.files import CorruptFileError, DiskFullError
 from lm.__main__ import main
 from lm.accounting import kv_bytes
+from lm.cache_rounding import cache_rounding
 from lm.config import ModelConfig
 from lm.generate import generate, generate_batch
 from lm.model import LanguageModel
@@ -142,6 +143,26 @@ def test_a_text_ends_where_it_is_told_to_and_the_others_go_on(model):
         places.append(step.text)
     assert seen == [tokens[:count] for tokens, count in zip(free, counts)]
     assert places == [0, 1, 2, 0, 2, 0, 2, 0, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("plan", ["SLGF", "FRSr", "M"])
+def test_a_cache_in_eight_bits_generates_nearly_the_same(plan):
+    model = LanguageModel(dataclasses.replace(CONFIG, layer_plan=plan)).init_weights(0)
+    torch.nn.init.normal_(model.head_VD, std=0.5, generator=torch.Generator().manual_seed(1))
+    prompts, greedy = [[3, 1, 4, 1, 5], [9], [2, 6, 5]], SamplingConfig(temperature=0)
+    texts, sizes = {}, {}
+    for eight_bits in (False, True):
+        steps = list(generate_batch(model, prompts, max_new_tokens=4, sampling=greedy, eight_bits=eight_bits))
+        texts[eight_bits] = [(step.text, step.token) for step in steps]
+        sizes[eight_bits] = steps[-1].cache_bytes
+        assert all(math.isfinite(step.nats) for step in steps)
+    assert sum(a == b for a, b in zip(texts[False], texts[True])) >= 9
+    assert sizes[True] < sizes[False]
+    found = cache_rounding(model, torch.randint(50, (4, 80), generator=torch.Generator().manual_seed(0)))
+    assert found.tokens == 4 * 79
+    assert 0 < found.divergence < 1e-2
+    assert abs(found.bits_more) < 0.02
+    assert found.same > 0.9
 
 
 def test_experts_side_by_side_are_those_of_the_text(model):

@@ -23,7 +23,7 @@ addEventListener('load', () => setTimeout(() => {
   const name = e => (e.textContent || e.className || e.tagName).trim().slice(0, 40);
   const page = document.documentElement;
   if (page.scrollWidth > page.clientWidth) problems.push(`the page is ${page.scrollWidth} wide`);
-  for (const e of document.querySelectorAll('td, th, dt, dd, h1, h2, h3, p, li, figcaption'))
+  for (const e of document.querySelectorAll('td, th, dt, dd, h1, h2, h3, p, li, pre, figcaption'))
     if (e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0 && getComputedStyle(e).display !== 'inline')
       problems.push(`clipped: ${name(e)}`);
   for (const e of document.querySelectorAll('.scroll'))

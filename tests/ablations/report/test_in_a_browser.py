@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ablations.comparison.records import read_records
+from ablations.report.domains import MOST
 from ablations.report.index import write_index
 from ablations.report.report import write_report
 from ablations.report.run_folders import run_folders
@@ -38,7 +39,10 @@ def pages(write_synthetic):
     path = folder / "comparison.json"
     comparison = json.loads(path.read_text())
     next(method for method in comparison["methods"] if method["name"] == "top_p")["known"] = "better"
-    path.write_text(json.dumps(comparison | {"domains": ["code", "wiki"] * 20}))
+    # As many domains as are shown, their names as long as names of files are.
+    names = [f"domain_of_some_files_{number}" for number in range(MOST)]
+    command = f".venv/bin/python -m ablations compare {' '.join(names)} --seeds 3"
+    path.write_text(json.dumps(comparison | {"domains": (names * 4)[:40], "command": command}))
     root = folder.parent.parent
     return {"report": write_report(read_records(folder)), "index": write_index(root, run_folders(root))}
 
@@ -71,7 +75,46 @@ def test_faults_are_seen(tmp_path):
         f"{words.format(0)}{words.format(20)}{words.format(150)}"
         "<path d='M 0 15 L 200 15' style='fill:none;stroke:black'/></svg></body>"
     )
-    (tmp_path / "faulty.html").write_text(faulty)
-    problems = " ".join(found.look({"faulty": tmp_path / "faulty.html"}, (PHONE,))["faulty 400"]["problems"])
+    # What a report is made of, each with the fault that a rule of its style keeps away.
+    table = "<table style='width:{}'><tr><td>{}</td><td style='{}'>next</td></tr></table>"
+    narrow = "<p style='width:60px;overflow:hidden;white-space:nowrap'>a sentence that is cut off</p>"
+    pages = {
+        "figure": faulty,
+        "scrolled": f"<body><div class=scroll style='overflow:auto'>{table.format('900px', 'wide', '')}</div></body>",
+        "cut": f"<body>{narrow}<pre style='overflow:auto'>{'a command ' * 30}</pre></body>",
+        "over": f"<body>{table.format('200px', 'first', 'position:relative;left:-30px')}</body>",
+    }
+    for name, page in pages.items():
+        (tmp_path / f"{name}.html").write_text(page)
+    seen = found.look({name: tmp_path / f"{name}.html" for name in pages}, (PHONE,))
+    problems = {name: " ".join(seen[f"{name} 400"]["problems"]) for name in pages}
     for fault in ("the page is 6", "figure: clipped", "words that are long on words", "a line runs through"):
-        assert fault in problems
+        assert fault in problems["figure"]
+    assert "scrolls sideways" in problems["scrolled"]
+    assert "clipped: a sentence" in problems["cut"]
+    assert "clipped: a command" in problems["cut"]
+    assert "cells overlap: first and next" in problems["over"]
+
+
+# A rule of the style, what stands in its place, and the width at which that is seen.
+RULES = {
+    "wrapped": ("white-space: pre-wrap; overflow-wrap: anywhere; font", "overflow-x: auto; font", PHONE),
+    "headed": (".result thead, .domains thead { display: none; }", "", PHONE),
+    "narrow": ("max-width: 560px", "max-width: 1px", PHONE),
+    "bounded": ("max-width: 1280px; margin: 0 auto;", "width: 1400px;", SCREEN),
+}
+
+
+@pytest.mark.slow
+def test_the_report_without_a_rule_of_its_style_fails(pages, tmp_path):
+    """What keeps overflow away is not there in vain, and its absence is seen."""
+    found = tools()
+    if found.browser() is None:
+        pytest.skip(f"no browser to look with: one of {', '.join(found.BROWSERS)}")
+    content = pages["report"].read_text()
+    for name, (rule, instead, _) in RULES.items():
+        assert rule in content
+        (tmp_path / f"{name}.html").write_text(content.replace(rule, instead))
+    seen = found.look({name: tmp_path / f"{name}.html" for name in RULES}, (PHONE, SCREEN))
+    for name, (_, _, width) in RULES.items():
+        assert seen[f"{name} {width}"]["problems"], name

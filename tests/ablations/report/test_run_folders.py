@@ -1,6 +1,7 @@
 """A folder of runs: what is listed, what can go, and what still works without it."""
 
 import json
+import os
 import re
 import shutil
 from urllib.parse import unquote
@@ -45,10 +46,13 @@ def run(*arguments, monkeypatch):
 
 def test_runs_lists_what_when_how_large_and_what_came_out(root, monkeypatch, capsys):
     (root / "branches" / "top_p_0_0" / "result.json").unlink()
+    os.utime(root / "branches" / "random_k_0_1" / "result.json", (4e9, 4e9))
     run("runs", root, monkeypatch=monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 1 + 18 + 1 + 1
     assert lines[-1] == f"index: {root / 'index.html'}"
+    # Each kind newest first.
+    assert "random_k_0_1" in next(line for line in lines if " branch " in line)
     assert "comparison" in lines[0]
     assert "random_k" in lines[0]
     assert "worse" in lines[0]

@@ -241,7 +241,9 @@ def test_csv_holds_the_rows_in_full_precision(comparison_folder, tmp_path):
     records = read_records(comparison_folder)
     write_csv(records, tmp_path / "table.csv")
     assert b"\r" not in (tmp_path / "table.csv").read_bytes()
-    read = list(csv.DictReader((tmp_path / "table.csv").open()))
+    *read, trunk = csv.DictReader((tmp_path / "table.csv").open())
+    assert (trunk["method"], trunk["runs"], trunk["difference"]) == ("trunk", "1", "")
+    assert float(trunk["bits_per_byte"]) == records.trunks[0].bits_per_byte
     for line, row in zip(read, table_rows(records), strict=True):
         assert line["method"] == row.method
         assert float(line["bits_per_byte"]) == row.bits_per_byte.mean

@@ -9,6 +9,8 @@ import torch
 
 from corpus.tokenizer import Tokenizer
 from lm.__main__ import main
+from lm.gguf_files.architectures import ARCHITECTURES
+from lm.gguf_files.write import FULL_PRECISION
 from lm.pretrained import load_pretrained, load_tokenizer
 from lm.published.convert import ImportConfig, import_model
 from lm.published.families import FAMILIES
@@ -30,6 +32,37 @@ FITTING = {
         "shared_expert_intermediate_size": 32,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
+    },
+    "qwen3_5_moe_text": {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    # Whose ramp begins and ends at a pair, as llama.cpp's does.
+    "gpt_oss": {
+        "intermediate_size": 32,
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 150_000.0, "factor": 4.0, "truncate": True},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64},
+        },
+    },
+    "lfm2_moe": {"intermediate_size": 64, "moe_intermediate_size": 32, "routed_scaling_factor": 1.0},
+    "deepseek_v3": {
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 32},
+        **{"moe_intermediate_size": 32, "intermediate_size": 64, "rms_norm_eps": 1e-6},
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+            **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    },
+    "glm4_moe_lite": {
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 32},
+        **{"moe_intermediate_size": 32, "intermediate_size": 64, "rms_norm_eps": 1e-6},
+    },
+    "granitemoehybrid": {
+        **{"intermediate_size": 32, "shared_intermediate_size": 32, "mamba_n_groups": 1},
+        "position_embedding_type": "nope",
     },
 }
 FAMILY_NAMES = list(FITTING)
@@ -58,7 +91,14 @@ def imported(model_type, at, **changes):
     return theirs, at / "model"
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
+# Those whose types and rounding are looked at whenever the tests run; the others' by `make gate`.
+LOOKED_AT = ("qwen3_moe", "qwen3_5_moe_text")
+ALL = [pytest.param(name, marks=[] if name in LOOKED_AT else pytest.mark.long) for name in FAMILY_NAMES]
+by_two = pytest.mark.parametrize("made", ALL, indirect=True)
+by_all = pytest.mark.parametrize("made", FAMILY_NAMES, indirect=True)
+
+
+@pytest.fixture(scope="module")
 def made(request, tmp_path_factory):
     """A family, transformers' model of it, and its model folder."""
     at = tmp_path_factory.mktemp(request.param)
@@ -76,6 +116,7 @@ def read(path):
     return keys, tensors
 
 
+@by_all
 def test_keys_tensors_and_vocabulary(made, tmp_path):
     _, theirs, folder = made
     main(["gguf", str(folder), str(tmp_path / "f32.gguf"), "--type", "f32"])
@@ -86,10 +127,17 @@ def test_keys_tensors_and_vocabulary(made, tmp_path):
     assert keys[f"{arch}.block_count"] == 4
     assert keys[f"{arch}.expert_count"] == moe.n_experts
     assert keys[f"{arch}.expert_used_count"] == moe.router.policy.k
-    assert keys[f"{arch}.attention.head_count_kv"] == config.attention.n_kv_heads
-    assert keys[f"{arch}.rope.dimension_count"] == config.attention.rotary_dim
+    heads, letters = keys[f"{arch}.attention.head_count_kv"], config.plan.letters
+    if isinstance(heads, list):
+        assert heads == [config.attention.n_kv_heads * (letter == "F") for letter in letters]
+    else:
+        assert heads == (1 if "A" in letters else config.attention.n_kv_heads)
+    turned = config.attention.latent_shared_dim if "A" in letters else config.attention.rotary_dim
+    assert keys[f"{arch}.rope.dimension_count"] == turned
     # Every weight is there once: as many numbers as the published model has.
-    assert sum(values.size for _, values in tensors.values()) == sum(p.numel() for p in theirs.state_dict().values())
+    theirs_once = {id(p): p.numel() for p in theirs.parameters()}
+    buffers = sum(b.numel() for name, b in theirs.named_buffers() if name in theirs.state_dict())
+    assert sum(values.size for _, values in tensors.values()) == sum(theirs_once.values()) + buffers
     assert all(kind == "F32" for kind, _ in tensors.values())
     experts = model.blocks[3].moe.experts
     gate_EDF, up_EDF = experts.w_gate_up_EDF2.detach().chunk(2, dim=-1)
@@ -102,6 +150,7 @@ def test_keys_tensors_and_vocabulary(made, tmp_path):
     assert keys["tokenizer.ggml.token_type"][VOCAB - 1] == gguf.TokenType.UNUSED
 
 
+@by_two
 @pytest.mark.parametrize(("kind", "allowed"), [("f16", 1e-3), ("q8_0", 1 / 127), ("q4_0", 1 / 7)])
 def test_types(made, kind, allowed, tmp_path):
     _, _, folder = made
@@ -111,7 +160,7 @@ def test_types(made, kind, allowed, tmp_path):
     assert exact.keys() == rounded.keys()
     for name, (stored, values) in rounded.items():
         wanted = exact[name][1]
-        if values.ndim == 1 or "ffn_gate_inp" in name or "conv1d" in name:
+        if values.ndim == 1 or any(part in name for part in FULL_PRECISION):
             assert stored == "F32"
             np.testing.assert_array_equal(values, wanted)
         else:
@@ -147,6 +196,11 @@ def test_a_sentencepiece_vocabulary(tmp_path):
         ("olmoe", {"norm_topk_prob": True}, "renormalised weights"),
         ("qwen3_moe", {"norm_topk_prob": False}, "weights of experts as they are"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"dense layers \(1\)"),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer plan FSFS"),
+        ("lfm2_moe", {"routed_scaling_factor": 2.0}, "weights of experts times 2.0"),
+        ("deepseek_v3", {"q_lora_rank": None}, "queries without a latent"),
+        ("granitemoehybrid", {"position_embedding_type": "rope"}, "has no positions"),
+        ("granitemoehybrid", {"mamba_n_groups": 2}, "2 groups of Mamba-2"),
     ],
 )
 def test_what_llama_cpp_does_not_know_is_refused_by_name(model_type, changes, said, tmp_path):
@@ -159,13 +213,26 @@ def test_what_llama_cpp_does_not_know_is_refused_by_name(model_type, changes, sa
     assert not list(tmp_path.glob("*.gguf"))
 
 
+def test_every_architecture_is_looked_at():
+    assert set(FITTING) == set(ARCHITECTURES) < set(FAMILIES)
+
+
 def test_a_family_without_an_architecture_is_refused_with_the_others(published, tmp_path):
     with pytest.raises(SystemExit, match=r"no GGUF file of flex_olmo .*olmoe"):
         main(["gguf", str(published("flex_olmo").folder), str(tmp_path / "out.gguf")])
 
 
-@pytest.mark.parametrize("kind", DIVERGENCE)
-def test_llama_cpp_computes_what_ours_does(made, kind, tmp_path):
+@by_all
+def test_llama_cpp_computes_what_ours_does(made, tmp_path):
+    computed_alike(made, "f32", tmp_path)
+
+
+@by_two
+def test_llama_cpp_computes_nearly_the_same_in_eight_bits(made, tmp_path):
+    computed_alike(made, "q8_0", tmp_path)
+
+
+def computed_alike(made, kind, tmp_path):
     """Log-probabilities of every next token, by an implementation that shares no code with ours or transformers'."""
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed (the extra `gguf`)")
     _, _, folder = made
