@@ -32,7 +32,7 @@ from staged_training.estimate import estimate
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.parallel import ParallelConfig, train_in_parallel
 from staged_training.profile import ProfileConfig, profile
-from staged_training.staging import StagingConfig, corpus_facts, make_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_plan, training_text
 from staged_training.sweep import SweepConfig, sweep
 
 
@@ -75,7 +75,7 @@ def run(config: RunConfig) -> None:
         ValueError: for text, model or staging that do not fit.
         loop.NonFiniteLossError, foundation.stopping.Interrupted: everything saved; the same call continues.
     """
-    corpus = prepare(config.corpus, config.out / "corpus")
+    corpus = training_text(prepare(config.corpus, config.out / "corpus"), config.staging)
     model = config.model.config(corpus.tokenizer.vocab_size)
     facts = corpus_facts(corpus)
     branches = [("baseline", model, config.branch_seed)] if config.branch else []

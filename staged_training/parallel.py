@@ -22,7 +22,7 @@ from routing.router import RouterConfig
 from staged_training.describe import describe
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.plan import CorpusFacts, Plan
-from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan, training_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
         if not processes.first:
             cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
         processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and leave_options(config.out))
-        corpus = prepare(config.corpus, config.out / "corpus")
+        corpus = training_text(prepare(config.corpus, config.out / "corpus"), config.staging)
         plan = plan_of(config, corpus_facts(corpus), corpus.tokenizer.vocab_size)
         print(f"{describe(plan)}\n{processes}", flush=True)
         execution = Execution(
