@@ -1,7 +1,7 @@
 """A packed stream read as a mixture: whole documents, so that the tokens of every domain keep to its share all the way.
 
-A domain's documents come in a new order in every pass over them. Where c tokens of a domain of share s came before a
-document, the document stands at c / s, and all domains are merged by that. So a stream is a function of the packed one,
+A domain's documents come in a new order in every pass over them. The document whose middle is token c of a domain of
+share s stands at c / s, and all domains are merged by that. So a stream is a function of the packed one,
 the shares and nothing else, any part of it can be read without what is before, and a longer one begins like a shorter.
 
 Legend: D documents of the packed stream, N documents of the mixture in their order.
@@ -128,6 +128,8 @@ def mixed_order(lengths_D: np.ndarray, domain_D: np.ndarray, shares: list[float]
         ValueError: for a domain with a share and without tokens.
     """
     orders, keys = [], []
+    # A document may stand as far behind where its place is as half of one of each domain is long.
+    slack = sum(int(lengths_D[domain_D == domain].max(initial=0)) for domain in range(len(shares)))
     for domain, share in enumerate(shares):
         if share <= 0:
             continue
@@ -135,12 +137,12 @@ def mixed_order(lengths_D: np.ndarray, domain_D: np.ndarray, shares: list[float]
         n_tokens = int(lengths_D[own].sum())
         if not n_tokens:
             raise ValueError(f"domain {domain} of the mixture has a share of {share} and no tokens")
-        wanted = share * length
+        wanted = share * (length + slack)
         passes = int(wanted // n_tokens) + 1
         order = np.concatenate([own[permutation(len(own), domain, number)] for number in range(passes)])
         before = np.cumsum(lengths_D[order]) - lengths_D[order]
         kept = before < wanted
         orders.append(order[kept])
-        keys.append(before[kept] / share)
-    # Stable: where two domains begin at the same place, the first by name comes first.
+        keys.append((before[kept] + lengths_D[order[kept]] / 2) / share)
+    # Stable: where two documents have one place, that of the first domain comes first.
     return np.concatenate(orders)[np.argsort(np.concatenate(keys), kind="stable")]

@@ -89,8 +89,6 @@ class StagingConfig:
         check_numbers(self, tokens=1, batch_size=1, seq_len=1, calibration_tokens=1)
         if self.epoch_cap is not None and not self.epoch_cap > 0:
             raise ValueError(f"StagingConfig.epoch_cap: {self.epoch_cap}, must be above 0")
-        if self.epoch_cap is not None and self.mixture is None:
-            raise ValueError(f"StagingConfig.epoch_cap: {self.epoch_cap} without a mixture; legal: only with one")
 
 
 def training_text(corpus: PreparedCorpus, config: StagingConfig, *, longest: int = 1) -> PreparedCorpus:
@@ -105,16 +103,25 @@ def training_text(corpus: PreparedCorpus, config: StagingConfig, *, longest: int
     """
     if config.mixture is None:
         return corpus
+    return mixed_text(corpus, config, read_shares(config.mixture, corpus.domain_tokens()), longest=longest)
+
+
+def mixed_text(
+    corpus: PreparedCorpus, config: StagingConfig, shares: Mapping[str, float], *, longest: int = 1
+) -> PreparedCorpus:
+    """See `training_text`; with these shares of all domains, which sum to one.
+
+    Raises:
+        ValueError: where they cannot be filled within `epoch_cap`.
+    """
     tokens_per_batch = config.batch_size * config.seq_len
     total = config.tokens // tokens_per_batch
     branch = total - round(total * config.trunk_share)
     n_batches = total + branch * (longest - 1) + -(-config.calibration_tokens // tokens_per_batch)
     # The last token of a text has no target.
     length = max(n_batches, 2) * tokens_per_batch + 1
-    tokens = corpus.domain_tokens()
-    shares = read_shares(config.mixture, tokens)
     if config.epoch_cap is not None:
-        shares = capped(shares, tokens, length=length, cap=config.epoch_cap)
+        shares = capped(shares, corpus.domain_tokens(), length=length, cap=config.epoch_cap)
     mixed = corpus.mixed(shares, length)
     assert isinstance(mixed.train, MixedTokens)
     print("\n".join(mixed.train.lines()), flush=True)
@@ -158,6 +165,8 @@ def make_plan(
         ValueError: when the budget is too small for one batch per stage or the text for two batches, or a method does
             not fit the trunk.
     """
+    if config.epoch_cap is not None and config.mixture is None:
+        raise ValueError(f"StagingConfig.epoch_cap: {config.epoch_cap} without a mixture; legal: only with one")
     if (config.mixture is None) == bool(corpus.mixture):
         raise ValueError(f"StagingConfig.mixture: {config.mixture}; this command trains on text as it was prepared")
     tokens_per_batch = config.batch_size * config.seq_len
