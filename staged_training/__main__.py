@@ -76,7 +76,7 @@ def run(config: RunConfig) -> None:
         loop.NonFiniteLossError, foundation.stopping.Interrupted: everything saved; the same call continues.
     """
     corpus = training_text(prepare(config.corpus, config.out / "corpus"), config.staging)
-    model = config.model.config(corpus.tokenizer.vocab_size)
+    model = config.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     facts = corpus_facts(corpus)
     branches = [("baseline", model, config.branch_seed)] if config.branch else []
     plan = make_plan(config.staging, facts, model, branches, trunk_seed=config.trunk_seed)

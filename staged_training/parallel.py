@@ -73,7 +73,7 @@ def train_in_parallel(config: ParallelConfig) -> None:
             cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
         processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and leave_options(config.out))
         corpus = training_text(prepare(config.corpus, config.out / "corpus"), config.staging)
-        plan = plan_of(config, corpus_facts(corpus), corpus.tokenizer.vocab_size)
+        plan = plan_of(config, corpus_facts(corpus), corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
         print(f"{describe(plan)}\n{processes}", flush=True)
         execution = Execution(
             plan,
@@ -91,13 +91,13 @@ def train_in_parallel(config: ParallelConfig) -> None:
         execution.train_trunk(run)
 
 
-def plan_of(config: ParallelConfig, facts: CorpusFacts, vocab_size: int) -> Plan:
+def plan_of(config: ParallelConfig, facts: CorpusFacts, vocab_size: int, boundary_id: int) -> Plan:
     """One stage without branches. Nothing of it depends on the number of processes.
 
     Raises:
         ValueError: for a routing policy that does not parse.
     """
-    model = config.model.config(vocab_size)
+    model = config.model.config(vocab_size, boundary_id)
     if config.policy:
         try:
             stored: dict[str, Any] = json.loads(config.policy)

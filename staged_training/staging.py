@@ -177,6 +177,11 @@ def make_plan(
             f" the training text has {corpus.train_tokens} tokens, too few for a batch to train on and one to"
             " calibrate on"
         )
+    if model.document_boundary is not None and config.freeze:
+        raise ValueError(
+            f"StagingConfig.freeze: {config.freeze} with isolated documents: what a frozen prefix stores does not say"
+            " where they begin; legal: 0"
+        )
     total = config.tokens // tokens_per_batch
     trunk_batches = round(total * config.trunk_share)
     branch_batches = total - trunk_batches

@@ -95,7 +95,7 @@ def sweep(config: SweepConfig) -> None:
     longest = dataclasses.replace(config.staging, tokens=max(config.token_budgets or (config.staging.tokens,)))
     corpus = training_text(prepare(config.corpus, config.out / "corpus"), longest)
     leave_options(config.out)
-    model = config.model.config(corpus.tokenizer.vocab_size)
+    model = config.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     facts = corpus_facts(corpus)
     # All of them before the first is trained: what does not fit is said at once.
     plans = [make_whole_plan(staging, facts, model, seed=seed) for staging, seed in runs_of(config)]

@@ -121,7 +121,7 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     """
     longest = max(method.length for method in methods)
     corpus = training_text(prepare(options.corpus, options.out / "corpus"), options.staging, longest=longest)
-    baseline = options.model.config(corpus.tokenizer.vocab_size)
+    baseline = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     for method in methods[1:]:
         if method.kind(baseline) == "nothing":
             raise ValueError(

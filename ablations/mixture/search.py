@@ -166,7 +166,7 @@ def proxy_folder(options: MixtureSearchOptions, corpus: PreparedCorpus) -> str:
     if options.proxy == "ngram":
         asked += [options.order, options.proxy_valid]
     else:
-        model = options.model.config(corpus.tokenizer.vocab_size)
+        model = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
         asked += [dataclasses.asdict(options.staging), dataclasses.asdict(options.model), code_behind(model)]
     return f"proxies_{fingerprint(asked)[:12]}"
 
@@ -182,7 +182,7 @@ def train(
     """Bits per byte by domain of the model, trained on a mixture now or before."""
     mixed = mixed_text(corpus, staging, shares)
     staging = dataclasses.replace(staging, mixture="given", epoch_cap=None)
-    model = options.model.config(corpus.tokenizer.vocab_size)
+    model = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     plan = make_whole_plan(staging, corpus_facts(mixed), model, seed=seed)
     execution = Execution(plan, mixed, options.out, options.execution)
     run = plan.trunk_run(execution.trunk_folder)
