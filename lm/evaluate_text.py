@@ -236,7 +236,7 @@ def evaluate_documents(
     windows.sort(key=lambda one: -len(one[1]))
     section_N = np.concatenate([np.full(counted, document) for document, _, counted in windows])
     n_bytes = sum(text.n_bytes for text in texts)
-    batches = _batches(windows, batch_size, model.embedding_VD.device)
+    batches = window_batches(windows, batch_size, model.embedding_VD.device)
     return evaluate(model, batches, n_bytes=n_bytes, section_N=section_N)
 
 
@@ -253,9 +253,11 @@ def _windows(
             stop, done = min(stop + stride, len(ids)), stop
 
 
-def _batches(
+def window_batches(
     windows: Sequence[tuple[int, list[int], int]], batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, padded, of windows (section, tokens with one before the first predicted, how many of the last
+    are counted)."""
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         length = max(len(tokens) for _, tokens, _ in batch) - 1

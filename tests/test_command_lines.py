@@ -445,7 +445,7 @@ HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty counterfactual frontier agreement problems"
     " recall mixture scaling runs prune",
     "staged_training": "run parallel sweep adapt diagnostics profile",
-    "lm": "generate evaluate eval cache bench bench-peers long-context recall import export gguf parity",
+    "lm": "generate evaluate few-shot eval cache bench bench-peers long-context recall import export gguf parity",
     "corpus": "refine dirt facts prepare tokenizers mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",

@@ -111,7 +111,8 @@ def search(options: MixtureSearchOptions) -> None:
     most_D = np.array([min(cap * count / n, 1.0) for count in tokens.values()])
     named = {name: capped(read_shares(name, tokens), tokens, length=n, cap=cap) for name in (NATURAL, UNIFORM)}
     mixture_ND = draw_mixtures(tokens, options.proxies, options.seed, most_D)
-    runs = run_proxies(domains, mixture_ND, small_run(options, corpus), options.out / proxy_folder(options, corpus))
+    folder = options.out / proxy_folder(options, corpus, most_D)
+    runs = run_proxies(domains, mixture_ND, small_run(options, corpus), folder)
     rows = cross_validate(runs)
     write_rows(options.out / AGREEMENT_FILE, FitRow, rows)
     print(f"\n{fit_text(rows)}\n")
@@ -159,15 +160,16 @@ def small_run(options: MixtureSearchOptions, corpus: PreparedCorpus) -> Measure:
     return lambda shares: train(options, staging, corpus, shares, seed=0)
 
 
-def proxy_folder(options: MixtureSearchOptions, corpus: PreparedCorpus) -> str:
+def proxy_folder(options: MixtureSearchOptions, corpus: PreparedCorpus, most_D: np.ndarray) -> str:
     """Named by all that small runs depend on."""
     asked = [corpus.train.fingerprint(), corpus.valid.fingerprint(), options.proxy, options.proxy_tokens]
-    asked += [options.seed, options.staging.tokens, options.staging.epoch_cap]
+    asked += [options.seed, most_D.tolist()]
     if options.proxy == "ngram":
         asked += [options.order, options.proxy_valid]
     else:
         model = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
-        asked += [dataclasses.asdict(options.staging), dataclasses.asdict(options.model), code_behind(model)]
+        staging = dataclasses.replace(options.staging, tokens=options.proxy_tokens)
+        asked += [dataclasses.asdict(staging), dataclasses.asdict(options.model), code_behind(model)]
     return f"proxies_{fingerprint(asked)[:12]}"
 
 
