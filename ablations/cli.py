@@ -1,5 +1,5 @@
 """The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty |
-counterfactual | frontier | agreement | problems | recall | scaling | runs | prune`, and `python -m
+counterfactual | frontier | agreement | problems | recall | mixture | scaling | runs | prune`, and `python -m
 ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
@@ -29,6 +29,7 @@ from ablations.gate.decision import GateConfig
 from ablations.gate.exits import Verdict, errors_apart, progress_on_stderr
 from ablations.gate.gate import gate, verdict_text
 from ablations.method import Method
+from ablations.mixture.options import MixtureSearchOptions
 from ablations.recall.options import RecallOptions
 from ablations.report.index import runs_command
 from ablations.report.run_folders import prune_command
@@ -62,6 +63,7 @@ def main() -> None:
         "agreement": agreement_command,
         "problems": problems_command,
         "recall": recall_command,
+        "mixture": mixture_command,
         "scaling": scaling_command,
         "runs": runs_command,
         "prune": prune_command,
@@ -251,6 +253,16 @@ def recall_command(options: Annotated[RecallOptions, tyro.conf.OmitArgPrefixes, 
     from ablations.recall.report import recall_study
 
     recall_study(options)
+
+
+def mixture_command(
+    options: Annotated[MixtureSearchOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="search")],
+) -> None:
+    """Which mixture of a corpus's domains trains the best model? Small runs on many mixtures, a regression from mixture
+    to losses, its optimum under epoch caps, and runs of the model on it, the natural and the uniform mixture."""
+    from ablations.mixture.search import search
+
+    search(options)
 
 
 def scaling_command(command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ScalingCommand]]) -> None:

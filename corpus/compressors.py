@@ -1,6 +1,13 @@
-"""What a general-purpose compressor makes of a text: the yardstick beside a model's bits per byte."""
+"""What compressors that have learnt nothing make of a text: the yardsticks beside a model's bits per byte."""
 
 import lzma
+
+import numpy as np
+
+from corpus.ngram_code import code_lengths
+
+# Bytes of the n-gram model's longest context, and that it is given at once: some 50 bytes of memory each.
+ORDER, BLOCK = 5, 1 << 23
 
 
 def xz_bits_per_byte(data: bytes) -> float:
@@ -15,3 +22,17 @@ def xz_bits_per_byte(data: bytes) -> float:
         raise ValueError("no bytes to compress")
     print(f"corpus: compressing {len(data):,} bytes of validation text by xz -9", flush=True)
     return 8 * len(lzma.compress(data, preset=9)) / len(data)
+
+
+def ngram_bits_per_byte(data: bytes, *, block: int = BLOCK) -> float:
+    """Size of `data` under a byte model of order 5 that learns as it goes (`corpus.ngram_code`), in bits per byte: what
+    an arithmetic coder needs. Every `block` bytes it begins anew, which bounds its memory.
+
+    Raises:
+        ValueError: for no bytes.
+    """
+    if not data:
+        raise ValueError("no bytes to compress")
+    blocks = (data[start : start + block] for start in range(0, len(data), block))
+    bits = (code_lengths(np.frombuffer(part, np.uint8), alphabet=256, order=ORDER).sum() for part in blocks)
+    return float(sum(bits)) / len(data)

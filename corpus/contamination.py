@@ -1,7 +1,8 @@
 """How much of a held-out text stands in a training text: n-grams of terms, compared by 64-bit hashes.
 
-13-grams as GPT-3 (arXiv 2005.14165, appendix C) takes them; terms as `corpus.refine.page` has them: case, punctuation,
-figures and line ends make no difference, a Han character is a term.
+13-grams as GPT-3 (arXiv 2005.14165, appendix C) takes them, and 30-grams, which are no phrase that many texts have;
+terms as `corpus.refine.page` has them: case, punctuation, figures and line ends make no difference, a Han character is
+a term.
 
 Legend: D held-out documents, G n-grams.
 """
@@ -13,7 +14,7 @@ import numpy as np
 
 from corpus.refine.page import Page
 
-NGRAM = 13
+NGRAM, LONG_NGRAM = 13, 30
 
 
 @dataclass(frozen=True)
@@ -32,28 +33,44 @@ class Overlap:
 
 
 def overlap(held_out: Sequence[str], train: Iterable[str], n: int = NGRAM) -> Overlap:
-    """Compares texts. Training texts are seen one at a time; of the held-out ones every n-gram's hash is held, 8 bytes
-    each.
+    """See `overlaps`, of one length."""
+    return overlaps(held_out, train, (n,))[n]
+
+
+def overlaps(held_out: Sequence[str], train: Iterable[str], lengths: Sequence[int]) -> dict[int, Overlap]:
+    """Compares texts, by the length of n-grams. Training texts are seen once, one at a time; of the held-out ones every
+    n-gram's hash is held, 8 bytes each.
 
     Args:
-        n: terms of an n-gram; a document of fewer terms has none, and shares none.
+        lengths: terms of an n-gram; a document of fewer terms has none, and shares none.
     """
-    hashes = [ngrams(text, n) for text in held_out]
-    document_G = np.repeat(np.arange(len(hashes)), [len(found) for found in hashes])
-    hash_G = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
-    order = np.argsort(hash_G, kind="stable")
-    sorted_G = hash_G[order]
-    seen_G = np.zeros(len(hash_G), bool)
+    searches = {n: _Search(held_out, n) for n in lengths}
     for text in train:
-        found = np.unique(ngrams(text, n))
-        first, last = np.searchsorted(sorted_G, found, "left"), np.searchsorted(sorted_G, found, "right")
+        terms = Page(text).term_hashes
+        for n, search in searches.items():
+            search.see(terms.ngrams(n))
+    return {n: search.found() for n, search in searches.items()}
+
+
+class _Search:
+    """The n-grams of the held-out documents, sorted, and which of them have been seen."""
+
+    def __init__(self, held_out: Sequence[str], n: int) -> None:
+        hashes = [Page(text).term_hashes.ngrams(n) for text in held_out]
+        self._n_documents = len(hashes)
+        self._document_G = np.repeat(np.arange(len(hashes)), [len(found) for found in hashes])
+        hash_G = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+        self._order_G = np.argsort(hash_G, kind="stable")
+        self._sorted_G = hash_G[self._order_G]
+        self._seen_G = np.zeros(len(hash_G), bool)
+
+    def see(self, ngrams: np.ndarray) -> None:
+        found = np.unique(ngrams)
+        first, last = (np.searchsorted(self._sorted_G, found, side) for side in ("left", "right"))
         # Most texts share nothing.
         for start, stop in zip(first[last > first], last[last > first]):
-            seen_G[start:stop] = True
-    shared_D = np.bincount(document_G[order[seen_G]], minlength=len(hashes))
-    return Overlap(np.bincount(document_G, minlength=len(hashes)), shared_D)
+            self._seen_G[start:stop] = True
 
-
-def ngrams(text: str, n: int) -> np.ndarray:
-    """Hashes of a text's n-grams of terms, uint64."""
-    return Page(text).term_hashes.ngrams(n)
+    def found(self) -> Overlap:
+        shared_D = np.bincount(self._document_G[self._order_G[self._seen_G]], minlength=self._n_documents)
+        return Overlap(np.bincount(self._document_G, minlength=self._n_documents), shared_D)

@@ -104,6 +104,13 @@ class WaitingTexts(Sequence[str]):
         """The domain of every text, see `Document.domain`."""
         return [self._domains[domain] for domain in self._records_K["domain"].tolist()]
 
+    def numbered_domains(self) -> tuple[list[str], np.ndarray]:
+        """The names of their domains, sorted, and the number of every text's among them, int32."""
+        numbers, number_K = np.unique(self._records_K["domain"], return_inverse=True)
+        names = [self._domains[number] for number in numbers.tolist()]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        return [names[place] for place in order], np.argsort(order)[number_K].astype("<i4")
+
     @property
     def n_bytes(self) -> int:
         """UTF-8 bytes of all."""

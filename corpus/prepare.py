@@ -6,12 +6,15 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from corpus.byte_level_tokenizer import ByteLevelTokenizer
 from corpus.documents import Documents, SkippedKind, load_documents
+from corpus.mixed_tokens import MixedTokens
 from corpus.packing import INDEX, PackedTokens, pack
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
@@ -21,8 +24,10 @@ from foundation.source import code_of
 
 DEFAULT_VOCAB_SIZE = 4096
 MANIFEST = "manifest.json"
-# Beside the validation tokens: the domain of every document.
+# Beside the validation tokens: the domain of every document. Of the training documents, which may be many: the names of
+# the domains, and of every document a number among them.
 DOMAINS = "valid/domains.json"
+TRAIN_DOMAINS, TRAIN_DOMAIN_NUMBERS = "train/domains.json", "train/domains.bin"
 BATCH_CHARACTERS = 1 << 22
 
 log = logging.getLogger(__name__)
@@ -100,7 +105,7 @@ class PreparedCorpus:
 
     folder: Path
     tokenizer: Tokenizer
-    train: PackedTokens
+    train: PackedTokens | MixedTokens
     valid: PackedTokens
     manifest: CorpusManifest
 
@@ -111,6 +116,29 @@ class PreparedCorpus:
     def valid_domains(self) -> tuple[str, ...]:
         """The domain of every validation document: what its record says, or the name of its file."""
         return tuple(json.loads((self.folder / DOMAINS).read_text(encoding="utf-8")))
+
+    def domain_tokens(self) -> dict[str, int]:
+        """How many training tokens each domain has, by name."""
+        names, number_D = self._train_domains()
+        tokens = np.bincount(number_D, weights=np.diff(self.train.document_offsets), minlength=len(names))
+        return dict(zip(names, map(int, tokens)))
+
+    def mixed(self, shares: Mapping[str, float], length: int) -> "PreparedCorpus":
+        """The corpus with a mixture of its training text in place of the text itself.
+
+        Args:
+            shares: of every domain of `domain_tokens`, summing to one.
+            length: tokens of the mixture.
+        """
+        assert isinstance(self.train, PackedTokens), "a mixture is made of what was prepared"
+        names, number_D = self._train_domains()
+        assert list(shares) == names
+        mixture = MixedTokens(self.train, number_D, shares, length=length, n_bytes_V=self.tokenizer.n_bytes_V)
+        return dataclasses.replace(self, train=mixture)
+
+    def _train_domains(self) -> tuple[list[str], np.ndarray]:
+        names = json.loads((self.folder / TRAIN_DOMAINS).read_text(encoding="utf-8"))
+        return names, np.fromfile(self.folder / TRAIN_DOMAIN_NUMBERS, dtype="<i4")
 
 
 def prepare(config: CorpusConfig, root: str | Path, tokenizer: Tokenizer | None = None) -> PreparedCorpus:
@@ -239,9 +267,15 @@ def _write(folder: Path, config: CorpusConfig, documents: Documents, tokenizer: 
     )
     save_json(folder / MANIFEST, manifest)
     (folder / DOMAINS).write_text(json.dumps(documents.valid.domains, ensure_ascii=False), encoding="utf-8")
+    names, numbers = documents.train.numbered_domains()
+    (folder / TRAIN_DOMAINS).write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    numbers.tofile(folder / TRAIN_DOMAIN_NUMBERS)
     # The indices hold the checksums of the tokens.
     tokenizers = sorted(path.name for path in folder.glob("tokenizer*"))
-    seal(folder, (MANIFEST, *tokenizers, f"train/{INDEX}", f"valid/{INDEX}", DOMAINS))
+    seal(
+        folder,
+        (MANIFEST, *tokenizers, f"train/{INDEX}", f"valid/{INDEX}", DOMAINS, TRAIN_DOMAINS, TRAIN_DOMAIN_NUMBERS),
+    )
 
 
 def _say(phase: str) -> None:

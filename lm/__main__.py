@@ -1,7 +1,7 @@
-"""`python -m lm generate | evaluate | eval | cache | bench | bench-peers | long-context | recall | import | export |
-gguf | parity`: text from a trained model, its bits per byte, its answers to tasks of lm-evaluation-harness, what a
-layer plan remembers, in bytes, how fast a model is on this machine, alone and beside transformers, what a long text
-costs it and what it remembers of one, and published models in and out."""
+"""`python -m lm generate | evaluate | few-shot | eval | cache | bench | bench-peers | long-context | recall | import |
+export | gguf | parity`: text from a trained model, its bits per byte, its answers to questions from files and to tasks
+of lm-evaluation-harness, what a layer plan remembers, in bytes, how fast a model is on this machine, alone and beside
+transformers, what a long text costs it and what it remembers of one, and published models in and out."""
 
 import foundation.starting  # noqa: F401
 
@@ -27,6 +27,7 @@ from lm.budget import counted_layers
 from lm.cache_table import CacheConfig, show_caches
 from lm.eval_harness import EvalConfig, run_tasks
 from lm.evaluate_text import EvaluateConfig, evaluate_text
+from lm.few_shot import FewShotConfig, few_shot
 from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
 from lm.gguf_files.write import GGUFConfig, write_gguf
@@ -143,6 +144,7 @@ def run_generate(config: GenerateConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "generate": (GenerateConfig, run_generate),
     "evaluate": (EvaluateConfig, evaluate_text),
+    "few-shot": (FewShotConfig, few_shot),
     "eval": (EvalConfig, run_tasks),
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),

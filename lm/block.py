@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attention import build_attention
+from attention.isolation import Documents, attend_apart
 from attention.layer_states import LayerState
 from attention.norm import RMSNorm, describe_norm
 from attention.positions import Start
@@ -56,10 +57,15 @@ class Block(nn.Module):
         self.attention.init_weights(generator)
         self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
 
-    def forward(self, x_BTD: Tensor, *, start: Start, state, shared) -> tuple[Tensor, object, Routing]:
+    def forward(
+        self, x_BTD: Tensor, *, start: Start, state, shared, documents: Documents | None = None
+    ) -> tuple[Tensor, object, Routing]:
         # The residual stream is fp32; what is added to it is computed in `dtype`.
         residual, inner_BTD = self.residual, self.attention_norm(x_BTD)
-        attended_BTD, kv = self.attention(inner_BTD.to(self.dtype), start=start, state=state, shared=shared)
+        if documents is None:
+            attended_BTD, kv = self.attention(inner_BTD.to(self.dtype), start=start, state=state, shared=shared)
+        else:
+            attended_BTD, kv = attend_apart(self.attention, inner_BTD.to(self.dtype), documents, shared)
         x_BTD = _sum(
             inner_BTD if self.norms_stream else x_BTD,
             self.attention_out_norm(attended_BTD),

@@ -91,12 +91,15 @@ class ModelConfig:
         tied_embeddings: the head is the embedding (arXiv 1608.05859): one matrix, stored, trained and counted once.
         embedding_scale: multiplies what the embedding gives to the residual stream (arXiv 2203.03466).
         logit_scale: multiplies the logits.
+        document_boundary: token that begins a document, where attention keeps the documents of a row apart: no layer
+            sees beyond it, as if each stood alone. None for packed text that is one. Text that is read into a cache is
+            one document.
         dtype: of activations and of weights as they enter a product; parameters stay fp32.
 
     Raises:
         ValueError: for an unknown dtype or place of norms, a size below 1, a wrong number of `blocks`, a plan that
-            does not parse, or attention that a layer cannot have or cannot share with the layer whose keys and values
-            it reads.
+            does not parse, isolated documents under a policy that mixes tokens, or attention that a layer cannot have
+            or cannot share with the layer whose keys and values it reads.
     """
 
     vocab_size: int = 4096
@@ -113,6 +116,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    document_boundary: int | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -130,10 +134,26 @@ class ModelConfig:
             if norm not in NORM_PLACES:
                 raise ValueError(f"{place}: {norm!r} is not supported; {nearest(norm, NORM_PLACES)}")
         self.plan.check(self.attentions)
+        self._check_isolation()
 
     @property
     def plan(self) -> LayerPlan:
         return LayerPlan.parse(self.layer_plan, self.n_layers)
+
+    def _check_isolation(self) -> None:
+        if self.document_boundary is None:
+            return
+        if not 0 <= self.document_boundary < self.vocab_size:
+            raise ValueError(
+                f"ModelConfig.document_boundary: {self.document_boundary}; legal: a token below {self.vocab_size}"
+            )
+        for layer in range(self.n_layers):
+            policy = self.block(layer).moe.router.policy
+            if policy.needs_whole_batch:
+                raise ValueError(
+                    f"isolated documents: {type(policy).__name__} in block {layer} chooses a token's experts by the"
+                    " other tokens of its batch; legal: a policy that does not, or documents that are not isolated"
+                )
 
     @property
     def attentions(self) -> tuple[AttentionConfig, ...]:

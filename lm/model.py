@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attention.cache import HybridCache
+from attention.isolation import Documents, find_documents
 from attention.kinds import KINDS
 from attention.norm import describe_norm
 from attention.softmax import SoftmaxKind
@@ -132,7 +133,14 @@ class LanguageModel(ExactBuffers):
             step = step_of(cache, lambda: self._described(cache, len(tokens_BT)))
             if step is not None and step.ready(tokens_BT):
                 return Output(*step.run(tokens_BT))
-        return self._from_block(self._embed(tokens_BT), 0, cache, last_only, targets_BT)
+        x_BTD = self._embed(tokens_BT)
+        documents = self._documents(tokens_BT) if cache is None else None
+        return self._from_block(x_BTD, 0, cache, last_only, targets_BT, documents)
+
+    def _documents(self, tokens_BT: Tensor) -> Documents | None:
+        """What attention keeps apart, where it does."""
+        boundary = self.config.document_boundary
+        return None if boundary is None else find_documents(tokens_BT, boundary)
 
     def _described(self, cache: HybridCache, batch_size: int) -> DecodeStep:
         """This model and a cache for a decode step that is one call of C.
@@ -163,7 +171,8 @@ class LanguageModel(ExactBuffers):
 
     def prefix(self, tokens_BT: Tensor, boundary: int) -> Tensor:
         """The residual stream x_BTD that enters block `boundary`, fp32."""
-        x_BTD, _, _ = self._run_blocks(self._embed(tokens_BT), 0, boundary, None)
+        documents = self._documents(tokens_BT)
+        x_BTD, _, _ = self._run_blocks(self._embed(tokens_BT), 0, boundary, None, documents)
         return x_BTD
 
     def run(self, inputs: Tensor, boundary: int, targets_BT: Tensor | None = None) -> Output:
@@ -172,10 +181,18 @@ class LanguageModel(ExactBuffers):
         Args:
             inputs: tokens_BT where `boundary` is 0, else the x_BTD that `prefix` returned.
             targets_BT: see `forward`.
+
+        Raises:
+            ValueError: for a boundary above 0 in a model that keeps documents apart.
         """
         # Through __call__ for the whole model: that is where FSDP gathers the root's weights.
         if boundary == 0:
             return self(inputs, targets_BT=targets_BT)
+        if self.config.document_boundary is not None:
+            raise ValueError(
+                f"isolated documents: what enters block {boundary} does not say where documents begin; legal: nothing"
+                " frozen below what trains"
+            )
         return self._from_block(inputs, boundary, None, targets_BT=targets_BT)
 
     def frozen_names(self, boundary: int) -> frozenset[str]:
@@ -264,8 +281,9 @@ class LanguageModel(ExactBuffers):
         cache: HybridCache | None,
         last_only: bool = False,
         targets_BT: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Output:
-        x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache)
+        x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache, documents)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         if self.config.logit_scale != 1.0:
             x_BTD = x_BTD * self.config.logit_scale
@@ -276,7 +294,7 @@ class LanguageModel(ExactBuffers):
         return Output(no_logits_BTV, lambda: routings, *mean_and_token_losses(x_BTD, self.head, targets_BT))
 
     def _run_blocks(
-        self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None
+        self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None, documents: Documents | None = None
     ) -> tuple[Tensor, dict[int, object], tuple[Routing, ...]]:
         source = self.config.plan.source
         start = cache.position if cache is not None else 0
@@ -287,7 +305,7 @@ class LanguageModel(ExactBuffers):
             # An R layer reads the K/V of the layer that owns them; every other layer is its own source and reads
             # nothing.
             x_BTD, kv[index], routing = self.blocks[index](
-                x_BTD, start=start, state=state, shared=kv.get(source[index])
+                x_BTD, start=start, state=state, shared=kv.get(source[index]), documents=documents
             )
             routings.append(routing)
         return x_BTD, kv, tuple(routings)

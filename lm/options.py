@@ -37,6 +37,7 @@ class ModelOptions:
         d_shared: hidden width of the expert that every token passes; 0 for none.
         k: experts per token; in a comparison those of the baseline, and of every routing method in the mean.
         rope_base: base of the rotary embedding's wavelengths.
+        isolate_documents: keep the documents of a row of packed text apart in attention, as if each stood alone.
         balance_coefficient: of the routers' load balancing loss.
         z_coefficient: of the routers' z-loss.
         dtype: of products; "auto" is bf16 where this machine is fast at it.
@@ -54,19 +55,23 @@ class ModelOptions:
     d_shared: int = 0
     k: int = 12
     rope_base: float = AttentionConfig.rope_base
+    isolate_documents: bool = False
     balance_coefficient: float = RouterConfig.balance_coefficient
     z_coefficient: float = RouterConfig.z_coefficient
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
-    def config(self, vocab_size: int) -> ModelConfig:
+    def config(self, vocab_size: int, boundary_id: int | None = None) -> ModelConfig:
         """The model's configuration.
 
         Args:
             vocab_size: of the tokenizer that the text was prepared with, which is not known before.
+            boundary_id: its token that begins a document; None where the text is not of documents.
 
         Raises:
             ValueError: for sizes that do not fit together, naming the field.
         """
+        if self.isolate_documents and boundary_id is None:
+            raise ValueError("ModelOptions.isolate_documents: this command packs no documents; legal: without it")
         return ModelConfig(
             vocab_size=vocab_size,
             d_model=self.d_model,
@@ -89,5 +94,6 @@ class ModelOptions:
                     z_coefficient=self.z_coefficient,
                 ),
             ),
+            document_boundary=boundary_id if self.isolate_documents else None,
             dtype=fast_dtype() if self.dtype == "auto" else self.dtype,
         )

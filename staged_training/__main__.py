@@ -33,7 +33,7 @@ from staged_training.execute import Execution, ExecutionConfig
 from staged_training.parallel import ParallelConfig, train_in_parallel
 from staged_training.profile import ProfileConfig, profile
 from staged_training.record import CONFIG
-from staged_training.staging import StagingConfig, corpus_facts, make_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_plan, training_text
 from staged_training.sweep import SweepConfig, sweep
 
 
@@ -76,8 +76,8 @@ def run(config: RunConfig) -> None:
         ValueError: for text, model or staging that do not fit.
         loop.NonFiniteLossError, foundation.stopping.Interrupted: everything saved; the same call continues.
     """
-    corpus = prepare(config.corpus, config.out / "corpus")
-    model = config.model.config(corpus.tokenizer.vocab_size)
+    corpus = training_text(prepare(config.corpus, config.out / "corpus"), config.staging)
+    model = config.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     facts = corpus_facts(corpus)
     branches = [("baseline", model, config.branch_seed)] if config.branch else []
     plan = make_plan(config.staging, facts, model, branches, trunk_seed=config.trunk_seed)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foundation.permutations import permutation
 from lm.model import IGNORED_TARGET, LanguageModel
 
 # Keeps the draws for a branch's order apart from those for the trunk's epochs.
@@ -153,15 +154,10 @@ def trunk_order(n_batches: int, seed: int, start: int, count: int) -> np.ndarray
     order_N = np.empty(count, dtype=np.int64)
     for epoch in np.unique(positions_N // n_batches):
         here_N = positions_N // n_batches == epoch
-        order_N[here_N] = _permutation(n_batches, seed, _TRUNK, int(epoch))[positions_N[here_N] % n_batches]
+        order_N[here_N] = permutation(n_batches, seed, _TRUNK, int(epoch))[positions_N[here_N] % n_batches]
     return order_N
 
 
 def branch_order(batches_N: np.ndarray, seed: int) -> np.ndarray:
     """The branch's batches, the same set for every seed, in the order of `seed`."""
-    return batches_N[_permutation(len(batches_N), seed, _BRANCH)]
-
-
-def _permutation(n: int, *entropy: int) -> np.ndarray:
-    # Raw bits of a bit generator are guaranteed to stay the same across NumPy versions; `Generator.permutation` is not.
-    return np.argsort(np.random.Philox(np.random.SeedSequence(entropy)).random_raw(n), kind="stable")
+    return batches_N[permutation(len(batches_N), seed, _BRANCH)]

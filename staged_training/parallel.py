@@ -22,7 +22,7 @@ from routing.router import RouterConfig
 from staged_training.describe import describe
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.plan import CorpusFacts, Plan
-from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan, training_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ def train_in_parallel(config: ParallelConfig) -> None:
         if not processes.first:
             cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
         processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and leave_options(config.out))
-        corpus = prepare(config.corpus, config.out / "corpus")
-        plan = plan_of(config, corpus_facts(corpus), corpus.tokenizer.vocab_size)
+        corpus = training_text(prepare(config.corpus, config.out / "corpus"), config.staging)
+        plan = plan_of(config, corpus_facts(corpus), corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
         print(f"{describe(plan)}\n{processes}", flush=True)
         execution = Execution(
             plan,
@@ -91,13 +91,13 @@ def train_in_parallel(config: ParallelConfig) -> None:
         execution.train_trunk(run)
 
 
-def plan_of(config: ParallelConfig, facts: CorpusFacts, vocab_size: int) -> Plan:
+def plan_of(config: ParallelConfig, facts: CorpusFacts, vocab_size: int, boundary_id: int) -> Plan:
     """One stage without branches. Nothing of it depends on the number of processes.
 
     Raises:
         ValueError: for a routing policy that does not parse.
     """
-    model = config.model.config(vocab_size)
+    model = config.model.config(vocab_size, boundary_id)
     if config.policy:
         try:
             stored: dict[str, Any] = json.loads(config.policy)

@@ -27,6 +27,7 @@ class CorpusFacts:
         content_hash: of the documents and the tokenizer: equal hash, equal tokens.
         train_tokens, valid_tokens: lengths of the packed streams.
         train_bytes, valid_bytes: UTF-8 bytes of the text in them.
+        mixture: the share of every domain where the training text is mixed; empty where it is as it was prepared.
     """
 
     content_hash: str
@@ -34,6 +35,7 @@ class CorpusFacts:
     train_bytes: int
     valid_tokens: int
     valid_bytes: int
+    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,10 @@ class Plan:
         """Everything the trunk's weights depend on. The branches are not part of it: comparisons share a trunk."""
         # Named one by one: `decisions` are words, and a field that is added must not rename the trunks of before.
         fields = ("corpus", "model", "batch_size", "seq_len", "n_calibration", "trunk", "trunk_seed", "optimizer", CODE)
-        return _with_known_code({name: to_dict(getattr(self, name)) for name in fields})
+        identity = {name: to_dict(getattr(self, name)) for name in fields}
+        if not self.corpus.mixture:
+            del identity["corpus"]["mixture"]
+        return _with_known_code(identity)
 
     @property
     def trunk_hash(self) -> str:

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import tyro
 
+from corpus.mixed_tokens import MixedTokens
 from corpus.prepare import PreparedCorpus
-from foundation.files import fingerprint, sha256_file
+from corpus.shares import capped, read_shares
+from foundation.files import fingerprint
 from foundation.numbers import check_numbers
 from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
@@ -25,6 +27,10 @@ class StagingConfig:
 
     Attributes:
         tokens: budget of one method: trunk plus one branch.
+        mixture: the share of every domain in the tokens of the training text: natural, uniform, temperature=2,
+            prose=.5,code=.5 or a file of them, .toml or .csv; the text as it was prepared unless told. A document's
+            domain is its field `domain`, or the name of its file.
+        epoch_cap: how often a mixture reads a domain at the most; what a domain cannot fill goes to the others.
         trunk_share: share of it that is trained once, in the trunk; 0 trains every branch whole, from fresh blocks.
         freeze: share of the parameters below the boundary, frozen in the branches; 0 branches the whole network. Where
             half of them were frozen, branches could not be told from guessing the order of full runs
@@ -50,6 +56,8 @@ class StagingConfig:
     """
 
     tokens: int = 500_000
+    mixture: str | None = None
+    epoch_cap: float | None = None
     trunk_share: float = 0.85
     freeze: float = 0.0
     batch_size: int = 4
@@ -79,20 +87,57 @@ class StagingConfig:
         if self.learning_rate <= 0:
             raise ValueError(f"StagingConfig.learning_rate: {self.learning_rate}, must be above 0")
         check_numbers(self, tokens=1, batch_size=1, seq_len=1, calibration_tokens=1)
+        if self.epoch_cap is not None and not self.epoch_cap > 0:
+            raise ValueError(f"StagingConfig.epoch_cap: {self.epoch_cap}, must be above 0")
+
+
+def training_text(corpus: PreparedCorpus, config: StagingConfig, *, longest: int = 1) -> PreparedCorpus:
+    """The corpus with the training text that a staging asks for: as it was prepared, or mixed, and then as long as the
+    budget, so that no batch comes twice.
+
+    Args:
+        longest: how many times as long as the others the longest branch is.
+
+    Raises:
+        ValueError: for a mixture that the corpus does not have.
+    """
+    if config.mixture is None:
+        return corpus
+    return mixed_text(corpus, config, read_shares(config.mixture, corpus.domain_tokens()), longest=longest)
+
+
+def mixed_text(
+    corpus: PreparedCorpus, config: StagingConfig, shares: Mapping[str, float], *, longest: int = 1
+) -> PreparedCorpus:
+    """See `training_text`; with these shares of all domains, which sum to one.
+
+    Raises:
+        ValueError: where they cannot be filled within `epoch_cap`.
+    """
+    tokens_per_batch = config.batch_size * config.seq_len
+    total = config.tokens // tokens_per_batch
+    branch = total - round(total * config.trunk_share)
+    n_batches = total + branch * (longest - 1) + -(-config.calibration_tokens // tokens_per_batch)
+    # The last token of a text has no target.
+    length = max(n_batches, 2) * tokens_per_batch + 1
+    if config.epoch_cap is not None:
+        shares = capped(shares, corpus.domain_tokens(), length=length, cap=config.epoch_cap)
+    mixed = corpus.mixed(shares, length)
+    assert isinstance(mixed.train, MixedTokens)
+    print("\n".join(mixed.train.lines()), flush=True)
+    return mixed
 
 
 def corpus_facts(corpus: PreparedCorpus) -> CorpusFacts:
     """What a plan needs to know of a prepared corpus; the hash covers documents, split and tokenizer."""
-    hashes = [
-        corpus.manifest.tokenizer_hash,
-        *(sha256_file(split.folder / "index.json") for split in (corpus.train, corpus.valid)),
-    ]
+    hashes = [corpus.manifest.tokenizer_hash, *(split.fingerprint() for split in (corpus.train, corpus.valid))]
     return CorpusFacts(
         content_hash=fingerprint(hashes),
         train_tokens=len(corpus.train),
         train_bytes=corpus.train.n_bytes,
         valid_tokens=len(corpus.valid),
         valid_bytes=corpus.valid.n_bytes,
+        mixture=corpus.train.shares if isinstance(corpus.train, MixedTokens) else {},
     )
 
 
@@ -120,6 +165,10 @@ def make_plan(
         ValueError: when the budget is too small for one batch per stage or the text for two batches, or a method does
             not fit the trunk.
     """
+    if config.epoch_cap is not None and config.mixture is None:
+        raise ValueError(f"StagingConfig.epoch_cap: {config.epoch_cap} without a mixture; legal: only with one")
+    if (config.mixture is None) == bool(corpus.mixture):
+        raise ValueError(f"StagingConfig.mixture: {config.mixture}; this command trains on text as it was prepared")
     tokens_per_batch = config.batch_size * config.seq_len
     # The last token of a text has no target.
     if (corpus.train_tokens - 1) // tokens_per_batch < 2:
@@ -127,6 +176,11 @@ def make_plan(
             f"StagingConfig.batch_size, StagingConfig.seq_len: {config.batch_size} x {config.seq_len} tokens per batch;"
             f" the training text has {corpus.train_tokens} tokens, too few for a batch to train on and one to"
             " calibrate on"
+        )
+    if model.document_boundary is not None and config.freeze:
+        raise ValueError(
+            f"StagingConfig.freeze: {config.freeze} with isolated documents: what a frozen prefix stores does not say"
+            " where they begin; legal: 0"
         )
     total = config.tokens // tokens_per_batch
     trunk_batches = round(total * config.trunk_share)

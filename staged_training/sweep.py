@@ -22,7 +22,7 @@ from lm.options import ModelOptions
 from staged_training.execute import Execution, ExecutionConfig
 from staged_training.loop import NonFiniteLossError
 from staged_training.optimizer import Kind
-from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan, training_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,9 +92,10 @@ def sweep(config: SweepConfig) -> None:
     """
     table = config.csv or config.out / "sweep.csv"
     refuse_unwritable("--csv", table)
-    corpus = prepare(config.corpus, config.out / "corpus")
+    longest = dataclasses.replace(config.staging, tokens=max(config.token_budgets or (config.staging.tokens,)))
+    corpus = training_text(prepare(config.corpus, config.out / "corpus"), longest)
     leave_options(config.out)
-    model = config.model.config(corpus.tokenizer.vocab_size)
+    model = config.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     facts = corpus_facts(corpus)
     # All of them before the first is trained: what does not fit is said at once.
     plans = [make_whole_plan(staging, facts, model, seed=seed) for staging, seed in runs_of(config)]

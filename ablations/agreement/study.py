@@ -123,7 +123,7 @@ def prepare_study(options: AgreementOptions) -> Study:
         ValueError: for text, model, arms or settings that do not fit.
     """
     corpus = prepare(options.corpus, options.out / "corpus")
-    baseline = options.model.config(corpus.tokenizer.vocab_size)
+    baseline = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     arms, facts = find_arms(options.arm_names, baseline), corpus_facts(corpus)
 
     def wholes(setting: str, model: ModelConfig) -> Iterator[Whole]:
@@ -136,7 +136,9 @@ def prepare_study(options: AgreementOptions) -> Study:
     jobs = {}
     for setting in options.cheap:
         if setting.trunk_share is None:
-            whole += wholes(setting.name, smaller(options.model).config(corpus.tokenizer.vocab_size))
+            whole += wholes(
+                setting.name, smaller(options.model).config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
+            )
         else:
             jobs[setting.name] = jobs_of_setting(setting, options, corpus, arms)
     return Study(options=options, corpus=corpus, arms=arms, baseline=baseline, wholes=whole, jobs=jobs)
@@ -146,7 +148,10 @@ def jobs_of_setting(
     setting: Setting, options: AgreementOptions, corpus: PreparedCorpus, arms: list[Method]
 ) -> list[Job]:
     """One comparison for each boundary at which arms of a setting are branched, see `Study.jobs`."""
-    baseline, facts = options.model.config(corpus.tokenizer.vocab_size), corpus_facts(corpus)
+    baseline, facts = (
+        options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id),
+        corpus_facts(corpus),
+    )
     staging = setting.staging(options.staging)
     groups: dict[tuple[int, bool], list[Method]] = {}
     for arm in arms[1:]:

@@ -33,7 +33,7 @@ from staged_training.estimate import Estimate, estimate
 from staged_training.execute import Execution
 from staged_training.plan import Branch, CorpusFacts, Plan
 from staged_training.record import RESULT, set_aside
-from staged_training.staging import StagingConfig, corpus_facts, make_plan
+from staged_training.staging import StagingConfig, corpus_facts, make_plan, training_text
 from staged_training.trained_run import TrainedRun
 
 
@@ -119,8 +119,9 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
     Raises:
         ValueError: for text, model or methods that do not fit.
     """
-    corpus = prepare(options.corpus, options.out / "corpus")
-    baseline = options.model.config(corpus.tokenizer.vocab_size)
+    longest = max(method.length for method in methods)
+    corpus = training_text(prepare(options.corpus, options.out / "corpus"), options.staging, longest=longest)
+    baseline = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     for method in methods[1:]:
         if method.kind(baseline) == "nothing":
             raise ValueError(

@@ -159,7 +159,7 @@ def train(options: TrainingOptions) -> Study:
     """
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = prepare_text(options)
-    model = options.model.config(corpus.tokenizer.vocab_size)
+    model = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     options = with_tokens(options, corpus, model)
     reference = execution(options, corpus, reference_plan(options, corpus, model))
     mains = [execution(options, corpus, main_plan(options, corpus, model, seed)) for seed in range(options.seeds)]

@@ -127,10 +127,12 @@ def _wide(base: ModelOptions, width: int, depth: int) -> ModelOptions:
 
 
 def _rung(options: LadderOptions, corpus: PreparedCorpus, method: Method, model: ModelOptions, tokens: int) -> Rung:
-    config = method.change(model.config(corpus.tokenizer.vocab_size))
+    config = method.change(model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id))
     facts, staging = corpus_facts(corpus), options.staging(tokens)
     plan = make_whole_plan(staging, facts, config, seed=options.seed)
-    baseline = make_whole_plan(staging, facts, model.config(corpus.tokenizer.vocab_size), seed=options.seed)
+    baseline = make_whole_plan(
+        staging, facts, model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id), seed=options.seed
+    )
     cost = model_cost(config, length=options.seq_len, mean_experts=float(model.k))
     return Rung(
         name=f"{method.name}_w{model.d_model}_l{model.n_layers}_e{model.n_experts}_k{model.k}_t{tokens}",

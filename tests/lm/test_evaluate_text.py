@@ -1,6 +1,7 @@
 """`python -m lm evaluate`: bits per byte by domain, what overlaps, and a coder whose files have the right length."""
 
 import csv
+import dataclasses
 import json
 import math
 import random
@@ -11,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.compressors import xz_bits_per_byte
-from corpus.contamination import overlap
+from corpus.compressors import ngram_bits_per_byte, xz_bits_per_byte
+from corpus.contamination import overlap, overlaps
 from corpus.tokenizer import Tokenizer
 from lm.__main__ import main
 from lm.arithmetic_coding import (
@@ -98,9 +99,11 @@ def test_rows_add_up(model_folder, data, capsys, tmp_path):
     assert micro.bits_per_byte * micro.bytes == pytest.approx(sum(row.bits_per_byte * row.bytes for row in rows[:2]))
     assert macro.bits_per_byte == pytest.approx((news.bits_per_byte + poems.bits_per_byte) / 2)
     assert news.xz_bits_per_byte == xz_bits_per_byte("".join(TEXTS[:30]).encode())
+    assert news.ngram_bits_per_byte == ngram_bits_per_byte("".join(TEXTS[:30]).encode())
     for row in rows:
         assert row.low < row.bits_per_byte < row.high
         assert row.normalised == pytest.approx(row.bits_per_byte / row.xz_bits_per_byte, rel=0.02)
+        assert row.ngram_normalised == pytest.approx(row.bits_per_byte / row.ngram_bits_per_byte, rel=0.02)
     assert "windows of 32 tokens, one behind the other" in capsys.readouterr().out
     with table.open() as file:
         assert [row["domain"] for row in csv.DictReader(file)] == ["news", "poems", "micro", "macro"]
@@ -122,6 +125,46 @@ def test_what_the_model_was_trained_on_is_named_and_left_out(model_folder, data,
     assert rows[0].clean_bits_per_byte == pytest.approx(without[0].bits_per_byte, rel=1e-5)
 
 
+def test_documents_that_were_trained_on_can_be_left_out(model_folder, data, tmp_path, capsys):
+    folder, _, _ = model_folder
+    seen = tmp_path / "train" / "train.jsonl"
+    seen.parent.mkdir()
+    whole = [number for number in range(30) if len(TEXTS[number].split()) >= 30][:3]
+    part = [number for number in range(30) if len(TEXTS[number].split()) >= 20 and number not in whole][:2]
+    texts = [TEXTS[number] for number in whole] + [" ".join(TEXTS[number].split()[:20]) for number in part]
+    seen.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    files = tuple(str(data / f"{name}.jsonl") for name in ("news", "poems"))
+    table = tmp_path / "shared.csv"
+    config = EvaluateConfig(
+        run=folder, data=files, window=32, train_data=(str(seen),), resamples=20, contamination_csv=table
+    )
+    news, *_ = evaluate_text(config)
+    assert (news.overlapping, news.overlapping_30, news.removed) == (5, 3, 0)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(TEXTS)
+    shared = {row["document"].rpartition(":")[2]: row for row in rows if row["domain"] == "news"}
+    assert all(shared[str(number + 1)]["shared_30"] == shared[str(number + 1)]["ngrams_30"] for number in whole)
+    assert sum(int(row["shared"]) > 0 for row in rows) == 5
+    for n, removed in ((13, 5), (30, 3)):
+        without, _, total, _ = evaluate_text(dataclasses.replace(config, remove_contaminated=n))
+        assert (without.documents, without.removed, total.removed) == (30 - removed, removed, removed)
+        expected = news.clean_bits_per_byte if n == 13 else news.clean_bits_per_byte_30
+        assert without.bits_per_byte == pytest.approx(expected, rel=1e-5)
+        assert f"{removed} removed" in capsys.readouterr().out
+
+
+def test_what_leaves_nothing_is_refused(model_folder, data):
+    folder, _, _ = model_folder
+    long = [text for text in TEXTS[:30] if len(text.split()) >= 13]
+    (data / "only.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
+    only = (str(data / "only.jsonl"),)
+    with pytest.raises(ValueError, match="nothing is left to evaluate"):
+        evaluate_text(EvaluateConfig(run=folder, data=only, train_data=only, remove_contaminated=13))
+    with pytest.raises(ValueError, match="with --train-data only"):
+        EvaluateConfig(run=folder, data=only, remove_contaminated=30)
+
+
 def test_overlap_counts_ngrams():
     words = [f"w{chr(97 + n % 26)}{chr(97 + n // 26)}" for n in range(60)]
     held_out = [" ".join(words[:30]), " ".join(words[30:]), " ".join(words[:12])]
@@ -129,6 +172,9 @@ def test_overlap_counts_ngrams():
     assert found.ngrams_D.tolist() == [18, 18, 0]
     assert found.shared_D.tolist() == [8, 0, 0]
     assert found.touched_D.tolist() == [True, False, False]
+    both = overlaps(held_out, [" ".join(words[:25]), " ".join(words[3:60])], (13, 20))
+    assert both[13].shared_D.tolist() == [18, 18, 0]
+    assert both[20].shared_D.tolist() == [11, 11, 0]
 
 
 @given(

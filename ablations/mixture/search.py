@@ -1,0 +1,289 @@
+"""`python -m ablations mixture`: small runs on many mixtures, a regression from mixture to losses, the best mixture
+under epoch caps, and runs of the model that say whether it is better than the natural and the uniform one.
+
+Legend: N mixtures, D domains, F folds.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import scipy.stats
+
+from ablations.comparison.statistics import t_interval
+from ablations.mixture.figure import draw
+from ablations.mixture.options import MACRO, MixtureSearchOptions
+from ablations.mixture.proxies import Measure, NgramProxy, draw_mixtures, run_proxies, within_caps
+from corpus.mixture import LINEAR, PROCESS, GaussianProcess, LinearRegression, Runs
+from corpus.prepare import PreparedCorpus, prepare
+from corpus.shares import NATURAL, UNIFORM, capped, read_shares
+from foundation.command import leave_options
+from foundation.files import fingerprint
+from foundation.serialize import nearest
+from foundation.tables import read_rows, write_rows, write_table
+from staged_training.code import code_behind
+from staged_training.execute import Execution
+from staged_training.record import SECTIONS, SectionLoss
+from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan, mixed_text
+
+BEST = "best"
+ARMS = (BEST, NATURAL, UNIFORM)
+# Mixtures whose losses are predicted, and how many of the lowest are averaged: RegMix's way past the noise of a fit.
+CANDIDATES, AVERAGED = 50_000, 64
+FOLDS = 5
+SHARES_FILE, AGREEMENT_FILE, RUNS_FILE, DIFFERENCES_FILE, FIGURE = (
+    "shares.csv",
+    "agreement.csv",
+    "runs.csv",
+    "differences.csv",
+    "figure.png",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitRow:
+    """How mixtures that were not learnt from are ordered, cross-validated.
+
+    Attributes:
+        loss: a domain, or "macro".
+        spearman: rank correlation of predicted and measured losses.
+        error: root mean square difference, in bits per byte.
+    """
+
+    loss: str
+    regression: str
+    spearman: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareRow:
+    """What a mixture takes of a domain.
+
+    Attributes:
+        passes: how often the runs of the model read the domain.
+        predicted: bits per byte of a small run on the mixture, by the regression.
+    """
+
+    mixture: str
+    domain: str
+    share: float
+    passes: float
+    predicted: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRow:
+    """A run of the model; `domain` "macro" is the mean of all."""
+
+    mixture: str
+    seed: int
+    domain: str
+    bits_per_byte: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferenceRow:
+    """The best mixture's bits per byte minus another's, paired by seed; a 95 % interval by Student's t."""
+
+    against: str
+    domain: str
+    difference: float
+    low: float
+    high: float
+
+
+def search(options: MixtureSearchOptions) -> None:
+    """Searches, verifies, prints, and leaves tables and figure in `out`; what is finished is not run again.
+
+    Raises:
+        ValueError: for text, target, model or staging that do not fit.
+        foundation.stopping.Interrupted: everything saved; the same call continues.
+    """
+    corpus = prepare(options.corpus, options.out / "corpus")
+    leave_options(options.out)
+    tokens = corpus.domain_tokens()
+    domains = tuple(tokens)
+    check_domains(options, domains, corpus)
+    n = options.staging.tokens
+    cap = math.inf if options.staging.epoch_cap is None else options.staging.epoch_cap
+    most_D = np.array([min(cap * count / n, 1.0) for count in tokens.values()])
+    named = {name: capped(read_shares(name, tokens), tokens, length=n, cap=cap) for name in (NATURAL, UNIFORM)}
+    mixture_ND = draw_mixtures(tokens, options.proxies, options.seed, most_D)
+    folder = options.out / proxy_folder(options, corpus, most_D)
+    runs = run_proxies(domains, mixture_ND, small_run(options, corpus), folder)
+    rows = cross_validate(runs)
+    write_rows(options.out / AGREEMENT_FILE, FitRow, rows)
+    print(f"\n{fit_text(rows)}\n")
+    process = GaussianProcess(runs)
+    best_D = best_mixture(process, tokens, most_D, options)
+    arms = {BEST: dict(zip(domains, best_D.tolist())), **named}
+    shares = share_rows(arms, tokens, process, n)
+    write_rows(options.out / SHARES_FILE, ShareRow, shares)
+    write_table(options.out / f"{BEST}.csv", ("domain", "share"), list(arms[BEST].items()))
+    print(f"{share_text(shares, domains)}\n\nthe best one for --mixture: {options.out / f'{BEST}.csv'}", flush=True)
+    if not options.seeds:
+        return
+    done: list[RunRow] = []
+    for seed in range(options.seeds):
+        for name in ARMS:
+            print(f"\n{name}, seed {seed}", flush=True)
+            found = train(options, options.staging, corpus, arms[name], seed=seed)
+            found[MACRO] = float(np.mean(list(found.values())))
+            done += [RunRow(name, seed, domain, value) for domain, value in found.items()]
+            write_rows(options.out / RUNS_FILE, RunRow, done)
+    against = differences(done)
+    write_rows(options.out / DIFFERENCES_FILE, DifferenceRow, against)
+    draw(shares, against, options.out / FIGURE)
+    print(f"\n{difference_text(done, against)}\n\ntables and figure: {options.out}")
+
+
+def check_domains(options: MixtureSearchOptions, domains: tuple[str, ...], corpus: PreparedCorpus) -> None:
+    """Refuses text of one domain, domains without held-out documents, and a target that is none of them."""
+    if len(domains) < 2:
+        raise ValueError(f"--data: the training text has one domain, {''.join(domains)}; legal: two at least")
+    if missing := sorted(set(domains) ^ set(corpus.valid_domains())):
+        raise ValueError(
+            f"--valid-share {options.corpus.valid_share}: {', '.join(missing[:5])} not in both training and validation"
+            " text; legal: a larger share, or more documents"
+        )
+    if options.target not in (MACRO, *domains):
+        raise ValueError(f"--target {options.target}: {nearest(options.target, (MACRO, *domains))}")
+
+
+def small_run(options: MixtureSearchOptions, corpus: PreparedCorpus) -> Measure:
+    """What is trained on every mixture that is tried."""
+    if options.proxy == "ngram":
+        return NgramProxy(corpus=corpus, order=options.order, tokens=options.proxy_tokens, valid=options.proxy_valid)
+    staging = dataclasses.replace(options.staging, tokens=options.proxy_tokens)
+    return lambda shares: train(options, staging, corpus, shares, seed=0)
+
+
+def proxy_folder(options: MixtureSearchOptions, corpus: PreparedCorpus, most_D: np.ndarray) -> str:
+    """Named by all that small runs depend on."""
+    asked = [corpus.train.fingerprint(), corpus.valid.fingerprint(), options.proxy, options.proxy_tokens]
+    asked += [options.seed, most_D.tolist()]
+    if options.proxy == "ngram":
+        asked += [options.order, options.proxy_valid]
+    else:
+        model = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
+        staging = dataclasses.replace(options.staging, tokens=options.proxy_tokens)
+        asked += [dataclasses.asdict(staging), dataclasses.asdict(options.model), code_behind(model)]
+    return f"proxies_{fingerprint(asked)[:12]}"
+
+
+def train(
+    options: MixtureSearchOptions,
+    staging: StagingConfig,
+    corpus: PreparedCorpus,
+    shares: Mapping[str, float],
+    *,
+    seed: int,
+) -> dict[str, float]:
+    """Bits per byte by domain of the model, trained on a mixture now or before."""
+    mixed = mixed_text(corpus, staging, shares)
+    staging = dataclasses.replace(staging, mixture="given", epoch_cap=None)
+    model = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
+    plan = make_whole_plan(staging, corpus_facts(mixed), model, seed=seed)
+    execution = Execution(plan, mixed, options.out, options.execution)
+    run = plan.trunk_run(execution.trunk_folder)
+    if execution.open(run) is None:
+        execution.train_trunk(run)
+    domains = corpus.valid_domains()
+    nats, n_bytes = dict.fromkeys(sorted(set(domains)), 0.0), dict.fromkeys(domains, 0)
+    for section in read_rows(run.folder / SECTIONS, SectionLoss):
+        nats[domains[section.document]] += section.nats
+        n_bytes[domains[section.document]] += section.n_bytes
+    return {domain: total / (n_bytes[domain] * math.log(2)) for domain, total in nats.items()}
+
+
+def cross_validate(runs: Runs) -> list[FitRow]:
+    """Of every regression and loss; each run is predicted from the other folds."""
+    fold_N = np.arange(len(runs)) % FOLDS
+    rows: list[FitRow] = []
+    for name, kind in ((LINEAR, LinearRegression), (PROCESS, GaussianProcess)):
+        predicted_NV = np.empty_like(runs.loss_NV)
+        for fold in range(FOLDS):
+            kept_N = fold_N != fold
+            learnt = dataclasses.replace(runs, mixture_ND=runs.mixture_ND[kept_N], loss_NV=runs.loss_NV[kept_N])
+            predicted_NV[~kept_N] = kind(learnt).predict(runs.mixture_ND[~kept_N])
+        pairs = [*zip(runs.losses, predicted_NV.T, runs.loss_NV.T)]
+        pairs.append((MACRO, predicted_NV.mean(axis=1), runs.loss_NV.mean(axis=1)))
+        for loss, predicted_N, measured_N in pairs:
+            rank = float(scipy.stats.spearmanr(predicted_N, measured_N)[0])  # pyright: ignore[reportArgumentType]
+            rows.append(FitRow(loss, name, rank, float(np.sqrt(np.mean((predicted_N - measured_N) ** 2)))))
+    return rows
+
+
+def best_mixture(
+    process: GaussianProcess, tokens: Mapping[str, int], most_D: np.ndarray, options: MixtureSearchOptions
+) -> np.ndarray:
+    """The mean of the mixtures that are predicted to have the lowest target: shares [D], none above its largest."""
+    candidate_ND = draw_mixtures(tokens, CANDIDATES, options.seed + 1, most_D)
+    predicted_NV = process.predict(candidate_ND)
+    place = None if options.target == MACRO else list(tokens).index(options.target)
+    target_N = predicted_NV.mean(axis=1) if place is None else predicted_NV[:, place]
+    best_D = candidate_ND[np.argsort(target_N, kind="stable")[:AVERAGED]].mean(axis=0)
+    return within_caps(best_D[None] / best_D.sum(), most_D)[0]
+
+
+def share_rows(
+    arms: Mapping[str, Mapping[str, float]], tokens: Mapping[str, int], process: GaussianProcess, n: int
+) -> list[ShareRow]:
+    predicted_NV = process.predict(np.array([list(shares.values()) for shares in arms.values()]))
+    rows = []
+    for (name, shares), predicted_V in zip(arms.items(), predicted_NV):
+        rows += [
+            ShareRow(name, domain, share, share * n / tokens[domain], float(predicted))
+            for (domain, share), predicted in zip(shares.items(), predicted_V)
+        ]
+        rows.append(ShareRow(name, MACRO, 1.0, n / sum(tokens.values()), float(predicted_V.mean())))
+    return rows
+
+
+def differences(runs: Sequence[RunRow]) -> list[DifferenceRow]:
+    """The best mixture against each other one, by domain."""
+    value = {(run.mixture, run.domain, run.seed): run.bits_per_byte for run in runs}
+    seeds = sorted({run.seed for run in runs})
+    rows = []
+    for against in ARMS[1:]:
+        for domain in dict.fromkeys(run.domain for run in runs):
+            each = [value[BEST, domain, seed] - value[against, domain, seed] for seed in seeds]
+            interval = t_interval(each)
+            assert interval.half_width is not None, "two seeds at least"
+            mean, half = interval.mean, interval.half_width
+            rows.append(DifferenceRow(against, domain, mean, mean - half, mean + half))
+    return rows
+
+
+def fit_text(rows: Sequence[FitRow]) -> str:
+    found = {(row.loss, row.regression): row for row in rows}
+    lines = [f"{'loss, small runs left out':<28}{LINEAR:>9}{PROCESS:>18}{'its error':>11}"]
+    for loss in dict.fromkeys(row.loss for row in rows):
+        linear, process = found[loss, LINEAR], found[loss, PROCESS]
+        lines.append(f"{loss:<28}{linear.spearman:>9.4f}{process.spearman:>18.4f}{process.error:>11.4f}")
+    return "\n".join(lines)
+
+
+def share_text(rows: Sequence[ShareRow], domains: Sequence[str]) -> str:
+    found = {(row.mixture, row.domain): row for row in rows}
+    names = list(dict.fromkeys(row.mixture for row in rows))
+    lines = [f"{'domain':<20}" + "".join(f"{f'{name}, passes':>20}" for name in names)]
+    for domain in domains:
+        cells = [f"{found[name, domain].share:>12.2%}{found[name, domain].passes:>8.2f}" for name in names]
+        lines.append(f"{domain:<20}" + "".join(cells))
+    predicted = [f"{found[name, MACRO].predicted:>20.4f}" for name in names]
+    return "\n".join([*lines, f"{'predicted macro':<20}" + "".join(predicted)])
+
+
+def difference_text(runs: Sequence[RunRow], rows: Sequence[DifferenceRow]) -> str:
+    lines = [f"{'bits per byte':<20}{''.join(f'{name:>10}' for name in ARMS)}" + "  best against natural, uniform"]
+    for domain in dict.fromkeys(run.domain for run in runs):
+        means = [
+            np.mean([run.bits_per_byte for run in runs if (run.mixture, run.domain) == (name, domain)]) for name in ARMS
+        ]
+        own = [row for row in rows if row.domain == domain]
+        cells = "".join(f"  {row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]" for row in own)
+        lines.append(f"{domain:<20}{''.join(f'{mean:>10.4f}' for mean in means)}{cells}")
+    return "\n".join(lines)
