@@ -5,7 +5,9 @@ from typing import Annotated
 import tyro
 
 from ablations.scaling.ladder_options import LadderOptions
+from ablations.scaling.noise_options import NoiseOptions
 from ablations.scaling.options import CompareOptions, CurvesOptions, FitOptions, PlanOptions, PredictOptions
+from ablations.scaling.transfer_options import TransferOptions
 
 ScalingCommand = (
     Annotated[FitOptions, tyro.conf.subcommand("fit")]
@@ -14,6 +16,8 @@ ScalingCommand = (
     | Annotated[LadderOptions, tyro.conf.subcommand("ladder")]
     | Annotated[CompareOptions, tyro.conf.subcommand("compare")]
     | Annotated[PlanOptions, tyro.conf.subcommand("plan")]
+    | Annotated[TransferOptions, tyro.conf.subcommand("transfer")]
+    | Annotated[NoiseOptions, tyro.conf.subcommand("noise")]
 )
 
 
@@ -49,3 +53,11 @@ def run_scaling(options: ScalingCommand) -> None:
             from ablations.scaling.plan import plan_command
 
             plan_command(options)
+        case TransferOptions():
+            from ablations.scaling.transfer import transfer_command
+
+            transfer_command(options)
+        case NoiseOptions():
+            from ablations.scaling.noise import noise_command
+
+            noise_command(options)

@@ -104,7 +104,7 @@ def _models(options: LadderOptions) -> Iterator[tuple[ModelOptions, int]]:
     sizes = [(width, base.n_layers) for width in options.widths] + [(base.d_model, depth) for depth in options.depths]
     for tokens in options.token_budgets:
         for width, depth in sizes:
-            yield _wide(base, width, depth), tokens
+            yield widened(base, width, depth), tokens
     tokens = options.token_budgets[0]
     for count in options.expert_counts:
         yield dataclasses.replace(base, n_experts=count), tokens
@@ -112,14 +112,14 @@ def _models(options: LadderOptions) -> Iterator[tuple[ModelOptions, int]]:
         yield dataclasses.replace(base, k=k), tokens
 
 
-def _wide(base: ModelOptions, width: int, depth: int) -> ModelOptions:
+def widened(base: ModelOptions, width: int, depth: int) -> ModelOptions:
     """The base at another width: heads as wide as before, as many more of them as the model is wider, and experts as
     many times as wide."""
     scaled = {name: getattr(base, name) * width for name in ("n_heads", "n_kv_heads", "d_expert", "d_shared")}
     for name, product in scaled.items():
         if product % base.d_model:
             raise ValueError(
-                f"LadderOptions.widths: {width}, {name} would be {product / base.d_model:g}; a multiple of"
+                f"--widths: {width}, {name} would be {product / base.d_model:g}; a multiple of"
                 f" {base.d_model // base.n_kv_heads} fits"
             )
     numbers = {name: product // base.d_model for name, product in scaled.items()}

@@ -73,6 +73,9 @@ class PlanOptions:
         flops: of training, one plan each.
         seconds: instead of FLOPs, one plan each.
         flops_per_second: that this machine trains at, as the cost ledger of a run shows it; with --seconds.
+        noise: table that `noise --csv` wrote, for batch sizes.
+        waste: share of the tokens that a batch may cost beyond those of small batches; with --noise the batch is this
+            share of the gradient-noise scale.
         csv: where the table goes as well.
     """
 
@@ -80,10 +83,12 @@ class PlanOptions:
     flops: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
     flops_per_second: float | None = None
+    noise: Path | None = None
+    waste: float = 0.1
     csv: Path | None = None
 
     def __post_init__(self) -> None:
-        check_numbers_without_limit(self, "flops", "seconds", "flops_per_second")
+        check_numbers_without_limit(self, "flops", "seconds", "flops_per_second", "waste")
         if bool(self.flops) == bool(self.seconds):
             raise ValueError("a plan needs either --flops or --seconds, at least one number")
         if bool(self.seconds) != (self.flops_per_second is not None):

@@ -98,7 +98,7 @@ def test_a_ladder_of_a_method_has_its_own_held_out_runs(options):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"widths": (24,)}, "LadderOptions.widths: 24, n_kv_heads would be 1.5; a multiple of 16 fits"),
+        ({"widths": (24,)}, "--widths: 24, n_kv_heads would be 1.5; a multiple of 16 fits"),
         ({"held_out": 9}, "LadderOptions.held_out: 9 of 9 runs, must leave at least one"),
         ({"law": "totl"}, "did you mean 'total'"),
         ({"methods": ("top_q",)}, "no method 'top_q'"),
