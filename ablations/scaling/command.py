@@ -6,11 +6,19 @@ import tyro
 
 from ablations.scaling.ladder_options import LadderOptions
 from ablations.scaling.noise_options import NoiseOptions
-from ablations.scaling.options import CompareOptions, CurvesOptions, FitOptions, PlanOptions, PredictOptions
+from ablations.scaling.options import (
+    CompareOptions,
+    CurvesOptions,
+    FitOptions,
+    FormsOptions,
+    PlanOptions,
+    PredictOptions,
+)
 from ablations.scaling.transfer_options import TransferOptions
 
 ScalingCommand = (
     Annotated[FitOptions, tyro.conf.subcommand("fit")]
+    | Annotated[FormsOptions, tyro.conf.subcommand("forms")]
     | Annotated[CurvesOptions, tyro.conf.subcommand("curves")]
     | Annotated[PredictOptions, tyro.conf.subcommand("predict")]
     | Annotated[LadderOptions, tyro.conf.subcommand("ladder")]
@@ -33,6 +41,10 @@ def run_scaling(options: ScalingCommand) -> None:
             from ablations.scaling.fit import fit_command
 
             fit_command(options)
+        case FormsOptions():
+            from ablations.scaling.compare_forms import forms_command
+
+            forms_command(options)
         case CurvesOptions():
             from ablations.scaling.curves import curves_command
 

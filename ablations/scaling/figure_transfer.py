@@ -32,7 +32,8 @@ def draw_transfer(runs: Sequence[Any], optima: Sequence[Any], path: Path) -> Non
         figure = Figure(figsize=(WIDTH * 1.4, 3.1 * len(experts) + 0.6), layout="constrained")
         grid = figure.subplots(len(experts), len(names), squeeze=False, sharex=True, sharey="row")
         for row, column in np.ndindex(grid.shape):
-            axes, name, count = grid[row, column], names[column], experts[row]
+            axes: Any = grid[row, column]
+            name, count = names[column], experts[row]
             own = [each for each in optima if (each.parametrization, each.experts) == (name, count)]
             for optimum in own:
                 key = (name, optimum.width, optimum.depth, count)

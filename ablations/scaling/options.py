@@ -45,7 +45,7 @@ class FitOptions:
 
     Attributes:
         points: csv, one row per trained model (or per step, see --columns.run); may be compressed with gzip.
-        law: total, active, both, granularity, sparsity or experts, see notes/results/scaling.
+        law: total, active, both, granularity, sparsity, routed, triad or experts, see notes/results/scaling.
         drop_highest: so many of the highest losses are left out; nothing else ever is.
         delta: log loss beyond which Huber's function is linear; 1 makes it least squares.
         resamples: of the bootstrap.
@@ -62,6 +62,26 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         check_numbers(self, drop_highest=0, delta=1e-9, resamples=20)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FormsOptions:
+    """Compare laws on the points of a ladder by what they say of runs that they were not fitted to.
+
+    Attributes:
+        points: csv that `ladder` wrote; rows whose `held_out` is 1 are predicted and not fitted.
+        laws: names, see `fit`; all by default.
+        resamples: of the bootstrap.
+        out: folder of tables and figure; only printed without it.
+    """
+
+    points: tyro.conf.Positional[Path]
+    laws: tuple[str, ...] = ()
+    resamples: int = 200
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, resamples=20)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

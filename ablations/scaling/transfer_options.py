@@ -42,13 +42,13 @@ class TransferOptions:
     widths: tuple[int, ...] = (32, 64, 128)
     depths: tuple[int, ...] = (2, 8)
     expert_counts: tuple[int, ...] = (8, 32)
-    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
     most_rates: int = 8
     seeds: tuple[int, ...] = (0,)
     draws: int = 1000
     out: Path = Path("runs")
     dry_run: bool = False
-    tokens: int = 76_800
+    tokens: int = 61_440
     batch_size: int = 4
     seq_len: int = 128
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(kind="adamw"))
@@ -61,7 +61,7 @@ class TransferOptions:
             n_kv_heads=1,
             head_dim=16,
             n_experts=8,
-            d_expert=16,
+            d_expert=8,
             k=4,
         )
     )
