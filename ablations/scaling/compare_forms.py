@@ -119,8 +119,9 @@ def forms_command(options: FormsOptions) -> list[FormRow]:
             lines.append(f"{law.name}: not fitted. {error}")
             continue
         fit = fit_by_projection(points, law, DELTA)
-        own, open_names, said = parameter_rows(points, fit, options.resamples)
-        predicted = predictions(used, held, law, options.resamples) if held else []
+        draws_RV = bootstrap(points, fit, resamples=options.resamples, delta=DELTA)
+        own, open_names, said = parameter_rows(points, fit, draws_RV)
+        predicted = predictions(used, held, law, options.resamples, draws_RV) if held else []
         own_held = [held_row(row, run) for row, run in zip(predicted, held)]
         forms.append(form_row(points, fit, own_held, open_names))
         parameters, held_rows = [*parameters, *own], [*held_rows, *own_held]
@@ -158,9 +159,8 @@ def read_runs(path: Path) -> list[PointRow]:
     return [PointRow(**dict(zip(columns, cells))) for cells in zip(*columns.values())]
 
 
-def parameter_rows(points: Points, fit: Fit, resamples: int) -> tuple[list[FormParameterRow], str, list[str]]:
+def parameter_rows(points: Points, fit: Fit, draws_RV: np.ndarray) -> tuple[list[FormParameterRow], str, list[str]]:
     """Rows, names of what is not identified, and that in sentences."""
-    draws_RV = bootstrap(points, fit, resamples=resamples, delta=DELTA)
     profiles = {name: profile(points, fit, name, delta=DELTA) for name in ("E", *fit.law.exponents)}
     said = identifiability(points, fit, profiles)
     rows = []

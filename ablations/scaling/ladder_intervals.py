@@ -119,12 +119,15 @@ def leverage(flops: Sequence[float], target: float) -> float:
     return float(1 / len(logs) + (math.log(target) - logs.mean()) ** 2 / ((logs - logs.mean()) ** 2).sum())
 
 
-def predictions(rows: Sequence[Any], held: Sequence[Any], law: Law, resamples: int) -> list[PredictedRow]:
+def predictions(
+    rows: Sequence[Any], held: Sequence[Any], law: Law, resamples: int, draws_RV: np.ndarray | None = None
+) -> list[PredictedRow]:
     """What the law, fitted to finished runs, says of others, with intervals from back-tests.
 
     Args:
         rows: finished runs (`PointRow`).
         held: runs of which FLOPs and sizes are known (`Rung`, `PointRow`).
+        draws_RV: of the bootstrap, where it has been made.
 
     Raises:
         ValueError: for too few runs, see `check_enough`.
@@ -133,7 +136,9 @@ def predictions(rows: Sequence[Any], held: Sequence[Any], law: Law, resamples: i
     check_enough(points, law, "the finished runs")
     fit = fit_by_projection(points, law, DELTA)
     targets = variables_of(held, law)
-    drawn_RP = np.log(_drawn(points, fit, targets, resamples))
+    if draws_RV is None:
+        draws_RV = bootstrap(points, fit, resamples=resamples, delta=DELTA)
+    drawn_RP = np.log(_drawn(points, fit, targets, draws_RV))
     tests = ladder_tests(rows, law, fit)
     spread = 0.0
     if len(tests) >= LEAST_TESTS:
@@ -157,10 +162,9 @@ def predictions(rows: Sequence[Any], held: Sequence[Any], law: Law, resamples: i
     return found
 
 
-def _drawn(points: Points, fit: Fit, targets: dict[str, np.ndarray], resamples: int) -> np.ndarray:
+def _drawn(points: Points, fit: Fit, targets: dict[str, np.ndarray], draws_RV: np.ndarray) -> np.ndarray:
     """A bootstrap's losses of targets, with the scatter of single runs around the law, [R, P]."""
     residual_P = np.log(points.loss_P / fit.predict(points.variables))
     scatter = float(np.sqrt((residual_P**2).sum() / (len(points) - len(fit.law.parameters))))
-    draws_RV = bootstrap(points, fit, resamples=resamples, delta=DELTA)
     drawn_RP = np.stack([predict(fit.law, values_V, targets) for values_V in draws_RV])
     return drawn_RP * np.exp(scatter * np.random.default_rng(0).standard_normal(drawn_RP.shape))

@@ -39,29 +39,29 @@ class TransferOptions:
         optimizer: AdamW or Muon beside AdamW, and their options.
     """
 
-    widths: tuple[int, ...] = (32, 64, 128)
+    widths: tuple[int, ...] = (16, 32, 64)
     depths: tuple[int, ...] = (2, 8)
     expert_counts: tuple[int, ...] = (8, 32)
-    learning_rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+    learning_rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3, 32e-3)
     most_rates: int = 8
     seeds: tuple[int, ...] = (0,)
     draws: int = 1000
     out: Path = Path("runs")
     dry_run: bool = False
-    tokens: int = 61_440
+    tokens: int = 40_960
     batch_size: int = 4
     seq_len: int = 128
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(kind="adamw"))
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: ModelOptions(
             n_layers=2,
-            d_model=32,
+            d_model=16,
             layer_plan="SF",
             n_heads=2,
             n_kv_heads=1,
-            head_dim=16,
+            head_dim=8,
             n_experts=8,
-            d_expert=8,
+            d_expert=4,
             k=4,
         )
     )

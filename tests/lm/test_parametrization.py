@@ -41,11 +41,10 @@ BASE = ModelOptions(
 VOCABULARY = 96
 
 
-def config_of(width=1, depth=1, expert=None, k=1, *, on=True, plan="SF"):
+def config_of(width=1, depth=1, expert=None, k=1, *, on=True):
     """The base, `width` times as wide and so on; experts grow with the width unless told."""
     options = dataclasses.replace(
         BASE,
-        layer_plan=plan,
         n_layers=2 * depth,
         d_model=32 * width,
         n_heads=4 * width,
@@ -63,7 +62,7 @@ def trained(config, kind, *, rate=0.02, steps=4):
     the stream before."""
     model = LanguageModel(config).init_weights(0)
     optimizer = build_optimizer(model, OptimizerConfig(kind=kind, embedding_rate=1.0), 0)
-    tokens_BT = torch.randint(0, VOCABULARY, (4, 33), generator=torch.Generator().manual_seed(1))
+    tokens_BT = torch.randint(0, VOCABULARY, (4, 17), generator=torch.Generator().manual_seed(1))
 
     def seen():
         with torch.no_grad():
