@@ -3,6 +3,8 @@
 Legend: B batch, T tokens, D model width.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,17 @@ def stream_norm(config: ModelConfig) -> RMSNorm:
     return RMSNorm(config.d_model, eps=config.norm_eps, unit_offset=config.unit_offset)
 
 
+def _deep(residual: Residual, config: ModelConfig) -> Residual:
+    """What is added, divided by how many times as deep as its base a model is (`lm.parametrization`)."""
+    base = config.parametrization
+    if base is None or base.base_n_layers == config.n_layers:
+        return residual
+    share = base.base_n_layers / config.n_layers
+    return dataclasses.replace(
+        residual, attention_added=share * residual.attention_added, experts_added=share * residual.experts_added
+    )
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + experts(norm(x)); `BlockConfig.norm` says where the norms stand."""
 
@@ -29,7 +42,7 @@ class Block(nn.Module):
         super().__init__()
         block = config.block(layer_index)
         self.n_layers, self.dtype = config.n_layers, getattr(torch, config.dtype)
-        self.residual, self.norms_stream = block.residual, block.norm == "stream"
+        self.residual, self.norms_stream = _deep(block.residual, config), block.norm == "stream"
 
         def norm(present: bool) -> nn.Module:
             return stream_norm(config) if present else nn.Identity()

@@ -41,6 +41,32 @@ class Residual:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Parametrization:
+    """Sizes of the model whose learning rates were tuned, from which a model of other sizes takes what its tensors'
+    first weights, rates, decays and epsilons are multiplied by, see `lm.parametrization`.
+
+    Widths that have no base here (heads, shared expert, latent) are taken to grow with d_model.
+
+    Attributes:
+        base_d_model: its width.
+        base_n_layers: its depth.
+        base_d_expert: hidden width of its experts.
+        base_k: its experts per token. Their number has no base: at a fixed k nothing depends on it.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+
+    base_d_model: int
+    base_n_layers: int
+    base_d_expert: int
+    base_k: float
+
+    def __post_init__(self) -> None:
+        check_numbers(self, base_d_model=1, base_n_layers=1, base_d_expert=1, base_k=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     """One block, resolved.
 
@@ -94,12 +120,16 @@ class ModelConfig:
         document_boundary: token that begins a document, where attention keeps the documents of a row apart: no layer
             sees beyond it, as if each stood alone. None for packed text that is one. Text that is read into a cache is
             one document.
+        parametrization: sizes that learning rates were tuned at, by which first weights, what blocks add, and every
+            tensor's rate are scaled (CompleteP); None: they are not.
         dtype: of activations and of weights as they enter a product; parameters stay fp32.
 
     Raises:
         ValueError: for an unknown dtype or place of norms, a size below 1, a wrong number of `blocks`, a plan that
             does not parse, isolated documents under a policy that mixes tokens, or attention that a layer cannot have
             or cannot share with the layer whose keys and values it reads.
+            does not parse, attention that a layer cannot have or cannot share with the layer whose keys and values
+            it reads, or a parametrization of a model that its rules do not hold for.
     """
 
     vocab_size: int = 4096
@@ -117,6 +147,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     document_boundary: int | None = None
+    parametrization: Parametrization | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -135,6 +166,23 @@ class ModelConfig:
                 raise ValueError(f"{place}: {norm!r} is not supported; {nearest(norm, NORM_PLACES)}")
         self.plan.check(self.attentions)
         self._check_isolation()
+        if self.parametrization is not None:
+            self._check_parametrization()
+
+    def _check_parametrization(self) -> None:
+        """The rules are derived for pre-norm blocks, a head of its own, and routing weights that sum to one."""
+        place = "ModelConfig.parametrization"
+        if self.tied_embeddings:
+            raise ValueError(f"{place}: a tied head has the embedding's rate and its own at once; legal: untied")
+        for layer in range(self.n_layers):
+            block = self.block(layer)
+            if block.norm != "pre":
+                raise ValueError(f"{place}: norm {block.norm!r} in block {layer}; legal: pre")
+            if not block.moe.router.renormalise:
+                raise ValueError(
+                    f"{place}: routing weights of block {layer} that sum to no fixed number; legal:"
+                    " RouterConfig.renormalise True"
+                )
 
     @property
     def plan(self) -> LayerPlan:

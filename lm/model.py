@@ -23,6 +23,7 @@ from foundation.exact_buffers import ExactBuffers
 from lm.block import Block, stream_norm
 from lm.config import ModelConfig
 from lm.decode_step import DecodeStep, step_of, takes_one_call
+from lm.parametrization import scale_initial
 from moe.backends import Choice, choose_backend
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
@@ -95,6 +96,7 @@ class LanguageModel(ExactBuffers):
             layers: re-initialise only these blocks (embedding, norm and head keep their weights); all and everything by
                 default.
         """
+        layers = None if layers is None else tuple(layers)
         for index in range(self.config.n_layers) if layers is None else layers:
             cast(Block, self.blocks[index]).init_weights(_generator(seed, index))
         if layers is None:
@@ -106,6 +108,8 @@ class LanguageModel(ExactBuffers):
                 # A zero head starts from the uniform distribution over tokens: no time is lost unlearning confident
                 # noise.
                 nn.init.zeros_(self.head_VD)
+        if self.config.parametrization is not None:
+            scale_initial(self, layers)
         return self
 
     def forward(

@@ -11,7 +11,7 @@ import tyro
 
 from attention.config import AttentionConfig
 from attention.kinds import describe_letters
-from lm.config import ModelConfig
+from lm.config import ModelConfig, Parametrization
 from lm.precision import fast_dtype
 from moe.config import MoEConfig
 from routing.policies.top_k import TopK
@@ -41,6 +41,13 @@ class ModelOptions:
         balance_coefficient: of the routers' load balancing loss.
         z_coefficient: of the routers' z-loss.
         dtype: of products; "auto" is bf16 where this machine is fast at it.
+        parametrization: "complete_p" scales first weights, what blocks add, and every tensor's learning rate, decay and
+            epsilon by the sizes' ratios to those below, so that one learning rate fits all sizes (see
+            lm/parametrization.py); at those sizes themselves it changes nothing.
+        base_d_model: width at which the learning rate was tuned; read with complete_p, as the three that follow.
+        base_n_layers: depth there.
+        base_d_expert: hidden width of an expert there.
+        base_k: experts per token there; how many experts there are makes no difference.
     """
 
     n_layers: int = 4
@@ -59,6 +66,11 @@ class ModelOptions:
     balance_coefficient: float = RouterConfig.balance_coefficient
     z_coefficient: float = RouterConfig.z_coefficient
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    parametrization: Literal["standard", "complete_p"] = "standard"
+    base_d_model: int = 128
+    base_n_layers: int = 4
+    base_d_expert: int = 16
+    base_k: int = 12
 
     def config(self, vocab_size: int, boundary_id: int | None = None) -> ModelConfig:
         """The model's configuration.
@@ -95,5 +107,14 @@ class ModelOptions:
                 ),
             ),
             document_boundary=boundary_id if self.isolate_documents else None,
+            parametrization=self._base() if self.parametrization == "complete_p" else None,
             dtype=fast_dtype() if self.dtype == "auto" else self.dtype,
+        )
+
+    def _base(self) -> Parametrization:
+        return Parametrization(
+            base_d_model=self.base_d_model,
+            base_n_layers=self.base_n_layers,
+            base_d_expert=self.base_d_expert,
+            base_k=self.base_k,
         )

@@ -1,6 +1,7 @@
 """The optimizer of what a stage trains, AdamW or Muon beside AdamW, and gradient clipping."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from foundation.numbers import check_numbers
 from foundation.serialize import nearest
 from lm.model import LanguageModel
-from staged_training.muon import SCALES, Muon, Scale
-from staged_training.packed_matrices import packed_matrices
+from lm.parametrization import Rule, tensor_rules
+from staged_training.muon import SCALES, Muon, Scale, update_scale
+from staged_training.packed_matrices import Packing, packed_matrices
 
 Kind = Literal["adamw", "muon"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -96,11 +98,13 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int
         {"params": embedding, "weight_decay": 0.0, "rate": config.embedding_rate},
     ]
     groups = [group for group in groups if group["params"]]
+    packings = packed_matrices(model, routers=config.muon_routers) if config.kind == "muon" else {}
+    if model.config.parametrization is not None:
+        groups = _parametrized(groups, model, config, packings)
     # One kernel over all elements of a parameter, each by itself: nothing in it depends on what ran before.
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
-    packings = packed_matrices(model, routers=config.muon_routers)
     return Muon(
         groups,
         {parameter: packings[name] for name, parameter in trained_parameters(model, boundary) if name in packings},
@@ -112,6 +116,45 @@ def build_optimizer(model: LanguageModel, config: OptimizerConfig, boundary: int
         eps=config.eps,
         fused=fused,
     )
+
+
+def _parametrized(
+    groups: list[dict[str, Any]], model: LanguageModel, config: OptimizerConfig, packings: dict[str, Packing]
+) -> list[dict[str, Any]]:
+    """The groups, cut into those of one rate, decay and epsilon by the rules of `lm.parametrization`."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rules = tensor_rules(model)
+    found: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            rule = rules[name]
+            factor = muon_rate(rule, packings[name], parameter, config.muon_scale) if name in packings else rule.rate
+            # The product of rate and decay is that of the base.
+            key = (group["rate"] * factor, group["weight_decay"] / factor, config.eps * rule.eps)
+            found.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate": rate, "eps": eps}
+        for (rate, decay, eps), parameters in found.items()
+    ]
+
+
+def muon_rate(rule: Rule, packing: Packing, parameter: Tensor, scale: Scale) -> float:
+    """The factor of Muon's learning rate: its update then has a spectral norm that goes as (fan_out / fan_in)^1/2,
+    which changes what the layer computes as much at any width (Yang 2023, arXiv 2310.17813).
+
+    "original" has that norm for matrices that grow alike on both sides, and the factor is one; "match_rms_adamw" grows
+    with the root of the longer side, and the factor takes that back. That depth needs no factor beside the division of
+    what blocks add is CompleteP's argument for AdamW; for Muon it is assumed, as no proof is known to us.
+    """
+    matrices = packing.split(parameter)[0]
+    sides = [matrices.shape[1], matrices.shape[2]]
+    out = packing.out_dim
+    base = list(sides)
+    base[out] = max(1, round(sides[out] / rule.fan_out))
+    base[-3 - out] = max(1, round(sides[-3 - out] / rule.fan_in))
+    at_base = update_scale(torch.empty(1, *base, device="meta"), out, scale)
+    return math.sqrt(rule.fan_out / rule.fan_in) * at_base / update_scale(matrices, out, scale)
 
 
 def update(optimizer: torch.optim.AdamW, learning_rate: float) -> None:

@@ -204,6 +204,14 @@ NONSENSE = {
         "--phase": ("some",),
     },
     "ablations scaling plan": {"--flops": ("0", "nan", "-1"), "--seconds": ("inf",)},
+    "ablations scaling noise": {"--rows": ("0", "20"), "--small": ("0", "nan"), "--csv": ("/dev/null/x",)},
+    "ablations scaling transfer": {
+        "--widths": ("0", "20"),
+        "--learning-rates": ("0", "nan"),
+        "--optimizer": ("adam",),
+        "--expert-counts": ("0", "2"),
+        "--seeds": ("-1",),
+    },
     "corpus prepare": {"--vocab-size": ("-1", "nan"), "--root": ("/dev/null/x",), "--data": ("/nowhere", "/dev/null")},
     "corpus refine": {
         "--data": ("/nowhere", "/dev/null"),
@@ -343,6 +351,8 @@ REST = {
     "ablations scaling compare": ("top_p", "/nowhere"),
     "ablations scaling ladder": TINY_COMPARE[1:],
     "ablations scaling plan": ("/nowhere",),
+    "ablations scaling noise": ("/nowhere",),
+    "ablations scaling transfer": ("--out", "{out}", "--data", "{text}", "--vocab-size", "300", "--dry-run"),
     "lm evaluate": ("--run", "/nowhere", "--data", "{text}"),
     "lm recall": ("--run", "/nowhere"),
     "lm eval": ("--run", "/nowhere", "--tasks", "arithmetic"),

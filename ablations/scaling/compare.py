@@ -18,11 +18,11 @@ from ablations.scaling.figure import draw_differences
 from ablations.scaling.options import CompareOptions
 from ablations.scaling.points import read_table
 from foundation.command import refuse_unwritable
-from foundation.tables import write_rows
+from foundation.tables import write_rows, write_table
 
 LEAST_SIZES = 4
 EXPONENTS = np.geomspace(0.02, 1.5, 120)
-TABLE_FILE, FIGURE_FILE = "compare.csv", "compare.png"
+TABLE_FILE, CURVE_FILE, PAIRS_FILE, FIGURE_FILE = "compare.csv", "curve.csv", "pairs.csv", "compare.png"
 LEVEL = 0.95
 
 
@@ -106,6 +106,11 @@ def compare_command(options: CompareOptions) -> list[DifferenceRow]:
         write_rows(options.out / TABLE_FILE, DifferenceRow, rows)
         times = np.geomspace(float(pairs.scale_P.min()), max(options.at), 80)
         curve = [difference_row(options.method, found, pairs, float(each)) for each in times]
+        write_rows(options.out / CURVE_FILE, DifferenceRow, curve)
+        cells = zip(pairs.scale_P * pairs.largest, pairs.method_P, pairs.baseline_P)
+        write_table(
+            options.out / PAIRS_FILE, ("scale", "method", "baseline"), ([f"{x:.6g}" for x in row] for row in cells)
+        )
         draw_differences(
             (pairs.scale_P * pairs.largest, pairs.method_P - pairs.baseline_P),
             curve,

@@ -1,6 +1,7 @@
 """The figures of the scaling commands."""
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from matplotlib.figure import Figure
 
 from ablations.report.drawing import BAND
 from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
-from ablations.scaling.forms import ACTIVE, TOKENS, TOTAL, Fit
-from ablations.scaling.points import FLOPS_PER_PARAMETER, Points
+from ablations.scaling.forms import Fit
+from ablations.scaling.isoflop import IsoflopRow, iso_size, isoflops
+from ablations.scaling.points import Points
 from ablations.scaling.schedule_laws import Curve
 from foundation.files import write_bytes
 
 PAPER = {**STYLE, "figure.facecolor": "white", "savefig.facecolor": "white"}
-# Points of a budget lie within this factor of it.
-NEAR = 1.25
+ISOFLOP_STYLES = {"law": "-", "parabola": "--", "point": ".", "law optimum": "v", "parabola optimum": "X"}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -36,34 +37,28 @@ def draw_fit(points: Points, fit: Fit, kept: np.ndarray, path: Path) -> None:
     Args:
         kept: indices of the points in the fit; the others are crosses.
     """
-    size = next((name for name in (ACTIVE, TOTAL) if name in fit.law.variables), None)
-    iso = set(fit.law.variables) == {size, TOKENS}
+    size = iso_size(fit.law)
     with matplotlib.rc_context(PAPER):
-        figure = Figure(figsize=(WIDTH * 1.3, 7.0 if iso else 3.5), layout="constrained")
-        panels = list(figure.subplots(2 if iso else 1, 1, squeeze=False)[:, 0])
-        if iso:
-            assert size is not None
-            _isoflop(panels[0], points.subset(kept), fit, size)
+        figure = Figure(figsize=(WIDTH * 1.3, 7.0 if size else 3.5), layout="constrained")
+        panels = list(figure.subplots(2 if size else 1, 1, squeeze=False)[:, 0])
+        if size:
+            _isoflop(panels[0], isoflops(points.subset(kept), fit, size), size)
         _residuals(panels[-1], points, fit, kept, size or fit.law.variables[0])
         save(figure, path)
 
 
-def _isoflop(axes: Axes, points: Points, fit: Fit, size: str) -> None:
-    size_P, tokens_P = points.variables[size], points.variables[TOKENS]
-    flops_P = FLOPS_PER_PARAMETER * size_P * tokens_P
-    budgets = np.geomspace(*np.quantile(flops_P, (0.05, 0.95)), len(SERIES) - 1)
-    for budget, colour in zip(budgets, SERIES):
-        near_P = np.abs(np.log(flops_P / budget)) < np.log(NEAR)
-        reach = (size_P[near_P].min() / 2, size_P[near_P].max() * 2) if near_P.any() else (size_P.min(), size_P.max())
-        sizes = np.geomspace(*reach, 60)
-        curve = fit.predict({size: sizes, TOKENS: budget / (FLOPS_PER_PARAMETER * sizes)})
-        axes.plot(sizes, curve, color=colour, label=f"{budget:.1e} FLOP")
-        axes.plot(sizes[np.argmin(curve)], curve.min(), "v", color=colour, markersize=7)
-        axes.plot(size_P[near_P], points.loss_P[near_P], "o", color=colour, markersize=3.5, alpha=0.7)
+def _isoflop(axes: Axes, rows: Sequence[IsoflopRow], size: str) -> None:
+    for budget, colour in zip(dict.fromkeys(row.flops for row in rows), SERIES):
+        for kind, style in ISOFLOP_STYLES.items():
+            own = [row for row in rows if (row.flops, row.kind) == (budget, kind)]
+            label = f"{budget:.1e} FLOP" if kind == "law" else None
+            axes.plot([row.params for row in own], [row.loss for row in own], style, color=colour, label=label)
     axes.set_xscale("log")
     axes.set_xlabel(f"{size.replace('_params', '')} parameters")
     axes.set_ylabel("loss at equal FLOPs")
-    axes.legend(frameon=False, fontsize=8, title="▾ optimum of the law", title_fontsize=8)
+    axes.legend(
+        frameon=False, fontsize=8, title="▾ optimum of the law (line)\nx of the parabola (dashes)", title_fontsize=8
+    )
 
 
 def _residuals(axes: Axes, points: Points, fit: Fit, kept: np.ndarray, size: str) -> None:
@@ -128,4 +123,33 @@ def draw_differences(pairs: tuple[np.ndarray, np.ndarray], curve: Sequence[Any],
         axes.set_xscale("log")
         axes.set_xlabel(scale.replace("_", " "))
         axes.set_ylabel("loss, method - baseline")
+        save(figure, path)
+
+
+def draw_form_residuals(rows: Sequence[Any], path: Path) -> None:
+    """A panel per law: what it leaves of every run; triangles were held out.
+
+    Args:
+        rows: `ResidualRow`s of all laws, the same runs of each.
+    """
+    names = list(dict.fromkeys(row.law for row in rows))
+    with matplotlib.rc_context(PAPER):
+        figure = Figure(figsize=(WIDTH * 1.4, 1.9 * -(-len(names) // 2) + 0.5), layout="constrained")
+        panels = figure.subplots(-(-len(names) // 2), 2, squeeze=False, sharex=True, sharey=True).flatten()
+        for axes, name, colour in zip(panels, names, itertools.cycle(SERIES)):
+            axes.axhline(0, color=INK, linewidth=1)
+            for held, marker in ((0, "o"), (1, "^")):
+                own = [row for row in rows if row.law == name and row.held_out == held]
+                axes.plot(
+                    [row.loss for row in own],
+                    [row.residual_percent for row in own],
+                    marker,
+                    color=colour if not held else INK,
+                    markersize=4 if not held else 6,
+                )
+            axes.set_title(name, fontsize=9)
+        for axes in panels[len(names) :]:
+            axes.set_visible(False)
+        figure.supxlabel("loss", fontsize=9)
+        figure.supylabel("loss over law - 1, % (triangles: held out)", fontsize=9)
         save(figure, path)

@@ -1,5 +1,6 @@
 """Predicted loss curves: bands over the truth of the back-test, and the targets beside the ladder."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,49 @@ from ablations.scaling.figure import PAPER, save
 SHOWN = 0.9
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnRow:
+    """A row of a back-tested run: what came out, and what was predicted from smaller sizes, with its 90 % interval."""
+
+    fitted: str
+    size: str
+    multiple: float
+    tokens: int
+    loss: float
+    predicted: float
+    low_90: float
+    high_90: float
+
+
+def drawn_tests(tests: Sequence[BackTest]) -> list[BackTest]:
+    """The runs of the largest size, from the most sizes below it."""
+    best = max(tests, key=lambda test: (test.run.setting.params, len(test.fitted)))
+    return [test for test in tests if (test.fitted, test.run.setting.size) == (best.fitted, best.run.setting.size)]
+
+
+def drawn_rows(tests: Sequence[BackTest], s: Sequence[float]) -> list[DrawnRow]:
+    """What the upper panels show."""
+    rows = []
+    for test in drawn_tests(tests):
+        loss_P = test.run.loss_P[-len(test.error_P) :]
+        half_P = QUANTILE * deviation(s, test.per_param_P, test.spread, test.from_constant_P)
+        for tokens, loss, error, half in zip(test.per_param_P * test.run.setting.params, loss_P, test.error_P, half_P):
+            predicted = loss * np.exp(error)
+            rows.append(
+                DrawnRow(
+                    fitted=" ".join(test.fitted),
+                    size=test.run.setting.size,
+                    multiple=test.run.setting.multiple,
+                    tokens=round(float(tokens)),
+                    loss=round(float(loss), 5),
+                    predicted=round(float(predicted), 5),
+                    low_90=round(float(predicted * np.exp(-half)), 5),
+                    high_90=round(float(predicted * np.exp(half)), 5),
+                )
+            )
+    return rows
+
+
 def draw_predictions(tests: Sequence[BackTest], s: Sequence[float], rows: Sequence[Any], name: str, path: Path) -> None:
     """The last back-test from the most sizes above its errors, and the targets below.
 
@@ -24,8 +68,7 @@ def draw_predictions(tests: Sequence[BackTest], s: Sequence[float], rows: Sequen
         rows: of the targets (`PredictionRow`).
         name: of the column of losses.
     """
-    best = max(tests, key=lambda test: (test.run.setting.params, len(test.fitted)))
-    shown = [test for test in tests if (test.fitted, test.run.setting.size) == (best.fitted, best.run.setting.size)]
+    shown = drawn_tests(tests)
     with matplotlib.rc_context(PAPER):
         figure = Figure(figsize=(WIDTH * 1.3, 9.5 if rows else 6.5), layout="constrained")
         panels = figure.subplots(3 if rows else 2, 1)
@@ -45,7 +88,7 @@ def draw_predictions(tests: Sequence[BackTest], s: Sequence[float], rows: Sequen
             panels[1].plot(tokens_P, -100 * half_P, color=colour, linewidth=0.6, linestyle=":")
         truth = np.concatenate([test.run.loss_P for test in shown])
         panels[0].set_ylim(truth.min() - 0.05, np.quantile(truth, SHOWN))
-        panels[0].set_ylabel(f"{name}\nline: {best.run.setting.size}; band: predicted")
+        panels[0].set_ylabel(f"{name}\nline: {shown[0].run.setting.size}; band: predicted")
         panels[0].legend(frameon=False, fontsize=8)
         panels[1].axhline(0, color=INK, linewidth=1)
         panels[1].set_ylim(-2, 2)

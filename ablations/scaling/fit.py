@@ -11,6 +11,7 @@ from ablations.scaling.figure import draw_fit
 from ablations.scaling.forms import Fit, Law, find_law
 from ablations.scaling.huber import fit_by_huber
 from ablations.scaling.intervals import Interval, bootstrap, identifiability, percentiles, profile
+from ablations.scaling.isoflop import IsoflopRow, iso_size, isoflops
 from ablations.scaling.options import FitOptions
 from ablations.scaling.points import Points, check_enough, read_points, without_highest
 from ablations.scaling.variable_projection import fit_by_projection
@@ -18,10 +19,11 @@ from foundation.command import refuse_unwritable
 from foundation.files import write_text
 from foundation.tables import write_rows, write_table
 
-FIT_FILE, DRAWS_FILE, RESIDUALS_FILE, FIGURE_FILE, REPORT_FILE = (
+FIT_FILE, DRAWS_FILE, RESIDUALS_FILE, ISOFLOP_FILE, FIGURE_FILE, REPORT_FILE = (
     "fit.csv",
     "draws.csv",
     "residuals.csv",
+    "isoflop.csv",
     "fit.png",
     "report.txt",
 )
@@ -85,6 +87,8 @@ def fit_command(options: FitOptions) -> Fit:
         write_rows(options.out / FIT_FILE, ParameterRow, rows)
         write_table(options.out / DRAWS_FILE, law.parameters, draws_RV.tolist())
         write_residuals(options.out / RESIDUALS_FILE, points, fit, kept)
+        if size := iso_size(law):
+            write_rows(options.out / ISOFLOP_FILE, IsoflopRow, isoflops(used, fit, size))
         draw_fit(points, fit, kept, options.out / FIGURE_FILE)
         write_text(options.out / REPORT_FILE, text + "\n")
         print(f"\nfit: {options.out}")

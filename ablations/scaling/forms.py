@@ -7,7 +7,7 @@ Legend: P points, T terms with the constant first, X exponents.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from foundation.serialize import nearest
 
 TOTAL, ACTIVE, TOKENS = "total_params", "active_params", "tokens"
 EXPERTS, GRANULARITY, DENSITY = "experts", "granularity", "density"
+# Of other columns: training FLOPs / tokens; and active_params^-(log experts / 10), by which the exponents of two other
+# powers may depend on each other.
+FLOPS_PER_TOKEN, INTERACTION = "flops_per_token", "interaction"
+FLOPS = "flops"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +124,35 @@ LAWS = {
             C=f"{DENSITY}^c",
             D=f"{DENSITY}^d {TOTAL}^f",
         ),
+        _law(
+            "routed",
+            "Clark 2022 (arXiv 2202.01169), its bilinear law of sizes beside tokens, as Yun 2024 (arXiv 2404.02852)"
+            " adds them; E experts as they are, without saturation",
+            A=f"{ACTIVE}^a {EXPERTS}^x {INTERACTION}^c",
+            B=f"{TOKENS}^b",
+        ),
+        _law(
+            "triad",
+            "the three sizes of Wan 2026 (arXiv 2603.21862), in one product of our own",
+            A=f"{FLOPS_PER_TOKEN}^m {ACTIVE}^a {TOTAL}^t",
+            B=f"{TOKENS}^b",
+        ),
         _law("experts", "a term of our own for the number of experts", A=f"{ACTIVE}^a {EXPERTS}^x", B=f"{TOKENS}^b"),
     )
 }
+
+
+def derived(name: str, column: Callable[[str], np.ndarray]) -> np.ndarray:
+    """A variable of a law: a column, or what is made of several.
+
+    Args:
+        column: a column by its name, positive numbers.
+    """
+    if name == FLOPS_PER_TOKEN:
+        return column(FLOPS) / column(TOKENS)
+    if name == INTERACTION:
+        return np.exp(-np.log(column(ACTIVE)) * np.log(column(EXPERTS)) / 10)
+    return column(name)
 
 
 def find_law(name: str) -> Law:

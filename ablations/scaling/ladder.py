@@ -11,22 +11,15 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 
-import numpy as np
-
-from ablations.scaling.forms import Law, find_law, predict
-from ablations.scaling.intervals import bootstrap
+from ablations.scaling.forms import Law, find_law
+from ablations.scaling.ladder_intervals import PredictedRow, predictions
 from ablations.scaling.ladder_options import LadderOptions
 from ablations.scaling.ladder_plan import Ladder, Rung, cost_text, prepare_ladder
-from ablations.scaling.points import Points, check_enough
-from ablations.scaling.variable_projection import fit_by_projection
 from foundation.command import leave_options
 from foundation.tables import read_rows, write_rows
 from staged_training.record import read_run
 
 POINTS_FILE, PREDICTED_FILE, COMPARED_FILE = "points.csv", "predicted.csv", "compared.csv"
-# Runs are few and none is an outlier by its kind: squares of log residuals.
-DELTA = 1.0
-LEVEL = 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,22 +40,6 @@ class PointRow:
     seconds: float
     scale: float
     loss: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictedRow:
-    """What the law says of a held-out run before it is trained.
-
-    Attributes:
-        fitted: runs that the law was fitted to.
-    """
-
-    run: str
-    law: str
-    fitted: int
-    predicted: float
-    low_90: float
-    high_90: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,44 +150,9 @@ def predict_largest(ladder: Ladder, law: Law) -> list[PredictedRow]:
     write_rows(path, PredictedRow, rows)
     for row in rows:
         print(f"{row.run}: {row.predicted:.4f} ({row.low_90:.4f} to {row.high_90:.4f}) bits per byte predicted")
-    # Our own first ladder: one of three runs came out inside (notes/results/scaling).
-    print("intervals of 90 % hold how runs scatter about the law, not that the law may be wrong: they are too narrow")
+    print("intervals of 90 % are as wide as the ladder's own larger runs, predicted from smaller ones, were missed by")
     print(f"written before these runs: commit {path}, then --phase largest", flush=True)
     return rows
-
-
-def predictions(rows: Sequence[PointRow], held: Sequence[Rung], law: Law, resamples: int) -> list[PredictedRow]:
-    """What the law, fitted to finished runs, says of others. Intervals hold the bootstrap's spread and the scatter of
-    single runs around the law.
-
-    Raises:
-        ValueError: for too few runs, see `check_enough`.
-    """
-    points = Points(
-        variables={name: np.array([float(getattr(row, name)) for row in rows]) for name in law.variables},
-        loss_P=np.array([row.loss for row in rows]),
-        weight_P=np.ones(len(rows)),
-    )
-    check_enough(points, law, "the finished runs")
-    fit = fit_by_projection(points, law, DELTA)
-    residual_P = np.log(points.loss_P / fit.predict(points.variables))
-    scatter = float(np.sqrt((residual_P**2).sum() / (len(rows) - len(law.parameters))))
-    targets = {name: np.array([float(getattr(rung, name)) for rung in held]) for name in law.variables}
-    draws_RV = bootstrap(points, fit, resamples=resamples, delta=DELTA)
-    drawn_RP = np.stack([predict(law, values_V, targets) for values_V in draws_RV])
-    drawn_RP = drawn_RP * np.exp(scatter * np.random.default_rng(0).standard_normal(drawn_RP.shape))
-    low_P, high_P = np.quantile(drawn_RP, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
-    return [
-        PredictedRow(
-            run=rung.name,
-            law=law.name,
-            fitted=len(rows),
-            predicted=float(value),
-            low_90=float(low),
-            high_90=float(high),
-        )
-        for rung, value, low, high in zip(held, fit.predict(targets), low_P, high_P)
-    ]
 
 
 def compare_largest(ladder: Ladder) -> list[ComparedRow]:

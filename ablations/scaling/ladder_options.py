@@ -28,8 +28,10 @@ class LadderOptions:
         token_budgets: every width and depth is trained on each.
         expert_counts: numbers of experts beside --n-experts, at --d-model and --n-layers and the first budget.
         experts_per_token: beside --k, likewise.
+        expert_widths: hidden widths of experts beside --d-expert, likewise; of narrower ones there are as many more,
+            and as many more for a token, so that only the granularity differs.
         held_out: runs of each method with the most FLOPs, predicted before they are trained.
-        law: total, active, both, granularity, sparsity or experts, see `fit`.
+        law: total, active, both, granularity, sparsity, routed, triad or experts, see `fit`.
         resamples: of the bootstrap, for intervals of the predictions.
         out: folder of all runs, shared with `compare`.
         dry_run: print runs and cost, and train nothing.
@@ -46,6 +48,7 @@ class LadderOptions:
     token_budgets: tuple[int, ...] = (60_000, 120_000, 240_000)
     expert_counts: tuple[int, ...] = (20, 40)
     experts_per_token: tuple[int, ...] = (4, 24)
+    expert_widths: tuple[int, ...] = ()
     held_out: int = 3
     law: str = "active"
     resamples: int = 200
@@ -71,6 +74,7 @@ class LadderOptions:
             token_budgets=1,
             expert_counts=1,
             experts_per_token=1,
+            expert_widths=1,
             held_out=0,
             resamples=20,
             batch_size=1,

@@ -55,6 +55,11 @@ class Rung:
     scale: float
 
     @property
+    def run(self) -> str:
+        """Its name, as `points.csv` calls it."""
+        return self.name
+
+    @property
     def finished(self) -> bool:
         """Whether it has its result."""
         return (self.folder / RESULT).exists()
@@ -104,22 +109,33 @@ def _models(options: LadderOptions) -> Iterator[tuple[ModelOptions, int]]:
     sizes = [(width, base.n_layers) for width in options.widths] + [(base.d_model, depth) for depth in options.depths]
     for tokens in options.token_budgets:
         for width, depth in sizes:
-            yield _wide(base, width, depth), tokens
+            yield widened(base, width, depth), tokens
     tokens = options.token_budgets[0]
     for count in options.expert_counts:
         yield dataclasses.replace(base, n_experts=count), tokens
     for k in options.experts_per_token:
         yield dataclasses.replace(base, k=k), tokens
+    for width in options.expert_widths:
+        yield _granular(base, width), tokens
 
 
-def _wide(base: ModelOptions, width: int, depth: int) -> ModelOptions:
+def _granular(base: ModelOptions, width: int) -> ModelOptions:
+    """The base with experts of another width, and as many parameters and as many active ones."""
+    numbers = {name: getattr(base, name) * base.d_expert for name in ("n_experts", "k")}
+    for name, product in numbers.items():
+        if product % width:
+            raise ValueError(f"LadderOptions.expert_widths: {width}, {name} would be {product / width:g}")
+    return dataclasses.replace(base, d_expert=width, **{name: product // width for name, product in numbers.items()})
+
+
+def widened(base: ModelOptions, width: int, depth: int) -> ModelOptions:
     """The base at another width: heads as wide as before, as many more of them as the model is wider, and experts as
     many times as wide."""
     scaled = {name: getattr(base, name) * width for name in ("n_heads", "n_kv_heads", "d_expert", "d_shared")}
     for name, product in scaled.items():
         if product % base.d_model:
             raise ValueError(
-                f"LadderOptions.widths: {width}, {name} would be {product / base.d_model:g}; a multiple of"
+                f"--widths: {width}, {name} would be {product / base.d_model:g}; a multiple of"
                 f" {base.d_model // base.n_kv_heads} fits"
             )
     numbers = {name: product // base.d_model for name, product in scaled.items()}
@@ -135,7 +151,15 @@ def _rung(options: LadderOptions, corpus: PreparedCorpus, method: Method, model:
     )
     cost = model_cost(config, length=options.seq_len, mean_experts=float(model.k))
     return Rung(
-        name=f"{method.name}_w{model.d_model}_l{model.n_layers}_e{model.n_experts}_k{model.k}_t{tokens}",
+        name=(
+            f"{method.name}_w{model.d_model}_l{model.n_layers}_e{model.n_experts}_k{model.k}_t{tokens}"
+            # Where experts have another share of the width than the base's.
+            + (
+                f"_f{model.d_expert}"
+                if model.d_expert * options.model.d_model != options.model.d_expert * model.d_model
+                else ""
+            )
+        ),
         method=method.name,
         plan=plan,
         folder=Execution(plan, corpus, options.out, options.execution).trunk_folder,

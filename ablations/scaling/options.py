@@ -45,7 +45,7 @@ class FitOptions:
 
     Attributes:
         points: csv, one row per trained model (or per step, see --columns.run); may be compressed with gzip.
-        law: total, active, both, granularity, sparsity or experts, see notes/results/scaling.
+        law: total, active, both, granularity, sparsity, routed, triad or experts, see notes/results/scaling.
         drop_highest: so many of the highest losses are left out; nothing else ever is.
         delta: log loss beyond which Huber's function is linear; 1 makes it least squares.
         resamples: of the bootstrap.
@@ -65,6 +65,26 @@ class FitOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FormsOptions:
+    """Compare laws on the points of a ladder by what they say of runs that they were not fitted to.
+
+    Attributes:
+        points: csv that `ladder` wrote; rows whose `held_out` is 1 are predicted and not fitted.
+        laws: names, see `fit`; all by default.
+        resamples: of the bootstrap.
+        out: folder of tables and figure; only printed without it.
+    """
+
+    points: tyro.conf.Positional[Path]
+    laws: tuple[str, ...] = ()
+    resamples: int = 200
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_numbers(self, resamples=20)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """What to train for a number of FLOPs under a fitted law.
 
@@ -73,6 +93,9 @@ class PlanOptions:
         flops: of training, one plan each.
         seconds: instead of FLOPs, one plan each.
         flops_per_second: that this machine trains at, as the cost ledger of a run shows it; with --seconds.
+        noise: table that `noise --csv` wrote, for batch sizes.
+        waste: share of the tokens that a batch may cost beyond those of small batches; with --noise the batch is this
+            share of the gradient-noise scale.
         csv: where the table goes as well.
     """
 
@@ -80,10 +103,12 @@ class PlanOptions:
     flops: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
     flops_per_second: float | None = None
+    noise: Path | None = None
+    waste: float = 0.1
     csv: Path | None = None
 
     def __post_init__(self) -> None:
-        check_numbers_without_limit(self, "flops", "seconds", "flops_per_second")
+        check_numbers_without_limit(self, "flops", "seconds", "flops_per_second", "waste")
         if bool(self.flops) == bool(self.seconds):
             raise ValueError("a plan needs either --flops or --seconds, at least one number")
         if bool(self.seconds) != (self.flops_per_second is not None):

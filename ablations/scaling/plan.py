@@ -4,6 +4,7 @@ Legend: R bootstrap draws, S sizes.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ class PlanRow:
         tokens_per_param: tokens / params.
         loss: that the law expects.
         params_from, params_to: sizes whose expected loss is within 0.1 % of the best: where it hardly matters.
+        batch_tokens: that cost --waste more tokens than small batches; NaN without --noise, as the next.
+        steps: tokens / batch_tokens.
     """
 
     flops: float
@@ -44,6 +47,8 @@ class PlanRow:
     loss_high: float
     params_from: float
     params_to: float
+    batch_tokens: float = math.nan
+    steps: float = math.nan
 
 
 def read_fit(folder: Path) -> tuple[Law, np.ndarray, np.ndarray]:
@@ -99,17 +104,34 @@ def size_name(law: Law) -> str:
     return sizes[0]
 
 
+def read_noise(path: Path) -> tuple[float, float]:
+    """The noise scale that `noise --csv` wrote, in tokens, and the loss that it was measured at.
+
+    Raises:
+        ValueError: for another file, several rows, or a scale that was not measured.
+    """
+    table = read_table(path)
+    if len(table.rows) > 1:
+        raise ValueError(f"{path}: {len(table.rows)} rows; --noise takes the table of one model")
+    return float(table.numbers("noise_tokens")[0]), float(table.numbers("loss")[0])
+
+
 def plan_command(options: PlanOptions) -> list[PlanRow]:
     """Prints one line per number of FLOPs.
 
     Raises:
-        ValueError: see `read_fit` and `size_name`.
+        ValueError: see `read_fit`, `size_name` and `read_noise`.
     """
     refuse_unwritable("--csv", options.csv)
     law, values_V, draws_RV = read_fit(options.fit)
     rate = options.flops_per_second or 1.0
     budgets = options.flops or tuple(seconds * rate for seconds in options.seconds)
     rows = [plan_row(law, values_V, draws_RV, flops) for flops in budgets]
+    batch, measured_at = math.nan, math.nan
+    if options.noise is not None:
+        noise, measured_at = read_noise(options.noise)
+        batch = options.waste * noise
+        rows = [dataclasses.replace(row, batch_tokens=batch, steps=row.tokens / batch) for row in rows]
     print(f"{law.text}\nleast loss for FLOPs = 6 {size_name(law)} tokens; in brackets the middle 95 % of the draws")
     for row in rows:
         print(
@@ -118,6 +140,13 @@ def plan_command(options: PlanOptions) -> list[PlanRow]:
             f" {with_unit(row.tokens)}tokens ({row.tokens_per_param:.3g} per parameter),"
             f" loss {row.loss:.4f} ({row.loss_low:.4f} to {row.loss_high:.4f});"
             f" within 0.1 % from {with_unit(row.params_from).strip()} to {with_unit(row.params_to).strip()}"
+            + (f"; {row.steps:,.0f} steps of {batch:,.0f} tokens" if options.noise is not None else "")
+        )
+    if options.noise is not None:
+        print(
+            f"batches cost {options.waste:.0%} more tokens than the least, by the noise scale of"
+            f" {batch / options.waste:,.0f} tokens; it was measured at a loss of {measured_at:.4f} nats per token and"
+            " is larger where the loss is lower"
         )
     if options.csv is not None:
         write_rows(options.csv, PlanRow, rows)

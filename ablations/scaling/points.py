@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ablations.scaling.forms import TOKENS, Law
+from ablations.scaling.forms import FLOPS, TOKENS, Law, derived
 from ablations.scaling.options import Columns
 
 FLOPS_PER_PARAMETER = 6
@@ -84,7 +84,8 @@ class Table:
                 values[index] = math.nan
             if not (math.isfinite(values[index]) and (values[index] > 0 or (zero and values[index] == 0))):
                 raise ValueError(
-                    f"{self.path}, line {self.lines[index]}, column {name}: {cell!r} is no positive finite number"
+                    f"{self.path}, line {self.lines[index]}, column {name}: {cell!r} is no positive finite number;"
+                    " leave out the rows of runs that diverged or lack it"
                 )
         return values
 
@@ -125,13 +126,15 @@ def read_points(path: Path, columns: Columns, law: Law) -> Points:
     table = read_table(path)
     if columns.run is not None:
         table = last_of_runs(table, columns.run, table.numbers(columns.flops or columns.tokens))
-    variables = {name: table.numbers(getattr(columns, name)) for name in law.variables if name != TOKENS}
-    if TOKENS in law.variables:
-        if columns.flops is None:
-            variables[TOKENS] = table.numbers(columns.tokens)
-        else:
-            size = table.numbers(columns.total_params)
-            variables[TOKENS] = table.numbers(columns.flops) / (FLOPS_PER_PARAMETER * size)
+
+    def column(name: str) -> np.ndarray:
+        if name == FLOPS:
+            return table.numbers(columns.flops or FLOPS)
+        if name == TOKENS and columns.flops is not None:
+            return table.numbers(columns.flops) / (FLOPS_PER_PARAMETER * table.numbers(columns.total_params))
+        return table.numbers(getattr(columns, name))
+
+    variables = {name: derived(name, column) for name in law.variables}
     weight_P = np.ones(len(table.rows)) if columns.weight is None else table.numbers(columns.weight)
     points = Points(variables=variables, loss_P=table.numbers(columns.loss), weight_P=weight_P)
     check_enough(points, law, path)

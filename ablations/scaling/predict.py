@@ -6,14 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from ablations.scaling.back_tests import LEVEL, QUANTILE, BackTest, Predictor, back_tests, calibrate, covered, deviation
-from ablations.scaling.figure_predictions import draw_predictions
+from ablations.scaling.figure_predictions import DrawnRow, draw_predictions, drawn_rows
 from ablations.scaling.ladder_runs import read_ladder, targets_of
 from ablations.scaling.options import PredictOptions
 from ablations.scaling.ratio_law import NAMES, Setting
 from foundation.command import refuse_unwritable
 from foundation.tables import write_rows, write_table
 
-LAW_FILE, PREDICTIONS_FILE, TESTS_FILE, FIGURE_FILE = "law.csv", "predictions.csv", "back_tests.csv", "{}.png"
+LAW_FILE, PREDICTIONS_FILE, TESTS_FILE = "law.csv", "predictions.csv", "back_tests.csv"
+# Of each column of losses: the last back-test over the truth, and its rows.
+FIGURE_FILE, DRAWN_FILE = "{}.png", "{}.csv"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,7 @@ def predict_command(options: PredictOptions) -> list[PredictionRow]:
         print("\n".join([law_line(found), *back_test_lines(own_tests), *final_lines(own_rows)]), flush=True)
         rows, test_rows, every = [*rows, *own_rows], [*test_rows, *own_tests], [*every, found]
         if options.out is not None:
+            write_rows(options.out / DRAWN_FILE.format(name), DrawnRow, drawn_rows(found.tests, found.s))
             draw_predictions(found.tests, found.s, own_rows, name, options.out / FIGURE_FILE.format(name))
     if options.out is not None:
         write_table(options.out / LAW_FILE, ("set", "parameter", "value"), law_cells(every))

@@ -33,7 +33,9 @@ def test_a_constant_gain_stays(tmp_path, capsys):
     assert "at 100x the largest size (1e+10)" in said
     assert "still better" in said
     assert "the laws do not cross up to 100x" in said
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"compare.csv", "compare.png"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        *("compare.csv", "curve.csv", "pairs.csv", "compare.png")
+    }
 
 
 def test_a_crossing_is_found(tmp_path, capsys):

@@ -9,9 +9,11 @@ from ablations.scaling.fit import fit_command
 from ablations.scaling.forms import LAWS, predict
 from ablations.scaling.huber import fit_by_huber
 from ablations.scaling.intervals import bootstrap, percentiles, profile
+from ablations.scaling.isoflop import IsoflopRow
 from ablations.scaling.options import Columns, FitOptions
 from ablations.scaling.points import Points, read_points, without_highest
 from ablations.scaling.variable_projection import fit_by_projection
+from foundation.tables import read_rows
 
 CHINCHILLA = Columns(total_params="Model Size", flops="Training FLOP")
 TRUTH = {"E": 1.8, "A": 400.0, "B": 2000.0, "a": 0.35, "b": 0.37}
@@ -156,3 +158,23 @@ def test_bad_tables_are_refused(tmp_path, text, said):
 def test_an_unknown_law_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="--law totl: no such law; did you mean 'total'"):
         fit_command(FitOptions(points=__file__, law="totl"))
+
+
+def test_isoflop_curves_are_written_with_their_parabolas(tmp_path):
+    # Sizes at equal FLOPs, with noise enough that parabola and law differ.
+    lines = ["total_params,tokens,loss"]
+    for flops in (1e17, 4e17, 16e17):
+        for size in np.geomspace(1e7, 8e8, 7):
+            tokens = flops / (6 * size)
+            lines.append(f"{size},{tokens},{1.7 + 400 * size**-0.34 + 400 * tokens**-0.28}")
+    (tmp_path / "points.csv").write_text("\n".join(lines))
+    fit_command(FitOptions(points=tmp_path / "points.csv", resamples=20, delta=1.0, out=tmp_path / "out"))
+    rows = read_rows(tmp_path / "out" / "isoflop.csv", IsoflopRow)
+    assert {row.kind for row in rows} == {"point", "law", "law optimum", "parabola", "parabola optimum"}
+    for row in rows:
+        assert 6 * row.params * row.tokens == pytest.approx(row.flops, rel=1e-3)
+    of = {(row.flops, row.kind): row for row in rows}
+    budgets = [flops for flops, kind in of if kind == "parabola optimum"]
+    assert len(budgets) >= 2
+    for flops in budgets:
+        assert of[flops, "parabola optimum"].params == pytest.approx(of[flops, "law optimum"].params, rel=0.3)

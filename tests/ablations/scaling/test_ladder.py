@@ -48,6 +48,11 @@ def test_runs_are_planned_with_their_sizes(options):
     assert (base.tokens, base.experts, base.granularity, base.density) == (512, 8, 8.0, 3 / 8)
     fewer = next(rung for rung in ladder.rungs if "_e4_" in rung.name)
     assert fewer.total_params < base.total_params
+    fine = prepare_ladder(dataclasses.replace(options, expert_widths=(2,)))
+    (narrow,) = [rung for rung in fine.rungs if rung.name.endswith("_f2")]
+    # A quarter as wide, four times as many, as many parameters but for the router's.
+    assert (narrow.experts, narrow.granularity, narrow.density) == (32, 32.0, 12 / 32)
+    assert narrow.active_params - base.active_params == 24 * 16
     wide = next(rung for rung in ladder.rungs if rung.name == "baseline_w32_l1_e8_k3_t512")
     assert wide.plan.model.attention.n_heads == 2 * base.plan.model.attention.n_heads
     assert wide.granularity == base.granularity
@@ -98,7 +103,8 @@ def test_a_ladder_of_a_method_has_its_own_held_out_runs(options):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"widths": (24,)}, "LadderOptions.widths: 24, n_kv_heads would be 1.5; a multiple of 16 fits"),
+        ({"expert_widths": (5,)}, "LadderOptions.expert_widths: 5, n_experts would be 12.8"),
+        ({"widths": (24,)}, "--widths: 24, n_kv_heads would be 1.5; a multiple of 16 fits"),
         ({"held_out": 9}, "LadderOptions.held_out: 9 of 9 runs, must leave at least one"),
         ({"law": "totl"}, "did you mean 'total'"),
         ({"methods": ("top_q",)}, "no method 'top_q'"),

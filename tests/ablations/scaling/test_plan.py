@@ -30,6 +30,17 @@ def test_the_plan_is_the_closed_form(folder, tmp_path, capsys):
     assert "1e+20 FLOP" in capsys.readouterr().out
 
 
+def test_batches_are_a_share_of_the_noise_scale(folder, tmp_path, capsys):
+    (tmp_path / "noise.csv").write_text("noise_tokens,loss\n50000,3.25\n")
+    options = PlanOptions(fit=folder, flops=(1e20,), noise=tmp_path / "noise.csv", waste=0.2)
+    (row,) = plan_command(options)
+    assert row.batch_tokens == pytest.approx(10_000)
+    assert row.steps == pytest.approx(row.tokens / 10_000)
+    said = capsys.readouterr().out
+    assert "steps of 10,000 tokens" in said
+    assert "batches cost 20% more tokens than the least, by the noise scale of 50,000 tokens" in said
+
+
 def test_seconds_are_flops(folder):
     (row,) = plan_command(PlanOptions(fit=folder, seconds=(1000.0,), flops_per_second=1e17))
     assert row.flops == pytest.approx(1e20)

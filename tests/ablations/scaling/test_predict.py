@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from ablations.scaling.back_tests import back_tests, calibrate, covered
+from ablations.scaling.figure_predictions import DrawnRow
 from ablations.scaling.ladder_runs import read_ladder
 from ablations.scaling.options import PredictOptions
 from ablations.scaling.predict import Found, Predictor, back_test_rows, predict_command
 from ablations.scaling.ratio_law import NAMES, Run, Setting, fit_ladder, loss_of, see
+from foundation.tables import read_rows
 
 TRUTH = {"E": 1.4, "log_A": 0.4, "a": 0.17, "log_B": -1.2, "b": 0.1, "c": 0.42, "F": 0.085, "log_C": 2.9}
 SIZES = {"20M": 2e7, "60M": 6e7, "180M": 1.8e8}
@@ -72,8 +74,13 @@ def test_predictions_of_a_ladder_hold_the_truth(tmp_path, capsys):
     assert np.mean(inside) > 0.8
     assert "1B at 4x" in capsys.readouterr().out
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        *("law.csv", "predictions.csv", "back_tests.csv", "loss.png")
+        *("law.csv", "predictions.csv", "back_tests.csv", "loss.png", "loss.csv")
     }
+    drawn = read_rows(tmp_path / "out" / "loss.csv", DrawnRow)
+    # The largest size from all below it, every row between its bounds' ends.
+    assert len({(row.fitted, row.size) for row in drawn}) == 1
+    assert all(row.low_90 < row.predicted < row.high_90 for row in drawn)
+    assert np.mean([row.low_90 <= row.loss <= row.high_90 for row in drawn]) > 0.8
 
 
 def test_intervals_widen_with_the_distance():
