@@ -29,7 +29,7 @@ from foundation.numbers import check_numbers
 from foundation.tables import read_rows, write_rows
 from lm.block import Block
 from lm.generate import PREFILL_TOKENS
-from lm.long_context_figure import draw_long_context
+from lm.long_context_figure import LongContextRow, draw_long_context
 from lm.model import LanguageModel
 from lm.options import ModelOptions
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
@@ -80,23 +80,6 @@ class LongContextConfig:
         for path in self.drawn_from:
             if not path.is_file():
                 raise ValueError(f"drawn_from: {path} is no file; legal: what --csv has written")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LongContextRow:
-    """After `tokens` tokens. Seconds are per 1,000 tokens since the row before; `decode_seconds` per token, 0 where
-    nothing was decoded."""
-
-    plan: str
-    tokens: int
-    cache_bytes: int
-    full_attention_bytes: int
-    saved: float
-    seconds: float
-    linear_seconds: float
-    softmax_seconds: float
-    decode_seconds: float
-    peak_bytes: int
 
 
 @torch.no_grad()

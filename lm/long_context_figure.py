@@ -1,21 +1,35 @@
 """The figure of `python -m lm long-context`: seconds per 1,000 tokens and bytes of the cache over a long text."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from foundation.files import write_bytes
-
-if TYPE_CHECKING:
-    from lm.long_context import LongContextRow
 
 # Okabe and Ito's colours, which colour-blind eyes tell apart (jfly.uni-koeln.de/color).
 COLOURS = ("#0072b2", "#d55e00", "#00896a", "#a8508a")
 MUTED = "#6a7079"
 
 
-def draw_long_context(rows: "Sequence[LongContextRow]", path: Path) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongContextRow:
+    """After `tokens` tokens. Seconds are per 1,000 tokens since the row before; `decode_seconds` per token, 0 where
+    nothing was decoded."""
+
+    plan: str
+    tokens: int
+    cache_bytes: int
+    full_attention_bytes: int
+    saved: float
+    seconds: float
+    linear_seconds: float
+    softmax_seconds: float
+    decode_seconds: float
+    peak_bytes: int
+
+
+def draw_long_context(rows: Sequence[LongContextRow], path: Path) -> None:
     """Draws one curve per plan; svg, png or pdf by the file's name."""
     import matplotlib
     from matplotlib.figure import Figure
