@@ -9,3 +9,4 @@
 #include "softmax_attention.c"
 #include "training_norm_and_loss.c"
 #include "chunked_rule.c"
+#include "linear_layer.c"

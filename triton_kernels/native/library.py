@@ -32,6 +32,7 @@ SOURCES = [
     for name in (
         *("library", "few_tokens", "routing", "decode_step", "products", "projection"),
         *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss", "chunked_rule"),
+        "linear_layer",
     )
 ]
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
@@ -65,6 +66,10 @@ SIGNATURES: dict[str, list[type]] = {
     "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT],
     "rule_forward": [*[P] * 8, FLOAT, *[P] * 5, INT],
     "rule_backward": [*[P] * 8, FLOAT, *[P] * 10, INT],
+    "conv_forward": [*[P] * 7, INT],
+    "conv_backward": [*[P] * 10, INT],
+    "gated_norm": [*[P] * 4, FLOAT, P, INT],
+    "gated_norm_backward": [*[P] * 4, FLOAT, *[P] * 4, INT],
 }
 # Rows, or an error below 0; the others return nothing.
 RETURNING = (
