@@ -26,9 +26,10 @@ from corpus.sources import read_paths, read_standard_library
 from foundation.command import refuse_unwritable
 from foundation.environment import device_name, peak_memory, short_commit
 from foundation.numbers import check_numbers
-from foundation.tables import write_rows
+from foundation.tables import read_rows, write_rows
 from lm.block import Block
 from lm.generate import PREFILL_TOKENS
+from lm.long_context_figure import LongContextRow, draw_long_context
 from lm.model import LanguageModel
 from lm.options import ModelOptions
 from lm.pretrained import find_model, load_pretrained, load_tokenizer
@@ -53,6 +54,8 @@ class LongContextConfig:
         decode_tokens: decoded after it.
         threads: CPU threads; 0 keeps torch's choice.
         csv: also write the rows there.
+        figure: also draw them there; svg, png or pdf by the file's name.
+        drawn_from: csv files of earlier runs: their rows are drawn, and nothing is run.
     """
 
     run: Path | None = None
@@ -67,32 +70,27 @@ class LongContextConfig:
     decode_tokens: int = 64
     threads: int = 0
     csv: Path | None = None
+    figure: Path | None = None
+    drawn_from: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self, vocab_size=1, tokens=1, decode_tokens=1, threads=0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LongContextRow:
-    """After `tokens` tokens. Seconds are per 1,000 tokens since the row before; `decode_seconds` per token, 0 where
-    nothing was decoded."""
-
-    plan: str
-    tokens: int
-    cache_bytes: int
-    full_attention_bytes: int
-    saved: float
-    seconds: float
-    linear_seconds: float
-    softmax_seconds: float
-    decode_seconds: float
-    peak_bytes: int
+        if self.drawn_from and self.figure is None:
+            raise ValueError("drawn_from: without a figure to draw; legal: with --figure FILE")
+        for path in self.drawn_from:
+            if not path.is_file():
+                raise ValueError(f"drawn_from: {path} is no file; legal: what --csv has written")
 
 
 @torch.no_grad()
 def long_context(config: LongContextConfig) -> list[LongContextRow]:
     """Runs it and prints a row after every `ROW_TOKENS` tokens; returns them."""
     refuse_unwritable("--csv", config.csv)
+    refuse_unwritable("--figure", config.figure)
+    if config.figure and config.drawn_from:
+        rows = [row for path in config.drawn_from for row in read_rows(path, LongContextRow)]
+        draw_long_context(rows, config.figure)
+        return rows
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
@@ -128,6 +126,8 @@ def long_context(config: LongContextConfig) -> list[LongContextRow]:
     )
     if config.csv:
         write_rows(config.csv, LongContextRow, rows)
+    if config.figure:
+        draw_long_context(rows, config.figure)
     return rows
 
 

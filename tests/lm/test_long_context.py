@@ -53,6 +53,22 @@ def test_the_table_and_the_end(tmp_path, capsys):
     assert "decoding behind 17,000 tokens" in capsys.readouterr().out
 
 
+def test_a_recorded_table_is_drawn_again(tmp_path, capsys):
+    recorded = "notes/results/cpu_speed/long_context.csv"
+    drawn = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for path in drawn:
+        main(["long-context", "--drawn-from", recorded, "--figure", str(path)])
+    assert drawn[0].read_text() == drawn[1].read_text()
+    assert "<svg" in drawn[0].read_text()
+    for wrong, message in (
+        (["--drawn-from", recorded], "without a figure"),
+        (["--drawn-from", "no.csv", "--figure", str(drawn[0])], "no.csv is no file"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["long-context", *wrong])
+        assert message in capsys.readouterr().err
+
+
 def test_bytes_need_a_vocabulary():
     with pytest.raises(SystemExit, match=r"--vocab-size 100: must be at least 256"):
         main(["long-context", "--vocab-size", "100", "--tokens", "10"])

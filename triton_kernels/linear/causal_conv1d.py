@@ -21,6 +21,8 @@ from triton_kernels.common.checks import (
     check_tensors,
 )
 from triton_kernels.linear.causal_conv1d_torch import causal_conv1d_torch
+from triton_kernels.linear.native_layer import causal_conv1d_native
+from triton_kernels.native.library import takes_many_rows
 
 OP = "causal_conv1d"
 WIDTHS = tuple(range(2, 9))
@@ -46,7 +48,8 @@ def causal_conv1d(
         activation: "silu" or None.
         initial_tail: [S, D, W - 1], the inputs before each sequence, oldest first; zeros by default.
         cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed.
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+        backend: "torch", "triton", "native" (in C, for fp32 on a CPU without cu_seqlens), or "auto": Triton on CUDA
+            tensors, C where it takes them.
 
     Returns:
         y_BTD, and the tail [S, D, W - 1], both in x's dtype: the last W - 1 inputs of each sequence, those of
@@ -69,7 +72,13 @@ def causal_conv1d(
     else:
         check_shape(OP, "initial_tail", initial_tail, {"S": S, "D": D, "W-1": W - 1})
         tail_SRD = initial_tail.to(x_BTD.dtype).transpose(1, 2)
-    if check_backend(backend, x_BTD) == "torch":
+    tensors = [x for x in (x_BTD, weight_DW, bias_D, tail_SRD) if x is not None]
+    native = cu_seqlens is None and x_BTD.numel() > 0 and takes_many_rows(*tensors)
+    chosen = check_backend(backend, x_BTD, native=native)
+    if chosen == "native":
+        y_BTD = causal_conv1d_native(x_BTD, weight_DW, bias_D, tail_SRD, silu=activation == "silu")
+        return y_BTD, last_inputs(x_BTD, tail_SRD, None).transpose(1, 2)
+    if chosen == "torch":
         convolve = causal_conv1d_torch
     elif x_BTD.dtype == torch.float64:
         raise ValueError(f"{OP}: x_BTD is float64; the Triton kernels take float32, float16 and bfloat16")

@@ -21,6 +21,7 @@ from triton_kernels.common.checks import (
     check_tensors,
 )
 from triton_kernels.linear.delta_rule import check_sequences
+from triton_kernels.linear.native import chunked_rule_native, takes_rule
 
 OP = "decayed_linear_attention"
 
@@ -48,7 +49,8 @@ def decayed_linear_attention(
         cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed; states are then [S, H, K,
             V].
         chunk_size: tokens of a chunk; the kernels take powers of two from 16 on.
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+        backend: "torch", "triton", "native" (in C, for fp32 on a CPU, in chunks of its own size), or "auto": Triton on
+            CUDA tensors, C where it takes them.
 
     Returns:
         o_BTHV in v's dtype and the final state in fp32 (fp64 for fp64 inputs); gradients flow to every tensor, states
@@ -71,7 +73,18 @@ def decayed_linear_attention(
         )
         check_range(OP, "log_decay", log_decay, -math.inf, 0)
     initial = check_sequences(OP, sizes, q_BTHK, cu_seqlens, initial_state_BHKV)
-    if check_backend(backend, q_BTHK) == "triton":
+    tensors = (q_BTHK, k_BTHK, log_decay, initial)
+    chosen = check_backend(backend, q_BTHK, native=takes_rule(v_BTHV, *tensors))
+    if chosen == "native":
+        return chunked_rule_native(
+            *(q_BTHK, k_BTHK, v_BTHV, log_decay),
+            beta_BTH=None,
+            initial_SHKV=initial,
+            cu_seqlens=cu_seqlens,
+            scale=scale,
+            normalize_qk=False,
+        )
+    if chosen == "triton":
         from triton_kernels.linear.decayed_linear_attention_launch import (
             decayed_linear_attention_triton as implementation,
         )

@@ -21,6 +21,7 @@ from triton_kernels.common.checks import (
     check_tensors,
 )
 from triton_kernels.linear.linear_attention_torch import delta_rule_torch
+from triton_kernels.linear.native import chunked_rule_native, takes_rule
 
 
 class DeltaTensors(NamedTuple):
@@ -90,7 +91,18 @@ def run_delta_rule(
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"{op}: chunk_size={chunk_size}, must be a power of two")
     tensors = tensors._replace(initial=check_sequences(op, sizes, tensors.q, cu_seqlens, tensors.initial))
-    if check_backend(backend, tensors.q) == "triton":
+    factor = float(sizes["K"] ** -0.5 if scale is None else scale)
+    chosen = check_backend(backend, tensors.q, native=takes_rule(tensors.v, *tensors))
+    if chosen == "native":
+        return chunked_rule_native(
+            *(tensors.q, tensors.k, tensors.v, tensors.log_decay),
+            beta_BTH=tensors.beta,
+            initial_SHKV=tensors.initial,
+            cu_seqlens=cu_seqlens,
+            scale=factor,
+            normalize_qk=normalize_qk,
+        )
+    if chosen == "triton":
         # Imported here: Triton exists on Linux only, and its interpreter must be chosen before a kernel is defined.
         from triton_kernels.linear.delta_rule_launch import check_kernels_take, delta_rule_triton
 
@@ -100,7 +112,7 @@ def run_delta_rule(
         implementation = delta_rule_torch
     return implementation(
         *tensors,
-        scale=sizes["K"] ** -0.5 if scale is None else scale,
+        scale=factor,
         normalize_qk=normalize_qk,
         cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,

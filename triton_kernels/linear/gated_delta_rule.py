@@ -41,7 +41,8 @@ def gated_delta_rule(
         cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed; states are then [S, H, K,
             V].
         chunk_size: tokens of a chunk, a power of two.
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+        backend: "torch", "triton", "native" (in C, for fp32 on a CPU, in chunks of its own size), or "auto": Triton on
+            CUDA tensors, C where it takes them.
 
     Returns:
         o_BTHV in v's dtype and the final state in fp32 (fp64 for fp64 inputs); gradients flow to every tensor, states

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_kernels.common.checks import check_backend, check_dtype, check_number, check_placed, check_shape
+from triton_kernels.linear.native_layer import gated_rms_norm_native
+from triton_kernels.native.library import takes_many_rows
 
 OP = "gated_rms_norm"
 ACTIVATIONS = ("silu", "sigmoid")
@@ -24,7 +26,8 @@ def gated_rms_norm(
         weight: [D] in any floating dtype.
         eps: added to the mean of the squares.
         activation: "silu" or "sigmoid".
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+        backend: "torch", "triton", "native" (in C, for fp32 on a CPU), or "auto": Triton on CUDA tensors, C where it
+            takes them.
 
     Returns:
         y in the shape and dtype of x, differentiable in all three tensors.
@@ -41,7 +44,10 @@ def gated_rms_norm(
     check_number(OP, "eps", eps, least=0)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
-    if check_backend(backend, x) == "torch":
+    chosen = check_backend(backend, x, native=x.numel() > 0 and takes_many_rows(x, gate, weight))
+    if chosen == "native":
+        return gated_rms_norm_native(x, gate, weight, eps=eps, silu=activation == "silu")
+    if chosen == "torch":
         sums = torch.promote_types(x.dtype, torch.float32)
         normed = F.rms_norm(x.to(sums), (x.shape[-1],), weight.to(sums), eps)
         return (normed * (F.silu if activation == "silu" else torch.sigmoid)(gate.to(sums))).to(x.dtype)

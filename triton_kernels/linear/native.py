@@ -1,12 +1,23 @@
-"""One token of a linear layer on a CPU: `delta_decode` and `lightning_decode` in one call each.
+"""Linear attention in C on a CPU: one token of a layer, `delta_decode` and `lightning_decode` in one call each; and of
+many tokens the chunked rules, with gradients.
 
-Legend: B sequences, H heads, K key width, V value width, X channels, W convolution width.
+Legend: B batch rows, T tokens, H value heads, G heads of queries and keys, K key width, V value width, X channels, W
+convolution width, S sequences, N chunks of all.
 """
+
+import ctypes
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, threads
+from triton_kernels.native.library import call, takes_many_rows, threads, wide
+
+# As in chunked_rule.c.
+CHUNK = 32
 
 
 def delta_decode_native(
@@ -42,3 +53,106 @@ def lightning_decode_native(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: 
     x_BX = x_BX if x_BX.stride(1) == 1 else x_BX.contiguous()
     call("lightning_decode", x_BX, x_BX.stride(0), log_decay_H, state_BHKV, o_BHV, B, H, K, V)
     return o_BHV.to(qkv_BX.dtype)
+
+
+def takes_rule(v_BTHV: Tensor, *others: Tensor | None) -> bool:
+    """Whether `chunked_rule_native` takes the tensors of a call."""
+    return v_BTHV.numel() > 0 and takes_many_rows(v_BTHV, *(x for x in others if x is not None))
+
+
+class _Rule(NamedTuple):
+    """What a call is besides its tensors."""
+
+    sequences_S4: Tensor
+    n_chunks: int
+    scale: float
+    normalize_qk: bool
+
+
+def chunked_rule_native(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor | None,
+    *,
+    beta_BTH: Tensor | None,
+    initial_SHKV: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    normalize_qk: bool,
+) -> tuple[Tensor, Tensor]:
+    """The chunked forms behind `gated_delta_rule`, `kimi_delta_attention` and, without beta, `decayed_linear_attention`
+    on checked arguments that `takes_rule` lets pass; log_decay is None, [H], [B, T, H] or [B, T, H, K].
+
+    Returns:
+        o_BTHV and the states after the last tokens [S, H, K, V].
+    """
+    B, T, H, _ = v_BTHV.shape
+    if log_decay is None or log_decay.dim() < 4:
+        log_decay = (v_BTHV.new_zeros(()) if log_decay is None else log_decay).expand(B, T, H)
+    # Of each sequence: batch row, first token, tokens, chunks before it.
+    spans = [(b, 0, T) for b in range(B)]
+    if cu_seqlens is not None:
+        spans = [(0, first, last - first) for first, last in pairwise(cu_seqlens.tolist())]
+    *before, n_chunks = accumulate((-(-n // CHUNK) for _, _, n in spans), initial=0)
+    sequences_S4 = torch.tensor([(*span, n) for span, n in zip(spans, before)], dtype=torch.int64)
+    rule = _Rule(sequences_S4, n_chunks, scale, normalize_qk)
+    return _ChunkedRule.apply(rule, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, initial_SHKV)  # pyright: ignore[reportReturnType]
+
+
+class _ChunkedRule(torch.autograd.Function):
+    """Keeps the state before every chunk, and of a correction the errors, beside the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rule: _Rule,
+        q_BTGK: Tensor,
+        k_BTGK: Tensor,
+        v_BTHV: Tensor,
+        log_decay: Tensor,
+        beta_BTH: Tensor | None,
+        initial_SHKV: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        (B, T, G, K), (H, V), S = q_BTGK.shape, v_BTHV.shape[2:], len(rule.sequences_S4)
+        q_BTGK, k_BTGK, v_BTHV = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTGK, k_BTGK, v_BTHV))
+        if log_decay.dim() == 4 and log_decay.stride(-1) != 1:
+            log_decay = log_decay.contiguous()
+        inputs = q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH
+        ctx.rule, ctx.sizes = rule, (S, T, H, G, K, V, int(log_decay.dim() == 4), int(rule.normalize_qk))
+        states_NHKV = errors_BTHV = None
+        if any(ctx.needs_input_grad):
+            states_NHKV = torch.empty(rule.n_chunks, H, K, V)
+            errors_BTHV = None if beta_BTH is None else torch.empty(B, T, H, V)
+        final_SHKV, o_BTHV = torch.empty(S, H, K, V), torch.empty(B, T, H, V)
+        call(
+            "rule_forward",
+            *_described(ctx, inputs, states_NHKV, errors_BTHV),
+            *(None if initial_SHKV is None else wide(initial_SHKV), final_SHKV, o_BTHV, threads()),
+        )
+        ctx.save_for_backward(*inputs, states_NHKV, errors_BTHV)
+        return o_BTHV, final_SHKV
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *inputs, states_NHKV, errors_BTHV = ctx.saved_tensors
+        gradients = [None if x is None else torch.empty(x.shape) for x in inputs]
+        if not ctx.needs_input_grad[4]:
+            gradients[3] = None
+        d_initial_SHKV = torch.empty(d_final.shape)
+        call(
+            "rule_backward",
+            *_described(ctx, inputs, states_NHKV, errors_BTHV),
+            *(wide(d_o), wide(d_final), *gradients, d_initial_SHKV, threads()),
+        )
+        return None, *gradients, d_initial_SHKV if ctx.needs_input_grad[6] else None
+
+
+def _described(
+    ctx: Any, inputs: Sequence[Tensor | None], states_NHKV: Tensor | None, errors_BTHV: Tensor | None
+) -> tuple[Any, ...]:
+    """The arguments that both directions share."""
+    strides = [0 if x is None else x.stride(axis) for x in inputs for axis in range(3)]
+    arrays = (ctypes.c_long * len(strides))(*strides), ctx.rule.sequences_S4, (ctypes.c_long * 8)(*ctx.sizes)
+    return *inputs, *arrays, ctx.rule.scale, states_NHKV, errors_BTHV

@@ -8,3 +8,5 @@
 #include "newton_schulz.c"
 #include "softmax_attention.c"
 #include "training_norm_and_loss.c"
+#include "chunked_rule.c"
+#include "linear_layer.c"

@@ -31,7 +31,8 @@ SOURCES = [
     Path(__file__).with_name(f"{name}.c")
     for name in (
         *("library", "few_tokens", "routing", "decode_step", "products", "projection"),
-        *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss"),
+        *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss", "chunked_rule"),
+        "linear_layer",
     )
 ]
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
@@ -63,11 +64,18 @@ SIGNATURES: dict[str, list[type]] = {
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
     "softmax_forward": [*[P] * 8, FLOAT, P, P, INT],
     "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT],
+    "rule_forward": [*[P] * 8, FLOAT, *[P] * 5, INT],
+    "rule_backward": [*[P] * 8, FLOAT, *[P] * 10, INT],
+    "conv_forward": [*[P] * 7, INT],
+    "conv_backward": [*[P] * 10, INT],
+    "gated_norm": [*[P] * 4, FLOAT, P, INT],
+    "gated_norm_backward": [*[P] * 4, FLOAT, *[P] * 4, INT],
 }
 # Rows, or an error below 0; the others return nothing.
 RETURNING = (
     *("experts", "sort_slots", "softmax_decode", "decode_step", "grouped_mlp_forward", "grouped_mlp_backward"),
     *("project_rows", "project_rows_backward", "newton_schulz", "softmax_forward", "softmax_backward", "head_loss"),
+    *("rule_forward", "rule_backward"),
 )
 
 
@@ -159,7 +167,7 @@ def takes_many_rows(*tensors: Tensor) -> bool:
     )
 
 
-def call(name: str, *arguments: Tensor | float | int | None) -> int:
+def call(name: str, *arguments: Tensor | float | int | ctypes.Array | None) -> int:
     """One function of the library; what it returns. Tensors are passed as where they lie, None as NULL.
 
     Raises:

@@ -30,10 +30,13 @@ static float *scratch_for(atomic_int *no_memory, long floats) {
 
 /* ---- Products of matrices ---- */
 
+/* Compiled once, and not wherever they are called: the compiler would take longer for their copies than for the rest. */
+#define CALLED static __attribute__((noinline))
+
 /* The right factor lies in panels: TILE_COLUMNS of its columns, row after row, the last panel filled up with zeros. */
 
 /* Columns [first, first + columns) of source, whose `depth` rows are the ones in `index` where it is not NULL. */
-static void pack(const float *source, const int64_t *index, long stride, long first, long columns, long depth,
+CALLED void pack(const float *source, const int64_t *index, long stride, long first, long columns, long depth,
                  float *panels) {
     for (long j = 0; j < columns; j += TILE_COLUMNS, panels += depth * TILE_COLUMNS) {
         long n = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
@@ -47,12 +50,46 @@ static void pack(const float *source, const int64_t *index, long stride, long fi
     }
 }
 
+/* Two vectors' elements by their places in both. */
+#if defined(__clang__)
+#define MIXED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Places __attribute__((vector_size(4 * WIDE)));
+#define MIXED(a, b, ...) __builtin_shuffle(a, b, (Places){__VA_ARGS__})
+#endif
+
+/* y[k][c] = x[c][k] of a square of WIDE rows. */
+static inline void transpose_square(const float *x, long stride, float *y, long y_stride) {
+    Vector row[WIDE], two[WIDE], four[WIDE];
+    for (int c = 0; c < WIDE; c++) row[c] = load(x + c * stride);
+    for (int c = 0; c < WIDE; c += 2) {
+        two[c] = MIXED(row[c], row[c + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        two[c + 1] = MIXED(row[c], row[c + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    for (int c = 0; c < WIDE; c += 4)
+        for (int k = 0; k < 2; k++) {
+            four[c + 2 * k] = MIXED(two[c + k], two[c + 2 + k], 0, 1, 8, 9, 4, 5, 12, 13);
+            four[c + 2 * k + 1] = MIXED(two[c + k], two[c + 2 + k], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int k = 0; k < 4; k++) {
+        Vector first = MIXED(four[k], four[4 + k], 0, 1, 2, 3, 8, 9, 10, 11);
+        Vector second = MIXED(four[k], four[4 + k], 4, 5, 6, 7, 12, 13, 14, 15);
+        memcpy(y + k * y_stride, &first, sizeof first), memcpy(y + (4 + k) * y_stride, &second, sizeof second);
+    }
+}
+
 /* The transpose of `columns` rows of `depth` elements. */
-static void pack_transposed(const float *source, long stride, long columns, long depth, float *panels) {
+CALLED void pack_transposed(const float *source, long stride, long columns, long depth, float *panels) {
     for (long j = 0; j < columns; j += TILE_COLUMNS, panels += depth * TILE_COLUMNS)
-        for (long c = 0; c < TILE_COLUMNS; c++)
-            for (long k = 0; k < depth; k++)
-                panels[k * TILE_COLUMNS + c] = j + c < columns ? source[(j + c) * stride + k] : 0.0f;
+        for (long c = 0; c < TILE_COLUMNS; c += WIDE) {
+            const float *rows = source + (j + c) * stride;
+            long n = columns - j - c < WIDE ? columns - j - c : WIDE, k = 0;
+            for (; n == WIDE && k + WIDE <= depth; k += WIDE)
+                transpose_square(rows + k, stride, panels + k * TILE_COLUMNS + c, TILE_COLUMNS);
+            for (; k < depth; k++)
+                for (long i = 0; i < WIDE; i++)
+                    panels[k * TILE_COLUMNS + c + i] = i < n ? rows[i * stride + k] : 0.0f;
+        }
 }
 
 /* The left factor: row i begins at x + (index ? index[i] : i) * stride, and its elements are `step` apart. */
@@ -105,7 +142,7 @@ static inline __attribute__((always_inline)) void tile(Left left, const float *p
 }
 
 /* Of the panels' `depth` rows, `terms` from row `first` on are the right factor. */
-static void product_of(Left left, const float *panels, long depth, long first, long terms, long rows, long columns,
+CALLED void product_of(Left left, const float *panels, long depth, long first, long terms, long rows, long columns,
                        Result result) {
     panels += first * TILE_COLUMNS;
     for (long j = 0; j < columns; j += TILE_COLUMNS, panels += depth * TILE_COLUMNS, result.x += TILE_COLUMNS) {
@@ -121,6 +158,6 @@ static void product_of(Left left, const float *panels, long depth, long first, l
     }
 }
 
-static void product(Left left, const float *panels, long depth, long rows, long columns, Result result) {
+CALLED void product(Left left, const float *panels, long depth, long rows, long columns, Result result) {
     product_of(left, panels, depth, 0, depth, rows, columns, result);
 }

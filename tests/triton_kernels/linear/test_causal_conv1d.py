@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.linear.causal_conv1d import causal_conv1d
+from triton_kernels.native.library import native
 
 
 def plain_convolution(x_BTD, weight_DW, bias_D=None, activation="silu", initial_tail=None, cu_seqlens=None):
@@ -177,6 +178,45 @@ def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengt
             + 4 * torch.finfo(dtype).eps * exact[name].abs().max()
         )
         assert (x.double() - exact[name]).abs().max() <= budget, name
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+@settings(max_examples=30, deadline=None)
+@given(
+    B=st.integers(1, 3),
+    T=st.sampled_from([1, 2, 3, 63, 127, 129, 300]),
+    D=st.sampled_from([1, 5, 128, 150]),
+    W=st.integers(2, 8),
+    bias=st.booleans(),
+    tail=st.booleans(),
+    activation=st.sampled_from(["silu", None]),
+)
+def test_in_c_equals_the_formula(B, T, D, W, bias, tail, activation):
+    inputs = random_inputs(B, T, D, W, B, bias, tail)
+    exact = outputs_and_gradients(causal_conv1d, inputs, activation=activation)
+    inputs = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+    for name, x in outputs_and_gradients(causal_conv1d, inputs, activation=activation, backend="native").items():
+        assert x.dtype == torch.float32
+        budget = 16 * torch.finfo(torch.float32).eps * exact[name].abs().max()
+        assert (x.double() - exact[name]).abs().max() <= budget, name
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+def test_in_c_the_same_bits_by_one_thread_or_more_wherever_inputs_lie():
+    wide = torch.randn(3, 300, 160, generator=torch.Generator().manual_seed(0))
+    _, weight, bias, tail = (
+        x.detach() for x in random_inputs(3, 1, 150, 4, 3, True, True, torch.float32, seed=1).values()
+    )
+    dense, before, results = wide[..., 3:153].contiguous(), torch.get_num_threads(), []
+    try:
+        for threads, x in ((1, dense), (2, wide[..., 3:153]), (3, dense.mT.contiguous().mT)):
+            torch.set_num_threads(threads)
+            leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias, tail)]
+            y, last = causal_conv1d(*leaves[:2], bias_D=leaves[2], initial_tail=leaves[3], backend="native")
+            results.append((y, last, *torch.autograd.grad((y, last), leaves, (dense.cos(), last.detach().cos()))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, right) for other in results[1:] for x, right in zip(other, results[0], strict=True))
 
 
 @settings(max_examples=6, deadline=None)

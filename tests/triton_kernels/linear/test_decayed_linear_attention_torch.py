@@ -1,4 +1,5 @@
-"""The chunked torch reference against the token-by-token recurrence in fp64: outputs, states and every gradient."""
+"""The chunked torch reference and the form in C against the token-by-token recurrence in fp64: outputs, states and
+every gradient."""
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from triton_kernels.linear.decayed_linear_attention import decayed_linear_attention
 from triton_kernels.linear.linear_attention_torch import linear_attention_recurrence, token_log_decay
 from triton_kernels.linear.linear_decode import linear_attention_step
+from triton_kernels.native.library import native
 
 HEADS, KEY_WIDTH, VALUE_WIDTH = 2, 5, 3
 # A fixed decay has one value per head, and takes a shorter way than a learnt one, which has a gradient.
@@ -81,6 +83,33 @@ def test_across_many_blocks(gate: str, lengths: list[int], monkeypatch: pytest.M
     monkeypatch.setattr("triton_kernels.linear.chunks_torch.BLOCK_BYTES", 2 * 2 * HEADS * 8 * KEY_WIDTH * 8)
     cu_seqlens = None if len(lengths) == 1 else torch.tensor([0, *lengths]).cumsum(0)
     assert_equals_recurrence(gate, sum(lengths), 8, cu_seqlens, -0.1)
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+@settings(max_examples=20, deadline=None)
+@given(
+    gate=st.sampled_from(GATES),
+    lengths=st.lists(st.sampled_from([0, 1, 31, 32, 63, 100]), min_size=1, max_size=3).filter(any),
+    floor=st.sampled_from([0.0, -1.0, -50.0]),
+)
+def test_in_c_equals_the_recurrence(gate: str, lengths: list[int], floor: float) -> None:
+    cu_seqlens = None if len(lengths) == 1 else torch.tensor([0, *lengths]).cumsum(0)
+    inputs = make_inputs(gate, 1, sum(lengths), len(lengths), floor=floor)
+    results = []
+    for backend, dtype in (("native", torch.float32), ("recurrence", torch.float64)):
+        q, k, v, g, state = (None if x is None else x.detach().to(dtype) for x in inputs)
+        leaves = [x.requires_grad_() for x in (q, k, v, None if gate == "fixed" else g, state) if x is not None]
+        options = {"scale": 0.3, "cu_seqlens": cu_seqlens}
+        if backend == "native":
+            out, final = decayed_linear_attention(q, k, v, g, initial_state_BHKV=state, backend=backend, **options)
+        else:
+            out, final = linear_attention_recurrence(q, k, v, token_log_decay(g, q), None, state, **options)
+        # The gate's gradient is a difference of terms as large as those of the keys.
+        loss = out.square().sum() + final.square().sum()
+        results.append((out, final, *torch.autograd.grad(loss, leaves, materialize_grads=True)))
+    for have, want in zip(*results, strict=True):
+        scale = max(1.0, *(float(x.detach().abs().max()) for x in (want, results[1][3])))
+        assert (have.double() - want).abs().max() <= 40 * torch.finfo(torch.float32).eps * scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,9 @@ from triton_kernels.linear.gated_delta_rule import gated_delta_rule
 from triton_kernels.linear.kimi_delta_attention import kimi_delta_attention
 from triton_kernels.linear.linear_attention_torch import linear_attention_recurrence
 from triton_kernels.linear.linear_decode import linear_attention_step
+from triton_kernels.native.library import native
 
+IN_C = pytest.param("native", marks=pytest.mark.skipif(native().library is None, reason=native().reason))
 RULES = ("gated", "plain", "kimi")
 # How many units of rounding an output or a gradient may be off, relative to its largest entry.
 ROUNDINGS = {torch.float64: 1e5, torch.float32: 40, torch.float16: 12}
@@ -129,6 +131,67 @@ def test_reference_across_many_blocks_in_fp32(rule, lengths, monkeypatch):
     assert_close(rule, draw(rule, 1, sum(lengths), 4, 4, (64, 64), len(lengths), torch.float32), "torch", cu_seqlens)
 
 
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+@settings(max_examples=25, deadline=None)
+@given(
+    rule=st.sampled_from(RULES),
+    tokens=st.sampled_from([1, 2, 7, 31, 32, 33, 63, 100]),
+    heads=st.sampled_from([(1, 1), (1, 3), (2, 4)]),
+    widths=st.sampled_from([(5, 3), (16, 40), (64, 64), (33, 17)]),
+    floor=st.sampled_from([0.0, -1.0, -50.0]),
+    normalize_qk=st.booleans(),
+)
+def test_in_c_equals_the_recurrence(rule, tokens, heads, widths, floor, normalize_qk):
+    tensors = draw(rule, 2, tokens, *heads, widths, 2, torch.float32, floor)
+    assert_close(rule, tensors, "native", normalize_qk=normalize_qk)
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+@settings(max_examples=8, deadline=None)
+@given(rule=st.sampled_from(RULES), lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(any))
+def test_in_c_on_packed_sequences(rule, lengths):
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    assert_close(rule, draw(rule, 1, sum(lengths), 1, 2, (12, 20), len(lengths), torch.float32), "native", cu_seqlens)
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+@pytest.mark.parametrize("rule", RULES)
+def test_in_c_the_same_bits_by_one_thread_or_more_wherever_inputs_lie(rule):
+    q, k, v, g, beta, state = draw(rule, 2, 70, 2, 4, (16, 24), 2, torch.float32)
+    # Parts of one projection, and channels before tokens.
+    inner = torch.cat([x.detach().flatten(2) for x in (q, k, v)], -1)
+    parts = [x.unflatten(-1, (-1, width)) for x, width in zip(inner.split([32, 32, 96], -1), (16, 16, 24))]
+    across = [None if x is None else x.detach().transpose(1, -1).contiguous().transpose(1, -1) for x in (q, k, v, g)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, inputs in ((1, (q, k, v, g)), (2, (*parts, g)), (3, across)):
+            torch.set_num_threads(threads)
+            leaves = [None if x is None else x.detach().requires_grad_() for x in (*inputs, beta, state)]
+            out, final = run(rule, leaves, "native", normalize_qk=True)
+            wanted = [x for x in leaves if x is not None]
+            gradients = torch.autograd.grad(out.square().sum() + final.square().sum(), wanted)
+            results.append((out, final, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+def test_auto_takes_c_and_keeps_nothing_where_no_gradient_is_asked(monkeypatch):
+    from triton_kernels.linear import native as linear_native
+
+    called = []
+    monkeypatch.setattr(linear_native, "call", lambda name, *arguments: called.append((name, arguments)) or 0)
+    q, k, v, g, beta, state = (x.detach() for x in draw("gated", 1, 40, 1, 1, (16, 16), 1, torch.float32))
+    run("gated", (q, k, v, g, beta, state), "auto")
+    run("gated", (q.requires_grad_(), k, v, g, beta, state), "auto")
+    assert [name for name, _ in called] == ["rule_forward"] * 2
+    # The states before every chunk, and the errors.
+    assert [[x is not None for x in arguments[9:11]] for _, arguments in called] == [[False] * 2, [True] * 2]
+    with pytest.raises(ValueError, match="backend='native' takes"):
+        run("gated", (*(x.double() for x in (q, k, v)), g, beta, state), "native")
+
+
 def test_inverse_survives_repeated_keys():
     # beta = 2 and equal keys: powers of the matrix reach 1e24, its inverse stays at 2.
     from triton_kernels.linear.chunked_rule_torch import invert_unit_lower
@@ -186,7 +249,7 @@ def test_kernels_read_strided_inputs_and_need_no_state(rule):
     assert torch.equal(run(rule, (q, k, v, g, beta, zeros), "triton", chunk_size=16)[0], expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", IN_C])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_future_changes_no_bit_of_the_past(rule, backend):
     tensors = draw(rule, 1, 40, 1, 1, (16, 16), 1, torch.float32)
@@ -206,7 +269,7 @@ def test_the_future_changes_no_bit_of_the_past(rule, backend):
     assert all(bool((grad[:, 21:] == 0).all()) for grad in results[0][1:4])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", IN_C])
 @pytest.mark.parametrize("rule", RULES)
 def test_prefill_and_decode_equal_the_whole(rule, backend):
     q, k, v, g, beta, state = (

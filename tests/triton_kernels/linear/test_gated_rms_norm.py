@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_kernels.linear.gated_rms_norm import gated_rms_norm
+from triton_kernels.native.library import native
 
 NAMES = ("x", "gate", "weight")
 
@@ -93,6 +94,38 @@ def test_kernels_are_as_exact_as_torch(shape, activation, dtype):
             + 4 * torch.finfo(dtype).eps * exact[name].abs().max()
         )
         assert (x.double() - exact[name]).abs().max() <= budget, name
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (1000, 64), (2, 63, 3, 100), (301, 1024)])
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_in_c_is_as_exact_as_torch(shape, activation):
+    inputs = random_inputs(shape)
+    options = {"eps": 1e-5, "activation": activation}
+    exact = output_and_gradients(plain_norm, inputs, **options)
+    inputs = [x.detach().float().requires_grad_() for x in inputs]
+    by_torch = output_and_gradients(gated_rms_norm, inputs, backend="torch", **options)
+    for name, x in output_and_gradients(gated_rms_norm, inputs, backend="native", **options).items():
+        right, eps = exact[name], torch.finfo(torch.float32).eps
+        # Of a narrow row's gradient nearly everything cancels.
+        budget = 2 * (by_torch[name].double() - right).abs().max() + 4 * eps * right.abs().max().clamp(min=0.1)
+        assert (x.double() - right).abs().max() <= budget, name
+
+
+@pytest.mark.skipif(native().library is None, reason=native().reason)
+def test_in_c_the_same_bits_by_one_thread_or_more_wherever_the_gate_lies():
+    shape = (2, 150, 3, 20)
+    x, gate, weight = (t.detach() for t in random_inputs(shape, torch.float32))
+    beside = torch.cat([torch.ones(2, 150, 7), gate.flatten(2)], -1)[..., 7:].view(shape)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads, layout in ((1, gate), (2, beside), (3, gate.transpose(0, 2).contiguous().transpose(0, 2))):
+            torch.set_num_threads(threads)
+            leaves = [t.detach().requires_grad_() for t in (x, layout, weight)]
+            results.append(list(output_and_gradients(gated_rms_norm, leaves, eps=1e-5, backend="native").values()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
 
 def test_the_operator_is_registered_soundly():

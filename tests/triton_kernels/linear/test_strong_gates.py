@@ -9,7 +9,9 @@ from triton_kernels.linear.decayed_linear_attention import decayed_linear_attent
 from triton_kernels.linear.gated_delta_rule import gated_delta_rule
 from triton_kernels.linear.kimi_delta_attention import kimi_delta_attention
 from triton_kernels.linear.linear_attention_torch import linear_attention_recurrence
+from triton_kernels.native.library import native
 
+IN_C = pytest.param("native", marks=pytest.mark.skipif(native().library is None, reason=native().reason))
 OPS = {"decayed": None, "delta": gated_delta_rule, "channels": kimi_delta_attention}
 # Eight resets of a chunk of 64 leave sums of 8 * 144 bits, of which fp32 keeps differences to 2^-14.
 BOUND = 1e-4
@@ -38,7 +40,7 @@ def results(op: str, backend: str, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("strong", [-50.0, -1e3, -1e4])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", IN_C])
 @pytest.mark.parametrize("op", OPS)
 def test_resets_do_not_cost_the_digits_of_other_decays(op: str, backend: str, strong: float) -> None:
     inputs = draw(op, strong)
@@ -53,7 +55,7 @@ def test_resets_do_not_cost_the_digits_of_other_decays(op: str, backend: str, st
             assert torch.equal(found, right)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", IN_C])
 @pytest.mark.parametrize("op", OPS)
 def test_a_nan_in_the_gate_stays_nan(op: str, backend: str) -> None:
     inputs = draw(op, -1.0)
