@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from corpus.mixed_tokens import MixedTokens
 from corpus.packing import PackedTokens
 from corpus.prepare import PreparedCorpus
 from corpus.sections import sections
@@ -76,7 +77,7 @@ class Adaptation:
         self.stage_run = self._run()
         self._calibration: Tensor | None = None
 
-    def _batches(self, packed: PackedTokens, *, pad: bool = False) -> TokenBatches:
+    def _batches(self, packed: PackedTokens | MixedTokens, *, pad: bool = False) -> TokenBatches:
         teach = self.teach
         return TokenBatches(
             packed.tokens, batch_size=teach.batch_size, seq_len=teach.seq_len, device=self.device, pad=pad
