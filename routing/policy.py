@@ -188,6 +188,11 @@ class Policy(nn.Module):
         """Experts per token, in the mean, that the policy was told to use; None where its threshold alone decides."""
         return self.config.evaluated_experts
 
+    @property
+    def decides_alike(self) -> bool:
+        """Whether one rule holds for every token: neither numbers nor thresholds of their own."""
+        return self.counts_T is None and (self.budget is None or self.budget.threshold_T1 is None)
+
     def choose(self, scores: Scores) -> Slots:
         """The experts of each token, as many as `counts_T` says where it is set: what the router calls.
 

@@ -15,6 +15,7 @@ from ablations.comparison.statistics import t_interval
 from ablations.mixture.figure import draw
 from ablations.mixture.options import MACRO, MixtureSearchOptions
 from ablations.mixture.proxies import Measure, NgramProxy, draw_mixtures, run_proxies, within_caps
+from ablations.mixture.rows import DifferenceRow, FitRow, RunRow, ShareRow
 from corpus.mixture import LINEAR, PROCESS, GaussianProcess, LinearRegression, Runs
 from corpus.prepare import PreparedCorpus, prepare
 from corpus.shares import NATURAL, UNIFORM, capped, read_shares
@@ -39,59 +40,6 @@ SHARES_FILE, AGREEMENT_FILE, RUNS_FILE, DIFFERENCES_FILE, FIGURE = (
     "differences.csv",
     "figure.png",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class FitRow:
-    """How mixtures that were not learnt from are ordered, cross-validated.
-
-    Attributes:
-        loss: a domain, or "macro".
-        spearman: rank correlation of predicted and measured losses.
-        error: root mean square difference, in bits per byte.
-    """
-
-    loss: str
-    regression: str
-    spearman: float
-    error: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ShareRow:
-    """What a mixture takes of a domain.
-
-    Attributes:
-        passes: how often the runs of the model read the domain.
-        predicted: bits per byte of a small run on the mixture, by the regression.
-    """
-
-    mixture: str
-    domain: str
-    share: float
-    passes: float
-    predicted: float
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRow:
-    """A run of the model; `domain` "macro" is the mean of all."""
-
-    mixture: str
-    seed: int
-    domain: str
-    bits_per_byte: float
-
-
-@dataclasses.dataclass(frozen=True)
-class DifferenceRow:
-    """The best mixture's bits per byte minus another's, paired by seed; a 95 % interval by Student's t."""
-
-    against: str
-    domain: str
-    difference: float
-    low: float
-    high: float
 
 
 def search(options: MixtureSearchOptions) -> None:
