@@ -38,7 +38,7 @@ class TextBudgets:
         self.model, self.inputs_BT = model, inputs_BT
         self._means: dict[int, float | None] = {}
         # What each layer holds a mean by, see `_limit`; setting one again costs nothing.
-        self._limits = {None: self._read()}
+        self._limits: dict[float | None, list[float]] = {None: self._read()}
         self._fixed: dict[tuple[int, int], Policy] = {}
 
     def set(self, text: int, mean: float | None) -> None:
@@ -48,7 +48,7 @@ class TextBudgets:
             ValueError: for a mean that the model cannot hold, or a model whose thresholds there is no text to set on;
                 nothing has changed then.
         """
-        if mean not in self._limits:
+        if mean is not None and mean not in self._limits:
             self._limits[mean] = self._calibrated(mean)
         self._means[text] = mean
 

@@ -188,6 +188,11 @@ class Policy(nn.Module):
         """Experts per token, in the mean, that the policy was told to use; None where its threshold alone decides."""
         return self.config.evaluated_experts
 
+    @property
+    def told_by_token(self) -> bool:
+        """Whether numbers of experts, or thresholds, of single tokens come from outside."""
+        return self.counts_T is not None or (self.budget is not None and self.budget.threshold_T1 is not None)
+
     def choose(self, scores: Scores) -> Slots:
         """The experts of each token, as many as `counts_T` says where it is set: what the router calls.
 
