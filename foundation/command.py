@@ -130,6 +130,12 @@ def command_line() -> str:
     return shlex.join([str(beside), *sys.orig_argv[1:]])
 
 
+def given_words() -> list[str]:
+    """The command line that is running, option files read, without program and subcommand; none of a call from
+    Python."""
+    return list(_words or ())
+
+
 def leave_options(folder: Path) -> None:
     """Writes the options of the command that is running beside the results that it makes, as a file for `--config`;
     nothing where these are made by a call from Python."""

@@ -64,6 +64,18 @@ def subcommand(words: Sequence[str], nested: Container[str] = ()) -> Sequence[st
     return list(itertools.takewhile(lambda word: not word.startswith("-"), words[:most]))
 
 
+def without_option(words: Sequence[str], option: str) -> list[str]:
+    """A command line without an option and its value."""
+    rest: list[str] = []
+    skipping = False
+    for word in words:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] == option
+        if not skipping:
+            rest.append(word)
+    return rest
+
+
 def write_options(folder: Path, words: Sequence[str]) -> None:
     """Writes a command line, without the program and its subcommand, as `folder`/options.toml."""
     arguments: list[str] = []

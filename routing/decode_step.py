@@ -26,7 +26,7 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
     known = type(router) is Router and router.bias_E is None and plain
     if not known or rule is None or policy.config.null_columns or others:
         raise NotInOneCall(f"a {type(router).__name__} with {type(policy).__name__}")
-    if not policy.decides_alike or (budget is not None and budget.calibrates):
+    if policy.told_by_token or (budget is not None and budget.calibrates):
         raise NotInOneCall("numbers of experts from outside, or a threshold that is none yet or not one for all")
     for module in (router, policy):
         watch.module(module)

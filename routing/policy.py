@@ -189,9 +189,9 @@ class Policy(nn.Module):
         return self.config.evaluated_experts
 
     @property
-    def decides_alike(self) -> bool:
-        """Whether one rule holds for every token: neither numbers nor thresholds of their own."""
-        return self.counts_T is None and (self.budget is None or self.budget.threshold_T1 is None)
+    def told_by_token(self) -> bool:
+        """Whether numbers of experts, or thresholds, of single tokens come from outside."""
+        return self.counts_T is not None or (self.budget is not None and self.budget.threshold_T1 is not None)
 
     def choose(self, scores: Scores) -> Slots:
         """The experts of each token, as many as `counts_T` says where it is set: what the router calls.

@@ -269,7 +269,7 @@ class Router(ExactBuffers):
         the number of experts is the policy's own."""
         logits_TE = scores.logits_TE
         here = logits_TE.is_cuda or routes_natively(logits_TE, len(logits_TE))
-        plain = not self.config.renormalise_eps and self.policy.decides_alike
+        plain = not self.config.renormalise_eps and not self.policy.told_by_token
         return here and plain and logits_TE.dtype == torch.float32
 
     def _decide_fused(self, scores: Scores, rule: FusedRule) -> tuple[Slots, Tensor]:

@@ -1,4 +1,5 @@
-"""`torchrun --nproc-per-node N -m staged_training parallel`: one model, one stage, trained by N processes together.
+"""`staged_training parallel --processes N`, or `torchrun --nproc-per-node N -m staged_training parallel` where there is
+more than one machine: one model, one stage, trained by N processes together.
 
 Same loop, data order, optimizer, checks and run folder as `run`. Where N differs, losses differ in their last bits
 only: whatever is counted is counted over the whole batch. A run continues with any N, from checkpoints of any other.
@@ -14,22 +15,26 @@ from typing import Annotated, Any
 import tyro
 
 from corpus.prepare import CorpusConfig, prepare
-from foundation.command import leave_options
+from foundation.command import given_words, leave_options
+from foundation.environment import under_torchrun
 from foundation.numbers import check_numbers
+from foundation.option_files import without_option
 from foundation.serialize import from_dict
 from lm.options import ModelOptions
 from routing.router import RouterConfig
 from staged_training.describe import describe
 from staged_training.execute import Execution, ExecutionConfig
+from staged_training.launch import launch
 from staged_training.plan import CorpusFacts, Plan
 from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan, training_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Trains one model in several processes, started by torchrun; without it, in one.
+    """Trains one model in several processes.
 
     Attributes:
+        processes: how many to start on this machine; where torchrun starts them, on several machines, leave it alone.
         out: folder of the run, which all processes must reach; the prepared text is kept in `corpus/` below it.
         corpus: the text; this machine's Python standard library by default.
         model: the network; its vocabulary is the tokenizer's.
@@ -42,6 +47,7 @@ class ParallelConfig:
         seed: weights, data order, routers' draws.
     """
 
+    processes: int = 1
     out: Path = Path("runs/parallel")
     corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=CorpusConfig)
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
@@ -54,7 +60,7 @@ class ParallelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, expert_parallel=0, seed=0)
+        check_numbers(self, processes=1, expert_parallel=0, seed=0)
 
 
 def train_in_parallel(config: ParallelConfig) -> None:
@@ -64,6 +70,10 @@ def train_in_parallel(config: ParallelConfig) -> None:
         ValueError: for sizes that the processes cannot share, or a policy that needs the whole batch in one place.
         foundation.stopping.Interrupted: after a stop signal to any process, everything saved.
     """
+    if config.processes > 1:
+        if under_torchrun():
+            raise ValueError(f"--processes {config.processes}: torchrun has started them already; legal: none")
+        return launch(config.processes, without_option(given_words(), "--processes"))
     # A second of imports that a run in one process need not wait for.
     from staged_training.many_processes import ManyProcesses, process_group
 

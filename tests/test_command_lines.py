@@ -83,6 +83,7 @@ NONSENSE = {
     },
     "staged_training parallel": {
         "--expert-parallel": ("-1", "3"),
+        "--processes": ("0", "x"),
         "--seed": ("-1",),
         "--optimizer": ("sgd",),
         "--policy": ("{", "[]", "3", '"TopP"', '{"type": "TopK", "k": "2"}', '{"type": "TopK", "k": 2.5}'),

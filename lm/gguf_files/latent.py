@@ -1,4 +1,4 @@
-"""Families of latent attention: DeepSeek-V3 and what is published in its layout.
+"""Families of latent attention: DeepSeek-V3, what is published in its layout, and Kimi Linear.
 
 Legend: H heads, K key width without the shared part, R width of the shared part, V value width, C latent width.
 """
@@ -14,6 +14,7 @@ from lm.gguf_files.architecture import (
     Keys,
     Tensors,
     dense_layers_first,
+    renormalised,
     sigmoid_keys,
     sparse_moe,
     whole_shared_expert,
@@ -68,6 +69,37 @@ def _deepseek2_keys(model: ModelConfig) -> Keys:
     return keys
 
 
+def _kimi_linear(model: ModelConfig) -> list[str]:
+    # llama.cpp has one epsilon for all norms: that of the layers, where latents have a tenth of it, changes a latent by
+    # some millionths of itself.
+    wrong = [*dense_layers_first(model), *whole_shared_expert(model), *renormalised(model)]
+    if getattr(sparse_moe(model).router.policy, "n_groups", 1) > 1:
+        wrong.append("groups of experts; legal: num_expert_group = 1")
+    return wrong
+
+
+def _kimi_linear_tensors(name: str, tensor: Tensor, model: ModelConfig) -> Tensors:
+    if name.endswith(".A_log"):
+        yield name, -tensor.flatten().exp()[:, None]
+    elif name.endswith(".dt_bias"):
+        yield name.replace(".dt_bias", ".dt_proj.bias"), tensor
+    else:
+        yield from _deepseek2_tensors(name, tensor, model)
+
+
+def _kimi_linear_keys(model: ModelConfig) -> Keys:
+    attention = model.attention
+    keys = dict(_deepseek2_keys(model))
+    if attention.latent_query_dim is None:
+        del keys["attention.q_lora_rank"]
+    return keys | {
+        # A layer without heads of keys is one of Kimi delta attention.
+        "attention.head_count_kv": [int(letter == "A") for letter in model.plan.letters],
+        "ssm.conv_kernel": attention.conv_width,
+        "kda.head_dim": attention.linear_shape[1],
+    }
+
+
 LATENT: dict[str, Architecture] = {
     name: Architecture(
         name="deepseek2",
@@ -79,3 +111,10 @@ LATENT: dict[str, Architecture] = {
     )
     for name, pre_tokenizer in (("deepseek_v3", "deepseek-v3"), ("glm4_moe_lite", "glm4"))
 }
+LATENT["kimi_linear"] = Architecture(
+    name="kimi-linear",
+    check=_kimi_linear,
+    pre_tokenizer="kimi-k2",
+    convert=_kimi_linear_tensors,
+    keys=_kimi_linear_keys,
+)

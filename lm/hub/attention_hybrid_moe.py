@@ -118,6 +118,43 @@ def rotate(x_BTHK: Tensor, position_BT: Tensor, rotary_dim: int, base: float) ->
     return torch.cat([*(x.to(x_BTHK.dtype) for x in turned), rest], dim=-1)
 
 
+def attend(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSV: Tensor,
+    past: Past,
+    *,
+    window: int | None = None,
+    sink_H: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal softmax attention on all keys, or on those of a window: o [B, T, H * V].
+
+    Keys are the newest S tokens; whether a query sees one is a matter of their distance and of padding.
+    """
+    (_, H, T, _), S, device = q_BHTK.shape, k_BGSK.shape[2], q_BHTK.device
+    last = past.length + T
+    query_T1 = torch.arange(last - T, last, device=device)[:, None]
+    key_S = torch.arange(last - S, last, device=device)
+    seen = key_S <= query_T1
+    if window is not None:
+        seen = seen & (query_T1 - key_S < window)
+    seen = seen[None, None]
+    if past.mask_BS is not None:
+        # A query that is padding sees itself: a row of nothing would be no number.
+        seen = seen & (past.mask_BS[:, None, None, last - S : last].bool() | (key_S == query_T1))
+    bias = torch.zeros(seen.shape, dtype=q_BHTK.dtype, device=device).masked_fill(~seen, -torch.inf)
+    groups = H // k_BGSK.shape[1]
+    k_BHSK, v_BHSV = (x.repeat_interleave(groups, dim=1) for x in (k_BGSK, v_BGSV))
+    if sink_H is not None:
+        # One more key that holds nothing: its logit takes a share of the softmax.
+        k_BHSK, v_BHSV = (functional.pad(x, (0, 0, 0, 1)) for x in (k_BHSK, v_BHSV))
+        sink = sink_H.to(bias.dtype)[None, :, None, None].expand(len(bias), -1, T, 1)
+        bias = torch.cat([bias.expand(-1, H, -1, -1), sink], dim=-1)
+    o_BHTV = functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, attn_mask=bias, scale=scale)
+    return o_BHTV.transpose(1, 2).flatten(2)
+
+
 class SoftmaxAttention(nn.Module):
     """F, S, and R and r, which read the keys and values of a block below."""
 
@@ -156,31 +193,42 @@ class SoftmaxAttention(nn.Module):
             past.kv[self.index] = k_BGSK, v_BGSK
         k_BGSK, v_BGSK = past.kv[self.source]
         q_BHTK = self._heads(q, self.q_norm, past.position_BT)
-        T, S = q_BHTK.shape[2], k_BGSK.shape[2]
-        # Keys are the newest S tokens; whether a query sees one is a matter of their distance and of padding.
-        last = past.length + T
-        query_T1 = torch.arange(last - T, last, device=x_BTD.device)[:, None]
-        key_S = torch.arange(last - S, last, device=x_BTD.device)
-        seen = key_S <= query_T1
-        if self.window is not None:
-            seen = seen & (query_T1 - key_S < self.window)
-        seen = seen[None, None]
-        if past.mask_BS is not None:
-            # A query that is padding sees itself: a row of nothing would be no number.
-            seen = seen & (past.mask_BS[:, None, None, last - S : last].bool() | (key_S == query_T1))
-        bias = torch.zeros(seen.shape, dtype=q_BHTK.dtype, device=x_BTD.device).masked_fill(~seen, -torch.inf)
-        groups = q_BHTK.shape[1] // k_BGSK.shape[1]
-        k_BHSK, v_BHSK = (x.repeat_interleave(groups, dim=1) for x in (k_BGSK, v_BGSK))
-        if self.sink_H is not None:
-            # One more key that holds nothing: its logit takes a share of the softmax.
-            k_BHSK, v_BHSK = (functional.pad(x, (0, 0, 0, 1)) for x in (k_BHSK, v_BHSK))
-            sink = self.sink_H.to(bias.dtype)[None, :, None, None].expand(len(bias), -1, T, 1)
-            bias = torch.cat([bias.expand(-1, len(self.sink_H), -1, -1), sink], dim=-1)
-        o_BHTK = functional.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias)
-        o_BTX = o_BHTK.transpose(1, 2).flatten(2)
+        o_BTX = attend(q_BHTK, k_BGSK, v_BGSK, past, window=self.window, sink_H=self.sink_H)
         if self.options["output_gate"]:
             o_BTX = o_BTX * gate.float().sigmoid().to(o_BTX.dtype)
         return self.to_out(o_BTX)
+
+
+class LatentAttention(nn.Module):
+    """A: keys and values of all heads are products of one latent per token, which is what is kept, with key channels
+    that all heads share."""
+
+    def __init__(self, block: dict, d_model: int, index: int) -> None:
+        super().__init__()
+        options = self.options = block["attention"]
+        self.index = index
+        (H, K, R, V, C, _), Q, eps = options["latent_shape"], options["latent_query_dim"], options["norm_eps"]
+        self.widths = [Q or H * (R + K), C, R]
+        self.to_inner = Projection(d_model, sum(self.widths), bias=False)
+        self.q_norm = Norm(Q, eps) if Q else nn.Identity()
+        self.to_query = Projection(Q, H * (R + K), bias=False) if Q else nn.Identity()
+        self.kv_norm = Norm(C, eps)
+        self.to_heads = Projection(C, H * (K + V), bias=False)
+        self.to_out = Projection(H * V, d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, past: Past) -> Tensor:
+        H, K, R, V, _, turned = self.options["latent_shape"]
+        q, latent_BTC, shared_BTR = self.to_inner(x_BTD).split(self.widths, dim=-1)
+        where = (past.position_BT, turned, self.options["rope_base"])
+        q_BHTK = rotate(self.to_query(self.q_norm(q)).unflatten(-1, (H, R + K)), *where).transpose(1, 2)
+        latent_B1SC = self.kv_norm(latent_BTC)[:, None]
+        shared_B1SR = rotate(shared_BTR[:, :, None], *where).transpose(1, 2)
+        if past.cache is not None:
+            latent_B1SC, shared_B1SR = past.cache.update(latent_B1SC, shared_B1SR, self.index)
+        k, v = self.to_heads(latent_B1SC[:, 0]).split([H * K, H * V], dim=-1)
+        k_BHSK, v_BHSV = k.unflatten(-1, (H, K)).transpose(1, 2), v.unflatten(-1, (H, V)).transpose(1, 2)
+        k_BHSK = torch.cat([shared_B1SR.expand(-1, H, -1, -1), k_BHSK], dim=-1)
+        return self.to_out(attend(q_BHTK, k_BHSK, v_BHSV, past, scale=self.options["latent_scale"]))
 
 
 class LightningAttention(nn.Module):
@@ -203,6 +251,46 @@ class LightningAttention(nn.Module):
         o = past.recur(q, k, v, log_decay[:, None].expand(*q.shape[:3], 1), None, self.index)
         o_BTX = self.norm(o.flatten(2).float()) * gate.float().sigmoid()
         return self.to_out(o_BTX.to(x_BTD.dtype))
+
+
+class MixedAttention(nn.Module):
+    """M: softmax heads and heads with a fixed decay side by side."""
+
+    def __init__(self, block: dict, d_model: int, index: int) -> None:
+        super().__init__()
+        options = self.options = block["attention"]
+        self.index = index
+        (H, G, J), (_, K, V), W = options["mixed_heads"], options["linear_shape"], options["head_dim"]
+        gate = H * W if options["output_gate"] else 0
+        self.widths = [H * W, gate, G * W, G * W, J * (2 * K + V), J * V]
+        self.to_inner = Projection(d_model, sum(self.widths), bias=False)
+        self.to_out = Projection(H * W + J * V, d_model, bias=False)
+        self.q_norm, self.k_norm = (
+            Norm(W, options["norm_eps"]) if options["qk_norm"] else nn.Identity() for _ in range(2)
+        )
+        self.sink_H = nn.Parameter(torch.zeros(H)) if options["sink_logits"] else None
+        self.norm = Norm(J * V, options["norm_eps"])
+
+    def forward(self, x_BTD: Tensor, past: Past) -> Tensor:
+        (_, _, J), (_, K, V), W = self.options["mixed_heads"], self.options["linear_shape"], self.options["head_dim"]
+        q, gate, k, v, linear_qkv, linear_gate = self.to_inner(x_BTD).split(self.widths, dim=-1)
+        where = (past.position_BT, self.options["rotary_dim"], self.options["rope_base"])
+        q_BHTK, k_BGSK = (
+            rotate(norm(x.unflatten(-1, (-1, W))), *where).transpose(1, 2)
+            for x, norm in ((q, self.q_norm), (k, self.k_norm))
+        )
+        v_BGSK = v.unflatten(-1, (-1, W)).transpose(1, 2)
+        if past.cache is not None:
+            k_BGSK, v_BGSK = past.cache.update(k_BGSK, v_BGSK, self.index)
+        o_BTX = attend(q_BHTK, k_BGSK, v_BGSK, past, window=self.options["mixed_window"], sink_H=self.sink_H)
+        if self.options["output_gate"]:
+            o_BTX = o_BTX * gate.float().sigmoid().to(o_BTX.dtype)
+        parts = functional.silu(linear_qkv).split([J * K, J * K, J * V], dim=-1)
+        q, k, v = (part.unflatten(-1, (J, -1)) for part in parts)
+        log_decay = torch.tensor(self.options["log_decays"], dtype=torch.float32, device=x_BTD.device)
+        o = past.recur(q, k, v, log_decay[:, None].expand(*q.shape[:3], 1), None, self.index)
+        linear_o_BTX = self.norm(o.flatten(2).float()) * linear_gate.float().sigmoid()
+        return self.to_out(torch.cat([o_BTX, linear_o_BTX.to(o_BTX.dtype)], dim=-1))
 
 
 class DecayGate(nn.Module):
@@ -307,6 +395,6 @@ class ShortConvolution(nn.Module):
 
 ATTENTION = {
     **dict.fromkeys("FSRr", SoftmaxAttention),
-    **{"L": LightningAttention, "D": Mamba2, "C": ShortConvolution},
+    **{"A": LatentAttention, "L": LightningAttention, "M": MixedAttention, "D": Mamba2, "C": ShortConvolution},
     **dict.fromkeys("GK", DeltaAttention),
 }

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 CACHED = {
     **{"F": "full_attention", "S": "sliding_attention", "R": "moe", "r": "moe"},
     **dict.fromkeys("LGKD", "linear_attention"),
-    "C": "conv",
+    **{"A": "full_attention", "M": "hybrid", "C": "conv"},
 }
 
 
@@ -44,7 +44,7 @@ class HybridMoEConfig(PreTrainedConfig):
         # What transformers' cache and tools ask a configuration for follows from the blocks.
         self.num_hidden_layers = len(self.blocks)
         self.layer_types = [CACHED[block["letter"]] for block in self.blocks]
-        softmax = next((block["attention"] for block in self.blocks if block["letter"] in "FS"), None)
+        softmax = next((block["attention"] for block in self.blocks if block["letter"] in "FSAM"), None)
         self.num_attention_heads = softmax["n_heads"] if softmax else 1
         self.num_key_value_heads = softmax["n_kv_heads"] if softmax else 1
         windows = [block["attention"]["window"] for block in self.blocks if block["letter"] == "S"]

@@ -11,7 +11,7 @@ from torch.nn import functional
 class Router(nn.Module):
     """Scores of experts, and which of them a token gets: its k best, of which those are kept whose level is at or below
     a threshold. Levels by rule: "top_k" none, "top_p" the probability ahead, "threshold" minus the score, "ratio" minus
-    the share of the best score."""
+    the share of the best score, "null" by how much the column that computes nothing and competes for a slot leads."""
 
     selection_bias_E: Tensor
     threshold: Tensor
@@ -21,6 +21,10 @@ class Router(nn.Module):
         self.options = options
         self.weight_ED = nn.Parameter(torch.zeros(n_experts, d_model))
         self.bias_E = nn.Parameter(torch.zeros(n_experts)) if options["bias"] else None
+        n_null = options.get("n_null", 0)
+        self.null_weight_ZD = nn.Parameter(torch.zeros(n_null, d_model)) if n_null else None
+        # Its square is what chosen null columns weigh more or less than their scores.
+        self.root_1 = nn.Parameter(torch.ones(1)) if options.get("null_gain") else None
         self.register_buffer("selection_bias_E", torch.zeros(n_experts))
         self.register_buffer("threshold", torch.zeros(()))
 
@@ -29,7 +33,7 @@ class Router(nn.Module):
         options = self.options
         bias_E = None if self.bias_E is None else self.bias_E.float()
         logits_TE = functional.linear(x_TD.float(), self.weight_ED.float(), bias_E)
-        scores_TE = logits_TE.sigmoid() if options["score"] == "sigmoid" else logits_TE.softmax(dim=-1)
+        scores_TE, null_TZ = self._scores(x_TD, logits_TE)
         selection_TE = scores_TE.detach() + self.selection_bias_E.float()
         expert_TK = selection_TE.topk(options["k"], dim=-1)[1]
         score_TK = scores_TE.gather(-1, expert_TK)
@@ -41,11 +45,38 @@ class Router(nn.Module):
             level_TK = -selection_TE.gather(-1, expert_TK)
         elif options["rule"] == "ratio":
             level_TK = -score_TK.detach() / score_TK.detach().amax(dim=-1, keepdim=True)
+        elif options["rule"] == "null":
+            # Slot j meets null column k - j + 1; slots whose rival does not exist are always real.
+            rivals_TK = null_TZ.topk(min(options["k"], null_TZ.shape[-1]), dim=-1)[0]
+            level_TK[:, options["k"] - rivals_TK.shape[-1] :] = rivals_TK.detach().flip(-1)
+            level_TK = level_TK - selection_TE.gather(-1, expert_TK)
         level_TK[:, : options["floor"]] = -torch.inf
-        weight_TK = score_TK * ~(level_TK > self.threshold.float())
+        kept_TK = ~(level_TK > self.threshold.float())
+        weight_TK = score_TK * kept_TK
+        total_T1 = weight_TK.sum(dim=-1, keepdim=True)
+        if options["rule"] == "null" and options["null_weighs"]:
+            # The best null columns fill the slots that are left, and take their share.
+            n_null_T1 = options["k"] - kept_TK.sum(dim=-1, keepdim=True)
+            chosen_TK = torch.arange(rivals_TK.shape[-1], device=x_TD.device) < n_null_T1
+            rest_T1 = (rivals_TK * chosen_TK).sum(dim=-1, keepdim=True)
+            total_T1 = total_T1 + (rest_T1 if self.root_1 is None else rest_T1 * self.root_1.float().square())
         if options["renormalise"]:
-            weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weight_TK.dtype).tiny)
+            weight_TK = weight_TK / total_T1.clamp_min(torch.finfo(weight_TK.dtype).tiny)
         return expert_TK, weight_TK * options["scaling"]
+
+    def _scores(self, x_TD: Tensor, logits_TE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the experts, and of the null columns."""
+        sigmoid = self.options["score"] == "sigmoid"
+        if self.null_weight_ZD is None:
+            return logits_TE.sigmoid() if sigmoid else logits_TE.softmax(dim=-1), None
+        null_TZ = functional.linear(x_TD.float(), self.null_weight_ZD.float())
+        if sigmoid:
+            return logits_TE.sigmoid(), null_TZ.sigmoid()
+        if self.options["null_apart"]:
+            # By the measure of the experts' own softmax.
+            return logits_TE.softmax(dim=-1), (null_TZ - logits_TE.logsumexp(dim=-1, keepdim=True)).exp()
+        together = torch.cat([logits_TE, null_TZ], dim=-1).softmax(dim=-1)
+        return together[:, : logits_TE.shape[-1]], together[:, logits_TE.shape[-1] :]
 
 
 class Experts(nn.Module):

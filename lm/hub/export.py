@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attention.latent import latent_shape
 from attention.lightning import lightning_slopes
 from corpus.byte_level_tokenizer import ByteLevelTokenizer
 from corpus.tokenizer import Tokenizer
@@ -18,6 +19,7 @@ from foundation.serialize import load_json
 from lm.config import BlockConfig, ModelConfig
 from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from lm.published.checkpoint import DTYPES, Checkpoint, write_checkpoint
+from routing.policies.null_experts import NullExperts
 from routing.policies.random_k import RandomK
 from routing.policies.skipping import Skipping
 from routing.policies.threshold import ScoreThreshold
@@ -27,7 +29,7 @@ from routing.router import RouterConfig
 
 HERE = Path(__file__).resolve().parent
 CODE = ("configuration_hybrid_moe.py", "attention_hybrid_moe.py", "experts_hybrid_moe.py", "modeling_hybrid_moe.py")
-LETTERS = "FSRrLGKDC"
+LETTERS = "FSRrLGKDCAM"
 MODEL_TYPE = "hybrid_moe_lab"
 # Fields of `AttentionConfig` that go over as they are.
 ATTENTION_FIELDS = (
@@ -38,8 +40,11 @@ ATTENTION_FIELDS = (
 # Names of tensors outside the blocks, ours and theirs.
 OUTSIDE = {"embedding_VD": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head_VD": "lm_head.weight"}
 # What training moves and a trained model does not need.
-LEFT_OUT = ("router.load_E", "router.policy.budget.drift", "router.policy.budget.aim", "router.null_weight_ZD")
+LEFT_OUT = ("router.load_E", "router.policy.budget.drift", "router.policy.budget.aim")
+# Left behind by another policy, where the present one has no such columns.
+NULL_COLUMNS = "router.null_weight_ZD"
 OUR_THRESHOLD, THRESHOLD = "router.policy.budget.threshold", "router.threshold"
+OUR_GAIN, GAIN = "router.policy.gain.root_1", "router.root_1"
 
 
 def export_own(folder: Path, out: Path, shard_bytes: int) -> str:
@@ -57,7 +62,12 @@ def export_own(folder: Path, out: Path, shard_bytes: int) -> str:
     config = load_json(ModelConfig, folder / CONFIG_FILE)
     described = {"blocks": list(describe_blocks(config))}
     weights = Checkpoint(folder, WEIGHTS_FILE)
-    ours = dict(_names(weights))
+    with_null = tuple(
+        f"blocks.{layer}.moe.{NULL_COLUMNS}"
+        for layer in range(config.n_layers)
+        if config.block(layer).moe.router.policy.null_columns
+    )
+    ours = {theirs: name for theirs, name in _names(weights) if NULL_COLUMNS not in name or name in with_null}
     # Every exported router has a threshold, also where its policy compares nothing with one.
     thresholds = {f"model.blocks.{layer}.moe.{THRESHOLD}" for layer in range(config.n_layers)} - ours.keys()
     sizes = dict.fromkeys(sorted(thresholds), 4)
@@ -87,10 +97,10 @@ def describe_blocks(config: ModelConfig) -> Iterator[dict[str, Any]]:
         ValueError: naming the block and what is not supported.
     """
     letters, source = config.plan.letters, config.plan.source
-    if not set(letters) & set("FS"):
+    if not set(letters) & set("FSAM"):
         raise ValueError(
-            f"layer plan {''.join(letters)}: transformers' cache counts tokens in a softmax layer; legal: a plan with F"
-            " or S"
+            f"layer plan {''.join(letters)}: transformers' cache counts tokens in a softmax layer; legal: a plan with"
+            " F, S, A or M"
         )
     windows = {config.block(layer).attention.window for layer, letter in enumerate(letters) if letter in "Sr"}
     if len(windows) > 1:
@@ -119,9 +129,16 @@ def _attention(block: BlockConfig, layer: int, n_layers: int) -> dict[str, Any]:
     if attention.yarn is not None:
         raise ValueError("AttentionConfig.yarn; legal: None")
     described: dict[str, Any] = {name: getattr(attention, name) for name in ATTENTION_FIELDS}
-    if block.letter == "L":
-        slopes_H = lightning_slopes(attention.linear_shape[0], layer, n_layers)
-        described["log_decays"] = [-float(slope) for slope in slopes_H]
+    if block.letter in "LM":
+        heads = attention.linear_shape[0] if block.letter == "L" else attention.mixed_heads[2]
+        described["log_decays"] = [-float(slope) for slope in lightning_slopes(heads, layer, n_layers)]
+    if block.letter == "M":
+        described |= {"mixed_heads": attention.mixed_heads, "mixed_window": attention.mixed_window}
+    if block.letter == "A":
+        shape = latent_shape(attention)
+        scale = attention.latent_scale * (shape.shared + shape.key) ** -0.5
+        described |= {"latent_shape": tuple(shape), "latent_scale": scale}
+        described["latent_query_dim"] = attention.latent_query_dim
     return described
 
 
@@ -133,7 +150,15 @@ def _experts(block: BlockConfig) -> dict[str, Any]:
 
 
 def _router(router: RouterConfig) -> dict[str, Any]:
-    match policy := router.policy:
+    policy, more = router.policy, {}
+    if router.renormalise_eps:
+        raise ValueError(f"RouterConfig.renormalise_eps: {router.renormalise_eps}; legal: 0")
+    match policy:
+        # Those derived from it give chosen null columns something to do.
+        case NullExperts() if type(policy) is NullExperts:
+            rule, k, floor = "null", policy.k, policy.floor
+            more = {"n_null": policy.n_null, "null_weighs": policy.null_weighs, "null_apart": policy.apart}
+            more["null_gain"] = policy.start != 1.0
         case TopK() if policy.top_groups == policy.n_groups:
             rule, k, floor = "top_k", policy.k, policy.k
         case RandomK():
@@ -148,10 +173,10 @@ def _router(router: RouterConfig) -> dict[str, Any]:
             groups = " with groups of experts" if isinstance(policy, TopK) else ""
             raise ValueError(
                 f"policy {type(policy).__name__}{groups}; legal: TopK without groups, RandomK, TopP, ScoreThreshold,"
-                " Skipping"
+                " Skipping, NullExperts"
             )
     options = {name: getattr(router, name) for name in ("score", "bias", "renormalise", "scaling")}
-    return {"rule": rule, "k": k, "floor": floor, **options}
+    return {"rule": rule, "k": k, "floor": floor, **options, **more}
 
 
 def _names(weights: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -159,7 +184,7 @@ def _names(weights: Checkpoint) -> Iterator[tuple[str, str]]:
     for name in weights.entries:
         if name.endswith(LEFT_OUT):
             continue
-        yield OUTSIDE.get(name, f"model.{name}").replace(OUR_THRESHOLD, THRESHOLD), name
+        yield OUTSIDE.get(name, f"model.{name}").replace(OUR_THRESHOLD, THRESHOLD).replace(OUR_GAIN, GAIN), name
 
 
 def _copy_tokenizer(folder: Path, out: Path, config: ModelConfig) -> Tokenizer | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from foundation.command import leave_options, run_command
-from foundation.option_files import OPTIONS_FILE, with_option_files, write_options
+from foundation.option_files import OPTIONS_FILE, with_option_files, without_option, write_options
 
 FILE = """
 arguments = ["baseline", "top_p"]
@@ -49,6 +49,11 @@ def test_arguments_stand_ahead_of_options_and_give_way_to_those_of_the_command_l
     assert with_option_files(["--seeds", "2", "--config", str(file)])[:3] == ["baseline", "top_p", "--seeds"]
     words = ["scaling", "fit", "--config", str(file)]
     assert with_option_files(words, nested=("scaling",))[:4] == ["scaling", "fit", "baseline", "top_p"]
+
+
+def test_an_option_is_taken_out_with_its_value() -> None:
+    words = ["--processes", "2", "--data", "a", "b", "--processes=3", "--seed", "4"]
+    assert without_option(words, "--processes") == ["--data", "a", "b", "--seed", "4"]
 
 
 def test_a_command_below_another_leaves_its_options_without_both_names(tmp_path: Path) -> None:

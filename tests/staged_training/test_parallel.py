@@ -152,19 +152,15 @@ TINY = [
 ]
 
 
-def test_the_command_under_torchrun(documents, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "staged_training",
-        "parallel",
-    ]
-    command += ["--out", str(tmp_path), "--data", str(documents), *TINY]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "staged_training", "parallel")
+ITSELF = ("-m", "staged_training", "parallel", "--processes", "2")
+
+
+@pytest.mark.parametrize(
+    "started", [pytest.param(TORCHRUN, marks=pytest.mark.long), ITSELF], ids=["torchrun", "itself"]
+)
+def test_the_command_in_two_processes(documents, tmp_path, started):
+    command = [sys.executable, *started, "--out", str(tmp_path), "--data", str(documents), *TINY]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
     )
@@ -174,6 +170,22 @@ def test_the_command_under_torchrun(documents, tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 11))
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 10
     assert load_pretrained(tmp_path / "model").config.moe.router.policy.target_mean == 2
+
+
+def test_what_ends_the_processes_is_said_once(documents, tmp_path, capsys):
+    # Refused ahead of them, and by all of them.
+    with pytest.raises(SystemExit) as refused:
+        main(["parallel", "--processes", "2", "--seed", "-1"])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    command = [sys.executable, *ITSELF, "--out", str(tmp_path), "--data", str(documents), *TINY]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--expert-parallel", "3"], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_command_without_torchrun_is_one_process_and_knows_what_is_finished(

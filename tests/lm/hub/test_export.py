@@ -26,6 +26,7 @@ from routing.policies.skipping import Skipping
 from routing.policies.threshold import ScoreThreshold
 from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
+from routing.policies.zero_computation import ZeroComputationExperts
 from routing.router import RouterConfig
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `hub`)")
@@ -112,6 +113,27 @@ CASES = {
             BlockOverride(attention=dataclasses.replace(ATTENTION, n_kv_heads=4, rope_base=500.0)),
         ),
     ),
+    "mixed": ModelConfig(layer_plan="MGA", attention=dataclasses.replace(ATTENTION, mixed_window=7), moe=moe()),
+    "mixed_options": ModelConfig(
+        layer_plan="MA",
+        attention=dataclasses.replace(
+            ATTENTION,
+            **{"rotary_fraction": 0.5, "output_gate": True, "sink_logits": True, "latent_query_dim": 12},
+            **{"latent_shared_dim": 4, "latent_value_dim": 6, "latent_dim": 20},
+        ),
+        moe=moe(),
+    ),
+    "null": ModelConfig(layer_plan="F", attention=ATTENTION, moe=moe(NullExperts(n_null=4, k=5, target_mean=2.0))),
+    "null_options": ModelConfig(
+        n_layers=2,
+        layer_plan="FF",
+        attention=ATTENTION,
+        moe=moe(),
+        blocks=(
+            BlockOverride(moe=moe(NullExperts(n_null=3, k=5, target_mean=3.0, start=0.1))),
+            BlockOverride(moe=moe(NullExperts(n_null=6, k=4, target_mean=2.0, apart=True, null_weighs=False))),
+        ),
+    ),
     "top_p": ModelConfig(layer_plan="F", attention=ATTENTION, moe=moe(TopP(p=0.4, target_mean=None, cap=5))),
     "random_k": ModelConfig(layer_plan="F", attention=ATTENTION, moe=moe(RandomK(k_min=1, k_max=4, k_eval=3))),
     "threshold": ModelConfig(layer_plan="F", attention=ATTENTION, moe=moe(ScoreThreshold(target_mean=2, cap=5))),
@@ -193,10 +215,9 @@ def test_what_a_call_does_not_know_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"layer_plan": "FM"}, "block 1 cannot be exported: attention M"),
         ({"layer_plan": "LG"}, "layer plan LG"),
         ({"moe": moe(ExpertChoice(k=2.0))}, "policy ExpertChoice"),
-        ({"moe": moe(NullExperts(n_null=2, k=3, target_mean=2.0))}, "policy NullExperts"),
+        ({"moe": moe(ZeroComputationExperts(n_null=2, k=3, target_mean=2.0))}, "policy ZeroComputationExperts"),
         ({"moe": moe(TopK(k=2, n_groups=3, top_groups=1))}, "policy TopK with groups"),
     ],
 )

@@ -60,6 +60,10 @@ FITTING = {
         **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 32, "q_lora_rank": 32},
         **{"moe_intermediate_size": 32, "intermediate_size": 64, "rms_norm_eps": 1e-6},
     },
+    "kimi_linear": {
+        **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 32},
+        **{"moe_intermediate_size": 32, "intermediate_size": 64, "linear_head_dim": 32, "rms_norm_eps": 1e-6},
+    },
     "granitemoehybrid": {
         **{"intermediate_size": 32, "shared_intermediate_size": 32, "mamba_n_groups": 1},
         "position_embedding_type": "nope",
@@ -129,7 +133,8 @@ def test_keys_tensors_and_vocabulary(made, tmp_path):
     assert keys[f"{arch}.expert_used_count"] == moe.router.policy.k
     heads, letters = keys[f"{arch}.attention.head_count_kv"], config.plan.letters
     if isinstance(heads, list):
-        assert heads == [config.attention.n_kv_heads * (letter == "F") for letter in letters]
+        by_letter = {"F": config.attention.n_kv_heads, "A": 1}
+        assert heads == [by_letter.get(letter, 0) for letter in letters]
     else:
         assert heads == (1 if "A" in letters else config.attention.n_kv_heads)
     turned = config.attention.latent_shared_dim if "A" in letters else config.attention.rotary_dim
