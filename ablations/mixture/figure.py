@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -10,16 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ablations.mixture.options import MACRO
+from ablations.mixture.rows import ShareRow
 from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
 from ablations.scaling.figure import save
-
-if TYPE_CHECKING:
-    from ablations.mixture.search import DifferenceRow, ShareRow
+from ablations.text.differences import DifferenceRow
 
 COLOURS = (SERIES[0], INK, SERIES[1])
 
 
-def draw(shares: "Sequence[ShareRow]", differences: "Sequence[DifferenceRow]", path: Path) -> None:
+def draw(shares: Sequence[ShareRow], differences: Sequence[DifferenceRow], path: Path) -> None:
     """Shares above the differences in bits per byte with their intervals, one line a domain.
 
     Args:
