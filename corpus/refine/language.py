@@ -106,8 +106,9 @@ def identifier() -> Any:
 
         def __init__(self, *arguments: Any, **named: Any):
             super().__init__(*arguments, **named)
-            self._automaton = [np.asarray(part, np.int64) for part in (self.tk_nextmove, self._rowbase, self.tk_output)]
-            self._automaton.append(np.full(int(self._automaton[2].max()) + 1, -1, np.int64))
+            row, feature = (np.array(part, np.int32) for part in (self._rowbase, self.tk_output))
+            place = np.full(int(feature.max()) + 1, -1, np.int32)
+            self._automaton = np.asarray(self.tk_nextmove, np.uint32), row, feature, place
 
         def _raw_score(self, text: bytes) -> np.ndarray:
             visits = views.walk(text, *self._automaton)

@@ -165,13 +165,13 @@ double repeated_share(const uint64_t *polynomials, const int64_t *sums, long wor
 
 // Features that an automaton comes through, in the order of first visits, and how often; returns how many. `place` is where
 // each feature stands among them; it is -1 everywhere before and behind the call.
-long walk(const uint8_t *text, long n, const int64_t *next, const int64_t *row, const int64_t *feature, int64_t *place,
+long walk(const uint8_t *text, long n, const uint32_t *next, const int32_t *row, const int32_t *feature, int32_t *place,
           int64_t *found, int64_t *counts) {
     long count = 0;
-    int64_t state = 0;
+    uint32_t state = 0;
     for (long i = 0; i < n; i++) {
         state = next[row[state] + text[i]];
-        int64_t f = feature[state];
+        int32_t f = feature[state];
         if (f < 0) continue;
         if (place[f] < 0) {
             place[f] = count;

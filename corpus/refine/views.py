@@ -88,14 +88,15 @@ def walk(
     """How often an automaton over bytes comes through each feature, in the order of first visits.
 
     Args:
-        next_state: int64, by row and byte.
-        row: int64, where each state's row begins.
-        feature: int64, of each state, or below 0.
-        place: int64, -1 for each feature, before the call and behind it.
+        next_state: uint32, by row and byte.
+        row: int32, where each state's row begins.
+        feature: int32, of each state, or below 0.
+        place: int32, -1 for each feature, before the call and behind it.
     """
     if (library := _library()) is None:
         return None
-    assert next_state.dtype == row.dtype == feature.dtype == place.dtype == np.int64
+    assert next_state.dtype == np.uint32
+    assert row.dtype == feature.dtype == place.dtype == np.int32
     found, counts = np.empty(len(text), np.int64), np.empty(len(text), np.int64)
     automaton = next_state.ctypes.data, row.ctypes.data, feature.ctypes.data, place.ctypes.data
     n = library.walk(text, len(text), *automaton, found.ctypes.data, counts.ctypes.data)
