@@ -1,6 +1,6 @@
 """The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty |
-counterfactual | frontier | agreement | problems | recall | mixture | scaling | runs | prune`, and `python -m
-ablations.<method>`."""
+counterfactual | frontier | agreement | problems | recall | mixture | corpora | tokenizers | scaling | runs |
+prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -34,6 +34,7 @@ from ablations.recall.options import RecallOptions
 from ablations.report.index import runs_command
 from ablations.report.run_folders import prune_command
 from ablations.scaling.command import ScalingCommand, run_scaling
+from ablations.text.options import CorporaOptions, TokenizerOptions
 from foundation.command import deferred, refuse_unwritable, run_command
 from foundation.numbers import objection
 from foundation.serialize import to_dict
@@ -64,6 +65,8 @@ def main() -> None:
         "problems": problems_command,
         "recall": recall_command,
         "mixture": mixture_command,
+        "corpora": corpora_command,
+        "tokenizers": tokenizers_command,
         "scaling": scaling_command,
         "runs": runs_command,
         "prune": prune_command,
@@ -263,6 +266,24 @@ def mixture_command(
     from ablations.mixture.search import search
 
     search(options)
+
+
+def corpora_command(
+    options: Annotated[CorporaOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")],
+) -> None:
+    """What is a corpus worth? One model, trained for as many tokens on each, evaluated on the same text."""
+    from ablations.text.corpora import compare_corpora
+
+    compare_corpora(options)
+
+
+def tokenizers_command(
+    options: Annotated[TokenizerOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="study")],
+) -> None:
+    """Which tokenizer gives a small model the fewest bits per byte at equal compute?"""
+    from ablations.text.tokenizers import choose_tokenizer
+
+    choose_tokenizer(options)
 
 
 def scaling_command(command: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[ScalingCommand]]) -> None:

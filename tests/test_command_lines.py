@@ -454,7 +454,7 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 
 HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty counterfactual frontier agreement problems"
-    " recall mixture scaling runs prune",
+    " recall mixture corpora tokenizers scaling runs prune",
     "staged_training": "run parallel sweep adapt diagnostics profile",
     "lm": "generate evaluate few-shot eval cache bench bench-peers long-context recall import export gguf parity",
     "corpus": "refine dirt facts prepare tokenizers mixture",

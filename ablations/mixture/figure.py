@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ablations.mixture.options import MACRO
-from ablations.mixture.rows import DifferenceRow, ShareRow
+from ablations.mixture.rows import ShareRow
 from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
 from ablations.scaling.figure import save
+from ablations.text.differences import DifferenceRow
 
 COLOURS = (SERIES[0], INK, SERIES[1])
 

@@ -1,4 +1,4 @@
-"""The rows of a search's tables."""
+"""The tables of a search for a mixture."""
 
 import dataclasses
 
@@ -33,24 +33,3 @@ class ShareRow:
     share: float
     passes: float
     predicted: float
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRow:
-    """A run of the model; `domain` "macro" is the mean of all."""
-
-    mixture: str
-    seed: int
-    domain: str
-    bits_per_byte: float
-
-
-@dataclasses.dataclass(frozen=True)
-class DifferenceRow:
-    """The best mixture's bits per byte minus another's, paired by seed; a 95 % interval by Student's t."""
-
-    against: str
-    domain: str
-    difference: float
-    low: float
-    high: float

@@ -11,21 +11,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.stats
 
-from ablations.comparison.statistics import t_interval
 from ablations.mixture.figure import draw
 from ablations.mixture.options import MACRO, MixtureSearchOptions
 from ablations.mixture.proxies import Measure, NgramProxy, draw_mixtures, run_proxies, within_caps
-from ablations.mixture.rows import DifferenceRow, FitRow, RunRow, ShareRow
+from ablations.mixture.rows import FitRow, ShareRow
+from ablations.text.differences import DifferenceRow, TextRow, difference_text, differences
+from ablations.text.runs import train_whole
 from corpus.mixture import LINEAR, PROCESS, GaussianProcess, LinearRegression, Runs
 from corpus.prepare import PreparedCorpus, prepare
 from corpus.shares import NATURAL, UNIFORM, capped, read_shares
 from foundation.command import leave_options
 from foundation.files import fingerprint
 from foundation.serialize import nearest
-from foundation.tables import read_rows, write_rows, write_table
+from foundation.tables import write_rows, write_table
 from staged_training.code import code_behind
-from staged_training.execute import Execution
-from staged_training.record import SECTIONS, SectionLoss
 from staged_training.staging import StagingConfig, corpus_facts, make_whole_plan, mixed_text
 
 BEST = "best"
@@ -73,15 +72,14 @@ def search(options: MixtureSearchOptions) -> None:
     print(f"{share_text(shares, domains)}\n\nthe best one for --mixture: {options.out / f'{BEST}.csv'}", flush=True)
     if not options.seeds:
         return
-    done: list[RunRow] = []
+    done: list[TextRow] = []
     for seed in range(options.seeds):
         for name in ARMS:
             print(f"\n{name}, seed {seed}", flush=True)
             found = train(options, options.staging, corpus, arms[name], seed=seed)
-            found[MACRO] = float(np.mean(list(found.values())))
-            done += [RunRow(name, seed, domain, value) for domain, value in found.items()]
-            write_rows(options.out / RUNS_FILE, RunRow, done)
-    against = differences(done)
+            done += [TextRow(name, seed, domain, value) for domain, value in found.items()]
+            write_rows(options.out / RUNS_FILE, TextRow, done)
+    against = differences(done, [(BEST, other) for other in ARMS[1:]])
     write_rows(options.out / DIFFERENCES_FILE, DifferenceRow, against)
     draw(shares, against, options.out / FIGURE)
     print(f"\n{difference_text(done, against)}\n\ntables and figure: {options.out}")
@@ -129,21 +127,12 @@ def train(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Bits per byte by domain of the model, trained on a mixture now or before."""
+    """Bits per byte of the model by domain, trained on a mixture now or before, see `train_whole`."""
     mixed = mixed_text(corpus, staging, shares)
     staging = dataclasses.replace(staging, mixture="given", epoch_cap=None)
     model = options.model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
     plan = make_whole_plan(staging, corpus_facts(mixed), model, seed=seed)
-    execution = Execution(plan, mixed, options.out, options.execution)
-    run = plan.trunk_run(execution.trunk_folder)
-    if execution.open(run) is None:
-        execution.train_trunk(run)
-    domains = corpus.valid_domains()
-    nats, n_bytes = dict.fromkeys(sorted(set(domains)), 0.0), dict.fromkeys(domains, 0)
-    for section in read_rows(run.folder / SECTIONS, SectionLoss):
-        nats[domains[section.document]] += section.nats
-        n_bytes[domains[section.document]] += section.n_bytes
-    return {domain: total / (n_bytes[domain] * math.log(2)) for domain, total in nats.items()}
+    return train_whole(plan, mixed, options.out, options.execution, corpus.valid_domains())
 
 
 def cross_validate(runs: Runs) -> list[FitRow]:
@@ -190,21 +179,6 @@ def share_rows(
     return rows
 
 
-def differences(runs: Sequence[RunRow]) -> list[DifferenceRow]:
-    """The best mixture against each other one, by domain."""
-    value = {(run.mixture, run.domain, run.seed): run.bits_per_byte for run in runs}
-    seeds = sorted({run.seed for run in runs})
-    rows = []
-    for against in ARMS[1:]:
-        for domain in dict.fromkeys(run.domain for run in runs):
-            each = [value[BEST, domain, seed] - value[against, domain, seed] for seed in seeds]
-            interval = t_interval(each)
-            assert interval.half_width is not None, "two seeds at least"
-            mean, half = interval.mean, interval.half_width
-            rows.append(DifferenceRow(against, domain, mean, mean - half, mean + half))
-    return rows
-
-
 def fit_text(rows: Sequence[FitRow]) -> str:
     found = {(row.loss, row.regression): row for row in rows}
     lines = [f"{'loss, small runs left out':<28}{LINEAR:>9}{PROCESS:>18}{'its error':>11}"]
@@ -223,15 +197,3 @@ def share_text(rows: Sequence[ShareRow], domains: Sequence[str]) -> str:
         lines.append(f"{domain:<20}" + "".join(cells))
     predicted = [f"{found[name, MACRO].predicted:>20.4f}" for name in names]
     return "\n".join([*lines, f"{'predicted macro':<20}" + "".join(predicted)])
-
-
-def difference_text(runs: Sequence[RunRow], rows: Sequence[DifferenceRow]) -> str:
-    lines = [f"{'bits per byte':<20}{''.join(f'{name:>10}' for name in ARMS)}" + "  best against natural, uniform"]
-    for domain in dict.fromkeys(run.domain for run in runs):
-        means = [
-            np.mean([run.bits_per_byte for run in runs if (run.mixture, run.domain) == (name, domain)]) for name in ARMS
-        ]
-        own = [row for row in rows if row.domain == domain]
-        cells = "".join(f"  {row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]" for row in own)
-        lines.append(f"{domain:<20}{''.join(f'{mean:>10.4f}' for mean in means)}{cells}")
-    return "\n".join(lines)

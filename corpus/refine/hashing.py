@@ -9,6 +9,8 @@ Legend: C values of the sequence, R runs.
 
 import numpy as np
 
+from corpus.refine import views
+
 BASE = 0x9E3779B97F4A7C15
 INVERSE = pow(BASE, -1, 1 << 64)
 _powers: dict[int, np.ndarray] = {}
@@ -34,16 +36,20 @@ def powers(base: int, count: int) -> np.ndarray:
 
 
 class RunHashes:
-    """Hashes of runs of `values_C` (uint64, whose bits should be mixed)."""
+    """Hashes of runs of `values_C` (uint64, whose bits should be mixed).
+
+    Attributes:
+        sums, powers: of value_j x base^-j before each place, and of the base; uint64 [C + 1].
+    """
 
     def __init__(self, values_C: np.ndarray):
-        self._sums = np.zeros(len(values_C) + 1, np.uint64)
-        np.cumsum(values_C * powers(INVERSE, len(values_C)), out=self._sums[1:])
-        self._powers = powers(BASE, len(values_C) + 1)
+        self.sums = np.zeros(len(values_C) + 1, np.uint64)
+        np.cumsum(values_C * powers(INVERSE, len(values_C)), out=self.sums[1:])
+        self.powers = powers(BASE, len(values_C) + 1)
 
     def of(self, starts_R: np.ndarray, ends_R: np.ndarray) -> np.ndarray:
         """uint64 [R]: equal for equal runs; of different ones, equal by chance of about 2^-64 each."""
-        return mix((self._sums[ends_R] - self._sums[starts_R]) * self._powers[starts_R] + lengths(starts_R, ends_R))
+        return mix((self.sums[ends_R] - self.sums[starts_R]) * self.powers[starts_R] + lengths(starts_R, ends_R))
 
     def ngrams(self, n: int) -> np.ndarray:
         """Hashes of the n-grams, in order; none where the sequence is shorter."""
@@ -51,9 +57,9 @@ class RunHashes:
 
     def polynomials(self, n: int) -> np.ndarray:
         """Of the n-grams; their high bits are as good as mixed."""
-        if len(self._sums) <= n:
+        if len(self.sums) <= n:
             return np.empty(0, np.uint64)
-        return (self._sums[n:] - self._sums[:-n]) * self._powers[: len(self._sums) - n]
+        return (self.sums[n:] - self.sums[:-n]) * self.powers[: len(self.sums) - n]
 
 
 def lengths(starts_R: np.ndarray, ends_R: np.ndarray) -> np.ndarray:
@@ -63,5 +69,8 @@ def lengths(starts_R: np.ndarray, ends_R: np.ndarray) -> np.ndarray:
 
 def text_hash(text: str) -> int:
     """The 64-bit hash of a whole text, code points as they are: decides where chance would."""
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.uint64)
-    return int(RunHashes(mix(codes)).of(np.array([0]), np.array([len(codes)]))[0])
+    codes_C = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    if (found := views.whole(codes_C, INVERSE)) is not None:
+        return found
+    hashes = RunHashes(mix(codes_C.astype(np.uint64)))
+    return int(hashes.of(np.array([0]), np.array([len(codes_C)]))[0])

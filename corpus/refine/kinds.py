@@ -47,13 +47,13 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     return kinds, lower
 
 
-_KINDS, LOWER = _tables()
+KINDS_TABLE, LOWER = _tables()
 
 
 def kinds_of(codes_C: np.ndarray) -> np.ndarray:
     """Kinds of code points, uint8; those of `sys.maxunicode` and below are all legal."""
     assert not len(codes_C) or codes_C.max() <= sys.maxunicode
-    kinds_C = _KINDS[np.minimum(codes_C, _TABLE - 1)]
+    kinds_C = KINDS_TABLE[np.minimum(codes_C, _TABLE - 1)]
     if len(codes_C) and codes_C.max() >= _TABLE:
         beyond_C = codes_C >= _TABLE
         kinds_C = np.where(beyond_C, SYMBOL, kinds_C)

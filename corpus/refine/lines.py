@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 from corpus.refine.layer import Layer
 from corpus.refine.page import CHINESE, CODE, ENGLISH, Page
 
+_BULLETS = frozenset("-•*·–")
 # What ends a sentence or a line of text, in both scripts; quotation marks and brackets may follow.
 _ENDS = tuple(".?!\"'\u201d\u2019:;)。？！”’」』）：；…，、．|")
-# A line that is nothing but this is what a page has around its text; stripped lines in lower case.
+# A line that is nothing but this is what a page has around its text; of the stripped lines in lower case.
 _FURNITURE = re.compile(
-    r"(?:please )?(?:enable|turn on|activate) javascript\b.{0,120}|(?:we|this (?:site|website)) uses? cookies?\b.*"
+    r"^(?:(?:please )?(?:enable|turn on|activate) javascript\b.{0,120}|(?:we|this (?:site|website)) uses? cookies?\b.*"
     r"|all rights reserved.{0,100}|(?:copyright )?©.{0,100}|copyright \d{4}.{0,100}|lorem ipsum\b.*"
     r"|(?:read more|continue reading|click here|sign[ -]?in|log[ -]?in|sign[ -]?up|register|subscribe|share this"
     r"|share on \w+|tweet|next|prev(?:ious)?|back to top|skip to (?:main )?content|load more|view all|add to cart"
@@ -23,12 +24,15 @@ _FURNITURE = re.compile(
     r"|(?:点击(?:这里|此处|查看|下载|进入)|阅读(?:全文|更多|原文)|查看(?:更多|全部|详情)|返回(?:顶部|首页|上一页|列表)"
     r"|[上下]一[页篇章]|加入(?:收藏|购物车)|收藏本[站页]|分享(?:到|至).{0,20}|登录|注册|免费注册|立即(?:注册|下载|购买)"
     r"|扫码关注.{0,20}|关注(?:我们|公众号).{0,20}|设为首页|友情链接|网站地图|联系我们)[ 。！…»>:：]*"
-    r"|版权所有.{0,80}|备案号.{0,80}|.{0,4}icp备.{0,80}|责任编辑[:：].{0,20}|\d+ ?(?:次阅读|人?评论|个?赞|次浏览)[ 。]*"
+    r"|版权所有.{0,80}|备案号.{0,80}|.{0,4}icp备.{0,80}|责任编辑[:：].{0,20}"
+    r"|\d+ ?(?:次阅读|人?评论|个?赞|次浏览)[ 。]*)$",
+    re.MULTILINE,
 )
 # The same, of lines that speak of it anywhere; looked at only where the whole text has one of the words.
 _POLICY = re.compile(
-    r".{0,60}javascript (?:is|must be|to be) (?:disabled|enabled|required)\b.{0,120}"
-    r"|.{0,40}\b(?:terms of (?:use|service)|privacy policy|cookie policy)\b.{0,60}"
+    r"^(?:.{0,60}javascript (?:is|must be|to be) (?:disabled|enabled|required)\b.{0,120}"
+    r"|.{0,40}\b(?:terms of (?:use|service)|privacy policy|cookie policy)\b.{0,60})$",
+    re.MULTILINE,
 )
 _POLICY_WORDS = ("javascript", "terms of", "privacy policy", "cookie policy")
 LONGEST_FURNITURE = 240
@@ -78,31 +82,31 @@ class Lines(Layer):
         # Of one or two lines no share says anything.
         if n < 4:
             return None
-        if (
-            sum(line.startswith(("-", "•", "*", "·", "–")) for line in lines)
-            > limits["lines that begin with a bullet"] * n
-        ):
+        if sum([line[0] in _BULLETS for line in lines]) > limits["lines that begin with a bullet"] * n:
             return "nearly all lines are bullets"
-        if sum(line.endswith(("...", "…")) for line in lines) > limits["lines that end in an ellipsis"] * n:
+        if sum([line.endswith(("...", "…")) for line in lines]) > limits["lines that end in an ellipsis"] * n:
             return "lines that break off"
-        if sum(line.endswith(_ENDS) for line in lines) < limits["lines that end as text does"] * n:
+        open_lines = [line for line in lines if not line.endswith(_ENDS)]
+        if n - len(open_lines) < limits["lines that end as text does"] * n:
             return "lines do not end as text does"
         length, share = limits["short lines"]
         # Verse and dialogue have short lines as well, but they end as text does.
-        if sum(len(line) <= length and not line.endswith(_ENDS) for line in lines) > share * n:
+        if sum([len(line) <= length for line in open_lines]) > share * n:
             return "short lines"
         return None
 
 
 def furniture(page: Page) -> set[int]:
     """Numbers of the lines that are page furniture."""
-    lower = page.text.lower()
-    policy = any(word in lower for word in _POLICY_WORDS)
+    lower = "\n".join(page.stripped_lines).lower()
+    forms = [_FURNITURE, *([_POLICY] if any(word in lower for word in _POLICY_WORDS) else [])]
     found: set[int] = set()
-    for number, line in enumerate(page.lines):
-        if 1 < len(line) <= LONGEST_FURNITURE:
-            line = line.strip().lower()
-            if _FURNITURE.fullmatch(line) or (policy and _POLICY.fullmatch(line)):
+    for form in forms:
+        number = place = 0
+        for match in form.finditer(lower):
+            number += lower.count("\n", place, match.start())
+            place = match.start()
+            if 1 < len(page.lines[number]) <= LONGEST_FURNITURE:
                 found.add(number)
     return found
 

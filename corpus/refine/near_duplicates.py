@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from corpus.refine import views
 from corpus.refine.hashing import mix
 from corpus.refine.page import CHINESE, CODE, ENGLISH, Page
 
@@ -65,12 +66,13 @@ def bands_of(page: Page) -> np.ndarray:
     if len(hashes_G) == 0:
         whole = page.term_hashes.ngrams(max(len(page.terms.hashes), 1))
         hashes_G = whole if len(whole) else np.zeros(1, np.uint64)
-    low_G = np.unique(hashes_G.astype(np.uint32))
-    signature_H = np.full(HASHES, np.iinfo(np.uint32).max)
-    for start in range(0, len(low_G), CHUNK):
-        permuted_HG = _FACTORS_H[:, None] * low_G[None, start : start + CHUNK]
-        permuted_HG += _SHIFTS_H[:, None]
-        np.minimum(signature_H, permuted_HG.min(axis=1), out=signature_H)
+    if (signature_H := views.minhash(hashes_G, _FACTORS_H, _SHIFTS_H)) is None:
+        low_G = np.unique(hashes_G.astype(np.uint32))
+        signature_H = np.full(HASHES, np.iinfo(np.uint32).max)
+        for start in range(0, len(low_G), CHUNK):
+            permuted_HG = _FACTORS_H[:, None] * low_G[None, start : start + CHUNK]
+            permuted_HG += _SHIFTS_H[:, None]
+            np.minimum(signature_H, permuted_HG.min(axis=1), out=signature_H)
     bands = np.zeros(BANDS, np.uint64)
     for row in range(ROWS):
         bands = mix(bands ^ signature_H[row::ROWS].astype(np.uint64))

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from corpus.refine import views
 from corpus.refine.hashing import RunHashes, mix
 from corpus.refine.page import CHINESE, CODE, ENGLISH
 
@@ -52,6 +53,11 @@ class NgramModel:
         text = text[:LONGEST]
         if not text:
             return 0.0
+        hashes = _hashes(text)
+        shape, floats = (self.order, BITS), (self.total, PRIOR, UNIFORM)
+        found_C = views.ngram_probabilities(hashes.sums, hashes.powers, self.counts_S, shape, floats)
+        if found_C is not None:
+            return float(-np.log2(found_C).mean())
         p_C = np.full(len(text), UNIFORM, np.float32)
         context_C = np.full(len(text), self.total, np.float32)
         for n, slots in enumerate(_slots(text, self.order), 1):
@@ -67,12 +73,16 @@ class NgramModel:
 
 def _slots(text: str, order: int) -> list[np.ndarray]:
     """Slots of the n-grams of each order, in order of their ends."""
-    codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    # All digits are one, as in CCNet: a price is not less likely than another.
-    codes_C = np.where((codes_C >= 48) & (codes_C < 58), 48, codes_C).astype(np.uint64)
-    hashes = RunHashes(mix(codes_C + np.uint64(1)))
+    hashes = _hashes(text)
     # High bits of polynomials over mixed values need no more mixing; the order keeps equal runs of two orders apart.
     return [
         ((hashes.polynomials(n) * np.uint64(2 * n + 1)) >> np.uint64(64 - BITS)).astype(np.int64)
         for n in range(1, order + 1)
     ]
+
+
+def _hashes(text: str) -> RunHashes:
+    codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    # All digits are one, as in CCNet: a price is not less likely than another.
+    codes_C = np.where((codes_C >= 48) & (codes_C < 58), 48, codes_C).astype(np.uint64)
+    return RunHashes(mix(codes_C + np.uint64(1)))

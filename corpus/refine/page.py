@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.refine.hashing import RunHashes, mix
-from corpus.refine.kinds import DIGIT, HAN, KIND, LETTER, LOWER, SPACE, kinds_of
+from corpus.refine import views
+from corpus.refine.hashing import INVERSE, RunHashes, mix
+from corpus.refine.kinds import DIGIT, HAN, KIND, KINDS_TABLE, LETTER, LOWER, SPACE, kinds_of
 
 ENGLISH, CHINESE, CODE = "en", "zh", "code"
 LANGUAGES = (ENGLISH, CHINESE, CODE)
 # A short line that begins so is markup (of Markdown, TeX, HTML, roff, listings), and repeats in good documents.
+FENCES = ("```", "~~~")
 MARKUP, LONG_LINE, SHORTEST_LINE = frozenset("`$\\:<>{}[]()@|+=~?.%&_^#/\"'"), 40, 2
 
 
@@ -63,14 +65,21 @@ class Page:
         return np.frombuffer(self._text.encode("utf-32-le", "surrogatepass"), "<u4")
 
     @cached_property
+    def _kinds(self) -> tuple[np.ndarray, np.ndarray]:
+        if (found := views.kinds_and_counts(self.codes_C, KINDS_TABLE, len(KIND))) is not None:
+            return found
+        kinds_C = kinds_of(self.codes_C)
+        return kinds_C, np.bincount(kinds_C, minlength=len(KIND))
+
+    @property
     def kinds_C(self) -> np.ndarray:
         """See `corpus.refine.kinds`."""
-        return kinds_of(self.codes_C)
+        return self._kinds[0]
 
-    @cached_property
+    @property
     def counts(self) -> np.ndarray:
         """Characters of each kind."""
-        return np.bincount(self.kinds_C, minlength=len(KIND))
+        return self._kinds[1]
 
     @cached_property
     def n_visible(self) -> int:
@@ -83,19 +92,31 @@ class Page:
         return self._text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
     @cached_property
+    def stripped_lines(self) -> list[str]:
+        """`lines` without the white space about them."""
+        return list(map(str.strip, self.lines))
+
+    @cached_property
     def prose_lines(self) -> list[str]:
         """Stripped lines that can be text: not empty, outside of fenced listings, and no line of mere markup."""
-        found, fenced = [], False
-        for line in map(str.strip, self.lines):
-            if line.startswith(("```", "~~~")):
-                fenced = not fenced
-            elif len(line) > SHORTEST_LINE and not fenced and (len(line) >= LONG_LINE or line[0] not in MARKUP):
-                found.append(line)
-        return found
+        lines = self.stripped_lines
+        if any(fence in self._text for fence in FENCES):
+            lines, fenced = [], False
+            for line in self.stripped_lines:
+                if line.startswith(FENCES):
+                    fenced = not fenced
+                elif not fenced:
+                    lines.append(line)
+        return [
+            line for line in lines if len(line) > SHORTEST_LINE and (len(line) >= LONG_LINE or line[0] not in MARKUP)
+        ]
 
     @cached_property
     def words(self) -> Runs:
         """What white space separates; in Chinese each Han character is a word of its own."""
+        form = views.CHINESE_WORDS if self.language == CHINESE else views.WORDS
+        if (found := views.runs(self.codes_C, self.kinds_C, form, LOWER, INVERSE)) is not None:
+            return Runs(*found)
         visible_C = self.kinds_C != SPACE
         alone_C = self.kinds_C == HAN if self.language == CHINESE else np.zeros(len(visible_C), bool)
         return _runs(visible_C, alone_C, self.codes_C)
@@ -105,6 +126,8 @@ class Page:
         """What models and duplicates look at: runs of letters and digits in lower case, every digit the same, each Han
         character alone. Line ends, case, punctuation and figures make no difference."""
         kinds_C = self.kinds_C
+        if (found := views.runs(self.codes_C, kinds_C, views.TERMS, LOWER, INVERSE)) is not None:
+            return Runs(*found)
         codes_C = LOWER[np.minimum(self.codes_C, len(LOWER) - 1)]
         codes_C = np.where(self.codes_C < len(LOWER), codes_C, self.codes_C)
         codes_C = np.where(kinds_C == DIGIT, ord("0"), codes_C)

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from corpus.refine import views
 from corpus.refine.layer import Layer
 from corpus.refine.page import CHINESE, CODE, ENGLISH, Page
 
@@ -59,12 +60,14 @@ class PersonalData(Layer):
 
     def __init__(self, path: Path | None = None):
         self._phrases = {hash_of_phrase(word): weight for word, weight in read_words(path or LIST).items()}
-        self._lengths = sorted({n_terms for n_terms, _ in self._phrases})
+        self._lengths = np.unique([n_terms for n_terms, _ in self._phrases])
+        # The hash of a run says its length as well.
+        self._hashes = np.array(sorted(value for _, value in self._phrases), np.uint64)
         self._first_terms = np.zeros(_BUCKETS, bool)
         self._first_terms[[int(Page(word).terms.hashes[0]) % _BUCKETS for word in read_words(path or LIST)]] = True
 
     def judge(self, page: Page) -> str | None:
-        masked, counts = mask(page.text)
+        masked, counts = mask(page.text, views.gates(page.codes_C))
         if counts:
             page.text = masked
             for kind, count in counts.items():
@@ -80,18 +83,29 @@ class PersonalData(Layer):
         score, different = 0.0, set[tuple[int, int]]()
         # Nearly no term begins an entry: the phrases are looked up at those few places.
         hashes_T = page.terms.hashes
-        starts = np.flatnonzero(self._first_terms[(hashes_T % np.uint64(_BUCKETS)).astype(np.int64)])
-        for n_terms in self._lengths if len(starts) else ():
-            fitting = starts[starts + n_terms <= len(hashes_T)]
-            for value in page.term_hashes.of(fitting, fitting + n_terms).tolist():
-                if weight := self._phrases.get((n_terms, value)):
-                    score += weight
-                    different.add((n_terms, value))
+        starts = np.flatnonzero(self._first_terms[(hashes_T & np.uint64(_BUCKETS - 1)).astype(np.int64)])
+        if not len(starts) or not len(self._hashes):
+            return score, 0
+        first = np.tile(starts, len(self._lengths))
+        n_terms = np.repeat(self._lengths, len(starts))
+        fitting = first + n_terms <= len(hashes_T)
+        first, n_terms = first[fitting], n_terms[fitting]
+        values = page.term_hashes.of(first, first + n_terms)
+        place = np.minimum(np.searchsorted(self._hashes, values), len(self._hashes) - 1)
+        for found in np.flatnonzero(self._hashes[place] == values).tolist():
+            phrase = int(n_terms[found]), int(values[found])
+            if weight := self._phrases.get(phrase):
+                score += weight
+                different.add(phrase)
         return score, len(different)
 
 
-def mask(text: str) -> tuple[str, dict[str, int]]:
-    """The text with each piece of personal data replaced by what it is, and how many of each kind there were."""
+def mask(text: str, gates: int | None = None) -> tuple[str, dict[str, int]]:
+    """The text with each piece of personal data replaced by what it is, and how many of each kind there were.
+
+    Args:
+        gates: what `views.gates` says of the text; looked for here where it is None.
+    """
     counts: dict[str, int] = {}
 
     def replace(kind_of: Callable[[str], str | None], match: re.Match[str]) -> str:
@@ -104,11 +118,24 @@ def mask(text: str) -> tuple[str, dict[str, int]]:
         return bracket + MASKS[kind]
 
     # IP addresses before numbers: a number with dots could be either. Most texts have none of them, which is seen fast.
-    for gate, form, kind_of in _FORMS:
-        if gate.search(text):
-            substitute = functools.partial(form.sub, functools.partial(replace, kind_of))
-            text = "".join(substitute(line) if gate.search(line) else line for line in text.splitlines(keepends=True))
+    for flag, (gate, form, kind_of) in zip(views.GATES, _FORMS):
+        # What has been masked may have opened or closed another gate.
+        known = gates is not None and not counts
+        if gates & flag if known else gate.search(text):
+            text = _in_lines(gate, functools.partial(form.sub, functools.partial(replace, kind_of)), text)
     return text, counts
+
+
+def _in_lines(gate: re.Pattern[str], substitute: Callable[[str], str], text: str) -> str:
+    """Substitutes in the lines that a gate finds something in; neither gates nor forms see beyond a line's end."""
+    parts, done = [], 0
+    while found := gate.search(text, done):
+        start = text.rfind("\n", done, found.start()) + 1 or done
+        end = text.find("\n", found.end())
+        end = len(text) if end < 0 else end
+        parts += [text[done:start], substitute(text[start:end])]
+        done = end
+    return "".join([*parts, text[done:]])
 
 
 def kind_of_number(written: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from corpus.refine import views
 from corpus.refine.hashing import RunHashes
 from corpus.refine.layer import Layer
 from corpus.refine.page import CHINESE, CODE, ENGLISH, LONG_LINE, Page
@@ -81,6 +82,8 @@ class Repetition(Layer):
 
 def _duplicates(parts: Sequence[str]) -> tuple[float, float]:
     """Share of parts that came before, and of their characters."""
+    if len(set(parts)) == len(parts):
+        return 0.0, 0.0
     seen: set[str] = set()
     n, characters = 0, 0
     for part in parts:
@@ -97,6 +100,8 @@ def top_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0
         sums_W: characters before each word, and of all.
         enough: a share that cannot be above this one is not computed; its bound is returned.
     """
+    if (found := views.repeated_share(hashes.polynomials(n), sums_W, n, top=True, enough=enough)) is not None:
+        return found
     hashes_G = hashes.ngrams(n)
     sorted_G = np.sort(hashes_G)
     new_G = np.ones(len(sorted_G), bool)
@@ -116,6 +121,8 @@ def top_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0
 
 def duplicate_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0) -> float:
     """Share of the characters that lie in an n-gram which came before; `sums_W` and `enough` as for `top_share`."""
+    if (found := views.repeated_share(hashes.polynomials(n), sums_W, n, top=False, enough=enough)) is not None:
+        return found
     hashes_G = hashes.ngrams(n)
     sorted_G = np.sort(hashes_G)
     n_again = int(np.count_nonzero(sorted_G[1:] == sorted_G[:-1]))

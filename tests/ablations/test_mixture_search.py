@@ -118,7 +118,7 @@ def test_a_search_leaves_its_tables_and_is_not_run_twice(data, tmp_path, capsys,
     search(options)
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 3 * 4
+    assert len(rows) == 2 * 3 * 5
     with (tmp_path / "shares.csv").open() as file:
         shares = list(csv.DictReader(file))
     for name in ("best", "natural", "uniform"):
