@@ -151,11 +151,15 @@ def read_runs(path: Path) -> list[PointRow]:
     table = read_table(path)
     columns: dict[str, Sequence] = {}
     for field in dataclasses.fields(PointRow):
+        if field.name == "seed" and "seed" not in table.rows[0]:
+            continue
         if field.type is str:
             columns[field.name] = table.column(field.name)
         else:
             kind = int if field.type is int else float
-            columns[field.name] = [kind(value) for value in table.numbers(field.name, zero=field.name == "held_out")]
+            columns[field.name] = [
+                kind(value) for value in table.numbers(field.name, zero=field.name in ("held_out", "seed"))
+            ]
     return [PointRow(**dict(zip(columns, cells))) for cells in zip(*columns.values())]
 
 

@@ -62,7 +62,8 @@ def isoflops(points: Points, fit: Fit, size: str) -> list[IsoflopRow]:
         own = [
             *(("point", params, loss) for params, loss in zip(size_P[near_P], points.loss_P[near_P])),
             *(("law", params, loss) for params, loss in zip(sizes, law)),
-            ("law optimum", sizes[best], law[best]),
+            # At an end of the curve the law falls on beyond it.
+            *([("law optimum", sizes[best], law[best])] if 0 < best < CURVE - 1 else []),
             *_parabola(size_P[near_P], points.loss_P[near_P]),
         ]
         rows += [

@@ -40,6 +40,7 @@ class PointRow:
     seconds: float
     scale: float
     loss: float
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,7 @@ def write_points(ladder: Ladder) -> list[PointRow]:
                     seconds=cost["seconds"],
                     scale=rung.scale,
                     loss=record.result["bits_per_byte"],
+                    seed=rung.seed,
                 )
             )
     write_rows(ladder.folder / POINTS_FILE, PointRow, rows)

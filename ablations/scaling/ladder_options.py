@@ -39,6 +39,7 @@ class LadderOptions:
         seq_len: tokens of a row.
         learning_rate: peak, the same for all; it decays to zero over the last 15 % of a run.
         seed: of weights and data order.
+        seeds: so many of each run, from --seed on.
     """
 
     phase: Phase = "all"
@@ -58,6 +59,7 @@ class LadderOptions:
     seq_len: int = StagingConfig.seq_len
     learning_rate: float = StagingConfig.learning_rate
     seed: int = 0
+    seeds: int = 1
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
     corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=lambda: CorpusConfig(valid_share=0.02)
@@ -81,6 +83,7 @@ class LadderOptions:
             seq_len=1,
             learning_rate=1e-12,
             seed=0,
+            seeds=1,
         )
         for name in ("widths", "depths", "token_budgets", "methods"):
             if not getattr(self, name):

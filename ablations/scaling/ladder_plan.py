@@ -42,6 +42,7 @@ class Rung:
 
     name: str
     method: str
+    seed: int
     plan: Plan
     folder: Path
     held_out: bool
@@ -94,7 +95,11 @@ def prepare_ladder(options: LadderOptions) -> Ladder:
     rungs = []
     for name in dict.fromkeys(options.methods):
         (method,) = [method for method in find_methods([name]) if method.name == name]
-        own = [_rung(options, corpus, method, model, tokens) for model, tokens in dict.fromkeys(_models(options))]
+        own = [
+            _rung(options, corpus, method, model, tokens, options.seed + number)
+            for model, tokens in dict.fromkeys(_models(options))
+            for number in range(options.seeds)
+        ]
         own.sort(key=lambda rung: rung.flops)
         first_held = len(own) - options.held_out
         if first_held < 1:
@@ -142,24 +147,23 @@ def widened(base: ModelOptions, width: int, depth: int) -> ModelOptions:
     return dataclasses.replace(base, d_model=width, n_layers=depth, **numbers)
 
 
-def _rung(options: LadderOptions, corpus: PreparedCorpus, method: Method, model: ModelOptions, tokens: int) -> Rung:
-    config = method.change(model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id))
+def _rung(
+    options: LadderOptions, corpus: PreparedCorpus, method: Method, model: ModelOptions, tokens: int, seed: int
+) -> Rung:
+    same = model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
+    config = method.change(same)
     facts, staging = corpus_facts(corpus), options.staging(tokens)
-    plan = make_whole_plan(staging, facts, config, seed=options.seed)
-    baseline = make_whole_plan(
-        staging, facts, model.config(corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id), seed=options.seed
-    )
+    plan = make_whole_plan(staging, facts, config, seed=seed)
+    baseline = make_whole_plan(staging, facts, same, seed=seed)
     cost = model_cost(config, length=options.seq_len, mean_experts=float(model.k))
+    # Where experts have another share of the width than the base's.
+    granular = model.d_expert * options.model.d_model != options.model.d_expert * model.d_model
     return Rung(
         name=(
             f"{method.name}_w{model.d_model}_l{model.n_layers}_e{model.n_experts}_k{model.k}_t{tokens}"
-            # Where experts have another share of the width than the base's.
-            + (
-                f"_f{model.d_expert}"
-                if model.d_expert * options.model.d_model != options.model.d_expert * model.d_model
-                else ""
-            )
+            f"{f'_f{model.d_expert}' * granular}{f'_s{seed}' * (options.seeds > 1)}"
         ),
+        seed=seed,
         method=method.name,
         plan=plan,
         folder=Execution(plan, corpus, options.out, options.execution).trunk_folder,

@@ -35,7 +35,7 @@ from staged_training.sweep import run_one
 
 TRANSFER_FILE, OPTIMA_FILE, FIGURE_FILE, REPORT_FILE = "transfer.csv", "optima.csv", "transfer.png", "transfer.txt"
 STANDARD, COMPLETE = "standard", "complete_p"
-# The issue of transfer is decided by this factor between optima.
+# A rate within this factor of the best loses little: what counts as the same optimum.
 WITHIN = 1.5
 
 

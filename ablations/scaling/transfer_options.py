@@ -40,15 +40,15 @@ class TransferOptions:
     """
 
     widths: tuple[int, ...] = (16, 32, 64)
-    depths: tuple[int, ...] = (2, 8)
+    depths: tuple[int, ...] = (2, 6)
     expert_counts: tuple[int, ...] = (8, 32)
-    learning_rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3, 32e-3)
+    learning_rates: tuple[float, ...] = (8e-3, 16e-3, 32e-3, 64e-3)
     most_rates: int = 8
     seeds: tuple[int, ...] = (0,)
     draws: int = 1000
     out: Path = Path("runs")
     dry_run: bool = False
-    tokens: int = 40_960
+    tokens: int = 24_576
     batch_size: int = 4
     seq_len: int = 128
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: OptimizerConfig(kind="adamw"))
@@ -66,7 +66,7 @@ class TransferOptions:
         )
     )
     corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=lambda: CorpusConfig(vocab_size=1024, valid_share=0.01)
+        default_factory=lambda: CorpusConfig(vocab_size=1024, valid_share=0.009)
     )
     execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=ExecutionConfig

@@ -53,6 +53,10 @@ def test_runs_are_planned_with_their_sizes(options):
     # A quarter as wide, four times as many, as many parameters but for the router's.
     assert (narrow.experts, narrow.granularity, narrow.density) == (32, 32.0, 12 / 32)
     assert narrow.active_params - base.active_params == 24 * 16
+    twice = prepare_ladder(dataclasses.replace(options, seeds=2)).rungs
+    assert len({rung.plan.trunk_hash for rung in twice}) == len(twice) == 18
+    assert {rung.seed for rung in twice} == {0, 1}
+    assert twice[1].name == twice[0].name.replace("_s0", "_s1")
     wide = next(rung for rung in ladder.rungs if rung.name == "baseline_w32_l1_e8_k3_t512")
     assert wide.plan.model.attention.n_heads == 2 * base.plan.model.attention.n_heads
     assert wide.granularity == base.granularity
