@@ -31,6 +31,7 @@ class DeltaKind(AttentionKind):
     """
 
     shares_keys: bool = False
+    in_c: bool = True
 
     def check(self, config: AttentionConfig) -> None:
         if not self.shares_keys and config.key_heads != config.linear_shape[0]:

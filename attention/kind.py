@@ -32,6 +32,7 @@ class AttentionKind(abc.ABC):
         state_type: what `new_state` returns and its layers update; `Alias` for a kind that reads another's.
         reads: letter of the kind whose keys and values such a layer reuses, those of the nearest one below it; None
             for a kind that keeps what it remembers itself.
+        in_c: whether a compiled form computes on a CPU nearly all that its layers take time for in training.
         shared_fields: fields of `AttentionConfig` in which a layer that reads must agree with the layer that owns.
     """
 
@@ -40,6 +41,7 @@ class AttentionKind(abc.ABC):
     layer: "type[AttentionLayer]"
     state_type: type[LayerState]
     reads: str | None = None
+    in_c: bool = False
     shared_fields: tuple[str, ...] = ()
 
     def check(self, config: AttentionConfig) -> None:  # noqa: B027

@@ -38,6 +38,8 @@ def lightning_slopes(n_heads: int, layer_index: int, n_layers: int) -> Tensor:
 class LightningKind(AttentionKind):
     """L. Its memory is one fp32 K x V matrix per head, whatever the length."""
 
+    in_c: bool = True
+
     def new_state(
         self, config: AttentionConfig, *, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
     ) -> RecurrentState:

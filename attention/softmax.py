@@ -36,6 +36,7 @@ class SoftmaxKind(AttentionKind):
     """
 
     sliding: bool
+    in_c: bool = True
 
     def window(self, config: AttentionConfig) -> int | None:
         """How many tokens a query sees, its own included; None for all."""

@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class PeersConfig:
         dtypes: of both sides.
         parts: of training, prefill, decode.
         rounds: turns of both sides per row, after one that does not count.
+        seconds: of a row. Where its first turn leaves no time for all rounds there are fewer, and where it leaves none
+            for another turn it counts itself.
         threads: CPU threads of both sides.
         longest: leave out rows of a longer context, for a short run.
         csv: also write every round there.
@@ -51,12 +54,13 @@ class PeersConfig:
     dtypes: tuple[str, ...] = DTYPES
     parts: tuple[str, ...] = ("training", "prefill", "decode")
     rounds: int = 3
+    seconds: float = 300.0
     threads: int = 2
     longest: int = max(DECODE_LENGTHS)
     csv: Path | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self, rounds=1, threads=1, longest=1)
+        check_numbers(self, rounds=1, seconds=0, threads=1, longest=1)
         for name, given, legal in (
             ("cases", self.cases, CASES),
             ("dtypes", self.dtypes, DTYPES),
@@ -97,7 +101,7 @@ def bench_peers(config: PeersConfig) -> list[dict[str, str]]:
         for case in config.cases:
             workers = {side: Worker(side, case, dtype, config.threads) for side in SIDES}
             for part in _parts(config):
-                rows.append(_row(case, dtype, part, workers, config.rounds))
+                rows.append(_row(case, dtype, part, workers, config))
                 print(_line(rows[-1]), flush=True)
                 # Row by row: all of them take an hour, and what is stopped keeps what it has measured.
                 if config.csv:
@@ -114,13 +118,16 @@ def _parts(config: PeersConfig) -> list[Part]:
     return [part for part in parts if part.name in config.parts and part.length <= config.longest]
 
 
-def _row(case: str, dtype: str, part: Part, workers: "dict[str, Worker]", rounds: int) -> dict[str, str]:
-    speeds: dict[str, list[float]] = {side: [] for side in workers}
-    for turn in range(rounds + 1):
-        for side, worker in workers.items():
-            seconds = worker.seconds(part)
-            if turn:
-                speeds[side].append(part.tokens / seconds)
+def _row(case: str, dtype: str, part: Part, workers: "dict[str, Worker]", config: PeersConfig) -> dict[str, str]:
+    def turn() -> dict[str, float]:
+        return {side: part.tokens / worker.seconds(part) for side, worker in workers.items()}
+
+    began = time.perf_counter()
+    first = turn()
+    # A worker's first turn also fills its caches, so it is taken for one only where there is no time for another.
+    fitting = int(config.seconds / (time.perf_counter() - began)) - 1
+    turns = [turn() for _ in range(min(config.rounds, fitting))] or [first]
+    speeds = {side: [each[side] for each in turns] for side in workers}
     ratios = sorted(ours / theirs for ours, theirs in zip(speeds["ours"], speeds["transformers"]))
     return {
         "model": case,
@@ -128,6 +135,7 @@ def _row(case: str, dtype: str, part: Part, workers: "dict[str, Worker]", rounds
         "part": part.name,
         "batch": str(part.batch),
         "length": str(part.length),
+        "rounds": str(len(turns)),
         **{f"{side}_tokens_per_second": f"{statistics.median(values):.1f}" for side, values in speeds.items()},
         "ratio": f"{statistics.median(ratios):.2f}",
         "lowest_ratio": f"{ratios[0]:.2f}",

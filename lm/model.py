@@ -18,7 +18,6 @@ from attention.cache import HybridCache
 from attention.isolation import Documents, find_documents
 from attention.kinds import KINDS
 from attention.norm import describe_norm
-from attention.softmax import SoftmaxKind
 from foundation.exact_buffers import ExactBuffers
 from lm.block import Block, stream_norm
 from lm.config import ModelConfig
@@ -240,19 +239,22 @@ class LanguageModel(ExactBuffers):
         """The routers of blocks [boundary, n_layers), lowest first."""
         return [cast(Block, block).moe.router for block in self.blocks[boundary:]]
 
-    def expert_backend(self) -> Choice:
-        """What computes the experts on this model's device, and why."""
-        experts = cast(Block, self.blocks[-1]).moe.experts
+    def expert_backend(self, n_tokens: int = 0) -> Choice:
+        """What computes the experts on this model's device, and why; of so many tokens, where their number is known to
+        the policy, what is measured to be the fastest."""
+        moe = cast(Block, self.blocks[-1]).moe
+        experts = moe.experts
         if experts.has_options:
             return Choice("plain", "biases or another activation, which torch computes expert by expert")
         x = torch.empty(0, dtype=self._dtype, device=self.embedding_VD.device)
-        return choose_backend(x, experts.w_down_EFD, experts.backend)
+        n_rows = round(n_tokens * (moe.router.policy.asked_experts or 0))
+        return choose_backend(x, experts.w_down_EFD, experts.backend, n_rows=n_rows)
 
     def mostly_in_c(self) -> bool:
-        """Whether all that is large in training or reading this model is computed in C: attention (linear kinds are
-        torch's), experts, norms, loss."""
-        softmax = all(isinstance(KINDS[letter], SoftmaxKind) for letter in self.config.plan.letters)
-        return softmax and self._dtype == torch.float32 and takes_many_rows(self.head)
+        """Whether all that is large in training or reading this model is computed in C: attention, experts, norms,
+        loss."""
+        attention = all(KINDS[letter].in_c for letter in self.config.plan.letters)
+        return attention and self._dtype == torch.float32 and takes_many_rows(self.head)
 
     def its_threads(self) -> contextlib.AbstractContextManager[None]:
         """Around training and evaluation: see `torch_by_one_thread`, where the model is mostly in C."""

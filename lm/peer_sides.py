@@ -17,7 +17,7 @@ from torch import Tensor
 from attention.config import AttentionConfig
 from attention.layer_states import Alias
 from lm.config import ModelConfig
-from lm.model import LanguageModel, token_losses
+from lm.model import LanguageModel
 from moe.config import MoEConfig
 from moe.freed_memory import keep_freed_memory
 from routing.policies.top_k import TopK
@@ -110,8 +110,9 @@ class Ours:
     def training(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
         self.model.train()
         self.model.begin_step(0, 0)
-        output = self.model(tokens_BT)
-        (token_losses(output.logits_BTV, targets_BT).mean() + output.routing_loss).backward()
+        # As a training step does.
+        output = self.model.run(tokens_BT, 0, targets_BT)
+        (output.loss + output.routing_loss).backward()
         self.model.zero_grad()
         self.model.after_step()
 

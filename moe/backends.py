@@ -7,10 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from moe.cpu_experts import experts_on_cpu
 from moe.grouped_products import experts_by_gmm, experts_by_grouped_mm, why_not_gmm, why_not_grouped_mm
+from moe.measured import Compute, class_of, fastest
 from routing.assignments import Assignments
 from triton_kernels.experts.grouped_mlp import check_grouped_mlp, grouped_mlp, why_not_triton
 from triton_kernels.experts.native import why_not_native
@@ -32,7 +34,7 @@ class Backend(NamedTuple):
         why_not: (x_TD, w_down_EFD) -> why it cannot run on these tensors, or None.
     """
 
-    compute: Callable[[Tensor, Tensor, Tensor, Assignments], Tensor]
+    compute: Compute
     why_not: Callable[[Tensor, Tensor], str | None]
 
 
@@ -64,13 +66,15 @@ BACKENDS = {
 }
 
 
-def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> Choice:
+def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto", *, n_rows: int | None = None) -> Choice:
     """The one place that decides what computes the experts.
 
     Args:
         x_TD: for its dtype and device.
         w_down_EFD: for its widths.
         backend: "auto" or a name in BACKENDS.
+        n_rows: how many rows it is to compute. Where they are many, `auto` takes on a CPU what is measured to be the
+            fastest, see `moe.measured`.
 
     Raises:
         ValueError: if the backend asked for is unknown or cannot run here.
@@ -83,13 +87,26 @@ def choose_backend(x_TD: Tensor, w_down_EFD: Tensor, backend: str = "auto") -> C
         return Choice(backend, "asked for")
     if x_TD.device.type == "cpu":
         without_native = why_not_native(x_TD, w_down_EFD)
-        return Choice("cpu", without_native) if without_native else Choice("native", native().reason)
+        usual = Choice("cpu", without_native) if without_native else Choice("native", native().reason)
+        # Without the library the torch forms are to give on every machine what they are recorded to give.
+        if n_rows is None or native().library is None or torch.compiler.is_compiling():
+            return usual
+        shape = class_of(x_TD, w_down_EFD, n_rows)
+        return usual if shape is None else Choice(*fastest(shape, usual.name, _cpu_ways(x_TD, w_down_EFD)))
     without_triton = why_not_triton(x_TD, w_down_EFD)
     if x_TD.is_cuda and without_triton is None:
         return Choice("triton", "tensors are on a CUDA device")
     if (obstacle := why_not_grouped_mm(x_TD, w_down_EFD)) is None:
         return Choice("grouped_mm", without_triton or f"the fastest one here that runs on {x_TD.device.type}")
     return Choice("reference", obstacle)
+
+
+def _cpu_ways(x_TD: Tensor, w_down_EFD: Tensor) -> tuple[tuple[str, Compute], ...]:
+    return tuple(
+        (name, BACKENDS[name].compute)
+        for name in ("native", "cpu", "grouped_mm")
+        if BACKENDS[name].why_not(x_TD, w_down_EFD) is None
+    )
 
 
 def compute_experts(
@@ -110,7 +127,7 @@ def compute_experts(
     Raises:
         ValueError: for shapes that do not fit together.
     """
-    chosen = choose_backend(x_TD, w_down_EFD, backend).name
+    chosen = choose_backend(x_TD, w_down_EFD, backend, n_rows=len(rows.token_N)).name
     # Those that are `grouped_mlp` check for themselves.
     if chosen not in ("reference", "triton", "native"):
         check_grouped_mlp(

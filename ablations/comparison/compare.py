@@ -29,7 +29,7 @@ from foundation.environment import environment
 from foundation.files import CorruptFileError, check_seal, fingerprint, json_text, write_into_seal
 from foundation.serialize import to_dict
 from lm.config import ModelConfig
-from staged_training.estimate import Estimate, estimate
+from staged_training.estimate import estimate
 from staged_training.execute import Execution
 from staged_training.plan import Branch, CorpusFacts, Plan
 from staged_training.record import RESULT, set_aside
@@ -206,7 +206,8 @@ def run_comparison(
         if not options.dry_run:
             execution.set_damaged_aside()
         if not execution.finished:
-            estimated = with_budgets(estimate(execution, jobs=jobs), execution, job)
+            budgets = len(budgets_of(job.baseline))
+            estimated = estimate(execution, jobs=jobs, budgets=budgets, budget_batches=options.budget_batches)
             print(f"trunk {execution.plan.trunk_seed}: {estimated}", flush=True)
     if options.dry_run:
         here = environment(data_hash=job.plans[0].corpus.content_hash)
@@ -237,12 +238,6 @@ def run_branch(job: Job, execution: SharedExecution, branch: Branch) -> None:
         return to_dict(measure(run, context))
 
     execution.branch(branch, summary=summary)
-
-
-def with_budgets(estimated: Estimate, execution: Execution, job: Job) -> Estimate:
-    """The estimate of `staged_training`, which knows one evaluation per branch, with those at other budgets added."""
-    extra = len(budgets_of(job.baseline)) * job.options.budget_batches / len(execution.valid_tokens)
-    return dataclasses.replace(estimated, evaluation=estimated.evaluation * (1 + extra))
 
 
 def describe_comparison(job: Job, executions: list[SharedExecution], printed: str) -> Comparison:

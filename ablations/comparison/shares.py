@@ -28,6 +28,7 @@ from foundation.command import run_command
 from foundation.environment import ROOT
 from foundation.files import read_json, write_json
 from foundation.serialize import from_dict, to_dict
+from staged_training.dealing import dealt
 from staged_training.record import RESULT
 
 if TYPE_CHECKING:
@@ -161,24 +162,6 @@ def run_share(file: Path, part: Part, index: int, count: int) -> None:
     runs = [(execution, branch) for execution in executions for branch in execution.plan.branches]
     for number in dealt([branch.stage.n_batches for _, branch in runs], count)[index]:
         run_branch(job, *runs[number])
-
-
-def dealt(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Runs dealt out so that shares end at about the same time, by the same rule in every process.
-
-    Args:
-        lengths: of the runs, in any unit.
-
-    Returns:
-        The numbers of the runs in each share, ascending.
-    """
-    shares: list[list[int]] = [[] for _ in range(count)]
-    taken = [0] * count
-    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        least = taken.index(min(taken))
-        shares[least].append(number)
-        taken[least] += lengths[number]
-    return [sorted(share) for share in shares]
 
 
 def _parsed(given: Sequence[str] | None) -> tuple[Path, Part, int, int]:

@@ -1,12 +1,14 @@
 """The benchmark against transformers compares models of the same size, and runs."""
 
 import csv
+import time
 
 import pytest
 
 from foundation.environment import version
 from lm.__main__ import main
 from lm.accounting import meta_model
+from lm.bench_peers import Part, PeersConfig, _row
 from lm.peer_sides import CASES, FAMILIES
 
 pytestmark = pytest.mark.skipif(version("transformers") is None, reason="transformers is not installed")
@@ -36,3 +38,20 @@ def test_a_row_says_who_is_how_fast(tmp_path, capsys):
         assert ours > 0
         assert float(row["ratio"]) == pytest.approx(ours / theirs, rel=0.01)
         assert f"{row['ratio']}x" in capsys.readouterr().out or row is not rows[0]
+
+
+@pytest.mark.parametrize(("seconds", "rounds", "speed"), [(0.0, "1", "100.0"), (60.0, "2", "200.0")])
+def test_a_slow_row_has_fewer_rounds(seconds, rounds, speed):
+    class Worker:
+        turns = 0
+
+        def seconds(self, part):
+            time.sleep(0.01)
+            self.turns += 1
+            # The first turn is slower.
+            return part.tokens / (100 if self.turns == 1 else 200)
+
+    workers = {"ours": Worker(), "transformers": Worker()}
+    config = PeersConfig(rounds=2, seconds=seconds)
+    row = _row("F", "bfloat16", Part(name="prefill", batch=1, length=8), workers, config)
+    assert (row["rounds"], row["ours_tokens_per_second"]) == (rounds, speed)

@@ -1,7 +1,8 @@
 """What stands around the rule of a linear-attention layer, in C on a CPU with gradients: the short causal convolution
 and the gated RMSNorm.
 
-Legend: B batch, T tokens, D channels or normalised width, W convolution width, R = W - 1 entries of a tail, P pieces.
+Legend: B batch, T tokens, D channels or normalised width, W convolution width, R = W - 1 entries of a tail, V = W + 1,
+P pieces.
 """
 
 import ctypes
@@ -13,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from triton_kernels.native.library import call, threads, wide
 from triton_kernels.native.norm import ROWS
+
+# Tokens of a piece, as in linear_layer.c.
+CONV_ROWS = 128
 
 
 def causal_conv1d_native(
@@ -43,10 +47,11 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_BTD, tail_BRD, weight_WD, bias_D = ctx.saved_tensors
-        (B, _, D), W = x_BTD.shape, len(weight_WD)
-        dx_BTD, d_tail_BRD, d_weight = torch.empty(x_BTD.shape), torch.empty_like(tail_BRD), torch.zeros(B, W + 1, D)
-        call("conv_backward", *ctx.saved_tensors, *ctx.arrays, wide(dy), dx_BTD, d_tail_BRD, d_weight, threads())
-        return dx_BTD, d_weight[0, :W].T, None if bias_D is None else d_weight[0, W], d_tail_BRD, None
+        (B, T, D), W = x_BTD.shape, len(weight_WD)
+        dx_BTD, d_tail_BRD = torch.empty(x_BTD.shape), torch.empty_like(tail_BRD)
+        d_weight_PVD = torch.empty(B * -(-T // CONV_ROWS), W + 1, D)
+        call("conv_backward", *ctx.saved_tensors, *ctx.arrays, wide(dy), dx_BTD, d_tail_BRD, d_weight_PVD, threads())
+        return dx_BTD, d_weight_PVD[0, :W].T, None if bias_D is None else d_weight_PVD[0, W], d_tail_BRD, None
 
 
 def gated_rms_norm_native(x: Tensor, gate: Tensor, weight_D: Tensor, *, eps: float, silu: bool) -> Tensor:

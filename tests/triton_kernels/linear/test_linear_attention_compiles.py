@@ -1,5 +1,7 @@
 """torch.compile takes each linear-attention op on a CPU as one graph, forward and backward, and changes nothing."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,11 +19,14 @@ def test_one_graph_forward_and_backward(name: str) -> None:
     beta = torch.rand(1, 6, 2)
 
     def run() -> torch.Tensor:
+        # Without a graph `auto` takes the form in C, which rounds otherwise.
+        options: dict[str, Any] = {"chunk_size": 4, "backend": "torch"}
         if name in ("decayed", "fixed"):
-            return decayed_linear_attention(q, k, v, decay_H if name == "fixed" else decay_BTH, chunk_size=4)[0]
+            return decayed_linear_attention(q, k, v, decay_H if name == "fixed" else decay_BTH, **options)[0]
+        options["normalize_qk"] = True
         if name == "gated":
-            return gated_delta_rule(q, k, v, decay_BTH, beta, normalize_qk=True, chunk_size=4)[0]
-        return kimi_delta_attention(q, k, v, decay_BTHK, beta, normalize_qk=True, chunk_size=4)[0]
+            return gated_delta_rule(q, k, v, decay_BTH, beta, **options)[0]
+        return kimi_delta_attention(q, k, v, decay_BTHK, beta, **options)[0]
 
     # aot_eager traces forward and backward as inductor does, and needs no C++ compiler.
     compiled, eager = torch.compile(run, fullgraph=True, backend="aot_eager")(), run()
