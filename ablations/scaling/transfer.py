@@ -128,7 +128,7 @@ class Study:
 
     def plan(self, sweep: Sweep, rate: float, seed: int) -> Plan:
         """Of one run."""
-        config = sweep.model.config(self.corpus.tokenizer.vocab_size)
+        config = sweep.model.config(self.corpus.tokenizer.vocab_size, self.corpus.tokenizer.boundary_id)
         return make_whole_plan(self.options.staging(rate), self.facts, config, seed=seed)
 
     def execution(self, plan: Plan) -> Execution:
