@@ -65,7 +65,7 @@ def main(config: Demo) -> None:
         )
     )
     page = browser.main(browser.BrowserConfig(trace=trace))
-    print(f"in a browser: {page.resolve().as_uri()}\nlive in a browser: python -m demos.serve")
+    print(f"in a browser: {page.resolve().as_uri()}\nlive in a browser: .venv/bin/python -m demos.serve")
 
 
 def train(config: Demo) -> None:

@@ -230,7 +230,9 @@ def draw_runs(axes: Axes, groups: dict[str, list[tuple]], look: Mapping[str, Loo
     for name, own in groups.items():
         for run, points in series(own).items():
             x, y = zip(*points)
-            axes.plot(x, y, **{**look[name].line, **({} if run == MEAN else FAINT)})
+            # A run that was measured once has no line to be seen by.
+            style = look[name].line if len(points) > 1 else look[name].points
+            axes.plot(x, y, **{**style, **({} if run == MEAN else FAINT)})
             if run == MEAN:
                 ends.append((name, y[-1], look[name].colour))
     return ends

@@ -69,8 +69,8 @@ def write_index(root: Path, found: Sequence[RunFolder]) -> Path:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
         f' content="width=device-width, initial-scale=1"><title>Runs</title>'
         f"<style>{theme()}{CSS_FILE.read_text(encoding='utf-8')}</style></head>\n<body><main>"
-        f"<h1>Runs in {html.escape(str(root))}</h1><p>{len(found)} folders, {total}. Made by <code>python -m ablations"
-        f" runs</code>.</p>\n{''.join(sections)}\n</main></body></html>\n",
+        f"<h1>Runs in {html.escape(str(root))}</h1><p>{len(found)} folders, {total}. Made by <code>.venv/bin/python -m"
+        f" ablations runs</code>.</p>\n{''.join(sections)}\n</main></body></html>\n",
     )
     return path
 
