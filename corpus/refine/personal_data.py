@@ -120,8 +120,7 @@ def mask(text: str, gates: int | None = None) -> tuple[str, dict[str, int]]:
     # IP addresses before numbers: a number with dots could be either. Most texts have none of them, which is seen fast.
     for flag, (gate, form, kind_of) in zip(views.GATES, _FORMS):
         # What has been masked may have opened or closed another gate.
-        known = gates is not None and not counts
-        if gates & flag if known else gate.search(text):
+        if gate.search(text) if gates is None or counts else gates & flag:
             text = _in_lines(gate, functools.partial(form.sub, functools.partial(replace, kind_of)), text)
     return text, counts
 

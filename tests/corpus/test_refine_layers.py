@@ -7,7 +7,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus.refine.block_list import BlockList
@@ -342,6 +342,7 @@ def test_copies_in_another_dress_share_all_bands_and_short_texts_do_not_meet():
     assert len(bands_of(Page("..."))) == 14
 
 
+@settings(deadline=None)
 @given(
     edges=st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19), st.integers(0, 13)), max_size=25),
     dead=st.sets(st.integers(0, 19), max_size=5),
