@@ -57,7 +57,7 @@ def config_of(width=1, depth=1, expert=None, k=1, *, on=True):
     return options.config(VOCABULARY)
 
 
-def trained(config, kind, *, rate=0.02, steps=4):
+def trained(config, kind, *, rate=0.02, steps=3):
     """How far a few steps move logits and the last residual stream from where they were: root mean squares, and that of
     the stream before."""
     model = LanguageModel(config).init_weights(0)
