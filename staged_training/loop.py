@@ -115,7 +115,9 @@ def train_stage(
     elif inherited:
         restore_optimizer(model, optimizer, boundary, dict(inherited))
     last_saved = saved.path if saved is not None else None
-    print("{}: experts computed by {} ({})".format(run.label, *model.expert_backend(progress.tokens_per_step)), flush=True)
+    print(
+        "{}: experts computed by {} ({})".format(run.label, *model.expert_backend(progress.tokens_per_step)), flush=True
+    )
 
     def save() -> Path:
         # A checkpoint that is ahead of its metrics would leave a gap in them: resuming starts behind it.
