@@ -61,7 +61,7 @@ def test_in_c_as_in_torch_and_nothing_is_kept_for_gradients(plan, monkeypatch):
     for module in (delta_rule, decayed_linear_attention):
         monkeypatch.setattr(module, "takes_rule", lambda *_: False)
     for module in (causal_conv1d, gated_rms_norm):
-        monkeypatch.setattr(module, "takes_many_rows", lambda *_: False)
+        monkeypatch.setattr(module, "takes_many_rows", lambda *_, **__: False)
     n_calls = len(calls)
     torch.testing.assert_close(model(tokens_BT).logits_BTV, in_c_BTV, rtol=1e-4, atol=1e-5)
     assert len(calls) == n_calls

@@ -299,6 +299,12 @@ def test_estimates_only_what_is_left_and_touches_nothing(
     assert min(everything.trunk, everything.caching, everything.branches, everything.evaluation) > 0
     assert "estimated time" in str(everything)
     assert "GiB" in str(everything)
+    assert everything.starting == 0
+    # Two processes: each has to start and to be held in memory, and branches are evaluated at other budgets, too.
+    shared = estimate(fresh, jobs=2, budgets=50, budget_batches=2)
+    assert shared.starting > 0
+    assert shared.evaluation > everything.evaluation
+    assert shared.peak_bytes > 2 * everything.peak_bytes
     assert list(tmp_path.iterdir()) == []
 
 

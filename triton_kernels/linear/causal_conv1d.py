@@ -22,7 +22,7 @@ from triton_kernels.common.checks import (
 )
 from triton_kernels.linear.causal_conv1d_torch import causal_conv1d_torch
 from triton_kernels.linear.native_layer import causal_conv1d_native
-from triton_kernels.native.library import takes_many_rows
+from triton_kernels.native.library import UP_TO_FP32, takes_many_rows
 
 OP = "causal_conv1d"
 WIDTHS = tuple(range(2, 9))
@@ -48,7 +48,7 @@ def causal_conv1d(
         activation: "silu" or None.
         initial_tail: [S, D, W - 1], the inputs before each sequence, oldest first; zeros by default.
         cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed.
-        backend: "torch", "triton", "native" (in C, for fp32 on a CPU without cu_seqlens), or "auto": Triton on CUDA
+        backend: "torch", "triton", "native" (in C, on a CPU without cu_seqlens), or "auto": Triton on CUDA
             tensors, C where it takes them.
 
     Returns:
@@ -73,7 +73,7 @@ def causal_conv1d(
         check_shape(OP, "initial_tail", initial_tail, {"S": S, "D": D, "W-1": W - 1})
         tail_SRD = initial_tail.to(x_BTD.dtype).transpose(1, 2)
     tensors = [x for x in (x_BTD, weight_DW, bias_D, tail_SRD) if x is not None]
-    native = cu_seqlens is None and x_BTD.numel() > 0 and takes_many_rows(*tensors)
+    native = cu_seqlens is None and x_BTD.numel() > 0 and takes_many_rows(*tensors, dtypes=UP_TO_FP32)
     chosen = check_backend(backend, x_BTD, native=native)
     if chosen == "native":
         y_BTD = causal_conv1d_native(x_BTD, weight_DW, bias_D, tail_SRD, silu=activation == "silu")

@@ -49,7 +49,7 @@ def decayed_linear_attention(
         cu_seqlens: int64 [S + 1] from 0 to T: B = 1 packs S sequences, empty ones allowed; states are then [S, H, K,
             V].
         chunk_size: tokens of a chunk; the kernels take powers of two from 16 on.
-        backend: "torch", "triton", "native" (in C, for fp32 on a CPU, in chunks of its own size), or "auto": Triton on
+        backend: "torch", "triton", "native" (in C, on a CPU, in chunks of its own size), or "auto": Triton on
             CUDA tensors, C where it takes them.
 
     Returns:

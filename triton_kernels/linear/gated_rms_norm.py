@@ -10,7 +10,7 @@ from torch import Tensor
 
 from triton_kernels.common.checks import check_backend, check_dtype, check_number, check_placed, check_shape
 from triton_kernels.linear.native_layer import gated_rms_norm_native
-from triton_kernels.native.library import takes_many_rows
+from triton_kernels.native.library import UP_TO_FP32, takes_many_rows
 
 OP = "gated_rms_norm"
 ACTIVATIONS = ("silu", "sigmoid")
@@ -26,7 +26,7 @@ def gated_rms_norm(
         weight: [D] in any floating dtype.
         eps: added to the mean of the squares.
         activation: "silu" or "sigmoid".
-        backend: "torch", "triton", "native" (in C, for fp32 on a CPU), or "auto": Triton on CUDA tensors, C where it
+        backend: "torch", "triton", "native" (in C, on a CPU), or "auto": Triton on CUDA tensors, C where it
             takes them.
 
     Returns:
@@ -44,7 +44,8 @@ def gated_rms_norm(
     check_number(OP, "eps", eps, least=0)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{OP}: activation={activation!r}, legal are {', '.join(map(repr, ACTIVATIONS))}")
-    chosen = check_backend(backend, x, native=x.numel() > 0 and takes_many_rows(x, gate, weight))
+    native = x.numel() > 0 and takes_many_rows(x, gate, weight, dtypes=UP_TO_FP32)
+    chosen = check_backend(backend, x, native=native)
     if chosen == "native":
         return gated_rms_norm_native(x, gate, weight, eps=eps, silu=activation == "silu")
     if chosen == "torch":

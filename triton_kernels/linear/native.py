@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, takes_many_rows, threads, wide
+from triton_kernels.native.library import UP_TO_FP32, call, takes_many_rows, threads, wide
 
 # As in chunked_rule.c.
 CHUNK = 32
@@ -57,7 +57,8 @@ def lightning_decode_native(qkv_BX: Tensor, log_decay_H: Tensor, *, state_BHKV: 
 
 def takes_rule(v_BTHV: Tensor, *others: Tensor | None) -> bool:
     """Whether `chunked_rule_native` takes the tensors of a call."""
-    return v_BTHV.numel() > 0 and takes_many_rows(v_BTHV, *(x for x in others if x is not None))
+    given = (x for x in (v_BTHV, *others) if x is not None)
+    return v_BTHV.numel() > 0 and takes_many_rows(*given, dtypes=UP_TO_FP32)
 
 
 class _Rule(NamedTuple):
@@ -87,9 +88,9 @@ def chunked_rule_native(
     Returns:
         o_BTHV and the states after the last tokens [S, H, K, V].
     """
-    B, T, H, _ = v_BTHV.shape
+    dtype, (B, T, H, _) = v_BTHV.dtype, v_BTHV.shape
     if log_decay is None or log_decay.dim() < 4:
-        log_decay = (v_BTHV.new_zeros(()) if log_decay is None else log_decay).expand(B, T, H)
+        log_decay = (torch.zeros(()) if log_decay is None else log_decay).expand(B, T, H)
     # Of each sequence: batch row, first token, tokens, chunks before it.
     spans = [(b, 0, T) for b in range(B)]
     if cu_seqlens is not None:
@@ -97,7 +98,9 @@ def chunked_rule_native(
     *before, n_chunks = accumulate((-(-n // CHUNK) for _, _, n in spans), initial=0)
     sequences_S4 = torch.tensor([(*span, n) for span, n in zip(spans, before)], dtype=torch.int64)
     rule = _Rule(sequences_S4, n_chunks, scale, normalize_qk)
-    return _ChunkedRule.apply(rule, q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, initial_SHKV)  # pyright: ignore[reportReturnType]
+    tensors = (q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, initial_SHKV)
+    o_BTHV, final_SHKV = _ChunkedRule.apply(rule, *(None if x is None else x.float() for x in tensors))  # pyright: ignore[reportGeneralTypeIssues]
+    return o_BTHV.to(dtype), final_SHKV
 
 
 class _ChunkedRule(torch.autograd.Function):

@@ -22,8 +22,9 @@ CONV_ROWS = 128
 def causal_conv1d_native(
     x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None, tail_BRD: Tensor, *, silu: bool
 ) -> Tensor:
-    """y_BTD of `causal_conv1d` on checked fp32 arguments, without packed sequences."""
-    return _Convolution.apply(x_BTD, weight_DW, bias_D, tail_BRD, silu)  # pyright: ignore[reportReturnType]
+    """y_BTD of `causal_conv1d` on checked arguments of at most 32 bits, without packed sequences."""
+    tensors = (None if x is None else x.float() for x in (x_BTD, weight_DW, bias_D, tail_BRD))
+    return _Convolution.apply(*tensors, silu).to(x_BTD.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Convolution(torch.autograd.Function):
@@ -55,8 +56,8 @@ class _Convolution(torch.autograd.Function):
 
 
 def gated_rms_norm_native(x: Tensor, gate: Tensor, weight_D: Tensor, *, eps: float, silu: bool) -> Tensor:
-    """`gated_rms_norm` on checked fp32 arguments."""
-    return _GatedNorm.apply(x, gate, weight_D, eps, silu)  # pyright: ignore[reportReturnType]
+    """`gated_rms_norm` on checked arguments of at most 32 bits."""
+    return _GatedNorm.apply(x.float(), gate.float(), weight_D.float(), eps, silu).to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _GatedNorm(torch.autograd.Function):

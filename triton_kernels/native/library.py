@@ -40,6 +40,8 @@ FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-con
 NO_MEMORY, OUT_OF_RANGE = -1, -2
 # Beyond so many tokens the experts' weights are read once for several blocks of them anyway.
 MOST_TOKENS = 32
+# What the parts of linear layers take, all of which sum in fp32.
+UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
 # See `torch_by_one_thread`.
 MOST_PUT_ASIDE = 4
 
@@ -158,10 +160,14 @@ def has_memory(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter)
 
 
-def takes_many_rows(*tensors: Tensor) -> bool:
-    """Whether the parts for many rows, which know gradients, take these: fp32 on a CPU, outside of compilation."""
+def takes_many_rows(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether the parts for many rows, which know gradients, take these: fp32 on a CPU, outside of compilation.
+
+    Args:
+        dtypes: those that the caller brings to fp32 first.
+    """
     return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" and has_memory(x) for x in tensors)
+        all(x.dtype in dtypes and x.device.type == "cpu" and has_memory(x) for x in tensors)
         and not torch.compiler.is_compiling()
         and native().library is not None
     )

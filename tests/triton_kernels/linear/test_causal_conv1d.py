@@ -190,14 +190,15 @@ def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengt
     bias=st.booleans(),
     tail=st.booleans(),
     activation=st.sampled_from(["silu", None]),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
-def test_in_c_equals_the_formula(B, T, D, W, bias, tail, activation):
-    inputs = random_inputs(B, T, D, W, B, bias, tail)
+def test_in_c_equals_the_formula(B, T, D, W, bias, tail, activation, dtype):
+    drawn = random_inputs(B, T, D, W, B, bias, tail, dtype)
+    inputs = {name: x.detach().double().requires_grad_() for name, x in drawn.items()}
     exact = outputs_and_gradients(causal_conv1d, inputs, activation=activation)
-    inputs = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
-    for name, x in outputs_and_gradients(causal_conv1d, inputs, activation=activation, backend="native").items():
-        assert x.dtype == torch.float32
-        budget = 16 * torch.finfo(torch.float32).eps * exact[name].abs().max()
+    for name, x in outputs_and_gradients(causal_conv1d, drawn, activation=activation, backend="native").items():
+        assert x.dtype == dtype
+        budget = (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps * exact[name].abs().max()
         assert (x.double() - exact[name]).abs().max() <= budget, name
 
 

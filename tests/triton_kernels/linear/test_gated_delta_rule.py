@@ -140,9 +140,10 @@ def test_reference_across_many_blocks_in_fp32(rule, lengths, monkeypatch):
     widths=st.sampled_from([(5, 3), (16, 40), (64, 64), (33, 17)]),
     floor=st.sampled_from([0.0, -1.0, -50.0]),
     normalize_qk=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.float16]),
 )
-def test_in_c_equals_the_recurrence(rule, tokens, heads, widths, floor, normalize_qk):
-    tensors = draw(rule, 2, tokens, *heads, widths, 2, torch.float32, floor)
+def test_in_c_equals_the_recurrence(rule, tokens, heads, widths, floor, normalize_qk, dtype):
+    tensors = draw(rule, 2, tokens, *heads, widths, 2, dtype, floor)
     assert_close(rule, tensors, "native", normalize_qk=normalize_qk)
 
 

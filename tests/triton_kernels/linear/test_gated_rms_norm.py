@@ -98,15 +98,18 @@ def test_kernels_are_as_exact_as_torch(shape, activation, dtype):
 
 @pytest.mark.skipif(native().library is None, reason=native().reason)
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (1000, 64), (2, 63, 3, 100), (301, 1024)])
-@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
-def test_in_c_is_as_exact_as_torch(shape, activation):
-    inputs = random_inputs(shape)
+@pytest.mark.parametrize(
+    ("activation", "dtype"), [("silu", torch.float32), ("sigmoid", torch.float32), ("silu", torch.bfloat16)]
+)
+def test_in_c_is_as_exact_as_torch(shape, activation, dtype):
+    inputs = [x.detach().double().requires_grad_() for x in random_inputs(shape, dtype)]
     options = {"eps": 1e-5, "activation": activation}
     exact = output_and_gradients(plain_norm, inputs, **options)
-    inputs = [x.detach().float().requires_grad_() for x in inputs]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     by_torch = output_and_gradients(gated_rms_norm, inputs, backend="torch", **options)
     for name, x in output_and_gradients(gated_rms_norm, inputs, backend="native", **options).items():
-        right, eps = exact[name], torch.finfo(torch.float32).eps
+        assert x.dtype == dtype
+        right, eps = exact[name], torch.finfo(dtype).eps
         # Of a narrow row's gradient nearly everything cancels.
         budget = 2 * (by_torch[name].double() - right).abs().max() + 4 * eps * right.abs().max().clamp(min=0.1)
         assert (x.double() - right).abs().max() <= budget, name
