@@ -27,7 +27,8 @@ def page_data(
     """All that the page's script reads.
 
     Args:
-        text, scores: of a trace, or of a generation that has not begun.
+        text: of a trace, or of a generation that has not begun.
+        scores: likewise.
         run: what the model is.
         config: the model's.
         live: the page will be sent its tokens by a server.
