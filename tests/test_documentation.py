@@ -17,6 +17,7 @@ from corpus.tokenizer import Tokenizer
 from foundation import command as foundation_command
 from foundation.serialize import kinds
 from lm.config import ModelConfig
+from lm.gguf_files.architectures import ARCHITECTURES
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from lm.published.families import FAMILIES
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "AGENTS.md"]
 PAGES += [page for page in sorted((ROOT / "notes").rglob("*.md")) if page.name != "LOG.md"]
 # What stands for something that the reader puts there, or is put there by a test that follows the page.
-MADE_UP = ("[", "...", "sigmoid_scores", "ablations.margin", "running_mean", "PPPF", "pip install", "test_router")
+MADE_UP = ("[", "...", "sigmoid_scores", "ablations.margin", "running_mean", "PPPF", "pip install")
 CODE_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:\.venv/bin/)?(?:python|torchrun --nproc-per-node \d) (?:-m )?([\w./]+(?: .*)?)")
 
@@ -105,12 +106,11 @@ def test_a_command_of_the_pages_parses(words, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_paste_as_they_stand(page):
-    """Lines of code blocks call the Python of the environment, and in the notes so does every passage that names an
-    option or a file."""
+    """Lines of code blocks call the Python of the environment, and so does every passage that names an option or a
+    file."""
     text = page.read_text(encoding="utf-8")
     lines = [line for block in CODE_BLOCK.findall(text) for line in block.splitlines()]
-    if page.is_relative_to(ROOT / "notes"):
-        lines += [line for line in lines_of_code(page) if re.search(r" --|\.py", line)]
+    lines += [line for line in lines_of_code(page) if re.search(r" --|\.py", line)]
     assert not [line for line in lines if re.match(r" *(python|torchrun|pytest|pip) ", line)]
     # Fenced, since of what is indented no line says that it goes on.
     assert not re.findall(r"^ {4}\S*(?:python|torchrun|pip) .*", CODE_BLOCK.sub("", text), re.MULTILINE)
@@ -185,6 +185,7 @@ NUMBERS = [
 COUNTED = [
     (r"(\w+) policies from top-k", lambda: len(kinds(PolicyConfig))),
     (r"safetensors of (\w+) families", lambda: len(FAMILIES)),
+    (r"`lm gguf` writes (\w+) of\s+the families", lambda: len(ARCHITECTURES)),
     (r"a cascade of (\w+) filters", lambda: len(LAYERS)),
     (r"branches (\w+) arms x 3 seeds", lambda: len(re.search(r"compare (.*) --seeds 3", MAKEFILE)[1].split())),
     (r"`make ablation` takes (\w+) minutes", lambda: math.ceil(recorded_minutes())),
@@ -211,6 +212,21 @@ def test_the_limits_in_the_readme_are_those_of_its_table():
     limits = [found[1] for verdict in verdicts if (found := re.match(r"smaller than (\S+)", verdict))]
     (said,) = re.findall(r"is smaller than (\d\.\d+);", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert said == max(limits)
+
+
+def test_the_readme_says_how_to_cite():
+    assert "[CITATION.cff](CITATION.cff)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert all(f"\n{field}:" in f"\n{cited}" for field in ("cff-version", "title", "authors", "license"))
+
+
+def test_the_installation_of_the_readme_is_the_recorded_one():
+    recorded = (ROOT / "notes" / "results" / "first_hour" / "README.md").read_text(encoding="utf-8")
+    lean, whole = re.findall(r"\*\*([\d,]+) MiB\*\*", recorded)
+    said = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"(?:installation of|it is) (\d\.\d) GB", said) == [
+        f"{int(size.replace(',', '')) / 1024:.1f}" for size in (lean, whole)
+    ]
 
 
 def test_the_readme_loads_a_run(tmp_path, capsys):
