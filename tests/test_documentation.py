@@ -215,7 +215,7 @@ def test_the_limits_in_the_readme_are_those_of_its_table():
 
 
 def test_the_readme_says_how_to_cite():
-    assert "[CITATION.cff](CITATION.cff)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "`CITATION.cff`" in (ROOT / "README.md").read_text(encoding="utf-8")
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert all(f"\n{field}:" in f"\n{cited}" for field in ("cff-version", "title", "authors", "license"))
 

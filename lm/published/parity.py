@@ -44,8 +44,9 @@ FIXED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 # In units of the largest value compared with. Where layers have a delta rule, rounding grows in both models.
 TOLERANCE, DELTA_TOLERANCE = 5e-6, 1e-4
 # Gradients are sums over all tokens, and both sides round them: measured against fp64, by as much as they differ
-# (notes/results/published).
-GRADIENT_TOLERANCE = 2e-5
+# (notes/results/published). Where layers have a delta rule, ours are off by up to 7e-4 by the form in C and 6e-4 by
+# torch's (Qwen3.5, seed 0), and transformers rounds otherwise than both.
+GRADIENT_TOLERANCE, DELTA_GRADIENT_TOLERANCE = 2e-5, 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,8 @@ def checks(family: Family, seed: int) -> Iterator[Parity]:
     ):
         yield Parity(family.model_type, check, compared(theirs, ours, tokens_BT), allowed)
     for check, error in _training(family, theirs, ours, tokens_BT).items():
-        gradients = check == "gradients" and not family.delta_rule
-        yield Parity(family.model_type, check, error, GRADIENT_TOLERANCE if gradients else allowed)
+        of_gradients = DELTA_GRADIENT_TOLERANCE if family.delta_rule else GRADIENT_TOLERANCE
+        yield Parity(family.model_type, check, error, of_gradients if check == "gradients" else allowed)
 
 
 def published_model(family: Family, seed: int) -> Any:
