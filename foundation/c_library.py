@@ -7,11 +7,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foundation.environment import cpu_name
-from foundation.files import fingerprint
+from foundation.files import fingerprint, try_lock
 from foundation.source import user_cache
 
 # Contracted products round otherwise than numpy does.
@@ -32,20 +33,37 @@ def c_library(source: Path, signatures: Mapping[str, tuple[type, list[type]]]) -
     if compiler is None:
         return None
     command = [compiler, *FLAGS, "-mcpu=native" if platform.machine() == "arm64" else "-march=native"]
-    folder = user_cache()
-    built = folder / f"{source.stem}-{fingerprint([source.read_text(), command, cpu_name()])[:16]}.so"
+    built = user_cache() / f"{source.stem}-{fingerprint([source.read_text(), command, cpu_name()])[:16]}.so"
     try:
-        if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            # Several processes may build at once: each for itself, and the last one's takes the place.
-            with tempfile.TemporaryDirectory(dir=folder) as own:
-                made = Path(own) / built.name
-                if subprocess.run([*command, "-o", made, source], capture_output=True).returncode:
-                    return None
-                made.rename(built)
+        if compile_once(built, [*command, source]):
+            return None
         library = ctypes.CDLL(str(built))
     except OSError:
         return None
     for name, (result, arguments) in signatures.items():
         getattr(library, name).restype, getattr(library, name).argtypes = result, arguments
     return library
+
+
+def compile_once(built: Path, command: Sequence[str | Path]) -> str:
+    """Runs a compiler's command for a file that is not there yet; what it said where it failed, "" otherwise.
+
+    Raises:
+        OSError: for a folder that cannot be written.
+    """
+    if built.exists():
+        return ""
+    built.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes that begin at once one compiles, which takes a core ten seconds.
+    with open(built.parent / "compiling.lock", "w") as file:
+        while not try_lock(file.fileno(), built.parent):
+            time.sleep(0.1)
+        if built.exists():
+            return ""
+        with tempfile.TemporaryDirectory(dir=built.parent) as own:
+            made = Path(own) / built.name
+            done = subprocess.run([*command, "-o", made], capture_output=True, text=True)
+            if done.returncode:
+                return "\n".join(done.stderr.strip().splitlines()[-1:]) or f"exit code {done.returncode}"
+            made.rename(built)
+    return ""

@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foundation.c_library import compile_once
 from foundation.environment import cpu_name
 from foundation.files import fingerprint
 from foundation.source import user_cache
@@ -90,7 +90,7 @@ class Native(NamedTuple):
 
 @functools.cache
 def native() -> Native:
-    """Compiles once per source, compiler and processor (about two seconds), then loads."""
+    """Compiles once per source, compiler and processor (about ten seconds), then loads."""
     if os.environ.get("HYBRID_MOE_NATIVE") == "0":
         return Native(None, "switched off by HYBRID_MOE_NATIVE=0")
     compiler = next(
@@ -103,20 +103,10 @@ def native() -> Native:
     command = [compiler, *FLAGS, tuned]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     identity = fingerprint([*(source.read_text() for source in SOURCES), command, version, cpu_name(), _instructions()])
-    folder = user_cache()
-    built = folder / f"native-{identity[:16]}.so"
+    built = user_cache() / f"native-{identity[:16]}.so"
     try:
-        if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            # Several processes may build at once: each for itself, and the last one's takes the place.
-            with tempfile.TemporaryDirectory(dir=folder) as own:
-                made = Path(own) / built.name
-                done = subprocess.run(
-                    [*command, "-o", made, SOURCES[0], "-lm", "-lpthread"], capture_output=True, text=True
-                )
-                if done.returncode:
-                    return Native(None, f"{compiler} failed: {done.stderr.strip().splitlines()[-1:]}")
-                made.rename(built)
+        if failed := compile_once(built, [*command, SOURCES[0], "-lm", "-lpthread"]):
+            return Native(None, f"{compiler} failed: {failed}")
         library = ctypes.CDLL(str(built))
     except OSError as error:
         return Native(None, str(error))
