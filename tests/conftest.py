@@ -18,7 +18,7 @@ def without_native(monkeypatch):
     """As on a machine without a C compiler: torch computes everything."""
     from triton_kernels.native import library
 
-    monkeypatch.setattr(library, "native", lambda: library.Native(None, "switched off"))
+    monkeypatch.setattr(library, "native", lambda: library.Compiled(None, "switched off"))
 
 
 def quicken_the_interpreter() -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from ablations.scaling.figure import draw_form_residuals
 from ablations.scaling.forms import LAWS, Fit, Law, find_law
 from ablations.scaling.intervals import bootstrap, identifiability, percentiles, profile
-from ablations.scaling.ladder import PointRow
-from ablations.scaling.ladder_intervals import DELTA, PredictedRow, points_of, predictions, variables_of
+from ablations.scaling.ladder import ComparedRow, PointRow, compared
+from ablations.scaling.ladder_intervals import DELTA, points_of, predictions, variables_of
 from ablations.scaling.options import FormsOptions
 from ablations.scaling.points import Points, check_enough, read_table
 from ablations.scaling.variable_projection import fit_by_projection
@@ -75,20 +75,6 @@ class FormParameterRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldRow:
-    """A held-out run as a law predicts it."""
-
-    law: str
-    run: str
-    predicted: float
-    low_90: float
-    high_90: float
-    loss: float
-    error_percent: float
-    inside: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ResidualRow:
     """A run under a law: log of loss over law, in per cent."""
 
@@ -122,7 +108,7 @@ def forms_command(options: FormsOptions) -> list[FormRow]:
         draws_RV = bootstrap(points, fit, resamples=options.resamples, delta=DELTA)
         own, open_names, said = parameter_rows(points, fit, draws_RV)
         predicted = predictions(used, held, law, options.resamples, draws_RV) if held else []
-        own_held = [held_row(row, run) for row, run in zip(predicted, held)]
+        own_held = [compared(row, run) for row, run in zip(predicted, held)]
         forms.append(form_row(points, fit, own_held, open_names))
         parameters, held_rows = [*parameters, *own], [*held_rows, *own_held]
         residuals += residual_rows(rows, fit)
@@ -134,7 +120,7 @@ def forms_command(options: FormsOptions) -> list[FormRow]:
     if options.out is not None:
         write_rows(options.out / FORMS_FILE, FormRow, forms)
         write_rows(options.out / PARAMETERS_FILE, FormParameterRow, parameters)
-        write_rows(options.out / HELD_FILE, HeldRow, held_rows)
+        write_rows(options.out / HELD_FILE, ComparedRow, held_rows)
         write_rows(options.out / RESIDUALS_FILE, ResidualRow, residuals)
         write_text(options.out / REPORT_FILE, text + "\n")
         draw_form_residuals(residuals, options.out / FIGURE_FILE)
@@ -185,7 +171,7 @@ def parameter_rows(points: Points, fit: Fit, draws_RV: np.ndarray) -> tuple[list
     return rows, " ".join(named), said
 
 
-def form_row(points: Points, fit: Fit, held: Sequence[HeldRow], open_names: str) -> FormRow:
+def form_row(points: Points, fit: Fit, held: Sequence[ComparedRow], open_names: str) -> FormRow:
     """A law's errors."""
     residual_P = np.log(points.loss_P / fit.predict(points.variables))
     freedom = len(points) - len(fit.law.parameters)
@@ -211,20 +197,6 @@ def left_out(points: Points, fit: Fit) -> list[float]:
         one = points.subset(np.arange(len(points)) == index)
         errors.append(float(np.log(refit.predict(one.variables) / one.loss_P)[0]))
     return errors
-
-
-def held_row(predicted: PredictedRow, run: PointRow) -> HeldRow:
-    """A prediction beside what came out."""
-    return HeldRow(
-        law=predicted.law,
-        run=run.run,
-        predicted=predicted.predicted,
-        low_90=predicted.low_90,
-        high_90=predicted.high_90,
-        loss=run.loss,
-        error_percent=100 * (predicted.predicted / run.loss - 1),
-        inside=int(predicted.low_90 <= run.loss <= predicted.high_90),
-    )
 
 
 def residual_rows(rows: Sequence[PointRow], fit: Fit) -> list[ResidualRow]:

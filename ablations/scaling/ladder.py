@@ -45,8 +45,9 @@ class PointRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparedRow:
-    """A prediction beside what came out; `inside` is whether that lies in the 90 % interval."""
+    """A law's prediction beside what came out; `inside` is whether that lies in the 90 % interval."""
 
+    law: str
     run: str
     predicted: float
     low_90: float
@@ -54,6 +55,20 @@ class ComparedRow:
     loss: float
     error_percent: float
     inside: int
+
+
+def compared(predicted: PredictedRow, run: PointRow) -> ComparedRow:
+    """A prediction beside what came out."""
+    return ComparedRow(
+        law=predicted.law,
+        run=run.run,
+        predicted=predicted.predicted,
+        low_90=predicted.low_90,
+        high_90=predicted.high_90,
+        loss=run.loss,
+        error_percent=100 * (predicted.predicted / run.loss - 1),
+        inside=int(predicted.low_90 <= run.loss <= predicted.high_90),
+    )
 
 
 def ladder_command(options: LadderOptions) -> Ladder:
@@ -160,20 +175,8 @@ def predict_largest(ladder: Ladder, law: Law) -> list[PredictedRow]:
 def compare_largest(ladder: Ladder) -> list[ComparedRow]:
     """Writes and prints every prediction beside what came out."""
     predicted = {row.run: row for row in read_rows(ladder.folder / PREDICTED_FILE, PredictedRow)}
-    rows = []
-    for point in write_points(ladder):
-        if (row := predicted.get(point.run)) is not None:
-            rows.append(
-                ComparedRow(
-                    run=point.run,
-                    predicted=row.predicted,
-                    low_90=row.low_90,
-                    high_90=row.high_90,
-                    loss=point.loss,
-                    error_percent=100 * (row.predicted / point.loss - 1),
-                    inside=int(row.low_90 <= point.loss <= row.high_90),
-                )
-            )
+    points = write_points(ladder)
+    rows = [compared(predicted[point.run], point) for point in points if point.run in predicted]
     write_rows(ladder.folder / COMPARED_FILE, ComparedRow, rows)
     for row in rows:
         print(

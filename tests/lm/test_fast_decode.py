@@ -79,7 +79,7 @@ def compare(model, batch_size, monkeypatch, steps, *, one_call=True):
     assert len(steps) == (n_tokens if one_call else 0)
     layer_by_layer(monkeypatch)
     by_layer, _ = decoded(model, batch_size, n_tokens)
-    monkeypatch.setattr(library, "native", lambda: library.Native(None, "switched off"))
+    monkeypatch.setattr(library, "native", lambda: library.Compiled(None, "switched off"))
     plain, expected_experts = decoded(model, batch_size, n_tokens)
     assert len(steps) == (n_tokens if one_call else 0)
     same = (experts == expected_experts).all(dim=0)

@@ -10,21 +10,13 @@ Legend: T tokens, D model width, I and O the widths of a weight.
 import contextlib
 import ctypes
 import functools
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from foundation.c_library import compile_once
-from foundation.environment import cpu_name
-from foundation.files import fingerprint
-from foundation.source import user_cache
+from foundation.c_library import Compiled, c_library
 
 # The first one includes the others.
 SOURCES = [
@@ -36,7 +28,7 @@ SOURCES = [
     )
 ]
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
-FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
+FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 NO_MEMORY, OUT_OF_RANGE = -1, -2
 # Beyond so many tokens the experts' weights are read once for several blocks of them anyway.
 MOST_TOKENS = 32
@@ -81,48 +73,11 @@ RETURNING = (
 )
 
 
-class Native(NamedTuple):
-    """The compiled library, or None and why there is none."""
-
-    library: ctypes.CDLL | None
-    reason: str
-
-
 @functools.cache
-def native() -> Native:
-    """Compiles once per source, compiler and processor (about ten seconds), then loads."""
-    if os.environ.get("HYBRID_MOE_NATIVE") == "0":
-        return Native(None, "switched off by HYBRID_MOE_NATIVE=0")
-    compiler = next(
-        (path for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))), None
-    )
-    if compiler is None or platform.system() == "Windows":
-        return Native(None, "there is no C compiler (cc, gcc or clang)")
-    # Apple's clang knows its processors by -mcpu.
-    tuned = "-mcpu=native" if platform.machine() == "arm64" else "-march=native"
-    command = [compiler, *FLAGS, tuned]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    identity = fingerprint([*(source.read_text() for source in SOURCES), command, version, cpu_name(), _instructions()])
-    built = user_cache() / f"native-{identity[:16]}.so"
-    try:
-        if failed := compile_once(built, [*command, SOURCES[0], "-lm", "-lpthread"]):
-            return Native(None, f"{compiler} failed: {failed}")
-        library = ctypes.CDLL(str(built))
-    except OSError as error:
-        return Native(None, str(error))
-    for name, arguments in SIGNATURES.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = LONG if name in RETURNING else None
-    return Native(library, f"compiled by {compiler} for this processor")
-
-
-def _instructions() -> str:
-    """What the processor can do where the system tells it: a home folder may be seen from several machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+def native() -> Compiled:
+    """The compiled library, or None and why there is none."""
+    signatures = {name: (LONG if name in RETURNING else None, takes) for name, takes in SIGNATURES.items()}
+    return c_library(SOURCES, signatures, flags=FLAGS, libraries=["-lm", "-lpthread"])
 
 
 def is_native(x: Tensor, n_tokens: int, *weights: Tensor) -> bool:

@@ -66,7 +66,7 @@ def test_chinchillas_outliers_move_the_fit_and_it_says_so(public_data, tmp_path,
     assert "losses 5.006, 4.665, 3.794, 3.766" in said
     assert "without them the fit moves: E 1.8914 -> 1.82" in said
     assert {file.name for file in tmp_path.iterdir()} == {
-        *("fit.csv", "draws.csv", "residuals.csv", "fit.png", "report.txt")
+        *("fit.csv", "draws.csv", "residuals.csv", "isoflop.csv", "fit.png", "report.txt")
     }
 
 

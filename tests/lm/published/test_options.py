@@ -81,7 +81,7 @@ def test_an_option_is_the_same_by_every_path(case, monkeypatch):
     model = moved(build(**CASES[case]))
     fast, whole = decoded(model)
     torch.testing.assert_close(fast, whole, atol=1e-4, rtol=1e-4)
-    monkeypatch.setattr(library, "native", lambda: library.Native(None, "switched off"))
+    monkeypatch.setattr(library, "native", lambda: library.Compiled(None, "switched off"))
     for by_torch in decoded(model):
         torch.testing.assert_close(fast, by_torch, atol=1e-4, rtol=1e-4)
     plain = moved(build(plan=CASES[case].get("plan", "FSRr")))

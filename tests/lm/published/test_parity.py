@@ -43,7 +43,7 @@ def test_decoding_in_c_equals_decoding_in_torch(family, published, monkeypatch):
     # Rounding grows where layers have a delta rule.
     atol = 1e-3 if FAMILIES[family].delta_rule else 2e-5
     fast = decoded()
-    monkeypatch.setattr(library, "native", lambda: library.Native(None, "switched off"))
+    monkeypatch.setattr(library, "native", lambda: library.Compiled(None, "switched off"))
     torch.testing.assert_close(fast, decoded(), atol=atol, rtol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(fast, model(tokens_BT).logits_BTV, atol=atol, rtol=1e-5)
