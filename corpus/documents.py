@@ -1,10 +1,14 @@
 """From sources to two lists of documents: duplicates removed, split into train and valid, in an order that depends on
 nothing but the texts.
 
-A document's SHA-256 decides: the first 8 bytes choose the split, and the whole hash is the sort key (a shuffle that
-needs no seed). So neither the order nor the names of the input files matter, and a document stays in its split when
-others are added. Copies that differ in byte order mark or line ends only are duplicates too, or text held out would
-stand in training as well; of such copies the one with the lowest hash stays, as it is written.
+A document's SHA-256 decides: it is the sort key (a shuffle that needs no seed), and the documents that come first are
+held out. So neither the order nor the names of the input files matter, and where a share is held out, whose bound is a
+hash, a document stays in its split when others are added. Copies that differ in byte order mark or line ends only are
+duplicates too, or text held out would stand in training as well; of such copies the one with the lowest hash stays, as
+it is written.
+
+What a comparison can see depends on how many documents are held out, and what its evaluation costs on how much text
+they have: so by default they are many, and a stretch of each is used.
 
 Texts wait in a temporary file, of which memory holds 88 bytes a document, and the names of domains.
 
@@ -13,6 +17,7 @@ Legend: N documents read, K documents kept.
 
 import hashlib
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +30,7 @@ import numpy as np
 from corpus.readers import Document, Skipped
 from corpus.sources import read_paths, read_standard_library
 from foundation.files import naming
+from foundation.numbers import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,52 @@ class Documents:
     skipped: tuple[Skipped, ...]
     skipped_kinds: "tuple[SkippedKind, ...]"
     content_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """Which documents are held out, and how much of each. None of the rest of a document is trained on.
+
+    Attributes:
+        documents: how many, half of all at most.
+        characters: of each the stretch of so many characters that begins at a line chosen by its hash; 0 for all.
+        share: an expected share of the documents instead, between 0 and 1, all of each.
+    """
+
+    documents: int = 300
+    characters: int = 800
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"HoldOut.share: {self.share}, must lie between 0 and 1 (both excluded)")
+        check_numbers(self, documents=1, characters=0)
+
+    def count(self, leading_K: np.ndarray) -> int:
+        """How many of the documents.
+
+        Args:
+            leading_K: the first word of their hashes, ascending.
+        """
+        if self.share is None:
+            count = min(self.documents, len(leading_K) // 2)
+        else:
+            count = int(np.searchsorted(leading_K, np.uint64(min(int(self.share * 2**64), 2**64 - 1))))
+        # Of few documents none might fall below the share; neither side stays empty.
+        return min(max(count, 1), len(leading_K) - 1)
+
+    def stretch(self, text: str, leading: int) -> str:
+        """What of a text is used.
+
+        Args:
+            leading: the first word of its hash.
+        """
+        if self.share is not None or not 0 < self.characters < len(text):
+            return text
+        last = len(text) - self.characters
+        begins = [0, *(match.end() for match in re.finditer("\n", text[:last]))]
+        begin = begins[leading % len(begins)]
+        return text[begin : begin + self.characters]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,20 +169,16 @@ class WaitingTexts(Sequence[str]):
         return int(self._records_K["bytes"].sum())
 
 
-def load_documents(
-    data: Sequence[str], *, text_field: str, valid_share: float, folder: Path | None = None
-) -> Documents:
+def load_documents(data: Sequence[str], *, text_field: str, hold_out: HoldOut, folder: Path | None = None) -> Documents:
     """Documents of the user's paths, or of the Python standard library if there are none.
 
     Args:
-        valid_share: expected share of the documents held out, between 0 and 1.
+        hold_out: what becomes the validation text.
         folder: where the temporary file may lie, which takes as much room as the text; the system's by default.
 
     Raises:
         ValueError: where nothing usable is found, or one document only.
     """
-    if not 0 < valid_share < 1:
-        raise ValueError(f"valid_share must lie between 0 and 1 (both excluded), got {valid_share}")
     skipped = _Skips()
     # Without a name: it goes with the process, however that ends.
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
@@ -161,19 +209,24 @@ def load_documents(
     kept_K = records_N[order[first_N]]
     kept_K = kept_K[np.lexsort(_words(kept_K["own"]))]
     digests = kept_K["own"].tobytes()
-    # Digests are sorted, so the held-out documents are a prefix.
-    leading_K = _words(kept_K["own"])[-1]
-    n_valid = int(np.searchsorted(leading_K, np.uint64(min(int(valid_share * 2**64), 2**64 - 1))))
     if len(kept_K) == 1:
         raise ValueError(
             "one distinct document cannot be both trained on and held out, since a document is held out whole; legal:"
             " two or more"
         )
-    # Of few documents none might fall below the share; neither side stays empty.
-    n_valid = min(max(n_valid, 1), len(kept_K) - 1)
+    # Digests are sorted, so the held-out documents are a prefix.
+    leading_K = _words(kept_K["own"])[-1]
+    n_valid = hold_out.count(leading_K)
+    valid_K = kept_K[:n_valid].copy()
+    whole = WaitingTexts(file, kept_K[:n_valid], list(domains))
+    for record, text, leading in zip(valid_K, whole, leading_K.tolist()):
+        if (stretch := hold_out.stretch(text, leading)) != text:
+            record["start"] = file.seek(0, os.SEEK_END)
+            record["bytes"] = file.write(stretch.encode())
+            file.flush()
     return Documents(
         train=WaitingTexts(file, kept_K[n_valid:], list(domains)),
-        valid=WaitingTexts(file, kept_K[:n_valid], list(domains)),
+        valid=WaitingTexts(file, valid_K, list(domains)),
         duplicates_removed=len(records_N) - len(kept_K),
         skipped=tuple(skipped.listed),
         skipped_kinds=skipped.kinds(),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from corpus.byte_level_tokenizer import ByteLevelTokenizer
-from corpus.documents import Documents, SkippedKind, load_documents
+from corpus.documents import Documents, HoldOut, SkippedKind, load_documents
 from corpus.mixed_tokens import MixedTokens
 from corpus.packing import INDEX, PackedTokens, pack
 from corpus.readers import Skipped
@@ -44,26 +44,35 @@ class CorpusConfig:
         text_field: Key or column that holds the text; meta.text for one inside of another.
         vocab_size: Size of the vocabulary to learn; 4096 unless told. Not together with tokenizer_file.
         tokenizer_file: A SentencePiece model to use instead of learning one.
-        valid_share: Expected share of the documents held out for validation.
+        valid_documents: Documents held out for validation, half of all at most.
+        valid_characters: Of each of them, the stretch that is used; 0 for all of it.
+        valid_share: Expected share of the documents to hold out instead, all of each.
         shard_tokens: Tokens per shard file.
 
     Raises:
-        ValueError: for both a vocabulary to learn and a finished tokenizer.
+        ValueError: for both a vocabulary to learn and a finished tokenizer, or what can't be held out.
     """
 
     data: tuple[str, ...] = ()
     text_field: str = "text"
     vocab_size: int | None = None
     tokenizer_file: str | None = None
-    valid_share: float = 0.06
+    valid_documents: int = HoldOut.documents
+    valid_characters: int = HoldOut.characters
+    valid_share: float | None = None
     shard_tokens: int = 1 << 26
 
     def __post_init__(self) -> None:
+        self.hold_out()
         if self.vocab_size is not None and self.tokenizer_file is not None:
             raise ValueError(
                 f"vocab_size={self.vocab_size} and tokenizer_file={self.tokenizer_file} exclude each other: the file"
                 " has its own size"
             )
+
+    def hold_out(self) -> HoldOut:
+        """What becomes the validation text."""
+        return HoldOut(documents=self.valid_documents, characters=self.valid_characters, share=self.valid_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +166,7 @@ def prepare(config: CorpusConfig, root: str | Path, tokenizer: Tokenizer | None 
         tokenizer = Tokenizer.load(config.tokenizer_file)
     _say(f"reading {', '.join(config.data) or 'the Python standard library'}, without duplicates")
     Path(root).mkdir(parents=True, exist_ok=True)
-    documents = load_documents(
-        config.data, text_field=config.text_field, valid_share=config.valid_share, folder=Path(root)
-    )
+    documents = load_documents(config.data, text_field=config.text_field, hold_out=config.hold_out(), folder=Path(root))
     for kind in documents.skipped_kinds:
         _say(f"skipped {kind.line()}")
     folder = Path(root) / _cache_key(config, documents, tokenizer)

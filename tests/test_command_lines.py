@@ -78,6 +78,8 @@ NONSENSE = {
         "--n-experts": ("0",),
         "--rope-base": ("nan", "inf", "0"),
         "--valid-share": ("nan", "-1", "0", "2"),
+        "--valid-documents": ("0", "-1", "some"),
+        "--valid-characters": ("-1", "some"),
         "--shard-tokens": ("0", "-1"),
         "--trunk-seed": ("-1", "x"),
     },

@@ -119,7 +119,7 @@ def held_out(
     if n_rows < 1 or not text or not probes:
         raise ValueError(
             f"the validation text has {n_text} documents of real text and {len(probes)} problems: too few, raise"
-            " --valid-share"
+            " --valid-documents"
         )
     stream = np.concatenate(calibration)[: n_rows * seq_len]
     return HeldOut(

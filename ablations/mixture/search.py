@@ -91,8 +91,8 @@ def check_domains(options: MixtureSearchOptions, domains: tuple[str, ...], corpu
         raise ValueError(f"--data: the training text has one domain, {''.join(domains)}; legal: two at least")
     if missing := sorted(set(domains) ^ set(corpus.valid_domains())):
         raise ValueError(
-            f"--valid-share {options.corpus.valid_share}: {', '.join(missing[:5])} not in both training and validation"
-            " text; legal: a larger share, or more documents"
+            f"--valid-documents, --valid-share: {', '.join(missing[:5])} not in both training and validation text;"
+            " legal: more of the documents, or more documents"
         )
     if options.target not in (MACRO, *domains):
         raise ValueError(f"--target {options.target}: {nearest(options.target, (MACRO, *domains))}")

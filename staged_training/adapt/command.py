@@ -17,7 +17,7 @@ import json
 
 import torch
 
-from corpus.prepare import CorpusConfig, prepare
+from corpus.prepare import prepare
 from foundation.command import leave_options
 from foundation.environment import environment
 from foundation.serialize import to_dict
@@ -41,8 +41,7 @@ def adapt(config: AdaptConfig) -> RunRecord | None:
     original = load_pretrained(folder, device).requires_grad_(False)
     # Refused before the text is read.
     adapted_config(original.config, config.teach.method, config.teach.mean)
-    text = CorpusConfig(data=config.data, text_field=config.text_field, valid_share=config.valid_share)
-    corpus = prepare(text, config.out / "corpus", load_tokenizer(folder, original))
+    corpus = prepare(config.corpus(), config.out / "corpus", load_tokenizer(folder, original))
     adaptation = Adaptation(config, original, corpus)
     print(adaptation.describe(), flush=True)
     if config.dry_run:

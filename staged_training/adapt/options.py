@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from corpus.prepare import CorpusConfig
 from staged_training.adapt.teaching import Teaching
 from staged_training.execute import ExecutionConfig
 from staged_training.optimizer import OptimizerConfig
@@ -22,7 +23,7 @@ class AdaptConfig:
             states are kept in `corpus/` and `teachers/`.
         data: files and folders of text; this machine's Python standard library when empty.
         text_field: key or column that holds the text; meta.text for one inside of another.
-        valid_share: expected share of the documents held out.
+        valid_documents, valid_characters, valid_share: what is held out, see `corpus.prepare.CorpusConfig`.
         cache: store the original's hidden states; otherwise they are computed in every step.
         optimizer: of what trains.
         save_every: steps between checkpoints.
@@ -35,7 +36,9 @@ class AdaptConfig:
     out: Path = Path("runs/adapted")
     data: tuple[str, ...] = ()
     text_field: str = "text"
-    valid_share: float = 0.06
+    valid_documents: int = CorpusConfig.valid_documents
+    valid_characters: int = CorpusConfig.valid_characters
+    valid_share: float | None = None
     cache: bool = True
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=OptimizerConfig
@@ -47,3 +50,9 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         # As there, so that it is said once.
         ExecutionConfig(save_every=self.save_every, log_every=self.log_every)
+        self.corpus()
+
+    def corpus(self) -> CorpusConfig:
+        """How the text is read."""
+        names = ("data", "text_field", "valid_documents", "valid_characters", "valid_share")
+        return CorpusConfig(**{name: getattr(self, name) for name in names})

@@ -32,6 +32,6 @@ def test_sections_are_the_documents_cut_evenly(tmp_path):
 
 def test_the_default_validation_text_has_300_sections_at_least():
     config = Options().corpus
-    documents = load_documents(config.data, text_field=config.text_field, valid_share=config.valid_share)
+    documents = load_documents(config.data, text_field=config.text_field, hold_out=config.hold_out())
     # A token of Python source stands for less than 5 bytes with the default vocabulary (3.6 were measured).
     assert sum(-(-len(text.encode()) // (5 * LONGEST)) for text in documents.valid) >= 300

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corpus import readers
-from corpus.documents import load_documents
+from corpus.documents import HoldOut, load_documents
 from corpus.readers import Document, Skipped
 from corpus.sources import read_paths, read_standard_library
 
@@ -66,7 +66,7 @@ def test_a_book_is_cut_into_documents_at_blank_lines_and_loses_nothing(tmp_path)
     assert all(part.endswith("\n\n") for part in parts[:-1])
     assert all(readers.PIECE <= len(part) < 2 * readers.PIECE for part in parts[:-1])
     # It has a part on each side now, as text that is many files has.
-    documents = load_documents([str(tmp_path)], text_field="text", valid_share=0.1)
+    documents = load_documents([str(tmp_path)], text_field="text", hold_out=HoldOut(share=0.1))
     assert sorted([*documents.train, *documents.valid]) == sorted(parts)
 
 
@@ -74,7 +74,7 @@ def test_a_book_is_cut_into_documents_at_blank_lines_and_loses_nothing(tmp_path)
 def test_copies_of_a_book_stay_copies(tmp_path, change):
     write(tmp_path / "a.txt", BOOK.encode())
     write(tmp_path / "b.txt", change(BOOK).encode())
-    documents = load_documents([str(tmp_path)], text_field="text", valid_share=0.1)
+    documents = load_documents([str(tmp_path)], text_field="text", hold_out=HoldOut(share=0.1))
     assert documents.duplicates_removed == len(documents.train) + len(documents.valid)
 
 
@@ -274,26 +274,58 @@ def test_only_bad_input_is_a_clear_error(tmp_path):
     with pytest.raises(
         ValueError, match=r"2 skipped, first ones: .*a\.jsonl:1: not JSON.*a\.jsonl:2: not a JSON object"
     ):
-        load_documents([str(path)], text_field="text", valid_share=0.5)
+        load_documents([str(path)], text_field="text", hold_out=HoldOut(share=0.5))
+
+
+@pytest.mark.parametrize("wrong", [{"documents": 0}, {"characters": -1}])
+def test_what_is_held_out_must_be_something(wrong):
+    with pytest.raises(ValueError, match=f"HoldOut.{next(iter(wrong))}"):
+        HoldOut(**wrong)
 
 
 @pytest.mark.parametrize("valid_share", [0.0, 1.0, -1.0, 2.0, float("nan")])
 def test_valid_share_must_be_a_share(tmp_path, valid_share):
     path = write(tmp_path / "a.jsonl", jsonl("a", "b"))
-    with pytest.raises(ValueError, match="valid_share must lie between 0 and 1"):
-        load_documents([str(path)], text_field="text", valid_share=valid_share)
+    with pytest.raises(ValueError, match=r"HoldOut.share: .* must lie between 0 and 1"):
+        load_documents([str(path)], text_field="text", hold_out=HoldOut(share=valid_share))
 
 
 def test_empty_split_is_a_clear_error(tmp_path):
     path = write(tmp_path / "a.txt", b"one document")
     with pytest.raises(ValueError, match="one distinct document cannot be both trained on and held out"):
-        load_documents([str(path)], text_field="text", valid_share=0.1)
+        load_documents([str(path)], text_field="text", hold_out=HoldOut(share=0.1))
+
+
+def test_by_default_a_stretch_of_each_of_many_documents_is_held_out(tmp_path):
+    texts = ["".join(f"{number} says line {line}\n" for line in range(5 + number)) for number in range(1000)]
+    path = write(tmp_path / "a.jsonl", jsonl(*texts))
+    found = load_documents([str(path)], text_field="text", hold_out=HoldOut())
+    assert (len(found.valid), len(found.train)) == (300, 700)
+    begun = 0
+    for stretch in found.valid:
+        number = int(stretch.split()[0])
+        assert stretch in texts[number]
+        assert texts[number] not in set(found.train)
+        assert len(stretch) == min(800, len(texts[number]))
+        begun += not texts[number].startswith(stretch)
+    # Of those that are longer, most do not begin with their document.
+    assert begun > 200
+    whole = load_documents([str(path)], text_field="text", hold_out=HoldOut(characters=0))
+    assert list(whole.train) == list(found.train)
+    assert set(whole.valid) <= set(texts)
+    assert found.valid.n_bytes == sum(map(len, found.valid)) < whole.valid.n_bytes
+
+
+def test_half_of_a_few_documents_is_held_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl(*(f"text {number}" for number in range(9))))
+    found = load_documents([str(path)], text_field="text", hold_out=HoldOut())
+    assert (len(found.valid), len(found.train)) == (4, 5)
 
 
 @pytest.mark.parametrize("valid_share", [1e-9, 0.06, 0.5, 1 - 1e-9])
 def test_neither_side_of_a_few_documents_is_empty(tmp_path, valid_share):
     path = write(tmp_path / "few.jsonl", jsonl("one", "two", "three"))
-    found = load_documents([str(path)], text_field="text", valid_share=valid_share)
+    found = load_documents([str(path)], text_field="text", hold_out=HoldOut(share=valid_share))
     assert len(found.valid) >= 1
     assert len(found.train) >= 1
     assert {*found.train, *found.valid} == {"one", "two", "three"}
@@ -308,7 +340,9 @@ def test_split_does_not_depend_on_order_or_repetition(tmp_path_factory, texts, s
     for name, lines in (("a.jsonl", texts), ("b.jsonl", shuffled)):
         try:
             results.append(
-                load_documents([str(write(folder / name, jsonl(*lines)))], text_field="text", valid_share=0.5)
+                load_documents(
+                    [str(write(folder / name, jsonl(*lines)))], text_field="text", hold_out=HoldOut(share=0.5)
+                )
             )
         except ValueError:
             results.append(None)
@@ -336,21 +370,21 @@ def test_copies_that_differ_in_marks_stand_in_one_split_only(tmp_path, reverse):
     old = [text.replace("\n", "\r") for text in texts]
     every = [*texts, *copies, *marked, *old]
     path = write(tmp_path / "all.jsonl", jsonl(*(reversed(every) if reverse else every)))
-    found = load_documents([str(path)], text_field="text", valid_share=0.3)
+    found = load_documents([str(path)], text_field="text", hold_out=HoldOut(share=0.3))
     assert not {as_shown(text) for text in found.valid} & {as_shown(text) for text in found.train}
     assert len(found.train) + len(found.valid) == 40
     assert found.duplicates_removed == 120
     # What stays is a text that was read, whichever came first.
     assert {*found.train, *found.valid} <= set(every)
     again = write(tmp_path / "again.jsonl", jsonl(*sorted(every)))
-    same = load_documents([str(again)], text_field="text", valid_share=0.3)
+    same = load_documents([str(again)], text_field="text", hold_out=HoldOut(share=0.3))
     assert (same.train, same.valid, same.content_hash) == (found.train, found.valid, found.content_hash)
 
 
 def test_without_such_copies_the_hashes_are_those_of_the_texts(tmp_path):
     texts = [f"line\r\nends {number}" for number in range(20)]
     path = write(tmp_path / "texts.jsonl", jsonl(*texts))
-    found = load_documents([str(path)], text_field="text", valid_share=0.3)
+    found = load_documents([str(path)], text_field="text", hold_out=HoldOut(share=0.3))
     hashes = sorted(hashlib.sha256(text.encode()).digest() for text in texts)
     assert found.content_hash == hashlib.sha256(b"".join(hashes)).hexdigest()
     assert [hashlib.sha256(text.encode()).digest() for text in [*found.valid, *found.train]] == hashes
@@ -359,7 +393,7 @@ def test_without_such_copies_the_hashes_are_those_of_the_texts(tmp_path):
 def test_documents_keep_their_split_when_others_are_added(tmp_path):
     few = write(tmp_path / "few.jsonl", jsonl(*map(str, range(200))))
     many = write(tmp_path / "many.jsonl", jsonl(*map(str, range(2000))))
-    small, large = (load_documents([str(path)], text_field="text", valid_share=0.1) for path in (few, many))
+    small, large = (load_documents([str(path)], text_field="text", hold_out=HoldOut(share=0.1)) for path in (few, many))
     assert set(small.valid) < set(large.valid)
     assert set(small.train) < set(large.train)
     assert small.content_hash != large.content_hash
@@ -469,7 +503,7 @@ def test_skips_are_summed_up_by_kind(tmp_path):
     lines = [b'{"text": "good %d"}' % number for number in range(60)] + [b"{", b"[1]", b'{"text": 5}'] * 700
     path = write(tmp_path / "a.jsonl", b"\n".join(lines))
     write(tmp_path / "b.pdf", b"%PDF")
-    found = load_documents([str(tmp_path)], text_field="text", valid_share=0.5)
+    found = load_documents([str(tmp_path)], text_field="text", hold_out=HoldOut(share=0.5))
     assert [(kind.count, kind.reason) for kind in found.skipped_kinds] == [
         (700, "not JSON in UTF-8"),
         (700, "not a JSON object but list"),
