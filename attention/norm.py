@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from triton_kernels.native.decode_step import NotInOneCall, Watch
-from triton_kernels.native.library import is_native, rms_norm, takes_many_rows
+from triton_kernels.native.library import is_native, products_here, rms_norm, takes_many_rows
 from triton_kernels.native.norm import rms_norm_with_gradients
 
 
@@ -44,8 +44,8 @@ class RMSNorm(nn.Module):
         if x.shape[-1:] == scale.shape:
             if is_native(x, x.numel() // x.shape[-1], scale):
                 return rms_norm(x, scale, self.eps)
-            if takes_many_rows(x, scale):
-                return rms_norm_with_gradients(x, scale, self.eps)
+            if takes_many_rows(x, scale, dtypes=products_here()):
+                return rms_norm_with_gradients(x.float(), scale.float(), self.eps).to(x.dtype)
         # The mean of squares of 16-bit numbers loses what the norm is there to keep.
         wide = torch.promote_types(x.dtype, torch.float32)
         return functional.rms_norm(x.to(wide), scale.shape, scale.to(wide), self.eps).to(x.dtype)

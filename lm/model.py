@@ -27,7 +27,7 @@ from moe.backends import Choice, choose_backend
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
-from triton_kernels.native.library import takes_many_rows, torch_by_one_thread
+from triton_kernels.native.library import products_here, takes_many_rows, torch_by_one_thread
 from triton_kernels.native.loss import head_losses
 from triton_kernels.native.projection import project
 
@@ -254,7 +254,7 @@ class LanguageModel(ExactBuffers):
         """Whether all that is large in training or reading this model is computed in C: attention, experts, norms,
         loss."""
         attention = all(KINDS[letter].in_c for letter in self.config.plan.letters)
-        return attention and self._dtype == torch.float32 and takes_many_rows(self.head)
+        return attention and self._dtype in products_here() and takes_many_rows(self.head, dtypes=products_here())
 
     def its_threads(self) -> contextlib.AbstractContextManager[None]:
         """Around training and evaluation: see `torch_by_one_thread`, where the model is mostly in C."""
@@ -340,11 +340,13 @@ def mean_and_token_losses(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) ->
     """
     if targets_BT.shape != x_BTD.shape[:2]:
         raise ValueError(f"targets: shape {tuple(targets_BT.shape)}, must be {tuple(x_BTD.shape[:2])}")
-    if not takes_many_rows(x_BTD, head_VD) or targets_BT.dtype != torch.int64:
+    if not takes_many_rows(x_BTD, head_VD, dtypes=products_here()) or targets_BT.dtype != torch.int64:
         losses_BT = token_losses(project(x_BTD, head_VD), targets_BT)
         return losses_BT.mean(), losses_BT.detach()
     try:
-        loss, loss_T = head_losses(x_BTD.flatten(0, 1), head_VD, targets_BT.flatten(), ignored=IGNORED_TARGET)
+        loss, loss_T = head_losses(
+            x_BTD.flatten(0, 1).float(), head_VD.float(), targets_BT.flatten(), ignored=IGNORED_TARGET
+        )
     except ValueError:
         raise ValueError(_outside("targets", targets_BT, len(head_VD))) from None
     return loss, loss_T.view_as(targets_BT)

@@ -150,7 +150,7 @@ def test_a_command_trains_on_isolated_documents(tmp_path, capsys):
         *("run", "--data", str(tmp_path / "text.jsonl"), "--vocab-size", "270", "--d-model", "16", "--n-layers", "2"),
         *("--layer-plan", "SL", "--n-heads", "2", "--n-kv-heads", "1", "--head-dim", "8", "--n-experts", "4"),
         *("--d-expert", "8", "--k", "2", "--tokens", "1024", "--batch-size", "4", "--seq-len", "64", "--no-branch"),
-        *("--dtype", "float32", "--log-every", "1"),
+        *("--dtype", "float32", "--log-every", "1", "--valid-share", "0.06"),
     ]
     losses = []
     for name, options in (("packed", []), ("apart", ["--isolate-documents"])):

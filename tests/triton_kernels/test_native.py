@@ -23,6 +23,7 @@ from triton_kernels.softmax.native import rotary_at, softmax_decode_native
 
 pytestmark = pytest.mark.skipif(native().library is None, reason=native().reason)
 DTYPES = [torch.float32, torch.bfloat16]
+PRODUCTS = tuple(f"triton_kernels.{name}" for name in ("experts.grouped_mlp", "experts.native", "native.projection"))
 
 
 @pytest.fixture(autouse=True)
@@ -229,13 +230,38 @@ def test_lightning_decode(dtype):
     torch.testing.assert_close(run("native"), run("torch"), rtol=tolerance, atol=tolerance)
 
 
-def test_fp64_and_gradients_of_bf16_are_left_to_torch():
+def test_fp64_is_left_to_torch_and_bf16_where_the_processor_multiplies_it(monkeypatch):
     x, weight = torch.ones(1, 4), torch.ones(2, 4, 6)
     rows = _by_name(sort_slots(torch.tensor([[0, 1]]), torch.ones(1, 2), None, n_experts=2, padded=False))
     with pytest.raises(ValueError, match="takes few tokens"):
         grouped_mlp(x.double(), weight, torch.ones(2, 3, 4), **rows, backend="native")
+    for module in PRODUCTS[:2]:
+        monkeypatch.setattr(sys.modules[module], "products_here", lambda: (torch.float32,))
     with torch.enable_grad(), pytest.raises(ValueError, match="takes few tokens"):
         grouped_mlp(x.bfloat16(), weight, torch.ones(2, 3, 4), **rows, backend="native")
+
+
+def test_what_is_brought_to_fp32_is_rounded_once(monkeypatch):
+    """As on a processor without products of bf16: values and gradients are those of fp32, rounded."""
+    for module in PRODUCTS:
+        monkeypatch.setattr(sys.modules[module], "products_here", lambda: (torch.float32, torch.bfloat16))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 8, generator=generator).bfloat16()
+    up, down, weight = (torch.randn(*shape, generator=generator) for shape in ((4, 8, 12), (4, 6, 8), (5, 8)))
+    chosen = torch.randint(4, (50, 1), generator=generator)
+    rows = _by_name(sort_slots(chosen, torch.ones(50, 1), None, n_experts=4, padded=False))
+
+    def run(dtype):
+        given = [x.to(dtype).requires_grad_(), *(w.to(dtype).float().requires_grad_() for w in (up, down, weight))]
+        with torch.enable_grad():
+            y_TD = grouped_mlp(*given[:3], **rows, backend="native")
+            y = torch.cat([y_TD, project(given[0], given[3])], dim=1)
+            y.float().square().sum().backward()
+        return y, *(tensor.grad for tensor in given)
+
+    for found, exact in zip(run(torch.bfloat16), run(torch.float32)):
+        torch.testing.assert_close(found.float(), exact, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
+    assert run(torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 def test_a_forked_process_has_no_helpers_and_computes_the_same():

@@ -17,7 +17,7 @@ from triton_kernels.common.checks import (
     check_tensors,
 )
 from triton_kernels.experts.native import grouped_mlp_native
-from triton_kernels.native.library import is_native, takes_many_rows
+from triton_kernels.native.library import is_native, products_here, takes_many_rows
 
 OP = "grouped_mlp"
 
@@ -54,7 +54,8 @@ def grouped_mlp(
     Raises:
         ValueError: for what does not fit together, or not into the kernels (`why_not_triton`).
     """
-    native = is_native(x_TD, len(x_TD)) or takes_many_rows(x_TD, w_gate_up_EDF2, w_down_EFD)
+    many = takes_many_rows(x_TD, w_gate_up_EDF2, w_down_EFD, dtypes=products_here())
+    native = is_native(x_TD, len(x_TD)) or many
     backend = check_backend(backend, x_TD, native=native)
     tensors = (x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets, token_offsets, row_of_slot_N)
     check_grouped_mlp(*tensors)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, is_native, native, takes_many_rows, threads, wide
+from triton_kernels.native.library import call, is_native, native, products_here, takes_many_rows, threads, wide
 
 # Tokens of a piece, as in routing.c.
 ROUTED = 64
@@ -138,12 +138,15 @@ class _SortSlots(torch.autograd.Function):
 
 def why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
     """Why `grouped_mlp_native` does not take these tensors, or None."""
-    if takes_many_rows(x_TD, w_down_EFD) or is_native(x_TD, len(x_TD), w_down_EFD):
+    if takes_many_rows(x_TD, w_down_EFD, dtypes=products_here()) or is_native(x_TD, len(x_TD), w_down_EFD):
         return None
     if x_TD.device.type != "cpu":
         return f"the form in C needs tensors on the CPU, these are on {x_TD.device}"
-    if x_TD.dtype != torch.float32 or w_down_EFD.dtype != torch.float32:
-        return "the form in C takes float32, and of few tokens without gradients bfloat16, by float32 weights"
+    if not {x_TD.dtype, w_down_EFD.dtype} <= set(products_here()):
+        return (
+            "the form in C takes float32, and bfloat16 where the processor has no products of it, or few tokens without"
+            " gradients by float32 weights"
+        )
     if torch.compiler.is_compiling():
         return "torch.compile does not look into the form in C"
     return f"there is no form in C: {native().reason}"
@@ -166,9 +169,10 @@ def grouped_mlp_native(
         ValueError: for rows that no sort made.
     """
     if not is_native(x_TD, len(x_TD)):
-        y_TD = _ManyRows.apply(x_TD, w_gate_up_EDF2, w_down_EFD, token_N, weight_N, expert_offsets)
+        wide_inputs = (x_TD.float(), w_gate_up_EDF2.float(), w_down_EFD.float())
+        y_TD = _ManyRows.apply(*wide_inputs, token_N, weight_N, expert_offsets)
         assert isinstance(y_TD, Tensor)
-        return y_TD
+        return y_TD.to(x_TD.dtype)
     (T, D), (E, F, _) = x_TD.shape, w_down_EFD.shape
     y_TD = torch.empty(T, D)
     call(

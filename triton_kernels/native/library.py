@@ -53,6 +53,7 @@ SIGNATURES: dict[str, list[type]] = {
     "grouped_mlp_backward": [*[P] * 13, *[LONG] * 4, INT],
     "project_rows": [*[P] * 3, *[LONG] * 3, INT],
     "project_rows_backward": [*[P] * 5, *[LONG] * 3, INT],
+    "multiplies_bf16": [],
     "newton_schulz": [P, P, *[LONG] * 7, FLOAT, FLOAT, INT],
     "head_loss": [*[P] * 6, *[LONG] * 4, INT],
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
@@ -69,7 +70,7 @@ SIGNATURES: dict[str, list[type]] = {
 RETURNING = (
     *("experts", "sort_slots", "softmax_decode", "decode_step", "grouped_mlp_forward", "grouped_mlp_backward"),
     *("project_rows", "project_rows_backward", "newton_schulz", "softmax_forward", "softmax_backward", "head_loss"),
-    *("rule_forward", "rule_backward"),
+    *("rule_forward", "rule_backward", "multiplies_bf16"),
 )
 
 
@@ -103,6 +104,13 @@ def is_native(x: Tensor, n_tokens: int, *weights: Tensor) -> bool:
 def has_memory(x: Tensor) -> bool:
     """Whether x is a plain tensor: one that is spread over processes, or traced, has no memory of its own to pass."""
     return type(x) in (Tensor, nn.Parameter)
+
+
+def products_here() -> tuple[torch.dtype, ...]:
+    """Of what dtypes large products are computed here: fp32, and bf16, brought to fp32, where the processor has no
+    products of it. There torch's own take ten times as long as those of fp32."""
+    library = native().library
+    return UP_TO_FP32[:1] if library is None or library.multiplies_bf16() else UP_TO_FP32[:2]
 
 
 def takes_many_rows(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:

@@ -17,6 +17,15 @@ typedef float Line __attribute__((vector_size(4 * LINE), aligned(4), may_alias))
 
 static inline long rounded_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
+/* Whether the processor that this is compiled for has products of bf16 numbers. */
+long multiplies_bf16(void) {
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* A stride of an odd number of cache lines, for rows that are read down their columns: by powers of two they would fall
  * upon each other in the cache. */
 static inline long apart(long n) { return rounded_up(n, 16) + (rounded_up(n, 16) % 32 ? 0 : 16); }

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from triton_kernels.native.library import call, is_native, linear, takes_many_rows, threads, wide
+from triton_kernels.native.library import call, is_native, linear, products_here, takes_many_rows, threads, wide
 
 
 def project(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -19,8 +19,8 @@ def project(x: Tensor, weight_OI: Tensor) -> Tensor:
     if x.shape[-1] == weight_OI.shape[1]:
         if is_native(x, 4 * (x.numel() // x.shape[-1]), weight_OI):
             return linear(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
-        if takes_many_rows(x, weight_OI):
-            return _Projection.apply(x, weight_OI)  # pyright: ignore[reportReturnType]
+        if takes_many_rows(x, weight_OI, dtypes=products_here()):
+            return _Projection.apply(x.float(), weight_OI.float()).to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return functional.linear(x, weight_OI.to(x.dtype))
 
 

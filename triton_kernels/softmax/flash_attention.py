@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.common.checks import check_backend, check_cu_seqlens, check_dtype, check_placed, check_tensors
-from triton_kernels.native.library import takes_many_rows
+from triton_kernels.native.library import products_here, takes_many_rows
 from triton_kernels.softmax.flash_attention_torch import flash_attention_torch
 from triton_kernels.softmax.native import flash_attention_native
 from triton_kernels.softmax.rotary import Rotary, check_rotary, rotate
@@ -52,8 +52,8 @@ def flash_attention(
             each other; T == S.
         rotary: cosine and sine [T, P] of the queries' angles (`rotary_tables`), which turn the first 2 P channels of
             every query before it meets the keys; these are turned already, by `rotate`. Without gradients.
-        backend: "torch", "triton", "native" (in C, for fp32 on a CPU without cu_seqlens), or "auto": Triton on CUDA
-            tensors, C where it takes them.
+        backend: "torch", "triton", "native" (in C on a CPU, for `products_here` without cu_seqlens), or "auto": Triton
+            on CUDA tensors, C where it takes them.
 
     Returns:
         o_BTHV in the dtype of q.
@@ -69,7 +69,9 @@ def flash_attention(
         check_placed(OP, q_BTHK=q_BTHK, rotary_cosines_TP=rotary[0], rotary_sines_TP=rotary[1])
         rotary = rotary if rotary[0].shape[1] > 0 else None
     heads = [q_BTHK, k_BSGK, v_BSGV, *([] if sinks_H is None else [sinks_H])]
-    backend = check_backend(backend, q_BTHK, native=cu_seqlens is None and takes_many_rows(*heads))
+    backend = check_backend(
+        backend, q_BTHK, native=cu_seqlens is None and takes_many_rows(*heads, dtypes=products_here())
+    )
     if backend == "native":
         return flash_attention_native(
             *(q_BTHK, k_BSGK, v_BSGV),

@@ -84,10 +84,11 @@ def flash_attention_native(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """`flash_attention` on checked fp32 arguments, without packed sequences."""
-    o_BTHV = _ManyQueries.apply(q_BTHK, k_BSGK, v_BSGV, sinks_H, rotary, causal, window, scale)
+    """`flash_attention` on checked arguments, without packed sequences; computed in fp32."""
+    heads = (q_BTHK.float(), k_BSGK.float(), v_BSGV.float(), None if sinks_H is None else sinks_H.float())
+    o_BTHV = _ManyQueries.apply(*heads, rotary, causal, window, scale)
     assert isinstance(o_BTHV, Tensor)
-    return o_BTHV
+    return o_BTHV.to(q_BTHK.dtype)
 
 
 class _ManyQueries(torch.autograd.Function):
