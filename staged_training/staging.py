@@ -55,10 +55,10 @@ class StagingConfig:
         ValueError: for a share outside its range, a size below 1 or a learning rate that is not positive.
     """
 
-    tokens: int = 800_000
+    tokens: int = 500_000
     mixture: str | None = None
     epoch_cap: float | None = None
-    trunk_share: float = 0.9
+    trunk_share: float = 0.85
     freeze: float = 0.0
     batch_size: int = 4
     seq_len: int = 256
