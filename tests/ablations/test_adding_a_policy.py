@@ -173,6 +173,7 @@ def test_it_is_stored_by_its_name(margin):
         from_dict(ModelConfig, stored)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_it_is_compared_with_the_baseline(margin, tmp_path, text_folder, tiny_model, capsys):
     method = Method(
         name="margin",
