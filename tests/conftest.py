@@ -1,5 +1,5 @@
-"""One choice for the whole test process, made before anything imports Triton: kernels are interpreted (see
-tests/triton_kernels/conftest.py), and at no more than they cost.
+"""What holds for the whole test process: kernels are interpreted (see tests/triton_kernels/conftest.py), and at no more
+than they cost; stop signals are heard; the longest tests come first.
 
 Triton's own library functions (cumsum, say) are fixed as compiled or interpreted when `triton` is imported, which other
 parts of torch do on their own: a conftest further down would come too late.
@@ -7,10 +7,32 @@ parts of torch do on their own: a conftest further down would come too late.
 
 import importlib.util
 import os
+import signal
 
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+# In the background of a script, or under nohup, a process is born deaf to these signals, and so are those that it
+# starts. Tests that send them to a command, or to this process, send them to one that somebody started from a terminal.
+for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, heard)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A long test that begins last leaves the other cores idle until it ends."""
+    items.sort(key=lambda item: "unchanged" not in item.path.parts)
+
+
+@pytest.fixture
+def forked():
+    """Commands are forked from this process, see tests/forked.py."""
+    # Torch is imported behind the choice above.
+    from tests.forked import forking
+
+    with forking():
+        yield
 
 
 @pytest.fixture

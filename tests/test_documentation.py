@@ -99,6 +99,10 @@ def test_a_command_of_the_pages_parses(words, monkeypatch):
             return
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed_by_a_script)
     start, place = (runpy.run_path, ROOT / program) if program.endswith(".py") else (runpy.run_module, program)
+    for name in (program, f"{program}.__main__"):
+        # One that is there already would be run a second time, and Python warns of that.
+        if not hasattr(sys.modules.get(name), "__path__"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises((Taken, SystemExit)) as ended:
         start(str(place), run_name="__main__")
     assert isinstance(ended.value, Taken) or (arguments[-1:] == ["--help"] and not ended.value.code)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import forking
+
 ROOT = Path(__file__).resolve().parents[2]
 NOTE = (ROOT / "notes" / "002-adding-a-method.md").read_text()
 # A file is named by the last words before its block.
@@ -58,17 +60,29 @@ def options(text_folder, tiny_model):
         **tiny_model,
         "n_layers": 3,
         "vocab_size": 300,
-        "tokens": 1024,
-        "batch_size": 2,
-        "seq_len": 32,
+        "tokens": 4096,
+        "batch_size": 4,
+        "seq_len": 64,
         "budget_batches": 1,
     }
     sizes = (text for name, value in tiny.items() for text in (f"--{name.replace('_', '-')}", str(value)))
     return ["--data", str(text_folder), *sizes]
 
 
+def without_figures():
+    """In the modules of the copy, which a forked process imports anew."""
+    from ablations.report import report
+
+    report.svg = lambda draw, label: "<svg></svg>"
+
+
 def run(checkout, options, *modules):
     """What the note's commands print that begin with one of the modules, small where they train."""
+    with forking(without_figures):
+        return printed_by(checkout, options, modules)
+
+
+def printed_by(checkout, options, modules):
     printed = []
     for python, _, module, *words in COMMANDS:
         if module not in modules:

@@ -291,10 +291,8 @@ def test_every_long_phase_is_announced_before_it_begins(config, tmp_path, capsys
         (["show", "/nowhere"], 1, "error: /nowhere/manifest.json: no readable corpus manifest"),
     ],
 )
-def test_command_refuses_mistakes(arguments, status, message):
-    run = subprocess.run(
-        [sys.executable, "-m", "corpus", *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
-    )
+def test_command_refuses_mistakes(arguments, status, message, forked):
+    run = subprocess.run([sys.executable, "-m", "corpus", *arguments], capture_output=True, text=True, cwd=REPOSITORY)
     assert run.returncode == status
     assert message in run.stderr
     assert "Traceback" not in run.stderr

@@ -276,7 +276,7 @@ class Terminal:
         os.write(self.end, keys.encode())
 
 
-def test_keys_change_the_budget_while_the_text_grows(varied_folder):
+def test_keys_change_the_budget_while_the_text_grows(varied_folder, forked):
     terminal = Terminal("--run", varied_folder, "--temperature", "0", "--max-new-tokens", "9999", "--pace", "50")
     terminal.until("tokens | mean experts")
     terminal.press("+")
@@ -298,7 +298,7 @@ def test_keys_change_the_budget_while_the_text_grows(varied_folder):
 
 
 @pytest.mark.slow
-def test_ctrl_c_gives_the_terminal_back(varied_folder):
+def test_ctrl_c_gives_the_terminal_back(varied_folder, forked):
     terminal = Terminal(
         "--run", varied_folder, "--temperature", "0", "--max-new-tokens", "9999", "--side-by-side", "static"
     )

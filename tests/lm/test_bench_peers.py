@@ -24,7 +24,7 @@ def test_both_sides_have_as_many_parameters(case):
     assert abs(ours / theirs - 1) < 0.03
 
 
-def test_a_row_says_who_is_how_fast(tmp_path, capsys):
+def test_a_row_says_who_is_how_fast(tmp_path, capsys, forked):
     table = tmp_path / "peers.csv"
     arguments = "--cases GGGF --dtypes float32 --parts decode --longest 1024 --rounds 1 --threads 1 --csv"
     main(["bench-peers", *arguments.split(), str(table)])

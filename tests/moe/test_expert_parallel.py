@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.forked import forking
+
 WORKER = Path(__file__).with_name("expert_parallel_worker.py")
 _spec = importlib.util.spec_from_file_location("expert_parallel_worker", WORKER)
 assert _spec is not None
@@ -29,14 +31,15 @@ def processes(request, tmp_path_factory):
     """What each process left, by rank."""
     folder, n = tmp_path_factory.mktemp("processes"), request.param
     root = Path(__file__).parents[2]
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), str(rank), str(n)],
-            env={"PYTHONPATH": str(root)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(n)
-    ]
+    with forking():
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(folder), str(rank), str(n)],
+                env={"PYTHONPATH": str(root)},
+                stderr=subprocess.PIPE,
+            )
+            for rank in range(n)
+        ]
     errors = [process.communicate(timeout=120)[1].decode() for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt") for rank in range(n)]

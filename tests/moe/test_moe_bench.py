@@ -16,7 +16,7 @@ SMALL = Shape(tokens=32, d_model=16, n_experts=4, d_expert=8, k=2)
 WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 
 
-def test_the_command_prints_and_writes_the_whole_table(tmp_path):
+def test_the_command_prints_and_writes_the_whole_table(tmp_path, forked):
     root, file = Path(__file__).resolve().parents[2], tmp_path / "table.csv"
     options = [
         "--tokens",

@@ -101,7 +101,7 @@ def test_counts_of_parts_add_up_to_those_of_the_whole():
     torch.testing.assert_close(3 * together.histogram, whole.histogram.double())
 
 
-def test_the_command_shows_a_run_and_writes_all_of_it(train, tmp_path):
+def test_the_command_shows_a_run_and_writes_all_of_it(train, tmp_path, forked):
     run = tmp_path / "branches" / "one"
     run.parent.mkdir()
     lines = train(run, TopP(target_mean=2.0, cap=4))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from staged_training.__main__ import main
+from tests.forked import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = [
@@ -38,10 +39,10 @@ OPTIONS = [
         "--k",
         "2",
     ),
-    *("--tokens", "4480", "--batch-size", "2", "--seq-len", "16", "--freeze", "0.5"),
+    *("--tokens", "2400", "--batch-size", "2", "--seq-len", "16", "--freeze", "0.5"),
     *("--save-every", "7", "--log-every", "50"),
 ]
-TRUNK_STEPS = 119
+TRUNK_STEPS = 64
 
 
 def results(out):
@@ -74,9 +75,10 @@ def command(documents, tmp_path):
 
 
 def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    with forking():
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
 
 def newest_step(out):

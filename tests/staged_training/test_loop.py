@@ -42,12 +42,12 @@ class Watched:
         return inputs, targets_BT
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def batches(corpus):
     return TokenBatches(corpus.train.tokens, batch_size=2, seq_len=16)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train(batches, with_policy):
     """Trains a random-k model, whose every step draws, into a folder; the same call continues."""
 
@@ -81,6 +81,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in files}
 
 
+@pytest.fixture(scope="module")
+def straight(train, tmp_path_factory):
+    """What a stage leaves that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    train(folder)
+    return contents(folder)
+
+
 def test_learns_and_reports_every_step(train, tmp_path, capsys):
     result = train(tmp_path)
     records = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
@@ -98,10 +106,14 @@ def test_learns_and_reports_every_step(train, tmp_path, capsys):
     assert (result.steps, result.checkpoint.name, result.skipped) == (STEPS, "step_00000012", ())
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-@pytest.mark.parametrize("at", [1, 5, STEPS])
-def test_a_stop_signal_saves_and_the_same_call_continues_bit_for_bit(train, batches, tmp_path, stop, at):
-    train(tmp_path / "straight")
+@pytest.mark.parametrize(
+    ("stop", "at"),
+    [
+        *((signal.SIGTERM, at) for at in (1, 5, STEPS)),
+        *((signal.SIGINT, 5), (signal.SIGHUP, 1), (signal.SIGUSR1, STEPS)),
+    ],
+)
+def test_a_stop_signal_saves_and_the_same_call_continues_bit_for_bit(train, batches, straight, tmp_path, stop, at):
     before = signal.getsignal(stop)
     with pytest.raises(Interrupted, match=f"saved at step {at} of {STEPS}.*the same command continues") as stopped:
         train(tmp_path / "stopped", batches=Watched(batches, at, lambda: os.kill(os.getpid(), stop)))
@@ -109,11 +121,10 @@ def test_a_stop_signal_saves_and_the_same_call_continues_bit_for_bit(train, batc
     assert signal.getsignal(stop) is before
     assert (tmp_path / "stopped" / "checkpoints" / f"step_{at:08d}").is_dir()
     train(tmp_path / "stopped")
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    assert contents(tmp_path / "stopped") == straight
 
 
-def test_a_corrupt_checkpoint_is_named_and_costs_steps_but_no_bit(train, batches, tmp_path, caplog):
-    train(tmp_path / "straight")
+def test_a_corrupt_checkpoint_is_named_and_costs_steps_but_no_bit(train, batches, straight, tmp_path, caplog):
     with pytest.raises(Interrupted):
         train(tmp_path / "stopped", batches=Watched(batches, 8, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     victim = tmp_path / "stopped" / "checkpoints" / "step_00000008" / checkpoint.WEIGHTS
@@ -123,7 +134,7 @@ def test_a_corrupt_checkpoint_is_named_and_costs_steps_but_no_bit(train, batches
     result = train(tmp_path / "stopped")
     assert "step_00000008: weights.safetensors does not match its checksum" in result.skipped[0]
     assert "step_00000008" in caplog.text
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    assert contents(tmp_path / "stopped") == straight
 
 
 def forget(path):
@@ -152,9 +163,8 @@ def lose_step_5(path):
     ],
 )
 def test_steps_that_the_metrics_lost_are_trained_again(
-    train, batches, tmp_path, caplog, capsys, name, harm, continues_at
+    train, batches, straight, tmp_path, caplog, capsys, name, harm, continues_at
 ):
-    train(tmp_path / "straight")
     with pytest.raises(Interrupted):
         train(tmp_path / "stopped", batches=Watched(batches, 5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     harm(tmp_path / "stopped" / name)
@@ -164,7 +174,7 @@ def test_steps_that_the_metrics_lost_are_trained_again(
     assert f"step_00000005: {name}" in caplog.text
     printed = capsys.readouterr().out
     assert (f"continues at step {continues_at} of" in printed) == (continues_at is not None)
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    assert contents(tmp_path / "stopped") == straight
 
 
 def test_nothing_depends_on_global_random_states_or_moves_them(train, batches, tmp_path):
@@ -199,7 +209,7 @@ def poison(model):
         model.head_VD[5, 5] = torch.nan
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_place(train, batches, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_its_place(train, batches, straight, tmp_path):
     models = []
     watched = Watched(batches, 8, lambda: poison(models[0]))
     with pytest.raises(
@@ -214,8 +224,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(train, batches, tmp_path
     assert len((tmp_path / METRICS).read_text().splitlines()) == 7
     # Nothing is lost: without the disturbance the same call ends where an undisturbed run ends.
     train(tmp_path)
-    train(tmp_path / "straight")
-    assert contents(tmp_path) == contents(tmp_path / "straight")
+    assert contents(tmp_path) == straight
 
 
 def test_scores_that_are_not_finite_stop_with_their_place_too(train, batches, tmp_path):

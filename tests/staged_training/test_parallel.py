@@ -21,6 +21,7 @@ from staged_training.__main__ import main
 from staged_training.data import OwnRows, TokenBatches
 from staged_training.diagnostics import read_diagnostics
 from staged_training.progress import read_metrics
+from tests.forked import forking
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -31,9 +32,9 @@ worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(worker)
 
 
-# One that counts, one with a quantile; two processes run all policies.
-# Muon gathers the matrices of experts that are cut over data parallel processes.
-IN_FOUR = ("top_k", "top_p", "muon")
+# One with a quantile, and one that counts, under Muon, which gathers the matrices of experts that are cut over data
+# parallel processes; two processes run all policies.
+IN_FOUR = ("top_p", "muon")
 
 
 def start(folder: Path, n: int, n_expert: int, jobs: list[str]) -> list[subprocess.Popen]:
@@ -41,7 +42,8 @@ def start(folder: Path, n: int, n_expert: int, jobs: list[str]) -> list[subproce
     commands = [
         [sys.executable, str(WORKER), str(folder), str(rank), str(n), str(n_expert), *jobs] for rank in range(n)
     ]
-    return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands]
+    with forking():
+        return [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands]
 
 
 def finish(started: list[subprocess.Popen]) -> None:
@@ -159,7 +161,7 @@ ITSELF = ("-m", "staged_training", "parallel", "--processes", "2")
 @pytest.mark.parametrize(
     "started", [pytest.param(TORCHRUN, marks=pytest.mark.long), ITSELF], ids=["torchrun", "itself"]
 )
-def test_the_command_in_two_processes(documents, tmp_path, started):
+def test_the_command_in_two_processes(documents, tmp_path, started, forked):
     command = [sys.executable, *started, "--out", str(tmp_path), "--data", str(documents), *TINY]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=1200
@@ -172,7 +174,7 @@ def test_the_command_in_two_processes(documents, tmp_path, started):
     assert load_pretrained(tmp_path / "model").config.moe.router.policy.target_mean == 2
 
 
-def test_what_ends_the_processes_is_said_once(documents, tmp_path, capsys):
+def test_what_ends_the_processes_is_said_once(documents, tmp_path, capsys, forked):
     # Refused ahead of them, and by all of them.
     with pytest.raises(SystemExit) as refused:
         main(["parallel", "--processes", "2", "--seed", "-1"])
@@ -284,7 +286,7 @@ os._exit(1)
 """
 
 
-def test_the_others_wait_for_the_first_as_long_as_it_takes_and_stop_with_it(tmp_path):
+def test_the_others_wait_for_the_first_as_long_as_it_takes_and_stop_with_it(tmp_path, forked):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     commands = [[sys.executable, "-c", PATIENT, str(tmp_path), str(rank)] for rank in range(2)]
     finish([subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands])

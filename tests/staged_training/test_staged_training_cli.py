@@ -73,7 +73,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest(capsys):
     assert "--tokens" in capsys.readouterr().err
 
 
-def test_a_users_mistake_is_one_line(documents, tmp_path):
+def test_a_users_mistake_is_one_line(documents, tmp_path, forked):
     command = [
         "run",
         "--out",

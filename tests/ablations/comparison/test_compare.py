@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ablations import cli
-from ablations.report.style import svg
+from tests.forked import forking
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -24,7 +24,7 @@ def arguments(text_folder, tiny_model):
         "vocab_size": 300,
         "tokens": 4096,
         "batch_size": 4,
-        "seq_len": 32,
+        "seq_len": 64,
         "freeze": 0.7,
         "budget_batches": 1,
         "jobs": 1,
@@ -48,7 +48,8 @@ def first_run(arguments, tmp_path_factory):
         "--out",
         str(out),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    with forking():
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out, command, done.stdout
 
@@ -118,7 +119,7 @@ def test_baseline_learns_and_pairs_share_data(first_run):
     assert same < abs(losses["other_order_trunk_0_seed_1000000"][0] - losses["baseline_trunk_0_seed_0"][0])
 
 
-def test_a_second_run_skips_what_is_finished_and_says_the_same(first_run):
+def test_a_second_run_skips_what_is_finished_and_says_the_same(first_run, forked):
     out, command, printed = first_run
     before = written(out)
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -154,9 +155,7 @@ def test_a_larger_comparison_shares_trunk_and_branches(first_run, arguments, cap
     assert more.rsplit("report: ", 1)[1] != printed.rsplit("report: ", 1)[1]
 
 
-def test_the_report_is_made_again_from_the_folders(first_run, monkeypatch, capsys):
-    # The first was made by a process of its own, with its figures.
-    monkeypatch.setattr("ablations.report.report.svg", svg)
+def test_the_report_is_made_again_from_the_folders(first_run, capsys):
     _, _, printed = first_run
     report = Path(printed.rsplit("report: ", 1)[1].strip())
     content = report.read_text()
@@ -186,7 +185,7 @@ def test_two_trunks_run_two_trunks(arguments, tmp_path, capsys):
         "--trunk-seeds",
         "2",
         "--tokens",
-        "512",
+        "1024",
         "--out",
         str(tmp_path),
     )

@@ -45,7 +45,7 @@ ASKED_FOR = {
 ROUTING = ("top_p", "null_experts", "zero_computation", "random_k", "expert_choice", "skipping")
 
 
-def test_every_file_with_a_method_is_found_and_listed():
+def test_every_file_with_a_method_is_found_and_listed(forked):
     files = {path.stem for path in (ROOT / "ablations").glob("*.py") if "\nMETHOD = " in path.read_text()}
     assert set(all_methods()) == files >= ASKED_FOR
     listed = subprocess.run(

@@ -20,6 +20,7 @@ from ablations.comparison.shares import jobs_of
 from ablations.comparison.slurm import TRIES, parameters_of, run_jobs, slurm_executor
 from foundation.command import CannotGoOn
 from foundation.stopping import Interrupted
+from tests.forked import forking
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -49,7 +50,8 @@ def command(text_folder, tiny_model):
 @pytest.fixture(scope="module")
 def one_after_the_other(command, tmp_path_factory):
     out = tmp_path_factory.mktemp("serial")
-    subprocess.run([*command, "--out", out, "--jobs", "1"], cwd=ROOT, check=True, capture_output=True)
+    with forking():
+        subprocess.run([*command, "--out", out, "--jobs", "1"], cwd=ROOT, check=True, capture_output=True)
     return results(out)
 
 
@@ -79,7 +81,7 @@ def without_times(value):
     return [without_times(part) for part in value] if isinstance(value, list) else value
 
 
-def test_side_by_side_gives_the_same_bits(command, one_after_the_other, tmp_path):
+def test_side_by_side_gives_the_same_bits(command, one_after_the_other, tmp_path, forked):
     done = subprocess.run([*command, "--out", tmp_path, "--jobs", "2"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "trunks: 2 processes" in done.stdout

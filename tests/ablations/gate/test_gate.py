@@ -9,6 +9,7 @@ import pytest
 
 from ablations import cli
 from ablations.gate.ledger import read_tries
+from tests.forked import forking
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -28,7 +29,8 @@ def asked_once(words, tmp_path_factory):
     first."""
     out = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "-m", "ablations", "gate", "top_p", "--margin", "-9", "--json", "--seeds", "4", *words]
-    done = subprocess.run([*command, "--out", out, "--jobs", "2"], cwd=ROOT, capture_output=True, text=True)
+    with forking():
+        done = subprocess.run([*command, "--out", out, "--jobs", "2"], cwd=ROOT, capture_output=True, text=True)
     return out, done
 
 

@@ -149,16 +149,16 @@ def test_wrong_arguments_are_refused_by_name(change, message):
         causal_conv1d(**{"x_BTD": torch.zeros(2, 5, 3), "weight_DW": torch.zeros(3, 4)} | change)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("B", "T", "D", "W", "bias", "tail", "activation", "lengths"),
+    ("B", "T", "D", "W", "bias", "tail", "activation", "lengths", "dtype"),
     [
-        (1, 1, 5, 4, True, True, "silu", None),
-        (2, 2, 3, 4, False, True, "silu", None),
-        (2, 63, 130, 4, True, True, "silu", None),
-        (1, 100, 7, 2, True, False, None, None),
-        (1, 34, 7, 3, False, True, "silu", [0, 1, 17, 0, 2, 14, 0]),
-        (1, 257, 4, 4, True, True, "silu", [100, 1, 1, 155]),
+        (1, 1, 5, 4, True, True, "silu", None, torch.float16),
+        (2, 2, 3, 4, False, True, "silu", None, torch.float32),
+        (2, 63, 130, 4, True, True, "silu", None, torch.float16),
+        (1, 100, 7, 2, True, False, None, None, torch.float32),
+        (1, 100, 7, 2, True, False, None, None, torch.float16),
+        (1, 34, 7, 3, False, True, "silu", [0, 1, 17, 0, 2, 14, 0], torch.float16),
+        (1, 257, 4, 4, True, True, "silu", [100, 1, 1, 155], torch.float32),
     ],
 )
 def test_kernels_are_as_exact_as_torch(B, T, D, W, bias, tail, activation, lengths, dtype):
@@ -220,21 +220,21 @@ def test_in_c_the_same_bits_by_one_thread_or_more_wherever_inputs_lie():
     assert all(torch.equal(x, right) for other in results[1:] for x, right in zip(other, results[0], strict=True))
 
 
-@settings(max_examples=6, deadline=None)
+# That the bits are the same each time is what tools/test_every_operation.py sees, of packed sequences too.
+@settings(max_examples=5, deadline=None)
 @given(
-    lengths=st.lists(st.one_of(st.integers(0, 1), st.integers(0, 19)), min_size=1, max_size=6).filter(any),
+    lengths=st.lists(st.one_of(st.integers(0, 1), st.integers(0, 19)), min_size=1, max_size=4).filter(any),
     W=st.integers(2, 8),
     activation=st.sampled_from(["silu", None]),
 )
-def test_kernels_on_packed_sequences_of_any_length_equal_the_formula_in_the_same_bits_each_time(lengths, W, activation):
+def test_kernels_on_packed_sequences_of_any_length_equal_the_formula(lengths, W, activation):
     options = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0), "activation": activation}
     inputs = random_inputs(1, sum(lengths), 3, W, len(lengths), True, True, torch.float32)
     exact = outputs_and_gradients(
         plain_convolution, {name: x.detach().double().requires_grad_() for name, x in inputs.items()}, **options
     )
-    first, second = (outputs_and_gradients(causal_conv1d, inputs, backend="triton", **options) for _ in range(2))
-    assert_same({name: x.double() for name, x in first.items()}, exact, tolerance=1e-5)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    found = outputs_and_gradients(causal_conv1d, inputs, backend="triton", **options)
+    assert_same({name: x.double() for name, x in found.items()}, exact, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
