@@ -144,8 +144,10 @@ def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float
     weights = element_size * (cost.active_parameters + config.d_model)
     for moe in (config.block(layer).moe for layer in range(config.n_layers)):
         if moe.packed is not None:
-            of_one = (3 if moe.gated else 2) * (moe.d_latent or config.d_model) * moe.d_expert
-            weights -= (element_size - moe.packed.bytes_per_weight) * of_one * min(mean_experts, moe.n_experts)
+            d_model, width = moe.d_latent or config.d_model, 2 * moe.d_expert if moe.gated else moe.d_expert
+            usual = element_size * d_model * (width + moe.d_expert)
+            stored = moe.packed.n_bytes(d_model, width) + moe.packed.n_bytes(moe.d_expert, d_model)
+            weights -= (usual - stored) * min(mean_experts, moe.n_experts)
     return weights + cache
 
 

@@ -47,11 +47,11 @@ class ExpertFormat:
         if self.group < 8 or self.group % 8:
             raise ValueError(f"ExpertFormat.group: {self.group}; legal: a multiple of 8")
 
-    @property
-    def bytes_per_weight(self) -> float:
-        """With its share of scale and offset, each of 2 bytes."""
-        shared = 0 if self.bits == 16 else 4 if self.zero_point else 2
-        return self.bits / 8 + shared / self.group
+    def n_bytes(self, n_in: int, n_out: int) -> int:
+        """Of a weight [n_in, n_out], with its scales and offsets of 2 bytes."""
+        codes = -(-n_in * self.bits // 8) * n_out
+        shared = 0 if self.bits == 16 else 2 if self.zero_point else 1
+        return codes + 2 * shared * -(-n_in // self.group) * n_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
