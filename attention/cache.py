@@ -25,10 +25,12 @@ class Snapshot:
 
     layers: tuple[Saved, ...]
     moment: object
+    sums: dict[int, Tensor]
 
     def nbytes(self) -> int:
         """Bytes of memory that it holds."""
         tensors = [tensor for layer in self.layers for tensor in layer.tensors.values()]
+        tensors += self.sums.values()
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -51,6 +53,8 @@ class HybridCache:
 
     Attributes:
         layers: the state of each layer, to be passed to it as `state`.
+        sums: by layer, [B, X], what a router has to remember of each sequence, where it follows them; a new tensor
+            after every token, and never changed.
 
     Raises:
         ValueError: for a size below 1, or configurations that the plan cannot have.
@@ -75,6 +79,7 @@ class HybridCache:
         self.max_length = max_length
         # Of the snapshots that can be restored, oldest first.
         self._moments: list[object] = []
+        self.sums: dict[int, Tensor] = {}
         self.layers: list[LayerState] = []
         for kind, source, config in zip(plan.kinds, plan.source, configs):
             if kind.reads is None:
@@ -112,6 +117,7 @@ class HybridCache:
                 new.layers.append(Alias(new.layers[owner]))
             else:
                 new.layers.append(layer.joined([cache.layers[index] for cache in caches[1:]]))
+        new.sums = {layer: torch.cat([cache.sums[layer] for cache in caches]) for layer in first.sums}
         new.batch_size = sum(cache.batch_size for cache in caches)
         new.max_length = max(cache.max_length for cache in caches)
         return new
@@ -146,7 +152,7 @@ class HybridCache:
 
     def nbytes(self) -> int:
         """Bytes of memory held by all layers."""
-        return sum(layer.nbytes() for layer in self.layers)
+        return sum(layer.nbytes() for layer in self.layers) + sum(sums_BX.nbytes for sums_BX in self.sums.values())
 
     def reorder(self, index_B: Tensor) -> None:
         """Sequence i becomes what sequence index_B[i] was, in every layer; the batch takes the length of the index
@@ -165,6 +171,7 @@ class HybridCache:
             raise ValueError(f"reorder: index from {lowest} to {highest}; legal: from 0 to {self.batch_size - 1}")
         for layer in self.layers:
             layer.reorder(index_B)
+        self.sums = {layer: sums_BX[index_B] for layer, sums_BX in self.sums.items()}
         self.batch_size = len(index_B)
         self._moments.clear()
 
@@ -183,8 +190,14 @@ class HybridCache:
         for index, layer in enumerate(self.layers):
             if reason := layer.refusal_to_crop(length):
                 raise ValueError(f"crop to {length} of {self.length} tokens seen: layer {index} cannot: {reason}")
+        if self.sums and 0 < length < self.length:
+            raise ValueError(
+                f"crop to {length} of {self.length} tokens seen: a router's sum over a text cannot forget some of them"
+            )
         for layer in self.layers:
             layer.crop(length)
+        if length == 0:
+            self.sums = {}
         self._moments.clear()
 
     def grow(self, max_length: int) -> None:
@@ -203,7 +216,7 @@ class HybridCache:
         """This moment, to come back to after tokens that turn out not to be wanted (speculation), also where a linear
         state could not forget them. Keys and values of all tokens are not copied: what comes later lies behind them."""
         self._moments.append(object())
-        return Snapshot(tuple(layer.save() for layer in self.layers), self._moments[-1])
+        return Snapshot(tuple(layer.save() for layer in self.layers), self._moments[-1], dict(self.sums))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Forgets what has come since `snapshot`, which can be restored again; later ones cannot.
@@ -219,6 +232,7 @@ class HybridCache:
         del self._moments[self._moments.index(snapshot.moment) + 1 :]
         for layer, saved in zip(self.layers, snapshot.layers):
             layer.restore(saved)
+        self.sums = dict(snapshot.sums)
 
 
 def cache_bytes(

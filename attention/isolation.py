@@ -57,6 +57,14 @@ def find_documents(tokens_BT: Tensor, boundary: int) -> Documents | None:
     return tuple(groups)
 
 
+def beginnings(documents: Documents, batch_size: int, length: int) -> Tensor:
+    """The tokens that documents begin with, bool [B, T]."""
+    begins_BT = torch.zeros(batch_size * length, dtype=torch.bool, device=documents[0].source_NL.device)
+    for group in documents:
+        begins_BT[group.source_NL[:, 0]] = True
+    return begins_BT.view(batch_size, length)
+
+
 def attend_apart(
     layer: AttentionLayer, x_BTD: Tensor, documents: Documents, shared: tuple[KV | None, ...] | None
 ) -> tuple[Tensor, tuple[KV | None, ...]]:

@@ -1,7 +1,9 @@
-"""`python -m lm generate | evaluate | few-shot | eval | cache | bench | bench-peers | long-context | recall | import |
-export | gguf | parity`: text from a trained model, its bits per byte, its answers to questions from files and to tasks
-of lm-evaluation-harness, what a layer plan remembers, in bytes, how fast a model is on this machine, alone and beside
-transformers, what a long text costs it and what it remembers of one, and published models in and out."""
+"""`python -m lm generate | evaluate | few-shot | eval | cache | bench | bench-peers | bench-bits | long-context |
+recall | quantize | layer-experts | import | export | gguf | parity`: text from a trained model, its bits per byte, its
+answers to questions from files and to tasks of lm-evaluation-harness, what a layer plan remembers, in bytes, how fast a
+model is on this machine, alone, beside transformers and with experts in fewer bits, what a long text costs it and what
+it remembers of one, the same model with experts in fewer bits or fewer of them in some layers, and published models in
+and out."""
 
 import foundation.starting  # noqa: F401
 
@@ -22,6 +24,7 @@ from foundation.command import refuse_unwritable, run_command
 from foundation.console import escaped
 from foundation.numbers import check_numbers
 from lm.bench import BenchConfig, bench
+from lm.bench_bits import BenchBitsConfig, bench_bits
 from lm.bench_peers import PeersConfig, bench_peers
 from lm.budget import counted_layers
 from lm.cache_table import CacheConfig, show_caches
@@ -31,10 +34,12 @@ from lm.few_shot import FewShotConfig, few_shot
 from lm.generate import generate_batch
 from lm.generation_trace import traced_generation
 from lm.gguf_files.write import GGUFConfig, write_gguf
+from lm.layer_experts import LayerExpertsConfig, layer_experts
 from lm.long_context import LongContextConfig, long_context
 from lm.pretrained import find_model, has_calibration_tokens, load_calibration_tokens, load_pretrained, load_tokenizer
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
 from lm.published.parity import ParityConfig, parity
+from lm.quantize import QuantizeConfig, quantize
 from lm.recall import RecallConfig, recall
 from lm.sampling import SamplingConfig, StopStrings
 from lm.text_budgets import TextBudgets
@@ -148,9 +153,12 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "eval": (EvalConfig, run_tasks),
     "bench": (BenchConfig, bench),
     "bench-peers": (PeersConfig, bench_peers),
+    "bench-bits": (BenchBitsConfig, bench_bits),
     "long-context": (LongContextConfig, long_context),
     "recall": (RecallConfig, recall),
     "cache": (CacheConfig, show_caches),
+    "quantize": (QuantizeConfig, lambda config: print(quantize(config))),
+    "layer-experts": (LayerExpertsConfig, lambda config: print(layer_experts(config))),
     "import": (ImportConfig, lambda config: print(import_model(config))),
     "export": (ExportConfig, lambda config: print(export_model(config))),
     "gguf": (GGUFConfig, lambda config: print(write_gguf(config))),

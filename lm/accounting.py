@@ -92,7 +92,8 @@ def model_cost(config: ModelConfig, *, length: int, mean_experts: float | tuple[
     Raises:
         ValueError: for another number of means than of blocks.
     """
-    model = meta_model(config)
+    # Weights are counted by their number, in whatever form they are stored.
+    model = meta_model(config.with_packed(None))
     # Every block is asked for its own number of experts: configurations may differ from block to block.
     means = (float(mean_experts),) * config.n_layers if isinstance(mean_experts, int | float) else mean_experts
     if len(means) != config.n_layers:
@@ -131,8 +132,8 @@ def kv_bytes(config: ModelConfig, length: int) -> int:
 
 
 def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float:
-    """Bytes one decode step has to read for one sequence: active weights in `config.dtype`, the embedding row and the
-    cache."""
+    """Bytes one decode step has to read for one sequence: active weights in `config.dtype`, packed ones of experts as
+    they are stored, the embedding row and the cache."""
     element_size = getattr(torch, config.dtype).itemsize
     cost = model_cost(config, length=length, mean_experts=mean_experts)
     # A layer that shares another's keys and values owns no bytes but reads the owner's.
@@ -140,7 +141,14 @@ def decode_bytes(config: ModelConfig, length: int, mean_experts: float) -> float
         kind.read_bytes(attention, length, element_size)
         for kind, attention in zip(config.plan.kinds, config.attentions)
     )
-    return element_size * (cost.active_parameters + config.d_model) + cache
+    weights = element_size * (cost.active_parameters + config.d_model)
+    for moe in (config.block(layer).moe for layer in range(config.n_layers)):
+        if moe.packed is not None:
+            d_model, width = moe.d_latent or config.d_model, 2 * moe.d_expert if moe.gated else moe.d_expert
+            usual = element_size * d_model * (width + moe.d_expert)
+            stored = moe.packed.n_bytes(d_model, width) + moe.packed.n_bytes(moe.d_expert, d_model)
+            weights -= (usual - stored) * min(mean_experts, moe.n_experts)
+    return weights + cache
 
 
 @functools.lru_cache(maxsize=64)

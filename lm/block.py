@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from attention import build_attention
-from attention.isolation import Documents, attend_apart
+from attention.isolation import Documents, attend_apart, beginnings
 from attention.layer_states import LayerState
 from attention.norm import RMSNorm, describe_norm
 from attention.positions import Start
 from lm.config import ModelConfig, Residual
 from moe.layer import MoE
 from routing.router import Routing
+from routing.sequences import Sequences
 from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
@@ -71,7 +72,14 @@ class Block(nn.Module):
         self.moe.init_weights(generator, down_scale=(2 * self.n_layers) ** -0.5)
 
     def forward(
-        self, x_BTD: Tensor, *, start: Start, state, shared, documents: Documents | None = None
+        self,
+        x_BTD: Tensor,
+        *,
+        start: Start,
+        state,
+        shared,
+        documents: Documents | None = None,
+        sums_BX: Tensor | None = None,
     ) -> tuple[Tensor, object, Routing]:
         # The residual stream is fp32; what is added to it is computed in `dtype`.
         residual, inner_BTD = self.residual, self.attention_norm(x_BTD)
@@ -86,7 +94,12 @@ class Block(nn.Module):
             residual.attention_added,
         )
         inner_BTD = self.moe_norm(x_BTD)
-        mixed_TD, routing = self.moe(inner_BTD.to(self.dtype).flatten(0, 1))
+        sequences = None
+        if self.moe.router.policy.config.follows_sequences:
+            B, T = x_BTD.shape[:2]
+            begins_BT = None if documents is None else beginnings(documents, B, T)
+            sequences = Sequences(n=B, length=T, begins_BS=begins_BT, before_BX=sums_BX)
+        mixed_TD, routing = self.moe(inner_BTD.to(self.dtype).flatten(0, 1), sequences)
         x_BTD = _sum(
             inner_BTD if self.norms_stream else x_BTD,
             self.moe_out_norm(mixed_TD).view_as(x_BTD),

@@ -5,7 +5,6 @@ Legend: B batch, T tokens, D model width, L layers, M budgets.
 
 import contextlib
 import copy
-import dataclasses
 
 import torch
 from torch import Tensor
@@ -50,9 +49,8 @@ def set_budget(model: LanguageModel, mean_experts: float, inputs: Tensor, *, bou
         if router.policy.budget is not None:
             targets[layer] = mean_experts
         elif mean_experts == int(mean_experts):
-            # Groups of experts stay what they are.
-            same = router.policy.config if isinstance(router.policy.config, TopK) else TopK()
-            router.set_policy(dataclasses.replace(same, k=int(mean_experts)))
+            k = int(mean_experts)
+            router.set_policy(router.policy.config.of_number(k) or TopK(k=k))
         else:
             raise ValueError(
                 f"mean_experts: {mean_experts}, must be a whole number: every token of layer {layer} gets the same"

@@ -8,7 +8,7 @@ from attention.config import AttentionConfig
 from attention.plan import LayerPlan
 from foundation.numbers import check_numbers
 from foundation.serialize import nearest
-from moe.config import MoEConfig
+from moe.config import ExpertFormat, MoEConfig
 
 DTYPES = ("float32", "bfloat16")
 # Where a block normalises: what goes into attention and experts, what comes out of them, both, or the residual stream
@@ -219,6 +219,22 @@ class ModelConfig:
             norm=own.norm or self.norm,
             residual=own.residual or self.residual,
         )
+
+    @property
+    def packed(self) -> ExpertFormat | None:
+        """The form in which experts are stored; None where they are fp32."""
+        return next((moe.packed for moe in (self.block(i).moe for i in range(self.n_layers)) if moe.packed), None)
+
+    def with_packed(self, form: ExpertFormat | None) -> "ModelConfig":
+        """The model with the experts of all blocks stored in this form; None: in fp32."""
+
+        def packed(moe: MoEConfig) -> MoEConfig:
+            return dataclasses.replace(moe, packed=form, backend=moe.backend if form is None else "auto")
+
+        blocks = tuple(
+            block if block.moe is None else dataclasses.replace(block, moe=packed(block.moe)) for block in self.blocks
+        )
+        return dataclasses.replace(self, moe=packed(self.moe), blocks=blocks)
 
     def with_blocks(self, blocks: Sequence[BlockConfig]) -> "ModelConfig":
         """The model with these blocks, one per layer. What equals the model's own is not repeated in `blocks`, so equal

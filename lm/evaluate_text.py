@@ -157,7 +157,7 @@ def evaluate_text(config: EvaluateConfig) -> list[DomainRow]:
         set_budget(model, config.experts, load_calibration_tokens(folder).to(model.embedding_VD.device))
     rows: list[DomainRow] = []
     if config.data:
-        texts, touched, removed = _without_contaminated(config, _texts(config, tokenizer))
+        texts, touched, removed = _without_contaminated(config, read_texts(config.data, config.text_field, tokenizer))
         stride = config.stride or config.window
         print(
             f"{len(texts):,} documents, each from its own boundary; windows of {config.window} tokens, "
@@ -177,16 +177,21 @@ def evaluate_text(config: EvaluateConfig) -> list[DomainRow]:
     return rows
 
 
-def _texts(config: EvaluateConfig, tokenizer: Tokenizer) -> list[Text]:
+def read_texts(data: Sequence[str], text_field: str, tokenizer: Tokenizer) -> list[Text]:
+    """The documents of files and folders.
+
+    Raises:
+        ValueError: where there is none.
+    """
     found: list[tuple[str, str, str]] = []
-    files, _ = find_files(config.data)
+    files, _ = find_files(data)
     for file in files:
-        for item in read_file(file, text_field=config.text_field):
+        for item in read_file(file, text_field=text_field):
             if isinstance(item, Document):
                 domain = item.record.get("domain")
                 found.append((domain if isinstance(domain, str) else domain_of(file), item.text, item.place))
     if not found:
-        raise ValueError(f"--data: no usable document in {', '.join(config.data)}")
+        raise ValueError(f"--data: no usable document in {', '.join(data)}")
     batch = tokenizer.encode_batch([text for _, text, _ in found])
     return [Text(domain, text, ids, len(text.encode()), place) for (domain, text, place), ids in zip(found, batch)]
 

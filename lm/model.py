@@ -23,7 +23,7 @@ from lm.block import Block, stream_norm
 from lm.config import ModelConfig
 from lm.decode_step import DecodeStep, step_of, takes_one_call
 from lm.parametrization import scale_initial
-from moe.backends import Choice, choose_backend
+from moe.backends import Choice
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
@@ -243,12 +243,8 @@ class LanguageModel(ExactBuffers):
         """What computes the experts on this model's device, and why; of so many tokens, where their number is known to
         the policy, what is measured to be the fastest."""
         moe = cast(Block, self.blocks[-1]).moe
-        experts = moe.experts
-        if experts.has_options:
-            return Choice("plain", "biases or another activation, which torch computes expert by expert")
         x = torch.empty(0, dtype=self._dtype, device=self.embedding_VD.device)
-        n_rows = round(n_tokens * (moe.router.policy.asked_experts or 0))
-        return choose_backend(x, experts.w_down_EFD, experts.backend, n_rows=n_rows)
+        return moe.experts.choice(x, round(n_tokens * (moe.router.policy.asked_experts or 0)))
 
     def mostly_in_c(self) -> bool:
         """Whether all that is large in training or reading this model is computed in C: attention, experts, norms,
@@ -310,9 +306,12 @@ class LanguageModel(ExactBuffers):
             state = cache.layers[index] if cache is not None else None
             # An R layer reads the K/V of the layer that owns them; every other layer is its own source and reads
             # nothing.
+            sums_BX = None if cache is None else cache.sums.get(index)
             x_BTD, kv[index], routing = self.blocks[index](
-                x_BTD, start=start, state=state, shared=kv.get(source[index]), documents=documents
+                x_BTD, start=start, state=state, shared=kv.get(source[index]), documents=documents, sums_BX=sums_BX
             )
+            if cache is not None and routing.sums_BX is not None:
+                cache.sums[index] = routing.sums_BX
             routings.append(routing)
         return x_BTD, kv, tuple(routings)
 

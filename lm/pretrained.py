@@ -135,6 +135,16 @@ def check_folder(folder: Path) -> None:
         ) from None
 
 
+def refuse_packed(folder: Path, config: ModelConfig) -> None:
+    """Refuses a model whose experts are stored in fewer bits by a ValueError that says what is legal."""
+    packed = config.packed
+    if packed is not None:
+        raise ValueError(
+            f"{folder}: its experts are stored in {packed.bits} bits; legal: the model that they were packed from, or"
+            f" what `python -m lm quantize {folder} OUT --bits 32` makes of this one"
+        )
+
+
 def load_tokenizer(folder: Path, model: LanguageModel) -> Tokenizer:
     """The tokenizer stored with a model.
 

@@ -13,7 +13,6 @@ Legend: B texts, T tokens.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -87,8 +86,7 @@ class TextBudgets:
     def _of_number(self, layer: int, router: Router, k: int) -> Policy:
         """Top-k of a layer; the same object each time, so that what is prepared for a decode step stays prepared."""
         if (layer, k) not in self._fixed:
-            same = router.policy.config if isinstance(router.policy.config, TopK) else TopK()
-            module = router.module_of(dataclasses.replace(same, k=k)).to(router.weight_ED.device)
+            module = router.module_of(router.policy.config.of_number(k) or TopK(k=k)).to(router.weight_ED.device)
             self._fixed[layer, k] = module.train(router.training)
         return self._fixed[layer, k]
 
@@ -125,7 +123,7 @@ def _limit(router: Router) -> float:
     """
     if router.policy.budget is not None:
         return float(router.policy.budget.threshold)
-    number = router.policy.config.evaluated_experts
+    number = router.policy.asked_experts
     if number is None or number != int(number):
         raise ValueError(
             f"{type(router.policy).__name__} of layer {router.layer_index}: it has neither a threshold nor one number"

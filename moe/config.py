@@ -25,6 +25,36 @@ class ClampedSwiGLU:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertFormat:
+    """How experts' weights are stored where they are not fp32, see `moe.packed`.
+
+    Attributes:
+        bits: of a weight: 16 (bf16), 8 or 4.
+        group: consecutive inputs that share a scale; not read with 16 bits.
+        zero_point: whether they share an offset, too.
+
+    Raises:
+        ValueError: for other bits, or a group that is no multiple of 8.
+    """
+
+    bits: int = 8
+    group: int = 32
+    zero_point: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (16, 8, 4):
+            raise ValueError(f"ExpertFormat.bits: {self.bits}; legal: 16, 8, 4")
+        if self.group < 8 or self.group % 8:
+            raise ValueError(f"ExpertFormat.group: {self.group}; legal: a multiple of 8")
+
+    def n_bytes(self, n_in: int, n_out: int) -> int:
+        """Of a weight [n_in, n_out], with its scales and offsets of 2 bytes."""
+        codes = -(-n_in * self.bits // 8) * n_out
+        shared = 0 if self.bits == 16 else 2 if self.zero_point else 1
+        return codes + 2 * shared * -(-n_in // self.group) * n_out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Routed experts, and beside them one shared expert that every token passes.
 
@@ -40,6 +70,7 @@ class MoEConfig:
         gated: experts are SwiGLU networks; without gates they are relu(x W_up)^2 W_down, the shared one too (arXiv
             2109.08668).
         backend: of the expert computation, see `moe.backends.choose_backend`.
+        packed: the form in which routed experts' weights are stored, for evaluation and generation; None: fp32.
         router: how tokens choose their experts.
 
     Raises:
@@ -55,6 +86,7 @@ class MoEConfig:
     clamped: ClampedSwiGLU | None = None
     gated: bool = True
     backend: str = "auto"
+    packed: ExpertFormat | None = None
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
 
     # Whether the policy fits so many experts is asked where a router is built: sizes and policy are often replaced one
@@ -70,6 +102,8 @@ class MoEConfig:
             raise ValueError("MoEConfig.shared_gate: True without a shared expert; legal: False, or d_shared above 0")
         if self.clamped is not None and not self.gated:
             raise ValueError("MoEConfig.gated: False with clamped, which is of gated experts; legal: True")
+        if self.packed is not None and self.backend != "auto":
+            raise ValueError(f"MoEConfig.backend: {self.backend!r} with packed experts; legal: auto")
         if self.has_options and self.backend not in ("auto", "reference"):
             raise ValueError(
                 f"MoEConfig.backend: {self.backend!r} knows neither expert_bias, clamped, gated=False nor"

@@ -8,11 +8,11 @@ Legend: T tokens, D model width, E experts, F expert width.
 import torch
 from torch import Tensor, nn
 
-from moe.backends import compute_experts
+from moe.backends import Choice, choose_backend, compute_experts
 from moe.config import ClampedSwiGLU
 from moe.plain_experts import activation, plain_experts
 from routing.assignments import Assignments
-from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
+from triton_kernels.native.decode_step import NativeBlock, NativeMatrices, NotInOneCall, Watch
 
 
 class Experts(nn.Module):
@@ -58,10 +58,20 @@ class Experts(nn.Module):
                 nn.init.zeros_(bias)
 
     @property
+    def d_expert(self) -> int:
+        """F; 0 where there is nothing to compute."""
+        return self.w_down_EFD.shape[1]
+
+    @property
     def has_options(self) -> bool:
         """Whether these experts are computed by `moe.plain_experts`."""
-        no_width = self.w_down_EFD.shape[1] == 0
-        return self.clamped is not None or self.b_down_ED is not None or not self.gated or no_width
+        return self.clamped is not None or self.b_down_ED is not None or not self.gated or self.d_expert == 0
+
+    def choice(self, x_TD: Tensor, n_rows: int) -> Choice:
+        """What computes so many rows of such tokens, and why."""
+        if self.has_options:
+            return Choice("plain", "biases or another activation, which torch computes expert by expert")
+        return choose_backend(x_TD, self.w_down_EFD, self.backend, n_rows=n_rows)
 
     def forward(self, x_TD: Tensor, assignments: Assignments) -> Tensor:
         """y_TD [T, D] in the dtype of x_TD."""
@@ -89,8 +99,9 @@ class Experts(nn.Module):
         watch.module(self)
         watch.same(self, "backend")
         E, D, block.d_expert = block.experts, watch.d_model, self.w_down_EFD.shape[1]
-        block.gate_up = watch.parameter(self, "w_gate_up_EDF2", E, D, 2 * block.d_expert)
-        block.down = watch.parameter(self, "w_down_EFD", E, block.d_expert, D)
+        at = watch.parameter(self, "w_gate_up_EDF2", E, D, 2 * block.d_expert)
+        block.gate_up = NativeMatrices(codes=at, bits=32)
+        block.down = NativeMatrices(codes=watch.parameter(self, "w_down_EFD", E, block.d_expert, D), bits=32)
 
 
 class SharedExpert(nn.Module):

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from foundation.exact_buffers import ExactBuffers
 from moe.config import MoEConfig
 from moe.experts import Experts, SharedExpert, draw_matrix
+from moe.packed import PackedExperts
 from routing.decode_step import describe_router
 from routing.router import Router, Routing
+from routing.sequences import Sequences
 from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
@@ -36,15 +38,13 @@ class MoE(ExactBuffers):
             layer_index=layer_index,
             has_shared_expert=config.d_shared > 0,
         )
-        self.experts = Experts(
-            n_experts=config.n_experts,
-            d_model=config.d_latent or d_model,
-            d_expert=config.d_expert,
-            backend=config.backend,
-            bias=config.expert_bias,
-            clamped=config.clamped,
-            gated=config.gated,
-        )
+        sizes = {"n_experts": config.n_experts, "d_model": config.d_latent or d_model, "d_expert": config.d_expert}
+        options = {"bias": config.expert_bias, "clamped": config.clamped, "gated": config.gated}
+        # Experts of no width have nothing to pack.
+        if config.packed is None or config.d_expert == 0:
+            self.experts: Experts | PackedExperts = Experts(**sizes, **options, backend=config.backend)
+        else:
+            self.experts = PackedExperts(config.packed, **sizes, **options)
         shared = config.d_shared
         self.shared_expert = SharedExpert(d_model=d_model, d_shared=shared, gated=config.gated) if shared else None
         self.latent_in_DL = nn.Parameter(torch.empty(d_model, config.d_latent)) if config.d_latent else None
@@ -69,16 +69,17 @@ class MoE(ExactBuffers):
             # Half open for every token.
             nn.init.zeros_(self.shared_gate_D)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_TD: Tensor, sequences: Sequences | None = None) -> tuple[Tensor, Routing]:
         """Routes each token, computes its experts and adds them up.
 
         Args:
             x_TD: [T, D] in the dtype of the activations.
+            sequences: for a policy that follows them; without them all tokens are one.
 
         Returns:
             y_TD [T, D] in the same dtype, and how the tokens were routed.
         """
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, sequences)
         # Dispatch, SwiGLU and combine are one operation: the gathered inputs and the experts' outputs never exist as a
         # whole.
         if self.latent_in_DL is None or self.latent_out_LD is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from routing.policies.top_k import TopK
-from routing.policy import Scores
+from routing.policy import PolicyConfig, Scores
 from routing.router import Router
 
 # A policy with one number for all tokens has no cap of its own: as many slots as the variable ones have by default, or
@@ -61,7 +61,7 @@ def levels_of(router: Router, scores: Scores) -> Levels:
         ranked = _ranked(router)
         module = ranked.build(n_experts=router.n_experts, d_model=router.d_model, layer_index=router.layer_index)
         threshold, expert_TK = float(expert_TK.shape[1]), module.select(scores).expert_TK
-        level_TK = torch.arange(1.0, ranked.k + 1, device=expert_TK.device).expand(len(expert_TK), -1)
+        level_TK = torch.arange(1.0, expert_TK.shape[1] + 1, device=expert_TK.device).expand(len(expert_TK), -1)
     weight_TE = torch.zeros_like(scores.scores_TE).scatter(1, slots.expert_TK, weight_TK.to(scores.scores_TE.dtype))
     return Levels(
         expert_TK=expert_TK,
@@ -78,13 +78,14 @@ def most_experts(router: Router) -> int:
     return levels_of(router, router.scores_of(x_TD, logits)).expert_TK.shape[1]
 
 
-def _ranked(router: Router) -> TopK:
-    """Top-k with every slot that a budget may ask for, of a router with one number for all tokens; groups stay what
-    they are."""
+def _ranked(router: Router) -> PolicyConfig:
+    """The policy with every slot that a budget may ask for, of a router with one number for all tokens."""
     config = router.policy.config
-    same = config if isinstance(config, TopK) else TopK()
-    reach = router.n_experts // same.n_groups * same.top_groups
-    return dataclasses.replace(same, k=min(reach, max(FIXED_CAP, 2 * math.ceil(config.assumed_experts))))
+    reach = router.n_experts
+    if isinstance(config, TopK):
+        reach = reach // config.n_groups * config.top_groups
+    k = min(reach, max(FIXED_CAP, 2 * math.ceil(config.assumed_experts)))
+    return config.of_number(k) or TopK(k=k)
 
 
 def thresholds_of(router: Router, level_TK: Tensor, means: Sequence[float]) -> Tensor:
@@ -101,7 +102,7 @@ def thresholds_of(router: Router, level_TK: Tensor, means: Sequence[float]) -> T
     """
     budget = router.policy.budget
     if budget is None:
-        most = 0 if router.policy.config.varies_by_token else _ranked(router).k
+        most = 0 if router.policy.config.varies_by_token else _ranked(router).fixed_experts or 0
         return torch.tensor([m if m == int(m) and 1 <= m <= most else math.nan for m in means])
     n_tokens, n_slots = level_TK.shape
     sorted_N = level_TK.detach().float().flatten().sort()[0].cpu()

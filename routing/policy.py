@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foundation.serialize import Family
+from foundation.serialize import Family, kinds
 from routing.budget import BudgetController
 
 
@@ -42,6 +42,8 @@ class PolicyConfig(Family):
     # Whether training moves it by statistics of a step's tokens that `routing.over_processes` does not know: it trains
     # in one process.
     own_statistics: ClassVar[bool] = False
+    # Whether it decides by what came before in a token's document, see `routing.sequences`.
+    follows_sequences: ClassVar[bool] = False
 
     @property
     def held_mean(self) -> float | None:
@@ -96,6 +98,10 @@ class PolicyConfig(Family):
         """
         return None
 
+    def of_number(self, k: int) -> "PolicyConfig | None":
+        """The same policy with another number of experts, the same for every token; None: plain top-k stands in."""
+        return None
+
     def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "Policy":
         """The module of one layer.
 
@@ -118,6 +124,8 @@ class Scores:
             do not stand apart) or sigmoid.
         selection_TE: detached; scores plus the selection bias: what ranks experts, and never weighs them.
         null_TZ: scores of the null columns, or None.
+        past_TX: of a policy that follows sequences, the sum of what it remembers of each token's document so far, the
+            token itself included, and behind it their number; None: all tokens are one sequence.
     """
 
     x_TD: Tensor
@@ -126,6 +134,7 @@ class Scores:
     scores_TE: Tensor
     selection_TE: Tensor
     null_TZ: Tensor | None = None
+    past_TX: Tensor | None = None
 
     def of_token(self, token: int) -> "Scores":
         """The same for one token, as a batch of it."""
@@ -137,6 +146,7 @@ class Scores:
             scores_TE=self.scores_TE[one],
             selection_TE=self.selection_TE[one],
             null_TZ=None if self.null_TZ is None else self.null_TZ[one],
+            past_TX=None if self.past_TX is None else self.past_TX[one],
         )
 
 
@@ -212,6 +222,14 @@ class Policy(nn.Module):
         """Choose the experts of each token."""
         raise NotImplementedError
 
+    def remembered(self, scores: Scores, place_T: Tensor) -> Tensor:
+        """What each token adds to its document's sum, [T, X], of a policy that follows sequences.
+
+        Args:
+            place_T: how many tokens of its document came before each, int64.
+        """
+        raise NotImplementedError
+
     def counted(self, level_TK: Tensor) -> Tensor:
         """The slots that `counts_T` asks for, bool [T, K]."""
         assert self.counts_T is not None
@@ -282,6 +300,12 @@ def best(scores: Scores, k: int) -> tuple[Tensor, Tensor]:
     """The k experts of highest selection score, best first, and the scores they weigh: (expert_TK, score_TK)."""
     expert_TK = torch.topk(scores.selection_TE, k, dim=-1)[1]
     return expert_TK, scores.scores_TE.gather(-1, expert_TK)
+
+
+def check_is_policy(policy: object) -> None:
+    """Refuses what is no routing policy's config by a ValueError that names the policies."""
+    if not isinstance(policy, PolicyConfig):
+        raise ValueError(f"{policy!r} is not a routing policy; known: {', '.join(kinds(PolicyConfig))}")
 
 
 def check_k(name: str, k: int, n_experts: int, *, lowest: int = 1) -> None:

@@ -16,14 +16,14 @@ from torch.nn import functional
 
 from foundation.exact_buffers import ExactBuffers
 from foundation.numbers import check_numbers
-from foundation.serialize import kinds
 from routing.assignments import Assignments
 from routing.diagnostics import RoutingStatistics, routing_statistics
 from routing.losses import ThreeLevelBalance, switch_balance_loss, three_level_balance_loss, z_loss
 from routing.policies import AnyPolicy
 from routing.policies.top_k import TopK
-from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots
+from routing.policy import FusedRule, Policy, PolicyConfig, Scores, Slots, check_is_policy
 from routing.selection_bias import updated_selection_bias
+from routing.sequences import Sequences, followed
 from triton_kernels.experts.expert_slots import router_scores
 from triton_kernels.experts.native import routes_natively
 from triton_kernels.native.projection import project
@@ -78,12 +78,6 @@ class RouterConfig:
                 check_numbers(part)
 
 
-def check_is_policy(policy: object) -> None:
-    """Refuses what is no routing policy's config by a ValueError that names the policies."""
-    if not isinstance(policy, PolicyConfig):
-        raise ValueError(f"{policy!r} is not a routing policy; known: {', '.join(kinds(PolicyConfig))}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Routing:
     """What the router decided.
@@ -96,6 +90,7 @@ class Routing:
         identity_T: what the token itself weighs beside its experts' outputs, or None.
         constant_TD: what is added to its experts' outputs, or None.
         scores: what was decided on, for whoever decides again (`routing.levels`).
+        sums_BX: of a policy that follows sequences, what their next tokens are to find in `Sequences.before_BX`.
     """
 
     assignments: Assignments
@@ -104,6 +99,7 @@ class Routing:
     identity_T: Tensor | None = None
     constant_TD: Tensor | None = None
     scores: Scores | None = None
+    sums_BX: Tensor | None = None
 
     @cached_property
     def losses(self) -> dict[str, Tensor]:
@@ -220,14 +216,16 @@ class Router(ExactBuffers):
             )
         self.policy.budget.calibrate(target_mean)
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Routes the tokens x_TD [T, D] of any floating dtype; in training their number and rows are counted. Autocast
-        around it changes nothing: a token whose logits were rounded goes to other experts."""
+    def forward(self, x_TD: Tensor, sequences: Sequences | None = None) -> Routing:
+        """Routes the tokens x_TD [T, D] of any floating dtype, by default those of one sequence; in training their
+        number and rows are counted. Autocast changes nothing: with rounded logits a token goes to other experts."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self._route(x_TD)
+            return self._route(x_TD, sequences)
 
-    def _route(self, x_TD: Tensor) -> Routing:
-        scores = self.scores(x_TD)
+    def _route(self, x_TD: Tensor, sequences: Sequences | None) -> Routing:
+        scores, sums_BX = self.scores(x_TD), None
+        if self.policy.config.follows_sequences:
+            scores, sums_BX = followed(self.policy, scores, sequences)
         slots, weight_TK = self.decide(scores)
         if self.config.scaling != 1.0:
             weight_TK = weight_TK * self.config.scaling
@@ -238,7 +236,8 @@ class Router(ExactBuffers):
         identity_T, constant_TD, scaling = slots.identity_T, slots.constant_TD, self.config.scaling
         identity_T = None if identity_T is None else identity_T / self._total_T1(slots)[:, 0] * scaling
         constant_TD = None if constant_TD is None else constant_TD * (scaling / self._total_T1(slots))
-        return Routing(assignments, scores.probs_TE, partial(self.losses, scores), identity_T, constant_TD, scores)
+        losses_of = partial(self.losses, scores)
+        return Routing(assignments, scores.probs_TE, losses_of, identity_T, constant_TD, scores, sums_BX)
 
     def losses(self, scores: Scores) -> dict[str, Tensor]:
         """`Routing.losses` of these scores."""
@@ -367,7 +366,7 @@ class Router(ExactBuffers):
         if change_E is not None:
             self.selection_bias_E += torch.where(self.step_tokens > 0, change_E, 0.0)
         self.load_E.copy_(torch.where(self.step_rows_E.sum() > 0, self.step_rows_E, self.load_E))
-        # NaN without tokens, which every comparison a policy makes answers with False.
+        # NaN without tokens: every comparison says False.
         mean_experts = self.step_rows_E.sum() / self.step_tokens
         self.policy.after_step(mean_experts)
         if self.policy.budget is not None:

@@ -458,7 +458,8 @@ HELPED = {
     "ablations": "list compare gate report budgets calibrate difficulty counterfactual frontier agreement problems"
     " recall mixture corpora tokenizers scaling runs prune",
     "staged_training": "run parallel sweep adapt diagnostics profile",
-    "lm": "generate evaluate few-shot eval cache bench bench-peers long-context recall import export gguf parity",
+    "lm": "generate evaluate few-shot eval cache bench bench-peers bench-bits long-context recall"
+    " quantize layer-experts import export gguf parity",
     "corpus": "refine dirt facts prepare tokenizers mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",

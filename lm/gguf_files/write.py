@@ -26,10 +26,11 @@ from lm.config import ModelConfig
 from lm.gguf_files.architecture import Architecture, sparse_moe
 from lm.gguf_files.architectures import architecture_of
 from lm.gguf_files.vocabulary import add_vocabulary
-from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model
+from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model, refuse_packed
 from lm.published.checkpoint import Checkpoint
 from lm.published.convert import BESIDE, read_published
 from lm.published.family import Family
+from routing.policies.top_k import TopK
 
 Type = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 # Numbers of the types that a file can be mostly of.
@@ -76,6 +77,7 @@ def write_gguf(config: GGUFConfig) -> str:
         )
     family, values, _ = read_published(origin)
     model = load_json(ModelConfig, folder / CONFIG_FILE)
+    refuse_packed(folder, model)
     try:
         import gguf
     except ImportError as error:
@@ -121,7 +123,7 @@ def add_sizes(
     attention, moe = model.attention, sparse_moe(model)
     k = moe.router.policy.fixed_experts
     policies = [block.moe.router.policy for block in map(model.block, range(model.n_layers)) if block.moe.n_experts > 1]
-    if k is None or any(policy != moe.router.policy for policy in policies):
+    if k is None or type(moe.router.policy) is not TopK or any(policy != moe.router.policy for policy in policies):
         raise ValueError(
             f"{type(moe.router.policy).__name__}: llama.cpp gives every token of every layer as many experts; legal:"
             " TopK with one k"

@@ -28,7 +28,7 @@ from lm.accounting import meta_model
 from lm.budget import CALIBRATION_TOKENS
 from lm.config import ModelConfig
 from lm.hub.export import export_own
-from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model, save_tensors
+from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model, refuse_packed, save_tensors
 from lm.published.checkpoint import DTYPES, SHARD_BYTES, Checkpoint, Entry, write_checkpoint
 from lm.published.families import FAMILIES, family_of
 from lm.published.family import Family
@@ -202,6 +202,8 @@ def export_model(config: ExportConfig) -> str:
     refuse_unwritable("OUT", config.out.parent, folder=True)
     folder = find_model(config.run)
     check_folder(folder)
+    model = load_json(ModelConfig, folder / CONFIG_FILE)
+    refuse_packed(folder, model)
     origin = (find_model(config.like) if config.like else folder) / BESIDE
     if not origin.is_dir():
         if config.like is not None or config.experts is not None:
@@ -211,7 +213,6 @@ def export_model(config: ExportConfig) -> str:
             )
         return export_own(folder, config.out, config.shard_bytes)
     family, values, _ = read_published(origin)
-    model = load_json(ModelConfig, folder / CONFIG_FILE)
     experts = config.experts or _experts_per_token(model)
     if experts is not None:
         named = [name for name in family.aliases.get(EXPERTS_PER_TOKEN, ()) if name in values]

@@ -47,6 +47,9 @@ class TopK(PolicyConfig):
         # The kernel ranks all experts together.
         return FusedRule("top_k", self.k) if self.top_groups == self.n_groups else None
 
+    def of_number(self, k: int) -> "TopK":
+        return dataclasses.replace(self, k=k)
+
     def build(self, *, n_experts: int, d_model: int, layer_index: int) -> "TopKPolicy":
         return TopKPolicy(self, n_experts=n_experts)
 

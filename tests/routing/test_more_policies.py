@@ -244,7 +244,7 @@ def asked_for_four(kind):
         "n_copy": 3,
         "n_constant": 3,
     }
-    usual |= {"k_min": 1, "k_max": 8, "k_eval": 4}
+    usual |= {"k_min": 1, "k_max": 8, "k_eval": 4, "layers": (4,)}
     return kind(**{name: value for name, value in usual.items() if name in fields})
 
 

@@ -238,9 +238,9 @@ def test_bad_policies_are_refused_by_name(policy, message):
 def test_unknown_score_policy_and_other_null_columns_are_refused():
     with pytest.raises(ValueError, match=r"score = 'tanh' is not one of"):
         router(TopK(k=2), score="tanh")
-    with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: DifficultyHead, ExpertChoice"):
+    with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: DifficultyHead, DocumentPool"):
         router(TopK(k=2)).set_policy("top_k")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: DifficultyHead, ExpertChoice"):
+    with pytest.raises(ValueError, match=r"'top_k' is not a routing policy; known: DifficultyHead, DocumentPool"):
         router("top_k")
     with pytest.raises(ValueError, match="n_null = 9, but this router has 5 null columns"):
         router(NullExperts(k=6, n_null=5, target_mean=4.0)).set_policy(NullExperts(k=6, n_null=9, target_mean=4.0))

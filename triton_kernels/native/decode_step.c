@@ -26,7 +26,8 @@ typedef struct {
     /* Router; `drift` and `aim` of a budget are looked at for NaN only. */
     const float *router, *bias, *threshold, *drift, *aim;
     long experts, slots, floor, rule, use_sigmoid, renormalise;
-    const float *gate_up, *down, *shared_gate_up, *shared_down;
+    Matrices gate_up, down;
+    const float *shared_gate_up, *shared_down;
     long d_expert, d_shared;
     /* Where in `whole` and `real` its routing is written, see `route_tokens`. */
     long whole_at, real_at;
@@ -184,8 +185,8 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
                            row_of_slot, B, l->slots, E);
     if (rows < 0) return rows;
     lap(m, ROUTER, since);
-    long error = experts(x, l->gate_up, l->down, token, row_weight, expert_offsets, token_offsets, row_of_slot, s->y, B,
-                         rows, E, D, l->d_expert, threads);
+    long error = experts_of(x, l->gate_up, l->down, token, row_weight, expert_offsets, token_offsets, row_of_slot, s->y,
+                            B, rows, E, D, l->d_expert, threads);
     if (error || !F) return error;
     for (long first = 0; first < B; first += MOST_ROWS) {
         long some = B - first < MOST_ROWS ? B - first : MOST_ROWS;

@@ -27,6 +27,12 @@ class NotInOneCall(Exception):
     """A model, a cache or a setting that the call for a whole step does not know."""
 
 
+class NativeMatrices(ctypes.Structure):
+    """`Matrices` of packed.c, field by field."""
+
+    _fields_ = [*((name, P) for name in ("codes", "scale", "offset")), ("bits", LONG), ("group", LONG)]
+
+
 class NativeBlock(ctypes.Structure):
     """`Block` of decode_step.c, field by field."""
 
@@ -43,7 +49,8 @@ class NativeBlock(ctypes.Structure):
         *((name, LONG) for name in ("taps", "per_channel", "use_silu")),
         *((name, P) for name in ("router", "bias", "threshold", "drift", "aim")),
         *((name, LONG) for name in ("experts", "slots", "floor", "rule", "use_sigmoid", "renormalise")),
-        *((name, P) for name in ("gate_up", "down", "shared_gate_up", "shared_down")),
+        *((name, NativeMatrices) for name in ("gate_up", "down")),
+        *((name, P) for name in ("shared_gate_up", "shared_down")),
         *((name, LONG) for name in ("d_expert", "d_shared", "whole_at", "real_at")),
     ]
 

@@ -293,8 +293,11 @@ static void rows_times(long n, const float *const *x, float *const *y, const flo
         }
 }
 
+#include "packed.c"
+
 typedef struct {
-    const float *x, *gate_up, *down, *weight;
+    const float *x, *weight;
+    Matrices gate_up, down;
     const int64_t *token;
     const long *piece;   /* expert, first row, rows of each piece */
     float *hidden, *out; /* of each row: [N, 2 F] and [N, D] */
@@ -312,13 +315,13 @@ static void experts_piece(void *job, long index) {
         hidden[r] = m->hidden + (first + r) * 2 * F;
         out[r] = m->out + (first + r) * D;
     }
-    rows_times(n, x, hidden, m->gate_up + e * D * 2 * F, D, 2 * F);
+    matrix_times(n, x, hidden, &m->gate_up, e, D, 2 * F);
     for (long r = 0; r < n; r++) {
         float *restrict gate = hidden[r], weight = m->weight[first + r];
         const float *restrict up = gate + F;
         for (long f = 0; f < F; f++) gate[f] = silu(gate[f]) * up[f] * weight;
     }
-    rows_times(n, (const float *const *)hidden, out, m->down + e * F * D, F, D);
+    matrix_times(n, (const float *const *)hidden, out, &m->down, e, F, D);
 }
 
 /* Whether n + 1 offsets start at 0 and never fall, nor exceed `most`. */
@@ -328,9 +331,10 @@ static int rising(const int64_t *offsets, long n, long most) {
     return fits;
 }
 
-long experts(const float *x, const float *gate_up, const float *down, const int64_t *token, const float *weight,
-             const int64_t *expert_offsets, const int64_t *token_offsets, const int64_t *row_of_slot, float *y,
-             long tokens, long most_rows, long n_experts, long d_model, long d_expert, int threads) {
+static long experts_of(const float *x, Matrices gate_up, Matrices down, const int64_t *token, const float *weight,
+                       const int64_t *expert_offsets, const int64_t *token_offsets, const int64_t *row_of_slot,
+                       float *y, long tokens, long most_rows, long n_experts, long d_model, long d_expert,
+                       int threads) {
     long rows = expert_offsets[n_experts], pieces = 0;
     /* Whoever gives rows of their own making reads an error, not somebody else's memory. */
     if (!rising(expert_offsets, n_experts, most_rows) || !rising(token_offsets, tokens, rows) ||
@@ -350,7 +354,7 @@ long experts(const float *x, const float *gate_up, const float *down, const int6
             piece[3 * pieces] = e, piece[3 * pieces + 1] = first;
             piece[3 * pieces + 2] = last - first < MOST_ROWS ? last - first : MOST_ROWS;
         }
-    Experts job = {x, gate_up, down, weight, token, piece, hidden, hidden + rows * 2 * d_expert, d_model, d_expert};
+    Experts job = {x, weight, gate_up, down, token, piece, hidden, hidden + rows * 2 * d_expert, d_model, d_expert};
     in_pieces(experts_piece, &job, pieces, threads);
     memset(y, 0, (size_t)(tokens * d_model) * sizeof(float));
     for (long t = 0; t < tokens; t++, y += d_model)
@@ -360,6 +364,26 @@ long experts(const float *x, const float *gate_up, const float *down, const int6
         }
     free(piece), free(hidden);
     return 0;
+}
+
+long experts(const float *x, const float *gate_up, const float *down, const int64_t *token, const float *weight,
+             const int64_t *expert_offsets, const int64_t *token_offsets, const int64_t *row_of_slot, float *y,
+             long tokens, long most_rows, long n_experts, long d_model, long d_expert, int threads) {
+    Matrices wide_gate_up = {.codes = gate_up, .bits = 32}, wide_down = {.codes = down, .bits = 32};
+    return experts_of(x, wide_gate_up, wide_down, token, weight, expert_offsets, token_offsets, row_of_slot, y, tokens,
+                      most_rows, n_experts, d_model, d_expert, threads);
+}
+
+/* The same of packed weights; an `offset` may be NULL, of 16 bits a `scale` too. */
+long packed_experts(const float *x, const void *gate_up, const uint16_t *gate_up_scale, const uint16_t *gate_up_offset,
+                    const void *down, const uint16_t *down_scale, const uint16_t *down_offset, const int64_t *token,
+                    const float *weight, const int64_t *expert_offsets, const int64_t *token_offsets,
+                    const int64_t *row_of_slot, float *y, long tokens, long most_rows, long n_experts, long d_model,
+                    long d_expert, long bits, long group, int threads) {
+    Matrices packed_gate_up = {gate_up, gate_up_scale, gate_up_offset, bits, group};
+    Matrices packed_down = {down, down_scale, down_offset, bits, group};
+    return experts_of(x, packed_gate_up, packed_down, token, weight, expert_offsets, token_offsets, row_of_slot, y,
+                      tokens, most_rows, n_experts, d_model, d_expert, threads);
 }
 
 /* ---- Softmax attention of one token per sequence, between its projections ---- */

@@ -22,7 +22,7 @@ from foundation.c_library import Compiled, c_library
 SOURCES = [
     Path(__file__).with_name(f"{name}.c")
     for name in (
-        *("library", "few_tokens", "routing", "decode_step", "products", "projection"),
+        *("library", "few_tokens", "packed", "routing", "decode_step", "products", "projection"),
         *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss", "chunked_rule"),
         "linear_layer",
     )
@@ -42,6 +42,8 @@ SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [P, P, P, LONG, LONG, FLOAT],
     "linear": [P, LONG, P, P, LONG, LONG, LONG, INT],
     "experts": [*[P] * 9, *[LONG] * 5, INT],
+    "packed_experts": [*[P] * 13, *[LONG] * 7, INT],
+    "unpack_weight": [*[P] * 4, *[LONG] * 5],
     "sort_slots": [*[P] * 9, *[LONG] * 3],
     "route": [P, P, FLOAT, *[P] * 5, *[LONG] * 4, *[INT] * 4],
     "route_backward": [*[P] * 6, *[LONG] * 3, *[INT] * 3],
@@ -68,9 +70,10 @@ SIGNATURES: dict[str, list[type]] = {
 }
 # Rows, or an error below 0; the others return nothing.
 RETURNING = (
-    *("experts", "sort_slots", "softmax_decode", "decode_step", "grouped_mlp_forward", "grouped_mlp_backward"),
-    *("project_rows", "project_rows_backward", "newton_schulz", "softmax_forward", "softmax_backward", "head_loss"),
-    *("rule_forward", "rule_backward", "multiplies_bf16"),
+    *("experts", "packed_experts", "sort_slots", "softmax_decode", "decode_step"),
+    *("grouped_mlp_forward", "grouped_mlp_backward", "project_rows", "project_rows_backward", "newton_schulz"),
+    *("softmax_forward", "softmax_backward", "head_loss", "rule_forward", "rule_backward"),
+    "multiplies_bf16",
 )
 
 
