@@ -1,6 +1,7 @@
 """`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it on, `facts` makes text
-to learn by heart, `prepare` makes a tokenizer and packed tokens of documents, `show` describes a prepared folder,
-`tokenizers` compares tokenizers, `mixture` predicts losses of mixtures."""
+to learn by heart, `questions` makes a few-shot test of held-out documents, `prepare` makes a tokenizer and packed
+tokens of documents, `show` describes a prepared folder, `tokenizers` compares tokenizers, `mixture` predicts losses of
+mixtures."""
 
 import foundation.starting  # noqa: F401
 
@@ -15,17 +16,24 @@ from corpus.compressors import xz_bits_per_byte
 from corpus.facts import FactsConfig, write_facts
 from corpus.mixture import MixtureConfig, fit, table
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
+from corpus.questions import QuestionsConfig, write_questions
 from corpus.refine.config import RefineConfig
 from corpus.refine.dirt import DirtConfig, spoil
 from corpus.tokenizer_table import TokenizersConfig, compare_tokenizers
 from corpus.tokenizer_table import table as tokenizer_table
 from foundation.command import deferred, leave_options, refuse_unwritable, run_command
 
+# Tokens of the validation text that xz is shown: of ten gigabytes what is held out neither fits into memory nor is
+# compressed in a minute.
+XZ_TOKENS = 1 << 22
+
 
 def summary(prepared: PreparedCorpus) -> str:
     """One grep-able line per fact, then one line per thing left out."""
     manifest = prepared.manifest
     source = ", ".join(manifest.config.data) or "Python standard library"
+    sample = prepared.valid_text(XZ_TOKENS)
+    part = "" if len(sample) == manifest.valid.bytes else f", of its first {len(sample):,} bytes"
     lines = [
         f"folder            {prepared.folder}",
         f"source            {source}",
@@ -39,7 +47,7 @@ def summary(prepared: PreparedCorpus) -> str:
             f"{counts.bytes / counts.tokens:.3f} bytes per token"
         )
     lines += [
-        f"valid under xz -9 {xz_bits_per_byte(prepared.valid_text()):.4f} bits per byte",
+        f"valid under xz -9 {xz_bits_per_byte(sample):.4f} bits per byte{part}",
         f"duplicates        {manifest.duplicates_removed:,} removed",
         f"skipped           {sum(kind.count for kind in manifest.skipped_kinds):,}",
     ]
@@ -96,6 +104,18 @@ def facts_command(config: tyro.conf.OmitArgPrefixes[FactsConfig]) -> None:
     print(f"{config.documents:,} documents, {write_facts(config):,} bytes: {config.out}")
 
 
+def questions_command(config: tyro.conf.OmitArgPrefixes[QuestionsConfig]) -> None:
+    """Make questions with choices, or with an exact answer, from held-out documents, for `lm few-shot`.
+
+    Args:
+        config: From what, and of which form.
+    """
+    refuse_unwritable("--out", config.out)
+    counts = write_questions(config)
+    print("\n".join(f"{domain:<20} {count:>6,}" for domain, count in counts.items()))
+    print(f"written to {config.out}")
+
+
 def tokenizers_command(config: tyro.conf.OmitArgPrefixes[TokenizersConfig]) -> None:
     """Compare tokenizers on held-out text, by domain and language.
 
@@ -130,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "refine": deferred(refine_command),
                 "dirt": deferred(dirt_command),
                 "facts": deferred(facts_command),
+                "questions": deferred(questions_command),
                 "prepare": deferred(prepare_command),
                 "show": deferred(show_command),
                 "tokenizers": deferred(tokenizers_command),

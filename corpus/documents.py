@@ -10,7 +10,8 @@ it is written.
 What a comparison can see depends on how many documents are held out, and what its evaluation costs on how much text
 they have: so by default they are many, and a stretch of each is used.
 
-Texts wait in a temporary file, of which memory holds 88 bytes a document, and the names of domains.
+Texts wait in a temporary file, of which memory holds 88 bytes a document, some 200 while copies are looked for, and
+the names of domains.
 
 Legend: N documents read, K documents kept.
 """
@@ -182,7 +183,7 @@ def load_documents(data: Sequence[str], *, text_field: str, hold_out: HoldOut, f
     skipped = _Skips()
     # Without a name: it goes with the process, however that ends.
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-    records: list[bytes] = []
+    records = bytearray()
     domains: dict[str, int] = {}
     position = 0
     with naming(Path(folder or tempfile.gettempdir()) / "the texts, waiting", "nothing of it is left"):
@@ -194,21 +195,20 @@ def load_documents(data: Sequence[str], *, text_field: str, hold_out: HoldOut, f
             hashes = _sha256(_without_marks(item.text).encode()), _sha256(text)
             domain = domains.setdefault(item.domain, len(domains))
             place = np.array((*hashes, position, len(text), domain), RECORD)
-            records.append(place.tobytes())
+            records += place.tobytes()
             position += file.write(text)
         file.flush()
-    records_N = np.frombuffer(b"".join(records), RECORD)
+    records_N = np.frombuffer(records, RECORD)
     if not len(records_N):
         examples = "; ".join(f"{item.place}: {item.reason}" for item in skipped.listed[:5])
         raise ValueError(f"no usable document in {list(data)}: {skipped.count} skipped, first ones: {examples}")
 
-    # Of copies the one with the lowest hash of its own; hashes compare as the bytes that they are.
-    order = np.lexsort((*_words(records_N["own"]), *_words(records_N["same"])))
-    same_N = records_N["same"][order]
-    first_N = np.concatenate(([True], same_N[1:] != same_N[:-1]))
-    kept_K = records_N[order[first_N]]
+    kept_K = _without_copies(records_N)
+    n_read = len(records_N)
+    # Every array of them is as long as the corpus has documents.
+    del records_N, records
     kept_K = kept_K[np.lexsort(_words(kept_K["own"]))]
-    digests = kept_K["own"].tobytes()
+    content = hashlib.sha256(kept_K["own"].tobytes())
     if len(kept_K) == 1:
         raise ValueError(
             "one distinct document cannot be both trained on and held out, since a document is held out whole; legal:"
@@ -227,10 +227,10 @@ def load_documents(data: Sequence[str], *, text_field: str, hold_out: HoldOut, f
     return Documents(
         train=WaitingTexts(file, kept_K[n_valid:], list(domains)),
         valid=WaitingTexts(file, valid_K, list(domains)),
-        duplicates_removed=len(records_N) - len(kept_K),
+        duplicates_removed=n_read - len(kept_K),
         skipped=tuple(skipped.listed),
         skipped_kinds=skipped.kinds(),
-        content_hash=hashlib.sha256(digests).hexdigest(),
+        content_hash=content.hexdigest(),
     )
 
 
@@ -259,10 +259,20 @@ class _Skips:
         )
 
 
-def _words(digests_N: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The four 64-bit words of digests, the last first: the order in which `lexsort` takes its keys."""
-    words = np.ascontiguousarray(digests_N).view(">u8").reshape(len(digests_N), 4).astype(np.uint64)
-    return tuple(words[:, place] for place in (3, 2, 1, 0))
+def _without_copies(records_N: np.ndarray) -> np.ndarray:
+    """Of copies the one with the lowest hash of its own; hashes compare as the bytes that they are."""
+    order = np.lexsort((*_words(records_N["own"]), *_words(records_N["same"])))
+    same_N = records_N["same"][order]
+    first_N = np.concatenate(([True], same_N[1:] != same_N[:-1]))
+    del same_N
+    return records_N[order[first_N]]
+
+
+def _words(digests_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The second and the first 64-bit word of digests: the order in which `lexsort` takes its keys. No two texts have
+    had 128 bits of SHA-256 in common, and the rest would double what sorting holds."""
+    words = np.ascontiguousarray(digests_N).view(">u8").reshape(len(digests_N), 4)
+    return words[:, 1].astype(np.uint64), words[:, 0].astype(np.uint64)
 
 
 def _without_marks(text: str) -> str:

@@ -11,6 +11,7 @@ shards.
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def pack(
         raise ValueError(f"shard_tokens must be at least 1, got {shard_tokens}")
     folder.mkdir()
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
-    offsets, n_bytes = [0], 0
+    offsets, n_bytes = array("q", [0]), 0
 
     def with_boundaries() -> Iterator[np.ndarray]:
         nonlocal n_bytes
@@ -82,20 +83,23 @@ def _rechunk(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
     """The concatenation of `arrays` in arrays of `length`; the last one may be shorter."""
     pending: list[np.ndarray] = []
     n_pending = 0
-    for array in arrays:
-        pending.append(array)
-        n_pending += len(array)
+    for part in arrays:
+        pending.append(part)
+        n_pending += len(part)
         if n_pending >= length:
             joined = np.concatenate(pending)
+            pending.clear()
             whole = n_pending - n_pending % length
             yield from np.split(joined[:whole], whole // length)
-            pending, n_pending = [joined[whole:]], n_pending - whole
+            # A view would hold all that has been written.
+            pending, n_pending = [joined[whole:].copy()], n_pending - whole
+            del joined
     if n_pending:
         yield np.concatenate(pending)
 
 
-def _write(path: Path, array: np.ndarray) -> dict[str, object]:
-    data = array.tobytes()
+def _write(path: Path, values: np.ndarray) -> dict[str, object]:
+    data = np.ascontiguousarray(values).view(np.uint8).data
     path.write_bytes(data)
     return {"file": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 

@@ -118,9 +118,14 @@ class PreparedCorpus:
     valid: PackedTokens
     manifest: CorpusManifest
 
-    def valid_text(self) -> bytes:
-        """UTF-8 bytes of all validation documents, `valid.n_bytes` of them: what bits per byte are counted over."""
-        return self.tokenizer.decode_bytes(self.valid.window(0, len(self.valid)))
+    def valid_text(self, most_tokens: int | None = None) -> bytes:
+        """UTF-8 bytes of all validation documents, `valid.n_bytes` of them: what bits per byte are counted over.
+
+        Args:
+            most_tokens: of a larger text its first documents alone, as many tokens; they are in the order of hashes.
+        """
+        length = len(self.valid) if most_tokens is None else min(most_tokens, len(self.valid))
+        return self.tokenizer.decode_bytes(self.valid.window(0, length))
 
     def valid_domains(self) -> tuple[str, ...]:
         """The domain of every validation document: what its record says, or the name of its file."""

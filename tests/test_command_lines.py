@@ -234,6 +234,13 @@ NONSENSE = {
         "--easy-share": ("2", "nan"),
         "--out": ("/dev/null/x",),
     },
+    "corpus questions": {
+        "--data": ("/nowhere", "/dev/null"),
+        "--form": ("riddle",),
+        "--choices": ("1", "nan"),
+        "--questions": ("0",),
+        "--out": ("/dev/null/x",),
+    },
     "corpus tokenizers": {
         "--data": ("/nowhere",),
         "--vocab-sizes": ("0", "260", "nan"),
@@ -339,6 +346,7 @@ REST = {
     "corpus tokenizers": ("--data", "{text}"),
     "corpus dirt": ("--data", "{text}", "--out", "{out}.jsonl"),
     "corpus facts": ("--out", "{out}.jsonl"),
+    "corpus questions": ("--data", "{text}", "--out", "{out}.jsonl"),
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
     "staged_training sweep": TINY_RUN,

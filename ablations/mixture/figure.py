@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ablations.mixture.options import MACRO
+from ablations.mixture.options import MACRO, TARGET
 from ablations.mixture.rows import ShareRow
 from ablations.report.style import INK, MUTED, SERIES, STYLE, WIDTH
 from ablations.scaling.figure import save
@@ -24,18 +24,19 @@ def draw(shares: Sequence[ShareRow], differences: Sequence[DifferenceRow], path:
         path: where the image goes, of the type that the suffix names.
     """
     arms = list(dict.fromkeys(row.mixture for row in shares))
-    domains = [row.domain for row in shares if row.mixture == arms[0] and row.domain != MACRO]
+    domains = [row.domain for row in shares if row.mixture == arms[0] and row.domain not in (MACRO, TARGET)]
+    (aim,) = (row.domain for row in shares if row.mixture == arms[0] and row.domain not in domains)
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x", "figure.facecolor": "white"}):
         figure = Figure(figsize=(WIDTH * 1.3, 1.6 + 0.62 * len(domains)), layout="constrained")
         above, below = figure.subplots(2, 1)
         for place, (arm, colour) in enumerate(zip(arms, COLOURS)):
-            own = [row.share for row in shares if row.mixture == arm and row.domain != MACRO]
+            own = [row.share for row in shares if row.mixture == arm and row.domain in domains]
             y = [number + 0.25 * (place - 1) for number in range(len(domains))]
             above.barh(y, own, height=0.22, color=colour, label=arm)
         above.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _dress(above, domains, "share of the training tokens")
         below.axvline(0, color=INK, linewidth=1)
-        rows = [MACRO, *domains]
+        rows = [aim, *domains]
         for place, (against, colour) in enumerate(zip(arms[1:], COLOURS[1:])):
             own = {row.domain: row for row in differences if row.against == against}
             for number, domain in enumerate(rows):

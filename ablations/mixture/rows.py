@@ -24,6 +24,7 @@ class ShareRow:
     """What a mixture takes of a domain.
 
     Attributes:
+        domain: one of them, or "macro" or "target": all of them, or those that the search aims at, in the mean.
         passes: how often the runs of the model read the domain.
         predicted: bits per byte of a small run on the mixture, by the regression.
     """

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.stats
 
 from ablations.mixture.figure import draw
-from ablations.mixture.options import MACRO, MixtureSearchOptions
+from ablations.mixture.options import MACRO, TARGET, MixtureSearchOptions
 from ablations.mixture.proxies import Measure, NgramProxy, draw_mixtures, run_proxies, within_caps
 from ablations.mixture.rows import FitRow, ShareRow
 from ablations.text.differences import DifferenceRow, TextRow, difference_text, differences
@@ -66,10 +66,13 @@ def search(options: MixtureSearchOptions) -> None:
     process = GaussianProcess(runs)
     best_D = best_mixture(process, tokens, most_D, options)
     arms = {BEST: dict(zip(domains, best_D.tolist())), **named}
-    shares = share_rows(arms, tokens, process, n)
+    shares = share_rows(arms, tokens, process, options)
     write_rows(options.out / SHARES_FILE, ShareRow, shares)
     write_table(options.out / f"{BEST}.csv", ("domain", "share"), list(arms[BEST].items()))
-    print(f"{share_text(shares, domains)}\n\nthe best one for --mixture: {options.out / f'{BEST}.csv'}", flush=True)
+    print(
+        f"{share_text(shares, domains, options.aim)}\n\nthe best one for --mixture: {options.out / f'{BEST}.csv'}",
+        flush=True,
+    )
     if not options.seeds:
         return
     done: list[TextRow] = []
@@ -77,6 +80,8 @@ def search(options: MixtureSearchOptions) -> None:
         for name in ARMS:
             print(f"\n{name}, seed {seed}", flush=True)
             found = train(options, options.staging, corpus, arms[name], seed=seed)
+            if options.aim == TARGET:
+                found = {**found, TARGET: float(np.mean([found[domain] for domain in options.target]))}
             done += [TextRow(name, seed, domain, value) for domain, value in found.items()]
             write_rows(options.out / RUNS_FILE, TextRow, done)
     against = differences(done, [(BEST, other) for other in ARMS[1:]])
@@ -94,8 +99,9 @@ def check_domains(options: MixtureSearchOptions, domains: tuple[str, ...], corpu
             f"--valid-documents, --valid-share: {', '.join(missing[:5])} not in both training and validation text;"
             " legal: more of the documents, or more documents"
         )
-    if options.target not in (MACRO, *domains):
-        raise ValueError(f"--target {options.target}: {nearest(options.target, (MACRO, *domains))}")
+    for name in options.target:
+        if name not in (domains if options.aim == TARGET else (MACRO,)):
+            raise ValueError(f"--target {name}: {nearest(name, (MACRO, *domains))}; macro stands alone")
 
 
 def small_run(options: MixtureSearchOptions, corpus: PreparedCorpus) -> Measure:
@@ -159,15 +165,18 @@ def best_mixture(
     """The mean of the mixtures that are predicted to have the lowest target: shares [D], none above its largest."""
     candidate_ND = draw_mixtures(tokens, CANDIDATES, options.seed + 1, most_D)
     predicted_NV = process.predict(candidate_ND)
-    place = None if options.target == MACRO else list(tokens).index(options.target)
-    target_N = predicted_NV.mean(axis=1) if place is None else predicted_NV[:, place]
+    target_N = predicted_NV[:, options.aimed_at(list(tokens))].mean(axis=1)
     best_D = candidate_ND[np.argsort(target_N, kind="stable")[:AVERAGED]].mean(axis=0)
     return within_caps(best_D[None] / best_D.sum(), most_D)[0]
 
 
 def share_rows(
-    arms: Mapping[str, Mapping[str, float]], tokens: Mapping[str, int], process: GaussianProcess, n: int
+    arms: Mapping[str, Mapping[str, float]],
+    tokens: Mapping[str, int],
+    process: GaussianProcess,
+    options: MixtureSearchOptions,
 ) -> list[ShareRow]:
+    n, aimed = options.staging.tokens, options.aimed_at(list(tokens))
     predicted_NV = process.predict(np.array([list(shares.values()) for shares in arms.values()]))
     rows = []
     for (name, shares), predicted_V in zip(arms.items(), predicted_NV):
@@ -175,7 +184,8 @@ def share_rows(
             ShareRow(name, domain, share, share * n / tokens[domain], float(predicted))
             for (domain, share), predicted in zip(shares.items(), predicted_V)
         ]
-        rows.append(ShareRow(name, MACRO, 1.0, n / sum(tokens.values()), float(predicted_V.mean())))
+        predicted = float(predicted_V[aimed].mean())
+        rows.append(ShareRow(name, options.aim, 1.0, n / sum(tokens.values()), predicted))
     return rows
 
 
@@ -188,12 +198,12 @@ def fit_text(rows: Sequence[FitRow]) -> str:
     return "\n".join(lines)
 
 
-def share_text(rows: Sequence[ShareRow], domains: Sequence[str]) -> str:
+def share_text(rows: Sequence[ShareRow], domains: Sequence[str], aim: str) -> str:
     found = {(row.mixture, row.domain): row for row in rows}
     names = list(dict.fromkeys(row.mixture for row in rows))
     lines = [f"{'domain':<20}" + "".join(f"{f'{name}, passes':>20}" for name in names)]
     for domain in domains:
         cells = [f"{found[name, domain].share:>12.2%}{found[name, domain].passes:>8.2f}" for name in names]
         lines.append(f"{domain:<20}" + "".join(cells))
-    predicted = [f"{found[name, MACRO].predicted:>20.4f}" for name in names]
-    return "\n".join([*lines, f"{'predicted macro':<20}" + "".join(predicted)])
+    predicted = [f"{found[name, aim].predicted:>20.4f}" for name in names]
+    return "\n".join([*lines, f"{f'predicted {aim}':<20}" + "".join(predicted)])

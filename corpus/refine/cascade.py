@@ -76,11 +76,14 @@ def through(layers: Sequence[Layer], page: Page, seconds: defaultdict[str, float
     verdict = Verdict()
     for _ in range(MOST_ROUNDS):
         before = page.text
+        started = time.thread_time()
         for layer in layers:
-            started, text = time.thread_time(), page.text
+            text = page.text
             reason = layer.judge(page)
             if seconds is not None:
-                seconds[layer.name] += time.thread_time() - started
+                now = time.thread_time()
+                seconds[layer.name] += now - started
+                started = now
             if page.text is not text and verdict.layer is None:
                 verdict.changed[layer.name] = verdict.changed.get(layer.name, 0) + abs(len(text) - len(page.text))
             if reason is not None and verdict.layer is None:

@@ -80,7 +80,7 @@ class Topics:
 
 def term_counts(page: Page) -> np.ndarray:
     """Square roots of the counts of hashed terms, float32 [F]."""
-    hashes = (page.terms.hashes[:TERMS] % np.uint64(FEATURES)).astype(np.int64)
+    hashes = (page.terms.hashes[:TERMS] & np.uint64(FEATURES - 1)).astype(np.int64)
     return np.sqrt(np.bincount(hashes, minlength=FEATURES)).astype(np.float32)
 
 

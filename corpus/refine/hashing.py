@@ -43,9 +43,18 @@ class RunHashes:
     """
 
     def __init__(self, values_C: np.ndarray):
-        self.sums = np.zeros(len(values_C) + 1, np.uint64)
-        np.cumsum(values_C * powers(INVERSE, len(values_C)), out=self.sums[1:])
+        if (sums := views.run_sums(values_C, INVERSE)) is None:
+            sums = np.zeros(len(values_C) + 1, np.uint64)
+            np.cumsum(values_C * powers(INVERSE, len(values_C)), out=sums[1:])
+        self.sums = sums
         self.powers = powers(BASE, len(values_C) + 1)
+
+    @classmethod
+    def of_sums(cls, sums: np.ndarray) -> "RunHashes":
+        """Of sums that are known."""
+        found = cls(np.empty(0, np.uint64))
+        found.sums, found.powers = sums, powers(BASE, len(sums))
+        return found
 
     def of(self, starts_R: np.ndarray, ends_R: np.ndarray) -> np.ndarray:
         """uint64 [R]: equal for equal runs; of different ones, equal by chance of about 2^-64 each."""

@@ -27,7 +27,7 @@ class Length(Layer):
             # A page of commands with Chinese remarks is as long as its letters say.
             n = int(page.counts[HAN] + page.counts[LETTER] // 4)
         elif language == CODE:
-            n = sum(map(bool, map(str.strip, page.lines)))
+            n = sum(map(bool, page.stripped_lines))
         else:
             n = len(page.words.starts)
         ((unit, (fewest, most)),) = self.thresholds[language].items()

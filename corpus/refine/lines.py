@@ -12,10 +12,11 @@ from corpus.refine.page import CHINESE, CODE, ENGLISH, Page
 
 _BULLETS = frozenset("-•*·–")
 # What ends a sentence or a line of text, in both scripts; quotation marks and brackets may follow.
-_ENDS = tuple(".?!\"'\u201d\u2019:;)。？！”’」』）：；…，、．|")
-# A line that is nothing but this is what a page has around its text; of the stripped lines in lower case.
+_ENDS = frozenset(".?!\"'\u201d\u2019:;)。？！”’」』）：；…，、．|")
+# A line that is nothing but this is what a page has around its text; of the stripped lines in lower case, each behind a
+# line feed: a search goes from one to the next, which a `^` in its place would try at every character.
 _FURNITURE = re.compile(
-    r"^(?:(?:please )?(?:enable|turn on|activate) javascript\b.{0,120}|(?:we|this (?:site|website)) uses? cookies?\b.*"
+    r"\n(?:(?:please )?(?:enable|turn on|activate) javascript\b.{0,120}|(?:we|this (?:site|website)) uses? cookies?\b.*"
     r"|all rights reserved.{0,100}|(?:copyright )?©.{0,100}|copyright \d{4}.{0,100}|lorem ipsum\b.*"
     r"|(?:read more|continue reading|click here|sign[ -]?in|log[ -]?in|sign[ -]?up|register|subscribe|share this"
     r"|share on \w+|tweet|next|prev(?:ious)?|back to top|skip to (?:main )?content|load more|view all|add to cart"
@@ -30,7 +31,7 @@ _FURNITURE = re.compile(
 )
 # The same, of lines that speak of it anywhere; looked at only where the whole text has one of the words.
 _POLICY = re.compile(
-    r"^(?:.{0,60}javascript (?:is|must be|to be) (?:disabled|enabled|required)\b.{0,120}"
+    r"\n(?:.{0,60}javascript (?:is|must be|to be) (?:disabled|enabled|required)\b.{0,120}"
     r"|.{0,40}\b(?:terms of (?:use|service)|privacy policy|cookie policy)\b.{0,60})$",
     re.MULTILINE,
 )
@@ -86,7 +87,7 @@ class Lines(Layer):
             return "nearly all lines are bullets"
         if sum([line.endswith(("...", "…")) for line in lines]) > limits["lines that end in an ellipsis"] * n:
             return "lines that break off"
-        open_lines = [line for line in lines if not line.endswith(_ENDS)]
+        open_lines = [line for line in lines if line[-1] not in _ENDS]
         if n - len(open_lines) < limits["lines that end as text does"] * n:
             return "lines do not end as text does"
         length, share = limits["short lines"]
@@ -98,7 +99,7 @@ class Lines(Layer):
 
 def furniture(page: Page) -> set[int]:
     """Numbers of the lines that are page furniture."""
-    lower = "\n".join(page.stripped_lines).lower()
+    lower = "\n".join(["", *page.stripped_lines]).lower()
     forms = [_FURNITURE, *([_POLICY] if any(word in lower for word in _POLICY_WORDS) else [])]
     found: set[int] = set()
     for form in forms:

@@ -30,6 +30,8 @@ MOST_OF_IT = 0.5
 # 5-grams that are permuted at once: 112 x 4 bytes each, which the cache holds.
 CHUNK = 512
 
+# A line end is one, however it is written.
+_BLANK_LINES = re.compile(r"(?>\r\n?|\n)(?:[^\S\r\n]*(?>\r\n?|\n))+")
 _SENTENCE_END = re.compile(r"[.!?。！？…]+[\"'”’」』)）]*\s*")
 
 
@@ -62,17 +64,17 @@ _SHIFTS_H = _random.integers(0, 1 << 32, HASHES, np.uint32)
 def bands_of(page: Page) -> np.ndarray:
     """uint64 [BANDS]: equal bands are what near-duplicates have in common. A text of fewer than five terms has only
     exact copies."""
-    hashes_G = page.term_hashes.ngrams(NGRAM)
-    if len(hashes_G) == 0:
-        whole = page.term_hashes.ngrams(max(len(page.terms.hashes), 1))
-        hashes_G = whole if len(whole) else np.zeros(1, np.uint64)
-    if (signature_H := views.minhash(hashes_G, _FACTORS_H, _SHIFTS_H)) is None:
-        low_G = np.unique(hashes_G.astype(np.uint32))
-        signature_H = np.full(HASHES, np.iinfo(np.uint32).max)
-        for start in range(0, len(low_G), CHUNK):
-            permuted_HG = _FACTORS_H[:, None] * low_G[None, start : start + CHUNK]
-            permuted_HG += _SHIFTS_H[:, None]
-            np.minimum(signature_H, permuted_HG.min(axis=1), out=signature_H)
+    hashes, n = page.term_hashes, min(NGRAM, len(page.terms.hashes))
+    permutations = _FACTORS_H, _SHIFTS_H
+    if n and (found := views.bands(hashes.sums, hashes.powers, n, permutations, ROWS)) is not None:
+        return found
+    hashes_G = hashes.ngrams(n) if n else np.zeros(1, np.uint64)
+    low_G = np.unique(hashes_G.astype(np.uint32))
+    signature_H = np.full(HASHES, np.iinfo(np.uint32).max)
+    for start in range(0, len(low_G), CHUNK):
+        permuted_HG = _FACTORS_H[:, None] * low_G[None, start : start + CHUNK]
+        permuted_HG += _SHIFTS_H[:, None]
+        np.minimum(signature_H, permuted_HG.min(axis=1), out=signature_H)
     bands = np.zeros(BANDS, np.uint64)
     for row in range(ROWS):
         bands = mix(bands ^ signature_H[row::ROWS].astype(np.uint64))
@@ -122,60 +124,65 @@ def near_others(bands: Sequence[np.ndarray], alive_N: np.ndarray) -> np.ndarray:
 
 
 def _column(bands: Sequence[np.ndarray], band: int) -> np.ndarray:
-    return np.concatenate([np.asarray(shard[:, band]) for shard in bands]) if bands else np.empty(0, np.uint64)
+    return np.concatenate([np.array(shard[:, band]) for shard in bands]) if len(bands) else np.empty(0, np.uint64)
 
 
-class Unit(NamedTuple):
-    """A paragraph, or a span of sentences in it.
+class Units(NamedTuple):
+    """Paragraphs, and spans of sentences in them.
 
     Attributes:
-        paragraph: number of the paragraph.
-        start, end: characters.
+        paragraph_U: numbers of the paragraphs.
+        start_U, end_U: characters.
     """
 
-    paragraph: int
-    start: int
-    end: int
+    paragraph_U: np.ndarray
+    start_U: np.ndarray
+    end_U: np.ndarray
 
 
 def paragraphs(text: str) -> list[tuple[int, int]]:
     """Characters of the paragraphs: what blank lines separate."""
     found, start = [], 0
-    for gap in re.finditer(r"(?:\r\n?|\n)(?:[^\S\r\n]*(?:\r\n?|\n))+", text):
+    for gap in _BLANK_LINES.finditer(text):
         found.append((start, gap.start()))
         start = gap.end()
     return [*found, (start, len(text))]
 
 
-def units_of(page: Page) -> tuple[list[Unit], np.ndarray]:
+def units_of(page: Page) -> tuple[Units, np.ndarray]:
     """Units of a page that may have stood elsewhere before, and their hashes, uint64 [U]. Code has none: its common
     lines are its language."""
-    units: list[Unit] = []
-    if page.language == CODE:
-        return units, np.empty(0, np.uint64)
-    for number, (start, end) in enumerate(paragraphs(page.text)):
-        if end - start < (SHORTEST_PARAGRAPH // 2 if page.language == CHINESE else SHORTEST_PARAGRAPH):
+    units = Units(*np.empty((3, 0), np.int64))
+    if page.language != CODE:
+        shortest = SHORTEST_PARAGRAPH // 2 if page.language == CHINESE else SHORTEST_PARAGRAPH
+        units = Units(*(views.units(page.codes_C, page.kinds_C, shortest) or _units(page.text, shortest)))
+    terms = page.terms
+    first, last = np.searchsorted(terms.starts, units.start_U), np.searchsorted(terms.starts, units.end_U)
+    return units, page.term_hashes.of(first, last)
+
+
+def _units(text: str, shortest: int) -> np.ndarray:
+    """Paragraphs of so many characters, each followed by its spans: their numbers, starts and ends, int64 [3, U]."""
+    found: list[tuple[int, int, int]] = []
+    for number, (start, end) in enumerate(paragraphs(text)):
+        if end - start < shortest:
             continue
-        units.append(Unit(number, start, end))
-        ends = [match.end() for match in _SENTENCE_END.finditer(page.text, start, end)]
+        found.append((number, start, end))
+        ends = [match.end() for match in _SENTENCE_END.finditer(text, start, end)]
         if not ends or ends[-1] < end:
             ends.append(end)
         starts = [start, *ends[:-1]]
         if len(ends) > SENTENCES:
-            units += [Unit(number, *span) for span in zip(starts, ends[SENTENCES - 1 :])]
-    terms = page.terms
-    first = np.searchsorted(terms.starts, [unit.start for unit in units])
-    last = np.searchsorted(terms.starts, [unit.end for unit in units])
-    return units, page.term_hashes.of(first, last)
+            found += [(number, *span) for span in zip(starts, ends[SENTENCES - 1 :])]
+    return np.array(found, np.int64).reshape(-1, 3).T
 
 
-def without(page: Page, units: Sequence[Unit], stood_before_U: np.ndarray) -> str:
+def without(page: Page, units: Units, stood_before_U: np.ndarray) -> str:
     """The text without the paragraphs of which most stood before; a paragraph takes the blank lines behind it along."""
     places = paragraphs(page.text)
     covered = np.zeros(len(page.text), bool)
     touched = {}
-    for place in np.flatnonzero(stood_before_U).tolist():
-        number, start, end = units[place]
+    for number, start, end in np.stack(units, axis=1)[stood_before_U].tolist():
         covered[start:end] = True
         touched[number] = places[number]
     gone = {number for number, (start, end) in touched.items() if covered[start:end].sum() > MOST_OF_IT * (end - start)}

@@ -48,6 +48,8 @@ class Normalise(Layer):
         upper_latin = int(np.count_nonzero((page.codes_C >= 0xA1) & (page.codes_C <= 0xFE)))
         if upper_latin > limits["GBK read as Latin-1"] * n:
             return "GBK read as Latin-1"
-        if upper_latin and 2 * len(_UTF8_AS_LATIN1.findall(page.text)) > limits["UTF-8 read as Latin-1"] * n:
+        # Each pair begins with one of these.
+        allowed = limits["UTF-8 read as Latin-1"] * n
+        if 2 * upper_latin > allowed and 2 * len(_UTF8_AS_LATIN1.findall(page.text)) > allowed:
             return "UTF-8 read as Latin-1"
         return None

@@ -121,7 +121,8 @@ def score(job: Job, shard: str) -> None:
     write_array(job.file("bands", shard, "npy"), np.array(bands, np.uint64).reshape(-1, BANDS))
     write_array(job.file("facts", shard, "npy"), np.array(facts, FACT))
     rows_U = np.concatenate(units) if units else np.empty(0, UNIT)
-    write_array(job.file("units", shard, "npy"), np.sort(rows_U, order=("hash", "document", "unit")))
+    # They come in the order of documents and units.
+    write_array(job.file("units", shard, "npy"), rows_U[np.argsort(rows_U["hash"], kind="stable")])
     _write_seconds(job, "scored", shard, seconds)
 
 
@@ -139,8 +140,8 @@ def edit(job: Job, shard: str) -> None:
     bands, facts = np.load(job.file("bands", shard, "npy")), np.load(job.file("facts", shard, "npy"))
     rows_U, before_U = np.load(job.file("units", shard, "npy")), np.load(job.file("before", shard, "npy"))
     places_U = defaultdict(list)
-    for row in rows_U[before_U]:
-        places_U[int(row["document"])].append(int(row["unit"]))
+    for document, unit in zip(rows_U["document"][before_U].tolist(), rows_U["unit"][before_U].tolist()):
+        places_U[document].append(unit)
     layers = [*_rules(job.config), *_scoring(job)]
     topics = _models(job.models).topics
     with writing(job.file("edited", shard, "jsonl")) as out:
@@ -149,8 +150,8 @@ def edit(job: Job, shard: str) -> None:
                 continue
             started = time.thread_time()
             page = Page(item.text, language=item.language, record=item.record)
-            units, _ = units_of(page)
-            stood_before_U = np.zeros(len(units), bool)
+            units, hashes_U = units_of(page)
+            stood_before_U = np.zeros(len(hashes_U), bool)
             stood_before_U[places_U[number]] = True
             text = without(page, units, stood_before_U)
             if text == page.text:

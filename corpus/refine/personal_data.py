@@ -6,7 +6,7 @@ neither. Unsafe content is scored by a list of words with weights, which `--unsa
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from corpus.refine import views
+from corpus.refine.hashing import RunHashes
 from corpus.refine.layer import Layer
 from corpus.refine.page import CHINESE, CODE, ENGLISH, Page
 
@@ -59,15 +60,18 @@ class PersonalData(Layer):
     thresholds: ClassVar = {language: {_SAFE_LIMIT: 6.0, "different": 2} for language in (ENGLISH, CHINESE, CODE)}
 
     def __init__(self, path: Path | None = None):
-        self._phrases = {hash_of_phrase(word): weight for word, weight in read_words(path or LIST).items()}
-        self._lengths = np.unique([n_terms for n_terms, _ in self._phrases])
+        words = read_words(path or LIST)
+        phrases = {hash_of_phrase(word): weight for word, weight in words.items()}
+        self._lengths = np.unique(np.array([n_terms for n_terms, _ in phrases], np.int64))
         # The hash of a run says its length as well.
-        self._hashes = np.array(sorted(value for _, value in self._phrases), np.uint64)
+        weights = sorted((value, weight) for (_, value), weight in phrases.items())
+        self._hashes = np.array([value for value, _ in weights], np.uint64)
+        self._weights = [weight for _, weight in weights]
         self._first_terms = np.zeros(_BUCKETS, bool)
-        self._first_terms[[int(Page(word).terms.hashes[0]) % _BUCKETS for word in read_words(path or LIST)]] = True
+        self._first_terms[[int(Page(word).terms.hashes[0]) % _BUCKETS for word in words]] = True
 
     def judge(self, page: Page) -> str | None:
-        masked, counts = mask(page.text, views.gates(page.codes_C))
+        masked, counts = mask(page.text, views.gated_lines(page.codes_C))
         if counts:
             page.text = masked
             for kind, count in counts.items():
@@ -80,31 +84,27 @@ class PersonalData(Layer):
 
     def _unsafe(self, page: Page) -> tuple[float, int]:
         """Sum of the weights of all entries that the text has, and how many different ones."""
-        score, different = 0.0, set[tuple[int, int]]()
+        terms, runs = page.terms.hashes, page.term_hashes
+        found = views.listed(terms, (runs.sums, runs.powers), self._first_terms, self._lengths, self._hashes)
+        places = (self._listed(terms, runs) if found is None else found).tolist()
+        return sum((self._weights[place] for place in places), 0.0), len(set(places))
+
+    def _listed(self, terms: np.ndarray, runs: RunHashes) -> np.ndarray:
+        """See `views.listed`."""
         # Nearly no term begins an entry: the phrases are looked up at those few places.
-        hashes_T = page.terms.hashes
-        starts = np.flatnonzero(self._first_terms[(hashes_T & np.uint64(_BUCKETS - 1)).astype(np.int64)])
-        if not len(starts) or not len(self._hashes):
-            return score, 0
-        first = np.tile(starts, len(self._lengths))
-        n_terms = np.repeat(self._lengths, len(starts))
-        fitting = first + n_terms <= len(hashes_T)
-        first, n_terms = first[fitting], n_terms[fitting]
-        values = page.term_hashes.of(first, first + n_terms)
-        place = np.minimum(np.searchsorted(self._hashes, values), len(self._hashes) - 1)
-        for found in np.flatnonzero(self._hashes[place] == values).tolist():
-            phrase = int(n_terms[found]), int(values[found])
-            if weight := self._phrases.get(phrase):
-                score += weight
-                different.add(phrase)
-        return score, len(different)
+        starts = np.flatnonzero(self._first_terms[(terms & np.uint64(_BUCKETS - 1)).astype(np.int64)])
+        first, n_terms = np.tile(starts, len(self._lengths)), np.repeat(self._lengths, len(starts))
+        fitting = first + n_terms <= len(terms)
+        values = runs.of(first[fitting], (first + n_terms)[fitting])
+        place = np.searchsorted(self._hashes, values)
+        return place[np.append(self._hashes, np.uint64(0))[place] == values]
 
 
-def mask(text: str, gates: int | None = None) -> tuple[str, dict[str, int]]:
+def mask(text: str, lines: Sequence[tuple[int, int]] | None = None) -> tuple[str, dict[str, int]]:
     """The text with each piece of personal data replaced by what it is, and how many of each kind there were.
 
     Args:
-        gates: what `views.gates` says of the text; looked for here where it is None.
+        lines: what `gated_lines` says of the text; looked for here where it is None.
     """
     counts: dict[str, int] = {}
 
@@ -117,24 +117,29 @@ def mask(text: str, gates: int | None = None) -> tuple[str, dict[str, int]]:
         counts[kind] = counts.get(kind, 0) + 1
         return bracket + MASKS[kind]
 
-    # IP addresses before numbers: a number with dots could be either. Most texts have none of them, which is seen fast.
-    for flag, (gate, form, kind_of) in zip(views.GATES, _FORMS):
-        # What has been masked may have opened or closed another gate.
-        if gate.search(text) if gates is None or counts else gates & flag:
-            text = _in_lines(gate, functools.partial(form.sub, functools.partial(replace, kind_of)), text)
-    return text, counts
-
-
-def _in_lines(gate: re.Pattern[str], substitute: Callable[[str], str], text: str) -> str:
-    """Substitutes in the lines that a gate finds something in; neither gates nor forms see beyond a line's end."""
     parts, done = [], 0
-    while found := gate.search(text, done):
-        start = text.rfind("\n", done, found.start()) + 1 or done
-        end = text.find("\n", found.end())
-        end = len(text) if end < 0 else end
-        parts += [text[done:start], substitute(text[start:end])]
+    for start, end in gated_lines(text) if lines is None else lines:
+        line = text[start:end]
+        # IP addresses before numbers: a number with dots could be either.
+        for gate, form, kind_of in _FORMS:
+            if gate.search(line):
+                line = form.sub(functools.partial(replace, kind_of), line)
+        parts += [text[done:start], line]
         done = end
-    return "".join([*parts, text[done:]])
+    return ("".join([*parts, text[done:]]) if counts else text), counts
+
+
+def gated_lines(text: str) -> list[tuple[int, int]]:
+    """Characters of the lines, without their line feeds, that a gate finds something in: hardly any, which is seen
+    fast. Neither gates nor forms see beyond a line's end."""
+    found: set[tuple[int, int]] = set()
+    for gate, _, _ in _FORMS:
+        end = 0
+        while match := gate.search(text, end):
+            start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+            end = len(text) if end < 0 else end
+            found.add((start, end))
+    return sorted(found)
 
 
 def kind_of_number(written: str) -> str | None:

@@ -109,7 +109,7 @@ def features(page: Page) -> np.ndarray:
     """Hashed terms and pairs of neighbouring terms of the text's beginning, with repetition."""
     hashes_T = page.terms.hashes[:TERMS]
     pairs = page.term_hashes.ngrams(2)[: max(len(hashes_T) - 1, 0)]
-    return (np.concatenate((hashes_T, pairs)) % np.uint64(FEATURES)).astype(np.int64)
+    return (np.concatenate((hashes_T, pairs)) & np.uint64(FEATURES - 1)).astype(np.int64)
 
 
 def _matrix(pages: Sequence[Page]) -> scipy.sparse.csr_array:

@@ -100,7 +100,7 @@ def top_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0
         sums_W: characters before each word, and of all.
         enough: a share that cannot be above this one is not computed; its bound is returned.
     """
-    if (found := views.repeated_share(hashes.polynomials(n), sums_W, n, top=True, enough=enough)) is not None:
+    if (found := views.repeated_share(hashes.sums, hashes.powers, sums_W, n, top=True, enough=enough)) is not None:
         return found
     hashes_G = hashes.ngrams(n)
     sorted_G = np.sort(hashes_G)
@@ -121,7 +121,7 @@ def top_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0
 
 def duplicate_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0) -> float:
     """Share of the characters that lie in an n-gram which came before; `sums_W` and `enough` as for `top_share`."""
-    if (found := views.repeated_share(hashes.polynomials(n), sums_W, n, top=False, enough=enough)) is not None:
+    if (found := views.repeated_share(hashes.sums, hashes.powers, sums_W, n, top=False, enough=enough)) is not None:
         return found
     hashes_G = hashes.ngrams(n)
     sorted_G = np.sort(hashes_G)

@@ -8,6 +8,7 @@ Legend: N documents, U units, K clusters.
 
 import itertools
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 
@@ -23,12 +24,28 @@ RANGE_BYTES = 1 << 25
 DUPLICATE, DUPLICATE_AFTER, CROWDED, ALSO_DUPLICATE, ALSO_CROWDED = 1, 2, 4, 8, 16
 
 
-def _arrays(job: Job, name: str, shards: Sequence[str]) -> list[np.ndarray]:
-    return [np.load(job.file(name, shard, "npy"), mmap_mode="r") for shard in shards]
+class _Arrays(Sequence[np.ndarray]):
+    """An array of each shard, in order: memory maps that are open while they are looked at, because a corpus may have
+    more shards than a process may have files."""
+
+    def __init__(self, job: Job, name: str, shards: Sequence[str]):
+        self._paths = [job.file(name, shard, "npy") for shard in shards]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> "np.ndarray | list[np.ndarray]":
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        return np.load(self._paths[index], mmap_mode="r")
 
 
 def _facts(job: Job, name: str, shards: Sequence[str], field: str) -> np.ndarray:
-    return np.concatenate([np.asarray(facts[field]) for facts in _arrays(job, name, shards)])
+    return np.concatenate([np.array(facts[field]) for facts in _Arrays(job, name, shards)])
 
 
 def mark(job: Job, shards: Sequence[str]) -> None:
@@ -36,8 +53,8 @@ def mark(job: Job, shards: Sequence[str]) -> None:
     alive_N = _facts(job, "facts", shards, "alive")
     duplicate_N = np.zeros(len(alive_N), bool)
     if NearDuplicates.name not in job.config.without:
-        duplicate_N = first_of_group(_arrays(job, "bands", shards), alive_N) != np.arange(len(alive_N))
-    units = _arrays(job, "units", shards)
+        duplicate_N = first_of_group(_Arrays(job, "bands", shards), alive_N) != np.arange(len(alive_N))
+    units = _Arrays(job, "units", shards)
     starts = _starts(job, shards)
     stood = [np.zeros(len(rows), bool) for rows in units]
     if NearDuplicates.name not in job.config.without:
@@ -50,7 +67,7 @@ def mark(job: Job, shards: Sequence[str]) -> None:
 
 
 def _starts(job: Job, shards: Sequence[str]) -> np.ndarray:
-    return np.cumsum([0, *(len(facts) for facts in _arrays(job, "facts", shards))])
+    return np.cumsum([0, *(len(facts) for facts in _Arrays(job, "facts", shards))])
 
 
 def _mark_units(
@@ -67,7 +84,7 @@ def _mark_units(
             last = len(rows) if high == 1 << 64 else int(np.searchsorted(hashes, np.uint64(high)))
             document_U = rows["document"][first:last].astype(np.int64) + starts[number]
             shard_U = np.full(last - first, number)
-            parts.append((np.asarray(hashes[first:last]), document_U, shard_U, np.arange(first, last)))
+            parts.append((np.array(hashes[first:last]), document_U, shard_U, np.arange(first, last)))
         hash_U, document_U, shard_U, place_U = map(np.concatenate, zip(*parts))
         alive_U = alive_N[document_U]
         # Within a shard units are in the order of hash, document and unit; shards come in order.
@@ -81,10 +98,10 @@ def decide(job: Job, shards: Sequence[str], config: RefineConfig) -> None:
     """Decides the rest: near-duplicates among what paragraphs left, and full clusters. Writes the flags of every
     document."""
     alive_before_N, alive_N = (_facts(job, name, shards, "alive") for name in ("facts", "facts_after"))
-    duplicate_N = np.concatenate([np.asarray(part) for part in _arrays(job, "duplicates", shards)])
+    duplicate_N = np.concatenate([np.array(part) for part in _Arrays(job, "duplicates", shards)])
     flags_N = np.where(duplicate_N, DUPLICATE, 0).astype(np.uint8)
     alive_N &= ~duplicate_N
-    bands = _arrays(job, "bands_after", shards)
+    bands = _Arrays(job, "bands_after", shards)
     if NearDuplicates.name not in config.without:
         again_N = first_of_group(bands, alive_N) != np.arange(len(alive_N))
         flags_N[again_N] |= DUPLICATE_AFTER

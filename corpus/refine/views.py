@@ -14,19 +14,21 @@ import numpy as np
 from foundation.c_library import c_library
 
 P = c_void_p
-SIGNATURES: dict[str, tuple[type, list[type]]] = {
-    "kinds": (c_int, [P, c_long, P, P, P]),
+SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "kinds": (None, [P, c_long, P, P, P]),
     "runs": (c_long, [P, P, c_long, c_int, P, c_uint64, P, P, P]),
     "whole": (c_uint64, [P, c_long, c_uint64]),
-    "gates": (c_int, [P, c_long]),
-    "repeated_share": (c_double, [P, P, c_long, c_long, c_int, c_double]),
-    "minhash": (c_int, [P, c_long, P, P, c_long, P]),
-    "walk": (c_long, [P, c_long, P, P, P, P, P, P]),
-    "ngram_probabilities": (c_int, [P, P, c_long, P, c_long, c_int, c_float, c_float, P]),
+    "gated_lines": (c_long, [P, c_long, P, P]),
+    "run_sums": (None, [P, c_long, c_uint64, P]),
+    "listed": (c_long, [P, P, P, c_long, P, c_uint64, P, c_long, P, c_long, P, P]),
+    "units": (c_long, [P, P, c_long, c_long, P, P, P]),
+    "repeated_share": (c_double, [P, P, P, c_long, c_long, c_int, c_double]),
+    "bands": (None, [P, P, c_long, c_long, P, P, c_long, c_long, P, P]),
+    "walk": (c_long, [P, c_long, P, P, P, P, P]),
+    "character_sums": (None, [P, c_long, c_uint64, P]),
+    "ngram_probabilities": (None, [P, P, c_long, P, c_long, c_int, c_float, c_float, P]),
 }
 WORDS, CHINESE_WORDS, TERMS = range(3)
-# Of `gates`, in the order of `personal_data`'s forms.
-GATES = (1, 2, 4, 8)
 
 
 @functools.cache
@@ -64,54 +66,122 @@ def whole(codes_C: np.ndarray, inverse: int) -> int | None:
     return library.whole(codes_C.ctypes.data, len(codes_C), inverse)
 
 
-def gates(codes_C: np.ndarray) -> int | None:
-    """Which of `GATES` a text has."""
+def gated_lines(codes_C: np.ndarray) -> list[tuple[int, int]] | None:
+    """See `personal_data.gated_lines`."""
     if (library := _library()) is None:
         return None
-    return library.gates(codes_C.ctypes.data, len(codes_C))
+    starts, ends = np.empty(len(codes_C) // 2 + 1, np.int64), np.empty(len(codes_C) // 2 + 1, np.int64)
+    count = library.gated_lines(codes_C.ctypes.data, len(codes_C), starts.ctypes.data, ends.ctypes.data)
+    return list(zip(starts[:count].tolist(), ends[:count].tolist()))
 
 
-def repeated_share(polynomials_G: np.ndarray, sums_W: np.ndarray, n: int, *, top: bool, enough: float) -> float | None:
-    """`repetition.top_share`, or `repetition.duplicate_share`."""
+def run_sums(values: np.ndarray, inverse: int) -> np.ndarray | None:
+    """`RunHashes.sums` of values, uint64."""
     if (library := _library()) is None:
         return None
     # Other types would be read as what they are not.
-    assert polynomials_G.dtype == np.uint64
+    assert values.dtype == np.uint64
+    values, sums = np.ascontiguousarray(values), np.empty(len(values) + 1, np.uint64)
+    library.run_sums(values.ctypes.data, len(values), inverse, sums.ctypes.data)
+    return sums
+
+
+def listed(
+    terms: np.ndarray, hashes: tuple[np.ndarray, np.ndarray], marks: np.ndarray, lengths: np.ndarray, values: np.ndarray
+) -> np.ndarray | None:
+    """Places on a list of all its runs that a text has, int64, by length and then in the order of the text.
+
+    Args:
+        terms: hashes of the text's terms.
+        hashes: sums and powers of their `RunHashes`.
+        marks: bool, of a length that is a power of two: what the low bits of a run's first term can be.
+        lengths: that the runs have, int64.
+        values: hashes of the runs, sorted.
+    """
+    if (library := _library()) is None:
+        return None
+    assert lengths.dtype == np.int64
+    starts, found = np.empty(len(terms), np.int64), np.empty(len(terms) * len(lengths), np.int64)
+    text = terms.ctypes.data, *(part.ctypes.data for part in hashes), len(terms)
+    runs = marks.ctypes.data, len(marks) - 1, lengths.ctypes.data, len(lengths), values.ctypes.data, len(values)
+    return found[: library.listed(*text, *runs, starts.ctypes.data, found.ctypes.data)]
+
+
+def units(codes_C: np.ndarray, kinds_C: np.ndarray, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Paragraphs, starts and ends, int64; see `near_duplicates.units_of`."""
+    if (library := _library()) is None:
+        return None
+    n = len(codes_C)
+    found = np.empty((3, n + 1), np.int64)
+    count = library.units(codes_C.ctypes.data, kinds_C.ctypes.data, n, shortest, *(row.ctypes.data for row in found))
+    paragraph_U, start_U, end_U = found[:, :count]
+    return paragraph_U, start_U, end_U
+
+
+def repeated_share(
+    run_sums: np.ndarray, powers: np.ndarray, sums_W: np.ndarray, n: int, *, top: bool, enough: float
+) -> float | None:
+    """`repetition.top_share`, or `repetition.duplicate_share`.
+
+    Args:
+        run_sums, powers: of the words' `RunHashes`.
+    """
+    if (library := _library()) is None:
+        return None
+    # Other types would be read as what they are not.
+    assert run_sums.dtype == powers.dtype == np.uint64
     assert sums_W.dtype == np.int64
-    polynomials_G = np.ascontiguousarray(polynomials_G)
-    share = library.repeated_share(polynomials_G.ctypes.data, sums_W.ctypes.data, len(sums_W) - 1, n, top, enough)
+    inputs = run_sums.ctypes.data, powers.ctypes.data, sums_W.ctypes.data, len(sums_W) - 1
+    share = library.repeated_share(*inputs, n, top, enough)
     return None if share < 0 else share
 
 
 def walk(
-    text: bytes, next_state: np.ndarray, row: np.ndarray, feature: np.ndarray, place: np.ndarray
-) -> dict[int, int] | None:
-    """How often an automaton over bytes comes through each feature, in the order of first visits.
+    text: bytes, next_state: np.ndarray, states: np.ndarray, place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Features that an automaton over bytes comes through, in the order of first visits, and how often, int64.
 
     Args:
         next_state: uint32, by row and byte.
-        row: int32, where each state's row begins.
-        feature: int32, of each state, or below 0.
+        states: int32, of each state where its row begins, and its feature, or below 0: side by side, because every step
+            waits for both.
         place: int32, -1 for each feature, before the call and behind it.
     """
     if (library := _library()) is None:
         return None
     assert next_state.dtype == np.uint32
-    assert row.dtype == feature.dtype == place.dtype == np.int32
+    assert states.dtype == place.dtype == np.int32
     found, counts = np.empty(len(text), np.int64), np.empty(len(text), np.int64)
-    automaton = next_state.ctypes.data, row.ctypes.data, feature.ctypes.data, place.ctypes.data
+    automaton = next_state.ctypes.data, states.ctypes.data, place.ctypes.data
     n = library.walk(text, len(text), *automaton, found.ctypes.data, counts.ctypes.data)
-    return dict(zip(found[:n].tolist(), counts[:n].tolist()))
+    return found[:n], counts[:n]
 
 
-def minhash(hashes_G: np.ndarray, factors_H: np.ndarray, shifts_H: np.ndarray) -> np.ndarray | None:
-    """uint32 [H]: the least of each permutation of the low halves of the hashes."""
+def bands(
+    run_sums: np.ndarray, powers: np.ndarray, n: int, permutations: tuple[np.ndarray, np.ndarray], rows: int
+) -> np.ndarray | None:
+    """uint64 [H / rows]: the least of each permutation of the low halves of the n-grams' hashes, `rows` of them in one.
+
+    Args:
+        run_sums, powers: of the terms' `RunHashes`.
+        permutations: factors and shifts, uint32 [H].
+    """
     if (library := _library()) is None:
         return None
-    least_H = np.full(len(factors_H), np.iinfo(np.uint32).max, np.uint32)
-    permutations = factors_H.ctypes.data, shifts_H.ctypes.data, len(factors_H)
-    library.minhash(hashes_G.ctypes.data, len(hashes_G), *permutations, least_H.ctypes.data)
-    return least_H
+    factors_H, shifts_H = permutations
+    least_H, found = np.empty(len(factors_H), np.uint32), np.empty(len(factors_H) // rows, np.uint64)
+    inputs = run_sums.ctypes.data, powers.ctypes.data, len(run_sums) - 1, n, factors_H.ctypes.data, shifts_H.ctypes.data
+    library.bands(*inputs, len(factors_H), rows, least_H.ctypes.data, found.ctypes.data)
+    return found
+
+
+def character_sums(codes_C: np.ndarray, inverse: int) -> np.ndarray | None:
+    """`RunHashes.sums` of the characters, every digit the same."""
+    if (library := _library()) is None:
+        return None
+    sums = np.empty(len(codes_C) + 1, np.uint64)
+    library.character_sums(codes_C.ctypes.data, len(codes_C), inverse, sums.ctypes.data)
+    return sums
 
 
 def ngram_probabilities(

@@ -97,6 +97,10 @@ def test_the_best_mixture_of_a_known_law_is_found():
     found_D = best_mixture(GaussianProcess(runs), TOKENS, np.ones(3), options)
     assert np.abs(found_D - ideal_D).max() < 0.06
     assert best_mixture(GaussianProcess(runs), TOKENS, np.array([1, 1, 0.3]), options)[2] <= 0.3 + 1e-9
+    # A domain that is not aimed at gets next to nothing.
+    only_D = best_mixture(GaussianProcess(runs), TOKENS, np.ones(3), MixtureSearchOptions(target=("a", "b")))
+    assert only_D[2] < 0.03
+    assert np.abs(only_D[:2] - (0.4, 0.6)).max() < 0.06
 
 
 OPTIONS = {
@@ -136,16 +140,22 @@ def test_a_search_leaves_its_tables_and_is_not_run_twice(data, tmp_path, capsys,
     assert "step" not in again
 
 
-def test_the_model_itself_can_be_what_is_tried(data, tmp_path):
-    search(options_of(data, tmp_path, proxy="model", proxy_tokens=2560, seeds=0))
+def test_the_model_itself_can_be_what_is_tried(data, tmp_path, capsys):
+    search(options_of(data, tmp_path, proxy="model", proxy_tokens=2560, seeds=0, target=("a", "b")))
     (table,) = tmp_path.glob("proxies_*/losses.csv")
     assert len(table.read_text().splitlines()) == 11
+    with (tmp_path / "shares.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["mixture"] == "best"]
+    predicted = {row["domain"]: float(row["predicted"]) for row in rows}
+    assert predicted["target"] == pytest.approx((predicted["a"] + predicted["b"]) / 2)
+    assert "predicted target" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"target": "d"}, "--target d: .*Legal: a, b, c, macro"),
+        ({"target": ("d",)}, "--target d: .*Legal: a, b, c, macro; macro stands alone"),
+        ({"target": ("a", "macro")}, "--target macro: "),
         ({"corpus": "a.jsonl"}, "has one domain, a"),
     ],
 )

@@ -4,15 +4,18 @@ import lzma
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from corpus import __main__ as command
 from corpus import prepare as prepare_module
 from corpus.__main__ import main
 from corpus.compressors import xz_bits_per_byte
-from corpus.packing import PackedTokens
+from corpus.documents import load_documents
+from corpus.packing import PackedTokens, pack
 from corpus.prepare import CorpusConfig, open_prepared, prepare
 from corpus.readers import Skipped
 from corpus.tokenizer import Tokenizer
@@ -94,6 +97,32 @@ def test_order_of_the_input_does_not_matter(config, data, tmp_path):
     assert first.train.window(0, len(first.train)).tolist() == second.train.window(0, len(second.train)).tolist()
     # The manifest lists other places, so it is another folder.
     assert first.folder != second.folder
+
+
+def test_memory_grows_with_the_documents_and_not_with_their_texts(tmp_path):
+    with (tmp_path / "many.jsonl").open("w") as file:
+        for number in range(2000):
+            file.write(json.dumps({"text": f"{number} {TEXTS[number % 200] * 15}"}) + "\n")
+    data = (str(tmp_path / "many.jsonl"),)
+    tracemalloc.start()
+    try:
+        documents = load_documents(data, text_field="text", valid_share=0.1, folder=tmp_path)
+        read = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        ids = list(range(2000))
+        packed = pack(
+            tmp_path / "packed", ((ids, 1) for _ in range(2000)), vocab_size=3000, boundary_id=0, shard_tokens=50_000
+        )
+        written = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert documents.train.n_bytes + documents.valid.n_bytes > 12_000_000
+    # What is read at once, and 200 bytes a document.
+    assert read < 5_000_000 + 200 * 2000
+    # 8 MB of tokens: a shard, and a shard that is written.
+    assert len(packed) == 2000 * 2001
+    assert written < 6 * 50_000 * 2
 
 
 def test_second_run_only_opens(config, tmp_path, monkeypatch):
@@ -253,6 +282,15 @@ def test_command_prepares_and_shows(data, tmp_path, capsys):
     assert f"1 x lone surrogate ... at character ...: {data}:205" in printed
     main(["show", str(folder)])
     assert facts(capsys.readouterr().out) == facts(printed)
+
+
+def test_of_much_validation_text_xz_is_shown_the_beginning(config, tmp_path, monkeypatch):
+    prepared = prepare(config, tmp_path / "root")
+    monkeypatch.setattr(command, "XZ_TOKENS", 100)
+    sample = prepared.valid_text(100)
+    assert prepared.valid_text().startswith(sample)
+    line = f"{xz_bits_per_byte(sample):.4f} bits per byte, of its first {len(sample):,} bytes"
+    assert line in command.summary(prepared)
 
 
 def facts(printed: str) -> list[str]:

@@ -128,7 +128,10 @@ def test_the_report_shows_every_layer_and_ten_of_what_it_dropped(refined):
         assert f"<b>{row.layer}</b>" in page
         assert samples[row.layer] == min(row.dropped, 10)
     with (refined.folder / "speed.csv").open(encoding="utf-8") as file:
-        assert {*LAYER_NAMES, "all"} == {row["layer"] for row in csv.DictReader(file)}
+        speed = {row["layer"]: float(row["seconds"]) for row in csv.DictReader(file)}
+    assert {*LAYER_NAMES, "rules", "without a model", "all"} == speed.keys()
+    assert speed["all"] == pytest.approx(sum(speed[name] for name in LAYER_NAMES), abs=0.01)
+    assert speed["rules"] == pytest.approx(sum(speed[name] for name in LAYER_NAMES[:8]), abs=0.01)
 
 
 def test_what_is_refined_stays_as_it_is(refined, tmp_path):
@@ -246,7 +249,7 @@ def test_layers_are_datatrove_filters(tmp_path):
     assert kept[0].text.endswith("Write to <EMAIL>.")
 
 
-def peak_of_refining(folder: Path, megabytes: float) -> float:
+def peak_of_refining(folder: Path, megabytes: float, shard_mb: float) -> float:
     """Peak memory in MB of refining so much generated text with planted duplicates, by a process of its own."""
     rng, texts = random.Random(0), english()
     words = sorted({word for text in texts for word in text.split()})
@@ -267,22 +270,33 @@ def peak_of_refining(folder: Path, megabytes: float) -> float:
     code = (
         "import resource, sys; from pathlib import Path; from corpus.refine.config import RefineConfig;"
         "from corpus.refine.run import refine;"
-        "report = refine(RefineConfig(data=(sys.argv[1],), out=Path(sys.argv[2]), shard_mb=0.05));"
+        "report = refine(RefineConfig(data=(sys.argv[1],), out=Path(sys.argv[2]), shard_mb=float(sys.argv[3])));"
         "print(*(row.layer for row in report.layers), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    command = [sys.executable, "-c", code, str(path), str(folder / f"{megabytes}.out")]
+    command = [sys.executable, "-c", code, str(path), str(folder / f"{megabytes}.out"), str(shard_mb)]
     said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert "near_duplicates" in said
     return int(said.split()[-1]) / 1024
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    small, large = peak_of_refining(tmp_path, 0.1), peak_of_refining(tmp_path, 0.3)
+    small, large = peak_of_refining(tmp_path, 0.1, 0.05), peak_of_refining(tmp_path, 0.3, 0.05)
     # Interpreter, libraries and the sample for the clusters are in both.
     assert large < small + 30
 
 
+def test_more_shards_than_a_process_may_have_files(tmp_path):
+    path = write_jsonl(tmp_path / "in.jsonl", english()[:60])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, hard))
+    try:
+        report = refine(config(path, tmp_path / "out", text_field="text", shard_mb=0.001))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list((report.folder / "kept").iterdir())) > 50
+    assert report.totals["in"] == 60
+
+
 @pytest.mark.long
 def test_a_gigabyte_takes_less_than_a_gigabyte_of_memory(tmp_path):
-    assert peak_of_refining(tmp_path, 1000) < 1000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+    assert peak_of_refining(tmp_path, 1000, 16) < 1000

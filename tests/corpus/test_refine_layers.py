@@ -367,11 +367,13 @@ def test_paragraphs_that_stood_before_go_whole():
     assert "".join(text[start:end] for start, end in paragraphs(text)) == first + second + third
     page = Page(text, language="en")
     units, hashes = units_of(page)
-    assert len(units) == len(hashes) > 3
-    before = np.array([unit.paragraph == 1 and unit.end - unit.start < len(second) for unit in units])
+    assert len(units.start_U) == len(hashes) > 3
+    before = (units.paragraph_U == 1) & (units.end_U - units.start_U < len(second))
     assert without(page, units, before) == f"{first}\r\n\r\n{third}"
-    assert without(page, units, np.zeros(len(units), bool)) == text
-    assert units_of(Page(text, language="code"))[0] == []
+    assert without(page, units, np.zeros(len(hashes), bool)) == text
+    assert len(units_of(Page(text, language="code"))[1]) == 0
+    # A line end of another system makes no paragraph.
+    assert paragraphs("one\r\ntwo\r\n\r\nthree") == [(0, 8), (12, 17)]
 
 
 @given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=12), limit=st.floats(1, 5))

@@ -11,10 +11,10 @@ from corpus.refine import views
 from corpus.refine.hashing import RunHashes, text_hash
 from corpus.refine.language import identifier
 from corpus.refine.lines import furniture
-from corpus.refine.near_duplicates import bands_of
+from corpus.refine.near_duplicates import _units, bands_of
 from corpus.refine.ngram_model import NgramModel
 from corpus.refine.page import CHINESE, ENGLISH, Page
-from corpus.refine.personal_data import _FORMS, mask
+from corpus.refine.personal_data import PersonalData, gated_lines, mask
 from corpus.refine.repetition import duplicate_share, top_share
 
 pytestmark = pytest.mark.skipif(views._library() is None, reason="this machine has no C compiler")
@@ -55,9 +55,8 @@ def test_shares_of_what_repeats(words, n, enough):
 
 @settings(deadline=None, max_examples=300)
 @given(text=st.text(alphabet="0123.:@ -()/aFx\n中", max_size=60))
-def test_gates_open_where_their_forms_can_match(text):
-    found = views.gates(np.frombuffer(text.encode("utf-32-le"), "<u4"))
-    assert [bool(found & flag) for flag in views.GATES] == [bool(gate.search(text)) for gate, _, _ in _FORMS]
+def test_lines_are_looked_at_where_a_gate_opens(text):
+    assert views.gated_lines(Page(text).codes_C) == gated_lines(text)
 
 
 @settings(deadline=None, max_examples=200)
@@ -66,11 +65,39 @@ def test_masking_the_lines_that_a_gate_opens_is_masking_the_text(text):
     text = "".join(text)
     expected = "".join(mask(line)[0] for line in re.findall(r"[^\n]*\n|[^\n]+$", text))
     assert mask(text)[0] == expected
-    assert mask(text, views.gates(Page(text).codes_C)) == mask(text)
+    assert mask(text, views.gated_lines(Page(text).codes_C)) == mask(text)
+
+
+@settings(deadline=None, max_examples=100)
+@given(words=st.lists(st.sampled_from(["moon", "green", "cheese", "cake"]), max_size=12))
+def test_entries_of_a_list(words, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "words.txt"
+    path.write_text("2 moon\n3 green cheese\n0.1 cheese cake moon\n0.7 cake\n")
+    layer, page = PersonalData(path), Page(" ".join(words))
+    fast = layer._unsafe(page)
+    text = f" {page.text} "
+    assert fast[1] == sum(f" {entry} " in text for entry in ("moon", "green cheese", "cheese cake moon", "cake"))
+    with pytest.MonkeyPatch.context() as patch:
+        in_numpy(patch)
+        assert layer._unsafe(Page(page.text)) == fast
+
+
+# Sentences and paragraphs, in every dress that a line end has.
+pieces = st.sampled_from(
+    ["a", "中", ".", "。", "!”", "…)", " ", "\n", "\r\n", "\r", "\n\n", "\u2028", "\ufeff", "\x0b"]
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(text=st.lists(pieces, max_size=40).map("".join), shortest=st.integers(1, 6))
+def test_paragraphs_and_spans_of_sentences(text, shortest):
+    page = Page(text)
+    found = views.units(page.codes_C, page.kinds_C, shortest)
+    assert [part.tolist() for part in found] == _units(text, shortest).tolist()
 
 
 @settings(deadline=None, max_examples=8)
-@given(text=st.text(alphabet="abc 中0", min_size=1, max_size=150), order=st.integers(1, 6))
+@given(text=st.text(alphabet="abc 中09", min_size=1, max_size=150), order=st.integers(1, 6))
 def test_probabilities_of_an_ngram_model(text, order):
     model = NgramModel.train(["abcabc abc 中文 0"] * 3, order)
     fast = model.bits_per_character(text)
