@@ -36,6 +36,7 @@ from ablations.report.run_folders import prune_command
 from ablations.scaling.command import ScalingCommand, run_scaling
 from ablations.text.options import CorporaOptions, TokenizerOptions
 from foundation.command import deferred, refuse_unwritable, run_command
+from foundation.environment import under_torchrun
 from foundation.numbers import objection
 from foundation.serialize import to_dict
 from foundation.tables import write_rows
@@ -130,6 +131,8 @@ def gate_command(
         method: name as `list` shows it.
         as_json: print the verdict as JSON, alone on standard output; progress goes to standard error.
     """
+    if under_torchrun():
+        raise ValueError("torchrun: a gate starts processes of its own for each of its looks; legal: --processes N")
     with progress_on_stderr() if as_json else contextlib.nullcontext():
         verdict, path = gate(method, options, config)
     print(json.dumps(to_dict(verdict), indent=2) if as_json else verdict_text(verdict, path), flush=True)

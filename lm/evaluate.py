@@ -41,6 +41,22 @@ class Evaluation:
         return self.nats / (self.n_bytes * math.log(2))
 
 
+class Share:
+    """What of a text's targets this process evaluates: here all. Where several processes each have rows of their own in
+    every batch, another class says which, and adds up what all of them found."""
+
+    def own(self, of_target_N: np.ndarray) -> np.ndarray:
+        """Of what is known of every counted target, in the order of the text, that of this process's."""
+        return of_target_N
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of what each process counted, fp64."""
+        return values
+
+
+WHOLE = Share()
+
+
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
@@ -49,6 +65,7 @@ def evaluate(
     n_bytes: int,
     boundary: int = 0,
     section_N: np.ndarray | None = None,
+    share: Share = WHOLE,
 ) -> Evaluation:
     """Runs the model over the batches, as in inference (policies use their evaluation behaviour).
 
@@ -57,14 +74,16 @@ def evaluate(
             `boundary`. Targets of `IGNORED_TARGET` are padding: neither their loss nor their experts count.
         n_bytes: UTF-8 bytes of the text behind the targets.
         boundary: first block to run.
-        section_N: number of the section that each counted target lies in, in the order of the batches, see
+        section_N: number of the section that each counted target lies in, in the order of the text, see
             `corpus.sections`.
+        share: which targets these batches hold, where several processes evaluate the text together.
 
     Raises:
         ValueError: when no target counts or `n_bytes` is not positive.
     """
     nats, tokens = 0.0, 0
     section_nats = np.zeros(0 if section_N is None else int(section_N.max()) + 1)
+    own_N = None if section_N is None else share.own(section_N)
     layers = range(boundary, model.config.n_layers)
     histograms = [torch.zeros(model.config.block(layer).moe.n_experts + 1, dtype=torch.int64) for layer in layers]
     with evaluating(model):
@@ -75,14 +94,18 @@ def evaluate(
             losses_BT = output.losses_BT.double()
             nats += losses_BT.sum().item()
             counted_T = (targets_BT != IGNORED_TARGET).flatten()
-            if section_N is not None:
-                own_N = losses_BT.flatten()[counted_T].cpu().numpy()
-                places_N = section_N[tokens : tokens + len(own_N)]
-                section_nats += np.bincount(places_N, weights=own_N, minlength=len(section_nats))
+            if own_N is not None:
+                losses_N = losses_BT.flatten()[counted_T].cpu().numpy()
+                places_N = own_N[tokens : tokens + len(losses_N)]
+                section_nats += np.bincount(places_N, weights=losses_N, minlength=len(section_nats))
             tokens += int(counted_T.sum())
             for histogram, routing in zip(histograms, output.routings):
                 used_T = routing.assignments.experts_per_token_T()[counted_T]
                 histogram += torch.bincount(used_T, minlength=len(histogram)).cpu()
+    found = [torch.tensor([nats, tokens], dtype=torch.float64), torch.from_numpy(section_nats), *histograms]
+    sums = share.sums(torch.cat([part.double() for part in found])).split([len(part) for part in found])
+    (nats, n_tokens), section_sums = sums[0].tolist(), sums[1]
+    tokens, histograms = int(n_tokens), [counts.to(torch.int64) for counts in sums[2:]]
     if tokens == 0 or n_bytes <= 0:
         raise ValueError(f"nothing to evaluate: {tokens} tokens, {n_bytes} bytes")
     means = tuple(float((h * torch.arange(len(h))).sum() / h.sum()) for h in histograms)
@@ -92,7 +115,7 @@ def evaluate(
         n_bytes=n_bytes,
         mean_experts=means,
         experts_histogram=tuple(tuple(_trimmed(h.tolist())) for h in histograms),
-        section_nats=tuple(section_nats.tolist()),
+        section_nats=tuple(section_sums.tolist()),
     )
 
 

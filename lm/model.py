@@ -191,12 +191,16 @@ class LanguageModel(ExactBuffers):
         # Through __call__ for the whole model: that is where FSDP gathers the root's weights.
         if boundary == 0:
             return self(inputs, targets_BT=targets_BT)
+        return self.above(inputs, boundary, targets_BT)
+
+    def above(self, x_BTD: Tensor, boundary: int, targets_BT: Tensor | None = None) -> Output:
+        """`run` for a boundary above 0."""
         if self.config.document_boundary is not None:
             raise ValueError(
                 f"isolated documents: what enters block {boundary} does not say where documents begin; legal: nothing"
                 " frozen below what trains"
             )
-        return self._from_block(inputs, boundary, None, targets_BT=targets_BT)
+        return self._from_block(x_BTD, boundary, None, targets_BT=targets_BT)
 
     def frozen_names(self, boundary: int) -> frozenset[str]:
         """Parameters and buffers below a boundary: the embedding and blocks [0, boundary); none where it is 0. A tied

@@ -13,7 +13,7 @@ process's tokens, S (token, process) pairs sent, M tokens received, R rows recei
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -124,7 +124,12 @@ class _Exchange:
     def to_experts(self, values: Tensor, out: list[int], into: list[int]) -> Tensor:
         """The first `out[0]` of the first dimension go to process 0, and so on; what comes back is ordered by source.
         Differentiable."""
-        return all_to_all_single_autograd(values.contiguous(), into, out, self.group)
+        received = all_to_all_single_autograd(values.contiguous(), into, out, self.group)
+        # What is on its way comes in a wrapper that has no memory of its own, and forms in C that know no gradients
+        # read memory.
+        return (
+            received.wait() if isinstance(received, AsyncCollectiveTensor) and not received.requires_grad else received
+        )
 
     def received_assignments(self, assignments: Assignments) -> Assignments:
         """The rows that this process's experts compute, over the received tokens."""

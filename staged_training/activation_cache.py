@@ -7,6 +7,7 @@ per batch. It is filled under another name, batch by batch, and a fill that was 
 the final name appears when all of it is there.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +34,7 @@ from foundation.files import (
 )
 from foundation.serialize import to_dict
 from staged_training.data import TokenBatches
+from staged_training.processes import ALONE, Processes
 
 DATA, MANIFEST, PROGRESS = "activations.bin", "manifest.json", "progress.jsonl"
 
@@ -97,24 +99,46 @@ class ActivationBatches:
 
 
 def cached_activations(
-    folder: Path, identity: CacheIdentity, batches: TokenBatches, compute: Callable[[Tensor], Tensor]
+    folder: Path,
+    identity: CacheIdentity,
+    batches: TokenBatches,
+    compute: Callable[[Tensor], Tensor],
+    processes: Processes = ALONE,
 ) -> ActivationBatches:
     """Opens the cache, after filling it where it is missing, incomplete, someone else's or damaged.
 
     Args:
         compute: from tokens_BT to the x_BTD at the boundary.
+        processes: that compute each batch together; the first writes.
 
     Raises:
         DiskFullError: before anything is computed, naming what is needed and what is free.
     """
-    if folder.exists():
-        try:
-            verify(folder, identity)
-        except CorruptFileError as error:
-            log.warning("activation cache refused and rebuilt: %s", error)
-            shutil.rmtree(folder)
-    if not folder.exists():
-        _fill(folder, identity, batches, compute)
+    partial = folder.with_name(f"{folder.name}.partial")
+
+    def begun() -> dict[int, str] | None:
+        """None where the cache can be opened; else what is in it already, see `_resumable`."""
+        if folder.exists():
+            try:
+                verify(folder, identity)
+                return None
+            except CorruptFileError as error:
+                log.warning("activation cache refused and rebuilt: %s", error)
+                shutil.rmtree(folder)
+        return _resumable(partial, identity) or _begun(partial, identity)
+
+    if (done := processes.from_first(begun)) is not None:
+        # What all compute, in the order of all, whoever writes it.
+        missing = (
+            (place, compute(batches[batch][0])) for place, batch in enumerate(identity.batches) if place not in done
+        )
+        if processes.first:
+            _fill(partial, identity, missing, done)
+            partial.rename(folder)
+            fsync_path(folder.parent)
+        else:
+            collections.deque(missing, maxlen=0)
+        processes.from_first(lambda: None)
     return ActivationBatches(folder, identity, batches)
 
 
@@ -143,23 +167,22 @@ def verify(folder: Path, identity: CacheIdentity) -> None:
         raise CorruptFileError(f"{folder}: {error}") from None
 
 
-def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute: Callable[[Tensor], Tensor]) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
-    done = _resumable(partial, identity)
-    if not done:
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        require_space(folder.parent, identity.n_bytes, f"activation cache {folder.name}")
-        partial.mkdir()
-        with naming(partial / PROGRESS, _CONTINUES):
-            (partial / PROGRESS).write_text(json.dumps(to_dict(identity)) + "\n")
-        _reserve(partial, identity.n_bytes)
+def _begun(partial: Path, identity: CacheIdentity) -> dict[int, str]:
+    """A new fill with nothing in it."""
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    require_space(partial.parent, identity.n_bytes, f"activation cache {partial.stem}")
+    partial.mkdir()
+    with naming(partial / PROGRESS, _CONTINUES):
+        (partial / PROGRESS).write_text(json.dumps(to_dict(identity)) + "\n")
+    _reserve(partial, identity.n_bytes)
+    return {}
+
+
+def _fill(partial: Path, identity: CacheIdentity, missing: Iterable[tuple[int, Tensor]], done: dict[int, str]) -> None:
     data = np.memmap(partial / DATA, dtype=np.uint8, mode="r+", shape=(len(identity.batches), identity.batch_bytes))
     with naming(partial / PROGRESS, _CONTINUES), open(partial / PROGRESS, "a", encoding="utf-8") as progress:
-        for place, batch in enumerate(identity.batches):
-            if place in done:
-                continue
-            x_BTD = compute(batches[batch][0])
+        for place, x_BTD in missing:
             assert (tuple(x_BTD.shape), x_BTD.dtype) == (identity.shape, getattr(torch, identity.dtype)), (
                 x_BTD.shape,
                 x_BTD.dtype,
@@ -176,8 +199,6 @@ def _fill(folder: Path, identity: CacheIdentity, batches: TokenBatches, compute:
         {"identity": to_dict(identity), "checksums": [done[place] for place in range(len(identity.batches))]},
     )
     fsync_path(partial)
-    partial.rename(folder)
-    fsync_path(folder.parent)
 
 
 def _reserve(partial: Path, n_bytes: int) -> None:

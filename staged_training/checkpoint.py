@@ -1,7 +1,7 @@
 """Checkpoints: one folder per step with tensors (safetensors), state (JSON) and a manifest of checksums.
 
 Nothing in this file unpickles anything, so such a checkpoint runs no code of whoever wrote it. The tensors of several
-processes lie in torch's format instead, whose index is a pickle: `staged_training.many_processes` opens those.
+processes lie in torch's format instead, whose index is a pickle: `staged_training.shards` opens those.
 
 A folder appears under its final name only when every byte of it is on the disk, so a run killed at any moment has its
 previous checkpoint or the new one. safetensors and torch load a file with a flipped byte without complaint, hence a
@@ -41,6 +41,8 @@ from staged_training.record import json_differences
 KEPT = 2
 MANIFEST, STATE, WEIGHTS, OPTIMIZER = "manifest.json", "state.json", "weights.safetensors", "optimizer.safetensors"
 FILES = (STATE, WEIGHTS, OPTIMIZER)
+# The folder that holds the tensors where several processes wrote them, see `staged_training.shards`.
+SHARDS = "shards"
 _NAME = re.compile(r"step_(\d{8,})")
 
 log = logging.getLogger(__name__)
@@ -154,11 +156,20 @@ def drop_others(folder: Path, step: int) -> None:
 
 def load_latest(folder: Path, problem: Problem = no_problem) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as written, or None where there is none; see `newest`."""
-    if (found := newest(folder, problem)) is None:
-        return None
-    return dataclasses.replace(
-        found, weights=load_file(found.path / WEIGHTS), optimizer=load_file(found.path / OPTIMIZER)
-    )
+    found = newest(folder, problem)
+    return None if found is None else with_tensors(found)
+
+
+def with_tensors(found: Checkpoint) -> Checkpoint:
+    """A checkpoint that `newest` has found, with its tensors, whole, however many processes wrote them."""
+    if (found.path / SHARDS).is_dir():
+        # A second of imports that only such checkpoints need.
+        from staged_training.shards import whole_tensors
+
+        weights, optimizer = whole_tensors(found.path / SHARDS)
+    else:
+        weights, optimizer = load_file(found.path / WEIGHTS), load_file(found.path / OPTIMIZER)
+    return dataclasses.replace(found, weights=weights, optimizer=optimizer)
 
 
 def newest(folder: Path, problem: Problem = no_problem) -> Checkpoint | None:

@@ -95,7 +95,7 @@ class TokenBatches:
 class PrefixBatches:
     """Batches whose inputs are what the frozen prefix makes of the tokens, computed on each access."""
 
-    def __init__(self, batches: TokenBatches, model: LanguageModel, boundary: int) -> None:
+    def __init__(self, batches: Batches, model: LanguageModel, boundary: int) -> None:
         self.batches, self.model, self.boundary = batches, model, boundary
 
     def __len__(self) -> int:
@@ -106,27 +106,30 @@ class PrefixBatches:
         return prefix_activations(self.model, tokens_BT, self.boundary), targets_BT
 
 
-class OwnRows:
+def own_rows(batch_size: int, rank: int, n_processes: int) -> slice:
     """The rows of each batch that are one process's: consecutive ones, as many for each of `n_processes`.
 
     Raises:
         ValueError: when the rows cannot be divided evenly.
     """
+    if batch_size % n_processes:
+        raise ValueError(f"batch_size: {batch_size} rows cannot be divided evenly over {n_processes} processes")
+    n_rows = batch_size // n_processes
+    return slice(rank * n_rows, (rank + 1) * n_rows)
 
-    def __init__(self, batches: TokenBatches, rank: int, n_processes: int) -> None:
-        if batches.batch_size % n_processes:
-            raise ValueError(
-                f"batch_size: {batches.batch_size} rows cannot be divided evenly over {n_processes} processes"
-            )
-        self.batches, n_rows = batches, batches.batch_size // n_processes
-        self.rows = slice(rank * n_rows, (rank + 1) * n_rows)
+
+class OwnRows:
+    """Some rows of each batch."""
+
+    def __init__(self, batches: Batches, rows: slice) -> None:
+        self.batches, self.rows = batches, rows
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        tokens_BT, targets_BT = self.batches[index]
-        return tokens_BT[self.rows], targets_BT[self.rows]
+        inputs, targets_BT = self.batches[index]
+        return inputs[self.rows], targets_BT[self.rows]
 
 
 @torch.no_grad()

@@ -59,8 +59,9 @@ def describe(plan: Plan) -> str:
 
 
 def changed_blocks(plan: Plan, branch: Branch) -> list[int]:
-    """The blocks that a branch has of its own, lowest first."""
-    return [layer for layer in range(plan.model.n_layers) if branch.model.block(layer) != plan.model.block(layer)]
+    """The blocks in which a branch differs from the first one, the baseline's, lowest first."""
+    first = plan.branches[0].model
+    return [layer for layer in range(first.n_layers) if branch.model.block(layer) != first.block(layer)]
 
 
 def blocks_text(blocks: list[int], n_layers: int) -> str:
@@ -71,7 +72,7 @@ def blocks_text(blocks: list[int], n_layers: int) -> str:
 
 
 def changes_text(plan: Plan, branch: Branch) -> str:
-    """How a branch differs from the trunk's model, which is the baseline's, and from the first branch's training."""
+    """How a branch differs from the trunk's model, and from the first branch's training."""
     model, first = plan.model, plan.branches[0]
     parts = _changes(model, branch.model)
     if (added := added_weights(model, branch.model)) and not plan.fresh:

@@ -66,22 +66,25 @@ def estimate(
 
     Args:
         jobs: branches that run side by side and share the threads; the trunk has them all. Each is timed while as many
-            others are under way: cores share caches and memory.
+            others are under way: cores share caches and memory. One where several processes train each run together:
+            all of them call this, and each says what it measures.
         budgets, budget_batches: how many other mean numbers of experts a trained branch is evaluated at, and on how
             many batches each.
     """
-    plan = execution.plan
+    plan, processes = execution.plan, execution.processes
     base_bytes = peak_memory(execution.device)
     trunk_done = (execution.trunk_folder / RESULT).exists()
     pending = [branch for branch in plan.branches if not (execution.folder_of(branch) / RESULT).exists()]
     if trunk_done and not pending:
         return Estimate(trunk=0.0, caching=0.0, branches=0.0, evaluation=0.0, starting=0.0, peak_bytes=base_bytes)
-    tokens_BT, targets_BT = execution.train_tokens[0]
+    tokens_BT, targets_BT = processes.own_rows(execution.train_tokens, plan.batch_size)[0]
     boundary, n_valid, n_calibration = plan.boundary, len(execution.valid_tokens), len(plan.calibration_batches())
     jobs = max(1, min(jobs, len(pending)))
 
     cached = execution.config.cache and boundary > 0
-    trunk = LanguageModel(plan.model).init_weights(plan.trunk_seed).to(execution.device)
+    trunk = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed), execution.device)
+    # What branches fork from.
+    whole = LanguageModel(plan.model).init_weights(plan.trunk_seed) if processes.many else trunk
     trunk_seconds = 0.0
     if not trunk_done:
         step = _training(trunk, execution, tokens_BT, targets_BT, 0)
@@ -107,7 +110,7 @@ def estimate(
         per_batch = prefix(jobs)
         recomputed = 0.0 if cached else per_batch
         for branch in {branch.method: branch for branch in pending}.values():
-            models = [fork(trunk, branch) for _ in range(jobs)]
+            models = [processes.shard(fork(whole, branch), execution.device) for _ in range(jobs)]
             work = [_training(model, execution, x_BTD, targets_BT, boundary) for model in models]
             step = _typical(models[0], work, execution, steps) + recomputed
             work = [_evaluating(model, x_BTD, targets_BT, boundary) for model in models]
@@ -172,7 +175,15 @@ def _training(
         model.train()
         # The same draws in every step, so that all steps are as long.
         model.begin_step(0, 0)
-        clipped_gradients(model, optimizer, inputs, targets_BT, boundary=boundary, clip=execution.plan.optimizer.clip)
+        clipped_gradients(
+            model,
+            optimizer,
+            inputs,
+            targets_BT,
+            boundary=boundary,
+            clip=execution.plan.optimizer.clip,
+            processes=execution.processes,
+        )
         update(optimizer, 1e-5)
         model.after_step(boundary)
 

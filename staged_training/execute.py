@@ -2,6 +2,7 @@
 again."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -20,30 +21,27 @@ from foundation.files import CorruptFileError, read_json
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
 from lm.budget import calibrate_to_targets
-from lm.evaluate import evaluate
+from lm.evaluate import Share, evaluate
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
-from staged_training.code import CODE, code_changes
+from staged_training.code import code_changes
 from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
-from staged_training.flops import branch_flops, caching_flops, evaluation_flops, trunk_flops
+from staged_training.flops import branch_flops, evaluation_flops, trunk_flops
 from staged_training.fork import fork, inherited_state
 from staged_training.loop import Hooks, StageResult, train_stage
+from staged_training.old_code import accepted, with_accepted_branches
 from staged_training.plan import Branch, Plan
 from staged_training.processes import ALONE, Processes
 from staged_training.progress import Progress, Tracker
 from staged_training.record import (
     CONFIG,
-    RESULT,
     SECTIONS,
     Ledger,
     RunRecord,
     SectionLoss,
-    add_cost,
     finish_run,
-    json_differences,
     kept_costs,
-    locked,
     named,
     of_other_code,
     open_run,
@@ -51,7 +49,7 @@ from staged_training.record import (
 )
 from staged_training.run import Run
 from staged_training.trained_run import Summarise, TrainedRun, summarise
-from staged_training.trunk_activations import trunk_activations
+from staged_training.trunk_activations import Trunk, paid_activations
 from staged_training.validation import Validation, looks
 
 log = logging.getLogger(__name__)
@@ -94,7 +92,10 @@ class Execution:
         root: holds `trunks/<hash>` and `branches/`.
         trunk_folder: where the trunk lies or will lie; give the same to several comparisons to share it.
         device: the GPU, where there is one, by default.
-        processes: that train the trunk together; branches are trained by one.
+        processes: that train each run together, and evaluate it.
+
+    Raises:
+        ValueError: for models or batches that cannot be cut over the processes.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Execution:
         processes: Processes = ALONE,
     ) -> None:
         self.plan, self.corpus, self.config, self.root = plan, corpus, config, root
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = processes.place(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
         self.processes = processes
         self.trunk_folder = trunk_folder or root / "trunks" / plan.trunk_hash
         self.train_tokens = TokenBatches(
@@ -120,8 +121,11 @@ class Execution:
         )
         if config.accept_old_code:
             self._accept_old_code()
+        for model in (plan.model, *(branch.model for branch in plan.branches)):
+            processes.check(model, plan.batch_size)
         self._trunk: tuple[LanguageModel, RunRecord] | None = None
         self._moments: dict[str, Tensor] | None = None
+        self._token_batches = self.train_tokens, self.valid_tokens
         self._activations: tuple[Batches, Batches] | None = None
         self._calibration: dict[int, Tensor] = {}
 
@@ -129,6 +133,14 @@ class Execution:
     def valid_sections(self) -> Sections:
         """Of the validation text."""
         return sections(self.corpus.valid, self.corpus.tokenizer)
+
+    def _accept_old_code(self) -> None:
+        named_by_hash = self.trunk_folder == self.root / "trunks" / self.plan.trunk_hash
+        self.plan, trunk_folder = accepted(self.plan, self.trunk_folder)
+        if named_by_hash:
+            self.trunk_folder = trunk_folder
+        # Behind the trunk's, which is part of what branches' folders are named by.
+        self.plan = with_accepted_branches(self.plan, self.folder_of)
 
     def folder_of(self, branch: Branch) -> Path:
         """Where a branch lies or will lie."""
@@ -153,71 +165,36 @@ class Execution:
 
         return self.processes.from_first(opened)
 
-    def _accept_old_code(self) -> None:
-        """Makes the plan one of the code that has trained it already, run by run, where the present code has not."""
-        named_by_hash = self.trunk_folder == self.root / "trunks" / self.plan.trunk_hash
-        for run, stored in self._of_other_code(self.trunk_folder, self.plan.trunk_identity):
-            _say_accepted("trunk", run, stored, self.plan.trunk_identity)
-            self.plan = dataclasses.replace(self.plan, code=stored.get(CODE, {}))
-            if named_by_hash:
-                self.trunk_folder = run
-            break
-        branches = []
-        for branch in self.plan.branches:
-            identity = self.plan.branch_identity(branch)
-            for run, stored in self._of_other_code(self.folder_of(branch), identity):
-                # Of this very trunk: from one that other code has trained it starts elsewhere.
-                if not json_differences(stored["trunk"], identity["trunk"]):
-                    _say_accepted(branch.name, run, stored, identity)
-                    branch = dataclasses.replace(branch, code=stored["branch"].get(CODE, {}))
-                    break
-            branches.append(branch)
-        self.plan = dataclasses.replace(self.plan, branches=tuple(branches))
-
-    def _of_other_code(self, folder: Path, identity: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-        """Runs of other code and their identities, see `of_other_code`; none where the present code's is finished."""
-        if (folder / RESULT).exists() and not json_differences(read_json(folder / CONFIG), identity):
-            return []
-        return [(run, read_json(run / CONFIG)) for run in of_other_code(folder, identity)]
-
     def trunk(self, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord]:
-        """The trained trunk, trained now or before; frozen whole."""
+        """The trained trunk, trained now or before; frozen whole. Where several processes train, each has it whole, on
+        the CPU, from the checkpoint that branches fork from."""
         if self._trunk is None:
             run = self.plan.trunk_run(self.trunk_folder)
             record, model = self.open(run), None
             if record is not None and (model := self._restored_trunk(run)) is not None:
                 print(f"trunk {self.plan.trunk_hash}: finished before, taken from {run.folder}", flush=True)
             if record is None or model is None:
-                trained = self.train_trunk(run, summary)
-                assert trained is not None, "only the first of several processes has a whole trunk"
-                model, record = trained
+                model, record = self.train_trunk(run, summary)
+                if self.processes.many:
+                    model = self._restored_trunk(run)
+                    assert model is not None, "its last checkpoint has just been written"
             model.requires_grad_(False)
             self._trunk = model, record
         return self._trunk
 
-    def train_trunk(self, run: Run, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord] | None:
+    def train_trunk(self, run: Run, summary: Summarise = summarise) -> tuple[LanguageModel, RunRecord]:
         """Trains the trunk or what is left of it, then evaluates it. All processes call it.
 
         Returns:
-            the whole model and its record; None on all processes but the first.
+            the model, of several processes each one's part, and its record.
         """
         plan, processes = self.plan, self.processes
         with processes.exclusive(run.folder):
-            model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed).to(self.device))
-
-            def calibrate() -> None:
-                calibrate_to_targets(model, self.calibration(0))
-
-            # Branches fork from a calibrated trunk, also after a restart, which finds the last checkpoint only. A trunk
-            # that is cut over processes has no branches, and cannot run by itself as long as it is.
-            # Nor is it measured on its way: what evaluates needs it whole.
-            at_end = validation = None
-            if not processes.many:
-                at_end, validation = calibrate, self._validation(model, self.valid_tokens, 0)
-            training = self._train(run, model, processes.own_rows(self.train_tokens), validation, at_end)
-            # The other processes are done: one is enough to evaluate, and what needs it whole gets the whole model.
-            if (whole := processes.whole(model)) is None:
-                return None
+            model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed), self.device)
+            train, valid = (processes.own_rows(batches, plan.batch_size) for batches in self._token_batches)
+            validation = self._validation(model, valid, 0)
+            # Branches fork from a calibrated trunk, also after a restart, which finds the last checkpoint only.
+            training = self._train(run, model, train, validation, at_end=lambda: self._calibrate(model, 0))
             means, ledger = training.mean_experts, kept_costs(run.folder)
             ledger.add("trunk", flops=trunk_flops(plan, means), seconds=training.seconds)
 
@@ -226,18 +203,22 @@ class Execution:
                 return {**summary(trained), "trained_mean_experts": means}
 
             self._pay(ledger, run, means, validation)
-            return whole, self._finish(run, whole, self.valid_tokens, training, means, ledger, with_means)
+            return model, self._finish(run, model, valid, training, means, ledger, with_means)
 
     def _restored_trunk(self, run: Run) -> LanguageModel | None:
         """The trunk of a finished run as its branches fork from it; None where its last checkpoint is gone or damaged,
         and the run reopened: training what is missing gives the same weights again."""
-        try:
-            saved = checkpoint.load_latest(run.checkpoints)
-        except CorruptFileError:
-            # Each has been named in a warning, and none can be of use any more.
-            saved = None
-            shutil.rmtree(run.checkpoints)
-        if saved is None or saved.step != run.stage.n_batches:
+
+        def last() -> checkpoint.Checkpoint | None:
+            try:
+                saved = checkpoint.newest(run.checkpoints)
+            except CorruptFileError:
+                # Each has been named in a warning, and none can be of use any more.
+                saved = None
+                shutil.rmtree(run.checkpoints)
+            if saved is not None and saved.step == run.stage.n_batches:
+                checkpoint.refuse_other_identity(saved, run.identity)
+                return saved
             log.warning(
                 "%s: its checkpoint at step %d, which branches start from, is missing or damaged; training %s",
                 run.folder,
@@ -246,68 +227,68 @@ class Execution:
             )
             reopen_run(run.folder)
             return None
-        checkpoint.refuse_other_identity(saved, run.identity)
-        model = LanguageModel(self.plan.model).init_weights(self.plan.trunk_seed).to(self.device)
+
+        if (saved := self.processes.from_first(last)) is None:
+            return None
+        saved = checkpoint.with_tensors(saved)
+        model = LanguageModel(self.plan.model).init_weights(self.plan.trunk_seed)
+        if not self.processes.many:
+            model.to(self.device)
         checkpoint.restore_model(model, saved.weights, str(saved.path))
         return model
 
+    @functools.cached_property
+    def _prefix(self) -> LanguageModel:
+        """The trunk as what crosses the boundary is computed by it: of several processes each one's part."""
+        trunk, _ = self.trunk()
+        return self.processes.shard(copy.deepcopy(trunk), self.device) if self.processes.many else trunk
+
     def activations(self) -> tuple[Batches, Batches]:
         """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run
-        each time."""
+        each time. Of several processes each has its rows."""
         if self._activations is None:
-            trunk, _ = self.trunk()
-            if not self.plan.boundary:
-                self._activations = self.train_tokens, self.valid_tokens
-            elif not self.config.cache:
-                self._activations = (
-                    PrefixBatches(self.train_tokens, trunk, self.plan.boundary),
-                    PrefixBatches(self.valid_tokens, trunk, self.plan.boundary),
-                )
-            else:
-                used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
-                every = tuple(range(len(self.valid_tokens)))
-                self._activations = (
-                    self._stored("train", self.train_tokens, used),
-                    self._stored("valid", self.valid_tokens, every),
-                )
+            self.trunk()
+            stored = self.plan.boundary > 0 and self.config.cache
+            train, valid = self._stored_batches() if stored else self._token_batches
+            rows = [self.processes.own_rows(batches, self.plan.batch_size) for batches in (train, valid)]
+            if self.plan.boundary and not stored:
+                rows = [PrefixBatches(batches, self._prefix, self.plan.boundary) for batches in rows]
+            self._activations = rows[0], rows[1]
         return self._activations
 
-    def _stored(self, split: str, tokens: TokenBatches, numbers: tuple[int, ...]) -> Batches:
-        """The trunk's activations for some batches, from its folder; what computing them took goes into its ledger."""
-        plan, (trunk, record) = self.plan, self.trunk()
-        began = time.perf_counter()
-        # Branches that train side by side all come here first; one computes what is missing.
-        with locked(self.trunk_folder, wait=True):
-            stored, computed = trunk_activations(
-                plan, trunk, tokens, split=split, numbers=numbers, folder=self.trunk_folder / "activations"
+    def _stored_batches(self) -> tuple[Batches, Batches]:
+        """The trunk's activations, from its folder; what computing them took goes into its ledger."""
+        trunk, record = self.trunk()
+        used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
+        every = tuple(range(len(self.valid_tokens)))
+        means, found = tuple(record.result["trained_mean_experts"]), []
+        source = Trunk(plan=self.plan, whole=trunk, prefix=lambda: self._prefix, folder=self.trunk_folder)
+        for split, tokens, numbers in (("train", self.train_tokens, used), ("valid", self.valid_tokens, every)):
+            batches, ledger = paid_activations(
+                source, tokens, split=split, numbers=numbers, means=means, processes=self.processes
             )
-            name = stored.folder.name
-            # A process that died behind the activations, ahead of the ledger, has left what nobody has paid for. Other
-            # comparisons may have added to the ledger since this one read it, so it is read anew.
-            if computed or not Ledger.load(self.trunk_folder).holds("caching", name):
-                means = tuple(record.result["trained_mean_experts"])
-                flops = caching_flops(plan, means, n_batches=len(numbers))
-                seconds = time.perf_counter() - began
-                ledger = add_cost(self.trunk_folder, "caching", flops=flops, seconds=seconds, part=name)
-                self._trunk = trunk, dataclasses.replace(record, ledger=ledger)
-        if computed:
-            print(
-                f"activations {split}: {len(numbers)} batches, {stored.identity.n_bytes / 2**20:.1f} MiB in"
-                f" {stored.folder}",
-                flush=True,
-            )
-        return stored
+            if ledger is not None:
+                record = dataclasses.replace(record, ledger=ledger)
+            found.append(batches)
+        self._trunk = trunk, record
+        return found[0], found[1]
 
     def calibration(self, boundary: int) -> Tensor:
         """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen
-        prefix."""
+        prefix. All processes have all of it."""
         if boundary not in self._calibration:
             inputs = [self.train_tokens[int(batch)][0] for batch in self.plan.calibration_batches()]
             if boundary:
-                trunk, _ = self.trunk()
-                inputs = [prefix_activations(trunk, tokens_BT, boundary) for tokens_BT in inputs]
+                inputs = [prefix_activations(self._prefix, tokens_BT, boundary) for tokens_BT in inputs]
             self._calibration[boundary] = torch.cat(inputs)
         return self._calibration[boundary]
+
+    def _calibrate(self, model: LanguageModel, boundary: int) -> int:
+        """Sets budgets on text that no stage sees; returns how many tokens that took."""
+        calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
+        # Every process has done it on the same text, and may have rounded otherwise.
+        self.processes.align(model)
+        return calibrated
 
     def branch(self, branch: Branch, summary: Summarise = summarise) -> RunRecord:
         """Trains and evaluates one branch, or returns what it was found to be before."""
@@ -317,16 +298,16 @@ class Execution:
             return record
         # Ahead of the branch's lock: computing them takes the trunk's.
         self.activations()
-        with locked(run.folder):
+        with self.processes.exclusive(run.folder):
             return self._train_branch(branch, run, summary)
 
     def _train_branch(self, branch: Branch, run: Run, summary: Summarise) -> RunRecord:
         plan, boundary = self.plan, run.boundary
         trunk, trunk_record = self.trunk()
         train, valid = self.activations()
-        model = fork(trunk, branch)
+        model = self.processes.shard(fork(trunk, branch), self.device)
         # A branch starts at its budget, not at the threshold its policy was born with.
-        calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
+        calibrated = self._calibrate(model, boundary)
         validation = self._validation(model, valid, boundary)
         inherited = inherited_state(model, trunk, branch, self._trunk_state())
         training = self._train(run, model, train, validation, inherited=inherited)
@@ -346,23 +327,26 @@ class Execution:
         return self._moments
 
     def _validation(self, model: LanguageModel, valid: Batches, boundary: int) -> Validation:
-        return Validation(model, valid, boundary, self.corpus, self.plan)
+        return Validation(model, valid, boundary, self.corpus, self.plan, self._share)
 
-    def _pay(self, ledger: Ledger, run: Run, means: tuple[float, ...], validation: Validation | None) -> None:
+    @property
+    def _share(self) -> Share:
+        return self.processes.share(self.plan.batch_size, self.plan.seq_len)
+
+    def _pay(self, ledger: Ledger, run: Run, means: tuple[float, ...], validation: Validation) -> None:
         """Adds to the costs what looking at the validation text on the way took: of a run that was stopped the
         seconds since."""
-        if validation is not None:
-            n_looks = looks(run.stage.n_batches, self.config.log_every)
-            flops = validation.flops(means, n_looks, cached=self.config.cache)
-            ledger.add("evaluation", flops=flops, seconds=validation.seconds)
+        n_looks = looks(run.stage.n_batches, self.config.log_every)
+        flops = validation.flops(means, n_looks, cached=self.config.cache)
+        ledger.add("evaluation", flops=flops, seconds=validation.seconds)
 
     def _train(
         self,
         run: Run,
         model: LanguageModel,
         batches: Batches,
-        validation: Validation | None,
-        at_end: Callable[[], None] | None = None,
+        validation: Validation,
+        at_end: Callable[[], object] | None = None,
         inherited: dict[str, Tensor] | None = None,
     ) -> StageResult:
         plan, config = self.plan, self.config
@@ -411,16 +395,20 @@ class Execution:
         plan, boundary = self.plan, run.boundary
         began = time.perf_counter()
         # A trunk was calibrated when its training ended: the same text sets the same thresholds again.
-        calibrated = calibrate_to_targets(model, self.calibration(boundary), boundary=boundary)
+        calibrated = self._calibrate(model, boundary)
         # Ahead of the evaluation: whatever that runs into, the trained model is there to be used.
         self._export(run.folder, model)
         parts = self.valid_sections
         evaluation = evaluate(
-            model, in_order(valid), n_bytes=plan.corpus.valid_bytes, boundary=boundary, section_N=parts.section_N
+            model,
+            in_order(valid),
+            n_bytes=plan.corpus.valid_bytes,
+            boundary=boundary,
+            section_N=parts.section_N,
+            share=self._share,
         )
         rows = zip(parts.document_S.tolist(), parts.n_bytes_S.tolist(), evaluation.section_nats)
-        losses = (SectionLoss(document=document, n_bytes=size, nats=nats) for document, size, nats in rows)
-        write_rows(run.folder / SECTIONS, SectionLoss, losses)
+        losses = [SectionLoss(document=document, n_bytes=size, nats=nats) for document, size, nats in rows]
         trained = TrainedRun(
             run=run,
             plan=plan,
@@ -429,6 +417,7 @@ class Execution:
             evaluation=evaluation,
             training=training,
             mean_experts=means,
+            share=self._share,
         )
         result = summary(trained)
         flops = evaluation_flops(
@@ -442,17 +431,23 @@ class Execution:
         )
         ledger.add("evaluation", flops=flops, seconds=time.perf_counter() - began)
         print(f"{run.label} valid bpb={evaluation.bits_per_byte:.4f} on {evaluation.n_bytes:,} bytes", flush=True)
-        return finish_run(run.folder, result, ledger)
+
+        def written() -> RunRecord:
+            write_rows(run.folder / SECTIONS, SectionLoss, losses)
+            return finish_run(run.folder, result, ledger)
+
+        return self.processes.from_first(written)
 
     def _export(self, folder: Path, model: LanguageModel) -> None:
         """The trained model for `python -m lm generate`, calibrated, with the text that it can be calibrated on to
         another budget."""
-        save_pretrained(folder / "model", model, self.calibration(0).cpu(), self.corpus.tokenizer)
+        whole, calibration_BT = self.processes.whole(model), self.calibration(0).cpu()
 
+        def written() -> None:
+            assert whole is not None, "the first process has it"
+            save_pretrained(folder / "model", whole, calibration_BT, self.corpus.tokenizer)
 
-def _say_accepted(label: str, run: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
-    changed = named(code_changes(stored, identity))
-    print(f"{label}: {run} counts, though other code trained it: {changed} changed", flush=True)
+        self.processes.from_first(written)
 
 
 def run_plan(

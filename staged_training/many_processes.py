@@ -7,20 +7,23 @@ processes and gathered block by block as they are needed (FSDP2). Gradients are 
 of one process with the whole batch. torch.distributed does all of it: DeviceMesh, DTensor, fully_shard, and distributed
 checkpoints, which any number of processes can load.
 
-This is the one file of this folder that unpickles: the index of a distributed checkpoint says as a pickle which tensor
-lies in which file, and what processes of one run send each other (`from_first`) travels as one. A checksum shows that a
-file is as it was written, not who wrote it: continue runs of your own only.
+What processes of one run send each other (`from_first`) travels as a pickle, and so does the index of their
+checkpoints (`staged_training.shards`).
+
+Legend: B batch, T tokens, D model width, N targets.
 """
 
 import contextlib
 import datetime
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
 from foundation.environment import under_torchrun
@@ -42,21 +45,26 @@ from foundation.files import write_json
 from foundation.stopping import Interrupted
 from lm.block import Block
 from lm.config import ModelConfig
+from lm.evaluate import Share
 from lm.model import LanguageModel
 from moe.expert_parallel import ExpertParallelExperts
 from routing.over_processes import count_over_processes
 from routing.router import Router
 from staged_training import checkpoint
-from staged_training.data import OwnRows, TokenBatches
+from staged_training.checkpoint import SHARDS
+from staged_training.data import Batches, OwnRows, own_rows
+from staged_training.launch import LEFT_ALONE
 from staged_training.merging import WeightAverage
 from staged_training.processes import Made, Processes, continuable
 from staged_training.progress import MetricsFile, NoMetrics
 from staged_training.record import locked
 from staged_training.run import Run
+from staged_training.shards import MERGED, MODEL, OPTIMIZER, fill
 
-SHARDS = "shards"
-# Of processes that wait for the first; where it dies, torchrun ends them.
+# Of processes that wait for the first.
 PATIENCE = datetime.timedelta(days=7)
+# What the backends say of a process that is there no more.
+CLOSED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
 
 
 class ManyProcesses(Processes):
@@ -95,8 +103,16 @@ class ManyProcesses(Processes):
             " of every batch"
         )
 
-    def shard(self, model: LanguageModel) -> LanguageModel:
-        """Cuts the weights of a whole model, the same in all processes, in place.
+    def place(self, device: torch.device) -> torch.device:
+        return self.device
+
+    def check(self, model: ModelConfig, batch_size: int) -> None:
+        own_rows(batch_size, self.rank, self.n)
+        _refuse(model, *self.mesh.shape)
+
+    def shard(self, model: LanguageModel, device: torch.device) -> LanguageModel:
+        """Cuts the weights of a whole model, the same in all processes, in place; what is cut moves to the device block
+        by block.
 
         Raises:
             ValueError: for sizes that cannot be divided, and for a routing policy that needs to see the whole batch.
@@ -113,20 +129,42 @@ class ManyProcesses(Processes):
             # gradients of the routing losses come before all others and would gather the weights of all blocks at once.
             fully_shard(block, mesh=self.everyone)
         fully_shard(model, mesh=self.everyone)
+        # What is run of a model beside the whole of it: the root's weights are gathered there too.
+        register_fsdp_forward_method(model, "prefix")
+        register_fsdp_forward_method(model, "above")
         # Keys and values that a block returns are views; nobody writes into them.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        return model
+        return model.to(device)
 
     def whole(self, model: LanguageModel) -> LanguageModel | None:
+        """On the CPU: a model that is cut may be too large for one device."""
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.first:
             return None
         single = LanguageModel(model.config)
         single.load_state_dict(weights)
-        return single.to(self.device)
+        return single
 
-    def own_rows(self, batches: TokenBatches) -> OwnRows:
-        return OwnRows(batches, self.rank, self.n)
+    def own_rows(self, batches: Batches, batch_size: int) -> OwnRows:
+        return OwnRows(batches, own_rows(batch_size, self.rank, self.n))
+
+    def rows_of(self, whole_BT: Tensor) -> Tensor:
+        return whole_BT[own_rows(len(whole_BT), self.rank, self.n)]
+
+    def all_rows(self, x_BTD: Tensor) -> Tensor:
+        parts = [torch.empty_like(x_BTD) for _ in range(self.n)]
+        dist.all_gather(parts, x_BTD.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def share(self, batch_size: int, seq_len: int) -> Share:
+        return _ShareOfRows(self, batch_size, seq_len)
+
+    def align(self, model: LanguageModel) -> None:
+        for router in model.routers():
+            for buffer in router.policy.buffers():
+                dist.broadcast(buffer, src=0, group=self.group)
+        # A forward without a backward leaves the root's weights gathered, and an optimizer would be given those.
+        cast(FSDPModule, model).reshard()
 
     def mean(self, values: Tensor) -> Tensor:
         dist.all_reduce(values, group=self.group)
@@ -143,8 +181,12 @@ class ManyProcesses(Processes):
     def metrics(self, folder: Path, step: int) -> MetricsFile:
         return MetricsFile(folder, step) if self.first else NoMetrics()
 
-    def exclusive(self, folder: Path) -> contextlib.AbstractContextManager[None]:
-        return locked(folder) if self.first else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def exclusive(self, folder: Path, *, wait: bool = False) -> Iterator[None]:
+        with contextlib.ExitStack() as held:
+            # Where the first is refused, so are all.
+            self.from_first(lambda: held.enter_context(locked(folder, wait=wait)))
+            yield
 
     def from_first(self, make: Callable[[], Made]) -> Made:
         outcome: list[Any] = [None, None]
@@ -161,25 +203,22 @@ class ManyProcesses(Processes):
     def restore(
         self, run: Run, model: LanguageModel, optimizer: torch.optim.AdamW, average: WeightAverage
     ) -> checkpoint.Checkpoint | None:
-        """As for one process, from a checkpoint of any number of processes.
-
-        Its index is unpickled, see the top of this file.
-        """
+        """As for one process, from a checkpoint of any number of processes."""
 
         def newest() -> checkpoint.Checkpoint | None:
             if (found := checkpoint.newest(run.checkpoints, continuable(run))) is not None:
                 checkpoint.refuse_other_identity(found, run.identity)
-                if not (found.path / SHARDS).is_dir():
-                    raise checkpoint.CheckpointMismatchError(
-                        f"{found.path} was not written by `python -m staged_training parallel`"
-                    )
                 checkpoint.drop_others(run.checkpoints, found.step)
             return found
 
         if (saved := self.from_first(newest)) is not None:
             state = _state(model, optimizer, average)
-            load_shards(state, checkpoint_id=saved.path / SHARDS, process_group=self.group)
-            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            if (saved.path / SHARDS).is_dir():
+                load_shards(state, checkpoint_id=saved.path / SHARDS, process_group=self.group)
+            else:
+                whole = checkpoint.with_tensors(saved)
+                fill(state, whole.weights, whole.optimizer)
+            set_state_dict(model, optimizer, model_state_dict=state[MODEL], optim_state_dict=state[OPTIMIZER])
         return saved
 
     def save(
@@ -192,7 +231,6 @@ class ManyProcesses(Processes):
         *,
         state: dict[str, Any],
     ) -> Path:
-        assert run.boundary == 0, "branches are trained by one process"
         # Weights, the optimizer's two moments, and what is averaged.
         copies = 4 if average.sums else 3
         n_bytes = copies * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -220,7 +258,22 @@ class ManyProcesses(Processes):
 def _state(model: LanguageModel, optimizer: torch.optim.AdamW, average: WeightAverage) -> dict[str, Any]:
     """What a checkpoint holds, in the processes' own memory where it is tensors."""
     weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments, **({"merged": average.sums} if average.sums else {})}
+    return {MODEL: weights, OPTIMIZER: moments, **({MERGED: average.sums} if average.sums else {})}
+
+
+class _ShareOfRows(Share):
+    def __init__(self, processes: ManyProcesses, batch_size: int, seq_len: int) -> None:
+        self.processes, self.batch_size, self.seq_len = processes, batch_size, seq_len
+
+    def own(self, of_target_N: np.ndarray) -> np.ndarray:
+        rows = own_rows(self.batch_size, self.processes.rank, self.processes.n)
+        row_N = np.arange(len(of_target_N)) // self.seq_len % self.batch_size
+        return of_target_N[(row_N >= rows.start) & (row_N < rows.stop)]
+
+    def sums(self, values: Tensor) -> Tensor:
+        values = values.to(self.processes.device)
+        dist.all_reduce(values, group=self.processes.group)
+        return values.cpu()
 
 
 def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:
@@ -245,7 +298,10 @@ def _refuse(config: ModelConfig, n_data: int, n_expert: int) -> None:
 @contextlib.contextmanager
 def process_group() -> Iterator[torch.device]:
     """Joins the processes of torchrun (NCCL on GPUs, gloo otherwise), or starts a group of one without it. Yields this
-    process's device."""
+    process's device.
+
+    Where another process has ended, this one ends too, without a word: why, that one says.
+    """
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ["LOCAL_RANK"]) if under_torchrun() else 0
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -260,5 +316,30 @@ def process_group() -> Iterator[torch.device]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield device
+    except (RuntimeError, CheckpointException) as error:
+        if not _left_alone(error):
+            raise
+        # At once: torch would warn of what was on its way to the other.
+        sys.stdout.flush()
+        os._exit(LEFT_ALONE)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(n_expert: int) -> Iterator[ManyProcesses]:
+    """Joins the processes of torchrun; of their output only the first's is shown.
+
+    Args:
+        n_expert: see `ManyProcesses`.
+    """
+    with process_group() as device, contextlib.ExitStack() as cleanup:
+        processes = ManyProcesses(n_expert, device)
+        if not processes.first:
+            cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
+        yield processes
+
+
+def _left_alone(error: BaseException) -> bool:
+    """Whether a process that was waited for has ended."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in CLOSED)

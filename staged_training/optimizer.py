@@ -214,5 +214,11 @@ def restore_optimizer(
             )
         if (key == "momentum_buffer") != (parameter in matrices):
             raise ValueError(f"optimizer state {full_name!r} was left by another optimizer than this")
+        own = tensor.to(parameter.device)
+        if key != "step" and hasattr(parameter, "device_mesh"):
+            # Importing what cuts it costs a second, which one process does not need to spend.
+            from staged_training.shards import cut_as
+
+            own = cut_as(own, parameter)
         # A clone: the update works in place, and the tensors belong to whoever loaded them.
-        optimizer.state[parameter][key] = tensor.to(parameter.device).clone()
+        optimizer.state[parameter][key] = own.clone()

@@ -5,10 +5,8 @@ Same loop, data order, optimizer, checks and run folder as `run`. Where N differ
 only: whatever is counted is counted over the whole batch. A run continues with any N, from checkpoints of any other.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,14 +71,12 @@ def train_in_parallel(config: ParallelConfig) -> None:
     if config.processes > 1:
         if under_torchrun():
             raise ValueError(f"--processes {config.processes}: torchrun has started them already; legal: none")
-        return launch(config.processes, without_option(given_words(), "--processes"))
+        words = without_option(given_words(), "--processes")
+        return launch(config.processes, ["staged_training", "parallel", *words])
     # A second of imports that a run in one process need not wait for.
-    from staged_training.many_processes import ManyProcesses, process_group
+    from staged_training.many_processes import joined
 
-    with process_group() as device, contextlib.ExitStack() as cleanup:
-        processes = ManyProcesses(config.expert_parallel, device)
-        if not processes.first:
-            cleanup.enter_context(contextlib.redirect_stdout(cleanup.enter_context(open(os.devnull, "w"))))
+    with joined(config.expert_parallel) as processes:
         processes.from_first(lambda: prepare(config.corpus, config.out / "corpus") and leave_options(config.out))
         corpus = training_text(prepare(config.corpus, config.out / "corpus"), config.staging)
         plan = plan_of(config, corpus_facts(corpus), corpus.tokenizer.vocab_size, corpus.tokenizer.boundary_id)
@@ -91,7 +87,6 @@ def train_in_parallel(config: ParallelConfig) -> None:
             config.out,
             config.execution,
             trunk_folder=config.out,
-            device=str(device),
             processes=processes,
         )
         run = dataclasses.replace(execution.plan.trunk_run(config.out), label="parallel")

@@ -117,9 +117,8 @@ def run_one(execution: Execution) -> SweepRow:
     try:
         if (record := execution.open(run)) is not None:
             print(f"{run.label}: finished before, taken from {folder}", flush=True)
-        elif (trained := execution.train_trunk(run)) is not None:
-            _, record = trained
-        assert record is not None
+        else:
+            _, record = execution.train_trunk(run)
         bits_per_byte, cost = record.result["bits_per_byte"], record.ledger.costs["trunk"]
     except NonFiniteLossError as error:
         # A rate that is too high is an answer, and no reason to leave the others out.

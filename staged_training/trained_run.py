@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.accounting import model_cost
-from lm.evaluate import Evaluation
+from lm.evaluate import WHOLE, Evaluation, Share
 from lm.model import LanguageModel
 from staged_training.data import Batches
 from staged_training.loop import StageResult
@@ -21,7 +21,8 @@ class TrainedRun:
         run: which it is.
         plan: that it belongs to.
         model: trained; its frozen blocks are the trunk's.
-        valid: batches of the whole validation text, for `boundary`.
+        valid: batches of the whole validation text, for `boundary`; of several processes each has rows of its own.
+        share: which rows of them this process has.
         evaluation: of the whole validation text.
         training: what the loop reports.
         mean_experts: per block, over training; below the boundary the trunk's.
@@ -34,6 +35,7 @@ class TrainedRun:
     evaluation: Evaluation
     training: StageResult
     mean_experts: tuple[float, ...]
+    share: Share = WHOLE
 
     @property
     def boundary(self) -> int:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 
 from corpus.prepare import PreparedCorpus
-from lm.evaluate import evaluate
+from lm.evaluate import WHOLE, Share, evaluate
 from lm.model import LanguageModel
 from staged_training.data import Batches
 from staged_training.flops import evaluation_flops
@@ -24,14 +24,23 @@ class Validation:
 
     Args:
         valid: the whole validation text as it enters block `boundary`.
+        share: which rows of it this process has.
 
     Attributes:
         seconds: that all calls took.
         batches: numbers of those that are looked at.
     """
 
-    def __init__(self, model: LanguageModel, valid: Batches, boundary: int, corpus: PreparedCorpus, plan: Plan) -> None:
-        self._model, self._valid, self._boundary, self._plan = model, valid, boundary, plan
+    def __init__(
+        self,
+        model: LanguageModel,
+        valid: Batches,
+        boundary: int,
+        corpus: PreparedCorpus,
+        plan: Plan,
+        share: Share = WHOLE,
+    ) -> None:
+        self._model, self._valid, self._boundary, self._plan, self._share = model, valid, boundary, plan, share
         self.batches = spaced_batches(VALIDATED, len(valid))
         self._n_bytes = text_bytes(corpus, self.batches, plan.tokens_per_batch)
         self.seconds = 0.0
@@ -39,7 +48,7 @@ class Validation:
     def __call__(self) -> float:
         began = time.perf_counter()
         batches = (self._valid[index] for index in self.batches)
-        measured = evaluate(self._model, batches, n_bytes=self._n_bytes, boundary=self._boundary)
+        measured = evaluate(self._model, batches, n_bytes=self._n_bytes, boundary=self._boundary, share=self._share)
         self.seconds += time.perf_counter() - began
         return measured.bits_per_byte
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ablations.agreement.options import AgreementOptions
 from ablations.agreement.study import BRANCHES, WHOLE, Runner, Study, Task, prepare_study, tasks_of
-from ablations.comparison.shares import SHARES_FILE, jobs_of, share_out
+from ablations.comparison.compare import SHARES_FILE
+from ablations.comparison.shares import jobs_of, share_out
 from foundation.command import run_command
 from foundation.files import read_json, try_lock, write_json
 from foundation.serialize import from_dict, to_dict

@@ -33,7 +33,7 @@ def asked(method: Method, plan: Plan) -> str:
     branch = next(branch for branch in plan.branches if branch.method == method.name)
     if not (blocks := changed_blocks(plan, branch)):
         return method.question
-    before, after = ("".join(model.plan.letters) for model in (plan.model, branch.model))
+    before, after = ("".join(model.plan.letters) for model in (plan.branches[0].model, branch.model))
     layers = f", {after} instead of {before}" if before != after else ""
     frozen = ""
     if plan.boundary:

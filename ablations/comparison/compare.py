@@ -19,22 +19,34 @@ from ablations.comparison.announce import asked, plan_text
 from ablations.comparison.measure import MeasuringContext, budgets_of, measure
 from ablations.comparison.options import Options
 from ablations.comparison.records import COMPARISON_FILE, Comparison, MethodSummary, RunReference
-from ablations.comparison.registry import sources_of
+from ablations.comparison.registry import BASELINE, find_methods, sources_of
 from ablations.comparison.reliability import form_of
 from ablations.method import Method
 from corpus.compressors import xz_bits_per_byte
 from corpus.prepare import PreparedCorpus, prepare
 from foundation.command import command_line, leave_options
 from foundation.environment import environment
-from foundation.files import CorruptFileError, check_seal, fingerprint, json_text, write_into_seal
-from foundation.serialize import to_dict
+from foundation.files import (
+    CorruptFileError,
+    check_seal,
+    fingerprint,
+    json_text,
+    read_json,
+    write_into_seal,
+    write_json,
+)
+from foundation.serialize import from_dict, to_dict
 from lm.config import ModelConfig
 from staged_training.estimate import estimate
 from staged_training.execute import Execution
 from staged_training.plan import Branch, CorpusFacts, Plan
+from staged_training.processes import ALONE, Processes
 from staged_training.record import RESULT, set_aside
 from staged_training.staging import StagingConfig, corpus_facts, make_plan, training_text
 from staged_training.trained_run import TrainedRun
+
+# What processes of a comparison's own are told it by.
+SHARES_FILE = "shares.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +56,7 @@ class Job:
     Attributes:
         methods: the baseline first.
         corpus: the prepared text.
-        baseline: the model of the baseline, which is also the trunk's.
+        baseline: the model of the baseline; unless another policy was asked for there, also the trunk's.
         plans: one per trunk seed; the branches of each in the order seed by seed, method by method.
     """
 
@@ -75,10 +87,10 @@ class Job:
 class SharedExecution(Execution):
     """Runs one plan in folders that comparisons share: a branch's is named by what its result depends on."""
 
-    def __init__(self, job: Job, plan: Plan) -> None:
+    def __init__(self, job: Job, plan: Plan, processes: Processes = ALONE) -> None:
         # Ahead of what names folders by it.
         self.budget_batches = job.options.budget_batches
-        super().__init__(plan, job.corpus, job.options.out, job.options.execution)
+        super().__init__(plan, job.corpus, job.options.out, job.options.execution, processes=processes)
 
     def folder_of(self, branch: Branch) -> Path:
         """Named for people by method and seeds, and told apart by a hash of everything the result depends on."""
@@ -128,12 +140,32 @@ def prepare_job(methods: list[Method], options: Options) -> Job:
                 f"{method.name}: it changes nothing of a baseline of layers {''.join(baseline.plan.letters)}; legal: a"
                 " baseline that it changes, by --layer-plan or --n-layers"
             )
-    facts = corpus_facts(corpus)
+    facts, trunk_model = corpus_facts(corpus), trunk_of(options.trunk_policy, baseline)
     plans = [
-        plan_of(methods, options.staging, facts, baseline, trunk_seed=trunk, seeds=range(options.seeds))
+        plan_of(
+            *(methods, options.staging, facts, baseline),
+            trunk_seed=trunk,
+            seeds=range(options.seeds),
+            trunk_model=trunk_model,
+        )
         for trunk in range(options.trunk_seeds)
     ]
     return Job(methods=methods, options=options, corpus=corpus, baseline=baseline, plans=plans)
+
+
+def trunk_of(policy: str, baseline: ModelConfig) -> ModelConfig:
+    """The model that trunks are trained as.
+
+    Args:
+        policy: name of the method whose routing it has.
+
+    Raises:
+        ValueError: for a method that there is not, or one that changes more than routing.
+    """
+    *_, method = find_methods([policy])
+    if method.name != BASELINE and (kind := method.kind(baseline)) != "routing":
+        raise ValueError(f"Options.trunk_policy: {policy} changes {kind}; legal: a method that changes routing alone")
+    return method.change(baseline)
 
 
 def plan_of(
@@ -144,12 +176,14 @@ def plan_of(
     *,
     trunk_seed: int,
     seeds: Iterable[int],
+    trunk_model: ModelConfig | None = None,
 ) -> Plan:
-    """A trunk of the baseline, and a branch of each method for every seed.
+    """A trunk, and a branch of each method for every seed.
 
     Args:
         methods: the baseline first.
         seeds: by which branches are paired.
+        trunk_model: the trunk's; the baseline by default.
 
     Raises:
         ValueError: for text, model or methods that do not fit.
@@ -159,7 +193,7 @@ def plan_of(
     ]
     twins = [method.name for method in methods if method.rounding]
     return make_plan(
-        *(staging, facts, baseline, branches),
+        *(staging, facts, trunk_model or baseline, branches),
         trunk_seed=trunk_seed,
         rounding=twins,
         lengths={method.name: method.length for method in methods},
@@ -180,6 +214,7 @@ def run_comparison(
     run: Callable[[Job, list[SharedExecution]], None] = run_in_turn,
     *,
     jobs: int = 1,
+    estimated: bool = True,
 ) -> Path | None:
     """Runs whatever of the comparison is not finished.
 
@@ -188,6 +223,7 @@ def run_comparison(
         options: of the whole comparison.
         run: does it, given one execution per trunk.
         jobs: runs that it has side by side on this machine, which the estimate counts with.
+        estimated: time a few steps of each method first.
 
     Returns:
         The folder of the comparison; None after a dry run.
@@ -205,10 +241,10 @@ def run_comparison(
     for execution in executions:
         if not options.dry_run:
             execution.set_damaged_aside()
-        if not execution.finished:
+        if estimated and not execution.finished:
             budgets = len(budgets_of(job.baseline))
-            estimated = estimate(execution, jobs=jobs, budgets=budgets, budget_batches=options.budget_batches)
-            print(f"trunk {execution.plan.trunk_seed}: {estimated}", flush=True)
+            found = estimate(execution, jobs=jobs, budgets=budgets, budget_batches=options.budget_batches)
+            print(f"trunk {execution.plan.trunk_seed}: {found}", flush=True)
     if options.dry_run:
         here = environment(data_hash=job.plans[0].corpus.content_hash)
         print(json.dumps({"options": to_dict(options), "environment": here}, indent=2))
@@ -238,6 +274,19 @@ def run_branch(job: Job, execution: SharedExecution, branch: Branch) -> None:
         return to_dict(measure(run, context))
 
     execution.branch(branch, summary=summary)
+
+
+def describe_job(job: Job) -> Path:
+    """Writes the file that other processes learn from what is compared, see `described_job`."""
+    file = job.folder / SHARES_FILE
+    write_json(file, {"methods": [method.name for method in job.methods], "options": to_dict(job.options)})
+    return file
+
+
+def described_job(file: Path) -> tuple[list[Method], Options]:
+    """What `describe_job` has written."""
+    described = read_json(file)
+    return find_methods(described["methods"]), from_dict(Options, described["options"])
 
 
 def describe_comparison(job: Job, executions: list[SharedExecution], printed: str) -> Comparison:
@@ -293,6 +342,6 @@ def describe_comparison(job: Job, executions: list[SharedExecution], printed: st
             for execution in executions
             for branch in execution.plan.branches
         ),
-        form=form_of(job.options.staging),
+        form=form_of(job.options.staging, job.options.trunk_policy),
         domains=job.corpus.valid_domains(),
     )

@@ -115,7 +115,8 @@ def other_budgets(run: TrainedRun, context: MeasuringContext) -> tuple[tuple[Bud
     # One model in memory serves all budgets: only thresholds change, or for fixed numbers the policy.
     for experts in budgets_of(context.baseline):
         calibration_tokens = set_budget(run.model, experts, context.calibration, boundary=boundary)
-        evaluation = evaluate(run.model, (run.valid[index] for index in chosen), n_bytes=n_bytes, boundary=boundary)
+        batches = (run.valid[index] for index in chosen)
+        evaluation = evaluate(run.model, batches, n_bytes=n_bytes, boundary=boundary, share=run.share)
         mean = statistics.fmean(evaluation.mean_experts)
         points.append(BudgetPoint(asked_experts=experts, mean_experts=mean, bits_per_byte=evaluation.bits_per_byte))
         cost = model_cost(

@@ -2,6 +2,7 @@
 
 import csv
 
+from ablations.comparison.registry import BASELINE
 from foundation.environment import ROOT
 from staged_training.staging import StagingConfig
 
@@ -10,12 +11,13 @@ WHOLE = "smaller_model"
 STUDY = ROOT / "notes" / "results" / "agreement"
 
 
-def form_of(staging: StagingConfig) -> str:
+def form_of(staging: StagingConfig, trunk_policy: str = BASELINE) -> str:
     """What decides whether a comparison orders methods as full runs do, as the study names it:
-    `fork85_freeze50_decay`."""
+    `fork85_freeze50_decay`; the trunks of the study are the baseline's."""
     if not staging.trunk_share:
         return WHOLE
-    return f"fork{100 * staging.trunk_share:.0f}_freeze{100 * staging.freeze:.0f}_{staging.anneal}"
+    form = f"fork{100 * staging.trunk_share:.0f}_freeze{100 * staging.freeze:.0f}_{staging.anneal}"
+    return form if trunk_policy == BASELINE else f"{form}_from_{trunk_policy}"
 
 
 def reliability_statement(form: str) -> str:

@@ -19,15 +19,22 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ablations.comparison.compare import Job, SharedExecution, prepare_job, run_branch, run_comparison, run_in_turn
+from ablations.comparison.compare import (
+    Job,
+    SharedExecution,
+    describe_job,
+    described_job,
+    prepare_job,
+    run_branch,
+    run_comparison,
+    run_in_turn,
+)
 from ablations.comparison.options import Options
-from ablations.comparison.registry import find_methods
 from ablations.comparison.slurm import run_jobs, slurm_executor
+from ablations.comparison.together import run_together
 from ablations.method import Method
 from foundation.command import run_command
-from foundation.environment import ROOT
-from foundation.files import read_json, write_json
-from foundation.serialize import from_dict, to_dict
+from foundation.environment import ROOT, under_torchrun
 from staged_training.dealing import dealt
 from staged_training.record import RESULT
 
@@ -35,12 +42,13 @@ if TYPE_CHECKING:
     import submitit
 
 Part = Literal["trunks", "branches"]
-SHARES_FILE = "shares.json"
 MODULE = "ablations.comparison.shares"
 
 
 def run_side_by_side(methods: list[Method], options: Options) -> Path | None:
     """`run_comparison`, in as many processes or jobs as the options say."""
+    if options.processes > 1 or under_torchrun():
+        return run_together(methods, options)
     if options.executor == "slurm":
         # Ahead of everything else: it refuses what the cluster cannot be asked.
         executor = slurm_executor(options)
@@ -64,7 +72,7 @@ def run_in_shares(job: Job, executions: list[SharedExecution]) -> None:
     """
     waiting, count = [execution for execution in executions if not execution.finished], jobs_of(job.options)
     if waiting:
-        file = describe_shares(job)
+        file = describe_job(job)
         if len(waiting) > 1:
             share_out(file, "trunks", count)
         # A single trunk is trained here, with all threads, and so is one that a killed process has left.
@@ -89,20 +97,12 @@ def run_in_jobs(job: Job, executions: list[SharedExecution], executor: "submitit
     ]
     if not waiting:
         return
-    file = describe_shares(job)
+    file = describe_job(job)
     runs: dict[Part, int] = {"trunks": len(executions), "branches": len(waiting)}
     for part, most in runs.items():
         count = min(job.options.jobs or most, most)
         run_jobs(executor, part, [share_command(file, part, index, count) for index in range(count)])
     file.unlink()
-
-
-def describe_shares(job: Job) -> Path:
-    """The file that the processes of a comparison learn from what it is, written."""
-    file = job.folder / SHARES_FILE
-    names = [method.name for method in job.methods]
-    write_json(file, {"methods": names, "options": to_dict(job.options)})
-    return file
 
 
 def share_command(file: Path, part: str, index: int, count: int, module: str = MODULE) -> list[str]:
@@ -151,9 +151,7 @@ def share_out(file: Path, part: str, count: int, module: str = MODULE) -> bool:
 
 def run_share(file: Path, part: Part, index: int, count: int) -> None:
     """Share `index` of `count` of one part of the comparison that `file` describes."""
-    described = read_json(file)
-    options = from_dict(Options, described["options"])
-    job = prepare_job(find_methods(described["methods"]), options)
+    job = prepare_job(*described_job(file))
     executions = [SharedExecution(job, plan) for plan in job.plans]
     if part == "trunks":
         for execution in executions[index::count]:

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from ablations.agreement.shares import CLAIMS, claimed
-from ablations.comparison.shares import SHARES_FILE, share_out
+from ablations.comparison.compare import SHARES_FILE
+from ablations.comparison.shares import share_out
 from ablations.recall.options import RecallOptions
 from ablations.recall.training import RecallResult, RecallRun, train_run
 from foundation.command import run_command

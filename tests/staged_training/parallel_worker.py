@@ -82,7 +82,7 @@ def train(policy: str, folder: Path, processes: Processes = ALONE, *, stop: bool
     folder.mkdir(parents=True, exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, 30, STEPS * BATCH * LENGTH + 1) // 2
     batches, model = TokenBatches(tokens, batch_size=BATCH, seq_len=LENGTH), model_of(policy)
-    rows, part = processes.own_rows(batches), processes.shard(model)
+    rows, part = processes.own_rows(batches, BATCH), processes.shard(model, torch.device("cpu"))
     if stop and isinstance(processes, ManyProcesses) and processes.rank == processes.n - 1:
         rows = Stopping(rows)
     schedule = Schedule(peak=3e-3, warmup_steps=2, decay_steps=2)

@@ -18,7 +18,7 @@ from lm.pretrained import load_pretrained
 from routing.policies.expert_choice import ExpertChoice
 from staged_training import many_processes
 from staged_training.__main__ import main
-from staged_training.data import OwnRows, TokenBatches
+from staged_training.data import own_rows
 from staged_training.diagnostics import read_diagnostics
 from staged_training.progress import read_metrics
 from tests.forked import forking
@@ -303,4 +303,4 @@ def test_sizes_that_cannot_be_divided_are_refused(with_policy, model_config):
     with pytest.raises(ValueError, match="ExpertChoice"):
         _refuse(with_policy(ExpertChoice(k=2)), 1, 1)
     with pytest.raises(ValueError, match="batch_size: 4 rows cannot be divided evenly over 3 processes"):
-        OwnRows(TokenBatches(list(range(100)), batch_size=4, seq_len=8), 0, 3)
+        own_rows(4, 0, 3)
