@@ -48,6 +48,7 @@ from lm.config import ModelConfig
 from lm.evaluate import Share
 from lm.model import LanguageModel
 from moe.expert_parallel import ExpertParallelExperts
+from moe.experts import Experts
 from routing.over_processes import count_over_processes
 from routing.router import Router
 from staged_training import checkpoint
@@ -122,6 +123,7 @@ class ManyProcesses(Processes):
         for block in model.blocks:
             if n_expert > 1:
                 moe = cast(Block, block).moe
+                assert isinstance(moe.experts, Experts), "weights in few bits are not trained"
                 moe.experts = ExpertParallelExperts(moe.experts, self.mesh["expert"])
                 # Not over the dimension that expert parallelism has cut already: rows of experts would lie interleaved.
                 fully_shard(moe.experts, mesh=self.mesh["data"], shard_placement_fn=lambda _: Shard(1))
