@@ -16,13 +16,21 @@ from tests.soak.attempts import attempt
 from tests.soak.world import Outcome, World
 from tests.triton_kernels.softmax.test_flash_attention_torch import dense_attention
 from tests.triton_kernels.softmax.test_flash_decode import dense_decode
-from tests.triton_kernels.tools.test_every_operation import moved, odd_ones, sliced, transposed
+from tests.triton_kernels.tools.test_every_operation import moved, odd_ones, sliced
 from triton_kernels.linear.linear_attention_torch import linear_attention_recurrence
 from triton_kernels.tools.agreement import Reference, is_float, largest_error, results
 from triton_kernels.tools.operations import Operation, operations, shape_label
 
 TOKENS = (1, 2, 3, 7, 16, 17, 31, 33, 64, 65, 70)
 WIDTHS = (1, 2, 3, 8, 15, 16, 17, 24, 32, 33)
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """The axes in memory in reversed order."""
+    axes = tuple(reversed(range(x.dim())))
+    return x.permute(axes).contiguous().permute(axes)
+
+
 LAYOUTS = {"as drawn": lambda x: x, "sliced": sliced, "transposed": transposed, "odd ones": odd_ones}
 # Of the largest entry: an fp32 result that is further off is wrong, whatever its conditioning.
 COARSE = 1e-3
