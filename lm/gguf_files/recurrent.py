@@ -198,6 +198,8 @@ def _nemotron_h_dense_keys(model: ModelConfig) -> Keys:
     layers = _nemotron_h_layers(model)
     return {
         **_mamba_keys(model),
+        # llama.cpp asks for it under either name.
+        "attention.layer_norm_epsilon": model.norm_eps,
         # A layer without heads and without width is Mamba-2, one with a width an MLP or experts.
         "attention.head_count_kv": [model.attention.n_kv_heads * (letter == "F") for letter, _ in layers],
         "feed_forward_length": [width for _, width in layers],

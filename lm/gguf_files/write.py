@@ -36,8 +36,9 @@ Type = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FILE_TYPES: dict[str, int] = {
     **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
 }
-# Routers and gates of shared experts; llama.cpp's convolutions take nothing else.
-FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv", "ssm_a", "ssm_d", "ssm_norm")
+# Routers and gates of shared experts; llama.cpp's convolutions take nothing else, and neither do its biases, which are
+# matrices of experts.
+FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv", "ssm_a", "ssm_d", "ssm_norm", ".bias")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
