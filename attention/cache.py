@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attention.config import AttentionConfig
+from attention.kv_states import EIGHT_BITS
 from attention.layer_states import Alias, LayerState, Saved
 from attention.plan import LayerPlan
 
@@ -48,8 +49,8 @@ class HybridCache:
         max_length: tokens of each that fit.
         dtype: of keys, values and convolution tails: the model's activations.
         device: of everything held.
-        eight_bits: keys and values are stored as int8 with a scale per token and head; latents, linear states and tails
-            as they are.
+        eight_bits: keys and values are stored as int8 or fp8, one of `attention.kv_states.EIGHT_BITS`, with a scale per
+            token and head; latents, linear states and tails as they are.
 
     Attributes:
         layers: the state of each layer, to be passed to it as `state`.
@@ -57,7 +58,7 @@ class HybridCache:
             after every token, and never changed.
 
     Raises:
-        ValueError: for a size below 1, or configurations that the plan cannot have.
+        ValueError: for a size below 1, another `eight_bits`, or configurations that the plan cannot have.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class HybridCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
-        eight_bits: bool = False,
+        eight_bits: str | None = None,
     ) -> None:
+        if eight_bits is not None and eight_bits not in EIGHT_BITS:
+            raise ValueError(f"HybridCache: eight_bits={eight_bits!r}; legal: None, {', '.join(map(repr, EIGHT_BITS))}")
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"HybridCache: {name}={value}; legal: at least 1")
@@ -86,7 +89,7 @@ class HybridCache:
                 state = kind.new_state(
                     config, batch_size=batch_size, max_length=max_length, dtype=dtype, device=torch.device(device)
                 )
-                state = state.in_eight_bits() if eight_bits else state
+                state = state.in_eight_bits(eight_bits) if eight_bits else state
             else:
                 state = Alias(self.layers[source])
             self.layers.append(state)
@@ -253,7 +256,7 @@ def cache_bytes(
         length: tokens of each sequence.
         batch_size: sequences side by side.
         element_size: bytes per element of keys, values and convolution tails: 2 for bf16, 4 for fp32.
-        eight_bits: keys and values are stored as int8 with a scale per token and head.
+        eight_bits: keys and values are stored in 8 bits with a scale per token and head.
 
     Returns:
         One number per layer; 0 for a layer that reads another's keys and values, because the owner pays.

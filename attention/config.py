@@ -44,6 +44,8 @@ class AttentionConfig:
             half of head_dim by default.
         latent_value_dim: value width of a latent-attention head; head_dim by default.
         latent_query_dim: width of a latent that its queries are made from; None makes them from the input.
+        latent_gain: multiplies the normalised latent that keys and values are made from, and that is cached
+            (LongCat-Flash, arXiv 2509.01322).
         latent_scale: multiplies a latent-attention layer's logits: DeepSeek's YaRN makes all channels grow, (0.1 m
             ln(factor) + 1)^2 with its mscale_all_dim m, and not only those that are turned.
         negative_eigenvalues: beta of a delta rule lies in (0, 2) instead of (0, 1), so that a state may be turned
@@ -84,6 +86,7 @@ class AttentionConfig:
     latent_shared_dim: int | None = None
     latent_value_dim: int | None = None
     latent_query_dim: int | None = None
+    latent_gain: float = 1.0
     latent_scale: float = 1.0
     negative_eigenvalues: bool = False
     mamba_step_floor: float = 0.0
@@ -130,7 +133,7 @@ class AttentionConfig:
         for name in ("qk_norm_whole", "unit_offset"):
             if getattr(self, name) and not self.qk_norm:
                 raise ValueError(f"AttentionConfig.{name}: True without qk_norm, whose option it is; legal: False")
-        for name in ("rope_base", "norm_eps", "latent_scale", "softmax_scale"):
+        for name in ("rope_base", "norm_eps", "latent_scale", "latent_gain", "softmax_scale"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"AttentionConfig.{name}: {value}; legal: above 0")
 

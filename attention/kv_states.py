@@ -3,12 +3,17 @@
 Legend: B batch, T tokens, S keys, G key/value heads, K key width, V value width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attention.layer_states import KV, TensorState
 
 Rows = dict[str, Tensor]
+
+# How keys and values are stored in 8 bits, by name: the dtype, and the largest number that it holds.
+EIGHT_BITS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
 class KVState(TensorState):
@@ -92,9 +97,9 @@ class GrowingKV(KVState):
     def refusal_to_crop(self, length: int) -> str | None:
         return None
 
-    def in_eight_bits(self) -> "EightBitGrowingKV":
+    def in_eight_bits(self, name: str) -> "EightBitGrowingKV":
         held = self.tensors["k"]
-        return EightBitGrowingKV(self.batch_size, self.max_length, self.heads, held.dtype, held.device)
+        return EightBitGrowingKV(self.batch_size, self.max_length, self.heads, held.dtype, held.device, name=name)
 
 
 class RingKV(KVState):
@@ -181,21 +186,32 @@ class RingKV(KVState):
             " needs"
         )
 
-    def in_eight_bits(self) -> "EightBitRingKV":
-        held = self.tensors["k"]
-        return EightBitRingKV(self.batch_size, self.max_length, self.window, self.heads, held.dtype, held.device)
+    def in_eight_bits(self, name: str) -> "EightBitRingKV":
+        held, sizes = self.tensors["k"], (self.batch_size, self.max_length, self.window, self.heads)
+        return EightBitRingKV(*sizes, held.dtype, held.device, name=name)
 
 
 class EightBits(KVState):
-    """Stored as int8 with a scale of their own for each token's key and value in each head (fp32): (K + 4) bytes where
-    fp32 takes 4 K. What is read is rounded by at most 1/254 of the head's largest number, for the token that has just
-    come as for all others, so that reading a prompt in pieces changes nothing."""
+    """Stored as int8 or fp8 (e4m3) with a scale of their own for each token's key and value in each head (fp32): (K +
+    4) bytes where fp32 takes 4 K. What is read is rounded, as int8 by at most 1/254 of the head's largest number, as
+    fp8 by at most 1/16 of itself, for the token that has just come as for all others, so that reading a prompt in
+    pieces changes nothing.
+
+    Args:
+        sizes: as of the class that stores them as they are.
+        name: one of `EIGHT_BITS`.
+    """
 
     dtype: torch.dtype
 
+    def __init__(self, *sizes: Any, name: str = "int8") -> None:
+        self.stored, self.largest = EIGHT_BITS[name]
+        super().__init__(*sizes)
+
     def _allocated(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Rows:
         self.dtype = dtype
-        whole = super()._allocated(shape, torch.int8, device)
+        # Few operators know fp8: its bytes are kept.
+        whole = super()._allocated(shape, torch.uint8 if self.stored.is_floating_point else self.stored, device)
         scales = {f"{name}_scale": torch.empty(shape[:-1], dtype=torch.float32, device=device) for name in whole}
         return whole | scales
 
@@ -205,14 +221,20 @@ class EightBits(KVState):
             if new.dtype != self.dtype:
                 raise ValueError(f"cache stores {name} of {self.dtype}, got {new.dtype}; legal: the same")
             exact = new.detach().float()
-            scale_BTG = exact.abs().amax(dim=-1) / 127
+            scale_BTG = exact.abs().amax(dim=-1) / self.largest
             # A head of zeros has no scale, and needs none.
             steps = exact / scale_BTG.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-            stored |= {name: steps.round().to(torch.int8), f"{name}_scale": scale_BTG}
+            if self.stored.is_floating_point:
+                # By rounding the largest one may lie above the largest number, which fp8 has no neighbour of.
+                rounded = steps.clamp(-self.largest, self.largest).to(self.stored).view(torch.uint8)
+            else:
+                rounded = steps.round().to(self.stored)
+            stored |= {name: rounded, f"{name}_scale": scale_BTG}
         return stored
 
     def _read(self, rows: Rows) -> KV:
-        return KV(*((rows[name].float() * rows[f"{name}_scale"][..., None]).to(self.dtype) for name in ("k", "v")))
+        read = {name: rows[name].view(self.stored).float() * rows[f"{name}_scale"][..., None] for name in ("k", "v")}
+        return KV(read["k"].to(self.dtype), read["v"].to(self.dtype))
 
 
 class EightBitGrowingKV(EightBits, GrowingKV):

@@ -154,6 +154,8 @@ class LatentAttention(AttentionLayer):
             start, T, rotary_dim=self.shape.turned, base=config.rope_base, device=device, yarn=config.yarn
         )
         latent_BTC, shared_BTR = self.kv_norm(latent_BTC), turned(shared_BTR[:, :, None], rotary, start)[:, :, 0]
+        if config.latent_gain != 1.0:
+            latent_BTC = latent_BTC * config.latent_gain
         if state is not None:
             seen_BSX = state.update(torch.cat([latent_BTC, shared_BTR], dim=-1))
             if T == 1:

@@ -88,8 +88,9 @@ class LayerState(Protocol):
         """Makes room for so many tokens of each sequence, at least as many as before."""
         ...
 
-    def in_eight_bits(self) -> "LayerState":
-        """An empty state like this empty one, its keys and values stored in 8 bits; itself where it has none."""
+    def in_eight_bits(self, name: str) -> "LayerState":
+        """An empty state like this empty one, its keys and values stored in 8 bits, as `name` of
+        `attention.kv_states.EIGHT_BITS` says; itself where it has none."""
         ...
 
     def save(self) -> Saved:
@@ -164,8 +165,8 @@ class TensorState:
         """Makes room for so many tokens of each sequence, at least as many as before."""
         self.max_length = max_length
 
-    def in_eight_bits(self) -> LayerState:
-        """An empty state like this empty one, its keys and values stored in 8 bits; itself where it has none."""
+    def in_eight_bits(self, name: str) -> LayerState:
+        """See `LayerState`."""
         return self
 
     def save(self) -> Saved:
@@ -332,7 +333,7 @@ class Alias:
     def grow(self, max_length: int) -> None:
         pass
 
-    def in_eight_bits(self) -> "Alias":
+    def in_eight_bits(self, name: str) -> "Alias":
         return self
 
     def save(self) -> Saved:

@@ -90,8 +90,8 @@ class MixedState:
         self.kv.grow(max_length)
         self.recurrent.grow(max_length)
 
-    def in_eight_bits(self) -> "MixedState":
-        return MixedState(self.kv.in_eight_bits(), self.recurrent)
+    def in_eight_bits(self, name: str) -> "MixedState":
+        return MixedState(self.kv.in_eight_bits(name), self.recurrent)
 
     def save(self) -> Saved:
         kv = self.kv.save()

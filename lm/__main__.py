@@ -13,9 +13,10 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -42,7 +43,7 @@ from lm.published.parity import ParityConfig, parity
 from lm.quantize import QuantizeConfig, quantize
 from lm.recall import RecallConfig, recall
 from lm.sampling import SamplingConfig, StopStrings
-from lm.text_budgets import TextBudgets
+from lm.text_budgets import TextBudgets, parse_changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,10 @@ class GenerateConfig:
         stop: strings before any of which a text ends.
         experts: mean experts per token and layer, of all texts or one number for each; as trained by default. Layers
             that give every token the same number need a whole one.
-        eight_bits: the cache stores keys and values in 8 bits, with a scale for each token and head.
+        experts_at: changes of that number on the way, of all texts: 40:2 has the 40th token that is generated, counted
+            from 0, and all later ones use 2 in the mean, 80:trained as many as trained again.
+        eight_bits: the cache stores keys and values in 8 bits, as int8 or fp8 (e4m3), with a scale for each token and
+            head.
         trace: folder to record every token's experts and their weights in, layer by layer, and the text; see
             `lm.generation_trace`.
         sampling: temperature, top-k, top-p, min-p, repetition penalty, seed.
@@ -68,12 +72,14 @@ class GenerateConfig:
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
     experts: tuple[float, ...] = ()
-    eight_bits: bool = False
+    experts_at: tuple[str, ...] = ()
+    eight_bits: Literal["int8", "fp8"] | None = None
     trace: Path | None = None
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = dataclasses.field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         check_numbers(self, max_new_tokens=0, experts=0)
+        parse_changes(self.experts_at)
         StopStrings(self.stop)
         if not self.prompt:
             raise ValueError('prompt: none given; legal: at least one, "" for a new document')
@@ -99,11 +105,17 @@ def run_generate(config: GenerateConfig) -> None:
     texts = list(config.prompt)
     print(shown(config.prompt[0]) if alone else "", end="", flush=True)
     calibration_BT = None
-    if (config.trace is not None or config.experts) and has_calibration_tokens(folder):
+    changes = parse_changes(config.experts_at)
+    if (config.trace is not None or config.experts or changes) and has_calibration_tokens(folder):
         calibration_BT = load_calibration_tokens(folder).to(model.embedding_VD.device)
-    budgets = TextBudgets(model, calibration_BT) if config.experts else None
-    for place in range(len(prompts)) if budgets is not None else ():
-        budgets.set(place, config.experts[place % len(config.experts)])
+    budgets = TextBudgets(model, calibration_BT) if config.experts or changes else None
+    if budgets is not None:
+        # What cannot be held is refused before anything is generated.
+        for change in changes:
+            budgets.set(0, change.mean)
+        for place in range(len(prompts)):
+            budgets.set(place, config.experts[place % len(config.experts)] if config.experts else None)
+            budgets.change(place, changes, 0)
     counted, used = counted_layers(model), [list[float]() for _ in prompts]
     count = cache_bytes = 0
     with traced_generation(
@@ -114,6 +126,7 @@ def run_generate(config: GenerateConfig) -> None:
         prompt_text=config.prompt[0],
         source=str(folder),
         budget=config.experts[0] if config.experts else None,
+        budget_changes=changes,
         sampling=config.sampling,
     ) as record:
         started = time.perf_counter()
@@ -130,7 +143,11 @@ def run_generate(config: GenerateConfig) -> None:
             used[step.text].append(fmean(step.experts[layer] for layer in counted))
             piece = decoders[step.text].push(step.token)
             if record is not None:
-                record.add(step, piece)
+                # Its scores are decided on again, as they were.
+                with nullcontext() if budgets is None else budgets.using([step.text]):
+                    record.add(step, piece)
+            if budgets is not None:
+                budgets.change(step.text, changes, len(used[step.text]))
             certain = stops[step.text].push(piece)
             texts[step.text] += certain
             print(shown(certain) if alone else "", end="", flush=True)

@@ -44,6 +44,7 @@ class Block(nn.Module):
         block = config.block(layer_index)
         self.n_layers, self.dtype = config.n_layers, getattr(torch, config.dtype)
         self.residual, self.norms_stream = _deep(block.residual, config), block.norm == "stream"
+        self.shortcut = block.shortcut
 
         def norm(present: bool) -> nn.Module:
             return stream_norm(config) if present else nn.Identity()
@@ -80,7 +81,10 @@ class Block(nn.Module):
         shared,
         documents: Documents | None = None,
         sums_BX: Tensor | None = None,
-    ) -> tuple[Tensor, object, Routing]:
+        later_BTD: Tensor | None = None,
+    ) -> tuple[Tensor, object, Routing, Tensor | None]:
+        """Gives the residual stream, keys and values for other layers, how tokens were routed, and what the next block
+        is to add: its `later_BTD`."""
         # The residual stream is fp32; what is added to it is computed in `dtype`.
         residual, inner_BTD = self.residual, self.attention_norm(x_BTD)
         if documents is None:
@@ -99,14 +103,20 @@ class Block(nn.Module):
             B, T = x_BTD.shape[:2]
             begins_BT = None if documents is None else beginnings(documents, B, T)
             sequences = Sequences(n=B, length=T, begins_BS=begins_BT, before_BX=sums_BX)
-        mixed_TD, routing = self.moe(inner_BTD.to(self.dtype).flatten(0, 1), sequences)
+        inner_TD, routed_BTD = inner_BTD.to(self.dtype).flatten(0, 1), None
+        if self.shortcut:
+            routed_TD, mixed_TD, routing = self.moe.parts(inner_TD, sequences)
+            routed_BTD = routed_TD.view_as(x_BTD) * residual.experts_added
+            mixed_TD = torch.zeros_like(inner_TD) if mixed_TD is None else mixed_TD
+        else:
+            mixed_TD, routing = self.moe(inner_TD, sequences)
         x_BTD = _sum(
             inner_BTD if self.norms_stream else x_BTD,
             self.moe_out_norm(mixed_TD).view_as(x_BTD),
             residual.experts_kept,
             residual.experts_added,
         )
-        return x_BTD, kv, routing
+        return x_BTD if later_BTD is None else x_BTD + later_BTD, kv, routing, routed_BTD
 
     def describe(self, block: NativeBlock, watch: Watch, state: LayerState, eps: float) -> None:
         """Fills in a block of a decode step that is one call of C; eps is its norms'.
@@ -114,8 +124,8 @@ class Block(nn.Module):
         Raises:
             NotInOneCall: for a part that the call does not know.
         """
-        if self.residual != Residual() or self.norms_stream:
-            raise NotInOneCall("a block that adds with weights, or to a normalised stream")
+        if self.residual != Residual() or self.norms_stream or self.shortcut:
+            raise NotInOneCall("a block that adds with weights, later, or to a normalised stream")
         watch.module(self)
         for place in ("attention_norm", "attention_out_norm", "moe_norm", "moe_out_norm"):
             setattr(block, place, describe_norm(getattr(self, place), watch, width=watch.d_model, eps=eps))

@@ -1,4 +1,5 @@
-"""What keys and values in 8 bits change: a model's own answers beside those it gives from a cache that rounds nothing.
+"""What keys and values in 8 bits, int8 or fp8, change: a model's own answers beside those it gives from a cache that
+rounds nothing.
 
 Legend: B batch, T tokens, V vocabulary, N predicted tokens.
 """
@@ -40,13 +41,14 @@ class CacheRounding:
 
 
 @torch.no_grad()
-def cache_rounding(model: LanguageModel, tokens_BT: Tensor) -> CacheRounding:
+def cache_rounding(model: LanguageModel, tokens_BT: Tensor, eight_bits: str) -> CacheRounding:
     """Reads a text in pieces through both caches.
 
     Args:
         tokens_BT: at least two tokens a row.
+        eight_bits: one of `attention.kv_states.EIGHT_BITS`.
     """
-    exact, rounded = (_answers(model, tokens_BT[:, :-1], eight_bits=eight_bits) for eight_bits in (False, True))
+    exact, rounded = (_answers(model, tokens_BT[:, :-1], kept) for kept in (None, eight_bits))
     target_N = tokens_BT[:, 1:].flatten()
     exact_NV, rounded_NV = exact[0], rounded[0]
     nats, nats_rounded = (-log_NV.gather(1, target_N[:, None]).mean().item() for log_NV in (exact_NV, rounded_NV))
@@ -60,7 +62,7 @@ def cache_rounding(model: LanguageModel, tokens_BT: Tensor) -> CacheRounding:
     )
 
 
-def _answers(model: LanguageModel, tokens_BT: Tensor, *, eight_bits: bool) -> tuple[Tensor, Tensor]:
+def _answers(model: LanguageModel, tokens_BT: Tensor, eight_bits: str | None) -> tuple[Tensor, Tensor]:
     """Log-probabilities of every next token [N, V], fp64, and experts of each token in each layer."""
     logs, experts = [], []
     with evaluating(model):
@@ -73,8 +75,8 @@ def _answers(model: LanguageModel, tokens_BT: Tensor, *, eight_bits: bool) -> tu
     return torch.cat(logs, dim=1).flatten(0, 1), torch.cat(experts)
 
 
-def rounding_text(folder: Path) -> str:
-    """What 8 bits change in a model's answers on the text that is stored with it, as a sentence.
+def rounding_text(folder: Path, eight_bits: str) -> str:
+    """What int8 or fp8 changes in a model's answers on the text that is stored with it, as a sentence.
 
     Raises:
         ValueError: for a model that was saved without text.
@@ -82,9 +84,9 @@ def rounding_text(folder: Path) -> str:
     model = load_pretrained(folder)
     tokens_BT = load_calibration_tokens(folder)
     step = max(1, len(tokens_BT) // ROWS)
-    found = cache_rounding(model, tokens_BT[::step][:ROWS])
+    found = cache_rounding(model, tokens_BT[::step][:ROWS], eight_bits)
     return (
-        f"in 8 bits, on {found.tokens:,} tokens of the text stored with the model: {found.bits_more:+.5f} bits per"
-        f" token beside {found.bits_per_token:.4f}, divergence {found.divergence:.2e} nats; {found.same:.2%} of the"
+        f"in {eight_bits}, on {found.tokens:,} tokens of the text stored with the model: {found.bits_more:+.5f} bits"
+        f" per token beside {found.bits_per_token:.4f}, divergence {found.divergence:.2e} nats; {found.same:.2%} of the"
         f" likeliest next tokens and {found.experts:.2%} of the numbers of experts are the same\n"
     )

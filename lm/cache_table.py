@@ -60,8 +60,8 @@ class CacheConfig:
         length: tokens of a sequence: 65536, or 64k of 1,024 each, or 1M.
         batch_size: sequences side by side.
         dtype: of keys, values, latents and convolution tails; linear states are fp32 whatever it is.
-        eight_bits: keys and values in 8 bits, with a scale for each token and head. With a run, also how far its
-            answers move by that.
+        eight_bits: keys and values in 8 bits, as int8 or fp8 (e4m3), with a scale for each token and head. With a run,
+            also how far its answers move by that.
         csv: also write one row per plan and length there, from 256 tokens on.
         plot: draw them into this file (svg, png or pdf).
         published: show instead what published models say of their caches beside what these formulas give.
@@ -74,7 +74,7 @@ class CacheConfig:
     length: str = "64k"
     batch_size: int = 1
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    eight_bits: bool = False
+    eight_bits: Literal["int8", "fp8"] | None = None
     csv: Path | None = None
     plot: Path | None = None
     published: bool = False
@@ -111,7 +111,7 @@ class PlanCost:
         attentions: one configuration per layer.
         batch_size: sequences side by side.
         dtype: of keys and values.
-        eight_bits: they are stored in 8 bits; full attention, beside which a plan stands, in `dtype`.
+        eight_bits: they are stored as int8 or fp8; full attention, beside which a plan stands, in `dtype`.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class PlanCost:
         attentions: Sequence[AttentionConfig],
         batch_size: int,
         dtype: torch.dtype,
-        eight_bits: bool = False,
+        eight_bits: str | None = None,
     ) -> None:
         self.plan, self.attentions = plan, attentions
         self.batch_size, self.dtype, self.eight_bits = batch_size, dtype, eight_bits
@@ -129,7 +129,8 @@ class PlanCost:
 
     def by_layer(self, length: int) -> list[int]:
         return cache_bytes(
-            *(self.attentions, self.plan, length, self.batch_size, self.element_size), eight_bits=self.eight_bits
+            *(self.attentions, self.plan, length, self.batch_size, self.element_size),
+            eight_bits=self.eight_bits is not None,
         )
 
     def total(self, length: int) -> int:
@@ -143,7 +144,7 @@ class PlanCost:
         """Bytes that decoding one more token of every sequence reads, by layer."""
         kinds = zip(self.plan.kinds, self.attentions)
         return [
-            self.batch_size * kind.read_bytes(config, length, self.element_size, eight_bits=self.eight_bits)
+            self.batch_size * kind.read_bytes(config, length, self.element_size, eight_bits=self.eight_bits is not None)
             for kind, config in kinds
         ]
 
@@ -192,7 +193,7 @@ def show_caches(config: CacheConfig) -> list[CacheRow]:
         lengths = itertools.takewhile(lambda tokens: tokens < length, (SHORTEST << n for n in range(40)))
         rows += [cost.row(tokens) for tokens in (*lengths, length)]
     if config.eight_bits and config.run is not None:
-        print(rounding_text(find_model(config.run)))
+        print(rounding_text(find_model(config.run), config.eight_bits))
     if config.csv:
         write_rows(config.csv, CacheRow, rows)
     if config.plot:
@@ -217,7 +218,7 @@ def plan_table(cost: PlanCost, length: int) -> str:
     cache = HybridCache(
         *(cost.attentions, cost.plan, cost.batch_size, length, cost.dtype, "meta"), eight_bits=cost.eight_bits
     )
-    dtype = f"{str(cost.dtype)[6:]}{', keys and values in 8 bits' if cost.eight_bits else ''}"
+    dtype = f"{str(cost.dtype)[6:]}{f', keys and values in {cost.eight_bits}' if cost.eight_bits else ''}"
     now, next_token, read = cost.by_layer(length), cost.by_layer(length + 1), cost.read(length)
     lines = [
         f"plan {row.plan}, {len(letters)} layers, {cost.batch_size} x {length:,} tokens, {dtype}",

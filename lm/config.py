@@ -76,6 +76,8 @@ class BlockConfig:
         moe: experts and router.
         norm: one of `NORM_PLACES`.
         residual: how attention and experts are added.
+        shortcut: what the routed experts give is added behind the next block, and the shared expert's at once
+            (shortcut-connected experts, arXiv 2404.05019, 2509.01322): the next block need not wait for them.
     """
 
     letter: str
@@ -83,6 +85,7 @@ class BlockConfig:
     moe: MoEConfig
     norm: str = "pre"
     residual: Residual = dataclasses.field(default_factory=Residual)
+    shortcut: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,7 @@ class BlockOverride:
     moe: MoEConfig | None = None
     norm: str | None = None
     residual: Residual | None = None
+    shortcut: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +169,7 @@ class ModelConfig:
             if norm not in NORM_PLACES:
                 raise ValueError(f"{place}: {norm!r} is not supported; {nearest(norm, NORM_PLACES)}")
         self.plan.check(self.attentions)
+        self._check_shortcuts()
         self._check_isolation()
         if self.parametrization is not None:
             self._check_parametrization()
@@ -182,6 +187,14 @@ class ModelConfig:
                 raise ValueError(
                     f"{place}: routing weights of block {layer} that sum to no fixed number; legal:"
                     " RouterConfig.renormalise True"
+                )
+
+    def _check_shortcuts(self) -> None:
+        for layer, own in enumerate(self.blocks):
+            if own.shortcut and (layer + 1 == self.n_layers or (own.norm or self.norm) != "pre"):
+                raise ValueError(
+                    f"ModelConfig.blocks[{layer}].shortcut: True in block {layer} of {self.n_layers} with norm"
+                    f" {own.norm or self.norm!r}; legal: a block below another one, with norm 'pre'"
                 )
 
     @property
@@ -218,6 +231,7 @@ class ModelConfig:
             moe=own.moe or self.moe,
             norm=own.norm or self.norm,
             residual=own.residual or self.residual,
+            shortcut=bool(own.shortcut),
         )
 
     @property
@@ -246,6 +260,7 @@ class ModelConfig:
                 moe=None if block.moe == self.moe else block.moe,
                 norm=None if block.norm == self.norm else block.norm,
                 residual=None if block.residual == self.residual else block.residual,
+                shortcut=block.shortcut or None,
             )
             for block in blocks
         )

@@ -70,7 +70,7 @@ def generate_batch(
     stop: int | None = None,
     ends: Callable[[int, int], bool] = lambda text, token: False,
     budgets: TextBudgets | None = None,
-    eight_bits: bool = False,
+    eight_bits: str | None = None,
 ) -> Iterator[GeneratedToken]:
     """Streams tokens that follow each of several prompts of any lengths: a token of every text that goes on, in the
     prompts' order, then the next of each. A text is what it would be alone, with a seed of its own.
@@ -83,7 +83,7 @@ def generate_batch(
         stop: the token that ends a text and is not yielded; None for none.
         ends: asked of every drawn token, after whoever iterates has seen it: whether its text (by place) ends there.
         budgets: mean experts per token of each text, which may be changed between two tokens; all as trained without.
-        eight_bits: the cache stores keys and values as int8, see `attention.kv_states.EightBits`.
+        eight_bits: the cache stores keys and values as int8 or fp8, see `attention.kv_states.EightBits`.
 
     Returns:
         An iterator over the tokens, drawn when they are asked for.

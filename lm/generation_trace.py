@@ -33,6 +33,7 @@ from lm.config import ModelConfig
 from lm.generate import GeneratedToken
 from lm.model import LanguageModel
 from lm.sampling import SamplingConfig
+from lm.text_budgets import BudgetChange
 from routing.levels import levels_of
 from routing.trace import RouterTrace, read_trace
 
@@ -55,6 +56,7 @@ class TracedText:
     counted_layers: those over which a token's number of experts is averaged: where it varies, or all that choose.
     cap: the most experts of any token in any of them.
     budget: mean experts per token asked for at the start; None as trained.
+    budget_changes: what was asked for on the way.
     sampling: how tokens were drawn.
     config: the model's.
     """
@@ -71,6 +73,7 @@ class TracedText:
     counted_layers: tuple[int, ...] = ()
     cap: int = 0
     budget: float | None = None
+    budget_changes: tuple[BudgetChange, ...] = ()
     sampling: SamplingConfig | None = None
     config: ModelConfig | None = None
 

@@ -260,9 +260,9 @@ class LanguageModel(ExactBuffers):
         """Around training and evaluation: see `torch_by_one_thread`, where the model is mostly in C."""
         return torch_by_one_thread() if self.mostly_in_c() else contextlib.nullcontext()
 
-    def new_cache(self, batch_size: int, max_length: int, *, eight_bits: bool = False) -> HybridCache:
+    def new_cache(self, batch_size: int, max_length: int, *, eight_bits: str | None = None) -> HybridCache:
         """An empty cache for `max_length` tokens of each of `batch_size` sequences, on the model's device; keys and
-        values as int8 on request."""
+        values as int8 or fp8 on request."""
         attentions, plan, device = self.config.attentions, self.config.plan, self.embedding_VD.device
         return HybridCache(attentions, plan, batch_size, max_length, self._dtype, device, eight_bits=eight_bits)
 
@@ -305,18 +305,28 @@ class LanguageModel(ExactBuffers):
         source = self.config.plan.source
         start = cache.position if cache is not None else 0
         kv: dict[int, object] = {}
-        routings = []
+        routings, later_BTD = [], None
         for index in range(first, last):
             state = cache.layers[index] if cache is not None else None
             # An R layer reads the K/V of the layer that owns them; every other layer is its own source and reads
             # nothing.
             sums_BX = None if cache is None else cache.sums.get(index)
-            x_BTD, kv[index], routing = self.blocks[index](
-                x_BTD, start=start, state=state, shared=kv.get(source[index]), documents=documents, sums_BX=sums_BX
+            x_BTD, kv[index], routing, later_BTD = self.blocks[index](
+                x_BTD,
+                start=start,
+                state=state,
+                shared=kv.get(source[index]),
+                documents=documents,
+                sums_BX=sums_BX,
+                later_BTD=later_BTD,
             )
             if cache is not None and routing.sums_BX is not None:
                 cache.sums[index] = routing.sums_BX
             routings.append(routing)
+        if later_BTD is not None:
+            raise ValueError(
+                f"block {last - 1} adds what its experts give behind block {last}; legal: nothing cut between them"
+            )
         return x_BTD, kv, tuple(routings)
 
 

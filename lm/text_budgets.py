@@ -13,6 +13,8 @@ Legend: B texts, T tokens.
 """
 
 import contextlib
+import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -23,6 +25,36 @@ from lm.model import LanguageModel
 from routing.policies.top_k import TopK
 from routing.policy import Policy
 from routing.router import Router
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetChange:
+    """Another mean number of experts per token from a generated token on, counted from 0; None: as trained."""
+
+    token: int
+    mean: float | None
+
+
+def parse_changes(texts: Sequence[str]) -> tuple[BudgetChange, ...]:
+    """The changes meant by "40:2" (token and mean) and "80:trained", in the order of their tokens.
+
+    Raises:
+        ValueError: for any other text, or two changes at one token.
+    """
+    changes = []
+    for text in texts:
+        match = re.fullmatch(r"(\d{1,9}):(\d+(?:\.\d+)?|trained)", text)
+        mean = float(match[2]) if match and match[2] != "trained" else None
+        if match is None or mean == 0:
+            raise ValueError(
+                f"experts_at: {text!r}; legal: a token, counted from 0, and a mean number of experts above 0 or"
+                " 'trained', such as 40:2"
+            )
+        changes.append(BudgetChange(int(match[1]), mean))
+    tokens = [change.token for change in changes]
+    if twice := [token for token in tokens if tokens.count(token) > 1]:
+        raise ValueError(f"experts_at: {tokens.count(twice[0])} changes at token {twice[0]}; legal: one")
+    return tuple(sorted(changes, key=lambda change: change.token))
 
 
 class TextBudgets:
@@ -50,6 +82,12 @@ class TextBudgets:
         if mean is not None and mean not in self._limits:
             self._limits[mean] = self._calibrated(mean)
         self._means[text] = mean
+
+    def change(self, text: int, changes: Sequence[BudgetChange], token: int) -> None:
+        """Makes the change that is due before this token of the text, if there is one; errors as of `set`."""
+        for change in changes:
+            if change.token == token:
+                self.set(text, change.mean)
 
     @contextlib.contextmanager
     def using(self, texts: Sequence[int]) -> Iterator[None]:

@@ -79,6 +79,11 @@ class MoE(ExactBuffers):
         Returns:
             y_TD [T, D] in the same dtype, and how the tokens were routed.
         """
+        routed_TD, shared_TD, routing = self.parts(x_TD, sequences)
+        return routed_TD if shared_TD is None else routed_TD + shared_TD, routing
+
+    def parts(self, x_TD: Tensor, sequences: Sequences | None = None) -> tuple[Tensor, Tensor | None, Routing]:
+        """`forward` with its two summands apart: what the routed experts give, and the shared one, or None."""
         routing = self.router(x_TD, sequences)
         # Dispatch, SwiGLU and combine are one operation: the gathered inputs and the experts' outputs never exist as a
         # whole.
@@ -91,12 +96,12 @@ class MoE(ExactBuffers):
             y_TD = y_TD + (routing.identity_T[:, None] * x_TD).to(x_TD.dtype)
         if routing.constant_TD is not None:
             y_TD = y_TD + routing.constant_TD.to(x_TD.dtype)
+        shared_TD = None
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)
             if self.shared_gate_D is not None:
                 shared_TD = (x_TD @ self.shared_gate_D.to(x_TD.dtype)).sigmoid()[:, None] * shared_TD
-            y_TD = y_TD + shared_TD
-        return y_TD, routing
+        return y_TD, shared_TD, routing
 
     def describe(self, block: NativeBlock, watch: Watch) -> None:
         """Fills in the layer's part of a decode step that is one call of C.

@@ -35,8 +35,8 @@ def choose_cut(trunk: ModelConfig, methods: Mapping[str, ModelConfig], freeze: f
     A method is architectural when a block of it differs from the trunk's in letter or in the shape of any weight. One
     architectural method makes the blocks above the boundary fresh in every branch, the baseline's too, or it would
     compete untrained against trained. The boundary is lowered until the blocks above it differ from the trunk's for
-    each architectural method, and until no layer above it reads keys and values of a layer below it (what is stored at
-    the boundary holds none).
+    each architectural method, and until no layer above it reads keys and values of a layer below it, or adds what
+    experts below it give (what is stored at the boundary holds neither).
 
     Raises:
         ValueError: for `freeze` outside [0, 1) or a method that differs from the trunk where branches cannot.
@@ -141,6 +141,8 @@ def _problem(
 ) -> str | None:
     for name, config in methods.items():
         composed = compose(trunk, config, boundary)
+        if composed.block(boundary - 1).shortcut:
+            return f"block {boundary - 1} adds what its experts give behind block {boundary}"
         for layer in range(boundary, trunk.n_layers):
             if composed.plan.source[layer] < boundary:
                 return (

@@ -42,12 +42,14 @@ def draw(rows: Sequence[RunRow], states: Sequence[StateRow], published: Sequence
                 alpha=0.3,
             )
             best = sorted((row for row in states if row.plan == plan), key=lambda row: row.state_elements)
-            ours.plot(
+            ours.errorbar(
                 [row.state_elements for row in best],
                 [row.accuracy for row in best],
+                yerr=[[row.accuracy - row.lowest for row in best], [row.highest - row.accuracy for row in best]],
                 marker=marker,
                 markersize=6,
                 color=colour,
+                elinewidth=1,
                 label=plan,
             )
         names = list(dict.fromkeys(point.name for point in published))
@@ -62,7 +64,10 @@ def draw(rows: Sequence[RunRow], states: Sequence[StateRow], published: Sequence
                 color=INK if own[0].letter else MUTED,
                 label=label,
             )
-        for axes, title in ((ours, "ours: best rate (line), every run (dots)"), (theirs, "published, other settings")):
+        for axes, title in (
+            (ours, "ours: best rate (lines, spans over seeds), every run"),
+            (theirs, "published, other settings"),
+        ):
             _dress(axes, title)
         theirs.set_xlabel("elements of the state of one text (ours are fp32: four bytes each)")
         drawn = io.BytesIO()

@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
+from ablations.comparison.statistics import t_interval
 from ablations.recall.options import RecallOptions
 from ablations.recall.study import Task
 from attention.cache import cache_bytes
@@ -48,6 +49,8 @@ class StateRow:
     """A plan at one width: mean, lowest and highest accuracy over the seeds at the rate with the best mean.
 
     Attributes:
+        half_width: of the mean's 95 % interval over the seeds (Student's t); None of one seed. The rate is chosen on
+            the same seeds, so that the mean is a little too high.
         rates: how many were tried.
         edge: whether the best rate is the lowest or the highest that was tried, so that one beyond it may be better.
     """
@@ -60,6 +63,7 @@ class StateRow:
     accuracy: float
     lowest: float
     highest: float
+    half_width: float | None
     seeds: int
     rates: int
     edge: int
@@ -127,6 +131,7 @@ def state_rows(rows: Sequence[RunRow]) -> list[StateRow]:
                     accuracy=statistics.fmean(by_rate[best]),
                     lowest=min(by_rate[best]),
                     highest=max(by_rate[best]),
+                    half_width=t_interval(by_rate[best]).half_width,
                     seeds=len(by_rate[best]),
                     rates=len(by_rate),
                     edge=int(best in (min(by_rate), max(by_rate))),

@@ -39,6 +39,9 @@ class Architecture:
             published names.
         keys: further keys of the file, or others in place of those that all have.
         yarn: whether `keys` says how a rotary embedding is stretched.
+        layers: how many layers the file has.
+        without_experts: the architecture of models of the family in which no layer has experts; None where there are
+            no such ones.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Architecture:
     convert: Callable[[str, Tensor, ModelConfig], Tensors] = _as_it_is
     keys: Callable[[ModelConfig], Keys] = _nothing
     yarn: bool = False
+    layers: Callable[[ModelConfig], int] = lambda model: model.n_layers
+    without_experts: "Architecture | None" = None
 
 
 def dense_layers(model: ModelConfig) -> list[int]:

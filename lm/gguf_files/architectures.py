@@ -2,7 +2,7 @@
 
 from foundation.serialize import nearest
 from lm.config import ModelConfig
-from lm.gguf_files.architecture import Architecture
+from lm.gguf_files.architecture import Architecture, dense_layers
 from lm.gguf_files.latent import LATENT
 from lm.gguf_files.recurrent import RECURRENT
 from lm.gguf_files.softmax import SOFTMAX
@@ -19,6 +19,10 @@ def architecture_of(model_type: str, model: ModelConfig, place: str) -> Architec
     if model_type not in ARCHITECTURES:
         raise ValueError(f"{place}: no GGUF file of {model_type} can be written; {nearest(model_type, ARCHITECTURES)}")
     found = ARCHITECTURES[model_type]
+    if len(dense_layers(model)) == model.n_layers:
+        if found.without_experts is None:
+            raise ValueError(f"{place}: llama.cpp's {found.name} has no model without experts; legal: one with some")
+        found = found.without_experts
     if wrong := found.check(model):
         raise ValueError(f"{place}: llama.cpp's {found.name} has no {'; no '.join(wrong)}")
     return found

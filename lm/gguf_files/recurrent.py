@@ -1,15 +1,26 @@
-"""Families whose layers are mostly recurrent: gated DeltaNet in Qwen3-Next and Qwen3.5, Mamba-2 in Granite 4.
+"""Families whose layers are mostly recurrent: gated DeltaNet in Qwen3-Next and Qwen3.5, Mamba-2 in Granite 4 and
+Nemotron-H.
 
 Legend: H heads of values, J heads of keys, K key width, V value width, W convolution width.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm.config import ModelConfig
-from lm.gguf_files.architecture import Architecture, Keys, Tensors, no_dense_layers, renormalised
+from lm.gguf_files.architecture import (
+    SIGMOID,
+    Architecture,
+    Keys,
+    Tensors,
+    no_dense_layers,
+    renormalised,
+    sparse_moe,
+)
 
 
 def _qwen3_next(model: ModelConfig) -> list[str]:
@@ -151,6 +162,75 @@ def _granite_keys(model: ModelConfig) -> Keys:
     }
 
 
+def _nemotron_h(model: ModelConfig) -> list[str]:
+    blocks, wrong = [model.block(layer) for layer in range(model.n_layers)], []
+    experts = [block.moe for block in blocks if block.moe.n_experts > 1]
+    if experts and any(block.moe.n_experts == 1 and block.moe.d_expert for block in blocks):
+        wrong.append("MLPs beside experts; legal: either")
+    if any(getattr(moe.router.policy, "n_groups", 1) > 1 for moe in experts):
+        wrong.append("groups of experts; legal: n_group = 1")
+    # llama.cpp has none, as transformers' step for a single token; a thousandth is what published models have.
+    if model.attention.mamba_step_floor > 1e-3:
+        wrong.append(f"shortest time step of {model.attention.mamba_step_floor}; legal: up to 0.001")
+    return wrong
+
+
+def _nemotron_h_layers(model: ModelConfig) -> list[tuple[str, int]]:
+    """Published layers: "D" or "F" where one mixes across tokens, "" for experts or an MLP, and the latter's width."""
+    layers = []
+    for block in map(model.block, range(model.n_layers)):
+        layers.append((block.letter, 0))
+        if block.moe.d_expert:
+            layers.append(("", block.moe.d_expert))
+    return layers
+
+
+def _nemotron_h_tensors(name: str, tensor: Tensor, model: ModelConfig) -> Tensors:
+    if ".mixer.experts." in name:
+        yield name.replace("backbone.", "model.").replace(".mixer.", ".mlp."), tensor
+    elif name.endswith("e_score_correction_bias"):
+        yield name.replace("e_score_correction_bias", "e_score_correction.bias"), tensor
+    else:
+        yield from _mamba_tensors(name, tensor, model)
+
+
+def _nemotron_h_dense_keys(model: ModelConfig) -> Keys:
+    layers = _nemotron_h_layers(model)
+    return {
+        **_mamba_keys(model),
+        # llama.cpp asks for it under either name.
+        "attention.layer_norm_epsilon": model.norm_eps,
+        # A layer without heads and without width is Mamba-2, one with a width an MLP or experts.
+        "attention.head_count_kv": [model.attention.n_kv_heads * (letter == "F") for letter, _ in layers],
+        "feed_forward_length": [width for _, width in layers],
+    }
+
+
+def _nemotron_h_keys(model: ModelConfig) -> Keys:
+    moe = sparse_moe(model)
+    return {
+        **_nemotron_h_dense_keys(model),
+        "expert_shared_count": 1,
+        "expert_shared_feed_forward_length": moe.d_shared,
+        "expert_gating_func": SIGMOID,
+        "expert_weights_norm": moe.router.renormalise,
+        "expert_weights_scale": moe.router.scaling,
+        **({"moe_latent_size": moe.d_latent} if moe.d_latent else {}),
+    }
+
+
+def _nemotron_h_architecture(name: str, keys: Callable[[ModelConfig], Keys], **more: Any) -> Architecture:
+    return Architecture(
+        name=name,
+        check=_nemotron_h,
+        pre_tokenizer="pixtral",
+        convert=_nemotron_h_tensors,
+        keys=keys,
+        layers=lambda model: len(_nemotron_h_layers(model)),
+        **more,
+    )
+
+
 RECURRENT: dict[str, Architecture] = {
     "qwen3_next": Architecture(
         name="qwen3next",
@@ -172,5 +252,10 @@ RECURRENT: dict[str, Architecture] = {
         pre_tokenizer="refact",
         convert=_granite_tensors,
         keys=_granite_keys,
+    ),
+    "nemotron_h": _nemotron_h_architecture(
+        "nemotron_h_moe",
+        _nemotron_h_keys,
+        without_experts=_nemotron_h_architecture("nemotron_h", _nemotron_h_dense_keys),
     ),
 }

@@ -23,7 +23,7 @@ from foundation.files import fsync_path, naming, require_space
 from foundation.serialize import load_json
 from lm.accounting import meta_model
 from lm.config import ModelConfig
-from lm.gguf_files.architecture import Architecture, sparse_moe
+from lm.gguf_files.architecture import Architecture, dense_layers, sparse_moe
 from lm.gguf_files.architectures import architecture_of
 from lm.gguf_files.vocabulary import add_vocabulary
 from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE, check_folder, find_model, refuse_packed
@@ -37,8 +37,9 @@ Type = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FILE_TYPES: dict[str, int] = {
     **{"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32},
 }
-# Routers and gates of shared experts; llama.cpp's convolutions take nothing else.
-FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv", "ssm_a", "ssm_d", "ssm_norm")
+# Routers and gates of shared experts; llama.cpp's convolutions take nothing else, and neither do its biases, which are
+# matrices of experts.
+FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv", "ssm_a", "ssm_d", "ssm_norm", ".bias")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -120,29 +121,20 @@ def add_sizes(
     writer: Any, architecture: Architecture, model: ModelConfig, *, context: int | None, file_type: str
 ) -> None:
     """What a file says of a model beside its tensors and its tokenizer."""
-    attention, moe = model.attention, sparse_moe(model)
-    k = moe.router.policy.fixed_experts
-    policies = [block.moe.router.policy for block in map(model.block, range(model.n_layers)) if block.moe.n_experts > 1]
-    if k is None or type(moe.router.policy) is not TopK or any(policy != moe.router.policy for policy in policies):
-        raise ValueError(
-            f"{type(moe.router.policy).__name__}: llama.cpp gives every token of every layer as many experts; legal:"
-            " TopK with one k"
-        )
+    attention = model.attention
     if attention.yarn is not None and not architecture.yarn:
         raise ValueError("AttentionConfig.yarn: a stretched rotary embedding is not written; legal: None")
     writer.add_file_type(FILE_TYPES[file_type])
     writer.add_quantization_version(2)
     usual = {
-        "block_count": model.n_layers,
+        "block_count": architecture.layers(model),
         # What the published model was made for; llama.cpp asks for a number and runs others.
         "context_length": context or 4096,
         "vocab_size": model.vocab_size,
         "embedding_length": model.d_model,
         # Of dense layers, where there are some.
         "feed_forward_length": model.block(0).moe.d_expert,
-        "expert_feed_forward_length": moe.d_expert,
-        "expert_count": moe.n_experts,
-        "expert_used_count": int(k),
+        **(_expert_sizes(model) if len(dense_layers(model)) < model.n_layers else {}),
         "attention.head_count": attention.n_heads,
         "attention.head_count_kv": attention.n_kv_heads,
         "attention.key_length": attention.head_dim,
@@ -154,6 +146,22 @@ def add_sizes(
     adds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for name, value in {**usual, **architecture.keys(model)}.items():
         adds.get(type(value), writer.add_array)(f"{architecture.name}.{name}", value)
+
+
+def _expert_sizes(model: ModelConfig) -> dict[str, int]:
+    moe = sparse_moe(model)
+    k = moe.router.policy.fixed_experts
+    policies = [block.moe.router.policy for block in map(model.block, range(model.n_layers)) if block.moe.n_experts > 1]
+    if k is None or type(moe.router.policy) is not TopK or any(policy != moe.router.policy for policy in policies):
+        raise ValueError(
+            f"{type(moe.router.policy).__name__}: llama.cpp gives every token of every layer as many experts; legal:"
+            " TopK with one k"
+        )
+    return {
+        "expert_feed_forward_length": moe.d_expert,
+        "expert_count": moe.n_experts,
+        "expert_used_count": int(k),
+    }
 
 
 def _planned(
@@ -177,7 +185,7 @@ def _tensors(
         ValueError: for a published tensor that the architecture has no place for.
     """
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(arch, model.n_layers)
+    names = gguf.get_tensor_name_map(arch, architecture.layers(model))
     shapes = meta_model(model).state_dict()
     for stored in family.tensors(model):
         whole = shapes[stored.ours] if weights is None else weights.read(stored.ours)

@@ -110,6 +110,8 @@ def describe_blocks(config: ModelConfig) -> Iterator[dict[str, Any]]:
     for layer, letter in enumerate(letters):
         block = config.block(layer)
         try:
+            if block.shortcut:
+                raise ValueError("BlockConfig.shortcut: True; legal: False")
             yield {
                 "letter": letter,
                 "norm": block.norm,
@@ -135,6 +137,8 @@ def _attention(block: BlockConfig, layer: int, n_layers: int) -> dict[str, Any]:
     if block.letter == "M":
         described |= {"mixed_heads": attention.mixed_heads, "mixed_window": attention.mixed_window}
     if block.letter == "A":
+        if attention.latent_gain != 1.0:
+            raise ValueError(f"AttentionConfig.latent_gain: {attention.latent_gain}; legal: 1")
         shape = latent_shape(attention)
         scale = attention.latent_scale * (shape.shared + shape.key) ** -0.5
         described |= {"latent_shape": tuple(shape), "latent_scale": scale}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foundation.files import CorruptFileError, DiskFullError, read_json, write_json
+from lm.published.mxfp4 import BLOCKS, GROUP, SCALES, dequantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -46,6 +47,8 @@ class Checkpoint:
         self.folder, self.single = folder, single
         self.entries: dict[str, Entry] = {}
         self._names: dict[str, str] = {}
+        self._rows: dict[str, tuple[str, slice]] = {}
+        self._packed: dict[str, dict[str, Entry]] = {}
         self._files: dict[str, Any] = {}
         promised = self._promised()
         shards = sorted(set(promised.values())) or [single]
@@ -71,7 +74,17 @@ class Checkpoint:
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(f"{self.folder / entry.shard}: {name} is {entry.dtype}; legal: {', '.join(DTYPES)}")
-        return self._files[entry.shard].get_tensor(self._names.get(name, name))
+        file = self._files[entry.shard]
+        if name in self._packed:
+            blocks, scales = (self._files[one.shard].get_tensor(name + end) for end, one in self._packed[name].items())
+            try:
+                return dequantised(blocks, scales)
+            except ValueError as error:
+                raise CorruptFileError(f"{self.folder / entry.shard}: {name}: {error}") from None
+        if name in self._rows:
+            whole, rows = self._rows[name]
+            return file.get_slice(self._names.get(whole, whole))[rows]
+        return file.get_tensor(self._names.get(name, name))
 
     def rename(self, patterns: Mapping[str, str]) -> None:
         """Calls tensors by other names from now on.
@@ -85,6 +98,35 @@ class Checkpoint:
                     self._names[new] = self._names.pop(name, name)
                     self.entries[new] = self.entries.pop(name)
                     break
+
+    def unpack(self) -> int:
+        """Takes tensors in MXFP4, each stored as blocks and scales, for the bf16 ones that they stand for from now on;
+        returns how many there are."""
+        for blocks in [name for name in self.entries if name.endswith(BLOCKS)]:
+            name = blocks.removesuffix(BLOCKS)
+            parts = {end: self.entries.get(name + end) for end in (BLOCKS, SCALES)}
+            found = {end: part for end, part in parts.items() if part is not None and part.dtype == "U8"}
+            if len(found) == 2 and len(found[BLOCKS].shape) == 4:
+                E, F, G, _ = found[BLOCKS].shape
+                for end in found:
+                    del self.entries[name + end]
+                self._packed[name] = found
+                self.entries[name] = Entry(found[BLOCKS].shard, (E, G * GROUP, F), "BF16")
+        return len(self._packed)
+
+    def cut(self, pieces: Mapping[str, Mapping[str, int]]) -> None:
+        """Takes tensors for several from now on, one below the other.
+
+        Args:
+            pieces: of a tensor, the names and heights of what it is made of. One of another height stays as it is.
+        """
+        for whole, heights in pieces.items():
+            if whole in self.entries and self.entries[whole].shape[:1] == (sum(heights.values()),):
+                entry, at = self.entries.pop(whole), 0
+                for name, height in heights.items():
+                    self.entries[name] = entry._replace(shape=(height, *entry.shape[1:]))
+                    self._rows[name] = whole, slice(at, at + height)
+                    at += height
 
     def _promised(self) -> dict[str, str]:
         """By tensor, the file that the index says it is in; empty without an index."""

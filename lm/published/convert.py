@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import safetensors.torch
 import torch
 import tyro
 from torch import Tensor
@@ -37,6 +38,7 @@ from lm.published.layouts import Stored
 # Where a model folder keeps what it was imported from.
 BESIDE = "published"
 DTYPES_FILE = "dtypes.json"
+KEPT_FILE = "kept.safetensors"
 # Small files that belong to a published model and go through unchanged.
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -48,7 +50,7 @@ MOST_LISTED = 10
 # Tokens of a row of text that is kept with a model.
 CALIBRATION_LENGTH = 256
 # Fields of `ModelConfig` that a block may have of its own.
-BLOCK_FIELDS = ("attention", "moe", "norm", "residual")
+BLOCK_FIELDS = ("attention", "moe", "norm", "residual", "shortcut")
 # Fields that say how a model is trained or computed here, of which a published config.json knows nothing.
 OF_OURS = ("dtype", "backend", "chunk_size", "balance_coefficient", "z_coefficient", "selection_bias_step")
 OF_OURS += ("three_level_balance",)
@@ -124,8 +126,10 @@ def import_model(config: ImportConfig) -> str:
     if config.dtype is not None:
         model = dataclasses.replace(model, dtype=config.dtype)
     checkpoint = Checkpoint(config.source)
+    unpacked = checkpoint.unpack()
     checkpoint.rename(family.other_names(model))
-    left_out = _check_tensors(family, model, checkpoint)
+    checkpoint.cut(family.pieces(model))
+    left_out, kept = _check_tensors(family, model, checkpoint)
     stored = {one.ours: one for one in family.tensors(model)}
     usual = values.get("dtype") or values.get("torch_dtype") or "float32"
     dtypes = {
@@ -142,6 +146,9 @@ def import_model(config: ImportConfig) -> str:
     beside = {f"{BESIDE}/{name}": content for name, content in beside.items()}
     beside[f"{BESIDE}/{CONFIG_FILE}"] = (config.source / CONFIG_FILE).read_bytes()
     beside[f"{BESIDE}/{DTYPES_FILE}"] = json_text(dtypes).encode()
+    if kept:
+        stored_as = {name: checkpoint.read(name).contiguous() for name in kept}
+        beside[f"{BESIDE}/{KEPT_FILE}"] = safetensors.torch.save(stored_as)
     tokenizer, without = _tokenizer(config.source, model)
     calibration_BT = None
     if config.text:
@@ -154,8 +161,13 @@ def import_model(config: ImportConfig) -> str:
     save_tensors(config.out, model, state, calibration_BT, tokenizer, beside)
     count = sum(tensor.numel() for name, tensor in state.items() if name in stored)
     lines = [f"{config.out}: {family.model_type}, {count:,} parameters, {model.n_layers} blocks {model.layer_plan}"]
-    for reason, tensors in sorted(Counter(left_out.values()).items()):
-        lines.append(f"left out: {tensors} tensors of {reason}")
+    if unpacked:
+        lines.append(
+            f"{unpacked} tensors were MXFP4: they are bf16 here, exactly, and will be bf16 where they are exported"
+        )
+    for what, reasons in (("left out", left_out), ("kept for export", kept)):
+        for reason, tensors in sorted(Counter(reasons.values()).items()):
+            lines.append(f"{what}: {tensors} tensors of {reason}")
     if without is not None:
         lines.append(f"without a tokenizer: {without}")
     return "\n".join(lines)
@@ -218,6 +230,7 @@ def export_model(config: ExportConfig) -> str:
         named = [name for name in family.aliases.get(EXPERTS_PER_TOKEN, ()) if name in values]
         values |= dict.fromkeys((EXPERTS_PER_TOKEN, *named), experts)
     values |= {name: value for name, value in family.after_export.items() if name in values}
+    values = {name: value for name, value in values.items() if name not in family.after_export or value is not None}
     described = family.configuration(values, f"{config.out}/{CONFIG_FILE}")
     if config.experts is not None:
         model = _with_policies(model, described)
@@ -231,7 +244,15 @@ def export_model(config: ExportConfig) -> str:
     where = {name: one for one in stored for name in one.theirs}
     shapes = _published_shapes(model, stored)
     dtype_of = {name: dtypes.get(name, getattr(torch, usual)) for name in where}
-    sizes = {name: shapes[name].numel() * dtype_of[name].itemsize for name in where}
+    pieces = {name: list(heights) for name, heights in family.pieces(model).items()}
+    inside = {piece for names in pieces.values() for piece in names}
+    written = {name: [name] for name in where if name not in inside} | pieces
+    sizes = {
+        name: sum(shapes[part].numel() * dtype_of[part].itemsize for part in parts) for name, parts in written.items()
+    }
+    kept = Checkpoint(origin, KEPT_FILE) if (origin / KEPT_FILE).is_file() else None
+    unread = {} if kept is None else kept.entries
+    sizes |= {name: torch.Size(one.shape).numel() * DTYPES[one.dtype].itemsize for name, one in unread.items()}
     config.out.parent.mkdir(parents=True, exist_ok=True)
     require_space(config.out.parent, sum(sizes.values()), f"the model {config.out}")
     with atomic_folder(config.out, replace=True) as temporary:
@@ -240,9 +261,14 @@ def export_model(config: ExportConfig) -> str:
                 (temporary / path.name).write_bytes(path.read_bytes())
         write_json(temporary / CONFIG_FILE, values)
         parts = _Parts(weights)
-        write_checkpoint(
-            temporary, sizes, lambda name: parts.of(where[name], name).to(dtype_of[name]), config.shard_bytes
-        )
+
+        def tensor(name: str) -> Tensor:
+            if kept is not None and name in unread:
+                return kept.read(name)
+            found = [parts.of(where[part], part).to(dtype_of[part]) for part in written[name]]
+            return torch.cat(found) if name in pieces else found[0]
+
+        write_checkpoint(temporary, sizes, tensor, config.shard_bytes)
     return f"{config.out}: {family.model_type}, {sum(shape.numel() for shape in shapes.values()):,} parameters"
 
 
@@ -315,24 +341,25 @@ def _other_heights(expected: Mapping[str, torch.Size], entries: Mapping[str, Ent
     return found if whole[0] == whole[1] else {}
 
 
-def _check_tensors(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, str]:
-    """Refuses a checkpoint that is not what its config.json says; returns what it has beside the decoder, with what
-    that is."""
+def _check_tensors(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, str]]:
+    """Refuses a checkpoint that is not what its config.json says; returns what it has beside the decoder, and what is
+    kept unread, each with what that is."""
     stored = list(family.tensors(model))
     expected = _published_shapes(model, stored)
-    entries, left_out = checkpoint.entries, {}
+    entries, left_out, kept = checkpoint.entries, {}, {}
     for one in stored:
         if one.any_heights:
             expected |= _other_heights({name: expected[name] for name in one.theirs}, entries)
     for name in entries.keys() - expected.keys():
-        for pattern, reason in family.beside(model).items():
-            if re.fullmatch(pattern, name):
-                left_out[name] = reason
+        for found, patterns in ((left_out, family.beside(model)), (kept, family.kept(model))):
+            for pattern, reason in patterns.items():
+                if re.fullmatch(pattern, name):
+                    found[name] = reason
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in entries]
     unexpected = [
         f"{name} {list(entry.shape)}"
         for name, entry in entries.items()
-        if name not in expected and name not in left_out
+        if name not in expected and name not in left_out and name not in kept
     ]
     other = [
         f"{name} {list(entries[name].shape)} instead of {list(shape)}"
@@ -346,7 +373,7 @@ def _check_tensors(family: Family, model: ModelConfig, checkpoint: Checkpoint) -
     ]
     if problems:
         raise ValueError(f"{checkpoint.folder}: tensors and config.json disagree: {'; '.join(problems)}")
-    return left_out
+    return left_out, kept
 
 
 def _check_unstored(folder: Path, weights: Checkpoint, stored: list[Stored]) -> None:

@@ -13,7 +13,6 @@ from lm.config import ModelConfig
 from lm.published.family import (
     Family,
     decoder_tensors,
-    read_rotary,
     read_sigmoid_experts,
     read_sizes,
     sigmoid_experts_tensors,
@@ -21,6 +20,7 @@ from lm.published.family import (
 )
 from lm.published.fields import Fields
 from lm.published.layouts import SAME, Stored, below, headwise, reordered
+from lm.published.rotary import read_rotary
 
 # The norms of latents have it whatever config.json says of the others.
 LATENT_EPS = 1e-6
@@ -116,10 +116,14 @@ def tensors(config: ModelConfig) -> Iterator[Stored]:
         yield from sigmoid_experts_tensors(layer, block.moe)
 
 
-def latent_tensors(layer: int, attention: AttentionConfig) -> Iterator[Stored]:
+def latent_tensors(layer: int, attention: AttentionConfig, theirs: str | None = None) -> Iterator[Stored]:
     """A layer of latent attention. Published heads have the shared channels behind their own, and where positions turn
-    them, the two of a pair next to each other; ours have them in front, all first ones and then all second ones."""
-    ours, theirs = f"blocks.{layer}.attention", f"model.layers.{layer}.self_attn"
+    them, the two of a pair next to each other; ours have them in front, all first ones and then all second ones.
+
+    Args:
+        theirs: the published module.
+    """
+    ours, theirs = f"blocks.{layer}.attention", theirs or f"model.layers.{layer}.self_attn"
     H, K, R, V, C, turned = latent_shape(attention)
     pairs = [*range(0, R, 2), *range(1, R, 2)] if turned else list(range(R))
     head = [*(K + channel for channel in pairs), *range(K)]

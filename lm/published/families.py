@@ -8,6 +8,7 @@ from lm.published import (
     granitemoehybrid,
     kimi_linear,
     lfm2_moe,
+    longcat_flash,
     minimax,
     nemotron_h,
     olmo_hybrid,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         granitemoehybrid.FAMILY,
         lfm2_moe.FAMILY,
         olmo_hybrid.FAMILY,
+        longcat_flash.FAMILY,
         minimax.FAMILY,
     )
 }

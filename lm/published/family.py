@@ -6,16 +6,15 @@ Legend: D model width, F expert width, E experts, H query heads, G key/value hea
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from attention.config import AttentionConfig
-from attention.yarn import Yarn
 from lm.accounting import meta_model
 from lm.config import BlockOverride, ModelConfig
 from lm.published.fields import Fields
 from lm.published.layouts import SAME, Stored, below, experts, headwise, rows, transposed_rows
+from lm.published.rotary import read_rotary, without_rotary
 from moe.config import MoEConfig
 from routing.policies.top_k import TopK
 from routing.router import RouterConfig
@@ -27,6 +26,8 @@ NORMS = {
 }
 # What the two or three matrices of an MLP are called: gate, up, down.
 PARTS = ("gate_proj", "up_proj", "down_proj")
+# What is said of quantised weights beside the method, and shows in the files themselves.
+QUANTISED = ("modules_to_not_convert", "dequantize")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,12 @@ class Family:
             are left out.
         other_names: what files also call tensors, by regular expression, each with what turns it into the name that
             `tensors` has; export writes the latter.
-        after_export: fields of config.json that export sets where they are, because what they speak of was left out.
+        pieces: published tensors that hold several things below each other of which ours are apart: the names that
+            `tensors` has for these, and their heights.
+        kept: published tensors that are stored, and that nothing reads, by regular expression, each with what it is:
+            import keeps them beside the model, export writes them again.
+        after_export: fields of config.json that export sets where they are, because what they speak of was left out;
+            to None: that it leaves out.
         tiny: fields of a small model of the family, with which `python -m lm parity` holds ours against transformers'.
         delta_rule: whether layers with a delta rule are among it: rounding grows in them, on both sides.
     """
@@ -54,6 +60,8 @@ class Family:
     aliases: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     beside: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     other_names: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
+    pieces: Callable[[ModelConfig], Mapping[str, Mapping[str, int]]] = lambda config: {}
+    kept: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     after_export: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     delta_rule: bool = False
@@ -75,14 +83,25 @@ class Family:
         return config
 
 
-def read_sizes(fields: Fields, *, n_layers: int | None = None, tied: bool = False) -> dict[str, Any]:
-    """Arguments of `ModelConfig` that every family has, and what none of ours may have: quantised weights.
+def read_sizes(
+    fields: Fields, *, n_layers: int | None = None, tied: bool = False, packed: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Arguments of `ModelConfig` that every family has.
 
     Args:
+        packed: ways to quantise weights that `Checkpoint.unpack` reads.
         n_layers: where it is not the file's number.
         tied: whether the head is the embedding, where the file does not say.
     """
-    fields.only("quantization_config", None)
+    if (quantised := fields.part("quantization_config")) is not None:
+        method = quantised.get("quant_method", str, "")
+        if method not in packed:
+            raise ValueError(
+                f"{fields.place}: quantization_config with quant_method = {method!r} is not supported; legal:"
+                f" {', '.join((*map(repr, packed), 'none at all'))}: dequantise the weights and save them first"
+            )
+        # Which modules are not, the file of weights shows.
+        quantised.done(QUANTISED)
     fields.only("hidden_act", "silu")
     dtype = fields.get("dtype", str, None) or fields.get("torch_dtype", str, "float32")
     fields.get("torch_dtype", str, None)
@@ -124,57 +143,6 @@ def read_attention(
         **(read_rotary(fields, rope_base, rotary_fraction) if positions else without_rotary(fields)),
         **{"norm_eps": fields.get("rms_norm_eps", float), **options},
     )
-
-
-def without_rotary(fields: Fields) -> dict[str, Any]:
-    """What `AttentionConfig` says of a rotary embedding that is not there, whatever the file says of one."""
-    for name in ("rope_theta", "partial_rotary_factor"):
-        fields.get(name, float, None)
-    for name in ("rope_scaling", "rope_parameters"):
-        fields.part(name)
-    return {"rotary_fraction": 0.0}
-
-
-def read_rotary(fields: Fields, base: float, fraction: float) -> dict[str, Any]:
-    """What `AttentionConfig` says of the rotary embedding, from what transformers writes since its version 5
-    (`rope_parameters`), or wrote before.
-
-    Args:
-        base: where the file has none, and so `fraction`.
-    """
-    base = fields.get("rope_theta", float, base)
-    fraction = fields.get("partial_rotary_factor", float, fraction)
-    before, since, yarn, scale = fields.part("rope_scaling"), fields.part("rope_parameters"), None, 1.0
-    if (rope := since or before) is not None:
-        rope.aliases = {"rope_type": ("type",)}
-        kind = rope.get("rope_type", str, "default")
-        rope.only("rope_type", "default", "yarn")
-        base = rope.get("rope_theta", float, base)
-        fraction = rope.get("partial_rotary_factor", float, fraction)
-        if kind == "yarn":
-            factor = rope.get("factor", float)
-            turned, all_channels = rope.get("mscale", float, 0.0), rope.get("mscale_all_dim", float, 0.0)
-            scale = growth(factor, all_channels) ** 2
-            yarn = Yarn(
-                factor=factor,
-                original_length=rope.get("original_max_position_embeddings", int),
-                fast_turns=rope.get("beta_fast", float, 32.0),
-                slow_turns=rope.get("beta_slow", float, 1.0),
-                magnitude=rope.get(
-                    "attention_factor",
-                    float,
-                    growth(factor, turned) / growth(factor, all_channels) if turned and all_channels else None,
-                ),
-                whole_pairs=rope.get("truncate", bool, True),
-            )
-        rope.done(())
-    # The last is of latent attention alone, and the published softmax layers ignore it as ours do.
-    return {"rope_base": base, "rotary_fraction": fraction, "yarn": yarn, "latent_scale": scale}
-
-
-def growth(factor: float, mscale: float) -> float:
-    """What YaRN multiplies queries and keys by, in DeepSeek's terms (arXiv 2405.04434)."""
-    return 0.1 * mscale * math.log(factor) + 1.0
 
 
 def read_softmax_experts(fields: Fields, n_layers: int, *, renormalise: bool, **options: Any) -> MoEConfig:

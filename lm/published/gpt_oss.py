@@ -28,7 +28,8 @@ LETTERS = {"sliding_attention": "S", "full_attention": "F"}
 
 def read(fields: Fields) -> ModelConfig:
     """See `Family.read`."""
-    sizes = read_sizes(fields)
+    # Weights of experts are published in MXFP4, and go out as bf16.
+    sizes = read_sizes(fields, packed=("mxfp4",))
     # Says again what the stretched rotary embedding says.
     fields.get("initial_context_length", int, None)
     usual = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(sizes["n_layers"])]
@@ -82,6 +83,7 @@ FAMILY = Family(
     read=read,
     tensors=tensors,
     aliases={"num_experts": ("num_local_experts",), "num_experts_per_tok": ("experts_per_token",)},
+    after_export={"quantization_config": None},
     tiny={
         **{"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 24, "sliding_window": 8},
         "num_local_experts": 8,

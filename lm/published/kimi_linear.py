@@ -18,10 +18,10 @@ from lm.published.family import (
     read_sizes,
     sigmoid_experts_tensors,
     with_dense,
-    without_rotary,
 )
 from lm.published.fields import Fields
 from lm.published.layouts import SAME, Stored, below, reshaped, rows
+from lm.published.rotary import without_rotary
 
 LETTERS = {"linear_attention": "K", "full_attention": "A"}
 

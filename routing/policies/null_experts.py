@@ -13,6 +13,7 @@ Legend: T tokens, Z null columns, K slots per token.
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from routing.budget import BudgetController
 from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds, check_k, gain_from
@@ -97,10 +98,10 @@ class NullExpertsPolicy(Policy):
         assert scores.null_TZ is not None
         expert_TK, score_TK = best(scores, config.k)
         n_rivals = min(config.k, config.n_null)
-        null_TK = scores.null_TZ.topk(n_rivals, dim=-1)[0]
+        null_TK, rival_TK = self.rivals(scores.null_TZ, n_rivals)
         # Slot j meets null column k-j+1; slots whose rival does not exist are always real.
         level_TK = torch.full_like(score_TK, -torch.inf)
-        level_TK[:, config.k - n_rivals :] = null_TK.detach().flip(-1)
+        level_TK[:, config.k - n_rivals :] = rival_TK.flip(-1)
         level_TK -= scores.selection_TE.gather(-1, expert_TK)
         level_TK[:, : config.floor] = -torch.inf
         keep_TK = self.within_budget(level_TK)
@@ -111,3 +112,8 @@ class NullExpertsPolicy(Policy):
         chosen_TK = torch.arange(n_rivals, device=keep_TK.device) < n_null_T
         rest_T = (null_TK * chosen_TK).sum(dim=-1)
         return Slots(expert_TK, score_TK, keep_TK, rest_T if self.gain is None else rest_T * self.gain())
+
+    def rivals(self, null_TZ: Tensor, n_rivals: int) -> tuple[Tensor, Tensor]:
+        """The best null columns of each token, best first: what they weigh, and, detached, what they compete by."""
+        null_TK = null_TZ.topk(n_rivals, dim=-1)[0]
+        return null_TK, null_TK.detach()

@@ -8,11 +8,12 @@ columns, with K_e real experts wanted among K slots, N experts and T_i of T_all 
 holds the number of real experts and their balance at once. Without it the two are apart: the bias common to the null
 columns, moved by `BudgetController`, holds the number exactly, and `RouterConfig.selection_bias_step` the balance.
 
-Legend: T tokens, E experts.
+Legend: T tokens, E experts, Z null columns, K slots per token.
 """
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from routing.policies.null_experts import NullExperts, NullExpertsPolicy
@@ -34,10 +35,13 @@ class ZeroComputationExperts(NullExperts):
         apart: see `NullExperts`.
         bias_rate: mu of LongCat's controller, which then replaces the budget's in training (leave selection_bias_step
             at 0); calibration stays.
+        column_bias: every null column has a selection bias of its own, as those of real experts: published weights
+            have them, and nothing here moves them.
     """
 
     floor: int = 0
     bias_rate: float = 0.0
+    column_bias: bool = False
 
     @property
     def needs_shared_expert(self) -> bool:
@@ -49,6 +53,8 @@ class ZeroComputationExperts(NullExperts):
 
 
 class ZeroComputationPolicy(NullExpertsPolicy):
+    column_bias_Z: Tensor
+
     def __init__(self, config: ZeroComputationExperts, *, n_experts: int) -> None:
         if not config.null_weighs:
             raise ValueError(
@@ -60,6 +66,8 @@ class ZeroComputationPolicy(NullExpertsPolicy):
                 f" (is {config.target_mean})"
             )
         super().__init__(config, n_experts=n_experts)
+        if config.column_bias:
+            self.register_buffer("column_bias_Z", torch.zeros(config.n_null))
         if config.bias_rate > 0:
             # Two controllers of one number would fight.
             assert self.budget is not None
@@ -70,6 +78,12 @@ class ZeroComputationPolicy(NullExpertsPolicy):
         if config.bias_rate == 0:
             return None
         return config.bias_rate / config.k * (config.target_mean / rows_E.shape[0] - rows_E / n_tokens.clamp_min(1))
+
+    def rivals(self, null_TZ: Tensor, n_rivals: int) -> tuple[Tensor, Tensor]:
+        if not self.config.column_bias:
+            return super().rivals(null_TZ, n_rivals)
+        rival_TK, column_TK = (null_TZ.detach() + self.column_bias_Z).topk(n_rivals, dim=-1)
+        return null_TZ.gather(-1, column_TK), rival_TK
 
     def select(self, scores: Scores) -> Slots:
         slots = super().select(scores)

@@ -94,8 +94,9 @@ def test_rows_are_the_bytes_of_real_caches(tmp_path, pattern, dtype, capsys):
     assert f"holds {cache.nbytes():,} bytes" in capsys.readouterr().out
 
 
-def test_eight_bits_and_what_they_change(tmp_path, capsys):
-    main(["cache", "--layer-plan", "SSSFSSSR", "--length", "64k", "--eight-bits"])
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_eight_bits_and_what_they_change(tmp_path, capsys, name):
+    main(["cache", "--layer-plan", "SSSFSSSR", "--length", "64k", "--eight-bits", name])
     said = capsys.readouterr().out
     # 128 numbers and a scale in fp32 where bf16 takes 256 bytes.
     assert re.search(r"^F +1 +2,112 +138,412,032 ", said, re.MULTILINE)
@@ -105,9 +106,9 @@ def test_eight_bits_and_what_they_change(tmp_path, capsys):
     config = ModelConfig(vocab_size=60, d_model=32, n_layers=2, layer_plan="SF", attention=attention, moe=moe)
     tokens_BT = torch.randint(60, (16, 33), generator=torch.Generator().manual_seed(0))
     save_pretrained(tmp_path / "model", LanguageModel(config).init_weights(0), tokens_BT)
-    main(["cache", "--run", str(tmp_path), "--length", "1k", "--eight-bits"])
+    main(["cache", "--run", str(tmp_path), "--length", "1k", "--eight-bits", name])
     assert re.search(
-        r"in 8 bits, on 256 tokens of .* bits per token beside \d\.\d+, divergence", capsys.readouterr().out
+        rf"in {name}, on 256 tokens of .* bits per token beside \d\.\d+, divergence", capsys.readouterr().out
     )
 
 

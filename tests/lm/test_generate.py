@@ -151,18 +151,20 @@ def test_a_cache_in_eight_bits_generates_nearly_the_same(plan):
     torch.nn.init.normal_(model.head_VD, std=0.5, generator=torch.Generator().manual_seed(1))
     prompts, greedy = [[3, 1, 4, 1, 5], [9], [2, 6, 5]], SamplingConfig(temperature=0)
     texts, sizes = {}, {}
-    for eight_bits in (False, True):
+    for eight_bits in (None, "int8", "fp8"):
         steps = list(generate_batch(model, prompts, max_new_tokens=4, sampling=greedy, eight_bits=eight_bits))
         texts[eight_bits] = [(step.text, step.token) for step in steps]
         sizes[eight_bits] = steps[-1].cache_bytes
         assert all(math.isfinite(step.nats) for step in steps)
-    assert sum(a == b for a, b in zip(texts[False], texts[True])) >= 9
-    assert sizes[True] < sizes[False]
-    found = cache_rounding(model, torch.randint(50, (4, 80), generator=torch.Generator().manual_seed(0)))
-    assert found.tokens == 4 * 79
-    assert 0 < found.divergence < 1e-2
-    assert abs(found.bits_more) < 0.02
-    assert found.same > 0.9
+    assert sizes["int8"] == sizes["fp8"] < sizes[None]
+    for name, divergence, same in (("int8", 1e-2, 0.9), ("fp8", 0.1, 0.75)):
+        assert sum(a == b for a, b in zip(texts[None], texts[name])) >= 9
+        tokens_BT = torch.randint(50, (4, 80), generator=torch.Generator().manual_seed(0))
+        found = cache_rounding(model, tokens_BT, name)
+        assert found.tokens == 4 * 79
+        assert 0 < found.divergence < divergence
+        assert abs(found.bits_more) < 0.02
+        assert found.same > same
 
 
 def test_experts_side_by_side_are_those_of_the_text(model):

@@ -165,7 +165,7 @@ def test_norms_stand_where_the_configuration_says(norm):
 
     attended_BTD = placed(attention, block.attention_norm, block.attention_out_norm, x_BTD)
     expected_BTD = placed(experts, block.moe_norm, block.moe_out_norm, attended_BTD)
-    out_BTD, _, _ = block(x_BTD, start=0, state=None, shared=None)
+    out_BTD, *_ = block(x_BTD, start=0, state=None, shared=None)
     torch.testing.assert_close(out_BTD, expected_BTD)
     assert ("attention_norm.weight" in block.state_dict()) == (norm != "post")
     assert ("attention_out_norm.weight" in block.state_dict()) == (norm in ("post", "sandwich"))

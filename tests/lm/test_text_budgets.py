@@ -3,6 +3,7 @@ changes between two of its tokens."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +12,11 @@ from lm.__main__ import main
 from lm.budget import set_budget
 from lm.config import ModelConfig
 from lm.generate import generate, generate_batch
+from lm.generation_trace import read_generation, read_scores
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from lm.sampling import SamplingConfig
-from lm.text_budgets import TextBudgets
+from lm.text_budgets import BudgetChange, TextBudgets
 from moe.config import MoEConfig
 from routing.policies.difficulty_head import DifficultyHead
 from routing.policies.null_experts import NullExperts
@@ -142,3 +144,31 @@ def test_the_command_gives_each_prompt_its_budget(tmp_path, capsys):
     with pytest.raises(SystemExit):
         said("--experts", "1", "2", "3")
     assert "3 numbers for 2 prompts" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_command_changes_a_budget_on_the_way_and_records_it(tmp_path, capsys):
+    tokenizer = Tokenizer.train([f"line {n}: the quick brown fox\n" * 5 for n in range(20)], 300)
+    moe = MoEConfig(n_experts=16, d_expert=16, router=RouterConfig(policy=TopP(target_mean=4.0, cap=8)))
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, d_model=32, n_layers=2, moe=moe)
+    tokens_BT = torch.randint(tokenizer.vocab_size, (16, 64), generator=torch.Generator().manual_seed(0))
+    save_pretrained(tmp_path / "model", LanguageModel(config).init_weights(0), tokens_BT, tokenizer)
+    trace = tmp_path / "trace"
+    command = ["generate", "--run", str(tmp_path), "--max-new-tokens", "30", "--prompt", "the", "--trace", str(trace)]
+    main([*command, "--experts", "6", "--experts-at", "20:trained", "10:2"])
+    text, experts_NL = read_generation(trace)
+    assert text.budget == 6
+    assert text.budget_changes == (BudgetChange(10, 2.0), BudgetChange(20, None))
+    scores = read_scores(trace)
+    # What is on record is what was used, by the thresholds that were in force.
+    assert scores.keep_NLK.sum(-1).tolist() == experts_NL.tolist()
+    for layer in range(2):
+        high, low, trained = (scores.threshold_NL[places, layer] for places in np.split(np.arange(30), [10, 20]))
+        assert len({*high}) == len({*low}) == len({*trained}) == 1
+        assert low[0] < trained[0] < high[0]
+    assert experts_NL[:10].mean() > experts_NL[20:].mean() > experts_NL[10:20].mean()
+    for given, said in (("ten:2", "'ten:2'"), ("3:0", "'3:0'"), ("3", "'3'")):
+        with pytest.raises(SystemExit):
+            main([*command[:-2], "--experts-at", given])
+        assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    with pytest.raises(SystemExit, match="9"):
+        main([*command[:-2], "--experts-at", "3:9"])

@@ -68,6 +68,11 @@ FITTING = {
         **{"intermediate_size": 32, "shared_intermediate_size": 32, "mamba_n_groups": 1},
         "position_embedding_type": "nope",
     },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe", "linear_attention", "moe"],
+        **{"moe_intermediate_size": 32, "moe_latent_size": 32, "moe_shared_expert_intermediate_size": 64},
+        **{"mamba_head_dim": 8, "ssm_state_size": 16, "n_group": 1, "topk_group": 1},
+    },
 }
 FAMILY_NAMES = list(FITTING)
 # The divergence of llama.cpp's next tokens from ours, in nats. Its cache and products round to fp16; among weights of 8
@@ -127,14 +132,18 @@ def test_keys_tensors_and_vocabulary(made, tmp_path):
     keys, tensors = read(tmp_path / "f32.gguf")
     arch = keys["general.architecture"]
     model = load_pretrained(folder)
-    config, moe = model.config, model.config.block(3).moe
-    assert keys[f"{arch}.block_count"] == 4
+    config, last = model.config, model.config.n_layers - 1
+    moe = config.block(last).moe
+    n_layers = keys[f"{arch}.block_count"]
+    assert n_layers == (6 if arch == "nemotron_h_moe" else 4)
     assert keys[f"{arch}.expert_count"] == moe.n_experts
     assert keys[f"{arch}.expert_used_count"] == moe.router.policy.k
     heads, letters = keys[f"{arch}.attention.head_count_kv"], config.plan.letters
     if isinstance(heads, list):
         by_letter = {"F": config.attention.n_kv_heads, "A": 1}
-        assert heads == [by_letter.get(letter, 0) for letter in letters]
+        # Nemotron's experts are layers of their own.
+        every = "".join(f"{letter} " if n_layers > len(letters) else letter for letter in letters)
+        assert heads == [by_letter.get(letter, 0) for letter in every]
     else:
         assert heads == (1 if "A" in letters else config.attention.n_kv_heads)
     turned = config.attention.latent_shared_dim if "A" in letters else config.attention.rotary_dim
@@ -144,10 +153,12 @@ def test_keys_tensors_and_vocabulary(made, tmp_path):
     buffers = sum(b.numel() for name, b in theirs.named_buffers() if name in theirs.state_dict())
     assert sum(values.size for _, values in tensors.values()) == sum(theirs_once.values()) + buffers
     assert all(kind == "F32" for kind, _ in tensors.values())
-    experts = model.blocks[3].moe.experts
-    gate_EDF, up_EDF = experts.w_gate_up_EDF2.detach().chunk(2, dim=-1)
-    for part, wanted in (("gate", gate_EDF), ("up", up_EDF), ("down", experts.w_down_EFD.detach())):
-        np.testing.assert_array_equal(tensors[f"blk.3.ffn_{part}_exps.weight"][1], wanted.transpose(1, 2).numpy())
+    experts = model.blocks[last].moe.experts
+    gate_up = experts.w_gate_up_EDF2.detach().chunk(2 if moe.gated else 1, dim=-1)
+    parts = [*zip(("gate", "up")[-len(gate_up) :], gate_up), ("down", experts.w_down_EFD.detach())]
+    for part, wanted in parts:
+        name = f"blk.{n_layers - 1}.ffn_{part}_exps.weight"
+        np.testing.assert_array_equal(tensors[name][1], wanted.transpose(1, 2).numpy())
     np.testing.assert_array_equal(tensors["token_embd.weight"][1], model.embedding_VD.detach().numpy())
     pieces = keys["tokenizer.ggml.tokens"]
     assert len(pieces) == VOCAB
@@ -206,6 +217,10 @@ def test_a_sentencepiece_vocabulary(tmp_path):
         ("deepseek_v3", {"q_lora_rank": None}, "queries without a latent"),
         ("granitemoehybrid", {"position_embedding_type": "rope"}, "has no positions"),
         ("granitemoehybrid", {"mamba_n_groups": 2}, "2 groups of Mamba-2"),
+        ("granitemoehybrid", {"num_local_experts": 0}, "granitehybrid has no model without experts"),
+        ("nemotron_h", {"n_group": 4, "topk_group": 2}, "groups of experts"),
+        ("nemotron_h", {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}, "MLPs beside"),
+        ("nemotron_h", {"time_step_min": 0.01}, "shortest time step of 0.01"),
     ],
 )
 def test_what_llama_cpp_does_not_know_is_refused_by_name(model_type, changes, said, tmp_path):
@@ -230,6 +245,11 @@ def test_a_family_without_an_architecture_is_refused_with_the_others(published, 
 @by_all
 def test_llama_cpp_computes_what_ours_does(made, tmp_path):
     computed_alike(made, "f32", tmp_path)
+
+
+def test_llama_cpp_computes_a_nemotron_without_experts(tmp_path):
+    changes = {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"]}
+    computed_alike((None, *imported("nemotron_h", tmp_path, **changes, intermediate_size=64)), "f32", tmp_path)
 
 
 @by_two

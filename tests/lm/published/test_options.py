@@ -177,7 +177,7 @@ def test_a_block_without_experts_is_attention_alone():
     assert not any("moe_norm" in name for name, _ in block.named_parameters())
     x_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        y_BTD, _, routing = block(x_BTD, start=0, state=None, shared=None)
+        y_BTD, _, routing, _ = block(x_BTD, start=0, state=None, shared=None)
         alone_BTD, _ = block.attention(block.attention_norm(x_BTD))
     torch.testing.assert_close(y_BTD, x_BTD + alone_BTD)
     assert routing.statistics.mean_experts == 1.0
@@ -193,7 +193,7 @@ def test_a_norm_of_the_stream_and_weights_of_both_parts():
     block = moved(build("FFFF", norm="stream", residual=residual)).blocks[0]
     x_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        y_BTD, _, _ = block(x_BTD, start=0, state=None, shared=None)
+        y_BTD, *_ = block(x_BTD, start=0, state=None, shared=None)
         inner_BTD = block.attention_norm(x_BTD)
         x_BTD = 1.5 * inner_BTD + 0.5 * block.attention(inner_BTD)[0]
         inner_BTD = block.moe_norm(x_BTD)

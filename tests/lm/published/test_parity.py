@@ -1,6 +1,5 @@
 """Every family against transformers: logits, caches, gradients, balance losses, weights after export."""
 
-import copy
 import csv
 import dataclasses
 import itertools
@@ -11,9 +10,8 @@ import torch
 from lm.__main__ import main
 from lm.accounting import kv_bytes
 from lm.pretrained import load_pretrained
-from lm.published.convert import ImportConfig, import_model
 from lm.published.families import FAMILIES
-from lm.published.parity import TOLERANCE, checks, cross_entropy, published_gradients, published_model, relative
+from lm.published.parity import TOLERANCE, checks
 from triton_kernels.native import library
 
 pytest.importorskip("transformers", reason="transformers is not installed (the extra `hub`)")
@@ -76,6 +74,10 @@ VARIANTS = {
     "an untied head in lfm2_moe": ("lfm2_moe", {"tie_word_embeddings": False, "norm_topk_prob": False}),
     "positions in olmo_hybrid": ("olmo_hybrid", {"rope_parameters": None, "linear_allow_neg_eigval": False}),
     "a tied head in olmoe": ("olmoe", {"tie_word_embeddings": True}),
+    "more slots than experts that compute nothing in longcat_flash": (
+        "longcat_flash",
+        {"zero_expert_num": 2, "moe_topk": 5, "num_layers": 1, "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -98,37 +100,6 @@ def test_a_shortest_time_step_as_transformers_has_it(tmp_path):
     # Ours has it everywhere.
     assert rows["prefill in two parts"].largest_error <= TOLERANCE
     assert rows["cached decode"].largest_error > 100 * TOLERANCE
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["deepseek_v3", "nemotron_h", "lfm2_moe"])
-@pytest.mark.parametrize("seed", range(4))
-def test_gradients_are_as_near_to_fp64_as_transformers(name, seed, tmp_path):
-    family, theirs = FAMILIES[name], published_model(FAMILIES[name], seed)
-    theirs.save_pretrained(tmp_path / "published")
-    import_model(ImportConfig(source=tmp_path / "published", out=tmp_path / "model"))
-    ours = load_pretrained(tmp_path / "model")
-    tokens_BT = torch.randint(96, (2, 37), generator=torch.Generator().manual_seed(seed))
-
-    def gradients(dtype):
-        model = copy.deepcopy(theirs).to(dtype)
-        # The grouped products know no fp64.
-        model.set_experts_implementation("eager")
-        cross_entropy(model(input_ids=tokens_BT, use_cache=False).logits, tokens_BT).backward()
-        return published_gradients(family, model, ours.config)
-
-    cross_entropy(ours(tokens_BT).logits_BTV, tokens_BT).backward()
-    exact, single, own = gradients(torch.float64), gradients(torch.float32), dict(ours.named_parameters())
-    errors = {"ours": 0.0, "transformers": 0.0, "between them": 0.0}
-    for stored in family.tensors(ours.config):
-        if stored.ours in own:
-            joined = [stored.layout.join([part[name] for name in stored.theirs]).double() for part in (exact, single)]
-            gradient = own[stored.ours].grad.double()
-            errors["ours"] = max(errors["ours"], relative(gradient, joined[0]))
-            errors["transformers"] = max(errors["transformers"], relative(joined[1], joined[0]))
-            errors["between them"] = max(errors["between them"], relative(gradient, joined[1]))
-    print(name, seed, errors)
-    assert errors["ours"] <= 2 * errors["transformers"] + TOLERANCE
 
 
 def test_the_command_writes_its_table(tmp_path, capsys):

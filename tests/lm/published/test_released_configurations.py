@@ -1,8 +1,8 @@
 """Configurations as they were released, with fields that tiny models do not have: read whole, and as large as their
 publishers say.
 
-Sources of the sizes: arXiv 2412.19437 (DeepSeek-V3), 2510.26692 (Kimi Linear), 2512.20848 (Nemotron 3), the model cards
-of LFM2, Granite 4 and GLM-4.7.
+Sources of the sizes: arXiv 2412.19437 (DeepSeek-V3), 2510.26692 (Kimi Linear), 2512.20848 (Nemotron 3), 2509.01322
+(LongCat-Flash), 2508.10925 (gpt-oss), the model cards of LFM2, Granite 4 and GLM-4.7.
 """
 
 import pytest
@@ -87,6 +87,31 @@ LFM2_8B = {
     **{"num_hidden_layers": 24, "num_key_value_heads": 8, "rope_theta": 1000000.0, "routed_scaling_factor": 1.0},
     **{"use_expert_bias": True, "vocab_size": 65536},
 }
+LONGCAT_FLASH = {
+    **{"model_type": "longcat_flash", "attention_bias": False, "attention_dropout": 0.0, "attention_method": "MLA"},
+    **{"expert_ffn_hidden_size": 2048, "ffn_hidden_size": 12288, "hidden_size": 6144, "kv_lora_rank": 512},
+    **{"mla_scale_kv_lora": True, "mla_scale_q_lora": True, "moe_topk": 12, "n_routed_experts": 512},
+    **{"norm_topk_prob": False, "num_attention_heads": 64, "num_layers": 28, "q_lora_rank": 1536},
+    **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_theta": 10000000.0},
+    **{"routed_scaling_factor": 6.0, "router_bias": False, "v_head_dim": 128, "vocab_size": 131072},
+    **{"zero_expert_num": 256, "zero_expert_type": "identity"},
+}
+GPT_OSS_20B = {
+    **{"model_type": "gpt_oss", "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 4},
+    **{"head_dim": 64, "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880},
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    **{"num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8},
+    **{"num_local_experts": 32, "rms_norm_eps": 1e-05, "router_aux_loss_coef": 0.9, "sliding_window": 128},
+    "rope_scaling": {
+        **{"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096},
+        **{"rope_type": "yarn", "truncate": False},
+    },
+    **{"rope_theta": 150000, "swiglu_limit": 7.0, "tie_word_embeddings": False, "vocab_size": 201088},
+    "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.embed_tokens", "lm_head"],
+        "quant_method": "mxfp4",
+    },
+}
 # Parameters in billions: all of them, and those that a token uses, the embedding's row not counted.
 RELEASED = {
     "DeepSeek-V3": (DEEPSEEK_V3, 671.0, 36.6),
@@ -96,6 +121,9 @@ RELEASED = {
     # Published as about one; with the tied head, and without rounding, it is more.
     "Granite-4.0-H-Tiny": (GRANITE_TINY, 6.94, 1.47),
     "LFM2-8B-A1B": (LFM2_8B, 8.34, 1.5),
+    # Where none of the twelve experts is one that computes nothing.
+    "LongCat-Flash": (LONGCAT_FLASH, 560.0, 31.3),
+    "gpt-oss-20b": (GPT_OSS_20B, 20.9, 3.6),
 }
 
 
@@ -103,7 +131,7 @@ RELEASED = {
 def test_a_released_configuration_is_read_whole(name):
     values, total, active = RELEASED[name]
     config = family_of(COMMON | values, name).configuration(COMMON | values, name)
-    k = values.get("num_experts_per_tok", values.get("num_experts_per_token"))
+    k = next(values[name] for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk") if name in values)
     cost = model_cost(config, length=1, mean_experts=k)
     assert cost.total_parameters / 1e9 == pytest.approx(total, rel=0.01)
     assert cost.active_parameters / 1e9 == pytest.approx(active, rel=0.08)
@@ -118,6 +146,8 @@ def test_plans_of_released_models():
     assert len(plans["Nemotron-3-Nano-30B-A3B"]) == 29
     assert plans["Nemotron-3-Nano-30B-A3B"].count("F") == 6
     assert plans["LFM2-8B-A1B"].count("C") == 18
+    # Two blocks for each of 28 published layers.
+    assert plans["LongCat-Flash"] == "A" * 56
 
 
 @pytest.mark.parametrize(
@@ -148,6 +178,17 @@ def test_plans_of_released_models():
         ("Granite-4.0-H-Tiny", "mamba_conv_bias", False, "mamba_conv_bias = False is not supported; legal: True"),
         ("LFM2-8B-A1B", "use_expert_bias", False, "use_expert_bias = False is not supported; legal: True"),
         ("LFM2-8B-A1B", "layer_types", ["conv"], "legal: 24 of conv, full_attention"),
+        ("LongCat-Flash", "zero_expert_type", "copy", "zero_expert_type = 'copy' is not supported; legal: 'identity'"),
+        ("LongCat-Flash", "router_bias", True, "router_bias = True is not supported; legal: False"),
+        ("LongCat-Flash", "zero_expert_num", 0, "n_null = 0 must be at least 1"),
+        ("LongCat-Flash", "head_dim", 32, "head_dim = 32 is not supported; legal: 64"),
+        (
+            "gpt-oss-20b",
+            "quantization_config",
+            {"quant_method": "awq"},
+            "quant_method = 'awq' is not supported; legal: 'mxfp4', none at all: dequantise the weights",
+        ),
+        ("DeepSeek-V3", "quantization_config", {"quant_method": "fp8"}, "legal: none at all: dequantise the weights"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(name, field, value, said):
