@@ -1,7 +1,7 @@
 """`python -m corpus refine` filters and deduplicates documents, `dirt` makes documents to try it on, `facts` makes text
-to learn by heart, `questions` makes a few-shot test of held-out documents, `prepare` makes a tokenizer and packed
-tokens of documents, `show` describes a prepared folder, `tokenizers` compares tokenizers, `mixture` predicts losses of
-mixtures."""
+to learn by heart, `dots` makes text of which a token needs several computations at once, `questions` makes a few-shot
+test of held-out documents, `prepare` makes a tokenizer and packed tokens of documents, `show` describes a prepared
+folder, `tokenizers` compares tokenizers, `mixture` predicts losses of mixtures."""
 
 import foundation.starting  # noqa: F401
 
@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from corpus.compressors import xz_bits_per_byte
+from corpus.dots import DotsConfig, write_dots
 from corpus.facts import FactsConfig, write_facts
 from corpus.mixture import MixtureConfig, fit, table
 from corpus.prepare import CorpusConfig, PreparedCorpus, open_prepared, prepare
@@ -104,6 +105,16 @@ def facts_command(config: tyro.conf.OmitArgPrefixes[FactsConfig]) -> None:
     print(f"{config.documents:,} documents, {write_facts(config):,} bytes: {config.out}")
 
 
+def dots_command(config: tyro.conf.OmitArgPrefixes[DotsConfig]) -> None:
+    """Write generated text of which one token needs several computations at once, as many as dots change.
+
+    Args:
+        config: How much of it, and how hard.
+    """
+    refuse_unwritable("--out", config.out)
+    print(f"{config.documents:,} documents, {write_dots(config):,} bytes: {config.out}")
+
+
 def questions_command(config: tyro.conf.OmitArgPrefixes[QuestionsConfig]) -> None:
     """Make questions with choices, or with an exact answer, from held-out documents, for `lm few-shot`.
 
@@ -150,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "refine": deferred(refine_command),
                 "dirt": deferred(dirt_command),
                 "facts": deferred(facts_command),
+                "dots": deferred(dots_command),
                 "questions": deferred(questions_command),
                 "prepare": deferred(prepare_command),
                 "show": deferred(show_command),

@@ -241,6 +241,12 @@ NONSENSE = {
         "--questions": ("0",),
         "--out": ("/dev/null/x",),
     },
+    "corpus dots": {
+        "--documents": ("0", "nan"),
+        "--easy-share": ("-1", "2", "nan"),
+        "--hard-dots": ("0", "9"),
+        "--out": ("/dev/null/x",),
+    },
     "corpus tokenizers": {
         "--data": ("/nowhere",),
         "--vocab-sizes": ("0", "260", "nan"),
@@ -347,6 +353,7 @@ REST = {
     "corpus dirt": ("--data", "{text}", "--out", "{out}.jsonl"),
     "corpus facts": ("--out", "{out}.jsonl"),
     "corpus questions": ("--data", "{text}", "--out", "{out}.jsonl"),
+    "corpus dots": ("--out", "{out}.jsonl"),
     "staged_training run": (*TINY_RUN, "--dry-run"),
     "staged_training parallel": TINY_RUN,
     "staged_training sweep": TINY_RUN,
@@ -468,7 +475,7 @@ HELPED = {
     "staged_training": "run parallel sweep adapt diagnostics profile",
     "lm": "generate evaluate few-shot eval cache bench bench-peers bench-bits long-context recall"
     " quantize layer-experts import export gguf parity",
-    "corpus": "refine dirt facts prepare tokenizers mixture",
+    "corpus": "refine dirt facts dots prepare tokenizers mixture",
     "moe": "bench",
     "triton_kernels": "inspect bench gpu-check",
 }
