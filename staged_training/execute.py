@@ -5,8 +5,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import logging
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from corpus.prepare import PreparedCorpus
 from corpus.sections import Sections, sections
-from foundation.files import CorruptFileError, read_json
+from foundation.files import read_json
 from foundation.numbers import check_numbers
 from foundation.tables import write_rows
 from lm.budget import calibrate_to_targets
@@ -26,7 +24,7 @@ from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
 from staged_training import checkpoint
 from staged_training.code import code_changes
-from staged_training.data import Batches, PrefixBatches, TokenBatches, in_order, prefix_activations
+from staged_training.data import Batches, TokenBatches, in_order, prefix_activations
 from staged_training.flops import branch_flops, evaluation_flops, trunk_flops
 from staged_training.fork import fork, inherited_state
 from staged_training.loop import Hooks, StageResult, train_stage
@@ -45,14 +43,12 @@ from staged_training.record import (
     named,
     of_other_code,
     open_run,
-    reopen_run,
 )
+from staged_training.restored_trunk import restored_trunk
 from staged_training.run import Run
 from staged_training.trained_run import Summarise, TrainedRun, summarise
-from staged_training.trunk_activations import Trunk, paid_activations
+from staged_training.trunk_activations import TrunkSource, branch_batches
 from staged_training.validation import Validation, looks
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +121,6 @@ class Execution:
             processes.check(model, plan.batch_size)
         self._trunk: tuple[LanguageModel, RunRecord] | None = None
         self._moments: dict[str, Tensor] | None = None
-        self._token_batches = self.train_tokens, self.valid_tokens
         self._activations: tuple[Batches, Batches] | None = None
         self._calibration: dict[int, Tensor] = {}
 
@@ -171,12 +166,15 @@ class Execution:
         if self._trunk is None:
             run = self.plan.trunk_run(self.trunk_folder)
             record, model = self.open(run), None
-            if record is not None and (model := self._restored_trunk(run)) is not None:
+            if (
+                record is not None
+                and (model := restored_trunk(self.plan, run, self.processes, self.device)) is not None
+            ):
                 print(f"trunk {self.plan.trunk_hash}: finished before, taken from {run.folder}", flush=True)
             if record is None or model is None:
                 model, record = self.train_trunk(run, summary)
                 if self.processes.many:
-                    model = self._restored_trunk(run)
+                    model = restored_trunk(self.plan, run, self.processes, self.device)
                     assert model is not None, "its last checkpoint has just been written"
             model.requires_grad_(False)
             self._trunk = model, record
@@ -191,7 +189,8 @@ class Execution:
         plan, processes = self.plan, self.processes
         with processes.exclusive(run.folder):
             model = processes.shard(LanguageModel(plan.model).init_weights(plan.trunk_seed), self.device)
-            train, valid = (processes.own_rows(batches, plan.batch_size) for batches in self._token_batches)
+            tokens = self.train_tokens, self.valid_tokens
+            train, valid = (processes.own_rows(batches, plan.batch_size) for batches in tokens)
             validation = self._validation(model, valid, 0)
             # Branches fork from a calibrated trunk, also after a restart, which finds the last checkpoint only.
             training = self._train(run, model, train, validation, at_end=lambda: self._calibrate(model, 0))
@@ -205,38 +204,6 @@ class Execution:
             self._pay(ledger, run, means, validation)
             return model, self._finish(run, model, valid, training, means, ledger, with_means)
 
-    def _restored_trunk(self, run: Run) -> LanguageModel | None:
-        """The trunk of a finished run as its branches fork from it; None where its last checkpoint is gone or damaged,
-        and the run reopened: training what is missing gives the same weights again."""
-
-        def last() -> checkpoint.Checkpoint | None:
-            try:
-                saved = checkpoint.newest(run.checkpoints)
-            except CorruptFileError:
-                # Each has been named in a warning, and none can be of use any more.
-                saved = None
-                shutil.rmtree(run.checkpoints)
-            if saved is not None and saved.step == run.stage.n_batches:
-                checkpoint.refuse_other_identity(saved, run.identity)
-                return saved
-            log.warning(
-                "%s: its checkpoint at step %d, which branches start from, is missing or damaged; training %s",
-                run.folder,
-                run.stage.n_batches,
-                "again from the start" if saved is None else f"on from step {saved.step}",
-            )
-            reopen_run(run.folder)
-            return None
-
-        if (saved := self.processes.from_first(last)) is None:
-            return None
-        saved = checkpoint.with_tensors(saved)
-        model = LanguageModel(self.plan.model).init_weights(self.plan.trunk_seed)
-        if not self.processes.many:
-            model.to(self.device)
-        checkpoint.restore_model(model, saved.weights, str(saved.path))
-        return model
-
     @functools.cached_property
     def _prefix(self) -> LanguageModel:
         """The trunk as what crosses the boundary is computed by it: of several processes each one's part."""
@@ -247,31 +214,20 @@ class Execution:
         """Training and validation batches as the branches read them: tokens, stored activations, or a frozen prefix run
         each time. Of several processes each has its rows."""
         if self._activations is None:
-            self.trunk()
-            stored = self.plan.boundary > 0 and self.config.cache
-            train, valid = self._stored_batches() if stored else self._token_batches
-            rows = [self.processes.own_rows(batches, self.plan.batch_size) for batches in (train, valid)]
-            if self.plan.boundary and not stored:
-                rows = [PrefixBatches(batches, self._prefix, self.plan.boundary) for batches in rows]
-            self._activations = rows[0], rows[1]
-        return self._activations
-
-    def _stored_batches(self) -> tuple[Batches, Batches]:
-        """The trunk's activations, from its folder; what computing them took goes into its ledger."""
-        trunk, record = self.trunk()
-        used = tuple(sorted({int(batch) for batch in self.plan.branch_batches()}))
-        every = tuple(range(len(self.valid_tokens)))
-        means, found = tuple(record.result["trained_mean_experts"]), []
-        source = Trunk(plan=self.plan, whole=trunk, prefix=lambda: self._prefix, folder=self.trunk_folder)
-        for split, tokens, numbers in (("train", self.train_tokens, used), ("valid", self.valid_tokens, every)):
-            batches, ledger = paid_activations(
-                source, tokens, split=split, numbers=numbers, means=means, processes=self.processes
+            trunk, record = self.trunk()
+            source = TrunkSource(
+                plan=self.plan,
+                whole=trunk,
+                prefix=lambda: self._prefix,
+                folder=self.trunk_folder,
+                means=tuple(record.result["trained_mean_experts"]),
+                processes=self.processes,
             )
+            tokens = self.train_tokens, self.valid_tokens
+            self._activations, ledger = branch_batches(source, *tokens, stored=self.config.cache)
             if ledger is not None:
-                record = dataclasses.replace(record, ledger=ledger)
-            found.append(batches)
-        self._trunk = trunk, record
-        return found[0], found[1]
+                self._trunk = trunk, dataclasses.replace(record, ledger=ledger)
+        return self._activations
 
     def calibration(self, boundary: int) -> Tensor:
         """Training text that no stage sees, as it enters block `boundary`: tokens_BT, or x_BTD from the trunk's frozen

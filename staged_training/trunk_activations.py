@@ -14,7 +14,7 @@ from torch import Tensor
 from foundation.files import fingerprint
 from lm.model import RESIDUAL_DTYPE, LanguageModel
 from staged_training.activation_cache import ActivationBatches, CacheIdentity, cached_activations, weights_hash
-from staged_training.data import TokenBatches, prefix_activations
+from staged_training.data import Batches, PrefixBatches, TokenBatches, prefix_activations
 from staged_training.flops import caching_flops
 from staged_training.plan import Plan
 from staged_training.processes import Processes
@@ -22,44 +22,65 @@ from staged_training.record import Ledger, add_cost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trunk:
-    """A trained trunk.
+class TrunkSource:
+    """A trained trunk, from which branches read.
 
     Attributes:
         whole: all of it.
         prefix: what computes its activations, of several processes each one's part; made when it is needed.
         folder: of its run.
+        means: experts per token of every block, over its training.
+        processes: that compute them together; all call what is below.
     """
 
     plan: Plan
     whole: LanguageModel
     prefix: Callable[[], LanguageModel]
     folder: Path
+    means: tuple[float, ...]
+    processes: Processes
 
 
-def paid_activations(
-    trunk: Trunk,
-    tokens: TokenBatches,
-    *,
-    split: str,
-    numbers: tuple[int, ...],
-    means: tuple[float, ...],
-    processes: Processes,
-) -> tuple[ActivationBatches, Ledger | None]:
-    """The x_BTD that enter block `plan.boundary`, in a folder of their own below the trunk's, with what they cost in
-    the trunk's ledger. All processes call it.
-
-    Args:
-        tokens: the batches of `split`, "train" or "valid".
-        numbers: of the batches wanted, ascending.
-        means: experts per token of every block, over the trunk's training.
+def branch_batches(
+    trunk: TrunkSource, train: TokenBatches, valid: TokenBatches, *, stored: bool
+) -> tuple[tuple[Batches, Batches], Ledger | None]:
+    """Training and validation batches as branches read them: tokens where they train the whole network, else stored
+    activations, or a frozen prefix run each time. Of several processes each has its rows.
 
     Returns:
-        the stored batches, and the trunk's ledger where it has changed.
+        the batches, and the trunk's ledger where it has changed.
 
     Raises:
         DiskFullError: before anything is computed.
     """
+    plan, processes, ledger = trunk.plan, trunk.processes, None
+    batches: list[Batches] = [train, valid]
+    if plan.boundary and stored:
+        used = tuple(sorted({int(batch) for batch in plan.branch_batches()}))
+        splits = (("train", train, used), ("valid", valid, tuple(range(len(valid)))))
+        for number, (split, tokens, numbers) in enumerate(splits):
+            batches[number], paid = _paid_activations(trunk, tokens, split=split, numbers=numbers)
+            ledger = paid or ledger
+    rows = [processes.own_rows(each, plan.batch_size) for each in batches]
+    if plan.boundary and not stored:
+        rows = [PrefixBatches(each, trunk.prefix(), plan.boundary) for each in rows]
+    return (rows[0], rows[1]), ledger
+
+
+def _paid_activations(
+    trunk: TrunkSource, tokens: TokenBatches, *, split: str, numbers: tuple[int, ...]
+) -> tuple[ActivationBatches, Ledger | None]:
+    """The x_BTD that enter block `plan.boundary`, in a folder of their own below the trunk's, with what they cost in
+    the trunk's ledger.
+
+    Args:
+        tokens: the batches of `split`, "train" or "valid".
+        numbers: of the batches wanted, ascending.
+
+    Returns:
+        the stored batches, and the trunk's ledger where it has changed.
+    """
+    processes = trunk.processes
     began, computed = time.perf_counter(), False
 
     def compute(tokens_BT: Tensor) -> Tensor:
@@ -78,7 +99,7 @@ def paid_activations(
             # comparisons may have added to the ledger since this one read it, so it is read anew.
             if not computed and Ledger.load(trunk.folder).holds("caching", folder.name):
                 return None
-            flops = caching_flops(trunk.plan, means, n_batches=len(numbers))
+            flops = caching_flops(trunk.plan, trunk.means, n_batches=len(numbers))
             seconds = time.perf_counter() - began
             return add_cost(trunk.folder, "caching", flops=flops, seconds=seconds, part=folder.name)
 
@@ -89,7 +110,7 @@ def paid_activations(
     return stored, ledger
 
 
-def _identity(trunk: Trunk, split: str, numbers: tuple[int, ...]) -> tuple[CacheIdentity, Path]:
+def _identity(trunk: TrunkSource, split: str, numbers: tuple[int, ...]) -> tuple[CacheIdentity, Path]:
     # Buffers too: thresholds and selection biases decide what the prefix computes as much as weights do.
     plan, weights = trunk.plan, trunk.whole.state_dict()
     identity = CacheIdentity(
