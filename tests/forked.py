@@ -22,7 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+# The first optimizer of a process imports torch's compiler, which takes as long as torch, and several processes import
+# more: here that has been done, once for all that are forked.
 import torch
+import torch._dynamo
+import torch.distributed.checkpoint
+import torch.distributed.tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 POPEN = subprocess.Popen

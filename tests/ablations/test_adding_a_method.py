@@ -60,9 +60,9 @@ def options(text_folder, tiny_model):
         **tiny_model,
         "n_layers": 3,
         "vocab_size": 300,
-        "tokens": 1024,
-        "batch_size": 2,
-        "seq_len": 32,
+        "tokens": 4096,
+        "batch_size": 4,
+        "seq_len": 64,
         "budget_batches": 1,
     }
     sizes = (text for name, value in tiny.items() for text in (f"--{name.replace('_', '-')}", str(value)))

@@ -185,7 +185,7 @@ def test_it_is_compared_with_the_baseline(margin, tmp_path, text_folder, tiny_mo
         out=tmp_path,
         budget_batches=1,
         model=ModelOptions(**tiny_model),
-        staging=StagingConfig(tokens=6 * 2 * 32, trunk_share=0.67, freeze=0.4, batch_size=2, seq_len=32),
+        staging=StagingConfig(tokens=6 * 4 * 64, trunk_share=0.67, freeze=0.4, batch_size=4, seq_len=64),
         corpus=CorpusConfig(data=(str(text_folder),), vocab_size=300),
     )
     assert method.kind(options.model.config(300)) == "routing"

@@ -23,7 +23,8 @@ from staged_training.boundary import different_blocks
 from staged_training.checkpoint import load_latest
 from staged_training.staging import StagingConfig
 
-BATCH, LENGTH = 2, 32
+# A validation text of few batches.
+BATCH, LENGTH = 4, 64
 
 
 @pytest.fixture(scope="module")

@@ -277,7 +277,7 @@ def peak_of_refining(folder: Path, megabytes: float) -> float:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    small, large = peak_of_refining(tmp_path, 0.2), peak_of_refining(tmp_path, 0.6)
+    small, large = peak_of_refining(tmp_path, 0.1), peak_of_refining(tmp_path, 0.3)
     # Interpreter, libraries and the sample for the clusters are in both.
     assert large < small + 30
 

@@ -31,9 +31,9 @@ def options(text_folder, tiny_model, tmp_path_factory):
         arms=ARMS,
         settings=("smaller_model", FORKED),
         seeds=2,
-        tokens=1024,
-        batch_size=4,
-        seq_len=32,
+        tokens=4096,
+        batch_size=8,
+        seq_len=64,
         resamples=20,
         jobs=1,
         budget_batches=1,
@@ -87,7 +87,7 @@ def test_tables_figure_and_text(folder):
     assert (folder / "agreement.png").read_bytes().startswith(b"\x89PNG")
     text = (folder / "report.txt").read_text()
     assert "routing arms: 3, the baseline included" in text
-    assert "full runs, 1,024 tokens, 2 seeds, best first:" in text
+    assert "full runs, 4,096 tokens, 2 seeds, best first:" in text
 
 
 def test_a_second_run_trains_nothing(options, folder, capsys):

@@ -44,9 +44,9 @@ def test_command_runs_every_method_with_a_budget(text_folder, tiny_model, tmp_pa
         "vocab_size": 300,
         "tokens": 4096,
         "batch_size": 4,
-        "seq_len": 32,
+        "seq_len": 64,
         "freeze": 0,
-        "budget_batches": 4,
+        "budget_batches": 2,
     }
     flat = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     arguments = [

@@ -24,7 +24,7 @@ def arguments(text_folder, tiny_model):
         "vocab_size": 300,
         "tokens": 4096,
         "batch_size": 4,
-        "seq_len": 32,
+        "seq_len": 64,
         "freeze": 0.7,
         "budget_batches": 1,
         "jobs": 1,
@@ -185,7 +185,7 @@ def test_two_trunks_run_two_trunks(arguments, tmp_path, capsys):
         "--trunk-seeds",
         "2",
         "--tokens",
-        "512",
+        "1024",
         "--out",
         str(tmp_path),
     )

@@ -58,9 +58,9 @@ def options(text_folder, tiny_model, tmp_path_factory):
         **tiny_model,
         "n_layers": 2,
         "vocab_size": 300,
-        "tokens": 512,
-        "batch_size": 2,
-        "seq_len": 32,
+        "tokens": 2048,
+        "batch_size": 4,
+        "seq_len": 64,
         "freeze": 0.4,
         "budget_batches": 1,
         "seeds": 1,
@@ -131,7 +131,7 @@ def test_an_edit_trains_again_what_depends_on_it_and_nothing_else(edit, run, opt
 def test_another_torch_trains_again_and_a_run_of_before_can_be_accepted(edit, run, options, monkeypatch):
     run()
     monkeypatch.setattr(code, "version", lambda name: "99.0" if name == "torch" else None)
-    printed = run("--tokens", "512", "--accept-old-code")
+    printed = run("--tokens", "2048", "--accept-old-code")
     assert TRAINED.findall(printed) == []
     assert "other code trained it: torch" in printed
     assert "trained by other code" not in printed

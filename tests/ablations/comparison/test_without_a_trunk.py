@@ -26,7 +26,7 @@ def folder(tmp_path_factory, text_folder, tiny_model):
         out=tmp_path_factory.mktemp("whole"),
         budget_batches=1,
         model=ModelOptions(**{**tiny_model, "n_layers": 4}),
-        staging=StagingConfig(tokens=STEPS * 64, trunk_share=0.0, freeze=0.0, batch_size=2, seq_len=32),
+        staging=StagingConfig(tokens=STEPS * 256, trunk_share=0.0, freeze=0.0, batch_size=4, seq_len=64),
         corpus=CorpusConfig(data=(str(text_folder),), vocab_size=300),
         execution=ExecutionConfig(save_every=STEPS),
     )
@@ -39,7 +39,7 @@ def folder(tmp_path_factory, text_folder, tiny_model):
 def test_every_arm_trains_on_all_tokens_from_weights_of_its_seed(folder):
     records = read_records(folder)
     comparison = records.comparison
-    assert (comparison.trunk_tokens, comparison.branch_tokens) == (0, STEPS * 64)
+    assert (comparison.trunk_tokens, comparison.branch_tokens) == (0, STEPS * 256)
     assert comparison.about == "all blocks, all of the tokens"
     for method in records.methods:
         for run in records.branches[method].values():
