@@ -32,9 +32,9 @@ worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(worker)
 
 
-# One that counts, one with a quantile; two processes run all policies.
-# Muon gathers the matrices of experts that are cut over data parallel processes.
-IN_FOUR = ("top_k", "top_p", "muon")
+# One with a quantile, and one that counts, under Muon, which gathers the matrices of experts that are cut over data
+# parallel processes; two processes run all policies.
+IN_FOUR = ("top_p", "muon")
 
 
 def start(folder: Path, n: int, n_expert: int, jobs: list[str]) -> list[subprocess.Popen]:

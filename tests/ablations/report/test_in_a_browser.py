@@ -4,6 +4,7 @@ the page, overlaps, is clipped or lies on a curve."""
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,11 @@ def tools():
     return module
 
 
-@pytest.fixture
-def pages(write_synthetic):
+@pytest.fixture(scope="module")
+def pages(comparison_folder, tmp_path_factory):
     """A report whose cells are as wide as they come: a withheld verdict, a control of known sign, domains."""
-    folder = write_synthetic()
+    root = shutil.copytree(comparison_folder.parents[1], tmp_path_factory.mktemp("pages") / "runs")
+    folder = root / comparison_folder.relative_to(comparison_folder.parents[1])
     for seed in range(3):
         path = folder / f"../../branches/random_k_0_{seed}/metrics.jsonl"
         first, *others = path.read_text().splitlines()
@@ -43,7 +45,6 @@ def pages(write_synthetic):
     names = [f"domain_of_some_files_{number}" for number in range(MOST)]
     command = f".venv/bin/python -m ablations compare {' '.join(names)} --seeds 3"
     path.write_text(json.dumps(comparison | {"domains": (names * 4)[:40], "command": command}))
-    root = folder.parent.parent
     return {"report": write_report(read_records(folder)), "index": write_index(root, run_folders(root))}
 
 

@@ -27,6 +27,7 @@ def run(name: str, inputs: dict) -> dict[str, torch.Tensor]:
 
 # Small enough for a dozen runs of the interpreter.
 TINY = {"T": 20, "S": 24, "D": 16, "F": 16, "H": 2, "E": 4, "K": 16, "V": 16, "C": 8, "W": 6, "P": 8, "J": 2, "B": 2}
+TINY |= {"sequences": 3, "N": 2}
 OPTIONAL = {
     "decayed_linear_attention": "initial_state_BHKV",
     "gated_delta_rule": "initial_state_BHKV",

@@ -6,6 +6,8 @@ launch table: `make gate`, after a change of kernels. Here one op stands for the
 """
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,83 +123,98 @@ def test_every_op_is_on_record_for_every_architecture_and_none_spills() -> None:
     assert [row for row in rows if row.spills or row.stack] == []
 
 
-def run_program(program: str, environment: dict[str, str]) -> None:
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_no_op_waits_for_the_device_and_the_checked_shapes_reach_every_option(
-    compile_environment: dict[str, str],
-) -> None:
-    # Every operation, forward and backward, at every shape with every option: the recorder refuses what hands a value
-    # to the host.
-    program = """
+# Run in a process that compiles, one for both: what each test is of is a function.
+PROGRAM = """
+import json, sys, traceback
 import torch
 from functools import partial
-from triton_kernels.common.launch_tables import every_option
-from triton_kernels.tools.operations import all_options, operations
-from triton_kernels.tools.inspect_recorder import record_passes
-seen = {80: set(), 90: set(), 100: set()}
-for operation in operations().values():
-    call = partial(operation.call, backend="triton")
-    dtypes = (torch.bfloat16, torch.float32)
-    for inputs in (operation.inputs(dtype, "cpu", **shape) for dtype in dtypes for shape in operation.check_shapes):
-        for architecture in seen:
-            for _, used in every_option():
-                passes = record_passes(call, inputs, architecture, compiles=False)
-                _, backward = operation.cost(2, **operation.inspect_shape)
-                assert passes.keys() == ({"forward", "backward"} if backward else {"forward"}), operation.name
-                seen[architecture] |= used
-for architecture, reached in seen.items():
-    missing = [(key, table.lines[key][number]) for table, key, number in all_options(architecture) - reached]
-    assert not missing, (architecture, missing)
-"""
-    run_program(program, compile_environment)
-
-
-def test_the_recorder_names_what_waits_for_the_device(compile_environment: dict[str, str]) -> None:
-    program = """
-import torch
 from triton_kernels.common.checks import check_cu_seqlens
-from triton_kernels.tools.inspect_recorder import recording
-waits = {
-    "aten::_local_scalar_dense": lambda x: x[0].item(),
-    "aten::_local_scalar_dense ": lambda x: [0] if x.any() else [1],
-    "aten::nonzero": lambda x: x.nonzero(),
-    "aten::index": lambda x: x[x > 1],
-    "aten::index_put_": lambda x: x.clone().index_put_((x > 1,), x[:1]),
-    "aten::masked_select": lambda x: x.masked_select(x > 1),
-    "aten::repeat_interleave": lambda x: x.repeat_interleave(x),
-    "aten::equal": lambda x: torch.equal(x, x),
-    "Tensor.tolist": lambda x: x.tolist(),
-    "Tensor.cpu": lambda x: x.cpu(),
-    "Tensor.numpy": lambda x: x.numpy(),
-}
-reads = lambda x: x.new_full((), x.sum().item())
-op = torch.library.custom_op("test::reads", reads, mutates_args=(), schema="(Tensor x) -> Tensor")
-waits["aten::item"] = op
-for name, wait in waits.items():
-    with recording(90):
-        try:
-            wait(torch.arange(3))
-        except RuntimeError as error:
-            assert str(error).startswith(name.strip() + " reads values"), (name, error)
-        else:
-            raise AssertionError(name)
-offsets = torch.tensor([0, 9, 7])
-with recording(90) as launches:
-    assert torch.arange(3)[torch.tensor([2, 0])].shape == (2,)
-    check_cu_seqlens("op", offsets, 1, 7)
-with recording(90, may_wait=True):
-    assert offsets.tolist() == [0, 9, 7] and offsets[1].item() == 9
-try:
-    check_cu_seqlens("op", offsets, 1, 7)
-except ValueError as error:
-    assert "must rise" in str(error)
-else:
-    raise AssertionError
+from triton_kernels.common.launch_tables import every_option
+from triton_kernels.tools.inspect_recorder import record_passes, recording
+from triton_kernels.tools.operations import all_options, operations
+
+def options():
+    seen = {80: set(), 90: set(), 100: set()}
+    for operation in operations().values():
+        call = partial(operation.call, backend="triton")
+        dtypes = (torch.bfloat16, torch.float32)
+        for inputs in (operation.inputs(dtype, "cpu", **shape) for dtype in dtypes for shape in operation.check_shapes):
+            for architecture in seen:
+                for _, used in every_option():
+                    passes = record_passes(call, inputs, architecture, compiles=False)
+                    _, backward = operation.cost(2, **operation.inspect_shape)
+                    assert passes.keys() == ({"forward", "backward"} if backward else {"forward"}), operation.name
+                    seen[architecture] |= used
+    for architecture, reached in seen.items():
+        missing = [(key, table.lines[key][number]) for table, key, number in all_options(architecture) - reached]
+        assert not missing, (architecture, missing)
+
+def waits():
+    waits = {
+        "aten::_local_scalar_dense": lambda x: x[0].item(),
+        "aten::_local_scalar_dense ": lambda x: [0] if x.any() else [1],
+        "aten::nonzero": lambda x: x.nonzero(),
+        "aten::index": lambda x: x[x > 1],
+        "aten::index_put_": lambda x: x.clone().index_put_((x > 1,), x[:1]),
+        "aten::masked_select": lambda x: x.masked_select(x > 1),
+        "aten::repeat_interleave": lambda x: x.repeat_interleave(x),
+        "aten::equal": lambda x: torch.equal(x, x),
+        "Tensor.tolist": lambda x: x.tolist(),
+        "Tensor.cpu": lambda x: x.cpu(),
+        "Tensor.numpy": lambda x: x.numpy(),
+    }
+    reads = lambda x: x.new_full((), x.sum().item())
+    op = torch.library.custom_op("test::reads", reads, mutates_args=(), schema="(Tensor x) -> Tensor")
+    waits["aten::item"] = op
+    for name, wait in waits.items():
+        with recording(90):
+            try:
+                wait(torch.arange(3))
+            except RuntimeError as error:
+                assert str(error).startswith(name.strip() + " reads values"), (name, error)
+            else:
+                raise AssertionError(name)
+    offsets = torch.tensor([0, 9, 7])
+    with recording(90) as launches:
+        assert torch.arange(3)[torch.tensor([2, 0])].shape == (2,)
+        check_cu_seqlens("op", offsets, 1, 7)
+    with recording(90, may_wait=True):
+        assert offsets.tolist() == [0, 9, 7] and offsets[1].item() == 9
+    try:
+        check_cu_seqlens("op", offsets, 1, 7)
+    except ValueError as error:
+        assert "must rise" in str(error)
+    else:
+        raise AssertionError
+
+problems = {}
+for each in (options, waits):
+    try:
+        each()
+    except BaseException:
+        problems[each.__name__] = traceback.format_exc()
+print(json.dumps(problems))
 """
-    run_program(program, compile_environment)
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[str, str]:
+    """What went wrong, by function of the program."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_op_waits_for_the_device_and_the_checked_shapes_reach_every_option(problems: dict[str, str]) -> None:
+    """Every operation, forward and backward, at every shape with every option: the recorder refuses what hands a value
+    to the host."""
+    assert "options" not in problems, problems["options"]
+
+
+def test_the_recorder_names_what_waits_for_the_device(problems: dict[str, str]) -> None:
+    assert "waits" not in problems, problems["waits"]
 
 
 def test_a_spill_is_a_problem_unless_one_as_bad_is_on_record(tmp_path: Path) -> None:
