@@ -46,25 +46,22 @@ def without_native(monkeypatch):
 def quicken_the_interpreter() -> None:
     """Two thirds of an interpreted kernel's time are three things that Triton does over and over.
 
-    Every call of a device function, `tl.sum` and `tl.cdiv` among them, patches Triton's language once more: what one
-    module's globals name stays patched until the launch takes it back. Every sum of integers is interpreted a second
-    time in int64, to see that it does not overflow: numpy sees the same at once. And the table of numpy's types is
-    built anew for each lookup.
+    Every launch and every call of a device function, `tl.sum` and `tl.cdiv` among them, patches Triton's language once
+    more, and every launch takes that back: this process interprets, so what one module's globals name stays patched.
+    Every sum of integers is interpreted a second time in int64, to see that it does not overflow: numpy sees the same
+    at once. And the table of numpy's types is built anew for each lookup.
     """
     import numpy as np
     from triton.runtime import interpreter
 
-    patch, restore, patched = interpreter._patch_lang, interpreter._LangPatchScope.restore, set()
+    patch, patched = interpreter._patch_lang, {}
 
     def patch_once(fn):
-        if id(fn.__globals__) in patched:
-            return interpreter._LangPatchScope()
-        patched.add(id(fn.__globals__))
-        return patch(fn)
-
-    def restore_and_forget(self):
-        patched.clear()
-        restore(self)
+        if id(fn.__globals__) not in patched:
+            # The globals, so that no others are taken for them.
+            patched[id(fn.__globals__)] = fn.__globals__
+            patch(fn)._changes.clear()
+        return interpreter._LangPatchScope()
 
     type_anew, types = interpreter._get_np_dtype, {}
 
@@ -85,7 +82,7 @@ def quicken_the_interpreter() -> None:
         assert scalar.get_int_min_value() <= result.min(), message
         assert result.max() <= scalar.get_int_max_value(), message
 
-    interpreter._patch_lang, interpreter._LangPatchScope.restore = patch_once, restore_and_forget
+    interpreter._patch_lang = patch_once
     interpreter.interpreter_semantic.binary_op_sanitize_overflow_impl = refuse_overflow
     interpreter._get_np_dtype = type_of
 

@@ -29,6 +29,14 @@ from staged_training.validation import VALIDATED
 
 
 @pytest.fixture(scope="module")
+def plan_of(plan_of):
+    """With as many steps on four times the tokens: the validation text, which every run is measured on, is a quarter of
+    the batches."""
+    wide = {"batch_size": 4, "seq_len": 32, "tokens": 30 * 4 * 32}
+    return lambda branches, **changes: plan_of(branches, **wide | changes)
+
+
+@pytest.fixture(scope="module")
 def plan(plan_of, model_config, with_policy):
     methods = {
         "baseline": model_config,

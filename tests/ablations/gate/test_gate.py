@@ -105,8 +105,9 @@ def test_what_is_no_verdict_exits_with_no_verdicts_code(words, tmp_path, monkeyp
         assert capsys.readouterr().err
     assert gate() == 64
     unusable = [("top_q",), ("baseline",), ("top_p", "--seeds", "1"), ("top_p", "--dry-run"), ("top_p", "--k", "9")]
+    k = words.index("--k")
     for given in unusable:
-        assert gate(*given, "--json", "--out", tmp_path, *words[: words.index("--k")]) == 65, given
+        assert gate(*given, "--json", "--out", tmp_path, *words[:k], *words[k + 2 :]) == 65, given
         printed = capsys.readouterr()
         assert printed.err.count("\nerror: ") + printed.err.startswith("error: ") == 1
         assert printed.out == ""
