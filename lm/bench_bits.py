@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -66,7 +66,7 @@ class BenchBitsConfig:
         context: tokens that lie in the cache before.
         steps: decode steps of a turn, of which the first does not count.
         prefill: tokens of a prompt that is timed.
-        eight_bits: the cache stores keys and values as int8.
+        eight_bits: keys and values of the cache in 8 bits, see `lm cache`.
         repeats: turns that count, all forms one after the other in each; 0 times nothing.
         threads: CPU threads; 0 keeps torch's choice.
         csv: file for the table.
@@ -84,7 +84,7 @@ class BenchBitsConfig:
     context: int = 128
     steps: int = 24
     prefill: int = 512
-    eight_bits: bool = False
+    eight_bits: Literal["int8", "fp8"] | None = None
     repeats: int = 5
     threads: int = 0
     csv: Path | None = None
