@@ -31,6 +31,7 @@ from routing.router import RouterConfig
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEF"
 V, E = len(LETTERS), 8
 HARD = np.arange(V) % 2 == 1
+WANTED = TopP(target_mean=4.5, cap=E)
 OWN_LENGTH, WRONG_VOTE, RIGHT_VOTE, TEMPERATURE = 8.0, 1.0, 0.5, 8.0
 # SiLU of the gate's logit, by which an expert's unit for a letter answers.
 GATE = 4.0
@@ -51,7 +52,7 @@ def tokenizer():
     return ByteLevelTokenizer(one.to_str(), json.dumps({"bos_token": "<|boundary|>"}))
 
 
-def planted_model(sharp_V, seed=0):
+def planted_model(sharp_V, seed=0, policy=WANTED):
     """The model, its router giving the letters of `sharp_V` one expert under top-p and the others eight; the seed
     decides which experts a letter ranks how."""
     bytes_of = tokenizer()
@@ -63,7 +64,7 @@ def planted_model(sharp_V, seed=0):
         attention=AttentionConfig(n_heads=1, n_kv_heads=1, head_dim=8),
         moe=MoEConfig(n_experts=E, d_expert=V, router=RouterConfig(renormalise=False)),
     )
-    model = LanguageModel(with_policy(config, TopP(target_mean=4.5, cap=E))).init_weights(0)
+    model = LanguageModel(with_policy(config, policy)).init_weights(0)
     generator = np.random.default_rng(seed)
     # Seeds differ in how much their experts know.
     right_vote = RIGHT_VOTE * (1 + 0.05 * generator.normal())
