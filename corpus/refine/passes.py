@@ -33,7 +33,7 @@ from corpus.refine.near_duplicates import BANDS, bands_of, units_of, without
 from corpus.refine.page import Page
 from corpus.refine.perplexity import Perplexity
 from corpus.refine.quality import Quality
-from corpus.refine.shards import Item, items_of, line_of, write_array, writing
+from corpus.refine.shards import Item, items_of, line_of, numbered_items, write_array, writing
 
 UNIT = np.dtype([("hash", "<u8"), ("document", "<u4"), ("unit", "<u4")])
 # Whether a document is kept so far, its cluster, and what decides which documents of a cluster stay.
@@ -145,9 +145,7 @@ def edit(job: Job, shard: str) -> None:
     layers = [*_rules(job.config), *_scoring(job)]
     topics = _models(job.models).topics
     with writing(job.file("edited", shard, "jsonl")) as out:
-        for number, item in enumerate(items_of(job.file("judged", shard, "jsonl"))) if places_U else ():
-            if number not in places_U:
-                continue
+        for number, item in numbered_items(job.file("judged", shard, "jsonl"), places_U):
             started = time.thread_time()
             page = Page(item.text, language=item.language, record=item.record)
             units, hashes_U = units_of(page)

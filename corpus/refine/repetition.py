@@ -66,8 +66,13 @@ class Repetition(Layer):
         factor = CHARACTERS_PER_WORD if page.language == CHINESE else 1
         hashes = RunHashes(words.hashes)
         sums_W = np.concatenate(([0], np.cumsum(words.ends - words.starts)))
+        most = len(words.starts)
         for n, limit in zip(TOP, limits["top n-gram"]):
-            if top_share(hashes, sums_W, round(n * factor), limit) > limit:
+            # A longer n-gram is there no more often than the shorter ones in it.
+            if most * longest_run(sums_W, round(n * factor)) / int(sums_W[-1]) <= limit:
+                continue
+            share, most = top_share(hashes, sums_W, round(n * factor), limit)
+            if share > limit:
                 return f"one {n}-gram again and again"
         lowest = min(limits["duplicate n-grams"])
         for n, limit in zip(ALL, limits["duplicate n-grams"]):
@@ -93,8 +98,13 @@ def _duplicates(parts: Sequence[str]) -> tuple[float, float]:
     return n / max(len(parts), 1), characters / max(sum(map(len, parts)), 1)
 
 
-def top_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0) -> float:
-    """Share of the characters in the commonest n-gram, if it is there twice at least.
+def longest_run(sums_W: np.ndarray, n: int) -> int:
+    """Characters of the longest n-gram; 0 where there is none."""
+    return int((sums_W[n:] - sums_W[:-n]).max(initial=0))
+
+
+def top_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0) -> tuple[float, int]:
+    """Share of the characters in the commonest n-gram, if it is there twice at least; and how often it is there.
 
     Args:
         sums_W: characters before each word, and of all.
@@ -107,28 +117,29 @@ def top_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0
     new_G = np.ones(len(sorted_G), bool)
     np.not_equal(sorted_G[1:], sorted_G[:-1], out=new_G[1:])
     starts = np.flatnonzero(new_G)
-    if len(starts) == len(sorted_G):
-        return 0.0
     counts = np.diff(starts, append=len(sorted_G))
-    most, lengths_G = int(counts.max()), sums_W[n:] - sums_W[:-n]
-    bound = most * int(lengths_G.max()) / int(sums_W[-1])
+    most = int(counts.max(initial=0))
+    if most < 2:
+        return 0.0, most
+    bound = most * longest_run(sums_W, n) / int(sums_W[-1])
     if bound <= enough:
-        return bound
+        return bound, most
     # Of equally common ones the longest.
+    lengths_G = sums_W[n:] - sums_W[:-n]
     longest = int(lengths_G[np.isin(hashes_G, sorted_G[starts[counts == most]])].max())
-    return min(most * longest / int(sums_W[-1]), 1.0)
+    return min(most * longest / int(sums_W[-1]), 1.0), most
 
 
 def duplicate_share(hashes: RunHashes, sums_W: np.ndarray, n: int, enough: float = 0.0) -> float:
     """Share of the characters that lie in an n-gram which came before; `sums_W` and `enough` as for `top_share`."""
     if (found := views.repeated_share(hashes.sums, hashes.powers, sums_W, n, top=False, enough=enough)) is not None:
-        return found
+        return found[0]
     hashes_G = hashes.ngrams(n)
     sorted_G = np.sort(hashes_G)
     n_again = int(np.count_nonzero(sorted_G[1:] == sorted_G[:-1]))
     if n_again == 0:
         return 0.0
-    bound = n_again * int((sums_W[n:] - sums_W[:-n]).max()) / int(sums_W[-1])
+    bound = n_again * longest_run(sums_W, n) / int(sums_W[-1])
     if bound <= enough:
         return bound
     _, first = np.unique(hashes_G, return_index=True)

@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -81,9 +81,16 @@ def writing(path: Path, *, compressed: bool = False) -> Iterator[IO[bytes]]:
 
 
 def items_of(path: Path) -> Iterator[Item]:
+    for _, item in numbered_items(path):
+        yield item
+
+
+def numbered_items(path: Path, wanted: Container[int] | None = None) -> Iterator[tuple[int, Item]]:
+    """Items and their numbers; of a few that are wanted, no other is parsed."""
     with open(path, "rb") as file:
-        for line in file:
-            yield Item(**json.loads(line))
+        for number, line in enumerate(file):
+            if wanted is None or number in wanted:
+                yield number, Item(**json.loads(line))
 
 
 def line_of(item: Item) -> bytes:

@@ -234,9 +234,10 @@ long units(const uint32_t *codes, const uint8_t *kind, long n, long shortest, in
 }
 
 // Two shares of the characters of a text. `top`: in the commonest n-gram; else in n-grams that came before. What cannot
-// be above `enough` is not computed, and its bound returned; -1 for no memory.
+// be above `enough` is not computed, and its bound returned; -1 for no memory. `most_common` is how often the commonest
+// n-gram is there.
 double repeated_share(const uint64_t *run_sums, const uint64_t *powers, const int64_t *sums, long words, long n, int top,
-                      double enough) {
+                      double enough, int64_t *most_common) {
     long G = words - n + 1;
     if (G <= 0) return 0.0;
     long size = 16;
@@ -258,6 +259,7 @@ double repeated_share(const uint64_t *run_sums, const uint64_t *powers, const in
             if (++count[first[i]] > most) most = count[first[i]];
             if (sums[i + n] - sums[i] > longest) longest = sums[i + n] - sums[i];
         }
+        *most_common = most;
         share = repeated ? (double)((top ? most : repeated) * longest) / (double)total : 0.0;
         if (share > enough && top) {
             longest = 0;

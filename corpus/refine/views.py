@@ -22,7 +22,7 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "run_sums": (None, [P, c_long, c_uint64, P]),
     "listed": (c_long, [P, P, P, c_long, P, c_uint64, P, c_long, P, c_long, P, P]),
     "units": (c_long, [P, P, c_long, c_long, P, P, P]),
-    "repeated_share": (c_double, [P, P, P, c_long, c_long, c_int, c_double]),
+    "repeated_share": (c_double, [P, P, P, c_long, c_long, c_int, c_double, P]),
     "bands": (None, [P, P, c_long, c_long, P, P, c_long, c_long, P, P]),
     "walk": (c_long, [P, c_long, P, P, P, P, P]),
     "character_sums": (None, [P, c_long, c_uint64, P]),
@@ -120,8 +120,8 @@ def units(codes_C: np.ndarray, kinds_C: np.ndarray, shortest: int) -> tuple[np.n
 
 def repeated_share(
     run_sums: np.ndarray, powers: np.ndarray, sums_W: np.ndarray, n: int, *, top: bool, enough: float
-) -> float | None:
-    """`repetition.top_share`, or `repetition.duplicate_share`.
+) -> tuple[float, int] | None:
+    """`repetition.top_share`, or `repetition.duplicate_share`; and how often the commonest n-gram is there.
 
     Args:
         run_sums, powers: of the words' `RunHashes`.
@@ -131,9 +131,10 @@ def repeated_share(
     # Other types would be read as what they are not.
     assert run_sums.dtype == powers.dtype == np.uint64
     assert sums_W.dtype == np.int64
+    most = np.zeros(1, np.int64)
     inputs = run_sums.ctypes.data, powers.ctypes.data, sums_W.ctypes.data, len(sums_W) - 1
-    share = library.repeated_share(*inputs, n, top, enough)
-    return None if share < 0 else share
+    share = library.repeated_share(*inputs, n, top, enough, most.ctypes.data)
+    return None if share < 0 else (share, int(most[0]))
 
 
 def walk(

@@ -198,10 +198,11 @@ def test_repetition_is_what_counting_gives(words, n):
     sums = np.concatenate(([0], np.cumsum(runs.ends - runs.starts)))
     hashes = RunHashes(runs.hashes)
     top, duplicate = brute_shares(words, n)
-    assert top_share(hashes, sums, n) == pytest.approx(top)
+    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    assert top_share(hashes, sums, n) == (pytest.approx(top), max(map(grams.count, grams), default=0))
     assert duplicate_share(hashes, sums, n) == pytest.approx(duplicate)
     # A bound that is enough is no less than the share.
-    assert top <= top_share(hashes, sums, n, enough=0.5) + 1e-12
+    assert top <= top_share(hashes, sums, n, enough=0.5)[0] + 1e-12
     assert duplicate <= duplicate_share(hashes, sums, n, enough=0.5) + 1e-12
 
 
