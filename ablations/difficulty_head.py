@@ -2,14 +2,14 @@
 number."""
 
 from ablations.cli import run_alone
-from ablations.method import Method, experts_of, with_policy
+from ablations.method import START, Method, experts_of, with_policy
 from lm.config import ModelConfig
 from routing.policies.difficulty_head import DifficultyHead
 
 
 def change(model: ModelConfig) -> ModelConfig:
     k = experts_of(model)
-    return with_policy(model, DifficultyHead(target_mean=k, cap=min(2 * k, model.moe.n_experts)))
+    return with_policy(model, DifficultyHead(target_mean=k, cap=min(2 * k, model.moe.n_experts), start=START))
 
 
 METHOD = Method(

@@ -9,7 +9,7 @@ from routing.policies.threshold import LearnedThreshold
 
 def change(model: ModelConfig) -> ModelConfig:
     k = experts_of(model)
-    return with_policy(model, LearnedThreshold(target_mean=k, cap=min(2 * k, model.moe.n_experts)))
+    return with_policy(model, LearnedThreshold(target_mean=k, cap=min(2 * k, model.moe.n_experts), centred=True))
 
 
 METHOD = Method(

@@ -10,8 +10,8 @@ from staged_training.boundary import different_blocks
 
 # Kinds that leave the model as it is: they measure noise, earn no verdict and are no method whose price counts.
 CONTROLS = ("seed", "rounding")
-# What null columns' scores are multiplied by at the fork, see `routing.policy.Gain`: so little that the trunk's
-# function is kept, and enough that a gradient reaches them.
+# What a method's own part in the weights is multiplied by at the fork, null columns' scores for one, see
+# `routing.policy.Gain`: so little that the trunk's function is kept, and enough that a gradient reaches it.
 START = 1e-3
 
 

@@ -1,5 +1,5 @@
 """ReLU routing as published (arXiv 2412.14711): an L1 penalty steers the number of positive logits towards the
-baseline's number."""
+baseline's number. It joins a trunk with the jump that `relu` says the reasons of."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
@@ -9,7 +9,7 @@ from routing.policies.relu import ReLU
 
 def change(model: ModelConfig) -> ModelConfig:
     k = experts_of(model)
-    return with_policy(model, ReLU(target_mean=k, cap=min(2 * k, model.moe.n_experts), control="penalty"))
+    return with_policy(model, ReLU(target_mean=k, cap=min(2 * k, model.moe.n_experts), centred=True, control="penalty"))
 
 
 METHOD = Method(

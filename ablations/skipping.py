@@ -1,5 +1,6 @@
 """Skipping (arXiv 2402.14800) that training knows of: a token leaves out the experts that weigh little beside its best
-one, the mean held at the baseline's number."""
+one, the mean held at the baseline's number. It joins a trunk with the jump of `relative_threshold`, whose choice is the
+same there."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy

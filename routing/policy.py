@@ -136,6 +136,11 @@ class Scores:
     null_TZ: Tensor | None = None
     past_TX: Tensor | None = None
 
+    @property
+    def centred_TE(self) -> Tensor:
+        """Log-probabilities: the logits without what those of a token have in common, which no softmax sees."""
+        return self.logits_TE - self.logits_TE.logsumexp(dim=-1, keepdim=True)
+
     def of_token(self, token: int) -> "Scores":
         """The same for one token, as a batch of it."""
         one = slice(token, token + 1)

@@ -2,7 +2,8 @@
 
 k_t = exp(d_t + shift) with d_t = <h, x_t>: slot j is used if log j - d_t <= shift, and the shift, common to all tokens,
 holds the budget. The slot's score is multiplied by sigmoid((shift - level) / softness), so that the model's loss tells
-the head whether the last experts of a token helped: raising d_t raises the share of a token's later slots.
+the head whether the last experts of a token helped: raising d_t raises the share of a token's later slots. In weights
+that were trained without it the factor starts at about one: it is raised to a power that is learned from `start` on.
 
 Legend: T tokens, D model width, K slots per token (the cap).
 """
@@ -12,9 +13,10 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from routing.budget import BudgetController
-from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds
+from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds, gain_from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,8 @@ class DifficultyHead(PolicyConfig):
         floor: least experts per token.
         cap: most experts per token.
         softness: width of the soft edge, in units of log k.
+        start: the power of the soft edge at first, learned from there, so that a head can join weights that were
+            trained without one and leave what those compute as it is; 1 for no power.
         rate: of the controller, per step.
     """
 
@@ -33,6 +37,7 @@ class DifficultyHead(PolicyConfig):
     floor: int = 1
     cap: int = 24
     softness: float = 0.3
+    start: float = 1.0
     rate: float = 0.5
 
     @property
@@ -57,6 +62,7 @@ class DifficultyHeadPolicy(Policy):
         check_bounds(floor=config.floor, cap=config.cap, n_experts=n_experts, target_mean=config.target_mean)
         if config.softness <= 0.0:
             raise ValueError(f"DifficultyHead.softness = {config.softness} must be positive")
+        self.gain = gain_from(config.start)
         # Zero: every token starts equally difficult.
         self.head_D = nn.Parameter(torch.zeros(d_model))
         initial = math.log(max(config.target_mean, 1.0))
@@ -77,6 +83,6 @@ class DifficultyHeadPolicy(Policy):
         level_TK = soft_level_TK.detach().clone()
         level_TK[:, : self.config.floor] = -torch.inf
         keep_TK = self.within_budget(level_TK)
-        return Slots(
-            expert_TK, score_TK * ((self.budget.limit - soft_level_TK) / self.config.softness).sigmoid(), keep_TK
-        )
+        margin_TK = (self.budget.limit - soft_level_TK) / self.config.softness
+        edge_TK = margin_TK.sigmoid() if self.gain is None else (self.gain() * functional.logsigmoid(margin_TK)).exp()
+        return Slots(expert_TK, score_TK * edge_TK, keep_TK)

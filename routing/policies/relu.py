@@ -37,6 +37,8 @@ class ReLU(PolicyConfig):
         target_mean: experts per token that are held in the mean.
         floor: least experts per token; without one, layers are known to collapse to no experts at all.
         cap: most experts per token.
+        centred: of log-probabilities, logits without what a token's have in common: weights that were trained under a
+            softmax, which a policy joins, know no such offset.
         control: how the mean is held: "shift" of all logits, to the percent, or by the published "penalty".
         l1_coefficient: initial weight of the penalty.
         l1_factor: by which the penalty's weight changes per step.
@@ -46,6 +48,7 @@ class ReLU(PolicyConfig):
     target_mean: float = 12.0
     floor: int = 1
     cap: int = 32
+    centred: bool = False
     control: Literal["shift", "penalty"] = "shift"
     l1_coefficient: float = 1e-8
     l1_factor: float = 1.2
@@ -87,7 +90,7 @@ class ReLUPolicy(Policy):
     def select(self, scores: Scores) -> Slots:
         assert self.budget is not None
         expert_TK, _ = best(scores, self.config.cap)
-        logit_TK = scores.logits_TE.gather(-1, expert_TK)
+        logit_TK = self._logits_TE(scores).gather(-1, expert_TK)
         level_TK = -logit_TK.detach()
         level_TK[:, : self.config.floor] = -torch.inf
         keep_TK = self.within_budget(level_TK)
@@ -101,8 +104,11 @@ class ReLUPolicy(Policy):
         assert self.budget is not None
         n_experts = load_E.shape[0]
         relative_load_E = torch.where(load_E.sum() > 0, load_E * n_experts / load_E.sum().clamp_min(1), 1.0)
-        penalty_E = mean_over_tokens((scores.logits_TE + self.budget.threshold).relu())
+        penalty_E = mean_over_tokens((self._logits_TE(scores) + self.budget.threshold).relu())
         return {"l1": self.l1_coefficient * (relative_load_E * penalty_E).sum() / n_experts}
+
+    def _logits_TE(self, scores: Scores) -> Tensor:
+        return scores.centred_TE if self.config.centred else scores.logits_TE
 
     def after_step(self, mean_experts: Tensor) -> None:
         above, below = mean_experts > self.config.target_mean, mean_experts < self.config.target_mean

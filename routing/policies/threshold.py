@@ -6,7 +6,8 @@ with the first.
 
 `LearnedThreshold`: each expert learns how high its own bar is, in the manner of DynMoE (Guo et al., arXiv 2405.14297).
 There, a straight-through estimator carries the gradient past the comparison; here an expert weighs sigmoid(logit -
-bar), which carries it by itself. The budget is held by one shift common to all bars.
+bar), which carries it by itself. The budget is held by one shift common to all bars. Weights that were trained under a
+softmax know no offset common to a token's logits; bars that join them read logits without it (`centred`).
 
 Legend: T tokens, E experts, K slots per token (the cap).
 """
@@ -80,12 +81,14 @@ class LearnedThreshold(PolicyConfig):
         target_mean: experts per token that the budget holds in the mean; None lets the bars alone decide.
         floor: least experts per token.
         cap: most experts per token.
+        centred: bars are on log-probabilities, logits without what a token's have in common.
         rate: of the controller, per step.
     """
 
     target_mean: float | None = 12.0
     floor: int = 1
     cap: int = 24
+    centred: bool = False
     rate: float = 0.5
 
     @property
@@ -114,7 +117,8 @@ class LearnedThresholdPolicy(Policy):
         )
 
     def select(self, scores: Scores) -> Slots:
-        margin_TE = scores.logits_TE - self.bar_E.to(scores.logits_TE.dtype)
+        logits_TE = scores.centred_TE if self.config.centred else scores.logits_TE
+        margin_TE = logits_TE - self.bar_E.to(logits_TE.dtype)
         margin_TK, expert_TK = margin_TE.topk(self.config.cap, dim=-1)
         level_TK = -margin_TK.detach()
         level_TK[:, : self.config.floor] = -torch.inf
