@@ -55,7 +55,7 @@ def refusal(capsys, *words):
     return said
 
 
-TINY_RUN = ("--out", "{out}", "--data", "{text}", "--vocab-size", "300", "--d-model", "16")
+TINY_RUN = ("--out", "{out}", "--data", "{text}", "--vocab-size", "300", "--d-model", "16", "--valid-share", "0.06")
 TINY_COMPARE = ("top_p", "--out", "{out}", "--data", "{text}", "--vocab-size", "300", "--d-model", "16", "--dry-run")
 NONSENSE = {
     "staged_training run": {

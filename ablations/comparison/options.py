@@ -1,5 +1,5 @@
 """What a comparison can be told. Without options it is the quick run that `make ablation` makes on two CPU cores:
-eleven minutes.
+ten minutes.
 
 `--tokens` is the dial: the token budget of one method, trunk plus one branch. Everything else can stay. Model, text and
 training have the options and the defaults of every other command: `lm.options`, `corpus.prepare`,

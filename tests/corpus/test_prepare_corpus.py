@@ -14,7 +14,7 @@ from corpus import __main__ as command
 from corpus import prepare as prepare_module
 from corpus.__main__ import main
 from corpus.compressors import xz_bits_per_byte
-from corpus.documents import load_documents
+from corpus.documents import HoldOut, load_documents
 from corpus.packing import PackedTokens, pack
 from corpus.prepare import CorpusConfig, open_prepared, prepare
 from corpus.readers import Skipped
@@ -106,7 +106,7 @@ def test_memory_grows_with_the_documents_and_not_with_their_texts(tmp_path):
     data = (str(tmp_path / "many.jsonl"),)
     tracemalloc.start()
     try:
-        documents = load_documents(data, text_field="text", valid_share=0.1, folder=tmp_path)
+        documents = load_documents(data, text_field="text", hold_out=HoldOut(share=0.1), folder=tmp_path)
         read = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]

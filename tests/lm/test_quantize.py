@@ -73,7 +73,7 @@ def test_every_command_reads_it(folder, tmp_path, capsys, bits, smaller, near):
     expected, got = decoded(original), decoded(packed)
     assert (got - expected).norm() < near * expected.norm()
     # With a dynamic budget and rounded keys and values at once.
-    main(["generate", "--run", str(out), "--max-new-tokens", "4", "--experts", "2", "--eight-bits"])
+    main(["generate", "--run", str(out), "--max-new-tokens", "4", "--experts", "2", "--eight-bits", "int8"])
     assert "mean experts" in capsys.readouterr().err
     main(["evaluate", "--run", str(out), "--data", text, "--experts", "2", "--resamples", "2"])
     assert "bits per byte" in capsys.readouterr().out

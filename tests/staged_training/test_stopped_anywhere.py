@@ -15,7 +15,7 @@ PHASES = {
     "preparing": (command_line, "prepare", signal.SIGINT),
     "calibrating": (execute, "calibrate_to_targets", signal.SIGTERM),
     "evaluating": (execute, "evaluate", signal.SIGHUP),
-    "caching": (execute, "trunk_activations", signal.SIGUSR1),
+    "caching": (execute, "branch_batches", signal.SIGUSR1),
     "reporting": (execute, "finish_run", signal.SIGTERM),
 }
 

@@ -78,6 +78,7 @@ def test_command_runs_every_method_with_a_budget(text_folder, tiny_model, tmp_pa
         "learned_threshold",
         "relative_threshold",
         "expert_threshold",
+        "sequence_budget",
         "skipping",
         "moe_plus_plus",
     }
