@@ -112,9 +112,14 @@ def has_memory(x: Tensor) -> bool:
 def products_here() -> tuple[torch.dtype, ...]:
     """Of what dtypes large products are computed here: fp32, and bf16, brought to fp32, where the processor has no
     products of it. There torch's own take ten times as long as those of fp32."""
-    if torch.compiler.is_compiling() or native().library is None or native().library.multiplies_bf16():
-        return UP_TO_FP32[:1]
-    return UP_TO_FP32[:2]
+    # A graph that is traced must not look at the processor.
+    return UP_TO_FP32[:1] if torch.compiler.is_compiling() else _products()
+
+
+@functools.cache
+def _products() -> tuple[torch.dtype, ...]:
+    library = native().library
+    return UP_TO_FP32[:1] if library is None or library.multiplies_bf16() else UP_TO_FP32[:2]
 
 
 def takes_many_rows(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
