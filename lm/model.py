@@ -27,7 +27,7 @@ from moe.backends import Choice
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
-from triton_kernels.native.library import products_here, takes_many_rows, torch_by_one_thread
+from triton_kernels.native.library import products_here, rounds_products, takes_many_rows, torch_by_one_thread
 from triton_kernels.native.loss import head_losses
 from triton_kernels.native.projection import project
 
@@ -358,7 +358,11 @@ def mean_and_token_losses(x_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) ->
         return losses_BT.mean(), losses_BT.detach()
     try:
         loss, loss_T = head_losses(
-            x_BTD.flatten(0, 1).float(), head_VD.float(), targets_BT.flatten(), ignored=IGNORED_TARGET
+            x_BTD.flatten(0, 1).float(),
+            head_VD.float(),
+            targets_BT.flatten(),
+            ignored=IGNORED_TARGET,
+            bf16=rounds_products(x_BTD.dtype),
         )
     except ValueError:
         raise ValueError(_outside("targets", targets_BT, len(head_VD))) from None

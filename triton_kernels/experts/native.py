@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, is_native, native, products_here, takes_many_rows, threads, wide
+from triton_kernels.native.library import (
+    call,
+    is_native,
+    native,
+    products_here,
+    rounds_products,
+    takes_many_rows,
+    threads,
+    wide,
+)
 
 # Tokens of a piece, as in routing.c.
 ROUTED = 64
@@ -144,8 +153,8 @@ def why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
         return f"the form in C needs tensors on the CPU, these are on {x_TD.device}"
     if not {x_TD.dtype, w_down_EFD.dtype} <= set(products_here()):
         return (
-            "the form in C takes float32, and bfloat16 where the processor has no products of it, or few tokens without"
-            " gradients by float32 weights"
+            "the form in C takes float32, and bfloat16 but where torch knows products of it (AMX, ARM), or few tokens"
+            " without gradients by float32 weights"
         )
     if torch.compiler.is_compiling():
         return "torch.compile does not look into the form in C"
@@ -170,7 +179,7 @@ def grouped_mlp_native(
     """
     if not is_native(x_TD, len(x_TD)):
         wide_inputs = (x_TD.float(), w_gate_up_EDF2.float(), w_down_EFD.float())
-        y_TD = _ManyRows.apply(*wide_inputs, token_N, weight_N, expert_offsets)
+        y_TD = _ManyRows.apply(*wide_inputs, token_N, weight_N, expert_offsets, rounds_products(x_TD.dtype))
         assert isinstance(y_TD, Tensor)
         return y_TD.to(x_TD.dtype)
     (T, D), (E, F, _) = x_TD.shape, w_down_EFD.shape
@@ -196,6 +205,7 @@ class _ManyRows(torch.autograd.Function):
         token_N: Tensor,
         weight_N: Tensor,
         expert_offsets: Tensor,
+        bf16: bool,
     ) -> Tensor:
         (T, D), (E, F, _), N = x_TD.shape, w_down_EFD.shape, len(token_N)
         inputs = (wide(x_TD), wide(w_gate_up_EDF2), wide(w_down_EFD), token_N.contiguous(), wide(weight_N))
@@ -205,10 +215,10 @@ class _ManyRows(torch.autograd.Function):
         call(
             "grouped_mlp_forward",
             *(*inputs, offsets, hidden_NF2, torch.empty(N, F), y_TD),
-            *(T, N, E, D, F, threads()),
+            *(T, N, E, D, F, bf16, threads()),
         )
         ctx.save_for_backward(*inputs, offsets, hidden_NF2)
-        ctx.weight_dtype = weight_N.dtype
+        ctx.weight_dtype, ctx.bf16 = weight_N.dtype, bf16
         return y_TD
 
     @staticmethod
@@ -225,6 +235,6 @@ class _ManyRows(torch.autograd.Function):
             "grouped_mlp_backward",
             *(wide(dy_TD), *inputs, offsets, hidden_NF2, torch.empty(N, 2 * F)),
             *(dx_TD, d_gate_up, d_down, d_weight_N),
-            *(T, E, D, F, threads()),
+            *(T, E, D, F, ctx.bf16, threads()),
         )
-        return dx_TD, d_gate_up, d_down, None, d_weight_N.to(ctx.weight_dtype), None
+        return dx_TD, d_gate_up, d_down, None, d_weight_N.to(ctx.weight_dtype), None, None

@@ -15,6 +15,7 @@ typedef struct {
     float *hidden, *inner, *y; /* hidden [N, 2 F] or NULL; inner [N, width of the second product's left factor] */
     float *d_gate_up, *d_down, *d_weight; /* the first two NULL where nobody asks */
     long tokens, experts, d_model, d_expert, piece_columns;
+    int bf16; /* whether products round what they read to it */
     atomic_int no_memory;
 } ManyRows;
 
@@ -32,11 +33,11 @@ static void forward_piece(void *job, long e) {
     if (m->offsets[e] == last) return;
     float *packed = scratch_for(&m->no_memory, panels + (m->hidden ? 0 : M * 2 * F));
     if (!packed) return;
-    pack(m->gate_up + e * D * 2 * F, NULL, 2 * F, 0, 2 * F, D, packed);
+    pack_as(m->bf16, m->gate_up + e * D * 2 * F, NULL, 2 * F, 0, 2 * F, D, packed);
     for (long row = m->offsets[e]; row < last; row += M) {
         long n = last - row < M ? last - row : M;
         float *hidden = m->hidden ? m->hidden + row * 2 * F : packed + panels;
-        product((Left){m->x, m->token + row, D, 1}, packed, D, n, 2 * F, (Result){hidden, NULL, 2 * F, 0});
+        product_as(m->bf16, (Left){m->x, m->token + row, D, 1}, packed, D, n, 2 * F, (Result){hidden, NULL, 2 * F, 0});
         for (long r = 0; r < n; r++) {
             const float *restrict gate = hidden + r * 2 * F, *restrict up = gate + F;
             float *restrict inner = m->inner + (row + r) * F, weight = m->weight[row + r];
@@ -58,11 +59,11 @@ static void combine(ManyRows *m, long index, const float *weight, long K, int tr
     for (long e = 0; e < m->experts; e++) {
         long last = m->offsets[e + 1];
         if (m->offsets[e] == last) continue;
-        if (transposed) pack_transposed(weight + (e * D + first) * K, K, columns, K, packed);
-        else pack(weight + e * K * D, NULL, D, first, columns, K, packed);
+        if (transposed) pack_transposed_as(m->bf16, weight + (e * D + first) * K, K, columns, K, packed);
+        else pack_as(m->bf16, weight + e * K * D, NULL, D, first, columns, K, packed);
         for (long row = m->offsets[e]; row < last; row += M)
-            product((Left){m->inner + row * K, NULL, K, 1}, packed, K, last - row < M ? last - row : M, columns,
-                    (Result){m->y + first, m->token + row, D, 1});
+            product_as(m->bf16, (Left){m->inner + row * K, NULL, K, 1}, packed, K, last - row < M ? last - row : M,
+                       columns, (Result){m->y + first, m->token + row, D, 1});
     }
     free(packed);
 }
@@ -115,12 +116,12 @@ static void backward_piece(void *job, long e) {
     if (!down) return;
     float *panels = down + D * rounded_up(F, TILE_COLUMNS), *x = panels + M * panel_width, *inner = x + M * x_stride,
           *d_inner = inner + M * stride;
-    pack_transposed(m->down + e * F * D, D, F, D, down);
+    pack_transposed_as(m->bf16, m->down + e * F * D, D, F, D, down);
     for (long row = start; row < last; row += M) {
         long n = last - row < M ? last - row : M;
         const int64_t *token = m->token + row;
         float *d_hidden = m->inner + row * 2 * F;
-        product((Left){m->dy, token, D, 1}, down, D, n, F, (Result){d_inner, NULL, stride, 0});
+        product_as(m->bf16, (Left){m->dy, token, D, 1}, down, D, n, F, (Result){d_inner, NULL, stride, 0});
         for (long r = 0; r < n; r++) {
             const float *gate = m->hidden + (row + r) * 2 * F;
             m->d_weight[row + r] =
@@ -128,13 +129,15 @@ static void backward_piece(void *job, long e) {
                                     d_hidden + r * 2 * F, d_hidden + r * 2 * F + F);
         }
         if (d_down) {
-            pack(m->dy, token, D, 0, D, n, panels);
-            product((Left){inner, NULL, 1, stride}, panels, n, F, D, (Result){d_down, NULL, D, row > start});
+            pack_as(m->bf16, m->dy, token, D, 0, D, n, panels);
+            product_as(m->bf16, (Left){inner, NULL, 1, stride}, panels, n, F, D,
+                       (Result){d_down, NULL, D, row > start});
         }
         if (d_gate_up) {
             for (long r = 0; r < n; r++) memcpy(x + r * x_stride, m->x + token[r] * D, (size_t)D * sizeof(float));
-            pack(d_hidden, NULL, 2 * F, 0, 2 * F, n, panels);
-            product((Left){x, NULL, 1, x_stride}, panels, n, D, 2 * F, (Result){d_gate_up, NULL, 2 * F, row > start});
+            pack_as(m->bf16, d_hidden, NULL, 2 * F, 0, 2 * F, n, panels);
+            product_as(m->bf16, (Left){x, NULL, 1, x_stride}, panels, n, D, 2 * F,
+                       (Result){d_gate_up, NULL, 2 * F, row > start});
         }
     }
     free(down);
@@ -149,7 +152,8 @@ static void in_column_pieces(Piece run, ManyRows *m, int threads) {
 /* inner: scratch [N, F]. hidden: [N, 2 F] for `grouped_mlp_backward`, or NULL. Returns 0 or an error. */
 long grouped_mlp_forward(const float *x, const float *gate_up, const float *down, const int64_t *token,
                          const float *weight, const int64_t *offsets, float *hidden, float *inner, float *y,
-                         long tokens, long most_rows, long experts, long d_model, long d_expert, int threads) {
+                         long tokens, long most_rows, long experts, long d_model, long d_expert, int bf16,
+                         int threads) {
     if (!rising(offsets, experts, most_rows)) return OUT_OF_RANGE;
     for (long i = 0; i < offsets[experts]; i++)
         if (token[i] < 0 || token[i] >= tokens) return OUT_OF_RANGE;
@@ -165,7 +169,8 @@ long grouped_mlp_forward(const float *x, const float *gate_up, const float *down
                     .tokens = tokens,
                     .experts = experts,
                     .d_model = d_model,
-                    .d_expert = d_expert};
+                    .d_expert = d_expert,
+                    .bf16 = bf16};
     in_pieces(forward_piece, &job, experts, threads);
     in_column_pieces(outputs_piece, &job, threads);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
@@ -175,7 +180,7 @@ long grouped_mlp_forward(const float *x, const float *gate_up, const float *down
 long grouped_mlp_backward(const float *dy, const float *x, const float *gate_up, const float *down,
                           const int64_t *token, const float *weight, const int64_t *offsets, float *hidden,
                           float *inner, float *dx, float *d_gate_up, float *d_down, float *d_weight, long tokens,
-                          long experts, long d_model, long d_expert, int threads) {
+                          long experts, long d_model, long d_expert, int bf16, int threads) {
     ManyRows job = {.x = x,
                     .dy = dy,
                     .gate_up = gate_up,
@@ -192,7 +197,8 @@ long grouped_mlp_backward(const float *dy, const float *x, const float *gate_up,
                     .tokens = tokens,
                     .experts = experts,
                     .d_model = d_model,
-                    .d_expert = d_expert};
+                    .d_expert = d_expert,
+                    .bf16 = bf16};
     in_pieces(backward_piece, &job, experts, threads);
     if (dx) in_column_pieces(inputs_gradient_piece, &job, threads);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;

@@ -3,6 +3,7 @@
 #include "routing.c"
 #include "decode_step.c"
 #include "products.c"
+#include "bf16_products.c"
 #include "projection.c"
 #include "grouped_mlp.c"
 #include "newton_schulz.c"

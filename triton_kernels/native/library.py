@@ -22,7 +22,7 @@ from foundation.c_library import Compiled, c_library
 SOURCES = [
     Path(__file__).with_name(f"{name}.c")
     for name in (
-        *("library", "few_tokens", "packed", "routing", "decode_step", "products", "projection"),
+        *("library", "few_tokens", "packed", "routing", "decode_step", "products", "bf16_products", "projection"),
         *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss", "chunked_rule"),
         "linear_layer",
     )
@@ -30,6 +30,8 @@ SOURCES = [
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
 FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 NO_MEMORY, OUT_OF_RANGE = -1, -2
+# What bf16_products.c says of the processor, beside 0.
+THESE_PRODUCTS, OTHER_PRODUCTS = 1, 2
 # Beyond so many tokens the experts' weights are read once for several blocks of them anyway.
 MOST_TOKENS = 32
 # What the parts of linear layers take, all of which sum in fp32.
@@ -51,16 +53,16 @@ SIGNATURES: dict[str, list[type]] = {
     "delta_decode": [*[P] * 4, *[LONG] * 4, *[P] * 6, *[INT] * 3, FLOAT, *[LONG] * 5, P, INT],
     "lightning_decode": [P, LONG, P, P, P, *[LONG] * 4],
     "decode_step": [P, P, LONG, P, P, P, P, INT],
-    "grouped_mlp_forward": [*[P] * 9, *[LONG] * 5, INT],
-    "grouped_mlp_backward": [*[P] * 13, *[LONG] * 4, INT],
-    "project_rows": [*[P] * 3, *[LONG] * 3, INT],
-    "project_rows_backward": [*[P] * 5, *[LONG] * 3, INT],
-    "multiplies_bf16": [],
+    "grouped_mlp_forward": [*[P] * 9, *[LONG] * 5, INT, INT],
+    "grouped_mlp_backward": [*[P] * 13, *[LONG] * 4, INT, INT],
+    "project_rows": [*[P] * 3, *[LONG] * 3, INT, INT],
+    "project_rows_backward": [*[P] * 5, *[LONG] * 3, INT, INT],
+    "bf16_products": [],
     "newton_schulz": [P, P, *[LONG] * 7, FLOAT, FLOAT, INT],
-    "head_loss": [*[P] * 6, *[LONG] * 4, INT],
+    "head_loss": [*[P] * 6, *[LONG] * 4, INT, INT],
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
-    "softmax_forward": [*[P] * 8, FLOAT, P, P, INT],
-    "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT],
+    "softmax_forward": [*[P] * 8, FLOAT, P, P, INT, INT],
+    "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT, INT],
     "rule_forward": [*[P] * 8, FLOAT, *[P] * 5, INT],
     "rule_backward": [*[P] * 8, FLOAT, *[P] * 10, INT],
     "conv_forward": [*[P] * 7, INT],
@@ -73,7 +75,7 @@ RETURNING = (
     *("experts", "packed_experts", "sort_slots", "softmax_decode", "decode_step"),
     *("grouped_mlp_forward", "grouped_mlp_backward", "project_rows", "project_rows_backward", "newton_schulz"),
     *("softmax_forward", "softmax_backward", "head_loss", "rule_forward", "rule_backward"),
-    "multiplies_bf16",
+    "bf16_products",
 )
 
 
@@ -110,16 +112,22 @@ def has_memory(x: Tensor) -> bool:
 
 
 def products_here() -> tuple[torch.dtype, ...]:
-    """Of what dtypes large products are computed here: fp32, and bf16, brought to fp32, where the processor has no
-    products of it. There torch's own take ten times as long as those of fp32."""
+    """Of what dtypes large products are computed here: fp32, and bf16 on most processors. Where AVX512-BF16 multiplies
+    it, inputs are rounded to it and sums are fp32; where nothing does, products are those of fp32, since torch's own
+    take ten times as long there. AMX and ARM multiply bf16 in ways that torch knows, and it keeps them."""
     # A graph that is traced must not look at the processor.
-    return UP_TO_FP32[:1] if torch.compiler.is_compiling() else _products()
+    return UP_TO_FP32[:1] if torch.compiler.is_compiling() or _bf16() == OTHER_PRODUCTS else UP_TO_FP32[:2]
+
+
+def rounds_products(dtype: torch.dtype) -> bool:
+    """Whether products of inputs that are brought to fp32 from this dtype may round them to bf16."""
+    return dtype == torch.bfloat16 and _bf16() == THESE_PRODUCTS
 
 
 @functools.cache
-def _products() -> tuple[torch.dtype, ...]:
+def _bf16() -> int:
     library = native().library
-    return UP_TO_FP32[:1] if library is None or library.multiplies_bf16() else UP_TO_FP32[:2]
+    return OTHER_PRODUCTS if library is None else library.bf16_products()
 
 
 def takes_many_rows(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:

@@ -17,15 +17,6 @@ typedef float Line __attribute__((vector_size(4 * LINE), aligned(4), may_alias))
 
 static inline long rounded_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
-/* Whether the processor that this is compiled for has products of bf16 numbers. */
-long multiplies_bf16(void) {
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 /* A stride of an odd number of cache lines, for rows that are read down their columns: by powers of two they would fall
  * upon each other in the cache. */
 static inline long apart(long n) { return rounded_up(n, 16) + (rounded_up(n, 16) % 32 ? 0 : 16); }
@@ -39,7 +30,8 @@ static float *scratch_for(atomic_int *no_memory, long floats) {
 
 /* ---- Products of matrices ---- */
 
-/* Compiled once, and not wherever they are called: the compiler would take longer for their copies than for the rest. */
+/* Compiled once, and not wherever they are called: the compiler would take longer for their copies than for the rest.
+ */
 #define CALLED static __attribute__((noinline))
 
 /* The right factor lies in panels: TILE_COLUMNS of its columns, row after row, the last panel filled up with zeros. */
@@ -96,8 +88,7 @@ CALLED void pack_transposed(const float *source, long stride, long columns, long
             for (; n == WIDE && k + WIDE <= depth; k += WIDE)
                 transpose_square(rows + k, stride, panels + k * TILE_COLUMNS + c, TILE_COLUMNS);
             for (; k < depth; k++)
-                for (long i = 0; i < WIDE; i++)
-                    panels[k * TILE_COLUMNS + c + i] = i < n ? rows[i * stride + k] : 0.0f;
+                for (long i = 0; i < WIDE; i++) panels[k * TILE_COLUMNS + c + i] = i < n ? rows[i * stride + k] : 0.0f;
         }
 }
 
@@ -115,6 +106,24 @@ typedef struct {
     long stride;
     int add;
 } Result;
+
+/* Sums go where they belong: rows from i on. */
+static inline __attribute__((always_inline)) void keep_tile(Line (*sum)[2], Result result, long i, const int rows,
+                                                            long columns) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        float *y = result.x + (result.index ? result.index[i + r] : i + r) * result.stride;
+        if (columns == TILE_COLUMNS) {
+            Line *line = (Line *)y, *next = (Line *)(y + LINE);
+            if (result.add) sum[r][0] += *line, sum[r][1] += *next;
+            *line = sum[r][0], *next = sum[r][1];
+        } else {
+            float whole[TILE_COLUMNS];
+            memcpy(whole, sum[r], sizeof whole);
+            for (long c = 0; c < columns; c++) y[c] = result.add ? y[c] + whole[c] : whole[c];
+        }
+    }
+}
 
 static inline __attribute__((always_inline)) void tile(Left left, const float *panel, long depth, Result result, long i,
                                                        const int rows, long columns) {
@@ -135,19 +144,7 @@ static inline __attribute__((always_inline)) void tile(Left left, const float *p
             sum[r][1] += here * second;
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-        float *y = result.x + (result.index ? result.index[i + r] : i + r) * result.stride;
-        if (columns == TILE_COLUMNS) {
-            Line *line = (Line *)y, *next = (Line *)(y + LINE);
-            if (result.add) sum[r][0] += *line, sum[r][1] += *next;
-            *line = sum[r][0], *next = sum[r][1];
-        } else {
-            float whole[TILE_COLUMNS];
-            memcpy(whole, sum[r], sizeof whole);
-            for (long c = 0; c < columns; c++) y[c] = result.add ? y[c] + whole[c] : whole[c];
-        }
-    }
+    keep_tile(sum, result, i, rows, columns);
 }
 
 /* Of the panels' `depth` rows, `terms` from row `first` on are the right factor. */

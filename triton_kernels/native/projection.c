@@ -9,22 +9,23 @@ typedef struct {
     const float *left, *dy, *panels; /* the right factor in panels */
     float *result;
     long rows, in, out, first; /* first: of the rows of a block */
+    int bf16;                  /* whether products round what they read to it */
     atomic_int no_memory;
 } Projected;
 
 static void projected_piece(void *job, long index) {
     Projected *m = job;
     long first = index * PROJECTED, n = m->rows - first < PROJECTED ? m->rows - first : PROJECTED;
-    product((Left){m->left + first * m->in, NULL, m->in, 1}, m->panels, m->in, n, m->out,
-            (Result){m->result + first * m->out, NULL, m->out, 0});
+    product_as(m->bf16, (Left){m->left + first * m->in, NULL, m->in, 1}, m->panels, m->in, n, m->out,
+               (Result){m->result + first * m->out, NULL, m->out, 0});
 }
 
 /* y [T, O]. Returns 0 or an error. */
-long project_rows(const float *x, const float *weight, float *y, long rows, long in, long out, int threads) {
-    Projected job = {.left = x, .result = y, .rows = rows, .in = in, .out = out};
+long project_rows(const float *x, const float *weight, float *y, long rows, long in, long out, int bf16, int threads) {
+    Projected job = {.left = x, .result = y, .rows = rows, .in = in, .out = out, .bf16 = bf16};
     float *panels = scratch_for(&job.no_memory, rounded_up(out, TILE_COLUMNS) * in);
     if (!panels) return NO_MEMORY;
-    pack_transposed(weight, in, out, in, panels);
+    pack_transposed_as(bf16, weight, in, out, in, panels);
     job.panels = panels;
     in_pieces(projected_piece, &job, (rows + PROJECTED - 1) / PROJECTED, threads);
     free(panels);
@@ -40,27 +41,27 @@ static void weight_gradient_piece(void *job, long index) {
     long stride = apart(n);
     for (long r = 0; r < rows; r++)
         memcpy(dy + r * stride, m->dy + (m->first + r) * O + first, (size_t)n * sizeof(float));
-    product((Left){dy, NULL, 1, stride}, m->panels, rows, n, m->in,
-            (Result){m->result + first * m->in, NULL, m->in, m->first > 0});
+    product_as(m->bf16, (Left){dy, NULL, 1, stride}, m->panels, rows, n, m->in,
+               (Result){m->result + first * m->in, NULL, m->in, m->first > 0});
 }
 
 /* dx [T, I] and d_weight [O, I], either of them NULL where nobody asks. Returns 0 or an error. */
 long project_rows_backward(const float *dy, const float *x, const float *weight, float *dx, float *d_weight, long rows,
-                           long in, long out, int threads) {
-    Projected job = {.left = dy, .dy = dy, .result = dx, .rows = rows, .in = out, .out = in};
+                           long in, long out, int bf16, int threads) {
+    Projected job = {.left = dy, .dy = dy, .result = dx, .rows = rows, .in = out, .out = in, .bf16 = bf16};
     long block = rows < PROJECTED_BLOCK ? rows : PROJECTED_BLOCK, depth = block > out ? block : out;
     float *panels = scratch_for(&job.no_memory, rounded_up(in, TILE_COLUMNS) * (depth ? depth : 1));
     if (!panels) return NO_MEMORY;
     job.panels = panels;
     if (dx) {
-        pack(weight, NULL, in, 0, in, out, panels);
+        pack_as(bf16, weight, NULL, in, 0, in, out, panels);
         in_pieces(projected_piece, &job, (rows + PROJECTED - 1) / PROJECTED, threads);
     }
     if (d_weight && !rows) memset(d_weight, 0, (size_t)(out * in) * sizeof(float));
     job.result = d_weight, job.in = in, job.out = out;
     for (; d_weight && job.first < rows; job.first += PROJECTED_BLOCK) {
         long n = rows - job.first < PROJECTED_BLOCK ? rows - job.first : PROJECTED_BLOCK;
-        pack(x + job.first * in, NULL, in, 0, in, n, panels);
+        pack_as(bf16, x + job.first * in, NULL, in, 0, in, n, panels);
         in_pieces(weight_gradient_piece, &job, (out + PROJECTED_OUTPUTS - 1) / PROJECTED_OUTPUTS, threads);
     }
     free(panels);

@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from triton_kernels.native.library import call, is_native, linear, products_here, takes_many_rows, threads, wide
+from triton_kernels.native.library import (
+    call,
+    is_native,
+    linear,
+    products_here,
+    rounds_products,
+    takes_many_rows,
+    threads,
+    wide,
+)
 
 
 def project(x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -20,18 +29,20 @@ def project(x: Tensor, weight_OI: Tensor) -> Tensor:
         if is_native(x, 4 * (x.numel() // x.shape[-1]), weight_OI):
             return linear(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
         if takes_many_rows(x, weight_OI, dtypes=products_here()):
-            return _Projection.apply(x.float(), weight_OI.float()).to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            bf16 = rounds_products(x.dtype)
+            return _Projection.apply(x.float(), weight_OI.float(), bf16).to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
     return functional.linear(x, weight_OI.to(x.dtype))
 
 
 class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bf16: bool) -> Tensor:
         x, weight_OI = wide(x), wide(weight_OI)
         ctx.save_for_backward(x, weight_OI)
+        ctx.bf16 = bf16
         (n_out, n_in), n_rows = weight_OI.shape, x.numel() // x.shape[-1]
         y = torch.empty(*x.shape[:-1], n_out)
-        call("project_rows", x, weight_OI, y, n_rows, n_in, n_out, threads())
+        call("project_rows", x, weight_OI, y, n_rows, n_in, n_out, bf16, threads())
         return y
 
     @staticmethod
@@ -42,5 +53,5 @@ class _Projection(torch.autograd.Function):
         dx, d_weight_OI = (
             torch.empty_like(tensor) if needed else None for tensor, needed in zip((x, weight_OI), ctx.needs_input_grad)
         )
-        call("project_rows_backward", wide(dy), x, weight_OI, dx, d_weight_OI, n_rows, n_in, n_out, threads())
-        return dx, d_weight_OI
+        call("project_rows_backward", wide(dy), x, weight_OI, dx, d_weight_OI, n_rows, n_in, n_out, ctx.bf16, threads())
+        return dx, d_weight_OI, None

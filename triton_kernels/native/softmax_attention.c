@@ -21,6 +21,7 @@ typedef struct {
     const float *cosine, *sine, *sink;                                             /* [T, half] and [H], or NULL */
     long half, heads, kv_heads, queries, keys, width, value_width, causal, window; /* window 0: all */
     float scale;
+    int bf16;           /* whether products round what they read to it */
     float *o, *log_sum; /* [B, T, H, V], [B, H, T] */
     const float *d_o;
     float *dq, *dk, *dv, *d_sink; /* dense as o; d_sink [B, H] or NULL */
@@ -86,12 +87,12 @@ static void softmax_forward_piece(void *job, long index) {
             long rows = T - t < QUERIES ? T - t : QUERIES;
             if (!visible(m, t, rows, first, n, &from, &to)) continue;
             if (!packed) {
-                pack_transposed(head_of(m->k, b, g) + first * m->k.token, m->k.token, n, K, key);
-                pack(head_of(m->v, b, g) + first * m->v.token, NULL, m->v.token, 0, V, n, value);
+                pack_transposed_as(m->bf16, head_of(m->k, b, g) + first * m->k.token, m->k.token, n, K, key);
+                pack_as(m->bf16, head_of(m->v, b, g) + first * m->v.token, NULL, m->v.token, 0, V, n, value);
                 packed = 1;
             }
-            product((Left){q + t * K, NULL, K, 1}, key + from * K, K, rows, to - from,
-                    (Result){p + from, NULL, stride, 0});
+            product_as(m->bf16, (Left){q + t * K, NULL, K, 1}, key + from * K, K, rows, to - from,
+                       (Result){p + from, NULL, stride, 0});
             for (long r = 0; r < rows; r++) {
                 float *row = p + r * stride, *out = o + (t + r) * H * V;
                 hide(m, row, t + r, first, from, to);
@@ -103,8 +104,8 @@ static void softmax_forward_piece(void *job, long index) {
                 if (kept != 1.0f)
                     for (long i = 0; i < V; i++) out[i] *= kept;
             }
-            product_of((Left){p + from, NULL, stride, 1}, value, n, from, to - from, rows, V,
-                       (Result){o + t * H * V, NULL, H * V, 1});
+            product_of_as(m->bf16, (Left){p + from, NULL, stride, 1}, value, n, from, to - from, rows, V,
+                          (Result){o + t * H * V, NULL, H * V, 1});
         }
     }
     for (long t = 0; t < T; t++) {
@@ -150,15 +151,16 @@ static void softmax_backward_piece(void *job, long index) {
         for (long first = 0; first < m->keys; first += KEYS) {
             long n = m->keys - first < KEYS ? m->keys - first : KEYS, from, to;
             const float *k = head_of(m->k, b, g) + first * m->k.token, *v = head_of(m->v, b, g) + first * m->v.token;
-            pack_transposed(k, m->k.token, n, K, key);
-            pack_transposed(v, m->v.token, n, V, value);
-            pack(k, NULL, m->k.token, 0, K, n, key_rows);
+            pack_transposed_as(m->bf16, k, m->k.token, n, K, key);
+            pack_transposed_as(m->bf16, v, m->v.token, n, V, value);
+            pack_as(m->bf16, k, NULL, m->k.token, 0, K, n, key_rows);
             for (long t = 0; t < T; t += QUERIES) {
                 long rows = T - t < QUERIES ? T - t : QUERIES;
                 if (!visible(m, t, rows, first, n, &from, &to)) continue;
                 Left left_q = {q + t * K, NULL, K, 1}, left_d_o = {d_o + t * H * V, NULL, H * V, 1};
-                product(left_q, key + from * K, K, rows, to - from, (Result){p + from, NULL, stride, 0});
-                product(left_d_o, value + from * V, V, rows, to - from, (Result){ds + from, NULL, stride, 0});
+                product_as(m->bf16, left_q, key + from * K, K, rows, to - from, (Result){p + from, NULL, stride, 0});
+                product_as(m->bf16, left_d_o, value + from * V, V, rows, to - from,
+                           (Result){ds + from, NULL, stride, 0});
                 for (long i = 0; i < rows; i++) {
                     float *restrict row = p + i * stride, *restrict d_row = ds + i * stride, total = log_sum[t + i],
                                     mean = delta[t + i];
@@ -168,14 +170,14 @@ static void softmax_backward_piece(void *job, long index) {
                         d_row[c] = row[c] * (d_row[c] - mean);
                     }
                 }
-                pack(d_o + t * H * V, NULL, H * V, 0, V, rows, d_o_rows);
-                pack(q + t * K, NULL, K, 0, K, rows, q_rows);
-                product((Left){p + from, NULL, 1, stride}, d_o_rows, rows, to - from, V,
-                        (Result){dv + (first + from) * G * V, NULL, G * V, 1});
-                product((Left){ds + from, NULL, 1, stride}, q_rows, rows, to - from, K,
-                        (Result){dk + (first + from) * G * K, NULL, G * K, 1});
-                product_of((Left){ds + from, NULL, stride, 1}, key_rows, n, from, to - from, rows, K,
-                           (Result){dq + t * K, NULL, K, 1});
+                pack_as(m->bf16, d_o + t * H * V, NULL, H * V, 0, V, rows, d_o_rows);
+                pack_as(m->bf16, q + t * K, NULL, K, 0, K, rows, q_rows);
+                product_as(m->bf16, (Left){p + from, NULL, 1, stride}, d_o_rows, rows, to - from, V,
+                           (Result){dv + (first + from) * G * V, NULL, G * V, 1});
+                product_as(m->bf16, (Left){ds + from, NULL, 1, stride}, q_rows, rows, to - from, K,
+                           (Result){dk + (first + from) * G * K, NULL, G * K, 1});
+                product_of_as(m->bf16, (Left){ds + from, NULL, stride, 1}, key_rows, n, from, to - from, rows, K,
+                              (Result){dq + t * K, NULL, K, 1});
             }
         }
         for (long t = 0; t < T; t++) {
@@ -189,7 +191,7 @@ static void softmax_backward_piece(void *job, long index) {
 
 static Softmax softmax_job(const float *q, const float *k, const float *v, const long *strides, const long *sizes,
                            const float *cosine, const float *sine, const float *sink, float scale, float *o,
-                           float *log_sum) {
+                           float *log_sum, int bf16) {
     return (Softmax){.q = {q, strides[0], strides[1], strides[2]},
                      .k = {k, strides[3], strides[4], strides[5]},
                      .v = {v, strides[6], strides[7], strides[8]},
@@ -207,23 +209,24 @@ static Softmax softmax_job(const float *q, const float *k, const float *v, const
                      .window = sizes[9],
                      .scale = scale,
                      .o = o,
-                     .log_sum = log_sum};
+                     .log_sum = log_sum,
+                     .bf16 = bf16};
 }
 
 /* strides: of q, k and v over sequences, tokens and heads. sizes: B, T, S, H, G, K, V, half, causal, window (0: all).
  * Returns 0 or an error. */
 long softmax_forward(const float *q, const float *k, const float *v, const long *strides, const long *sizes,
                      const float *cosine, const float *sine, const float *sink, float scale, float *o, float *log_sum,
-                     int threads) {
-    Softmax job = softmax_job(q, k, v, strides, sizes, cosine, sine, sink, scale, o, log_sum);
+                     int bf16, int threads) {
+    Softmax job = softmax_job(q, k, v, strides, sizes, cosine, sine, sink, scale, o, log_sum, bf16);
     in_pieces(softmax_forward_piece, &job, sizes[0] * job.heads, threads);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }
 
 long softmax_backward(const float *q, const float *k, const float *v, const long *strides, const long *sizes,
                       const float *cosine, const float *sine, const float *sink, float scale, float *o, float *log_sum,
-                      const float *d_o, float *dq, float *dk, float *dv, float *d_sink, int threads) {
-    Softmax job = softmax_job(q, k, v, strides, sizes, cosine, sine, sink, scale, o, log_sum);
+                      const float *d_o, float *dq, float *dk, float *dv, float *d_sink, int bf16, int threads) {
+    Softmax job = softmax_job(q, k, v, strides, sizes, cosine, sine, sink, scale, o, log_sum, bf16);
     job.d_o = d_o, job.dq = dq, job.dk = dk, job.dv = dv, job.d_sink = d_sink;
     in_pieces(softmax_backward_piece, &job, sizes[0] * job.kv_heads, threads);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;

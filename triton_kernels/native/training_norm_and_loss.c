@@ -53,6 +53,7 @@ typedef struct {
     const float *x, *weight;
     const int64_t *target;
     long tokens, words, width, first, ignored;
+    int bf16;                 /* whether products round what they read to it */
     float *columns, *rows;    /* W in panels for x W^T, and for logits' gradients W */
     float *logits, *x_panels; /* of a block of tokens: [LOSS_BLOCK, stride] */
     long stride;
@@ -62,7 +63,7 @@ typedef struct {
 static void pack_columns_piece(void *job, long index) {
     Loss *m = job;
     long first = index * LOSS_COLUMNS, n = m->words - first < LOSS_COLUMNS ? m->words - first : LOSS_COLUMNS;
-    pack_transposed(m->weight + first * m->width, m->width, n, m->width, m->columns + first * m->width);
+    pack_transposed_as(m->bf16, m->weight + first * m->width, m->width, n, m->width, m->columns + first * m->width);
 }
 
 /* The losses of some tokens; of their logits remain the gradients. */
@@ -71,7 +72,8 @@ static void loss_piece(void *job, long index) {
     long V = m->words, D = m->width, first = m->first + index * LOSS_ROWS;
     long n = m->tokens - first < LOSS_ROWS ? m->tokens - first : LOSS_ROWS;
     float *logits = m->logits + index * LOSS_ROWS * m->stride, share = 1.0f / (float)m->tokens;
-    product((Left){m->x + first * D, NULL, D, 1}, m->columns, D, n, V, (Result){logits, NULL, m->stride, 0});
+    product_as(m->bf16, (Left){m->x + first * D, NULL, D, 1}, m->columns, D, n, V,
+               (Result){logits, NULL, m->stride, 0});
     for (long r = 0; r < n; r++) {
         float *row = logits + r * m->stride, most = most_of(row, V);
         long target = m->target[first + r];
@@ -87,21 +89,21 @@ static void loss_piece(void *job, long index) {
     }
     /* Sums over the vocabulary in parts, which stay in the cache and round less. */
     for (long v = 0; m->dx && v < V; v += LOSS_COLUMNS)
-        product_of((Left){logits + v, NULL, m->stride, 1}, m->rows, V, v, V - v < LOSS_COLUMNS ? V - v : LOSS_COLUMNS,
-                   n, D, (Result){m->dx + first * D, NULL, D, v > 0});
+        product_of_as(m->bf16, (Left){logits + v, NULL, m->stride, 1}, m->rows, V, v,
+                      V - v < LOSS_COLUMNS ? V - v : LOSS_COLUMNS, n, D, (Result){m->dx + first * D, NULL, D, v > 0});
 }
 
 static void head_gradient_piece(void *job, long index) {
     Loss *m = job;
     long D = m->width, first = index * LOSS_COLUMNS, words = m->words - first, tokens = m->tokens - m->first;
     words = words < LOSS_COLUMNS ? words : LOSS_COLUMNS, tokens = tokens < LOSS_BLOCK ? tokens : LOSS_BLOCK;
-    product((Left){m->logits + first, NULL, 1, m->stride}, m->x_panels, tokens, words, D,
-            (Result){m->d_weight + first * D, NULL, D, m->first > 0});
+    product_as(m->bf16, (Left){m->logits + first, NULL, 1, m->stride}, m->x_panels, tokens, words, D,
+               (Result){m->d_weight + first * D, NULL, D, m->first > 0});
 }
 
 /* loss: [T]. dx [T, D] and d_weight [V, D]: gradients of the mean of all T, or both NULL. Returns 0 or an error. */
 long head_loss(const float *x, const float *weight, const int64_t *target, float *loss, float *dx, float *d_weight,
-               long tokens, long words, long width, long ignored, int threads) {
+               long tokens, long words, long width, long ignored, int bf16, int threads) {
     for (long t = 0; t < tokens; t++)
         if (target[t] != ignored && (target[t] < 0 || target[t] >= words)) return OUT_OF_RANGE;
     long stride = apart(words), columns = rounded_up(words, TILE_COLUMNS), wide = rounded_up(width, TILE_COLUMNS);
@@ -109,17 +111,29 @@ long head_loss(const float *x, const float *weight, const int64_t *target, float
     atomic_int no_memory = 0;
     float *scratch = scratch_for(&no_memory, columns * width + rows + block * stride + (dx ? block * wide : 0));
     if (!scratch) return NO_MEMORY;
-    Loss job = {x,    weight, target, tokens, words, width,   0, ignored, scratch, scratch + columns * width,
-                NULL, NULL,   stride, loss,   dx,    d_weight};
+    Loss job = {.x = x,
+                .weight = weight,
+                .target = target,
+                .tokens = tokens,
+                .words = words,
+                .width = width,
+                .ignored = ignored,
+                .bf16 = bf16,
+                .columns = scratch,
+                .rows = scratch + columns * width,
+                .stride = stride,
+                .loss = loss,
+                .dx = dx,
+                .d_weight = d_weight};
     job.logits = job.rows + rows, job.x_panels = job.logits + block * stride;
     long pieces = (words + LOSS_COLUMNS - 1) / LOSS_COLUMNS;
     in_pieces(pack_columns_piece, &job, pieces, threads);
-    if (dx) pack(weight, NULL, width, 0, width, words, job.rows);
+    if (dx) pack_as(bf16, weight, NULL, width, 0, width, words, job.rows);
     for (; job.first < tokens; job.first += LOSS_BLOCK) {
         long n = tokens - job.first < LOSS_BLOCK ? tokens - job.first : LOSS_BLOCK;
         in_pieces(loss_piece, &job, (n + LOSS_ROWS - 1) / LOSS_ROWS, threads);
         if (!dx) continue;
-        pack(x + job.first * width, NULL, width, 0, width, n, job.x_panels);
+        pack_as(bf16, x + job.first * width, NULL, width, 0, width, n, job.x_panels);
         in_pieces(head_gradient_piece, &job, pieces, threads);
     }
     free(scratch);

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, threads, wide
+from triton_kernels.native.library import call, rounds_products, threads, wide
 from triton_kernels.softmax.rotary import Rotary, rotary_tables
 
 
@@ -86,7 +86,7 @@ def flash_attention_native(
 ) -> Tensor:
     """`flash_attention` on checked arguments, without packed sequences; computed in fp32."""
     heads = (q_BTHK.float(), k_BSGK.float(), v_BSGV.float(), None if sinks_H is None else sinks_H.float())
-    o_BTHV = _ManyQueries.apply(*heads, rotary, causal, window, scale)
+    o_BTHV = _ManyQueries.apply(*heads, rotary, causal, window, scale, rounds_products(q_BTHK.dtype))
     assert isinstance(o_BTHV, Tensor)
     return o_BTHV.to(q_BTHK.dtype)
 
@@ -105,6 +105,7 @@ class _ManyQueries(torch.autograd.Function):
         causal: bool,
         window: int | None,
         scale: float,
+        bf16: bool,
     ) -> Tensor:
         q_BTHK, k_BSGK, v_BSGV = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHK, k_BSGK, v_BSGV))
         (B, T, H, K), (_, S, G, V) = q_BTHK.shape, v_BSGV.shape
@@ -113,10 +114,10 @@ class _ManyQueries(torch.autograd.Function):
         sinks_H = None if sinks_H is None else wide(sinks_H)
         ctx.sizes = (B, T, S, H, G, K, V, half, int(causal), window or 0)
         ctx.strides = tuple(x.stride(axis) for x in (q_BTHK, k_BSGK, v_BSGV) for axis in range(3))
-        ctx.scale = scale
+        ctx.scale, ctx.bf16 = scale, bf16
         o_BTHV, log_sum_BHT = torch.empty(B, T, H, V), torch.empty(B, H, T)
         inputs = (q_BTHK, k_BSGK, v_BSGV), (cosine_TP, sine_TP, sinks_H)
-        call("softmax_forward", *_described(ctx, *inputs), o_BTHV, log_sum_BHT, threads())
+        call("softmax_forward", *_described(ctx, *inputs), o_BTHV, log_sum_BHT, bf16, threads())
         ctx.save_for_backward(*inputs[0], *inputs[1], o_BTHV, log_sum_BHT)
         return o_BTHV
 
@@ -130,10 +131,10 @@ class _ManyQueries(torch.autograd.Function):
         call(
             "softmax_backward",
             *_described(ctx, inputs[:3], inputs[3:]),
-            *(o_BTHV, log_sum_BHT, wide(d_o), dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_BH, threads()),
+            *(o_BTHV, log_sum_BHT, wide(d_o), dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_BH, ctx.bf16, threads()),
         )
         d_sinks_H = None if d_sinks_BH is None else d_sinks_BH.sum(0)
-        return dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_H, None, None, None, None
+        return dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_H, None, None, None, None, None
 
 
 def _described(ctx: Any, heads: Sequence[Tensor], vectors: Sequence[Tensor | None]) -> tuple[Any, ...]:

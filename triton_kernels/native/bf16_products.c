@@ -1,0 +1,184 @@
+/* Products of matrices whose numbers are rounded to bf16 on their way in, on processors that multiply pairs of such
+ * numbers (AVX512-BF16), twice as fast as in fp32; sums are fp32. What is given, and what comes out, is fp32.
+ *
+ * A word holds two numbers that follow each other along the sum, the first in its lower half. A panel is laid out as
+ * one of fp32, with a row of words for two rows of numbers, and takes half of its place. Every sum has one order, and a
+ * NaN stays one. What stands in the place of a missing second number is 0.
+ */
+
+/* What a processor can do with bf16: nothing, products by these functions, or others that only a framework has. */
+enum { NO_PRODUCTS, THESE_PRODUCTS, OTHER_PRODUCTS };
+
+long bf16_products(void) {
+#if defined(__AVX512BF16__)
+    return THESE_PRODUCTS;
+#elif defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return OTHER_PRODUCTS;
+#else
+    return NO_PRODUCTS;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+
+/* Rows and terms of the left factor that are rounded at once, and words between its rows, or between its pairs. */
+enum { ROUNDED_ROWS = 60, ROUNDED_TERMS = 512, ROW_WORDS = ROUNDED_TERMS / 2 + 48, PAIR_WORDS = 64 };
+
+static inline __mmask16 first_of(long n) { return n >= 16 ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0; }
+
+/* Words of the first n of 32 numbers in a row. */
+static inline __m512i words_along(const float *x, long n) {
+    __m512 early = _mm512_maskz_loadu_ps(first_of(n), x), late = _mm512_maskz_loadu_ps(first_of(n - 16), x + 16);
+    return (__m512i)_mm512_cvtne2ps_pbh(late, early);
+}
+
+/* Words of the first n of 16 numbers of two rows; `second` may be NULL. */
+static inline __m512i words_across(const float *first, const float *second, long n) {
+    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first_of(n), first)));
+    if (!second) return low;
+    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first_of(n), second)));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* As `pack`. */
+CALLED void pack_bf16(const float *source, const int64_t *index, long stride, long first, long columns, long depth,
+                      float *panels) {
+    for (long j = 0; j < columns; j += TILE_COLUMNS, panels += depth * TILE_COLUMNS)
+        for (long k = 0; k < depth; k += 2) {
+            const float *row = source + (index ? index[k] : k) * stride + first + j, *next = NULL;
+            if (k + 1 < depth) next = source + (index ? index[k + 1] : k + 1) * stride + first + j;
+            float *words = panels + k / 2 * TILE_COLUMNS;
+            _mm512_storeu_si512(words, words_across(row, next, columns - j));
+            _mm512_storeu_si512(words + LINE, words_across(row + LINE, next ? next + LINE : NULL, columns - j - LINE));
+        }
+}
+
+/* As `pack_transposed`. */
+CALLED void pack_transposed_bf16(const float *source, long stride, long columns, long depth, float *panels) {
+    float words[WIDE * LINE];
+    for (long j = 0; j < columns; j += TILE_COLUMNS, panels += depth * TILE_COLUMNS)
+        for (long c = 0; c < TILE_COLUMNS; c += WIDE)
+            for (long k = 0; k < depth; k += 2 * LINE) {
+                long pairs = (depth - k + 1) / 2 < LINE ? (depth - k + 1) / 2 : LINE, p = 0;
+                for (long i = 0; i < WIDE; i++) {
+                    int there = j + c + i < columns;
+                    const float *row = there ? source + (j + c + i) * stride + k : source;
+                    _mm512_storeu_si512(words + i * LINE, words_along(row, there ? depth - k : 0));
+                }
+                float *panel = panels + k / 2 * TILE_COLUMNS + c;
+                for (; p + WIDE <= pairs; p += WIDE)
+                    transpose_square(words + p, LINE, panel + p * TILE_COLUMNS, TILE_COLUMNS);
+                for (; p < pairs; p++)
+                    for (long i = 0; i < WIDE; i++) memcpy(panel + p * TILE_COLUMNS + i, words + i * LINE + p, 4);
+            }
+}
+
+/* The words of some rows of a left factor, in [ROUNDED_ROWS][ROW_WORDS] where its terms follow each other in memory.
+ * Otherwise its rows do, and they are in [pairs][PAIR_WORDS]. */
+static void round_left(Left left, long i, long rows, long k, long terms, uint32_t *words) {
+    if (left.step == 1)
+        for (long r = 0; r < rows; r++) {
+            const float *x = left.x + (left.index ? left.index[i + r] : i + r) * left.stride + k;
+            for (long at = 0; at < terms; at += 2 * LINE)
+                _mm512_storeu_si512(words + r * ROW_WORDS + at / 2, words_along(x + at, terms - at));
+        }
+    else
+        for (long at = 0; at < terms; at += 2) {
+            const float *x = left.x + (k + at) * left.step + i, *next = at + 1 < terms ? x + left.step : NULL;
+            for (long r = 0; r < rows; r += LINE)
+                _mm512_storeu_si512(words + at / 2 * PAIR_WORDS + r,
+                                    words_across(x + r, next ? next + r : NULL, rows - r));
+        }
+}
+
+/* sum += words times two lines of a panel. */
+static inline __attribute__((always_inline)) void add_pair(Line (*sum)[2], const uint32_t *words, long row_words,
+                                                           const int rows, __m512i first, __m512i second) {
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        __m512bh here = (__m512bh)_mm512_set1_epi32((int)words[r * row_words]);
+        sum[r][0] = (Line)_mm512_dpbf16_ps((__m512)sum[r][0], here, (__m512bh)first);
+        sum[r][1] = (Line)_mm512_dpbf16_ps((__m512)sum[r][1], here, (__m512bh)second);
+    }
+}
+
+static inline __attribute__((always_inline)) void tile_bf16(const uint32_t *words, const long row_words,
+                                                            const long pair_words, const float *panel, long terms,
+                                                            Result result, long i, const int rows, long columns) {
+    Line sum[TILE_ROWS][2];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (Line){0};
+    for (long p = 0; p < terms / 2; p++, words += pair_words, panel += TILE_COLUMNS)
+        add_pair(sum, words, row_words, rows, _mm512_loadu_si512(panel), _mm512_loadu_si512(panel + LINE));
+    if (terms % 2) {
+        /* The panel may go on where the sum ends, and 0 times a NaN would be one. */
+        __m512i first_only = _mm512_set1_epi32(0xffff);
+        add_pair(sum, words, row_words, rows, _mm512_and_si512(_mm512_loadu_si512(panel), first_only),
+                 _mm512_and_si512(_mm512_loadu_si512(panel + LINE), first_only));
+    }
+    keep_tile(sum, result, i, rows, columns);
+}
+
+static inline __attribute__((always_inline)) void tiles_bf16(const uint32_t *words, const long row_words,
+                                                             const long pair_words, const float *panel, long terms,
+                                                             Result result, long i, long rows, long columns) {
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, i += TILE_ROWS, words += TILE_ROWS * row_words)
+        tile_bf16(words, row_words, pair_words, panel, terms, result, i, TILE_ROWS, columns);
+    switch (rows) {
+    case 5: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 5, columns); break;
+    case 4: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 4, columns); break;
+    case 3: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 3, columns); break;
+    case 2: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 2, columns); break;
+    case 1: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 1, columns); break;
+    }
+}
+
+/* As `product_of`; `first` is even. */
+CALLED void product_of_bf16(Left left, const float *panels, long depth, long first, long terms, long rows, long columns,
+                            Result result) {
+    uint32_t words[ROUNDED_ROWS * ROW_WORDS];
+    _Static_assert(ROUNDED_TERMS / 2 * PAIR_WORDS <= ROUNDED_ROWS * ROW_WORDS, "either layout fits");
+    for (long k = 0; k == 0 || k < terms; k += ROUNDED_TERMS, result.add = 1) {
+        long n = terms - k < ROUNDED_TERMS ? terms - k : ROUNDED_TERMS;
+        for (long i = 0; i < rows; i += ROUNDED_ROWS) {
+            long m = rows - i < ROUNDED_ROWS ? rows - i : ROUNDED_ROWS;
+            round_left(left, i, m, k, n, words);
+            Result here = result;
+            const float *panel = panels + (first + k) / 2 * TILE_COLUMNS;
+            for (long j = 0; j < columns; j += TILE_COLUMNS, panel += depth * TILE_COLUMNS, here.x += TILE_COLUMNS) {
+                long width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
+                if (left.step == 1) tiles_bf16(words, ROW_WORDS, 1, panel, n, here, i, m, width);
+                else tiles_bf16(words, 1, PAIR_WORDS, panel, n, here, i, m, width);
+            }
+        }
+    }
+}
+
+#define ROUNDED(call, rounded) (bf16 ? (rounded) : (call))
+#else
+#define ROUNDED(call, rounded) ((void)bf16, (call))
+#endif
+
+/* ---- The same calls with or without rounding; where there is none, `bf16` is never asked for ---- */
+
+static void pack_as(int bf16, const float *source, const int64_t *index, long stride, long first, long columns,
+                    long depth, float *panels) {
+    ROUNDED(pack(source, index, stride, first, columns, depth, panels),
+            pack_bf16(source, index, stride, first, columns, depth, panels));
+}
+
+static void pack_transposed_as(int bf16, const float *source, long stride, long columns, long depth, float *panels) {
+    ROUNDED(pack_transposed(source, stride, columns, depth, panels),
+            pack_transposed_bf16(source, stride, columns, depth, panels));
+}
+
+static void product_of_as(int bf16, Left left, const float *panels, long depth, long first, long terms, long rows,
+                          long columns, Result result) {
+    ROUNDED(product_of(left, panels, depth, first, terms, rows, columns, result),
+            product_of_bf16(left, panels, depth, first, terms, rows, columns, result));
+}
+
+static void product_as(int bf16, Left left, const float *panels, long depth, long rows, long columns, Result result) {
+    product_of_as(bf16, left, panels, depth, 0, depth, rows, columns, result);
+}
