@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
             if is_native(x, x.numel() // x.shape[-1], scale):
                 return rms_norm(x, scale, self.eps)
             if takes_many_rows(x, scale, dtypes=products_here()):
-                return rms_norm_with_gradients(x.float(), scale.float(), self.eps).to(x.dtype)
+                return rms_norm_with_gradients(x, scale.float(), self.eps)
         # The mean of squares of 16-bit numbers loses what the norm is there to keep.
         wide = torch.promote_types(x.dtype, torch.float32)
         return functional.rms_norm(x.to(wide), scale.shape, scale.to(wide), self.eps).to(x.dtype)

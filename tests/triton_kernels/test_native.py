@@ -16,7 +16,7 @@ from attention.norm import RMSNorm
 from triton_kernels.experts.expert_slots import RULES, SCORES, router_scores, sort_slots
 from triton_kernels.experts.grouped_mlp import grouped_mlp
 from triton_kernels.linear.linear_decode import delta_decode, lightning_decode
-from triton_kernels.native.library import linear, native, rms_norm
+from triton_kernels.native.library import linear, native, rms_norm, rounds_products
 from triton_kernels.native.projection import project
 from triton_kernels.softmax.native import rotary_at, softmax_decode_native
 
@@ -238,6 +238,28 @@ def test_fp64_is_left_to_torch_and_bf16_where_the_processor_multiplies_it(monkey
         monkeypatch.setattr(sys.modules[module], "products_here", lambda: (torch.float32,))
     with torch.enable_grad(), pytest.raises(ValueError, match="takes few tokens"):
         grouped_mlp(x.bfloat16(), weight, torch.ones(2, 3, 4), **rows, backend="native")
+
+
+@pytest.mark.skipif(not rounds_products(torch.bfloat16), reason="this processor has no AVX512-BF16")
+@pytest.mark.parametrize(
+    ("rows", "wide", "out"), [(1, 1, 1), (61, 3, 33), (130, 257, 65), (7, 1030, 31), (301, 64, 96)]
+)
+def test_products_of_bf16_are_exact_but_for_their_sums(rows, wide, out):
+    """Inputs that bf16 holds give what fp64 gives, up to the rounding of fp32 sums and of what is given back."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(*s, generator=generator).bfloat16() for s in ((rows, wide), (out, wide), (rows, out)))
+
+    def run(dtype, weight_dtype):
+        given = x.to(dtype).requires_grad_(), weight.to(weight_dtype).requires_grad_()
+        with torch.enable_grad():
+            y = project(*given)
+            y.backward(dy.to(dtype))
+        return y, *(tensor.grad for tensor in given)
+
+    for found, exact in zip(run(torch.bfloat16, torch.float32), run(torch.float64, torch.float64)):
+        # The weights' gradient is not rounded to bf16.
+        unit = 1e-6 if found.dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(found.double(), exact, rtol=unit, atol=unit * exact.abs().max().item())
 
 
 def test_what_is_brought_to_fp32_is_rounded_once(monkeypatch):

@@ -15,6 +15,7 @@ from triton_kernels.native.library import (
     is_native,
     native,
     products_here,
+    rounded,
     rounds_products,
     takes_many_rows,
     threads,
@@ -178,10 +179,10 @@ def grouped_mlp_native(
         ValueError: for rows that no sort made.
     """
     if not is_native(x_TD, len(x_TD)):
-        wide_inputs = (x_TD.float(), w_gate_up_EDF2.float(), w_down_EFD.float())
-        y_TD = _ManyRows.apply(*wide_inputs, token_N, weight_N, expert_offsets, rounds_products(x_TD.dtype))
+        weights = w_gate_up_EDF2.float(), w_down_EFD.float()
+        y_TD = _ManyRows.apply(x_TD, *weights, token_N, weight_N, expert_offsets)
         assert isinstance(y_TD, Tensor)
-        return y_TD.to(x_TD.dtype)
+        return y_TD
     (T, D), (E, F, _) = x_TD.shape, w_down_EFD.shape
     y_TD = torch.empty(T, D)
     call(
@@ -205,36 +206,36 @@ class _ManyRows(torch.autograd.Function):
         token_N: Tensor,
         weight_N: Tensor,
         expert_offsets: Tensor,
-        bf16: bool,
     ) -> Tensor:
         (T, D), (E, F, _), N = x_TD.shape, w_down_EFD.shape, len(token_N)
-        inputs = (wide(x_TD), wide(w_gate_up_EDF2), wide(w_down_EFD), token_N.contiguous(), wide(weight_N))
+        inputs = (wide(w_gate_up_EDF2), wide(w_down_EFD), token_N.contiguous(), wide(weight_N))
         offsets = expert_offsets.contiguous()
         hidden_NF2 = torch.empty(N, 2 * F) if any(ctx.needs_input_grad) else None
         y_TD = torch.empty(T, D)
         call(
             "grouped_mlp_forward",
-            *(*inputs, offsets, hidden_NF2, torch.empty(N, F), y_TD),
-            *(T, N, E, D, F, bf16, threads()),
+            *(wide(x_TD), *inputs, offsets, hidden_NF2, torch.empty(N, F), y_TD),
+            *(T, N, E, D, F, rounds_products(x_TD.dtype), threads()),
         )
-        ctx.save_for_backward(*inputs, offsets, hidden_NF2)
-        ctx.weight_dtype, ctx.bf16 = weight_N.dtype, bf16
-        return y_TD
+        ctx.save_for_backward(x_TD, *inputs, offsets, hidden_NF2)
+        ctx.weight_dtype = weight_N.dtype
+        return rounded(y_TD, x_TD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, offsets, hidden_NF2 = ctx.saved_tensors
-        (T, D), (E, F, _), N = dy_TD.shape, inputs[2].shape, len(inputs[3])
+        x_TD, *inputs, offsets, hidden_NF2 = ctx.saved_tensors
+        (T, D), (E, F, _), N = dy_TD.shape, inputs[1].shape, len(inputs[2])
         dx_TD, d_gate_up, d_down = (
-            torch.empty_like(x) if needed else None for x, needed in zip(inputs[:3], ctx.needs_input_grad)
+            torch.empty(x.shape) if needed else None for x, needed in zip((x_TD, *inputs), ctx.needs_input_grad[:3])
         )
         # Rows of padding belong to no expert and are passed over.
         d_weight_N = torch.zeros(N)
         call(
             "grouped_mlp_backward",
-            *(wide(dy_TD), *inputs, offsets, hidden_NF2, torch.empty(N, 2 * F)),
+            *(wide(dy_TD), wide(x_TD), *inputs, offsets, hidden_NF2, torch.empty(N, 2 * F)),
             *(dx_TD, d_gate_up, d_down, d_weight_N),
-            *(T, E, D, F, ctx.bf16, threads()),
+            *(T, E, D, F, rounds_products(x_TD.dtype), threads()),
         )
-        return dx_TD, d_gate_up, d_down, None, d_weight_N.to(ctx.weight_dtype), None, None
+        dx_TD = None if dx_TD is None else rounded(dx_TD, x_TD.dtype)
+        return dx_TD, d_gate_up, d_down, None, d_weight_N.to(ctx.weight_dtype), None

@@ -20,12 +20,8 @@ long bf16_products(void) {
 }
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
-
 /* Rows and terms of the left factor that are rounded at once, and words between its rows, or between its pairs. */
 enum { ROUNDED_ROWS = 60, ROUNDED_TERMS = 512, ROW_WORDS = ROUNDED_TERMS / 2 + 48, PAIR_WORDS = 64 };
-
-static inline __mmask16 first_of(long n) { return n >= 16 ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0; }
 
 /* Words of the first n of 32 numbers in a row. */
 static inline __m512i words_along(const float *x, long n) {
@@ -92,30 +88,20 @@ static void round_left(Left left, long i, long rows, long k, long terms, uint32_
         }
 }
 
-/* sum += words times two lines of a panel. */
-static inline __attribute__((always_inline)) void add_pair(Line (*sum)[2], const uint32_t *words, long row_words,
-                                                           const int rows, __m512i first, __m512i second) {
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) {
-        __m512bh here = (__m512bh)_mm512_set1_epi32((int)words[r * row_words]);
-        sum[r][0] = (Line)_mm512_dpbf16_ps((__m512)sum[r][0], here, (__m512bh)first);
-        sum[r][1] = (Line)_mm512_dpbf16_ps((__m512)sum[r][1], here, (__m512bh)second);
-    }
-}
-
 static inline __attribute__((always_inline)) void tile_bf16(const uint32_t *words, const long row_words,
                                                             const long pair_words, const float *panel, long terms,
                                                             Result result, long i, const int rows, long columns) {
     Line sum[TILE_ROWS][2];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (Line){0};
-    for (long p = 0; p < terms / 2; p++, words += pair_words, panel += TILE_COLUMNS)
-        add_pair(sum, words, row_words, rows, _mm512_loadu_si512(panel), _mm512_loadu_si512(panel + LINE));
-    if (terms % 2) {
-        /* The panel may go on where the sum ends, and 0 times a NaN would be one. */
-        __m512i first_only = _mm512_set1_epi32(0xffff);
-        add_pair(sum, words, row_words, rows, _mm512_and_si512(_mm512_loadu_si512(panel), first_only),
-                 _mm512_and_si512(_mm512_loadu_si512(panel + LINE), first_only));
+    for (long p = 0; p < (terms + 1) / 2; p++, words += pair_words, panel += TILE_COLUMNS) {
+        __m512bh first = (__m512bh)_mm512_loadu_si512(panel), second = (__m512bh)_mm512_loadu_si512(panel + LINE);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m512bh here = (__m512bh)_mm512_set1_epi32((int)words[r * row_words]);
+            sum[r][0] = (Line)_mm512_dpbf16_ps((__m512)sum[r][0], here, first);
+            sum[r][1] = (Line)_mm512_dpbf16_ps((__m512)sum[r][1], here, second);
+        }
     }
     keep_tile(sum, result, i, rows, columns);
 }
@@ -134,6 +120,16 @@ static inline __attribute__((always_inline)) void tiles_bf16(const uint32_t *wor
     }
 }
 
+/* Rounded rows times columns of a panel and those behind it, whose sums have `depth` terms at most. */
+CALLED void words_times(const uint32_t *words, int across, const float *panel, long depth, long terms, long i,
+                        long rows, long columns, Result result) {
+    for (long j = 0; j < columns; j += TILE_COLUMNS, panel += depth * TILE_COLUMNS, result.x += TILE_COLUMNS) {
+        long width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
+        if (across) tiles_bf16(words, 1, PAIR_WORDS, panel, terms, result, i, rows, width);
+        else tiles_bf16(words, ROW_WORDS, 1, panel, terms, result, i, rows, width);
+    }
+}
+
 /* As `product_of`; `first` is even. */
 CALLED void product_of_bf16(Left left, const float *panels, long depth, long first, long terms, long rows, long columns,
                             Result result) {
@@ -144,19 +140,37 @@ CALLED void product_of_bf16(Left left, const float *panels, long depth, long fir
         for (long i = 0; i < rows; i += ROUNDED_ROWS) {
             long m = rows - i < ROUNDED_ROWS ? rows - i : ROUNDED_ROWS;
             round_left(left, i, m, k, n, words);
-            Result here = result;
-            const float *panel = panels + (first + k) / 2 * TILE_COLUMNS;
-            for (long j = 0; j < columns; j += TILE_COLUMNS, panel += depth * TILE_COLUMNS, here.x += TILE_COLUMNS) {
-                long width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
-                if (left.step == 1) tiles_bf16(words, ROW_WORDS, 1, panel, n, here, i, m, width);
-                else tiles_bf16(words, 1, PAIR_WORDS, panel, n, here, i, m, width);
-            }
+            words_times(words, left.step != 1, panels + (first + k) / 2 * TILE_COLUMNS, depth, n, i, m, columns,
+                        result);
         }
     }
 }
 
+/* The words of exp(x - zero) of n numbers, and the sum of what was rounded. */
+static float exp_words(const float *x, long n, float zero, uint32_t *words) {
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, less = _mm512_set1_ps(zero);
+    for (long i = 0; i < n; i += 2 * LINE) {
+        __mmask16 there[2] = {first_of(n - i), first_of(n - i - LINE)};
+        __m512 early = exp_lanes(_mm512_sub_ps(_mm512_maskz_loadu_ps(there[0], x + i), less), there[0]);
+        __m512 late = exp_lanes(_mm512_sub_ps(_mm512_maskz_loadu_ps(there[1], x + i + LINE), less), there[1]);
+        sum[0] = _mm512_add_ps(sum[0], early), sum[1] = _mm512_add_ps(sum[1], late);
+        _mm512_storeu_si512(words + i / 2, (__m512i)_mm512_cvtne2ps_pbh(late, early));
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
+}
+
 #define ROUNDED(call, rounded) (bf16 ? (rounded) : (call))
 #else
+/* Nobody calls these. */
+enum { ROW_WORDS = 1 };
+static void words_times(const uint32_t *words, int across, const float *panel, long depth, long terms, long i,
+                        long rows, long columns, Result result) {
+    (void)words, (void)across, (void)panel, (void)depth, (void)terms, (void)i, (void)rows, (void)columns, (void)result;
+}
+static float exp_words(const float *x, long n, float zero, uint32_t *words) {
+    return (void)x, (void)n, (void)zero, (void)words, 0.0f;
+}
+
 #define ROUNDED(call, rounded) ((void)bf16, (call))
 #endif
 

@@ -14,6 +14,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 enum { MOST_ROWS = 8, NO_MEMORY = -1, OUT_OF_RANGE = -2 };
 
@@ -123,6 +126,14 @@ static inline uint16_t to_bf16(float wide) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* Sums and maxima run in so many lanes, which compilers make vectors of without being allowed to reorder anything. */
+enum { LANES = 16 };
+
+#if defined(__AVX512F__)
+/* Of a register's elements those that n are left of. */
+static inline __mmask16 first_of(long n) { return n >= LANES ? 0xffff : n > 0 ? (__mmask16)((1 << n) - 1) : 0; }
+#endif
+
 /* exp in fp32 to 2 units in the last place, in a form that loops over arrays become vectors of. */
 static inline float exp_fp32(float x) {
     float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -142,11 +153,37 @@ static inline float exp_fp32(float x) {
     return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : x != x ? x : y;
 }
 
+#if defined(__AVX512F__)
+/* The same of the elements in `there`, 0 of the others. One instruction takes the power of two from any n, which gives
+ * 0 and infinity beyond the bounds, and bounds that stand first let a NaN pass: half as long. */
+static inline __m512 exp_lanes(__m512 x, __mmask16 there) {
+    x = _mm512_min_ps(_mm512_set1_ps(120.0f), _mm512_max_ps(_mm512_set1_ps(-120.0f), x));
+    __m512 n = _mm512_roundscale_ps(x * 1.44269504089f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    __m512 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return _mm512_maskz_scalef_ps(there, p * r * r + r + 1.0f, n);
+}
+#endif
+
+/* x[i] = exp(x[i] - zero). */
+static void exp_all(float *x, long n, float zero) {
+    long i = 0;
+#if defined(__AVX512F__)
+    for (; i < n; i += LANES) {
+        __mmask16 there = first_of(n - i);
+        __m512 y = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, x + i), _mm512_set1_ps(zero));
+        _mm512_mask_storeu_ps(x + i, there, exp_lanes(y, there));
+    }
+#endif
+    for (; i < n; i++) x[i] = exp_fp32(x[i] - zero);
+}
+
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_fp32(-x)); }
 static inline float silu(float x) { return x * sigmoid(x); }
-
-/* Sums and maxima run in so many lanes, which compilers make vectors of without being allowed to reorder anything. */
-enum { LANES = 16 };
 
 static inline float sum_lanes(float *lane) {
     for (int width = LANES / 2; width; width /= 2)
@@ -227,6 +264,12 @@ static float sum_of(const float *x, long n) {
 
 /* Of the numbers among them: a NaN shows in what is computed from it. */
 static float most_of(const float *x, long n) {
+#if defined(__AVX512F__)
+    __m512 so_far = _mm512_set1_ps(-INFINITY);
+    for (long i = 0; i < n; i += LANES)
+        so_far = _mm512_mask_max_ps(so_far, first_of(n - i), _mm512_maskz_loadu_ps(first_of(n - i), x + i), so_far);
+    return _mm512_reduce_max_ps(so_far);
+#else
     float lane[LANES], most = -INFINITY;
     for (int j = 0; j < LANES; j++) lane[j] = -INFINITY;
     long i = 0;
@@ -235,6 +278,7 @@ static float most_of(const float *x, long n) {
     for (int j = 0; i < n; i++, j++) lane[j] = x[i] > lane[j] ? x[i] : lane[j];
     for (int j = 0; j < LANES; j++) most = lane[j] > most ? lane[j] : most;
     return most;
+#endif
 }
 
 static float inverse_rms(const float *x, long n, float eps) { return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps); }

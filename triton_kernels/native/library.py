@@ -42,6 +42,7 @@ MOST_PUT_ASIDE = 4
 P, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[type]] = {
     "rms_norm": [P, P, P, LONG, LONG, FLOAT],
+    "rms_norm_rows": [P, P, P, LONG, LONG, FLOAT, INT],
     "linear": [P, LONG, P, P, LONG, LONG, LONG, INT],
     "experts": [*[P] * 9, *[LONG] * 5, INT],
     "packed_experts": [*[P] * 13, *[LONG] * 7, INT],
@@ -60,6 +61,7 @@ SIGNATURES: dict[str, list[type]] = {
     "bf16_products": [],
     "newton_schulz": [P, P, *[LONG] * 7, FLOAT, FLOAT, INT],
     "head_loss": [*[P] * 6, *[LONG] * 4, INT, INT],
+    "convert_bf16": [P, P, LONG, INT, INT],
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
     "softmax_forward": [*[P] * 8, FLOAT, P, P, INT, INT],
     "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT, INT],
@@ -194,7 +196,25 @@ def torch_by_one_thread() -> Iterator[None]:
 
 def wide(x: Tensor) -> Tensor:
     """x in fp32 and in one piece."""
+    if x.dtype == torch.bfloat16 and _is_long(x):
+        y = torch.empty(x.shape)
+        call("convert_bf16", x.contiguous(), y, x.numel(), True, threads())
+        return y
     return x.to(torch.float32).contiguous()
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense x of fp32 in this dtype."""
+    if dtype == torch.bfloat16 and _is_long(x):
+        y = torch.empty(x.shape, dtype=dtype)
+        call("convert_bf16", y, x, x.numel(), False, threads())
+        return y
+    return x.to(dtype)
+
+
+def _is_long(x: Tensor) -> bool:
+    """Whether the conversion of x is worth more than one thread."""
+    return x.numel() >= 2**16 and x.device.type == "cpu" and has_memory(x) and native().library is not None
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from triton_kernels.native.library import (
     is_native,
     linear,
     products_here,
+    rounded,
     rounds_products,
     takes_many_rows,
     threads,
@@ -29,21 +30,19 @@ def project(x: Tensor, weight_OI: Tensor) -> Tensor:
         if is_native(x, 4 * (x.numel() // x.shape[-1]), weight_OI):
             return linear(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
         if takes_many_rows(x, weight_OI, dtypes=products_here()):
-            bf16 = rounds_products(x.dtype)
-            return _Projection.apply(x.float(), weight_OI.float(), bf16).to(x.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            return _Projection.apply(x, weight_OI.float())  # pyright: ignore[reportReturnType]
     return functional.linear(x, weight_OI.to(x.dtype))
 
 
 class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bf16: bool) -> Tensor:
-        x, weight_OI = wide(x), wide(weight_OI)
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        weight_OI = wide(weight_OI)
         ctx.save_for_backward(x, weight_OI)
-        ctx.bf16 = bf16
         (n_out, n_in), n_rows = weight_OI.shape, x.numel() // x.shape[-1]
         y = torch.empty(*x.shape[:-1], n_out)
-        call("project_rows", x, weight_OI, y, n_rows, n_in, n_out, bf16, threads())
-        return y
+        call("project_rows", wide(x), weight_OI, y, n_rows, n_in, n_out, rounds_products(x.dtype), threads())
+        return rounded(y, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -51,7 +50,12 @@ class _Projection(torch.autograd.Function):
         x, weight_OI = ctx.saved_tensors
         (n_out, n_in), n_rows = weight_OI.shape, x.numel() // x.shape[-1]
         dx, d_weight_OI = (
-            torch.empty_like(tensor) if needed else None for tensor, needed in zip((x, weight_OI), ctx.needs_input_grad)
+            torch.empty(tensor.shape) if needed else None
+            for tensor, needed in zip((x, weight_OI), ctx.needs_input_grad)
         )
-        call("project_rows_backward", wide(dy), x, weight_OI, dx, d_weight_OI, n_rows, n_in, n_out, ctx.bf16, threads())
-        return dx, d_weight_OI, None
+        call(
+            "project_rows_backward",
+            *(wide(dy), wide(x), weight_OI, dx, d_weight_OI),
+            *(n_rows, n_in, n_out, rounds_products(x.dtype), threads()),
+        )
+        return None if dx is None else rounded(dx, x.dtype), d_weight_OI

@@ -66,6 +66,13 @@ static void hide(const Softmax *m, float *logits, long t, long first, long from,
         for (long c = from; c <= position - m->window && c < to; c++) logits[c] = -INFINITY;
 }
 
+/* row = exp(row - zero), as words where products are of bf16; the sum of both. */
+static float exp_weights(int bf16, float *row, long n, float zero, uint32_t *words) {
+    if (bf16) return exp_words(row, n, zero, words);
+    exp_all(row, n, zero);
+    return sum_of(row, n);
+}
+
 static void softmax_forward_piece(void *job, long index) {
     Softmax *m = job;
     long H = m->heads, K = m->width, V = m->value_width, T = m->queries, b = index / H, h = index % H,
@@ -76,6 +83,7 @@ static void softmax_forward_piece(void *job, long index) {
     if (!q) return;
     float *most = q + T * K, *sum = most + T, *key = sum + T, *value = key + key_panels, *p = value + value_panels;
     float *o = m->o + (b * T * H + h) * V;
+    uint32_t words[QUERIES * ROW_WORDS];
     prepare_queries(m, b, h, q);
     for (long t = 0; t < T; t++) {
         most[t] = -INFINITY, sum[t] = 0;
@@ -99,13 +107,14 @@ static void softmax_forward_piece(void *job, long index) {
                 float before = most[t + r], here = most_of(row + from, to - from), now = here > before ? here : before;
                 /* Where nothing is to be seen yet, exponentials are 0 and a NaN stays one. */
                 float zero = now == -INFINITY ? 0.0f : now, kept = exp_fp32(before - zero);
-                for (long c = from; c < to; c++) row[c] = exp_fp32(row[c] - zero);
-                most[t + r] = now, sum[t + r] = sum[t + r] * kept + sum_of(row + from, to - from);
+                float here_sum = exp_weights(m->bf16, row + from, to - from, zero, words + r * ROW_WORDS);
+                most[t + r] = now, sum[t + r] = sum[t + r] * kept + here_sum;
                 if (kept != 1.0f)
                     for (long i = 0; i < V; i++) out[i] *= kept;
             }
-            product_of_as(m->bf16, (Left){p + from, NULL, stride, 1}, value, n, from, to - from, rows, V,
-                          (Result){o + t * H * V, NULL, H * V, 1});
+            Result sums = {o + t * H * V, NULL, H * V, 1};
+            if (m->bf16) words_times(words, 0, value + from / 2 * TILE_COLUMNS, n, to - from, 0, rows, V, sums);
+            else product_of((Left){p + from, NULL, stride, 1}, value, n, from, to - from, rows, V, sums);
         }
     }
     for (long t = 0; t < T; t++) {
@@ -165,10 +174,8 @@ static void softmax_backward_piece(void *job, long index) {
                     float *restrict row = p + i * stride, *restrict d_row = ds + i * stride, total = log_sum[t + i],
                                     mean = delta[t + i];
                     hide(m, row, t + i, first, from, to);
-                    for (long c = from; c < to; c++) {
-                        row[c] = exp_fp32(row[c] - total);
-                        d_row[c] = row[c] * (d_row[c] - mean);
-                    }
+                    exp_all(row + from, to - from, total);
+                    for (long c = from; c < to; c++) d_row[c] = row[c] * (d_row[c] - mean);
                 }
                 pack_as(m->bf16, d_o + t * H * V, NULL, H * V, 0, V, rows, d_o_rows);
                 pack_as(m->bf16, q + t * K, NULL, K, 0, K, rows, q_rows);

@@ -1,5 +1,5 @@
-/* What stands around the products of a training step on a CPU: RMSNorm with its gradients, and the output head with its
- * cross-entropy, whose logits exist for one block of tokens at a time.
+/* What stands around the products of a training step on a CPU: numbers between bf16 and fp32, RMSNorm with its
+ * gradients, and the output head with its cross-entropy, whose logits exist for one block of tokens at a time.
  *
  * Pieces of a job are blocks of rows of one size; what is summed over rows is summed within a block, then block by
  * block in their order. Legend as in few_tokens.c, and: V words of the vocabulary.
@@ -7,7 +7,52 @@
 
 enum { NORM_ROWS = 256, LOSS_ROWS = 60, LOSS_COLUMNS = 512 };
 
-/* ---- The gradients of x / rms(x) * weight ---- */
+/* ---- bf16 to fp32 and back ---- */
+
+enum { CONVERTED = 16384 };
+
+typedef struct {
+    uint16_t *half;
+    float *wide;
+    long n;
+} Conversion;
+
+static void widen_piece(void *job, long index) {
+    Conversion *m = job;
+    long first = index * CONVERTED, last = first + CONVERTED < m->n ? first + CONVERTED : m->n;
+    for (long i = first; i < last; i++) m->wide[i] = from_bf16(m->half[i]);
+}
+
+static void narrow_piece(void *job, long index) {
+    Conversion *m = job;
+    long first = index * CONVERTED, last = first + CONVERTED < m->n ? first + CONVERTED : m->n;
+    for (long i = first; i < last; i++) m->half[i] = to_bf16(m->wide[i]);
+}
+
+void convert_bf16(uint16_t *half, float *wide, long n, int to_wide, int threads) {
+    Conversion job = {half, wide, n};
+    in_pieces(to_wide ? widen_piece : narrow_piece, &job, (n + CONVERTED - 1) / CONVERTED, threads);
+}
+
+/* ---- x / rms(x) * weight of many rows, and its gradients ---- */
+
+typedef struct {
+    const float *x, *weight;
+    float *y;
+    long rows, width;
+    float eps;
+} Norm;
+
+static void norm_piece(void *job, long index) {
+    Norm *m = job;
+    long first = index * NORM_ROWS, n = m->rows - first < NORM_ROWS ? m->rows - first : NORM_ROWS;
+    rms_norm(m->x + first * m->width, m->weight, m->y + first * m->width, n, m->width, m->eps);
+}
+
+void rms_norm_rows(const float *x, const float *weight, float *y, long rows, long width, float eps, int threads) {
+    Norm job = {x, weight, y, rows, width, eps};
+    in_pieces(norm_piece, &job, (rows + NORM_ROWS - 1) / NORM_ROWS, threads);
+}
 
 typedef struct {
     const float *dy, *x, *weight;
@@ -79,7 +124,7 @@ static void loss_piece(void *job, long index) {
         long target = m->target[first + r];
         most = most == -INFINITY ? 0.0f : most;
         float there = target == m->ignored ? 0.0f : row[target];
-        for (long v = 0; v < V; v++) row[v] = exp_fp32(row[v] - most);
+        exp_all(row, V, most);
         float sum = sum_of(row, V);
         m->loss[first + r] = target == m->ignored ? 0.0f : logf(sum) + most - there;
         if (!m->dx) continue;

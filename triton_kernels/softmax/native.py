@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.native.library import call, rounds_products, threads, wide
+from triton_kernels.native.library import call, rounded, rounds_products, threads, wide
 from triton_kernels.softmax.rotary import Rotary, rotary_tables
 
 
@@ -85,10 +85,10 @@ def flash_attention_native(
     scale: float,
 ) -> Tensor:
     """`flash_attention` on checked arguments, without packed sequences; computed in fp32."""
-    heads = (q_BTHK.float(), k_BSGK.float(), v_BSGV.float(), None if sinks_H is None else sinks_H.float())
-    o_BTHV = _ManyQueries.apply(*heads, rotary, causal, window, scale, rounds_products(q_BTHK.dtype))
+    sinks_H = None if sinks_H is None else sinks_H.float()
+    o_BTHV = _ManyQueries.apply(q_BTHK, k_BSGK, v_BSGV, sinks_H, rotary, causal, window, scale)
     assert isinstance(o_BTHV, Tensor)
-    return o_BTHV.to(q_BTHK.dtype)
+    return o_BTHV
 
 
 class _ManyQueries(torch.autograd.Function):
@@ -105,21 +105,21 @@ class _ManyQueries(torch.autograd.Function):
         causal: bool,
         window: int | None,
         scale: float,
-        bf16: bool,
     ) -> Tensor:
-        q_BTHK, k_BSGK, v_BSGV = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BTHK, k_BSGK, v_BSGV))
+        given = q_BTHK, k_BSGK, v_BSGV
+        q_BTHK, k_BSGK, v_BSGV = heads = _readable(given)
         (B, T, H, K), (_, S, G, V) = q_BTHK.shape, v_BSGV.shape
         cosine_TP, sine_TP = (None, None) if rotary is None else (wide(table_TP) for table_TP in rotary)
         half = 0 if cosine_TP is None else cosine_TP.shape[1]
         sinks_H = None if sinks_H is None else wide(sinks_H)
         ctx.sizes = (B, T, S, H, G, K, V, half, int(causal), window or 0)
         ctx.strides = tuple(x.stride(axis) for x in (q_BTHK, k_BSGK, v_BSGV) for axis in range(3))
-        ctx.scale, ctx.bf16 = scale, bf16
+        ctx.scale, ctx.bf16 = scale, rounds_products(given[0].dtype)
         o_BTHV, log_sum_BHT = torch.empty(B, T, H, V), torch.empty(B, H, T)
-        inputs = (q_BTHK, k_BSGK, v_BSGV), (cosine_TP, sine_TP, sinks_H)
-        call("softmax_forward", *_described(ctx, *inputs), o_BTHV, log_sum_BHT, bf16, threads())
-        ctx.save_for_backward(*inputs[0], *inputs[1], o_BTHV, log_sum_BHT)
-        return o_BTHV
+        vectors = cosine_TP, sine_TP, sinks_H
+        call("softmax_forward", *_described(ctx, heads, vectors), o_BTHV, log_sum_BHT, ctx.bf16, threads())
+        ctx.save_for_backward(*given, *vectors, o_BTHV, log_sum_BHT)
+        return rounded(o_BTHV, given[0].dtype)
 
     @staticmethod
     @once_differentiable
@@ -130,11 +130,17 @@ class _ManyQueries(torch.autograd.Function):
         d_sinks_BH = None if inputs[5] is None else torch.empty(B, H)
         call(
             "softmax_backward",
-            *_described(ctx, inputs[:3], inputs[3:]),
+            *_described(ctx, _readable(inputs[:3]), inputs[3:]),
             *(o_BTHV, log_sum_BHT, wide(d_o), dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_BH, ctx.bf16, threads()),
         )
         d_sinks_H = None if d_sinks_BH is None else d_sinks_BH.sum(0)
-        return dq_BTHK, dk_BSGK, dv_BSGV, d_sinks_H, None, None, None, None, None
+        gradients = (rounded(dx, x.dtype) for dx, x in zip((dq_BTHK, dk_BSGK, dv_BSGV), inputs))
+        return *gradients, d_sinks_H, None, None, None, None
+
+
+def _readable(heads: Sequence[Tensor]) -> list[Tensor]:
+    """Queries, keys and values in fp32, channels side by side; where they lie if they are so."""
+    return [x if x.dtype == torch.float32 and x.stride(-1) == 1 else wide(x) for x in heads]
 
 
 def _described(ctx: Any, heads: Sequence[Tensor], vectors: Sequence[Tensor | None]) -> tuple[Any, ...]:
