@@ -409,8 +409,8 @@ def test_the_choice_says_why():
     x, down = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(2, 16, 8)
     assert choose_backend(x.half(), down) == (
         "cpu",
-        "the form in C takes float32, and bfloat16 where the processor has no products of it, or few tokens without"
-        " gradients by float32 weights",
+        "the form in C takes float32, and bfloat16 but where torch knows products of it (AMX, ARM), or few tokens"
+        " without gradients by float32 weights",
     )
     assert choose_backend(x.float(), down.float()).name == ("native" if native().library else "cpu")
     assert choose_backend(x, down, "reference") == ("reference", "asked for")
