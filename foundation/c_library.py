@@ -81,7 +81,10 @@ def _compile_once(built: Path, command: Sequence[str | Path]) -> str:
             made = Path(own) / built.name
             done = subprocess.run([*command, "-o", made], capture_output=True, text=True)
             if done.returncode:
-                return "\n".join(done.stderr.strip().splitlines()[-1:]) or f"exit code {done.returncode}"
+                lines = done.stderr.strip().splitlines()
+                # The source and a mark under the place follow what is wrong.
+                wrong = [line for line in lines if "error" in line] or lines
+                return wrong[0] if wrong else f"exit code {done.returncode}"
             made.rename(built)
     return ""
 

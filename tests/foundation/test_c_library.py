@@ -57,6 +57,7 @@ def test_what_keeps_it_from_being_compiled_is_said(source, monkeypatch):
     found = c_library([source], SIGNATURES, flags=[])
     assert found.library is None
     assert " failed: " in found.reason
+    assert "y" in found.reason.split("error:")[1]
     monkeypatch.setenv("HYBRID_MOE_NATIVE", "0")
     assert c_library([source], SIGNATURES, flags=[]) == (None, "switched off by HYBRID_MOE_NATIVE=0")
     monkeypatch.delenv("HYBRID_MOE_NATIVE")
