@@ -1,5 +1,5 @@
 """ReLU routing as published (arXiv 2412.14711): an L1 penalty steers the number of positive logits towards the
-baseline's number. It joins a trunk with the jump that `relu` says the reasons of."""
+baseline's number. It joins a trunk with the jump that `ablations/relu.py` explains."""
 
 from ablations.cli import run_alone
 from ablations.method import Method, experts_of, with_policy
