@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import importlib
 import inspect
+import logging
 import os
 import runpy
 import signal
@@ -98,6 +99,9 @@ def _become(words: list[str], given: dict[str, Any], prepare: Callable[[], objec
         for stream, end in enumerate((given["p2cread"], given["c2pwrite"], given["errwrite"])):
             if end not in (-1, stream):
                 os.dup2(end, stream)
+        # Those of pytest write to a file that is closed here, and whose number will be that of another file.
+        logging.root.handlers.clear()
+        logging.root.setLevel(logging.WARNING)
         # As the start of another program does: an end of a pipe that stays open here would keep its reader waiting.
         os.closerange(3, 4096)
         sys.stdin = os.fdopen(0, closefd=False)
