@@ -99,9 +99,7 @@ def _become(words: list[str], given: dict[str, Any], prepare: Callable[[], objec
         for stream, end in enumerate((given["p2cread"], given["c2pwrite"], given["errwrite"])):
             if end not in (-1, stream):
                 os.dup2(end, stream)
-        # Those of pytest write to a file that is closed here, and whose number will be that of another file.
-        logging.root.handlers.clear()
-        logging.root.setLevel(logging.WARNING)
+        _forget_logs_of_pytest()
         # As the start of another program does: an end of a pipe that stays open here would keep its reader waiting.
         os.closerange(3, 4096)
         sys.stdin = os.fdopen(0, closefd=False)
@@ -131,6 +129,14 @@ def _become(words: list[str], given: dict[str, Any], prepare: Callable[[], objec
             except OSError:
                 code = code or 120
         os._exit(code & 0xFF)
+
+
+def _forget_logs_of_pytest() -> None:
+    """They go to a file that is not open here, and whose number becomes that of another file."""
+    for logger in (logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))):
+        for handler in [handler for handler in logger.handlers if type(handler).__module__.startswith("_pytest")]:
+            logger.removeHandler(handler)
+    logging.root.setLevel(logging.WARNING)
 
 
 def _run(words: list[str]) -> None:
