@@ -3,7 +3,7 @@
 Where the call cannot decide as a router does, it asks the router itself, in the middle of the step, and computes the
 experts of whatever rows that gives: all that a policy needs for this is to be one.
 
-Legend: B sequences, T tokens, D model width, E experts, X numbers that a policy remembers.
+Legend: B sequences, T tokens, D model width, E experts.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from routing.assignments import Assignments
 from routing.policy import Policy
 from routing.router import Router, Routing
 from routing.sequences import Sequences
-from triton_kernels.native.decode_step import DECIDE, NativeBlock, NotInOneCall, Watch
+from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
 def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
@@ -92,7 +92,7 @@ class OutsideDecisions:
             if routing.sums_BX is not None:
                 self._sums[layer] = routing.sums_BX
             _hand_over(routing, self._blocks[layer])
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             # Nothing passes through a call of C.
             self._error = error
             return 1

@@ -51,7 +51,7 @@ typedef struct {
     const float *embedding, *norm, *head;
     long blocks, vocabulary, width, batch;
     float eps;
-    double *seconds; /* by part, added to; NULL where nobody asks */
+    double *seconds;            /* by part, added to; NULL where nobody asks */
     long (*decide)(long block); /* fills in the block's decision; not 0 where it could not */
 } Model;
 
@@ -178,8 +178,8 @@ static int is_nan(const float *x, long n) {
     return any;
 }
 
-/* Decides and sorts here. Writes down, for whoever asks later: in `whole` the token, the expert and the slot of each row
- * [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was routed [B, D], its
+/* Decides and sorts here. Writes down, for whoever asks later: in `whole` the token, the expert and the slot of each
+ * row [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was routed [B, D], its
  * logits [B, E] and those of null columns [B, Z], and what these return of the token [B]. Returns the number of the
  * block, from 1, where scores are not finite or compared with a NaN. */
 static long decide_here(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, Decision *decision,
@@ -192,13 +192,12 @@ static long decide_here(const Block *l, const Model *m, Scratch *s, int64_t *who
     linear(x, D, l->router, logits, B, D, E, threads);
     if (Z) linear(x, D, l->null_router, null_logits, B, D, Z, threads);
     if (l->head) linear(x, D, l->head, s->predicted, B, D, 1, threads);
-    if (!isfinite(sum_of(logits, B * E) + sum_of(null_logits, B * Z)) || is_nan(l->bias, E) || is_nan(l->threshold, 1) ||
-        is_nan(l->drift, 1) || is_nan(l->aim, 1) || is_nan(l->gain, 1) || is_nan(l->column_bias, Z) ||
-        is_nan(l->head, D))
+    if (!isfinite(sum_of(logits, B * E) + sum_of(null_logits, B * Z)) || is_nan(l->bias, E) ||
+        is_nan(l->threshold, 1) || is_nan(l->drift, 1) || is_nan(l->aim, 1) || is_nan(l->gain, 1) ||
+        is_nan(l->column_bias, Z) || is_nan(l->head, D))
         return l - m->block + 1;
-    Beside beside = {null_logits,         l->column_bias, Z,           (int)l->apart,
-                     (int)l->null_weighs, s->predicted,   l->softness, gain,
-                     returned};
+    Beside beside = {null_logits,  l->column_bias, Z,    (int)l->apart, (int)l->null_weighs,
+                     s->predicted, l->softness,    gain, returned};
     route_beside(logits, l->bias, l->threshold ? *l->threshold : 0.0f, s->weight, s->expert, s->keep, s->level,
                  s->scores, B, E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise, &beside,
                  1);
@@ -227,8 +226,8 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
     else error = decide_here(l, m, s, whole, real, &here, threads);
     lap(m, ROUTER, since);
     if (error) return error;
-    error = experts_of(x, l->gate_up, l->down, d->token, d->weight, d->expert_offsets, d->token_offsets,
-                       d->row_of_slot, s->y, B, d->rows, l->experts, D, l->d_expert, threads);
+    error = experts_of(x, l->gate_up, l->down, d->token, d->weight, d->expert_offsets, d->token_offsets, d->row_of_slot,
+                       s->y, B, d->rows, l->experts, D, l->d_expert, threads);
     if (error) return error;
     add_beside(d, x, s->y, B, D);
     if (!F) return 0;
@@ -248,7 +247,8 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
     return 0;
 }
 
-/* Logits [B, V] of the tokens after those at `position`, see `mix`. 0, an error below it, or what `route_tokens` returns. */
+/* Logits [B, V] of the tokens after those at `position`, see `mix`. 0, an error below it, or what `route_tokens`
+ * returns. */
 long decode_step(const Model *m, const int64_t *token, long position, const int64_t *behind, float *logits,
                  int64_t *whole, float *real, int threads) {
     long B = m->batch, D = m->width, error = 0;

@@ -143,8 +143,8 @@ static void route_piece(void *job, long index) {
 static void route_beside(const float *logits, const float *bias, float threshold, float *weight, int64_t *expert,
                          uint8_t *keep, float *level, float *scratch, long tokens, long experts, long k, long floor,
                          int rule, int use_sigmoid, int renormalise, const Beside *beside, int threads) {
-    Routes job = {logits, bias, threshold, weight, expert, keep,        level,      scratch, tokens,
-                  experts, k,   floor,     rule,   use_sigmoid, renormalise, beside};
+    Routes job = {logits, bias,    threshold, weight, expert, keep,        level,       scratch,
+                  tokens, experts, k,         floor,  rule,   use_sigmoid, renormalise, beside};
     in_pieces(route_piece, &job, (tokens + ROUTED - 1) / ROUTED, threads);
 }
 
