@@ -59,7 +59,7 @@ class DecodeStep:
             self.n_real += B * (block.slots + D + block.experts + block.columns + block.returns)
         self.blocks = (NativeBlock * len(blocks))(*blocks)
         native.blocks, native.block = len(blocks), ctypes.cast(self.blocks, ctypes.POINTER(NativeBlock))
-        self.outside = OutsideDecisions(routers, self.blocks, B)
+        self.outside = OutsideDecisions(routers, list(self.blocks), B)
         native.decide = DECIDE(self.outside.decide)
 
     def holds(self, cache: HybridCache) -> bool:
