@@ -78,7 +78,8 @@ def adaptation(config, original, corpus):
 def test_it_begins_as_its_original(method, adaptation, original):
     stage = adaptation(method=method)
     model = stage.start()
-    assert stage.divergence(model) < 1e-9
+    # Log-probabilities of some 6 are rounded to 2e-7 in fp32, by processors in different ways.
+    assert stage.divergence(model) < 1e-8
     tokens_BT = stage.calibration()[:2]
     torch.testing.assert_close(model(tokens_BT).logits_BTV, original(tokens_BT).logits_BTV)
     # And all that it has beside its original's weights is its policy's.
