@@ -1,6 +1,6 @@
-"""The commands: `python -m ablations list | compare | gate | report | budgets | calibrate | difficulty |
-counterfactual | frontier | agreement | problems | recall | mixture | corpora | tokenizers | scaling | runs |
-prune`, and `python -m ablations.<method>`."""
+"""The commands: `python -m ablations list | compare | pairs | gate | report | budgets | calibrate |
+difficulty | counterfactual | frontier | agreement | problems | recall | mixture | corpora | tokenizers | scaling |
+runs | prune`, and `python -m ablations.<method>`."""
 
 import foundation.starting  # noqa: F401
 
@@ -18,6 +18,7 @@ from ablations.agreement.options import AgreementOptions
 from ablations.comparison.budgets import BUDGETS_FILE, budget_rows, budget_text, write_budgets
 from ablations.comparison.calibration import CALIBRATION_FILE, CalibrationRow, calibration_rows, calibration_text
 from ablations.comparison.options import Options
+from ablations.comparison.pairs import PairsConfig, pairs
 from ablations.comparison.records import read_records
 from ablations.comparison.registry import all_methods, find_methods
 from ablations.comparison.shares import run_side_by_side
@@ -55,6 +56,7 @@ def main() -> None:
     commands = {
         "list": list_command,
         "compare": compare_command,
+        "pairs": pairs_command,
         "gate": gate_command,
         "report": report_command,
         "budgets": budgets_command,
@@ -115,6 +117,11 @@ def compare(methods: list[Method], options: Options) -> Path | None:
     """
     folder = run_side_by_side(methods, options)
     return None if folder is None else _show(folder)
+
+
+def pairs_command(config: Annotated[PairsConfig, tyro.conf.OmitArgPrefixes]) -> None:
+    """How much better are some finished runs than others, seed by seed? Trains nothing."""
+    pairs(config)
 
 
 def gate_command(

@@ -18,9 +18,9 @@ from torch import Tensor
 from attention.cache import HybridCache
 from attention.layer_states import Alias, LayerState
 from routing.assignments import Assignments
-from routing.decode_step import routing_of
+from routing.decode_step import OutsideDecisions, routing_of
 from routing.router import Router, Routing
-from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
+from triton_kernels.native.decode_step import DECIDE, NativeBlock, NativeModel, NotInOneCall, Watch
 from triton_kernels.native.library import MOST_TOKENS, call, is_native, threads
 
 # Of more sequences blocked products win, see `attention.projection`.
@@ -56,9 +56,11 @@ class DecodeStep:
         for block in blocks:
             block.whole_at, block.real_at = self.n_whole, self.n_real
             self.n_whole += 3 * B * block.slots + block.experts + 1 + B + 1
-            self.n_real += B * (block.slots + D + block.experts)
+            self.n_real += B * (block.slots + D + block.experts + block.columns + block.returns)
         self.blocks = (NativeBlock * len(blocks))(*blocks)
         native.blocks, native.block = len(blocks), ctypes.cast(self.blocks, ctypes.POINTER(NativeBlock))
+        self.outside = OutsideDecisions(routers, list(self.blocks), B)
+        native.decide = DECIDE(self.outside.decide)
 
     def holds(self, cache: HybridCache) -> bool:
         """Whether model and cache are still the ones described."""
@@ -73,16 +75,17 @@ class DecodeStep:
             and all(0 <= token < self.native.vocabulary for (token,) in tokens_BT.tolist())
         )
 
-    def run(self, tokens_BT: Tensor) -> tuple[Tensor, Callable[[], tuple[Routing, ...]]]:
+    def run(self, tokens_BT: Tensor, cache: HybridCache) -> tuple[Tensor, Callable[[], tuple[Routing, ...]]]:
         """Logits of the next token [B, 1, V], and what gives the routing of every layer. The cache has seen the tokens
         then.
 
         Raises:
-            NonFiniteScoresError: as a router does.
+            NonFiniteScoresError: as a router does, like whatever else one that decides outside of the call raises.
         """
         position, behind_B = self.states[0].length, self.states[0].behind_B
         logits_B1V = torch.empty(self.native.batch, 1, self.native.vocabulary)
         whole, real = torch.empty(self.n_whole, dtype=torch.int64), torch.empty(self.n_real)
+        self.outside.begin(real, cache.sums)
         failed = call(
             "decode_step",
             *(ctypes.addressof(self.native), tokens_BT.contiguous(), position, behind_B),
@@ -93,18 +96,24 @@ class DecodeStep:
             if not isinstance(state, Alias):
                 _count(state)
         if failed:
+            self.outside.refuse()
             raise self.routers[failed - 1].non_finite()
-        return logits_B1V.to(self.dtype), partial(self._routings, whole, real)
+        return logits_B1V.to(self.dtype), partial(self._routings, whole, real, self.outside.routings)
 
-    def _routings(self, whole: Tensor, real: Tensor) -> tuple[Routing, ...]:
+    def _routings(self, whole: Tensor, real: Tensor, outside: dict[int, Routing]) -> tuple[Routing, ...]:
         B, D = self.native.batch, self.native.width
         routings = []
-        for block, router in zip(self.blocks, self.routers):
-            E, n = block.experts, B * block.slots
+        for layer, (block, router) in enumerate(zip(self.blocks, self.routers)):
+            if layer in outside:
+                routings.append(outside[layer])
+                continue
+            E, Z, n = block.experts, block.columns, B * block.slots
             token_N, expert_N, row_of_slot_N, expert_offsets, token_offsets = whole[block.whole_at :][
                 : 3 * n + E + B + 2
             ].split([n, n, n, E + 1, B + 1])
-            weight_N, x, logits = real[block.real_at :][: n + B * (D + E)].split([n, B * D, B * E])
+            sizes = [n, B * D, B * E, B * Z, B * block.returns]
+            weight_N, x, logits, null_logits, returned_B = real[block.real_at :][: sum(sizes)].split(sizes)
+            logits = torch.cat([logits.view(B, E), null_logits.view(B, Z)], dim=1)
             n = int(token_offsets[-1])
             assignments = Assignments(
                 token_N=token_N[:n],
@@ -114,7 +123,8 @@ class DecodeStep:
                 token_offsets=token_offsets,
                 row_of_slot_N=row_of_slot_N[:n],
             )
-            routings.append(routing_of(router, assignments, x.view(B, D), logits.view(B, E)))
+            identity_B = returned_B if block.returns else None
+            routings.append(routing_of(router, assignments, x.view(B, D), logits, identity_B))
         return tuple(routings)
 
 

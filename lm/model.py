@@ -135,7 +135,7 @@ class LanguageModel(ExactBuffers):
         if cache is not None and not self.training and takes_one_call(tokens_BT, self.embedding_VD):
             step = step_of(cache, lambda: self._described(cache, len(tokens_BT)))
             if step is not None and step.ready(tokens_BT):
-                return Output(*step.run(tokens_BT))
+                return Output(*step.run(tokens_BT, cache))
         x_BTD = self._embed(tokens_BT)
         documents = self._documents(tokens_BT) if cache is None else None
         return self._from_block(x_BTD, 0, cache, last_only, targets_BT, documents)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from foundation.serialize import Family, kinds
 from routing.budget import BudgetController
+from triton_kernels.experts.expert_slots import RULES
+from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
 class FusedRule(NamedTuple):
@@ -234,6 +236,19 @@ class Policy(nn.Module):
             place_T: how many tokens of its document came before each, int64.
         """
         raise NotImplementedError
+
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        """Fills in how the policy decides in a decode step that is one call of C. As with `PolicyConfig.fused_rule`, a
+        policy derived from another one that decides differently must say so here.
+
+        Raises:
+            NotInOneCall: where it decides by more than scores, a bias and a threshold; the step then asks its router.
+        """
+        rule = self.config.fused_rule
+        own = {*self.parameters(), *self.buffers()} - set([] if self.budget is None else self.budget.buffers())
+        if rule is None or self.config.null_columns or own:
+            raise NotInOneCall(type(self).__name__)
+        block.rule, block.slots, block.floor = RULES.index(rule.rule), rule.k, rule.floor
 
     def counted(self, level_TK: Tensor) -> Tensor:
         """The slots that `counts_T` asks for, bool [T, K]."""

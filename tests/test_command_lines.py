@@ -148,6 +148,7 @@ NONSENSE = {
         "--resamples": ("0",),
         "--out": ("/dev/null/x", "/dev/null"),
     },
+    "ablations pairs": {"--run": ("/nowhere", "/dev/null")},
     "ablations frontier": {
         "--run": ("/nowhere", "/dev/null"),
         "--budgets": ("0", "-1", "nan"),
@@ -378,6 +379,7 @@ REST = {
     "lm import": ("{out}",),
     "lm export": ("/nowhere", "{out}"),
     "ablations counterfactual": ("--run", "/nowhere", "--out", "{out}"),
+    "ablations pairs": ("--against", "/nowhere"),
     "ablations frontier": ("--run", "/nowhere", "--out", "{out}"),
     "ablations difficulty": ("--out", "{out}", "--data", "{text}", "--phase", "analyse"),
 }
@@ -470,8 +472,8 @@ def test_a_refusal_is_one_line_and_names_the_option(places, capsys):
 
 
 HELPED = {
-    "ablations": "list compare gate report budgets calibrate difficulty counterfactual frontier agreement problems"
-    " recall mixture corpora tokenizers scaling runs prune",
+    "ablations": "list compare pairs gate report budgets calibrate difficulty counterfactual frontier agreement"
+    " problems recall mixture corpora tokenizers scaling runs prune",
     "staged_training": "run parallel sweep adapt diagnostics profile",
     "lm": "generate evaluate few-shot eval cache bench bench-peers bench-bits long-context recall"
     " quantize layer-experts import export gguf parity",

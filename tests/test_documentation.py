@@ -163,8 +163,9 @@ SAID = [
     (r"Architectures cannot be compared so \((\d of \d)\)", "agreement/", r"of architectures (\d of \d)"),
     (r"orders all (\d+) pairs of all arms, for", "agreement/", r"all (\d+) pairs of all arms"),
     (r"pairs of all arms, for (\d+) %", "agreement/", r"pairs of all arms for (\d+) %"),
-    (r"nothing against itself \((\d\.\d+) after", "dynamic/", r"12 taught to 4 there: (\d\.\d+)"),
-    (r"with 4 for as many\s+tokens \((\d\.\d+),", "dynamic/", r"static 4 with the same tokens: (\d\.\d+)"),
+    (r"nothing against itself \(-(\d\.\d) %", "dynamic/", r"(\d\.\d) % below the original"),
+    (r"it ends at (\d\.\d+) where", "dynamic/", r"taught as the annealing (\d\.\d+)"),
+    (r"with 4 for as many\s+tokens ends at (\d\.\d+)", "dynamic/", r"static 4 with the same tokens (\d\.\d+)"),
     (r"1B model from 190M to 760M\s+within (\d\.\d+) % in the mean", "scaling/", r"within (\d\.\d+) % in the mean"),
 ]
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from routing.budget import BudgetController
 from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds, gain_from
+from triton_kernels.native.decode_step import PREDICTED, NativeBlock, Watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,13 @@ class DifficultyHeadPolicy(Policy):
         self.budget = BudgetController(
             target_mean=config.target_mean, initial=initial, lowest=-1e4, highest=1e4, rate=config.rate
         )
+
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        config = self.config
+        block.rule, block.slots, block.floor, block.softness = PREDICTED, config.cap, config.floor, config.softness
+        block.head = watch.parameter(self, "head_D", watch.d_model)
+        if self.gain is not None:
+            block.gain = watch.parameter(self.gain, "root_1", 1)
 
     def select(self, scores: Scores) -> Slots:
         assert self.budget is not None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from routing.policies.null_experts import NullExperts, NullExpertsPolicy
 from routing.policy import Scores, Slots
+from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class MoEPlusPlusPolicy(NullExpertsPolicy):
         # Zero: a constant column begins as half a copy, and its vector is learnt from the first step on.
         self.constant_CD = nn.Parameter(torch.zeros(config.n_constant, d_model))
         self.mix_CD = nn.Parameter(torch.zeros(config.n_constant, d_model))
+
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        raise NotInOneCall("constant columns")
 
     def select(self, scores: Scores) -> Slots:
         slots = super().select(scores)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from routing.budget import BudgetController
 from routing.policy import Policy, PolicyConfig, Scores, Slots, best, check_bounds, check_k, gain_from
+from triton_kernels.native.decode_step import RIVALS, NativeBlock, Watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,13 @@ class NullExpertsPolicy(Policy):
         chosen_TK = torch.arange(n_rivals, device=keep_TK.device) < n_null_T
         rest_T = (null_TK * chosen_TK).sum(dim=-1)
         return Slots(expert_TK, score_TK, keep_TK, rest_T if self.gain is None else rest_T * self.gain())
+
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        config = self.config
+        block.rule, block.slots, block.floor = RIVALS, config.k, config.floor
+        block.columns, block.apart, block.null_weighs = config.n_null, config.apart, config.null_weighs
+        if self.gain is not None:
+            block.gain = watch.parameter(self.gain, "root_1", 1)
 
     def rivals(self, null_TZ: Tensor, n_rivals: int) -> tuple[Tensor, Tensor]:
         """The best null columns of each token, best first: what they weigh, and, detached, what they compete by."""

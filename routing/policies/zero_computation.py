@@ -18,6 +18,7 @@ from torch import Tensor
 
 from routing.policies.null_experts import NullExperts, NullExpertsPolicy
 from routing.policy import Scores, Slots
+from triton_kernels.native.decode_step import NativeBlock, Watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,12 @@ class ZeroComputationPolicy(NullExpertsPolicy):
         if config.bias_rate == 0:
             return None
         return config.bias_rate / config.k * (config.target_mean / rows_E.shape[0] - rows_E / n_tokens.clamp_min(1))
+
+    def describe(self, block: NativeBlock, watch: Watch) -> None:
+        super().describe(block, watch)
+        block.returns = True
+        if self.config.column_bias:
+            block.column_bias = watch.buffer(self, "column_bias_Z", self.config.n_null)
 
     def rivals(self, null_TZ: Tensor, n_rivals: int) -> tuple[Tensor, Tensor]:
         if not self.config.column_bias:

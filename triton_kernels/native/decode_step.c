@@ -6,6 +6,14 @@
  */
 enum { SOFTMAX, DELTA, LIGHTNING };
 
+/* Rows that a router outside of the call has sorted, and the share of the token [B] and what else [B, D] is added to
+ * what they give; these two may be NULL. */
+typedef struct {
+    const int64_t *token, *expert_offsets, *token_offsets, *row_of_slot;
+    const float *weight, *returned, *added;
+    long rows;
+} Decision;
+
 /* One block. Weights and states lie where the model and its cache keep them; NULL stands for what a block has not. */
 typedef struct {
     const float *attention_norm, *attention_out_norm, *moe_norm, *moe_out_norm;
@@ -23,9 +31,14 @@ typedef struct {
     float *state;
     void *tail;
     long taps, per_channel, use_silu;
-    /* Router; `drift` and `aim` of a budget are looked at for NaN only. */
-    const float *router, *bias, *threshold, *drift, *aim;
-    long experts, slots, floor, rule, use_sigmoid, renormalise;
+    /* Router; `drift` and `aim` of a budget are looked at for NaN only. null_router [Z, D] and all behind it: see
+     * `Beside` of routing.c; the gain is the square of what is learned. */
+    const float *router, *bias, *threshold, *drift, *aim, *null_router, *column_bias, *gain, *head;
+    long experts, slots, floor, rule, use_sigmoid, renormalise, columns, apart, null_weighs, returns;
+    float softness;
+    /* Where the router decides outside of the call it is asked, and leaves its `decision`. */
+    long outside;
+    Decision decision;
     Matrices gate_up, down;
     const float *shared_gate_up, *shared_down;
     long d_expert, d_shared;
@@ -38,7 +51,8 @@ typedef struct {
     const float *embedding, *norm, *head;
     long blocks, vocabulary, width, batch;
     float eps;
-    double *seconds; /* by part, added to; NULL where nobody asks */
+    double *seconds;            /* by part, added to; NULL where nobody asks */
+    long (*decide)(long block); /* fills in the block's decision; not 0 where it could not */
 } Model;
 
 /* In the order of `PARTS` in decode_step.py. */
@@ -66,7 +80,7 @@ static double lap_from_here(const Model *m) {
 }
 
 typedef struct {
-    float *x, *normed, *y, *inner, *mixed, *gate, *decay, *hidden, *weight, *level, *scores;
+    float *x, *normed, *y, *inner, *mixed, *gate, *decay, *hidden, *weight, *level, *predicted, *scores;
     int64_t *expert;
     uint8_t *keep;
 } Scratch;
@@ -80,9 +94,9 @@ static void *scratch_of(const Model *m, Scratch *s) {
         inner = larger(inner, l->inner), mixed = larger(mixed, l->heads * l->value),
         decay = larger(decay, l->heads * l->key);
         hidden = larger(hidden, 2 * l->d_shared), slots = larger(slots, l->slots),
-        experts = larger(experts, l->experts);
+        experts = larger(experts, l->experts + l->columns);
     }
-    long reals = B * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots) + 5 * experts;
+    long reals = B * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots + 1) + 5 * experts;
     char *memory = malloc((size_t)(B * slots) * (sizeof(int64_t) + 1) + (size_t)reals * sizeof(float));
     if (!memory) return NULL;
     s->expert = (int64_t *)memory;
@@ -90,7 +104,8 @@ static void *scratch_of(const Model *m, Scratch *s) {
     s->inner = s->y + B * D;
     s->mixed = s->inner + B * inner, s->gate = s->mixed + B * mixed, s->decay = s->gate + B * mixed,
     s->hidden = s->decay + B * decay;
-    s->weight = s->hidden + B * hidden, s->level = s->weight + B * slots, s->scores = s->level + B * slots;
+    s->weight = s->hidden + B * hidden, s->level = s->weight + B * slots, s->predicted = s->level + B * slots,
+    s->scores = s->predicted + B;
     s->keep = (uint8_t *)(s->scores + 5 * experts);
     return memory;
 }
@@ -163,31 +178,59 @@ static int is_nan(const float *x, long n) {
     return any;
 }
 
-/* Experts of the normed tokens: s->y. Writes down, for whoever asks later: in `whole` the token, the expert and the
- * slot of each row [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was
- * routed [B, D] and its logits [B, E]. Returns the number of the block, from 1, where scores are not finite or compared
- * with a NaN. */
-static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, double *since,
-                         int threads) {
-    long B = m->batch, D = m->width, E = l->experts, n = B * l->slots, F = l->d_shared;
+/* Decides and sorts here. Writes down, for whoever asks later: in `whole` the token, the expert and the slot of each
+ * row [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was routed [B, D], its
+ * logits [B, E] and those of null columns [B, Z], and what these return of the token [B]. Returns the number of the
+ * block, from 1, where scores are not finite or compared with a NaN. */
+static long decide_here(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, Decision *decision,
+                        int threads) {
+    long B = m->batch, D = m->width, E = l->experts, Z = l->columns, n = B * l->slots;
     int64_t *token = whole + l->whole_at, *row_expert = token + n, *row_of_slot = row_expert + n,
-            *expert_offsets = row_of_slot + n;
-    int64_t *token_offsets = expert_offsets + E + 1;
-    float *row_weight = real + l->real_at, *x = row_weight + n, *logits = x + B * D;
-    memcpy(x, s->normed, (size_t)(B * D) * sizeof(float));
+            *expert_offsets = row_of_slot + n, *token_offsets = expert_offsets + E + 1;
+    float *row_weight = real + l->real_at, *x = row_weight + n, *logits = x + B * D, *null_logits = logits + B * E;
+    float *returned = l->returns ? null_logits + B * Z : NULL, gain = l->gain ? *l->gain * *l->gain : 1.0f;
     linear(x, D, l->router, logits, B, D, E, threads);
-    if (!isfinite(sum_of(logits, B * E)) || is_nan(l->bias, E) || is_nan(l->threshold, 1) || is_nan(l->drift, 1) ||
-        is_nan(l->aim, 1))
+    if (Z) linear(x, D, l->null_router, null_logits, B, D, Z, threads);
+    if (l->head) linear(x, D, l->head, s->predicted, B, D, 1, threads);
+    if (!isfinite(sum_of(logits, B * E) + sum_of(null_logits, B * Z)) || is_nan(l->bias, E) ||
+        is_nan(l->threshold, 1) || is_nan(l->drift, 1) || is_nan(l->aim, 1) || is_nan(l->gain, 1) ||
+        is_nan(l->column_bias, Z) || is_nan(l->head, D))
         return l - m->block + 1;
-    route(logits, l->bias, l->threshold ? *l->threshold : 0.0f, s->weight, s->expert, s->keep, s->level, s->scores, B,
-          E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise, 1);
+    Beside beside = {null_logits,  l->column_bias, Z,    (int)l->apart, (int)l->null_weighs,
+                     s->predicted, l->softness,    gain, returned};
+    route_beside(logits, l->bias, l->threshold ? *l->threshold : 0.0f, s->weight, s->expert, s->keep, s->level,
+                 s->scores, B, E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise, &beside,
+                 1);
     long rows = sort_slots(s->expert, s->weight, s->keep, row_weight, token, row_expert, expert_offsets, token_offsets,
                            row_of_slot, B, l->slots, E);
-    if (rows < 0) return rows;
+    *decision = (Decision){token, expert_offsets, token_offsets, row_of_slot, row_weight, returned, NULL, rows};
+    return rows < 0 ? rows : 0;
+}
+
+/* What rows give beside experts: the token itself, and what else a router adds. */
+static void add_beside(const Decision *decision, const float *x, float *y, long B, long D) {
+    for (long b = 0; decision->returned && b < B; b++)
+        for (long i = 0; i < D; i++) y[b * D + i] += decision->returned[b] * x[b * D + i];
+    if (decision->added) add(y, decision->added, B * D);
+}
+
+/* Experts of the normed tokens: s->y. What was routed is written to `real`, see `decide_here`, whoever decides. */
+static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, double *since,
+                         int threads) {
+    long B = m->batch, D = m->width, F = l->d_shared, error;
+    float *x = real + l->real_at + B * l->slots;
+    memcpy(x, s->normed, (size_t)(B * D) * sizeof(float));
+    Decision here;
+    const Decision *d = l->outside ? &l->decision : &here;
+    if (l->outside) error = m->decide(l - m->block) ? l - m->block + 1 : 0;
+    else error = decide_here(l, m, s, whole, real, &here, threads);
     lap(m, ROUTER, since);
-    long error = experts_of(x, l->gate_up, l->down, token, row_weight, expert_offsets, token_offsets, row_of_slot, s->y,
-                            B, rows, E, D, l->d_expert, threads);
-    if (error || !F) return error;
+    if (error) return error;
+    error = experts_of(x, l->gate_up, l->down, d->token, d->weight, d->expert_offsets, d->token_offsets, d->row_of_slot,
+                       s->y, B, d->rows, l->experts, D, l->d_expert, threads);
+    if (error) return error;
+    add_beside(d, x, s->y, B, D);
+    if (!F) return 0;
     for (long first = 0; first < B; first += MOST_ROWS) {
         long some = B - first < MOST_ROWS ? B - first : MOST_ROWS;
         const float *in[MOST_ROWS];
@@ -204,7 +247,8 @@ static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *wh
     return 0;
 }
 
-/* Logits [B, V] of the tokens after those at `position`, see `mix`. 0, an error below it, or what `route_tokens` returns. */
+/* Logits [B, V] of the tokens after those at `position`, see `mix`. 0, an error below it, or what `route_tokens`
+ * returns. */
 long decode_step(const Model *m, const int64_t *token, long position, const int64_t *behind, float *logits,
                  int64_t *whole, float *real, int threads) {
     long B = m->batch, D = m->width, error = 0;

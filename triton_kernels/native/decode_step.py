@@ -7,7 +7,7 @@ Legend: B sequences, D model width.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from triton_kernels.native.library import FLOAT, LONG, P
 
 SOFTMAX, DELTA, LIGHTNING = range(3)
+# Rules of a decision behind those that kernels know (`triton_kernels.experts.expert_slots.RULES`).
+RIVALS, PREDICTED = 3, 4
+# Asks a router outside of the call, by the number of its block; not 0 where it could not decide.
+DECIDE = ctypes.CFUNCTYPE(LONG, LONG)
 FACTS = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 # What `NativeModel.seconds` counts, fp64, in this order; sums of the residual stream with what they stand beside.
 PARTS = ("projections", "mixing", "router", "experts", "norms", "head")
@@ -31,6 +35,16 @@ class NativeMatrices(ctypes.Structure):
     """`Matrices` of packed.c, field by field."""
 
     _fields_ = [*((name, P) for name in ("codes", "scale", "offset")), ("bits", LONG), ("group", LONG)]
+
+
+class NativeDecision(ctypes.Structure):
+    """`Decision` of decode_step.c, field by field."""
+
+    _fields_ = [
+        *((name, P) for name in ("token", "expert_offsets", "token_offsets", "row_of_slot")),
+        *((name, P) for name in ("weight", "returned", "added")),
+        ("rows", LONG),
+    ]
 
 
 class NativeBlock(ctypes.Structure):
@@ -48,7 +62,12 @@ class NativeBlock(ctypes.Structure):
         *((name, P) for name in ("state", "tail")),
         *((name, LONG) for name in ("taps", "per_channel", "use_silu")),
         *((name, P) for name in ("router", "bias", "threshold", "drift", "aim")),
+        *((name, P) for name in ("null_router", "column_bias", "gain", "head")),
         *((name, LONG) for name in ("experts", "slots", "floor", "rule", "use_sigmoid", "renormalise")),
+        *((name, LONG) for name in ("columns", "apart", "null_weighs", "returns")),
+        ("softness", FLOAT),
+        ("outside", LONG),
+        ("decision", NativeDecision),
         *((name, NativeMatrices) for name in ("gate_up", "down")),
         *((name, P) for name in ("shared_gate_up", "shared_down")),
         *((name, LONG) for name in ("d_expert", "d_shared", "whole_at", "real_at")),
@@ -64,6 +83,7 @@ class NativeModel(ctypes.Structure):
         *((name, LONG) for name in ("blocks", "vocabulary", "width", "batch")),
         ("eps", FLOAT),
         ("seconds", P),
+        ("decide", DECIDE),
     ]
 
 
@@ -81,6 +101,7 @@ class Watch:
         self._names: list[str] = []
         self._values: list[object] = []
         self._empty: list[dict[Any, Any]] = []
+        self._asked: list[tuple[Callable[[], object], object]] = []
         self._tensors: list[Tensor] = []
         self._lay: tuple[list[object], ...] = ()
 
@@ -100,6 +121,10 @@ class Watch:
         """These attributes of `owner` itself stay what they are, or missing."""
         for name in names:
             self._is(owner.__dict__, name, owner.__dict__.get(name))
+
+    def answers(self, ask: Callable[[], object]) -> None:
+        """What it says stays as it is."""
+        self._asked.append((ask, ask()))
 
     def _is(self, owner: dict[str, Any], name: str, value: object) -> None:
         self._owners.append(owner)
@@ -141,6 +166,7 @@ class Watch:
         return (
             not any(self._empty)
             and all(map(is_, map(dict.get, self._owners, self._names), self._values))
+            and all(ask() == answer for ask, answer in self._asked)
             and _facts(self._tensors) == self._lay
         )
 

@@ -4,18 +4,33 @@
 
 /* Tokens of a piece. */
 enum { ROUTED = 64 };
-enum { TOP_K, TOP_P, THRESHOLD };
+enum { TOP_K, TOP_P, THRESHOLD, RIVALS, PREDICTED };
 
 /* ---- A decision, as router_scores describes it ---- */
+
+/* What a policy decides by beside the experts' scores, see routing/policies/null_experts.py and difficulty_head.py. */
+typedef struct {
+    /* RIVALS: logits of null columns [T, Z]; what they compete by may have a bias each, or NULL. */
+    const float *null_logits, *column_bias;
+    long columns;
+    int apart, null_weighs;
+    /* PREDICTED: of each token the logarithm of a number of experts [T], and how soft an edge it makes. */
+    const float *predicted;
+    float softness;
+    /* Multiplies what null columns weigh, and the logarithm of the edge. */
+    float gain;
+    float *returned; /* written: what chosen null columns weigh [T]; or NULL */
+} Beside;
 
 typedef struct {
     const float *logits, *bias;
     float threshold, *weight;
     int64_t *expert;
     uint8_t *keep;
-    float *level, *scratch; /* scratch: [pieces, 5, E] */
+    float *level, *scratch; /* scratch: [pieces, 5, E + Z] */
     long tokens, experts, k, floor;
     int rule, use_sigmoid, renormalise;
+    const Beside *beside; /* NULL for rules that know nothing beside */
 } Routes;
 
 static float at_least_tiny(float sum) { return sum < 1.17549435e-38f ? 1.17549435e-38f : sum; }
@@ -41,14 +56,56 @@ static void softmax_of(const float *restrict logits, float *restrict mass, long 
     for (long e = 0; e < n; e++) mass[e] /= total;
 }
 
-static void route_token(const Routes *m, long t, float *score, float *selection, float *mass, Rank *rank) {
-    long E = m->experts, k = m->k;
+/* The scores of all columns of a token: one softmax, of which null columns that stand apart are no part. */
+static void scores_with_null(const Routes *m, long t, float *restrict score, float *restrict null) {
+    const Beside *beside = m->beside;
+    long E = m->experts, Z = beside->columns;
+    const float *logits = m->logits + t * E, *null_logits = beside->null_logits + t * Z;
+    float most = most_of(logits, E), most_null = beside->apart ? most : most_of(null_logits, Z);
+    most = most_null > most ? most_null : most;
+    for (long e = 0; e < E; e++) score[e] = exp_fp32(logits[e] - most);
+    for (long z = 0; z < Z; z++) null[z] = exp_fp32(null_logits[z] - most);
+    float total = sum_of(score, E) + (beside->apart ? 0.0f : sum_of(null, Z));
+    for (long e = 0; e < E; e++) score[e] = m->use_sigmoid ? sigmoid(logits[e]) : score[e] / total;
+    for (long z = 0; z < Z; z++) null[z] = m->use_sigmoid ? sigmoid(null_logits[z]) : null[z] / total;
+}
+
+/* The best `rivals` null columns, best first: what they weigh, and what they compete by. */
+static void best_null(const Beside *beside, long rivals, const float *null, Rank *rank, float *weighs, float *by) {
+    for (long z = 0; z < beside->columns; z++)
+        rank[z] = rank_of(beside->column_bias ? null[z] + beside->column_bias[z] : null[z], z);
+    for (long j = 0; j < rivals; j++) {
+        long best = 0;
+        for (long z = 1; z < beside->columns; z++) best = rank[z] > rank[best] ? z : best;
+        rank[best] = INT64_MIN;
+        weighs[j] = null[best], by[j] = beside->column_bias ? null[best] + beside->column_bias[best] : null[best];
+    }
+}
+
+/* How far a slot is inside of a predicted number: sigmoid(margin / softness), to the power of the gain. */
+static float edge_of(const Beside *beside, float margin) {
+    float x = margin / beside->softness;
+    if (beside->gain == 1.0f) return sigmoid(x);
+    return exp_fp32(beside->gain * ((x < 0 ? x : 0.0f) - log1pf(expf(-fabsf(x)))));
+}
+
+static void route_token(const Routes *m, long t, float *scratch) {
+    const Beside *beside = m->beside;
+    long E = m->experts, k = m->k, Z = m->rule == RIVALS ? beside->columns : 0, rivals = k < Z ? k : Z, kept = 0;
+    Rank *rank = (Rank *)scratch, *null_rank = rank + E;
+    float *score = (float *)(null_rank + Z), *selection = score + E, *mass = selection + E;
+    float *null = mass + E, *weighs = null + Z, *rival = weighs + Z;
     const float *logits = m->logits + t * E;
     int64_t *expert = m->expert + t * k;
-    float *weight = m->weight + t * k, *level = m->level + t * k, ahead = 0, sum = 0;
+    float *weight = m->weight + t * k, *level = m->level + t * k, ahead = 0, sum = 0, rest = 0;
     uint8_t *keep = m->keep + t * k;
-    softmax_of(logits, mass, E);
-    for (long e = 0; e < E; e++) score[e] = m->use_sigmoid ? sigmoid(logits[e]) : mass[e];
+    if (Z) {
+        scores_with_null(m, t, score, null);
+        best_null(beside, rivals, null, null_rank, weighs, rival);
+    } else {
+        softmax_of(logits, mass, E);
+        for (long e = 0; e < E; e++) score[e] = m->use_sigmoid ? sigmoid(logits[e]) : mass[e];
+    }
     for (long e = 0; e < E; e++) selection[e] = score[e] + m->bias[e];
     for (long e = 0; e < E; e++) rank[e] = rank_of(selection[e], e);
     for (long slot = 0; slot < k; slot++) {
@@ -56,30 +113,46 @@ static void route_token(const Routes *m, long t, float *score, float *selection,
         for (long e = 0; e < E; e++) most = rank[e] > most ? rank[e] : most;
         long best = expert[slot] = expert_of(most);
         rank[best] = INT64_MIN;
-        float here = m->rule == TOP_P ? ahead : -selection[best];
+        float here = -selection[best], weighing = score[best];
+        if (m->rule == TOP_P) here = ahead;
+        else if (m->rule == RIVALS) here = k - slot > rivals ? -INFINITY : rival[k - slot - 1] - selection[best];
+        else if (m->rule == PREDICTED) {
+            here = logf((float)(slot + 1)) - beside->predicted[t];
+            weighing *= edge_of(beside, m->threshold - here);
+        }
         level[slot] = slot < m->floor || m->rule == TOP_K ? -INFINITY : here;
         keep[slot] = !(level[slot] > m->threshold);
-        weight[slot] = selection[best] != selection[best] ? NAN : keep[slot] ? score[best] : 0.0f;
-        ahead += mass[best];
-        sum += weight[slot];
+        weight[slot] = selection[best] != selection[best] ? NAN : keep[slot] ? weighing : 0.0f;
+        if (m->rule == TOP_P) ahead += mass[best];
+        sum += weight[slot], kept += keep[slot];
     }
-    if (m->renormalise)
-        for (long slot = 0; slot < k; slot++) weight[slot] /= at_least_tiny(sum);
+    /* Null columns fill the slots that real experts leave. */
+    for (long j = 0; Z && beside->null_weighs && j < rivals && j < k - kept; j++) rest += weighs[j] * beside->gain;
+    float by = m->renormalise ? at_least_tiny(sum + rest) : 1.0f;
+    for (long slot = 0; slot < k; slot++) weight[slot] /= by;
+    if (Z && beside->returned) beside->returned[t] = rest / by;
 }
 
 static void route_piece(void *job, long index) {
     Routes *m = job;
-    float *rank = m->scratch + index * 5 * m->experts, *score = rank + 2 * m->experts;
+    long columns = m->experts + (m->rule == RIVALS ? m->beside->columns : 0);
     for (long t = index * ROUTED; t < m->tokens && t < (index + 1) * ROUTED; t++)
-        route_token(m, t, score, score + m->experts, score + 2 * m->experts, (Rank *)rank);
+        route_token(m, t, m->scratch + index * 5 * columns);
+}
+
+static void route_beside(const float *logits, const float *bias, float threshold, float *weight, int64_t *expert,
+                         uint8_t *keep, float *level, float *scratch, long tokens, long experts, long k, long floor,
+                         int rule, int use_sigmoid, int renormalise, const Beside *beside, int threads) {
+    Routes job = {logits, bias,    threshold, weight, expert, keep,        level,       scratch,
+                  tokens, experts, k,         floor,  rule,   use_sigmoid, renormalise, beside};
+    in_pieces(route_piece, &job, (tokens + ROUTED - 1) / ROUTED, threads);
 }
 
 void route(const float *logits, const float *bias, float threshold, float *weight, int64_t *expert, uint8_t *keep,
            float *level, float *scratch, long tokens, long experts, long k, long floor, int rule, int use_sigmoid,
            int renormalise, int threads) {
-    Routes job = {logits, bias,    threshold, weight, expert, keep,        level,      scratch,
-                  tokens, experts, k,         floor,  rule,   use_sigmoid, renormalise};
-    in_pieces(route_piece, &job, (tokens + ROUTED - 1) / ROUTED, threads);
+    route_beside(logits, bias, threshold, weight, expert, keep, level, scratch, tokens, experts, k, floor, rule,
+                 use_sigmoid, renormalise, NULL, threads);
 }
 
 /* ---- Its gradient: of the kept slots' weights with respect to all logits ---- */

@@ -78,6 +78,7 @@ def adaptation(config, original, corpus):
 def test_it_begins_as_its_original(method, adaptation, original):
     stage = adaptation(method=method)
     model = stage.start()
+    # Log-probabilities of some 6 are rounded to 2e-7 in fp32, by processors in different ways.
     assert stage.divergence(model) < 1e-8
     tokens_BT = stage.calibration()[:2]
     torch.testing.assert_close(model(tokens_BT).logits_BTV, original(tokens_BT).logits_BTV)
