@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from corpus.refine import views
-from corpus.refine.hashing import INVERSE, RunHashes, mix
+from corpus.refine.hashing import INVERSE, RunHashes, code_points, mix
 from corpus.refine.kinds import DIGIT, HAN, KIND, KINDS_TABLE, LETTER, LOWER, SPACE, kinds_of
 
 ENGLISH, CHINESE, CODE = "en", "zh", "code"
@@ -55,6 +55,10 @@ class Page:
     @text.setter
     def text(self, text: str) -> None:
         self._text = text
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the views, some forty bytes a character: many pages may wait for what looks at them again."""
         for name, member in vars(Page).items():
             if isinstance(member, cached_property):
                 self.__dict__.pop(name, None)
@@ -62,7 +66,7 @@ class Page:
     @cached_property
     def codes_C(self) -> np.ndarray:
         """Code points, uint32."""
-        return np.frombuffer(self._text.encode("utf-32-le", "surrogatepass"), "<u4")
+        return code_points(self._text)
 
     @cached_property
     def _kinds(self) -> tuple[np.ndarray, np.ndarray]:
