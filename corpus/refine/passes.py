@@ -87,9 +87,9 @@ def judge(job: Job, shard: str) -> None:
 
 def _settle(item: Item, page: Page, verdict: Verdict) -> None:
     item.language, item.layer, item.reason, item.also = page.language, verdict.layer, verdict.reason, verdict.also
-    # What is dropped is shown as it came in.
+    # What is dropped stays as it came in.
     if verdict.layer is None:
-        item.text = page.text
+        item.change(page.text)
         item.masked = {kind: item.masked.get(kind, 0) + count for kind, count in page.masked.items()}
         for layer, change in verdict.changed.items():
             item.changed[layer] = item.changed.get(layer, 0) + change

@@ -105,6 +105,21 @@ def test_documents_keep_their_fields_and_dropped_ones_their_text(refined, data):
     assert all(record["refined"]["bucket"] in ("head", "middle", "tail") for record in kept)
 
 
+def test_dropped_text_files_are_not_lost_and_all_may_be_dropped(tmp_path):
+    (tmp_path / "short.txt").write_text("too short\n")
+    (tmp_path / "broken.txt").write_bytes(b"\xff\xfe")
+    # What is kept by the rules and dropped with all others in sight is written as it came, too.
+    text = english()[0] + "\n\nAll rights reserved.\n"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(text)
+    report = refine(config(tmp_path, tmp_path / "out", text_field="text"))
+    dropped = {record["domain"]: record.get("text") for record in read_out(report.folder, "dropped")}
+    assert dropped == {"short": "too short\n", "broken": None, "b": text}
+    assert [record["text"] for record in read_out(report.folder, "kept")] == [english()[0] + "\n\n"]
+    report = refine(config(tmp_path / "short.txt", tmp_path / "nothing", text_field="text"))
+    assert (report.totals["in"], report.totals["kept"], report.totals["bytes_kept"]) == (1, 0, 0)
+
+
 def test_dirt_is_caught_and_personal_data_masked(refined):
     kept = Counter(record.get("dirt") for record in read_out(refined.folder, "kept"))
     for language, kinds in KINDS.items():
