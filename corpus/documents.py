@@ -201,7 +201,8 @@ def load_documents(data: Sequence[str], *, text_field: str, hold_out: HoldOut, f
     records_N = np.frombuffer(records, RECORD)
     if not len(records_N):
         examples = "; ".join(f"{item.place}: {item.reason}" for item in skipped.listed[:5])
-        raise ValueError(f"no usable document in {list(data)}: {skipped.count} skipped, first ones: {examples}")
+        found = f"{skipped.count} skipped, first ones: {examples}" if skipped.count else "the files are empty"
+        raise ValueError(f"no usable document in {list(data)}: {found}")
 
     kept_K = _without_copies(records_N)
     n_read = len(records_N)

@@ -95,7 +95,8 @@ def write(job: Job, shard: str) -> None:
 
 
 def _json(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
+    # Half a surrogate pair in another field becomes its escape: as bytes of its own it would make the line no UTF-8.
+    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _count(counts: dict[str, Counter[str]], item: Item) -> None:

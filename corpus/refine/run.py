@@ -62,6 +62,8 @@ def refine(config: RefineConfig) -> Report:
             _say(f"{out} holds this refinement already")
             return read_report(out)
         _prepare_folder(out, identity)
+        if unknown:
+            _say(f"passed over {len(unknown)} files that no reader knows; the report names them")
         job = Job(config, out / "work")
         with _processes(config.workers) as each:
             shards = _passes(job, files, each)

@@ -120,6 +120,17 @@ def test_dropped_text_files_are_not_lost_and_all_may_be_dropped(tmp_path):
     assert (report.totals["in"], report.totals["kept"], report.totals["bytes_kept"]) == (1, 0, 0)
 
 
+def test_fields_that_are_no_unicode_leave_a_line_that_is(tmp_path):
+    text = english()[0]
+    lines = [json.dumps({"text": text, "title": "half \ud800", "domain": "two\twords \udfff"}), '{"text": "short"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    report = refine(config(tmp_path / "in.jsonl", tmp_path / "out", text_field="text"))
+    (kept,) = read_out(report.folder, "kept")
+    assert (kept["text"], kept["title"]) == (text, "half \ud800")
+    domains = [line.split(",")[:3] for line in (report.folder / "domains.csv").read_text().splitlines()[1:]]
+    assert domains == [["in", "1", "0"], ["two\twords \\udfff", "1", "1"]]
+
+
 def test_dirt_is_caught_and_personal_data_masked(refined):
     kept = Counter(record.get("dirt") for record in read_out(refined.folder, "kept"))
     for language, kinds in KINDS.items():
