@@ -17,6 +17,7 @@ P = c_void_p
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "kinds": (None, [P, c_long, P, P, P]),
     "runs": (c_long, [P, P, c_long, c_int, P, c_uint64, P, P, P]),
+    "runs_with": (c_long, [P, P, P, c_long, c_int]),
     "whole": (c_uint64, [P, c_long, c_uint64]),
     "gated_lines": (c_long, [P, c_long, P, P]),
     "run_sums": (None, [P, c_long, c_uint64, P]),
@@ -59,7 +60,15 @@ def runs(
     starts, ends, hashes = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.uint64)
     inputs = _at(codes_C), _at(kinds_C), n, form, _at(lower), inverse
     count = library.runs(*inputs, _at(starts), _at(ends), _at(hashes))
-    return starts[:count].copy(), ends[:count].copy(), hashes[:count].copy()
+    return starts[:count], ends[:count], hashes[:count]
+
+
+def runs_with(kinds_C: np.ndarray, starts: np.ndarray, ends: np.ndarray, kind: int) -> int | None:
+    """How many runs have a character of a kind."""
+    if (library := _library()) is None:
+        return None
+    assert starts.dtype == ends.dtype == np.int64
+    return library.runs_with(_at(kinds_C), _at(starts), _at(ends), len(starts), kind)
 
 
 def whole(codes_C: np.ndarray, inverse: int) -> int | None:
