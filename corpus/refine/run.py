@@ -175,13 +175,7 @@ def _identity(config: RefineConfig, files: Sequence[Path]) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in NO_MATTER}
     for name in ("block_list", "unsafe_list"):
         settings[name] = None if settings[name] is None else sha256_file(settings[name])
-    settings["models"] = (
-        None
-        if config.models is None
-        else sha256_file(config.models / SEAL)
-        if (config.models / SEAL).is_file()
-        else str(config.models)
-    )
+    settings["models"] = None if config.models is None else sha256_file(config.models / SEAL)
     trusted, _ = find_files(config.trusted)
     code = {name: value for name, value in code_of((__name__,)).items() if name.startswith("corpus/")}
     return {
