@@ -29,7 +29,7 @@ class Length(Layer):
         language = page.language or ENGLISH
         if language == CHINESE:
             # A page of commands with Chinese remarks is as long as its letters say.
-            n = int(page.counts[HAN] + page.counts[LETTER] // 4)
+            n = page.counts[HAN] + page.counts[LETTER] // 4
         elif language == CODE:
             n = sum(map(bool, page.stripped_lines))
         else:

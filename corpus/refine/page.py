@@ -69,11 +69,11 @@ class Page:
         return code_points(self._text)
 
     @cached_property
-    def _kinds(self) -> tuple[np.ndarray, np.ndarray]:
+    def _kinds(self) -> tuple[np.ndarray, list[int]]:
         if (found := views.kinds_and_counts(self.codes_C, KINDS_TABLE, len(KIND))) is not None:
-            return found
+            return found[0], found[1].tolist()
         kinds_C = kinds_of(self.codes_C)
-        return kinds_C, np.bincount(kinds_C, minlength=len(KIND))
+        return kinds_C, np.bincount(kinds_C, minlength=len(KIND)).tolist()
 
     @property
     def kinds_C(self) -> np.ndarray:
@@ -81,14 +81,14 @@ class Page:
         return self._kinds[0]
 
     @property
-    def counts(self) -> np.ndarray:
+    def counts(self) -> list[int]:
         """Characters of each kind."""
         return self._kinds[1]
 
     @cached_property
     def n_visible(self) -> int:
         """Characters that are not white space."""
-        return len(self._text) - int(self.counts[SPACE])
+        return len(self._text) - self.counts[SPACE]
 
     @cached_property
     def lines(self) -> list[str]:
