@@ -6,8 +6,10 @@ Legend: C characters, G n-grams, H hashes, W words.
 """
 
 import functools
+from collections.abc import Callable
 from ctypes import CDLL, c_char, c_double, c_float, c_int, c_long, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,7 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 WORDS, CHINESE_WORDS, TERMS = range(3)
 # Where an array's values lie, as an argument of C: a quarter of what `array.ctypes` takes, of which a text needs
 # seventy. An array that is not in one piece, or not to be written, is refused.
-_at = (c_char * 0).from_buffer
+_at: Callable[[np.ndarray], Any] = (c_char * 0).from_buffer  # pyright: ignore[reportAssignmentType]
 
 
 @functools.cache
