@@ -5,6 +5,7 @@ Places are `path` (whole file), `path:line` or `path:row`, counted from 1.
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +38,8 @@ class Document:
     def domain(self) -> str:
         """What its record says, or the name of its file without suffixes."""
         given = self.record.get("domain")
-        return printable(given) if isinstance(given, str) else Path(self.place).name.split(".")[0]
+        # No Path: it interns its parts, and Python's table of those would get an entry for every place.
+        return printable(given) if isinstance(given, str) else os.path.basename(self.place).split(".")[0]
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,8 @@ def cut_into_shards(file: Path, number: int, folder: Path, *, text_field: str, s
 
 
 def _item(item: Document | Skipped, file: Path, text_field: str) -> Item:
-    domain = domain_of(file)
     if isinstance(item, Skipped):
-        return Item("", {}, item.place, domain, 0, layer="normalise", reason=f"unreadable: {item.kind}")
+        return Item("", {}, item.place, domain_of(file), 0, layer="normalise", reason=f"unreadable: {item.kind}")
     record = with_text(dict(item.record), text_field, "")
     return Item(item.text, record, item.place, item.domain, len(item.text.encode()))
 

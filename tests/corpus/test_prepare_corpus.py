@@ -121,7 +121,7 @@ def memory_of_reading_and_packing(folder: str) -> None:
 
 
 def test_memory_grows_with_the_documents_and_not_with_their_texts(tmp_path):
-    """In a process of its own: what other tests have left to be done in this one would count."""
+    """In a process of its own: tables of the interpreter that grow in the meantime would count."""
     with (tmp_path / "many.jsonl").open("w") as file:
         for number in range(2000):
             file.write(json.dumps({"text": f"{number} {TEXTS[number % 200] * 15}"}) + "\n")

@@ -113,6 +113,16 @@ def test_a_domain_that_no_file_can_hold_is_escaped():
     assert Document("text", "a.jsonl", {"domain": "half \ud800"}).domain == "half \\ud800"
 
 
+def test_no_place_of_a_document_stays_in_the_interpreter(tmp_path, monkeypatch):
+    """What is interned lies in a table of the whole process, which grew by a megabyte now and then."""
+    interned = []
+    monkeypatch.setattr(sys, "intern", lambda text: interned.append(text) or text)
+    path = write(tmp_path / "many.jsonl", jsonl(*map(str, range(50))))
+    found = load_documents((str(path),), text_field="text", hold_out=HoldOut(documents=1))
+    assert set(found.train.domains) == {"many"}
+    assert not [text for text in interned if "many.jsonl:" in text]
+
+
 def test_text_files_are_taken_as_they_are(tmp_path):
     for number, text in enumerate(TEXTS):
         write(tmp_path / f"{number}.{'md' if number else 'txt'}", text.encode())
