@@ -10,7 +10,7 @@ it is written.
 What a comparison can see depends on how many documents are held out, and what its evaluation costs on how much text
 they have: so by default they are many, and a stretch of each is used.
 
-Texts wait in a temporary file, of which memory holds 88 bytes a document, some 200 while copies are looked for, and
+Texts wait in a temporary file, of which memory holds 20 bytes a document, some 110 while copies are looked for, and
 the names of domains.
 
 Legend: N documents read, K documents kept.
@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,10 @@ class SkippedKind:
 
 # Of what was skipped so many records are listed one by one, and so many places are named per reason.
 LISTED, PLACES = 1000, 5
-RECORD = np.dtype([("same", "V32"), ("own", "V32"), ("start", "<i8"), ("bytes", "<i8"), ("domain", "<i8")])
+RECORD = np.dtype([("start", "<i8"), ("bytes", "<i8"), ("domain", "<i4")])
+# A text is told from others by so many bytes of its SHA-256: no two texts have had 128 bits in common.
+DIGEST, TOLD_BY = 32, 16
+SORTED_AT_ONCE = 1 << 16
 
 
 class WaitingTexts(Sequence[str]):
@@ -183,39 +187,33 @@ def load_documents(data: Sequence[str], *, text_field: str, hold_out: HoldOut, f
     skipped = _Skips()
     # Without a name: it goes with the process, however that ends.
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-    records = bytearray()
+    found = _Found()
     domains: dict[str, int] = {}
-    position = 0
     with naming(Path(folder or tempfile.gettempdir()) / "the texts, waiting", "nothing of it is left"):
         for item in read_paths(data, text_field=text_field) if data else read_standard_library():
             if not isinstance(item, Document):
                 skipped.add(item)
                 continue
             text = item.text.encode()
-            hashes = _sha256(_without_marks(item.text).encode()), _sha256(text)
-            domain = domains.setdefault(item.domain, len(domains))
-            place = np.array((*hashes, position, len(text), domain), RECORD)
-            records += place.tobytes()
-            position += file.write(text)
+            same = _without_marks(item.text).encode()
+            found.add(same, text, domains.setdefault(item.domain, len(domains)))
+            file.write(text)
         file.flush()
-    records_N = np.frombuffer(records, RECORD)
-    if not len(records_N):
+    n_read = len(found)
+    if not n_read:
         examples = "; ".join(f"{item.place}: {item.reason}" for item in skipped.listed[:5])
-        raise ValueError(f"no usable document in {list(data)}: {skipped.count} skipped, first ones: {examples}")
+        said = f"{skipped.count} skipped, first ones: {examples}" if skipped.count else "the files are empty"
+        raise ValueError(f"no usable document in {list(data)}: {said}")
 
-    kept_K = _without_copies(records_N)
-    n_read = len(records_N)
-    # Every array of them is as long as the corpus has documents.
-    del records_N, records
-    kept_K = kept_K[np.lexsort(_words(kept_K["own"]))]
-    content = hashlib.sha256(kept_K["own"].tobytes())
+    kept_K, leading_K, content_hash = found.without_copies()
+    # It is as long as the corpus has documents.
+    del found
     if len(kept_K) == 1:
         raise ValueError(
             "one distinct document cannot be both trained on and held out, since a document is held out whole; legal:"
             " two or more"
         )
     # Digests are sorted, so the held-out documents are a prefix.
-    leading_K = _words(kept_K["own"])[-1]
     n_valid = hold_out.count(leading_K)
     valid_K = kept_K[:n_valid].copy()
     whole = WaitingTexts(file, kept_K[:n_valid], list(domains))
@@ -230,7 +228,7 @@ def load_documents(data: Sequence[str], *, text_field: str, hold_out: HoldOut, f
         duplicates_removed=n_read - len(kept_K),
         skipped=tuple(skipped.listed),
         skipped_kinds=skipped.kinds(),
-        content_hash=content.hexdigest(),
+        content_hash=content_hash,
     )
 
 
@@ -259,20 +257,61 @@ class _Skips:
         )
 
 
-def _without_copies(records_N: np.ndarray) -> np.ndarray:
-    """Of copies the one with the lowest hash of its own; hashes compare as the bytes that they are."""
-    order = np.lexsort((*_words(records_N["own"]), *_words(records_N["same"])))
-    same_N = records_N["same"][order]
-    first_N = np.concatenate(([True], same_N[1:] != same_N[:-1]))
-    del same_N
-    return records_N[order[first_N]]
+class _Found:
+    """What was read: of every document its hashes and where its text lies, a column each."""
 
+    def __init__(self) -> None:
+        # Hashes without marks, as two numbers; those of the text itself; bytes and domains.
+        self._same = array("Q"), array("Q")
+        self._own = bytearray()
+        self._bytes, self._domain = array("q"), array("i")
 
-def _words(digests_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The second and the first 64-bit word of digests: the order in which `lexsort` takes its keys. No two texts have
-    had 128 bits of SHA-256 in common, and the rest would double what sorting holds."""
-    words = np.ascontiguousarray(digests_N).view(">u8").reshape(len(digests_N), 4)
-    return words[:, 1].astype(np.uint64), words[:, 0].astype(np.uint64)
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def add(self, same: bytes, text: bytes, domain: int) -> None:
+        """Of a document, behind the one before.
+
+        Args:
+            same: the text without marks.
+        """
+        own = _sha256(text)
+        digest = own if same == text else _sha256(same)
+        for words, start in zip(self._same, (0, 8)):
+            words.append(int.from_bytes(digest[start : start + 8], "big"))
+        self._own += own
+        self._bytes.append(len(text))
+        self._domain.append(domain)
+
+    def without_copies(self) -> tuple[np.ndarray, np.ndarray, str]:
+        """Of copies the one with the lowest hash of its own, in the order of these hashes.
+
+        Returns:
+            `RECORD` [K], the first words of the hashes, uint64 [K], and the hash of all hashes.
+        """
+        own_N = np.frombuffer(self._own, f"V{DIGEST}")
+        words_N = np.frombuffer(self._own, ">u8").reshape(len(self), -1)
+        first_N, second_N = (words_N[:, word].astype(np.uint64) for word in range(TOLD_BY // 8))
+        same_N = [np.frombuffer(words, np.uint64) for words in self._same]
+        # The last key counts most.
+        order = np.lexsort((second_N, first_N, *reversed(same_N)))
+        new_N = np.zeros(len(order), bool)
+        new_N[:1] = True
+        for words in same_N:
+            sorted_N = words[order]
+            new_N[1:] |= sorted_N[1:] != sorted_N[:-1]
+        kept = order[new_N]
+        del order, sorted_N
+        kept = kept[np.lexsort((second_N[kept], first_N[kept]))]
+        content = hashlib.sha256()
+        for start in range(0, len(kept), SORTED_AT_ONCE):
+            content.update(own_N[kept[start : start + SORTED_AT_ONCE]].tobytes())
+        records_K = np.empty(len(kept), RECORD)
+        n_bytes_N = np.frombuffer(self._bytes, np.int64)
+        records_K["bytes"] = n_bytes_N[kept]
+        records_K["start"] = (np.cumsum(n_bytes_N) - n_bytes_N)[kept]
+        records_K["domain"] = np.frombuffer(self._domain, np.int32)[kept]
+        return records_K, first_N[kept], content.hexdigest()
 
 
 def _without_marks(text: str) -> str:

@@ -60,10 +60,7 @@ def pack(
             n_bytes += n_document_bytes
             yield tokens.astype(dtype)
 
-    shards = [
-        _write(folder / f"tokens_{number:05d}.bin", tokens)
-        for number, tokens in enumerate(_rechunk(with_boundaries(), shard_tokens))
-    ]
+    shards = _write_shards(folder, with_boundaries(), shard_tokens)
     if not shards:
         raise ValueError("no documents to pack")
     index = {
@@ -79,29 +76,44 @@ def pack(
     return PackedTokens(folder)
 
 
-def _rechunk(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
-    """The concatenation of `arrays` in arrays of `length`; the last one may be shorter."""
-    pending: list[np.ndarray] = []
-    n_pending = 0
+def _write_shards(folder: Path, arrays: Iterable[np.ndarray], length: int) -> list[dict[str, object]]:
+    """The concatenation of `arrays` in files of `length`, the last one shorter; each is written as it comes."""
+    shards: list[dict[str, object]] = []
+    file, room = None, 0
     for part in arrays:
-        pending.append(part)
-        n_pending += len(part)
-        if n_pending >= length:
-            joined = np.concatenate(pending)
-            pending.clear()
-            whole = n_pending - n_pending % length
-            yield from np.split(joined[:whole], whole // length)
-            # A view would hold all that has been written.
-            pending, n_pending = [joined[whole:].copy()], n_pending - whole
-            del joined
-    if n_pending:
-        yield np.concatenate(pending)
+        while len(part):
+            if file is None:
+                file, room = _Writing(folder / f"tokens_{len(shards):05d}.bin"), length
+            file.write(part[:room])
+            part, room = part[room:], max(room - len(part), 0)
+            if not room:
+                shards.append(file.close())
+                file = None
+    return shards if file is None else [*shards, file.close()]
+
+
+class _Writing:
+    """A file on its way, and what the index says of it."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("wb")
+        self._size, self._hash = 0, hashlib.sha256()
+
+    def write(self, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values).view(np.uint8).data
+        self._file.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+    def close(self) -> dict[str, object]:
+        self._file.close()
+        return {"file": self._path.name, "size": self._size, "sha256": self._hash.hexdigest()}
 
 
 def _write(path: Path, values: np.ndarray) -> dict[str, object]:
-    data = np.ascontiguousarray(values).view(np.uint8).data
-    path.write_bytes(data)
-    return {"file": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    file = _Writing(path)
+    file.write(values)
+    return file.close()
 
 
 class ShardedTokens:

@@ -5,6 +5,7 @@ Places are `path` (whole file), `path:line` or `path:row`, counted from 1.
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +38,8 @@ class Document:
     def domain(self) -> str:
         """What its record says, or the name of its file without suffixes."""
         given = self.record.get("domain")
-        return given if isinstance(given, str) else Path(self.place).name.split(".")[0]
+        # No Path: it interns its parts, and Python's table of those would get an entry for every place.
+        return printable(given) if isinstance(given, str) else os.path.basename(self.place).split(".")[0]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,12 @@ def suffix_of(path: Path) -> str | None:
 
 def place_of(path: Path) -> str:
     """A printable path: bytes of the name that are not UTF-8 are escaped."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
+    return printable(str(path))
+
+
+def printable(text: str) -> str:
+    """With escapes in place of halves of surrogate pairs, which no file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read_file(path: Path, *, text_field: str) -> Iterator[Document | Skipped]:
@@ -88,8 +95,10 @@ def read_text(path: Path, chunks_of: Callable[[Path], Iterable[bytes]] | None = 
     try:
         data = b"".join((chunks_of or _plain_chunks)(path))
         yield _checked(data.decode(), place)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        yield Skipped(place, str(error))
+    except UnicodeDecodeError as error:
+        yield Skipped(place, f"not UTF-8: {error}")
+    except (OSError, EOFError, zlib.error) as error:
+        yield Skipped(place, f"unreadable: {error}")
 
 
 def cut(document: Document | Skipped) -> Iterator[Document | Skipped]:
@@ -283,7 +292,7 @@ def _parse_cell(value: Any, inner: str, place: str, row: tuple[str, list[str], l
         record = {column: text, **{name: other.as_py() for name, other in zip(names, others)}}
         return _text_of(record, f"{column}.{inner}", place) if inner else _checked(text, place, record)
     except UnicodeDecodeError as error:
-        return Skipped(place, str(error))
+        return Skipped(place, f"not UTF-8: {error}")
 
 
 COMPRESSIONS = {"": _plain_chunks, ".gz": _gzip_chunks, ".zst": _zstd_chunks}

@@ -27,7 +27,8 @@ def read_standard_library(root: Path | None = None) -> Iterator[Document | Skipp
         ValueError: where there is no source file.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in _walk(root, excluded_folders=EXCLUDED_FOLDERS) if path.suffix == ".py"]
+    walked = _walk(root, excluded_folders=EXCLUDED_FOLDERS)
+    paths = [path for path in walked if path.suffix == ".py" and path.is_file()]
     if not paths:
         raise ValueError(
             f"no .py file in {root}: this Python keeps its standard library elsewhere; give your own text with --data"
@@ -51,11 +52,13 @@ def read_paths(data: Sequence[str], *, text_field: str) -> Iterator[Document | S
     for path in paths:
         yield from read_file(path, text_field=text_field)
     for path in unknown:
-        yield Skipped(place_of(path), f"unknown file type; legal are {LEGAL}")
+        no_file = suffix_of(path) is not None
+        reason = "a link to nothing, or no file" if no_file else f"unknown file type; legal are {LEGAL}"
+        yield Skipped(place_of(path), reason)
 
 
 def find_files(data: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Files to read, in the order given, and files of unknown types in the folders.
+    """Files to read, in the order given, and what else the folders hold: files of unknown types, links to nothing.
 
     A folder is walked in sorted order and gives its files of a known type. Hidden files and folders are left out.
 
@@ -69,10 +72,12 @@ def find_files(data: Sequence[str]) -> tuple[list[Path], list[Path]]:
             raise ValueError("an empty path among the data paths")
         path = Path(name)
         if path.is_dir():
-            found = [file for file in _walk(path) if suffix_of(file) is not None]
+            walked = _walk(path)
+            # Opening a named pipe would block for ever.
+            found = [file for file in walked if suffix_of(file) is not None and file.is_file()]
             if not found:
                 raise ValueError(f"{place_of(path)}: no file of a known type in this folder")
-            unknown += [file for file in _walk(path) if suffix_of(file) is None]
+            unknown += [file for file in walked if suffix_of(file) is None or not file.is_file()]
             paths += found
         elif not path.exists():
             raise ValueError(f"{place_of(path)}: no such file or folder")
@@ -84,7 +89,7 @@ def find_files(data: Sequence[str]) -> tuple[list[Path], list[Path]]:
 
 
 def _walk(root: Path, excluded_folders: frozenset[str] = frozenset()) -> list[Path]:
-    """Regular files below `root`, sorted by relative path; links to folders are not followed."""
+    """What is no folder below `root`, sorted by relative path; links to folders are not followed."""
 
     def refuse(error: OSError) -> None:
         raise ValueError(f"{place_of(Path(error.filename))}: the folder cannot be listed: {error.strerror}") from error
@@ -93,8 +98,7 @@ def _walk(root: Path, excluded_folders: frozenset[str] = frozenset()) -> list[Pa
     for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in excluded_folders and not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
-    # Opening a named pipe would block for ever.
-    return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).parts)
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
 def _is_encoding_table(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Where and with what a number was made: commit, versions, device."""
+"""Where and with what a number was made: commit, versions, device. Torch is imported where it is asked: commands on
+text need none of its seconds and 200 MB."""
 
 import importlib.metadata
 import os
@@ -7,11 +8,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from foundation.source import ROOT
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "safetensors")
 
@@ -22,6 +24,8 @@ def environment(**more: Any) -> dict[str, Any]:
     Args:
         more: further entries, for instance the hash of the data.
     """
+    import torch
+
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": uncommitted_changes(),
@@ -41,6 +45,8 @@ def under_torchrun() -> bool:
 
 def device_name() -> str:
     """The GPU that torch takes first, or the processor and its number of cores."""
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()} ({os.cpu_count()} cores)"
 
 
@@ -89,9 +95,11 @@ def _run_git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def peak_memory(device: torch.device) -> int:
+def peak_memory(device: "torch.device") -> int:
     """Bytes: the most this process has held so far, or the most tensors have held on the GPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # In KiB everywhere but on macOS.

@@ -48,19 +48,23 @@ class Topics:
         return int((self.centres_KF @ _unit(term_counts(page) * self.idf_F)).argmax())
 
     @classmethod
-    def train(cls, pages: Sequence[Page]) -> "Topics":
-        """K-means++ and `ROUNDS` rounds of Lloyd's algorithm on unit vectors; always the same for the same pages."""
-        x_DF = np.stack([term_counts(page) for page in pages])
-        idf_F = np.log((1 + len(pages)) / (1 + (x_DF > 0).sum(axis=0))).astype(np.float32)
+    def train(cls, counts_D: Sequence[np.ndarray]) -> "Topics":
+        """K-means++ and `ROUNDS` rounds of Lloyd's algorithm on unit vectors; always the same for the same documents.
+
+        Args:
+            counts_D: `term_counts` of each document.
+        """
+        n_documents, x_DF = len(counts_D), np.stack(counts_D)
+        idf_F = np.log((1 + n_documents) / (1 + (x_DF > 0).sum(axis=0))).astype(np.float32)
         x_DF *= idf_F
         x_DF /= np.maximum(np.linalg.norm(x_DF, axis=1, keepdims=True), 1e-12)
-        n_clusters = min(CLUSTERS, max(len(pages) // DOCUMENTS_PER_CLUSTER, 1))
+        n_clusters = min(CLUSTERS, max(n_documents // DOCUMENTS_PER_CLUSTER, 1))
         generator = np.random.default_rng(SEED)
-        centres_KF = x_DF[generator.integers(len(pages))][None]
+        centres_KF = x_DF[generator.integers(n_documents)][None]
         nearest_D = x_DF @ centres_KF[0]
         while len(centres_KF) < n_clusters:
             chance_D = np.maximum(1 - nearest_D, 1e-9).astype(np.float64)
-            chosen = x_DF[generator.choice(len(pages), p=chance_D / chance_D.sum())]
+            chosen = x_DF[generator.choice(n_documents, p=chance_D / chance_D.sum())]
             centres_KF = np.vstack((centres_KF, chosen))
             nearest_D = np.maximum(nearest_D, x_DF @ chosen)
         for _ in range(ROUNDS):

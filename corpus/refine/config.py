@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from foundation.files import SEAL
 from foundation.numbers import check_numbers
 
 LANGUAGES = ("en", "zh", "code")
@@ -65,3 +66,5 @@ class RefineConfig:
         for option, path in (("--block-list", self.block_list), ("--unsafe-list", self.unsafe_list)):
             if path is not None and not path.is_file():
                 raise ValueError(f"{option} {path}: no such file")
+        if self.models is not None and not (self.models / SEAL).is_file():
+            raise ValueError(f"--models {self.models}: no models of a refinement here")

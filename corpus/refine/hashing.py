@@ -76,9 +76,14 @@ def lengths(starts_R: np.ndarray, ends_R: np.ndarray) -> np.ndarray:
     return (ends_R - starts_R).astype(np.uint64)
 
 
+def code_points(text: str) -> np.ndarray:
+    """uint32, of surrogates as of other characters; to be written as well, as `views` asks."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").copy()
+
+
 def text_hash(text: str) -> int:
     """The 64-bit hash of a whole text, code points as they are: decides where chance would."""
-    codes_C = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    codes_C = code_points(text)
     if (found := views.whole(codes_C, INVERSE)) is not None:
         return found
     hashes = RunHashes(mix(codes_C.astype(np.uint64)))

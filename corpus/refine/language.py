@@ -64,7 +64,7 @@ class Language(Layer):
 
     def _language(self, page: Page) -> str:
         counts = page.counts
-        han, letters = int(counts[HAN]), int(counts[HAN] + counts[LETTER] + counts[KANA] + counts[HANGUL])
+        han, letters = counts[HAN], counts[HAN] + counts[LETTER] + counts[KANA] + counts[HANGUL]
         if looks_like_code(page, self.thresholds[CODE]):
             return CODE
         limits = self.thresholds[CHINESE]

@@ -6,6 +6,10 @@ from corpus.refine.kinds import HAN, LETTER
 from corpus.refine.layer import Layer
 from corpus.refine.page import CHINESE, CODE, ENGLISH, Page
 
+# Characters that no document can have which every layer keeps, of any language. A longer one is not looked at, because
+# the views of a text take fifty bytes a character.
+LONGEST = 1 << 23
+
 
 class Length(Layer):
     """English is counted in words, Chinese in Han characters, code in lines."""
@@ -25,7 +29,7 @@ class Length(Layer):
         language = page.language or ENGLISH
         if language == CHINESE:
             # A page of commands with Chinese remarks is as long as its letters say.
-            n = int(page.counts[HAN] + page.counts[LETTER] // 4)
+            n = page.counts[HAN] + page.counts[LETTER] // 4
         elif language == CODE:
             n = sum(map(bool, page.stripped_lines))
         else:

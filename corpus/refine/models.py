@@ -4,13 +4,15 @@ A sample has a budget in bytes and is drawn by the hash of the texts: no seed, n
 """
 
 import heapq
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from corpus.readers import Document
-from corpus.refine.clusters import Topics
+from corpus.refine.clusters import Topics, term_counts
 from corpus.refine.config import RefineConfig
 from corpus.refine.hashing import text_hash
 from corpus.refine.language import Language
@@ -28,32 +30,45 @@ TRUSTED_BYTES, RAW_BYTES, CLUSTERED_DOCUMENTS = 4 << 20, 4 << 20, 8000
 HELD_OUT, FEWEST = 5, 40
 
 
-class Sample:
-    """The texts of the lowest hashes that fit into a budget.
+Kept = TypeVar("Kept")
+
+
+class Sample(Generic[Kept]):
+    """What is kept of the texts of the lowest hashes that fit into a budget.
 
     Args:
-        budget: in bytes, or in documents where `count` is set.
+        keep: of a text and its language what is kept, and how much of the budget that takes.
     """
 
-    def __init__(self, budget: int, *, count: bool = False):
-        self._budget, self._count, self._size = budget, count, 0
-        self._heap: list[tuple[int, str, str | None]] = []
+    def __init__(self, budget: int, keep: Callable[[str, str | None], tuple[Kept, int]]):
+        self._budget, self._keep, self._size = budget, keep, 0
+        self._heap: list[tuple[int, int, Kept, int]] = []
+        # Equal texts have equal hashes: their order says nothing, and what is kept of them need not compare.
+        self._numbers = itertools.count()
 
     def add(self, text: str, language: str | None) -> None:
         value = text_hash(text)
         if self._size >= self._budget and value >= -self._heap[0][0]:
             return
-        heapq.heappush(self._heap, (-value, text, language))
-        self._size += self._weight(text)
-        while len(self._heap) > 1 and self._size - self._weight(self._heap[0][1]) >= self._budget:
-            self._size -= self._weight(heapq.heappop(self._heap)[1])
+        kept, size = self._keep(text, language)
+        heapq.heappush(self._heap, (-value, next(self._numbers), kept, size))
+        self._size += size
+        while len(self._heap) > 1 and self._size - self._heap[0][3] >= self._budget:
+            self._size -= heapq.heappop(self._heap)[3]
 
-    def _weight(self, text: str) -> int:
-        return 1 if self._count else len(text.encode())
-
-    def pages(self) -> list[Page]:
+    def kept(self) -> list[Kept]:
         """In the order of their hashes."""
-        return [Page(text, language=language) for _, text, language in sorted(self._heap, reverse=True)]
+        return [kept for _, _, kept, _ in sorted(self._heap, key=lambda entry: -entry[0])]
+
+
+def _text(text: str, language: str | None) -> tuple[Page, int]:
+    """The text, measured in bytes."""
+    return Page(text, language=language), len(text.encode())
+
+
+def _terms(text: str, language: str | None) -> tuple[np.ndarray, int]:
+    """What clusters look at, as one document: texts may be as long as books."""
+    return term_counts(Page(text, language=language)), 1
 
 
 class Models:
@@ -123,14 +138,14 @@ def learn(config: RefineConfig, kept: Iterable[tuple[str, str | None]]) -> Model
     Raises:
         ValueError: where the trusted set has too little text of every language.
     """
-    raw = {language: Sample(RAW_BYTES) for language in LANGUAGES}
-    clustered = Sample(CLUSTERED_DOCUMENTS, count=True)
+    raw = {language: Sample(RAW_BYTES, _text) for language in LANGUAGES}
+    clustered = Sample(CLUSTERED_DOCUMENTS, _terms)
     for text, language in kept:
         clustered.add(text, language)
         if config.trusted and language in raw:
             raw[language].add(text, language)
-    pages = clustered.pages()
-    topics = Topics.train(pages) if pages else None
+    counts = clustered.kept()
+    topics = Topics.train(counts) if counts else None
     perplexity: dict[str, Calibrated] = {}
     quality: dict[str, Classifier] = {}
     trusted = trusted_pages(config)
@@ -141,7 +156,7 @@ def learn(config: RefineConfig, kept: Iterable[tuple[str, str | None]]) -> Model
         perplexity[language] = Calibrated.train(
             [page.text for page in learnt], [page.text for page in held_out], language
         )
-        other = raw[language].pages()
+        other = raw[language].kept()
         if len(other) >= FEWEST:
             learnt_raw, held_out_raw = _halves(other)
             quality[language] = Classifier.train(learnt, learnt_raw, (held_out, held_out_raw))
@@ -155,14 +170,14 @@ def learn(config: RefineConfig, kept: Iterable[tuple[str, str | None]]) -> Model
 
 def trusted_pages(config: RefineConfig) -> dict[str, list[Page]]:
     """Trusted documents by language, within the budget."""
-    samples = {language: Sample(TRUSTED_BYTES) for language in LANGUAGES}
+    samples = {language: Sample(TRUSTED_BYTES, _text) for language in LANGUAGES}
     layers = Normalise(), Language(config.languages)
     for item in read_paths(config.trusted, text_field=config.text_field) if config.trusted else ():
         if isinstance(item, Document):
             page = Page(item.text, record=dict(item.record))
             if all(layer.judge(page) is None for layer in layers) and page.language is not None:
                 samples[page.language].add(page.text, page.language)
-    return {language: sample.pages() for language, sample in samples.items()}
+    return {language: sample.kept() for language, sample in samples.items()}
 
 
 def _halves(pages: list[Page]) -> tuple[list[Page], list[Page]]:

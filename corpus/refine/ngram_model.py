@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from corpus.refine import views
-from corpus.refine.hashing import INVERSE, RunHashes, mix
+from corpus.refine.hashing import INVERSE, RunHashes, code_points, mix
 from corpus.refine.page import CHINESE, CODE, ENGLISH
 
 BITS = 24
@@ -83,7 +83,7 @@ def _slots(text: str, order: int) -> list[np.ndarray]:
 
 def _hashes(text: str) -> RunHashes:
     """Of the characters; all digits are one, as in CCNet: a price is not less likely than another."""
-    codes_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    codes_C = code_points(text)
     if (sums := views.character_sums(codes_C, INVERSE)) is not None:
         return RunHashes.of_sums(sums)
     codes_C = np.where((codes_C >= 48) & (codes_C < 58), 48, codes_C).astype(np.uint64)

@@ -50,7 +50,8 @@ def outcomes(job: Job, shard: str) -> Iterator[tuple[Item, dict[str, Any]]]:
             if edited["reason"] is not None:
                 item.layer, item.reason = NearDuplicates.name, edited["reason"]
             else:
-                item.text, item.language = edited["text"], edited["language"]
+                item.change(edited["text"])
+                item.language = edited["language"]
                 item.masked = dict(Counter(item.masked) + Counter(edited["masked"]))
         if item.layer is None and flag & DUPLICATE_AFTER:
             item.layer, item.reason = NearDuplicates.name, "nearly an earlier document, repeated paragraphs aside"
@@ -85,7 +86,8 @@ def write(job: Job, shard: str) -> None:
                 kept.write(_json(out))
                 continue
             facts |= {"dropped_by": item.layer, "reason": item.reason, "also": item.also, "place": item.place}
-            dropped.write(_json({**item.record, **facts}))
+            came = with_text(item.record, job.config.text_field, item.as_it_came()) if item.text else item.record
+            dropped.write(_json({**came, **facts}))
             _sample(samples.setdefault(item.layer, []), item)
     shown = {layer: sorted(found, key=lambda pair: -pair[0]) for layer, found in samples.items()}
     with writing(job.file("written", shard, "done")) as out:
@@ -93,16 +95,18 @@ def write(job: Job, shard: str) -> None:
 
 
 def _json(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
+    # Half a surrogate pair in another field becomes its escape: as bytes of its own it would make the line no UTF-8.
+    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _count(counts: dict[str, Counter[str]], item: Item) -> None:
     kept = item.layer is None
     n_bytes = len(item.text.encode()) if kept else 0
-    counts["totals"] += Counter({"in": 1, "bytes_in": item.n_bytes, "kept": int(kept), "bytes_kept": n_bytes})
+    # Not by +=, which forgets what is 0: of a corpus nothing may be kept.
+    counts["totals"].update({"in": 1, "bytes_in": item.n_bytes, "kept": int(kept), "bytes_kept": n_bytes})
     for name, key in (("languages", item.language or "other"), ("domains", item.domain)):
-        counts[name] += Counter({f"{key}\tin": 1, f"{key}\tkept": int(kept), f"{key}\tbytes_in": item.n_bytes})
-        counts[name][f"{key}\tbytes_kept"] += n_bytes
+        counts[name].update({f"{key}\tin": 1, f"{key}\tkept": int(kept)})
+        counts[name].update({f"{key}\tbytes_in": item.n_bytes, f"{key}\tbytes_kept": n_bytes})
     if item.layer is not None:
         counts["dropped"][item.layer] += 1
         counts["dropped_bytes"][item.layer] += item.n_bytes

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from corpus.refine import views
-from corpus.refine.hashing import INVERSE, RunHashes, mix
+from corpus.refine.hashing import INVERSE, RunHashes, code_points, mix
 from corpus.refine.kinds import DIGIT, HAN, KIND, KINDS_TABLE, LETTER, LOWER, SPACE, kinds_of
 
 ENGLISH, CHINESE, CODE = "en", "zh", "code"
@@ -55,6 +55,10 @@ class Page:
     @text.setter
     def text(self, text: str) -> None:
         self._text = text
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the views, some forty bytes a character: many pages may wait for what looks at them again."""
         for name, member in vars(Page).items():
             if isinstance(member, cached_property):
                 self.__dict__.pop(name, None)
@@ -62,14 +66,14 @@ class Page:
     @cached_property
     def codes_C(self) -> np.ndarray:
         """Code points, uint32."""
-        return np.frombuffer(self._text.encode("utf-32-le", "surrogatepass"), "<u4")
+        return code_points(self._text)
 
     @cached_property
-    def _kinds(self) -> tuple[np.ndarray, np.ndarray]:
+    def _kinds(self) -> tuple[np.ndarray, list[int]]:
         if (found := views.kinds_and_counts(self.codes_C, KINDS_TABLE, len(KIND))) is not None:
-            return found
+            return found[0], found[1].tolist()
         kinds_C = kinds_of(self.codes_C)
-        return kinds_C, np.bincount(kinds_C, minlength=len(KIND))
+        return kinds_C, np.bincount(kinds_C, minlength=len(KIND)).tolist()
 
     @property
     def kinds_C(self) -> np.ndarray:
@@ -77,14 +81,14 @@ class Page:
         return self._kinds[0]
 
     @property
-    def counts(self) -> np.ndarray:
+    def counts(self) -> list[int]:
         """Characters of each kind."""
         return self._kinds[1]
 
     @cached_property
     def n_visible(self) -> int:
         """Characters that are not white space."""
-        return len(self._text) - int(self.counts[SPACE])
+        return len(self._text) - self.counts[SPACE]
 
     @cached_property
     def lines(self) -> list[str]:

@@ -28,6 +28,7 @@ from corpus.refine.cascade import Verdict, rule_layers, through
 from corpus.refine.config import RefineConfig
 from corpus.refine.hashing import text_hash
 from corpus.refine.layer import Layer
+from corpus.refine.length import LONGEST, Length
 from corpus.refine.models import Models
 from corpus.refine.near_duplicates import BANDS, bands_of, units_of, without
 from corpus.refine.page import Page
@@ -78,7 +79,9 @@ def judge(job: Job, shard: str) -> None:
     seconds: defaultdict[str, float] = defaultdict(float)
     with writing(job.file("judged", shard, "jsonl")) as out:
         for item in items_of(job.file("shards", shard, "jsonl")):
-            if item.layer is None:
+            if item.layer is None and len(item.text) > LONGEST:
+                item.layer, item.reason = Length.name, f"more than {LONGEST:,} characters"
+            elif item.layer is None:
                 page = Page(item.text, record=item.record)
                 _settle(item, page, through(_rules(job.config), page, seconds))
             out.write(line_of(item))
@@ -87,9 +90,9 @@ def judge(job: Job, shard: str) -> None:
 
 def _settle(item: Item, page: Page, verdict: Verdict) -> None:
     item.language, item.layer, item.reason, item.also = page.language, verdict.layer, verdict.reason, verdict.also
-    # What is dropped is shown as it came in.
+    # What is dropped stays as it came in.
     if verdict.layer is None:
-        item.text = page.text
+        item.change(page.text)
         item.masked = {kind: item.masked.get(kind, 0) + count for kind, count in page.masked.items()}
         for layer, change in verdict.changed.items():
             item.changed[layer] = item.changed.get(layer, 0) + change
@@ -104,8 +107,8 @@ def score(job: Job, shard: str) -> None:
     facts: list[tuple[bool, int, int]] = []
     with writing(job.file("scored", shard, "jsonl")) as out:
         for number, item in enumerate(items_of(job.file("judged", shard, "jsonl"))):
-            page = Page(item.text, language=item.language)
-            verdict = through(layers, page, seconds) if item.text else Verdict()
+            page = Page(item.text if len(item.text) <= LONGEST else "", language=item.language)
+            verdict = through(layers, page, seconds) if page.text else Verdict()
             started = time.thread_time()
             bands.append(bands_of(page))
             if item.layer is None and verdict.layer is None:

@@ -114,7 +114,10 @@ def features(page: Page) -> np.ndarray:
 
 def _matrix(pages: Sequence[Page]) -> scipy.sparse.csr_array:
     """[D, F], rows that sum to one."""
-    rows = [features(page) for page in pages]
+    rows = []
+    for page in pages:
+        rows.append(features(page))
+        page.forget()
     lengths = np.array([len(row) for row in rows])
     values = np.repeat(1 / np.maximum(lengths, 1), lengths)
     ends = np.concatenate(([0], np.cumsum(lengths)))

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from corpus.refine import views
 from corpus.refine.kinds import DIGIT, HAN, LETTER, PUNCTUATION, SYMBOL
 from corpus.refine.layer import Layer
 from corpus.refine.page import CHINESE, CODE, ENGLISH, Page
@@ -63,10 +64,8 @@ class Ratios(Layer):
         symbols = page.text.count("#") + page.text.count("...") + page.text.count("\u2026")
         if symbols > limits["hashes and ellipses per word"] * n_words:
             return "too many hashes or ellipses"
-        if len(words.starts):
-            letters_W = np.add.reduceat(page.kinds_C == LETTER, words.starts, dtype=np.int64)
-            if np.count_nonzero(letters_W) < limits["words with a letter"] * n_words:
-                return "words without letters"
+        if words_with_a_letter(page) < limits["words with a letter"] * len(words.starts):
+            return "words without letters"
         # The beginning of a long text says it as well.
         found = (page.terms.hashes[:2000, None] == _STOP_HASHES).any(axis=0)
         if np.count_nonzero(found) < limits["different stop words"]:
@@ -91,6 +90,17 @@ class Ratios(Layer):
         shortest, longest = limits["characters per line"]
         mean = len(page.text) / max(len(page.lines), 1)
         return None if shortest <= mean <= longest else "lines too short or too long"
+
+
+def words_with_a_letter(page: Page) -> int:
+    """How many."""
+    starts, ends, _ = page.words
+    if (found := views.runs_with(page.kinds_C, starts, ends, LETTER)) is not None:
+        return found
+    if not len(starts):
+        return 0
+    # Between words there are no letters.
+    return int(np.count_nonzero(np.add.reduceat(page.kinds_C == LETTER, starts, dtype=np.int64)))
 
 
 def _hash_of_term(term: str) -> int:

@@ -179,7 +179,8 @@ def _table(name: str, columns: Sequence[str], counts: Counter[str]) -> tuple[Seq
     if name == "reasons":
         ordered = sorted(counts.items(), key=lambda pair: (pair[0].split("\t")[0], -pair[1], pair[0]))
         return (*columns, "documents"), [(*key.split("\t"), n) for key, n in ordered]
-    keys = sorted({key.split("\t")[0] for key in counts})
+    # A domain is what a record says: it may have tabs of its own.
+    keys = sorted({key.rpartition("\t")[0] for key in counts})
     measures = ("in", "kept", "bytes_in", "bytes_kept")
     return (*columns, *measures), [(key, *(counts[f"{key}\t{measure}"] for measure in measures)) for key in keys]
 

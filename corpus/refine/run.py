@@ -62,6 +62,8 @@ def refine(config: RefineConfig) -> Report:
             _say(f"{out} holds this refinement already")
             return read_report(out)
         _prepare_folder(out, identity)
+        if unknown:
+            _say(f"passed over {len(unknown)} files that no reader knows; the report names them")
         job = Job(config, out / "work")
         with _processes(config.workers) as each:
             shards = _passes(job, files, each)
@@ -173,13 +175,7 @@ def _identity(config: RefineConfig, files: Sequence[Path]) -> dict[str, Any]:
     settings = {name: value for name, value in asdict(config).items() if name not in NO_MATTER}
     for name in ("block_list", "unsafe_list"):
         settings[name] = None if settings[name] is None else sha256_file(settings[name])
-    settings["models"] = (
-        None
-        if config.models is None
-        else sha256_file(config.models / SEAL)
-        if (config.models / SEAL).is_file()
-        else str(config.models)
-    )
+    settings["models"] = None if config.models is None else sha256_file(config.models / SEAL)
     trusted, _ = find_files(config.trusted)
     code = {name: value for name, value in code_of((__name__,)).items() if name.startswith("corpus/")}
     return {

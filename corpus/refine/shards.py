@@ -27,8 +27,8 @@ class Item:
     """One thing that came in, and what became of it.
 
     Attributes:
-        text: as it is now; of a dropped document as it came in. Empty for what could not be read.
-        record: the object that held the text, with the text as it came in.
+        text: as it is now. Empty for what could not be read.
+        record: the object that held the text, with nothing in its place: every pass would read and write it twice.
         place: where it came from.
         domain: name of the file, or what the record says.
         language: None where no layer has said it.
@@ -36,6 +36,7 @@ class Item:
         also: layers behind that one that would have dropped it too.
         changed: characters by which layers changed the text.
         masked: pieces of personal data that were masked.
+        original: text as it came in, where it was changed.
     """
 
     text: str
@@ -49,6 +50,14 @@ class Item:
     also: list[str] = field(default_factory=list)
     changed: dict[str, int] = field(default_factory=dict)
     masked: dict[str, int] = field(default_factory=dict)
+    original: str | None = None
+
+    def change(self, text: str) -> None:
+        if text != self.text:
+            self.original, self.text = self.as_it_came(), text
+
+    def as_it_came(self) -> str:
+        return self.text if self.original is None else self.original
 
 
 @contextlib.contextmanager
@@ -111,7 +120,7 @@ def cut_into_shards(file: Path, number: int, folder: Path, *, text_field: str, s
         waiting.clear()
 
     for item in read_file(file, text_field=text_field):
-        line = line_of(_item(item, file))
+        line = line_of(_item(item, file, text_field))
         waiting.append(line)
         n_bytes += len(line)
         if n_bytes >= shard_bytes:
@@ -123,11 +132,11 @@ def cut_into_shards(file: Path, number: int, folder: Path, *, text_field: str, s
         out.write(json.dumps(parts).encode())
 
 
-def _item(item: Document | Skipped, file: Path) -> Item:
-    domain = domain_of(file)
+def _item(item: Document | Skipped, file: Path, text_field: str) -> Item:
     if isinstance(item, Skipped):
-        return Item("", {}, item.place, domain, 0, layer="normalise", reason=f"unreadable: {item.kind}")
-    return Item(item.text, dict(item.record), item.place, item.domain, len(item.text.encode()))
+        return Item("", {}, item.place, domain_of(file), 0, layer="normalise", reason=f"unreadable: {item.kind}")
+    record = with_text(dict(item.record), text_field, "")
+    return Item(item.text, record, item.place, item.domain, len(item.text.encode()))
 
 
 def domain_of(file: Path) -> str:

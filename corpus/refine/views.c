@@ -71,6 +71,18 @@ long runs(const uint32_t *codes, const uint8_t *kind, long n, int form, const ui
     return count;
 }
 
+// How many runs have a character of a kind: the first one nearly always says it.
+long runs_with(const uint8_t *kind, const int64_t *starts, const int64_t *ends, long n, int wanted) {
+    long count = 0;
+    for (long r = 0; r < n; r++)
+        for (long i = starts[r]; i < ends[r]; i++)
+            if (kind[i] == wanted) {
+                count++;
+                break;
+            }
+    return count;
+}
+
 // The hash of a text as one run.
 uint64_t whole(const uint32_t *codes, long n, uint64_t inverse) {
     uint64_t hash = 0, power = 1;

@@ -6,8 +6,10 @@ Legend: C characters, G n-grams, H hashes, W words.
 """
 
 import functools
-from ctypes import CDLL, c_double, c_float, c_int, c_long, c_uint64, c_void_p
+from collections.abc import Callable
+from ctypes import CDLL, c_char, c_double, c_float, c_int, c_long, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,7 @@ P = c_void_p
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "kinds": (None, [P, c_long, P, P, P]),
     "runs": (c_long, [P, P, c_long, c_int, P, c_uint64, P, P, P]),
+    "runs_with": (c_long, [P, P, P, c_long, c_int]),
     "whole": (c_uint64, [P, c_long, c_uint64]),
     "gated_lines": (c_long, [P, c_long, P, P]),
     "run_sums": (None, [P, c_long, c_uint64, P]),
@@ -29,6 +32,9 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "ngram_probabilities": (None, [P, P, c_long, P, c_long, c_int, c_float, c_float, P]),
 }
 WORDS, CHINESE_WORDS, TERMS = range(3)
+# Where an array's values lie, as an argument of C: a quarter of what `array.ctypes` takes, of which a text needs
+# seventy. An array that is not in one piece, or not to be written, is refused.
+_at: Callable[[np.ndarray], Any] = (c_char * 0).from_buffer  # pyright: ignore[reportAssignmentType]
 
 
 @functools.cache
@@ -42,7 +48,7 @@ def kinds_and_counts(codes_C: np.ndarray, table: np.ndarray, n_kinds: int) -> tu
     if (library := _library()) is None:
         return None
     kinds_C, counts = np.empty(len(codes_C), np.uint8), np.empty(n_kinds, np.int64)
-    library.kinds(codes_C.ctypes.data, len(codes_C), table.ctypes.data, kinds_C.ctypes.data, counts.ctypes.data)
+    library.kinds(_at(codes_C), len(codes_C), _at(table), _at(kinds_C), _at(counts))
     return kinds_C, counts
 
 
@@ -54,16 +60,24 @@ def runs(
         return None
     n = len(codes_C)
     starts, ends, hashes = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.uint64)
-    inputs = codes_C.ctypes.data, kinds_C.ctypes.data, n, form, lower.ctypes.data, inverse
-    count = library.runs(*inputs, starts.ctypes.data, ends.ctypes.data, hashes.ctypes.data)
-    return starts[:count].copy(), ends[:count].copy(), hashes[:count].copy()
+    inputs = _at(codes_C), _at(kinds_C), n, form, _at(lower), inverse
+    count = library.runs(*inputs, _at(starts), _at(ends), _at(hashes))
+    return starts[:count], ends[:count], hashes[:count]
+
+
+def runs_with(kinds_C: np.ndarray, starts: np.ndarray, ends: np.ndarray, kind: int) -> int | None:
+    """How many runs have a character of a kind."""
+    if (library := _library()) is None:
+        return None
+    assert starts.dtype == ends.dtype == np.int64
+    return library.runs_with(_at(kinds_C), _at(starts), _at(ends), len(starts), kind)
 
 
 def whole(codes_C: np.ndarray, inverse: int) -> int | None:
     """The hash of a text as one run."""
     if (library := _library()) is None:
         return None
-    return library.whole(codes_C.ctypes.data, len(codes_C), inverse)
+    return library.whole(_at(codes_C), len(codes_C), inverse)
 
 
 def gated_lines(codes_C: np.ndarray) -> list[tuple[int, int]] | None:
@@ -71,7 +85,7 @@ def gated_lines(codes_C: np.ndarray) -> list[tuple[int, int]] | None:
     if (library := _library()) is None:
         return None
     starts, ends = np.empty(len(codes_C) // 2 + 1, np.int64), np.empty(len(codes_C) // 2 + 1, np.int64)
-    count = library.gated_lines(codes_C.ctypes.data, len(codes_C), starts.ctypes.data, ends.ctypes.data)
+    count = library.gated_lines(_at(codes_C), len(codes_C), _at(starts), _at(ends))
     return list(zip(starts[:count].tolist(), ends[:count].tolist()))
 
 
@@ -82,7 +96,7 @@ def run_sums(values: np.ndarray, inverse: int) -> np.ndarray | None:
     # Other types would be read as what they are not.
     assert values.dtype == np.uint64
     values, sums = np.ascontiguousarray(values), np.empty(len(values) + 1, np.uint64)
-    library.run_sums(values.ctypes.data, len(values), inverse, sums.ctypes.data)
+    library.run_sums(_at(values), len(values), inverse, _at(sums))
     return sums
 
 
@@ -102,9 +116,9 @@ def listed(
         return None
     assert lengths.dtype == np.int64
     starts, found = np.empty(len(terms), np.int64), np.empty(len(terms) * len(lengths), np.int64)
-    text = terms.ctypes.data, *(part.ctypes.data for part in hashes), len(terms)
-    runs = marks.ctypes.data, len(marks) - 1, lengths.ctypes.data, len(lengths), values.ctypes.data, len(values)
-    return found[: library.listed(*text, *runs, starts.ctypes.data, found.ctypes.data)]
+    text = _at(terms), *(_at(part) for part in hashes), len(terms)
+    runs = _at(marks), len(marks) - 1, _at(lengths), len(lengths), _at(values), len(values)
+    return found[: library.listed(*text, *runs, _at(starts), _at(found))]
 
 
 def units(codes_C: np.ndarray, kinds_C: np.ndarray, shortest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -113,7 +127,7 @@ def units(codes_C: np.ndarray, kinds_C: np.ndarray, shortest: int) -> tuple[np.n
         return None
     n = len(codes_C)
     found = np.empty((3, n + 1), np.int64)
-    count = library.units(codes_C.ctypes.data, kinds_C.ctypes.data, n, shortest, *(row.ctypes.data for row in found))
+    count = library.units(_at(codes_C), _at(kinds_C), n, shortest, *(_at(row) for row in found))
     paragraph_U, start_U, end_U = found[:, :count]
     return paragraph_U, start_U, end_U
 
@@ -132,8 +146,8 @@ def repeated_share(
     assert run_sums.dtype == powers.dtype == np.uint64
     assert sums_W.dtype == np.int64
     most = np.zeros(1, np.int64)
-    inputs = run_sums.ctypes.data, powers.ctypes.data, sums_W.ctypes.data, len(sums_W) - 1
-    share = library.repeated_share(*inputs, n, top, enough, most.ctypes.data)
+    inputs = _at(run_sums), _at(powers), _at(sums_W), len(sums_W) - 1
+    share = library.repeated_share(*inputs, n, top, enough, _at(most))
     return None if share < 0 else (share, int(most[0]))
 
 
@@ -153,8 +167,8 @@ def walk(
     assert next_state.dtype == np.uint32
     assert states.dtype == place.dtype == np.int32
     found, counts = np.empty(len(text), np.int64), np.empty(len(text), np.int64)
-    automaton = next_state.ctypes.data, states.ctypes.data, place.ctypes.data
-    n = library.walk(text, len(text), *automaton, found.ctypes.data, counts.ctypes.data)
+    automaton = _at(next_state), _at(states), _at(place)
+    n = library.walk(text, len(text), *automaton, _at(found), _at(counts))
     return found[:n], counts[:n]
 
 
@@ -171,8 +185,8 @@ def bands(
         return None
     factors_H, shifts_H = permutations
     least_H, found = np.empty(len(factors_H), np.uint32), np.empty(len(factors_H) // rows, np.uint64)
-    inputs = run_sums.ctypes.data, powers.ctypes.data, len(run_sums) - 1, n, factors_H.ctypes.data, shifts_H.ctypes.data
-    library.bands(*inputs, len(factors_H), rows, least_H.ctypes.data, found.ctypes.data)
+    inputs = _at(run_sums), _at(powers), len(run_sums) - 1, n, _at(factors_H), _at(shifts_H)
+    library.bands(*inputs, len(factors_H), rows, _at(least_H), _at(found))
     return found
 
 
@@ -181,7 +195,7 @@ def character_sums(codes_C: np.ndarray, inverse: int) -> np.ndarray | None:
     if (library := _library()) is None:
         return None
     sums = np.empty(len(codes_C) + 1, np.uint64)
-    library.character_sums(codes_C.ctypes.data, len(codes_C), inverse, sums.ctypes.data)
+    library.character_sums(_at(codes_C), len(codes_C), inverse, _at(sums))
     return sums
 
 
@@ -202,6 +216,6 @@ def ngram_probabilities(
     assert counts.dtype == np.uint16
     assert counts.flags.c_contiguous
     p_C = np.full(len(sums) - 1, uniform, np.float32)
-    inputs = sums.ctypes.data, powers.ctypes.data, len(p_C), counts.ctypes.data, order, bits
-    library.ngram_probabilities(*inputs, total, prior, p_C.ctypes.data)
+    inputs = _at(sums), _at(powers), len(p_C), _at(counts), order, bits
+    library.ngram_probabilities(*inputs, total, prior, _at(p_C))
     return p_C

@@ -15,12 +15,16 @@ from pathlib import Path
 import pytest
 
 from corpus.__main__ import main
+from corpus.refine import passes
 from corpus.refine import run as run_module
 from corpus.refine.config import LAYER_NAMES, RefineConfig
 from corpus.refine.dirt import KINDS, DirtConfig, personal, spoil
+from corpus.refine.page import Page
 from corpus.refine.run import refine
 from tests.corpus.refining import ROOT, chinese, english, read_out, write_jsonl
 
+# Folders of `work` in the order in which a refinement writes them.
+PHASES = ("shards", "judged", "models", "scored", "before", "edited", "decided", "written")
 # What depends on the machine's speed, and what names the folder's files by it.
 TIMED = ("speed.csv", "report.html", "seal.json")
 
@@ -105,6 +109,46 @@ def test_documents_keep_their_fields_and_dropped_ones_their_text(refined, data):
     assert all(record["refined"]["bucket"] in ("head", "middle", "tail") for record in kept)
 
 
+def test_dropped_text_files_are_not_lost_and_all_may_be_dropped(tmp_path):
+    (tmp_path / "short.txt").write_text("too short\n")
+    (tmp_path / "broken.txt").write_bytes(b"\xff\xfe")
+    # What is kept by the rules and dropped with all others in sight is written as it came, too.
+    text = english()[0] + "\n\nAll rights reserved.\n"
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(text)
+    report = refine(config(tmp_path, tmp_path / "out", text_field="text"))
+    dropped = {record["domain"]: record.get("text") for record in read_out(report.folder, "dropped")}
+    assert dropped == {"short": "too short\n", "broken": None, "b": text}
+    assert [record["text"] for record in read_out(report.folder, "kept")] == [english()[0] + "\n\n"]
+    report = refine(config(tmp_path / "short.txt", tmp_path / "nothing", text_field="text"))
+    assert (report.totals["in"], report.totals["kept"], report.totals["bytes_kept"]) == (1, 0, 0)
+
+
+def test_fields_that_are_no_unicode_leave_a_line_that_is(tmp_path):
+    text = english()[0]
+    lines = [json.dumps({"text": text, "title": "half \ud800", "domain": "two\twords \udfff"}), '{"text": "short"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    report = refine(config(tmp_path / "in.jsonl", tmp_path / "out", text_field="text"))
+    (kept,) = read_out(report.folder, "kept")
+    assert (kept["text"], kept["title"]) == (text, "half \ud800")
+    domains = [line.split(",")[:3] for line in (report.folder / "domains.csv").read_text().splitlines()[1:]]
+    assert domains == [["in", "1", "0"], ["two\twords \\udfff", "1", "1"]]
+
+
+def test_what_is_longer_than_any_document_is_dropped_unseen(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "LONGEST", 5000)
+    pages = []
+    monkeypatch.setattr(passes, "Page", lambda text, **more: pages.append(len(text)) or Page(text, **more))
+    giant = "\n\n".join(english()[:20])
+    path = write_jsonl(tmp_path / "in.jsonl", [giant, min(english(), key=len)])
+    report = refine(config(path, tmp_path / "out", text_field="text"))
+    assert [len(read_out(report.folder, name)) for name in ("kept", "dropped")] == [1, 1]
+    (dropped,) = read_out(report.folder, "dropped")
+    assert (dropped["text"], dropped["dropped_by"]) == (giant, "length")
+    assert dropped["reason"] == "more than 5,000 characters"
+    assert max(pages) <= 5000 < len(giant)
+
+
 def test_dirt_is_caught_and_personal_data_masked(refined):
     kept = Counter(record.get("dirt") for record in read_out(refined.folder, "kept"))
     for language, kinds in KINDS.items():
@@ -145,9 +189,7 @@ def test_two_workers_do_the_same(refined, data, trusted, tmp_path):
     assert contents(other.folder) == contents(refined.folder)
 
 
-@pytest.mark.parametrize(
-    "phases", [("scored",), pytest.param(("judged", "scored", "edited", "written"), marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("phases", [("scored",), pytest.param(PHASES, marks=pytest.mark.long)])
 def test_killed_and_started_again_it_does_the_same(refined, data, trusted, tmp_path, phases, forked):
     """Killed once in each phase, wherever it is then."""
     out, rng = tmp_path / "killed", random.Random(0)
@@ -167,11 +209,11 @@ def test_killed_and_started_again_it_does_the_same(refined, data, trusted, tmp_p
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        while process.poll() is None and not list((out / "work" / phase).glob("*.done")):
-            time.sleep(0.01)
+        while process.poll() is None and not list((out / "work" / phase).glob("[!.]*")):
+            time.sleep(0.005)
         time.sleep(rng.random() / 20)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     assert not (out / "refinement.json").exists()
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     # What the command was given, which a call from Python does not leave.
@@ -205,6 +247,7 @@ def test_a_folder_of_something_else_is_refused(refined, data, tmp_path):
         ({"workers": 0}, "RefineConfig.workers: 0, must be at least 1"),
         ({"trusted": ("a",), "models": Path("b")}, "exclude each other"),
         ({"unsafe_list": Path("/nowhere")}, "--unsafe-list /nowhere: no such file"),
+        ({"models": Path("/nowhere")}, "--models /nowhere: no models of a refinement here"),
     ],
 )
 def test_what_is_not_legal_is_said(data, tmp_path, changes, message):

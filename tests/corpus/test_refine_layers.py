@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from corpus.refine.block_list import BlockList
 from corpus.refine.cascade import LAYERS, rule_layers, through
-from corpus.refine.clusters import Topics, cap
+from corpus.refine.clusters import Topics, cap, term_counts
 from corpus.refine.config import LANGUAGES, LAYER_NAMES, RefineConfig
 from corpus.refine.dirt import KINDS, personal_data
 from corpus.refine.hashing import RunHashes, mix
@@ -388,7 +388,7 @@ def test_the_cap_of_clusters_is_a_fixed_point(sizes, limit):
 
 def test_topics_part_what_differs():
     flood = [KINDS["en"]["flood"]("", random.Random(number)) for number in range(200)]
-    topics = Topics.train([Page(text) for text in (*english()[:120], *flood)])
+    topics = Topics.train([term_counts(Page(text)) for text in (*english()[:120], *flood)])
     clusters = np.bincount([topics.cluster(Page(text)) for text in flood], minlength=64)
     others = np.bincount([topics.cluster(Page(text)) for text in english()], minlength=64)
     # Each cluster is of one or the other, with hardly an exception.

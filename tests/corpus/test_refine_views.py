@@ -15,6 +15,7 @@ from corpus.refine.near_duplicates import _units, bands_of
 from corpus.refine.ngram_model import NgramModel
 from corpus.refine.page import CHINESE, ENGLISH, Page
 from corpus.refine.personal_data import PersonalData, gated_lines, mask
+from corpus.refine.ratios import words_with_a_letter
 from corpus.refine.repetition import duplicate_share, top_share
 
 pytestmark = pytest.mark.skipif(views._library() is None, reason="this machine has no C compiler")
@@ -33,8 +34,8 @@ def in_numpy(monkeypatch):
 def test_views_of_a_page(text, language):
     def seen():
         page = Page(text, language=language)
-        parts = [page.kinds_C, page.counts, *page.words, *page.terms, bands_of(page)]
-        return [part.tolist() for part in parts], text_hash(text)
+        parts = [page.kinds_C, *page.words, *page.terms, bands_of(page)]
+        return [part.tolist() for part in parts], page.counts, text_hash(text), words_with_a_letter(page)
 
     fast = seen()
     with pytest.MonkeyPatch.context() as patch:

@@ -96,6 +96,33 @@ def test_what_a_folder_holds_beside_text_is_named(tmp_path):
     assert all(item.reason.startswith("unknown file type; legal are .txt, .md") for item in skipped)
 
 
+def test_what_looks_like_a_file_and_is_none_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", jsonl("one"))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "c.txt")
+    texts, skipped = read(tmp_path)
+    assert texts == ["one"]
+    assert [item.place for item in skipped] == [str(tmp_path / "b.jsonl"), str(tmp_path / "c.txt")]
+    assert {item.reason for item in skipped} == {"a link to nothing, or no file"}
+    path.unlink()
+    with pytest.raises(ValueError, match="no file of a known type in this folder"):
+        read(tmp_path)
+
+
+def test_a_domain_that_no_file_can_hold_is_escaped():
+    assert Document("text", "a.jsonl", {"domain": "half \ud800"}).domain == "half \\ud800"
+
+
+def test_no_place_of_a_document_stays_in_the_interpreter(tmp_path, monkeypatch):
+    """What is interned lies in a table of the whole process, which grew by a megabyte now and then."""
+    interned = []
+    monkeypatch.setattr(sys, "intern", lambda text: interned.append(text) or text)
+    path = write(tmp_path / "many.jsonl", jsonl(*map(str, range(50))))
+    found = load_documents((str(path),), text_field="text", hold_out=HoldOut(documents=1))
+    assert set(found.train.domains) == {"many"}
+    assert not [text for text in interned if "many.jsonl:" in text]
+
+
 def test_text_files_are_taken_as_they_are(tmp_path):
     for number, text in enumerate(TEXTS):
         write(tmp_path / f"{number}.{'md' if number else 'txt'}", text.encode())
@@ -236,7 +263,8 @@ def test_folder_walk(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     texts, skipped = read(tmp_path)
     assert texts == ["a/1.md", "a.txt", "b/2.txt", "c/deep/er/3.jsonl"]
-    assert [item.place for item in skipped] == [str(tmp_path / "a/photo.png")]
+    others = [tmp_path / name for name in ("a/photo.png", "dangling.txt", "pipe.txt")]
+    assert [item.place for item in skipped] == [str(path) for path in others]
 
 
 def test_file_name_that_is_not_utf8(tmp_path):
@@ -497,6 +525,19 @@ def test_a_giant_line_takes_time_in_proportion(monkeypatch):
     (line,) = readers._lines(Counting(chunk) for _ in range(n))
     assert line == chunk * n
     assert touched == len(chunk) * n
+
+
+def test_what_differs_from_file_to_file_makes_no_kinds(tmp_path):
+    """Of a thousand files in another encoding the summary has one line."""
+    write(tmp_path / "good.jsonl", jsonl("one", "two"))
+    for number in range(4):
+        write(tmp_path / f"latin_{number}.txt", b"a" * number + bytes([0xE0 + number]))
+        damaged = bytearray(gzip.compress(b"text %d" % number))
+        damaged[-8] ^= 1 + number
+        write(tmp_path / f"crc_{number}.txt.gz", bytes(damaged))
+    found = load_documents((str(tmp_path),), text_field="text", hold_out=HoldOut(documents=1))
+    assert [(kind.count, kind.reason) for kind in found.skipped_kinds] == [(4, "not UTF-8"), (4, "unreadable")]
+    assert "invalid continuation byte" in found.skipped[-1].reason or "unexpected end" in found.skipped[-1].reason
 
 
 def test_skips_are_summed_up_by_kind(tmp_path):
