@@ -162,8 +162,8 @@ class RecallOptions:
         return max(segment.length for segment in self.chosen.test)
 
     def model(self, plan: str, width: int) -> ModelConfig:
-        """The model of a plan: its layers and nothing between them, as published; an MLP behind each only slows learning
-        (notes/results/recall).
+        """The model of a plan: its layers and nothing between them, as published. An MLP behind each only slows
+        learning (notes/results/recall).
 
         Raises:
             ValueError: for a plan that does not parse, or attention that a layer cannot have.
