@@ -29,6 +29,7 @@ class AttentionConfig:
         out_bias: softmax layers add a bias to their output projection.
         softmax_scale: of a softmax layer's logits; head_dim^-0.5 by default.
         output_gate: softmax layers multiply their output by sigmoid(x W_g) before the output projection.
+        head_gate: they multiply every head's output by one number, sigmoid(x w_h), instead (arXiv 2505.06708).
         sink_logits: one learnt logit per query head in the softmax's denominator, so that a head may attend to nothing.
         linear_heads: heads of a linear layer; n_heads by default.
         linear_key_heads: heads of a gated DeltaNet layer's queries and keys, each of them serving linear_heads /
@@ -50,6 +51,7 @@ class AttentionConfig:
             ln(factor) + 1)^2 with its mscale_all_dim m, and not only those that are turned.
         negative_eigenvalues: beta of a delta rule lies in (0, 2) instead of (0, 1), so that a state may be turned
             around as well as forgotten (arXiv 2411.12537).
+        decay_bound: log-decays of a delta rule stay above minus this, see `attention.decay_gate`; None for no bound.
         mamba_step_floor: the shortest time step of a Mamba-2 layer.
         mamba_groups: groups of a Mamba-2 layer's linear heads that share what is written and read by (its B and C).
         short_conv_dim: channels of a gated short convolution; n_heads * head_dim by default.
@@ -75,6 +77,7 @@ class AttentionConfig:
     out_bias: bool = False
     softmax_scale: float | None = None
     output_gate: bool = False
+    head_gate: bool = False
     sink_logits: bool = False
     linear_heads: int | None = None
     linear_key_heads: int | None = None
@@ -89,6 +92,7 @@ class AttentionConfig:
     latent_gain: float = 1.0
     latent_scale: float = 1.0
     negative_eigenvalues: bool = False
+    decay_bound: float | None = None
     mamba_step_floor: float = 0.0
     mamba_groups: int = 1
     short_conv_dim: int | None = None
@@ -133,7 +137,9 @@ class AttentionConfig:
         for name in ("qk_norm_whole", "unit_offset"):
             if getattr(self, name) and not self.qk_norm:
                 raise ValueError(f"AttentionConfig.{name}: True without qk_norm, whose option it is; legal: False")
-        for name in ("rope_base", "norm_eps", "latent_scale", "latent_gain", "softmax_scale"):
+        if self.head_gate and self.output_gate:
+            raise ValueError("AttentionConfig.head_gate: True beside output_gate; legal: one of them")
+        for name in ("rope_base", "norm_eps", "latent_scale", "latent_gain", "softmax_scale", "decay_bound"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"AttentionConfig.{name}: {value}; legal: above 0")
 

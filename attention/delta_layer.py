@@ -87,7 +87,7 @@ class DeltaLayer(AttentionLayer):
         super().__init__(kind, config, d_model=d_model, layer_index=layer_index, n_layers=n_layers)
         H, _, V = config.linear_shape
         self.conv_XW = nn.Parameter(torch.zeros(config.conv_channels, config.conv_width))
-        self.decay_gate = DecayGate(H, decay_channels)
+        self.decay_gate = DecayGate(H, decay_channels, config.decay_bound)
         self.norm = RMSNorm(V, eps=config.norm_eps)
         self.to_out = Projection(H * V, d_model, gain=self.output_gain)
 
@@ -161,14 +161,16 @@ class DeltaLayer(AttentionLayer):
     @property
     def _known_to_one_op(self) -> bool:
         """Whether the ops that take one token through the whole layer know its options."""
-        return self.config.key_heads == self.config.linear_shape[0] and not self.config.negative_eigenvalues
+        config = self.config
+        plain = not config.negative_eigenvalues and config.decay_bound is None
+        return plain and config.key_heads == config.linear_shape[0]
 
     def describe_rule(self, block: native.NativeBlock, watch: native.Watch, state: LayerState) -> None:
         """What G and K have in common of `describe`."""
         if type(state) is not RecurrentState or type(self.decay_gate) is not DecayGate:
             raise native.NotInOneCall(f"a delta rule with a {type(state).__name__}")
         if not self._known_to_one_op:
-            raise native.NotInOneCall("a delta rule whose heads of values share keys, or with negative eigenvalues")
+            raise native.NotInOneCall("a delta rule with shared keys, negative eigenvalues or bounded decays")
         (H, K, V), X, W = self.config.linear_shape, self.config.conv_channels, self.config.conv_width
         self.describe_projections(block, watch, (H, K, V), sum(self.widths))
         watch.module(self.decay_gate)

@@ -109,7 +109,7 @@ class MixedKind(AttentionKind):
     def check(self, config: AttentionConfig) -> None:
         # Read for its refusals: not every number of heads can be shared between two kinds, and only this layer minds.
         _ = config.mixed_heads
-        for name in ("qk_norm_whole", "unit_offset", "qkv_bias", "out_bias", "yarn", "softmax_scale"):
+        for name in ("qk_norm_whole", "unit_offset", "qkv_bias", "out_bias", "head_gate", "yarn", "softmax_scale"):
             if value := getattr(config, name):
                 legal = None if name in ("yarn", "softmax_scale") else False
                 raise ValueError(f"AttentionConfig.{name}: {value}; legal in a mixed layer (M): {legal}")

@@ -115,7 +115,8 @@ class SoftmaxAttention(AttentionLayer):
         self.window = kind.window(config)
         H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
         # Queries, then the output gate, then keys and values: one product for all of them.
-        self.widths = [H * K, H * K if config.output_gate else 0, *([G * K, G * K] if self.owns_kv else [0, 0])]
+        gate_width = H * K if config.output_gate else H if config.head_gate else 0
+        self.widths = [H * K, gate_width, *([G * K, G * K] if self.owns_kv else [0, 0])]
         self.to_inner = Projection(d_model, sum(self.widths), bias=config.qkv_bias)
         self.to_out = Projection(H * K, d_model, gain=self.output_gain, bias=config.out_bias)
         q_width, k_width = (H * K, G * K) if config.qk_norm_whole else (K, K)
@@ -187,7 +188,8 @@ class SoftmaxAttention(AttentionLayer):
     def _known_in_c(self) -> bool:
         """Whether the forms in C know the options of this layer."""
         config = self.config
-        return not config.qk_norm_whole and config.yarn is None and config.softmax_scale is None
+        plain = not config.qk_norm_whole and not config.head_gate
+        return plain and config.yarn is None and config.softmax_scale is None
 
     def _decode(
         self, q_BX: Tensor, k_BX: Tensor, v_BX: Tensor, state: LayerState, shared: KV | None, start: int
@@ -242,9 +244,12 @@ class SoftmaxAttention(AttentionLayer):
         return [x for x in own if x is not None]
 
     def _out(self, o_BTX: Tensor, gate_BTX: Tensor) -> Tensor:
-        if self.config.output_gate:
+        if self.config.output_gate or self.config.head_gate:
             wide = torch.promote_types(gate_BTX.dtype, torch.float32)
-            o_BTX = o_BTX * gate_BTX.to(wide).sigmoid().to(o_BTX.dtype)
+            gate_BTX = gate_BTX.to(wide).sigmoid().to(o_BTX.dtype)
+            if self.config.head_gate:
+                gate_BTX = gate_BTX.repeat_interleave(self.config.head_dim, dim=-1)
+            o_BTX = o_BTX * gate_BTX
         return self.to_out(o_BTX)
 
     def _check_shared(self, shared: KV | None, B: int, T: int, state: LayerState | None) -> KV:

@@ -25,8 +25,9 @@ def stream_norm(config: ModelConfig) -> RMSNorm:
     return RMSNorm(config.d_model, eps=config.norm_eps, unit_offset=config.unit_offset)
 
 
-def _deep(residual: Residual, config: ModelConfig) -> Residual:
-    """What is added, divided by how many times as deep as its base a model is (`lm.parametrization`)."""
+def deep_residual(residual: Residual, config: ModelConfig) -> Residual:
+    """The sums of a block as they are computed: what is added is divided by how many times as deep as its base a model
+    is (`lm.parametrization`)."""
     base = config.parametrization
     if base is None or base.base_n_layers == config.n_layers:
         return residual
@@ -43,7 +44,7 @@ class Block(nn.Module):
         super().__init__()
         block = config.block(layer_index)
         self.n_layers, self.dtype = config.n_layers, getattr(torch, config.dtype)
-        self.residual, self.norms_stream = _deep(block.residual, config), block.norm == "stream"
+        self.residual, self.norms_stream = deep_residual(block.residual, config), block.norm == "stream"
         self.shortcut = block.shortcut
 
         def norm(present: bool) -> nn.Module:

@@ -10,6 +10,7 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -18,6 +19,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, heard)
+
+# No test is about time, and on a busy machine any of them may take a minute.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

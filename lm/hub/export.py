@@ -4,6 +4,7 @@ The files of the model (`modeling_hybrid_moe.py` and those it imports) are copie
 what this project knows; what they do not know is refused here by name.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from corpus.byte_level_tokenizer import ByteLevelTokenizer
 from corpus.tokenizer import Tokenizer
 from foundation.files import atomic_folder, require_space, write_json
 from foundation.serialize import load_json
-from lm.config import BlockConfig, ModelConfig
+from lm.block import deep_residual
+from lm.config import BlockConfig, ModelConfig, Residual
 from lm.pretrained import CONFIG_FILE, WEIGHTS_FILE
 from lm.published.checkpoint import DTYPES, Checkpoint, write_checkpoint
 from routing.policies.null_experts import NullExperts
@@ -37,6 +39,22 @@ ATTENTION_FIELDS = (
     *("unit_offset", "qkv_bias", "out_bias", "output_gate", "sink_logits", "norm_eps"),
     *("linear_shape", "key_heads", "conv_width", "mamba_groups", "short_conv_channels"),
 )
+# What is read of a configuration by other names, or makes no difference to what a trained model computes. Everything
+# else is refused where it is not what it is by default.
+MODEL_KNOWN = ("vocab_size", "d_model", "n_layers", "layer_plan", "attention", "moe", "norm", "residual", "blocks")
+MODEL_KNOWN += ("norm_eps", "unit_offset", "tied_embeddings", "parametrization", "dtype")
+ATTENTION_KNOWN = (
+    *ATTENTION_FIELDS,
+    *("rotary_fraction", "linear_heads", "linear_key_heads", "linear_key_dim", "linear_value_dim", "short_conv_dim"),
+    *("mixed_linear_heads", "mixed_window", "latent_dim", "latent_shared_dim", "latent_value_dim"),
+    *("latent_query_dim", "latent_scale", "chunk_size"),
+)
+EXPERTS_FIELDS = ("n_experts", "d_expert", "d_shared", "shared_gate", "expert_bias")
+EXPERTS_KNOWN = (*EXPERTS_FIELDS, "clamped", "backend", "router")
+ROUTER_FIELDS = ("score", "bias", "renormalise", "scaling")
+ROUTER_KNOWN = (*ROUTER_FIELDS, "policy", "balance_coefficient", "z_coefficient", "selection_bias_step")
+ROUTER_KNOWN += ("three_level_balance",)
+NORMS = ("pre", "post", "sandwich")
 # Names of tensors outside the blocks, ours and theirs.
 OUTSIDE = {"embedding_VD": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head_VD": "lm_head.weight"}
 # What training moves and a trained model does not need.
@@ -60,6 +78,7 @@ def export_own(folder: Path, out: Path, shard_bytes: int) -> str:
         foundation.files.DiskFullError: naming the folder.
     """
     config = load_json(ModelConfig, folder / CONFIG_FILE)
+    _refuse_others(config, MODEL_KNOWN)
     described = {"blocks": list(describe_blocks(config))}
     weights = Checkpoint(folder, WEIGHTS_FILE)
     with_null = tuple(
@@ -68,6 +87,8 @@ def export_own(folder: Path, out: Path, shard_bytes: int) -> str:
         if config.block(layer).moe.router.policy.null_columns
     )
     ours = {theirs: name for theirs, name in _names(weights) if NULL_COLUMNS not in name or name in with_null}
+    if config.tied_embeddings:
+        ours[OUTSIDE["head_VD"]] = "embedding_VD"
     # Every exported router has a threshold, also where its policy compares nothing with one.
     thresholds = {f"model.blocks.{layer}.moe.{THRESHOLD}" for layer in range(config.n_layers)} - ours.keys()
     sizes = dict.fromkeys(sorted(thresholds), 4)
@@ -112,6 +133,10 @@ def describe_blocks(config: ModelConfig) -> Iterator[dict[str, Any]]:
         try:
             if block.shortcut:
                 raise ValueError("BlockConfig.shortcut: True; legal: False")
+            if block.norm not in NORMS:
+                raise ValueError(f"BlockConfig.norm: {block.norm!r}; legal: {', '.join(map(repr, NORMS))}")
+            if (residual := deep_residual(block.residual, config)) != Residual():
+                raise ValueError(f"BlockConfig.residual: {residual}; legal: {Residual()}")
             yield {
                 "letter": letter,
                 "norm": block.norm,
@@ -128,8 +153,7 @@ def _attention(block: BlockConfig, layer: int, n_layers: int) -> dict[str, Any]:
     if block.letter not in LETTERS:
         raise ValueError(f"attention {block.letter}; legal: {', '.join(LETTERS)}")
     attention = block.attention
-    if attention.yarn is not None:
-        raise ValueError("AttentionConfig.yarn; legal: None")
+    _refuse_others(attention, ATTENTION_KNOWN)
     described: dict[str, Any] = {name: getattr(attention, name) for name in ATTENTION_FIELDS}
     if block.letter in "LM":
         heads = attention.linear_shape[0] if block.letter == "L" else attention.mixed_heads[2]
@@ -137,8 +161,6 @@ def _attention(block: BlockConfig, layer: int, n_layers: int) -> dict[str, Any]:
     if block.letter == "M":
         described |= {"mixed_heads": attention.mixed_heads, "mixed_window": attention.mixed_window}
     if block.letter == "A":
-        if attention.latent_gain != 1.0:
-            raise ValueError(f"AttentionConfig.latent_gain: {attention.latent_gain}; legal: 1")
         shape = latent_shape(attention)
         scale = attention.latent_scale * (shape.shared + shape.key) ** -0.5
         described |= {"latent_shape": tuple(shape), "latent_scale": scale}
@@ -148,15 +170,16 @@ def _attention(block: BlockConfig, layer: int, n_layers: int) -> dict[str, Any]:
 
 def _experts(block: BlockConfig) -> dict[str, Any]:
     moe = block.moe
+    _refuse_others(moe, EXPERTS_KNOWN)
+    if moe.d_expert == 0:
+        raise ValueError("MoEConfig.d_expert: 0; legal: at least 1")
     clamped = None if moe.clamped is None else {"slope": moe.clamped.slope, "limit": moe.clamped.limit}
-    fields = ("n_experts", "d_expert", "d_shared", "shared_gate", "expert_bias")
-    return {**{name: getattr(moe, name) for name in fields}, "clamped": clamped}
+    return {**{name: getattr(moe, name) for name in EXPERTS_FIELDS}, "clamped": clamped}
 
 
 def _router(router: RouterConfig) -> dict[str, Any]:
     policy, more = router.policy, {}
-    if router.renormalise_eps:
-        raise ValueError(f"RouterConfig.renormalise_eps: {router.renormalise_eps}; legal: 0")
+    _refuse_others(router, ROUTER_KNOWN)
     match policy:
         # Those derived from it give chosen null columns something to do.
         case NullExperts() if type(policy) is NullExperts:
@@ -179,8 +202,15 @@ def _router(router: RouterConfig) -> dict[str, Any]:
                 f"policy {type(policy).__name__}{groups}; legal: TopK without groups, RandomK, TopP, ScoreThreshold,"
                 " Skipping, NullExperts"
             )
-    options = {name: getattr(router, name) for name in ("score", "bias", "renormalise", "scaling")}
+    options = {name: getattr(router, name) for name in ROUTER_FIELDS}
     return {"rule": rule, "k": k, "floor": floor, **options, **more}
+
+
+def _refuse_others(config: Any, known: tuple[str, ...]) -> None:
+    """Refuses a field beside the known ones that is not what it is by default."""
+    for field in dataclasses.fields(config):
+        if field.name not in known and (value := getattr(config, field.name)) != field.default:
+            raise ValueError(f"{type(config).__name__}.{field.name}: {value}; legal: {field.default}")
 
 
 def _names(weights: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """A published checkpoint: safetensors files, one or several shards with an index, read and written tensor by tensor."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Checkpoint:
         self.folder, self.single = folder, single
         self.entries: dict[str, Entry] = {}
         self._names: dict[str, str] = {}
-        self._rows: dict[str, tuple[str, slice]] = {}
+        self._rows: dict[str, tuple[str, slice | tuple[int, slice]]] = {}
         self._packed: dict[str, dict[str, Entry]] = {}
         self._files: dict[str, Any] = {}
         promised = self._promised()
@@ -113,6 +113,24 @@ class Checkpoint:
                 self._packed[name] = found
                 self.entries[name] = Entry(found[BLOCKS].shard, (E, G * GROUP, F), "BF16")
         return len(self._packed)
+
+    def unstack(self, stacked: Mapping[str, Sequence[Mapping[str, int]]]) -> None:
+        """Takes tensors [E, R, C] for the matrices of E experts from now on.
+
+        Args:
+            stacked: of a tensor, for every expert the names and heights of what lies below each other in it. One of
+                another shape stays as it is.
+        """
+        for whole, experts in stacked.items():
+            shape = (len(experts), sum(experts[0].values()))
+            if whole in self.entries and self.entries[whole].shape[:-1] == shape:
+                entry = self.entries.pop(whole)
+                for e, heights in enumerate(experts):
+                    at = 0
+                    for name, height in heights.items():
+                        self.entries[name] = entry._replace(shape=(height, entry.shape[-1]))
+                        self._rows[name] = whole, (e, slice(at, at + height))
+                        at += height
 
     def cut(self, pieces: Mapping[str, Mapping[str, int]]) -> None:
         """Takes tensors for several from now on, one below the other.

@@ -34,6 +34,7 @@ from lm.published.checkpoint import DTYPES, SHARD_BYTES, Checkpoint, Entry, writ
 from lm.published.families import FAMILIES, family_of
 from lm.published.family import Family
 from lm.published.layouts import Stored
+from lm.published.wrapper import decoder_of
 
 # Where a model folder keeps what it was imported from.
 BESIDE = "published"
@@ -99,7 +100,7 @@ class ExportConfig:
 
 
 def read_published(folder: Path) -> tuple[Family, dict[str, Any], ModelConfig]:
-    """The family of a published model, its config.json, and what that is here.
+    """The family of a published model, its config.json, or that of the decoder inside, and what that is here.
 
     Raises:
         ValueError: for a folder without config.json, another family, or a field that is not supported.
@@ -108,7 +109,7 @@ def read_published(folder: Path) -> tuple[Family, dict[str, Any], ModelConfig]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no published model: {CONFIG_FILE} is missing")
-    values = read_json(path)
+    values = decoder_of(read_json(path), str(path))
     family = family_of(values, str(path))
     return family, values, family.configuration(values, str(path))
 
@@ -128,6 +129,7 @@ def import_model(config: ImportConfig) -> str:
     checkpoint = Checkpoint(config.source)
     unpacked = checkpoint.unpack()
     checkpoint.rename(family.other_names(model))
+    checkpoint.unstack(family.stacked(model))
     checkpoint.cut(family.pieces(model))
     left_out, kept = _check_tensors(family, model, checkpoint)
     stored = {one.ours: one for one in family.tensors(model)}

@@ -17,6 +17,7 @@ from lm.published import (
     qwen3_next,
 )
 from lm.published.family import Family
+from lm.published.wrapper import WRAPPERS
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -49,5 +50,6 @@ def family_of(values: object, place: str) -> Family:
     """
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in FAMILIES:
-        raise ValueError(f"{place}: model_type = {model_type!r} is not supported; {nearest(str(model_type), FAMILIES)}")
+        legal = (*FAMILIES, *WRAPPERS)
+        raise ValueError(f"{place}: model_type = {model_type!r} is not supported; {nearest(str(model_type), legal)}")
     return FAMILIES[model_type]

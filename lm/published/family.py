@@ -46,6 +46,8 @@ class Family:
             `tensors` has; export writes the latter.
         pieces: published tensors that hold several things below each other of which ours are apart: the names that
             `tensors` has for these, and their heights.
+        stacked: published tensors [E, R, C] of all experts of a layer: what the parts of each expert, below each other,
+            are called by `tensors`, and their heights; export writes these.
         kept: published tensors that are stored, and that nothing reads, by regular expression, each with what it is:
             import keeps them beside the model, export writes them again.
         after_export: fields of config.json that export sets where they are, because what they speak of was left out;
@@ -61,6 +63,7 @@ class Family:
     beside: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     other_names: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     pieces: Callable[[ModelConfig], Mapping[str, Mapping[str, int]]] = lambda config: {}
+    stacked: Callable[[ModelConfig], Mapping[str, Sequence[Mapping[str, int]]]] = lambda config: {}
     kept: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
     after_export: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -124,6 +127,7 @@ def read_attention(
     rope_base: float = 10_000.0,
     rotary_fraction: float = 1.0,
     positions: bool = True,
+    ignored: tuple[str, ...] = (),
     **options: Any,
 ) -> AttentionConfig:
     """Heads, widths and rotary embedding of softmax layers.
@@ -131,6 +135,7 @@ def read_attention(
     Args:
         rope_base: where the file has none, and so `rotary_fraction`.
         positions: whether there is a rotary embedding.
+        ignored: what is said of it that makes no difference to texts.
         options: further fields of `AttentionConfig`.
     """
     # Dropout of attention weights exists in training only, and published models are trained without.
@@ -140,7 +145,7 @@ def read_attention(
         n_heads=n_heads,
         n_kv_heads=fields.get("num_key_value_heads", int, n_heads),
         head_dim=fields.get("head_dim", int, fields.get("hidden_size", int) // n_heads),
-        **(read_rotary(fields, rope_base, rotary_fraction) if positions else without_rotary(fields)),
+        **(read_rotary(fields, rope_base, rotary_fraction, ignored) if positions else without_rotary(fields)),
         **{"norm_eps": fields.get("rms_norm_eps", float), **options},
     )
 

@@ -7,11 +7,12 @@ compute.
 Legend: H heads of values, J heads of keys, K key width, V value width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from attention.config import AttentionConfig
 from lm.config import ModelConfig
 from lm.published.family import (
+    PARTS,
     Family,
     decoder_tensors,
     experts_tensors,
@@ -40,10 +41,17 @@ def read_qwen3_5(fields: Fields) -> ModelConfig:
     """See `Family.read`. The weights of the chosen are always renormalised, and no layer is dense."""
     # Left over from the dense models of the family.
     fields.get("intermediate_size", int, None)
-    return _read(fields, renormalise=True)
+    fields.only("mlp_only_layers", [])
+    fields.only("attn_output_gate", True)
+    # Of states that are fp32 here, and of modules that are left out.
+    fields.only("mamba_ssm_dtype", "float32")
+    fields.get("mtp_num_hidden_layers", int, 0)
+    fields.get("mtp_use_dedicated_embeddings", bool, False)
+    # How positions in a picture share the rotated channels: of a text they are one and the same.
+    return _read(fields, renormalise=True, ignored=("mrope_section", "mrope_interleaved"))
 
 
-def _read(fields: Fields, *, renormalise: bool) -> ModelConfig:
+def _read(fields: Fields, *, renormalise: bool, ignored: tuple[str, ...] = ()) -> ModelConfig:
     fields.only("attention_bias", False)
     fields.only("use_sliding_window", False)
     sizes = read_sizes(fields)
@@ -52,6 +60,7 @@ def _read(fields: Fields, *, renormalise: bool) -> ModelConfig:
     attention = read_attention(
         fields,
         rotary_fraction=0.25,
+        ignored=ignored,
         unit_offset=True,
         output_gate=True,
         linear_heads=fields.get("linear_num_value_heads", int),
@@ -134,6 +143,32 @@ def beside(config: ModelConfig) -> Mapping[str, str]:
     return {r"mtp\..*": "multi-token prediction"}
 
 
+def beside_qwen3_5(config: ModelConfig) -> Mapping[str, str]:
+    """See `Family.beside`."""
+    return {**beside(config), r"model\.visual\..*": "a vision tower"}
+
+
+def other_names(config: ModelConfig) -> Mapping[str, str]:
+    """See `Family.other_names`: of the decoder in a model that also sees."""
+    return {r"model\.language_model\.(.+)": r"model.\1"}
+
+
+def stacked(config: ModelConfig) -> Mapping[str, Sequence[Mapping[str, int]]]:
+    """See `Family.stacked`: how models that also see are released."""
+    found = {}
+    for layer in range(config.n_layers):
+        moe = config.block(layer).moe
+        for whole, parts, height in (
+            ("gate_up_proj", PARTS[:-1], moe.d_expert),
+            ("down_proj", PARTS[-1:], config.d_model),
+        ):
+            experts = f"model.layers.{layer}.mlp.experts"
+            found[f"{experts}.{whole}"] = [
+                {f"{experts}.{e}.{part}.weight": height for part in parts} for e in range(moe.n_experts)
+            ]
+    return found
+
+
 FAMILY = Family(
     model_type="qwen3_next",
     read=read,
@@ -148,7 +183,10 @@ QWEN3_5 = Family(
     read=read_qwen3_5,
     tensors=tensors_qwen3_5,
     aliases={"num_experts": ("num_local_experts",)},
-    beside=beside,
+    beside=beside_qwen3_5,
+    other_names=other_names,
+    stacked=stacked,
+    after_export={"mtp_num_hidden_layers": 0},
     tiny=TINY,
     delta_rule=True,
 )

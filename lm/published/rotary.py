@@ -16,12 +16,13 @@ def without_rotary(fields: Fields) -> dict[str, Any]:
     return {"rotary_fraction": 0.0}
 
 
-def read_rotary(fields: Fields, base: float, fraction: float) -> dict[str, Any]:
+def read_rotary(fields: Fields, base: float, fraction: float, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `AttentionConfig` says of the rotary embedding, from what transformers writes since its version 5
     (`rope_parameters`), or wrote before.
 
     Args:
         base: where the file has none, and so `fraction`.
+        ignored: fields that make no difference here.
     """
     base = fields.get("rope_theta", float, base)
     fraction = fields.get("partial_rotary_factor", float, fraction)
@@ -48,7 +49,7 @@ def read_rotary(fields: Fields, base: float, fraction: float) -> dict[str, Any]:
                 ),
                 whole_pairs=rope.get("truncate", bool, True),
             )
-        rope.done(())
+        rope.done(ignored)
     # The last is of latent attention alone, and the published softmax layers ignore it as ours do.
     return {"rope_base": base, "rotary_fraction": fraction, "yarn": yarn, "latent_scale": scale}
 

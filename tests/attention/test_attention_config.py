@@ -16,6 +16,8 @@ from attention import AttentionConfig
         ({"head_dim": 32, "rotary_fraction": 0.3}, "turns 9.6 channels"),
         ({"rope_base": 0.0}, "rope_base: 0.0; legal: above 0"),
         ({"norm_eps": float("nan")}, "norm_eps: nan"),
+        ({"decay_bound": 0.0}, "decay_bound: 0.0; legal: above 0"),
+        ({"head_gate": True, "output_gate": True}, "head_gate: True beside output_gate; legal: one of them"),
     ],
 )
 def test_refusals_name_the_field_the_value_and_what_is_legal(change, message):

@@ -40,9 +40,10 @@ def test_lightning_layer_equals_its_definition(make_stack, tiny, layer_index):
     torch.testing.assert_close(layer(x_BTD)[0], expected_BTD, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("bound", [None, 0.7])
 @pytest.mark.parametrize("letter", ["G", "K"])
-def test_delta_rule_layers_equal_their_definition(make_stack, tiny, letter):
-    stack = make_stack(letter, tiny).double()
+def test_delta_rule_layers_equal_their_definition(make_stack, tiny, letter, bound):
+    stack = make_stack(letter, dataclasses.replace(tiny, decay_bound=bound)).double()
     layer = stack.layers[0]
     x_BTD = stack.input(2, 11, dtype=torch.float64)
     H, K, V = tiny.linear_shape
@@ -64,7 +65,10 @@ def test_delta_rule_layers_equal_their_definition(make_stack, tiny, letter):
     q, k, v = (x.unflatten(-1, (H, -1)) for x in mixed.split([H * K, H * K, H * V], dim=-1))
     # Unit length up to the 1e-6 that keeps an all-zero row finite.
     q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    decay = torch.exp(-layer.decay_gate.A_log_H.exp()[:, None] * functional.softplus(a + bias))
+    rate = layer.decay_gate.A_log_H.exp()[:, None]
+    decay = torch.exp(
+        -rate * functional.softplus(a + bias) if bound is None else -bound * (rate * (a + bias)).sigmoid()
+    )
     beta = torch.sigmoid(x_BTD @ b_W.T)
     state = torch.zeros(2, H, K, V, dtype=torch.float64)
     eye = torch.eye(K, dtype=torch.float64)
@@ -97,6 +101,17 @@ def test_delta_rule_layers_start_with_decays_in_the_documented_range(make_stack,
     assert steps.max() <= 1.001e-1
     # Log-uniform: half of them below the geometric mean of the range.
     assert (steps < 1e-2).float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("letter", ["G", "K"])
+def test_bounded_decays_start_as_those_without_a_bound_and_stay_above_it(make_stack, tiny, letter):
+    plain, bounded = (make_stack(letter, dataclasses.replace(tiny, decay_bound=b)).layers[0] for b in (None, 5.0))
+    for layer in (plain, bounded):
+        layer.init_weights(torch.Generator().manual_seed(0))
+    zeros = torch.zeros(1, plain.decay_gate.dt_bias.numel())
+    torch.testing.assert_close(bounded.decay_gate(zeros), plain.decay_gate(zeros), rtol=1e-4, atol=1e-7)
+    far = bounded.decay_gate(zeros + 1e4)
+    assert far.min() >= -5.0 > plain.decay_gate(zeros + 1e4).max()
 
 
 def test_states_stay_fp32_when_the_model_computes_in_bf16(make_stack, tiny):

@@ -33,8 +33,8 @@ def dense(layer, x_BTD, window):
     B, T, _ = x_BTD.shape
     H, G, K = config.n_heads, config.n_kv_heads, config.head_dim
     inner = x_BTD @ layer.to_inner.weight.T
-    gate = inner[..., H * K : 2 * H * K] if config.output_gate else None
-    first_key = H * K * (2 if config.output_gate else 1)
+    first_key = H * K + (H * K if config.output_gate else H if config.head_gate else 0)
+    gate = inner[..., H * K : first_key]
     q = inner[..., : H * K].view(B, T, H, K)
     k = inner[..., first_key : first_key + G * K].view(B, T, G, K)
     v = inner[..., first_key + G * K :].view(B, T, G, K)
@@ -52,7 +52,9 @@ def dense(layer, x_BTD, window):
         total = weights.sum(-1, keepdim=True) + (layer.sink_H[h].exp() if config.sink_logits else 0)
         heads.append(weights / total @ v[:, :, g])
     o = torch.cat(heads, dim=-1)
-    return (o if gate is None else o * torch.sigmoid(gate)) @ layer.to_out.weight.T
+    if config.head_gate:
+        gate = torch.cat([gate[..., h : h + 1].expand(B, T, K) for h in range(H)], dim=-1)
+    return (o * torch.sigmoid(gate) if gate.shape[-1] else o) @ layer.to_out.weight.T
 
 
 @settings(max_examples=30, deadline=None)
@@ -60,18 +62,19 @@ def dense(layer, x_BTD, window):
     st.integers(1, 40),
     st.integers(1, 50),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from([None, "output_gate", "head_gate"]),
     st.booleans(),
     st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_layers_equal_the_dense_masked_definition(
-    make_stack, tiny, n_tokens, window, qk_norm, output_gate, sink_logits, rotary_fraction
+    make_stack, tiny, n_tokens, window, qk_norm, gate, sink_logits, rotary_fraction
 ):
     config = dataclasses.replace(
         tiny,
         window=window,
         qk_norm=qk_norm,
-        output_gate=output_gate,
+        output_gate=gate == "output_gate",
+        head_gate=gate == "head_gate",
         sink_logits=sink_logits,
         rotary_fraction=rotary_fraction,
     )

@@ -12,7 +12,7 @@ import torch
 
 from attention.config import AttentionConfig
 from corpus.tokenizer import Tokenizer
-from lm.config import BlockOverride, ModelConfig
+from lm.config import BlockOverride, ModelConfig, Parametrization, Residual
 from lm.generate import generate_batch
 from lm.model import LanguageModel
 from lm.pretrained import save_pretrained
@@ -93,7 +93,10 @@ def tokens(batch, length, seed=0):
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+# As deep as the models below, which are twice as deep as their base.
+DEEPER = Parametrization(base_d_model=32, base_n_layers=1, base_d_expert=8, base_k=2)
 CASES = {
+    "tied": ModelConfig(layer_plan="FC", attention=ATTENTION, moe=moe(), tied_embeddings=True),
     "softmax": ModelConfig(layer_plan="FSRr", attention=ATTENTION, moe=moe()),
     "linear": ModelConfig(layer_plan="LGKDCS", attention=ATTENTION, moe=moe()),
     "options": ModelConfig(
@@ -219,6 +222,28 @@ def test_what_a_call_does_not_know_is_refused(tmp_path):
         ({"moe": moe(ExpertChoice(k=2.0))}, "policy ExpertChoice"),
         ({"moe": moe(ZeroComputationExperts(n_null=2, k=3, target_mean=2.0))}, "policy ZeroComputationExperts"),
         ({"moe": moe(TopK(k=2, n_groups=3, top_groups=1))}, "policy TopK with groups"),
+        ({"embedding_scale": 2.0}, r"ModelConfig.embedding_scale: 2.0; legal: 1.0"),
+        ({"logit_scale": 0.5}, r"ModelConfig.logit_scale: 0.5; legal: 1.0"),
+        ({"document_boundary": 1}, r"ModelConfig.document_boundary: 1; legal: None"),
+        ({"residual": Residual(experts_added=0.5)}, r"block 0 cannot be exported: BlockConfig.residual: Residual"),
+        ({"parametrization": DEEPER}, r"BlockConfig.residual: Residual\(attention_kept=1.0, attention_added=0.5"),
+        ({"norm": "stream"}, r"BlockConfig.norm: 'stream'; legal: 'pre', 'post', 'sandwich'"),
+        ({"attention": dataclasses.replace(ATTENTION, softmax_scale=0.3)}, r"softmax_scale: 0.3; legal: None"),
+        (
+            {"layer_plan": "GF", "attention": dataclasses.replace(ATTENTION, negative_eigenvalues=True)},
+            r"AttentionConfig.negative_eigenvalues: True; legal: False",
+        ),
+        (
+            {"layer_plan": "DF", "attention": dataclasses.replace(ATTENTION, mamba_step_floor=0.1)},
+            r"AttentionConfig.mamba_step_floor: 0.1; legal: 0.0",
+        ),
+        ({"moe": moe(gated=False)}, r"MoEConfig.gated: False; legal: True"),
+        ({"moe": moe(d_latent=6)}, r"MoEConfig.d_latent: 6; legal: 0"),
+        ({"moe": moe(TopK(k=1), n_experts=1, d_expert=0)}, r"MoEConfig.d_expert: 0; legal: at least 1"),
+        (
+            {"moe": moe(router=RouterConfig(policy=TopK(k=2), renormalise_eps=0.1))},
+            r"RouterConfig.renormalise_eps: 0.1; legal: 0.0",
+        ),
     ],
 )
 def test_what_the_exported_code_does_not_know_is_refused_by_name(change, said, tmp_path):

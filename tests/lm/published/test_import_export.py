@@ -17,8 +17,12 @@ from lm.pretrained import load_pretrained, save_pretrained
 from lm.published.checkpoint import Checkpoint
 from lm.published.convert import ExportConfig, ImportConfig, export_model, import_model
 from lm.published.families import FAMILIES
+from lm.published.parity import TINY
 
 pytest.importorskip("transformers", reason="transformers is not installed (the extra `hub`)")
+
+# How Qwen3.5 shares rotated channels among the axes of a picture.
+RELEASED_ROPE = {"mrope_interleaved": True, "mrope_section": [1, 1, 0]}
 
 
 @pytest.fixture
@@ -149,6 +153,102 @@ def test_it_generates(published, family):
     assert [step.token for step in steps] == want[0, 3:].tolist()
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A tiny Qwen3.5 as it is released, in bf16: its decoder inside of a model that also sees, experts in one tensor.
+    With the folder that it is saved in."""
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    rope = {**RELEASED_ROPE, "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    text = {**TINY, **FAMILIES["qwen3_5_moe_text"].tiny, "rope_parameters": rope, "bos_token_id": None}
+    config = Qwen3_5MoeConfig(
+        text_config=text, vision_config={**vision, "num_position_embeddings": 16}, dtype="bfloat16"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        theirs = Qwen3_5MoeForConditionalGeneration(config).bfloat16().eval()
+        for parameter in theirs.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("seeing") / "published"
+    # What transformers writes has experts one by one; it reads either.
+    theirs.save_pretrained(folder, max_shard_size="60KB")
+    stack_experts(folder)
+    # Fields that the released file has, and transformers does not write.
+    values = json.loads((folder / "config.json").read_text())
+    said = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1}
+    edit(folder / "config.json", text_config={**values["text_config"], **said, "mtp_use_dedicated_embeddings": False})
+    return theirs, folder
+
+
+def stack_experts(folder):
+    """Puts every layer's experts into two tensors, in one file."""
+    checkpoint = Checkpoint(folder)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.entries}
+    for path in folder.glob("model*"):
+        path.unlink()
+    for name in [name for name in tensors if name.endswith("experts.0.down_proj.weight")]:
+        layer = name.removesuffix("0.down_proj.weight")
+        matrices = {part: [] for part in ("gate", "up", "down")}
+        while f"{layer}{len(matrices['up'])}.up_proj.weight" in tensors:
+            e = len(matrices["up"])
+            for part, found in matrices.items():
+                found.append(tensors.pop(f"{layer}{e}.{part}_proj.weight"))
+        tensors[f"{layer}gate_up_proj"] = torch.stack(
+            [torch.cat(both) for both in zip(matrices["gate"], matrices["up"])]
+        )
+        tensors[f"{layer}down_proj"] = torch.stack(matrices["down"])
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_decoder_is_read_out_of_a_model_that_sees(seeing, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    theirs, folder = seeing
+    assert Checkpoint(folder).entries["model.language_model.layers.0.mlp.experts.gate_up_proj"].shape == (8, 48, 32)
+    # The files as transformers itself reads them.
+    again = type(theirs).from_pretrained(folder).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in theirs.state_dict().items())
+    said = import_model(ImportConfig(source=folder, out=tmp_path / "model", dtype="float32"))
+    assert "tensors of a vision tower" in said
+    tokens_BT = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(0))
+    before = {name: tensor for name, tensor in theirs.state_dict().items() if "visual" not in name}
+    theirs.float()
+    with torch.no_grad():
+        expected_BTV = theirs(input_ids=tokens_BT).logits
+        given_BTV = load_pretrained(tmp_path / "model")(tokens_BT).logits_BTV
+    theirs.bfloat16()
+    torch.testing.assert_close(given_BTV, expected_BTV, rtol=0, atol=1e-4 * expected_BTV.abs().max().item())
+    export_model(ExportConfig(run=tmp_path / "model", out=tmp_path / "back", experts=1))
+    values = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (values["model_type"], values["num_experts_per_tok"]) == ("qwen3_5_moe_text", 1)
+    assert values["mtp_num_hidden_layers"] == 0
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    after = {name.replace("model.", "model.language_model.", 1): each for name, each in back.state_dict().items()}
+    assert after.keys() == before.keys()
+    assert back.dtype == torch.bfloat16
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_config": None}, "text_config is missing; legal: the fields of a qwen3_5_moe_text"),
+        (
+            {"text_config": {"model_type": "qwen3_5_text"}},
+            "model_type = 'qwen3_5_text' is not supported; legal: 'qwen3_5",
+        ),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = False is not supported; legal: True"),
+        ({"audio_config": {}}, "audio_config = {}: nothing here knows what that means"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method = 'fp8' is not supported"),
+    ],
+)
+def test_what_surrounds_a_decoder_is_refused_by_name(seeing, tmp_path, change, said):
+    shutil.copytree(seeing[1], tmp_path / "published")
+    edit(tmp_path / "published" / "config.json", **change)
+    assert said in refusal(tmp_path / "published", tmp_path)
+
+
 def test_unknown_and_unsupported_fields_are_refused_by_name(copied, tmp_path):
     edit(copied / "config.json", mystery_scale=2.0)
     assert "mystery_scale = 2.0" in refusal(copied, tmp_path)
@@ -232,7 +332,7 @@ def test_an_unsupported_family_is_answered_with_the_supported_ones(copied, tmp_p
     edit(copied / "config.json", model_type="llama")
     said = refusal(copied, tmp_path)
     assert "'llama' is not supported" in said
-    assert all(family in said for family in FAMILIES)
+    assert all(family in said for family in (*FAMILIES, "qwen3_5_moe,"))
     assert "config.json is missing" in refusal(tmp_path, tmp_path)
 
 

@@ -23,6 +23,7 @@ ATTENTION = {
     "out_bias": True,
     "yarn": Yarn(factor=4.0, original_length=32),
     "softmax_scale": 0.4,
+    "head_gate": True,
 }
 MOE = {"shared_gate": True, "expert_bias": True, "clamped": ClampedSwiGLU(limit=1.0), "gated": False, "d_latent": 12}
 ROUTER = {"bias": True, "scaling": 2.5, "renormalise_eps": 0.2}
@@ -65,6 +66,7 @@ CASES = {
     **{f"router {name}": {"router": {name: value}} for name, value in ROUTER.items()},
     "unit_offset of the model": {"unit_offset": True},
     "linear_key_heads": {"plan": "GGGF", "attention": {"linear_key_heads": 2}},
+    "decay_bound": {"plan": "GKGF", "attention": {"decay_bound": 5.0}},
     "negative_eigenvalues": {"plan": "GKGF", "attention": {"negative_eigenvalues": True}},
     "mamba_step_floor": {"plan": "DDDF", "attention": {"mamba_step_floor": 0.5, "mamba_groups": 2}},
     "tied_embeddings": {"tied_embeddings": True},
@@ -73,7 +75,7 @@ CASES = {
     "residual": {"residual": Residual(attention_kept=1.2, attention_added=0.4, experts_added=0.7)},
 }
 # What changes the number of products.
-OTHER_PRODUCTS = ("linear_key_heads", "gated", "d_latent", "mamba_step_floor")
+OTHER_PRODUCTS = ("linear_key_heads", "head_gate", "gated", "d_latent", "mamba_step_floor")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -9,6 +9,7 @@ import pytest
 
 from lm.accounting import model_cost
 from lm.published.families import FAMILIES, family_of
+from lm.published.wrapper import decoder_of
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 DEEPSEEK_V3 = {
@@ -34,6 +35,37 @@ GLM_LITE = {
     **{"rope_theta": 1000000, "tie_word_embeddings": False, "q_lora_rank": 768, "kv_lora_rank": 512},
     **{"qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256, "vocab_size": 154880},
     "moe_intermediate_size": 1536,
+}
+QWEN3_NEXT = {
+    **{"model_type": "qwen3_next", "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1},
+    **{"full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048, "intermediate_size": 5120},
+    **{"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16},
+    **{"linear_num_value_heads": 32, "linear_value_head_dim": 128, "mlp_only_layers": []},
+    **{"moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512},
+    **{"num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False},
+    **{"partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000000},
+    **{"router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "tie_word_embeddings": False},
+    **{"use_sliding_window": False, "vocab_size": 151936, "max_position_embeddings": 262144},
+}
+QWEN3_5 = {
+    **{"model_type": "qwen3_5_moe", "image_token_id": 248056, "video_token_id": 248057, "tie_word_embeddings": False},
+    **{"vision_start_token_id": 248053, "vision_end_token_id": 248054, "vision_config": {"depth": 27}},
+    "text_config": {
+        **{"model_type": "qwen3_5_moe_text", "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16"},
+        **{"attn_output_gate": True, "full_attention_interval": 4, "head_dim": 256, "hidden_size": 2048},
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 10,
+        **{"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16},
+        **{"linear_num_value_heads": 32, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32"},
+        **{"max_position_embeddings": 262144, "mlp_only_layers": [], "moe_intermediate_size": 512},
+        **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16},
+        **{"num_experts": 256, "num_experts_per_tok": 8, "num_hidden_layers": 40, "num_key_value_heads": 2},
+        **{"rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512},
+        **{"vocab_size": 248320, "partial_rotary_factor": 0.25},
+        "rope_parameters": {
+            **{"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default"},
+            **{"rope_theta": 10000000, "partial_rotary_factor": 0.25},
+        },
+    },
 }
 FULL = [4, 8, 12, 16, 20, 24, 27]
 KIMI_LINEAR = {
@@ -117,6 +149,9 @@ RELEASED = {
     "DeepSeek-V3": (DEEPSEEK_V3, 671.0, 36.6),
     "GLM-4.7-Flash": (GLM_LITE, 29.9, 3.6),
     "Kimi-Linear-48B-A3B": (KIMI_LINEAR, 49.1, 3.1),
+    # Published as three, embedding and head (0.62) not counted.
+    "Qwen3-Next-80B-A3B": (QWEN3_NEXT, 80.0, 3.56),
+    "Qwen3.5-35B-A3B": (decoder_of(QWEN3_5, "Qwen3.5-35B-A3B"), 35.0, 3.0),
     "Nemotron-3-Nano-30B-A3B": (NEMOTRON_3_NANO, 31.6, 3.2),
     # Published as about one; with the tied head, and without rounding, it is more.
     "Granite-4.0-H-Tiny": (GRANITE_TINY, 6.94, 1.47),
