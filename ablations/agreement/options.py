@@ -90,9 +90,9 @@ class AgreementOptions:
         default_factory=OptimizerConfig
     )
     model: Annotated[ModelOptions, tyro.conf.OmitArgPrefixes] = dataclasses.field(default_factory=ModelOptions)
-    # Every run is measured on the same text, so little of it is enough to say which of two is better there.
+    # Every run is measured on the same text, so half of what others read is enough to say which of two is better there.
     corpus: Annotated[CorpusConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
-        default_factory=lambda: CorpusConfig(valid_share=0.02)
+        default_factory=lambda: CorpusConfig(valid_characters=400)
     )
     execution: Annotated[ExecutionConfig, tyro.conf.OmitArgPrefixes] = dataclasses.field(
         default_factory=ExecutionConfig
