@@ -10,6 +10,7 @@ starts, and some of each kind that are marked `long`, start real ones.
 
 import atexit
 import contextlib
+import gc
 import importlib
 import inspect
 import logging
@@ -89,6 +90,8 @@ def _become(words: list[str], given: dict[str, Any], prepare: Callable[[], objec
     """In the child: what a new process would be, and its end."""
     code = 1
     try:
+        # What the tests have left for the collector may wait, at its end, for a thread that is not here.
+        gc.freeze()
         atexit._clear()
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -133,9 +136,10 @@ def _become(words: list[str], given: dict[str, Any], prepare: Callable[[], objec
 
 def _forget_logs_of_pytest() -> None:
     """They go to a file that is not open here, and whose number becomes that of another file."""
-    for logger in (logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))):
-        for handler in [handler for handler in logger.handlers if type(handler).__module__.startswith("_pytest")]:
-            logger.removeHandler(handler)
+    # Only those that exist, and without logging's own lock, which another thread may have held at the fork.
+    there = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    for logger in (logging.root, *there):
+        logger.handlers = [handler for handler in logger.handlers if not type(handler).__module__.startswith("_pytest")]
     logging.root.setLevel(logging.WARNING)
 
 
