@@ -430,3 +430,13 @@ def test_the_choice_says_why():
         ValueError, match=r"'triton' cannot run: the Triton kernels need widths that are multiples of 16, got \(16, 8\)"
     ):
         choose_backend(x, down, "triton")
+
+
+def test_a_tensor_without_memory_of_its_own_is_named_as_the_reason():
+    class Spread(torch.Tensor):
+        """As one that lies in several processes."""
+
+    if native().library is None:
+        pytest.skip(native().reason)
+    x, down = torch.zeros(1, 8), torch.zeros(2, 16, 8).as_subclass(Spread)
+    assert "spread over processes" in choose_backend(x, down).reason

@@ -229,7 +229,7 @@ def test_lightning_decode(dtype):
     torch.testing.assert_close(run("native"), run("torch"), rtol=tolerance, atol=tolerance)
 
 
-def test_fp64_is_left_to_torch_and_bf16_where_the_processor_multiplies_it(monkeypatch):
+def test_fp64_is_left_to_torch_and_bf16_where_torch_multiplies_it(monkeypatch):
     x, weight = torch.ones(1, 4), torch.ones(2, 4, 6)
     rows = _by_name(sort_slots(torch.tensor([[0, 1]]), torch.ones(1, 2), None, n_experts=2, padded=False))
     with pytest.raises(ValueError, match="takes few tokens"):
@@ -263,7 +263,7 @@ def test_products_of_bf16_are_exact_but_for_their_sums(rows, wide, out):
 
 
 def test_what_is_brought_to_fp32_is_rounded_once(monkeypatch):
-    """As on a processor without products of bf16: values and gradients are those of fp32, rounded."""
+    """Values and gradients are those of fp32, rounded, whether or not products are of bf16."""
     for module in PRODUCTS:
         monkeypatch.setattr(sys.modules[module], "products_here", lambda: (torch.float32, torch.bfloat16))
     generator = torch.Generator().manual_seed(0)

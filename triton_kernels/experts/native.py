@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from triton_kernels.native.library import (
     call,
+    has_memory,
     is_native,
     native,
     products_here,
@@ -159,6 +160,8 @@ def why_not_native(x_TD: Tensor, w_down_EFD: Tensor) -> str | None:
         )
     if torch.compiler.is_compiling():
         return "torch.compile does not look into the form in C"
+    if not (has_memory(x_TD) and has_memory(w_down_EFD)):
+        return "the form in C takes plain tensors, not parts of tensors that are spread over processes"
     return f"there is no form in C: {native().reason}"
 
 
@@ -172,8 +175,8 @@ def grouped_mlp_native(
     token_offsets: Tensor,
     row_of_slot_N: Tensor,
 ) -> Tensor:
-    """`grouped_mlp` on checked arguments that `why_not_native` lets pass, in x's dtype: computed in fp32, by weights
-    that are read where they lie if they are fp32 and dense.
+    """`grouped_mlp` on checked arguments that `why_not_native` lets pass, in x's dtype: summed in fp32 (see
+    `rounds_products`), by weights that are read where they lie if they are fp32 and dense.
 
     Raises:
         ValueError: for rows that no sort made.

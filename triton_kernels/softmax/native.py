@@ -84,7 +84,7 @@ def flash_attention_native(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """`flash_attention` on checked arguments, without packed sequences; computed in fp32."""
+    """`flash_attention` on checked arguments, without packed sequences; sums are fp32, see `rounds_products`."""
     sinks_H = None if sinks_H is None else sinks_H.float()
     o_BTHV = _ManyQueries.apply(q_BTHK, k_BSGK, v_BSGV, sinks_H, rotary, causal, window, scale)
     assert isinstance(o_BTHV, Tensor)
