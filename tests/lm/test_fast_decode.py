@@ -265,9 +265,8 @@ def test_the_number_of_threads_changes_no_bit(plan, steps):
     assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))
 
 
-def test_routings_are_those_of_the_layers(monkeypatch, steps):
-    """Rows, probabilities and losses, asked for when later steps have run."""
-    model = build("FG", "float32", RouterConfig(policy=TopP(entropy_coefficient=0.1)))
+def compare_routings(model, monkeypatch, steps):
+    """Asked for when later steps have run: rows, probabilities, losses, and what is added beside rows."""
     both = []
     for one_call in (True, False):
         if not one_call:
@@ -280,9 +279,15 @@ def test_routings_are_those_of_the_layers(monkeypatch, steps):
     for ours, theirs in zip(*both, strict=True):
         for name, rows in vars(theirs.assignments).items():
             torch.testing.assert_close(getattr(ours.assignments, name), rows, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.probs_TE, theirs.probs_TE, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-4, atol=1e-5)
-        assert ours.identity_T is theirs.identity_T is None
+        for name in ("probs_TE", "losses", "identity_T", "constant_TD"):
+            assert (getattr(ours, name) is None) == (getattr(theirs, name) is None), name
+            if getattr(theirs, name) is not None:
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+def test_routings_are_those_of_the_layers(monkeypatch, steps):
+    router = RouterConfig(policy=TopP(entropy_coefficient=0.1))
+    compare_routings(build("FG", "float32", router), monkeypatch, steps)
 
 
 def test_a_step_lives_as_long_as_its_cache(steps):

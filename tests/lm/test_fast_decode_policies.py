@@ -16,7 +16,16 @@ from routing.policies.top_k import TopK
 from routing.policies.top_p import TopP
 from routing.policies.zero_computation import ZeroComputationExperts
 from routing.router import NonFiniteScoresError, RouterConfig
-from tests.lm.test_fast_decode import POLICIES, build, compare, decoded, layer_by_layer, pytestmark, steps
+from tests.lm.test_fast_decode import (
+    POLICIES,
+    build,
+    compare,
+    compare_routings,
+    decoded,
+    layer_by_layer,
+    pytestmark,
+    steps,
+)
 
 __all__ = ["pytestmark", "steps"]
 
@@ -83,21 +92,7 @@ def test_routers_with_more_than_scores_are_asked(router, monkeypatch, steps, ask
 
 @pytest.mark.parametrize("policy", [*TAUGHT.values(), MoEPlusPlus(target_mean=6.0), RelativeThreshold(target_mean=6.0)])
 def test_routings_are_those_of_the_layers(policy, monkeypatch, steps):
-    """Asked for when later steps have run: rows, probabilities, losses, and what is added beside rows."""
-    model, both = taught(policy), []
-    for one_call in (True, False):
-        if not one_call:
-            layer_by_layer(monkeypatch)
-        cache = model.new_cache(3, 5)
-        with torch.no_grad():
-            outputs = [model(torch.tensor([[i], [2 * i], [3]]), cache) for i in range(5)]
-            both.append([routing for output in outputs for routing in output.routings])
-    assert len(steps) == 5
-    for ours, theirs in zip(*both, strict=True):
-        for name, rows in vars(theirs.assignments).items():
-            torch.testing.assert_close(getattr(ours.assignments, name), rows, rtol=1e-4, atol=1e-5)
-        for name in ("probs_TE", "losses", "identity_T", "constant_TD"):
-            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+    compare_routings(taught(policy), monkeypatch, steps)
 
 
 def test_a_policy_that_follows_sequences_remembers_them(monkeypatch, steps, asked):
