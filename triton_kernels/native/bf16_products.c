@@ -19,6 +19,14 @@ long bf16_products(void) {
 #endif
 }
 
+/* Rows of words: row r begins at words + (index ? index[r] : r) * row, and its pairs are `pair` words apart, 1 or
+ * PAIR_WORDS. */
+typedef struct {
+    const uint32_t *words;
+    const int64_t *index;
+    long row, pair;
+} Words;
+
 #if defined(__AVX512BF16__)
 /* Rows and terms of the left factor that are rounded at once, and words between its rows, or between its pairs. */
 enum { ROUNDED_ROWS = 60, ROUNDED_TERMS = 512, ROW_WORDS = ROUNDED_TERMS / 2 + 48, PAIR_WORDS = 64 };
@@ -27,6 +35,11 @@ enum { ROUNDED_ROWS = 60, ROUNDED_TERMS = 512, ROW_WORDS = ROUNDED_TERMS / 2 + 4
 static inline __m512i words_along(const float *x, long n) {
     __m512 early = _mm512_maskz_loadu_ps(first_of(n), x), late = _mm512_maskz_loadu_ps(first_of(n - 16), x + 16);
     return (__m512i)_mm512_cvtne2ps_pbh(late, early);
+}
+
+/* Words of n numbers in a row; up to a multiple of 16 of them are written. */
+static void round_row(const float *x, long n, uint32_t *words) {
+    for (long i = 0; i < n; i += 2 * LINE) _mm512_storeu_si512(words + i / 2, words_along(x + i, n - i));
 }
 
 /* Words of the first n of 16 numbers of two rows; `second` may be NULL. */
@@ -76,8 +89,7 @@ static void round_left(Left left, long i, long rows, long k, long terms, uint32_
     if (left.step == 1)
         for (long r = 0; r < rows; r++) {
             const float *x = left.x + (left.index ? left.index[i + r] : i + r) * left.stride + k;
-            for (long at = 0; at < terms; at += 2 * LINE)
-                _mm512_storeu_si512(words + r * ROW_WORDS + at / 2, words_along(x + at, terms - at));
+            round_row(x, terms, words + r * ROW_WORDS);
         }
     else
         for (long at = 0; at < terms; at += 2) {
@@ -88,17 +100,20 @@ static void round_left(Left left, long i, long rows, long k, long terms, uint32_
         }
 }
 
-static inline __attribute__((always_inline)) void tile_bf16(const uint32_t *words, const long row_words,
-                                                            const long pair_words, const float *panel, long terms,
+static inline __attribute__((always_inline)) void tile_bf16(Words left, const long pair, const float *panel, long terms,
                                                             Result result, long i, const int rows, long columns) {
+    const uint32_t *x[TILE_ROWS];
     Line sum[TILE_ROWS][2];
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (Line){0};
-    for (long p = 0; p < (terms + 1) / 2; p++, words += pair_words, panel += TILE_COLUMNS) {
+    for (int r = 0; r < rows; r++) {
+        x[r] = left.words + (left.index ? left.index[r] : r) * left.row;
+        sum[r][0] = sum[r][1] = (Line){0};
+    }
+    for (long p = 0; p < (terms + 1) / 2; p++, panel += TILE_COLUMNS) {
         __m512bh first = (__m512bh)_mm512_loadu_si512(panel), second = (__m512bh)_mm512_loadu_si512(panel + LINE);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
-            __m512bh here = (__m512bh)_mm512_set1_epi32((int)words[r * row_words]);
+            __m512bh here = (__m512bh)_mm512_set1_epi32((int)x[r][p * pair]);
             sum[r][0] = (Line)_mm512_dpbf16_ps((__m512)sum[r][0], here, first);
             sum[r][1] = (Line)_mm512_dpbf16_ps((__m512)sum[r][1], here, second);
         }
@@ -106,27 +121,31 @@ static inline __attribute__((always_inline)) void tile_bf16(const uint32_t *word
     keep_tile(sum, result, i, rows, columns);
 }
 
-static inline __attribute__((always_inline)) void tiles_bf16(const uint32_t *words, const long row_words,
-                                                             const long pair_words, const float *panel, long terms,
-                                                             Result result, long i, long rows, long columns) {
-    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, i += TILE_ROWS, words += TILE_ROWS * row_words)
-        tile_bf16(words, row_words, pair_words, panel, terms, result, i, TILE_ROWS, columns);
+static inline __attribute__((always_inline)) void tiles_bf16(Words left, const long pair, const float *panel,
+                                                             long terms, Result result, long i, long rows,
+                                                             long columns) {
+    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, i += TILE_ROWS) {
+        tile_bf16(left, pair, panel, terms, result, i, TILE_ROWS, columns);
+        if (left.index) left.index += TILE_ROWS;
+        else left.words += TILE_ROWS * left.row;
+    }
     switch (rows) {
-    case 5: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 5, columns); break;
-    case 4: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 4, columns); break;
-    case 3: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 3, columns); break;
-    case 2: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 2, columns); break;
-    case 1: tile_bf16(words, row_words, pair_words, panel, terms, result, i, 1, columns); break;
+    case 5: tile_bf16(left, pair, panel, terms, result, i, 5, columns); break;
+    case 4: tile_bf16(left, pair, panel, terms, result, i, 4, columns); break;
+    case 3: tile_bf16(left, pair, panel, terms, result, i, 3, columns); break;
+    case 2: tile_bf16(left, pair, panel, terms, result, i, 2, columns); break;
+    case 1: tile_bf16(left, pair, panel, terms, result, i, 1, columns); break;
     }
 }
 
-/* Rounded rows times columns of a panel and those behind it, whose sums have `depth` terms at most. */
-CALLED void words_times(const uint32_t *words, int across, const float *panel, long depth, long terms, long i,
-                        long rows, long columns, Result result) {
+/* Rounded rows times columns of a panel and those behind it, whose sums have `depth` terms at most; row 0 gives the
+ * result's row i. */
+CALLED void words_times(Words left, const float *panel, long depth, long terms, long i, long rows, long columns,
+                        Result result) {
     for (long j = 0; j < columns; j += TILE_COLUMNS, panel += depth * TILE_COLUMNS, result.x += TILE_COLUMNS) {
         long width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
-        if (across) tiles_bf16(words, 1, PAIR_WORDS, panel, terms, result, i, rows, width);
-        else tiles_bf16(words, ROW_WORDS, 1, panel, terms, result, i, rows, width);
+        if (left.pair == 1) tiles_bf16(left, 1, panel, terms, result, i, rows, width);
+        else tiles_bf16(left, PAIR_WORDS, panel, terms, result, i, rows, width);
     }
 }
 
@@ -140,19 +159,19 @@ CALLED void product_of_bf16(Left left, const float *panels, long depth, long fir
         for (long i = 0; i < rows; i += ROUNDED_ROWS) {
             long m = rows - i < ROUNDED_ROWS ? rows - i : ROUNDED_ROWS;
             round_left(left, i, m, k, n, words);
-            words_times(words, left.step != 1, panels + (first + k) / 2 * TILE_COLUMNS, depth, n, i, m, columns,
-                        result);
+            Words rounded = left.step == 1 ? (Words){words, NULL, ROW_WORDS, 1} : (Words){words, NULL, 1, PAIR_WORDS};
+            words_times(rounded, panels + (first + k) / 2 * TILE_COLUMNS, depth, n, i, m, columns, result);
         }
     }
 }
 
 /* The words of exp(x - zero) of n numbers, and the sum of what was rounded. */
 static float exp_words(const float *x, long n, float zero, uint32_t *words) {
-    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, less = _mm512_set1_ps(zero);
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, less = scaled_zero(zero);
     for (long i = 0; i < n; i += 2 * LINE) {
         __mmask16 there[2] = {first_of(n - i), first_of(n - i - LINE)};
-        __m512 early = exp_lanes(_mm512_sub_ps(_mm512_maskz_loadu_ps(there[0], x + i), less), there[0]);
-        __m512 late = exp_lanes(_mm512_sub_ps(_mm512_maskz_loadu_ps(there[1], x + i + LINE), less), there[1]);
+        __m512 early = exp_lanes(_mm512_maskz_loadu_ps(there[0], x + i), less, there[0]);
+        __m512 late = exp_lanes(_mm512_maskz_loadu_ps(there[1], x + i + LINE), less, there[1]);
         sum[0] = _mm512_add_ps(sum[0], early), sum[1] = _mm512_add_ps(sum[1], late);
         _mm512_storeu_si512(words + i / 2, (__m512i)_mm512_cvtne2ps_pbh(late, early));
     }
@@ -163,9 +182,10 @@ static float exp_words(const float *x, long n, float zero, uint32_t *words) {
 #else
 /* Nobody calls these. */
 enum { ROW_WORDS = 1 };
-static void words_times(const uint32_t *words, int across, const float *panel, long depth, long terms, long i,
-                        long rows, long columns, Result result) {
-    (void)words, (void)across, (void)panel, (void)depth, (void)terms, (void)i, (void)rows, (void)columns, (void)result;
+static void round_row(const float *x, long n, uint32_t *words) { (void)x, (void)n, (void)words; }
+static void words_times(Words left, const float *panel, long depth, long terms, long i, long rows, long columns,
+                        Result result) {
+    (void)left, (void)panel, (void)depth, (void)terms, (void)i, (void)rows, (void)columns, (void)result;
 }
 static float exp_words(const float *x, long n, float zero, uint32_t *words) {
     return (void)x, (void)n, (void)zero, (void)words, 0.0f;

@@ -153,30 +153,33 @@ static inline float exp_fp32(float x) {
     return x < -87.0f ? 0.0f : x > 88.0f ? INFINITY : x != x ? x : y;
 }
 
-#if defined(__AVX512F__)
-/* The same of the elements in `there`, 0 of the others. One instruction takes the power of two from any n, which gives
- * 0 and infinity beyond the bounds, and bounds that stand first let a NaN pass: half as long. */
-static inline __m512 exp_lanes(__m512 x, __mmask16 there) {
-    x = _mm512_min_ps(_mm512_set1_ps(120.0f), _mm512_max_ps(_mm512_set1_ps(-120.0f), x));
-    __m512 n = _mm512_roundscale_ps(x * 1.44269504089f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    __m512 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return _mm512_maskz_scalef_ps(there, p * r * r + r + 1.0f, n);
+#if defined(__AVX512DQ__)
+/* 2^x to 1.5e-7 of it, of the elements in `there`, 0 of the others: 2^floor(x) is an instruction, and a polynomial, of
+ * the least relative error on [0, 1], does the rest. A NaN stays one. */
+static inline __m512 exp2_lanes(__m512 x, __mmask16 there) {
+    __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 p = r * 1.867140294e-3f + 9.017007425e-3f;
+    p = p * r + 5.579993129e-2f;
+    p = p * r + 2.401644439e-1f;
+    p = p * r + 6.931512952e-1f;
+    return _mm512_maskz_scalef_ps(there, p * r + 1.0f, x);
 }
+
+/* exp(x - zero), by `scaled_zero(zero)`. */
+static const float LOG2_E = 1.44269504089f;
+static inline __m512 exp_lanes(__m512 x, __m512 zero, __mmask16 there) {
+    return exp2_lanes(_mm512_fmsub_ps(x, _mm512_set1_ps(LOG2_E), zero), there);
+}
+static inline __m512 scaled_zero(float zero) { return _mm512_set1_ps(zero * LOG2_E); }
 #endif
 
 /* x[i] = exp(x[i] - zero). */
 static void exp_all(float *x, long n, float zero) {
     long i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
     for (; i < n; i += LANES) {
         __mmask16 there = first_of(n - i);
-        __m512 y = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, x + i), _mm512_set1_ps(zero));
-        _mm512_mask_storeu_ps(x + i, there, exp_lanes(y, there));
+        _mm512_mask_storeu_ps(x + i, there, exp_lanes(_mm512_maskz_loadu_ps(there, x + i), scaled_zero(zero), there));
     }
 #endif
     for (; i < n; i++) x[i] = exp_fp32(x[i] - zero);
@@ -428,114 +431,6 @@ long packed_experts(const float *x, const void *gate_up, const uint16_t *gate_up
     Matrices packed_down = {down, down_scale, down_offset, bits, group};
     return experts_of(x, packed_gate_up, packed_down, token, weight, expert_offsets, token_offsets, row_of_slot, y,
                       tokens, most_rows, n_experts, d_model, d_expert, threads);
-}
-
-/* ---- Softmax attention of one token per sequence, between its projections ---- */
-
-/* Norms and turns the query and the key (where norms and angles are given), writes key and value into their row of the
- * cache, and attends over the rows in use. Caches are fp32 or bf16 [B, S, G, K] with a stride between sequences. */
-
-typedef struct {
-    const float *q, *k, *v; /* [B, H K], [B, G K] with a stride between sequences; k NULL: another layer wrote them */
-    long q_stride, kv_stride;
-    void *keys, *values;
-    long cache_stride, row, held;
-    int bf16;
-    const float *q_norm, *k_norm, *cosine, *sine, *sink; /* NULL for none */
-    float eps, scale;
-    long heads, kv_heads, width, half;
-    float *o, *scratch; /* o [B, H K]; scratch: [B, G, H / G, held + K] */
-} Attention;
-
-static void prepare(const Attention *a, const float *x, const float *norm, float *y) {
-    float scale = norm ? inverse_rms(x, a->width, a->eps) : 1.0f;
-    for (long i = 0; i < a->width; i++) y[i] = norm ? x[i] * scale * norm[i] : x[i];
-    for (long i = 0; i < a->half; i++) {
-        float first = y[i], second = y[i + a->half];
-        y[i] = first * a->cosine[i] - second * a->sine[i];
-        y[i + a->half] = second * a->cosine[i] + first * a->sine[i];
-    }
-}
-
-/* `n` rows of a cache from row `s` on in fp32: where they lie, or in `buffer`; and the stride between them. */
-static const float *wide_rows(const Attention *a, const void *cache, long start, long s, long n, float *buffer,
-                              long *stride) {
-    long line = a->kv_heads * a->width, offset = start + s * line;
-    *stride = a->bf16 ? a->width : line;
-    if (!a->bf16) return (const float *)cache + offset;
-    for (long j = 0; j < n; j++)
-        for (long i = 0; i < a->width; i++)
-            buffer[j * a->width + i] = from_bf16(((const uint16_t *)cache)[offset + j * line + i]);
-    return buffer;
-}
-
-static void write_row(const Attention *a, void *cache, long offset, const float *x) {
-    if (!a->bf16) memcpy((float *)cache + offset, x, (size_t)a->width * sizeof(float));
-    else
-        for (long i = 0; i < a->width; i++) ((uint16_t *)cache)[offset + i] = to_bf16(x[i]);
-}
-
-static void attention_piece(void *job, long index) {
-    const Attention *a = job;
-    long K = a->width, R = a->heads / a->kv_heads, b = index / a->kv_heads, g = index % a->kv_heads,
-         line = a->kv_heads * K;
-    long start = b * a->cache_stride + g * K;
-    float *scratch = a->scratch + index * R * (a->held + K), *query = scratch + R * a->held, wide[ROWS * K];
-    long stride, s;
-    if (a->k) {
-        prepare(a, a->k + b * a->kv_stride + g * K, a->k_norm, wide);
-        write_row(a, a->keys, start + a->row * line, wide);
-        write_row(a, a->values, start + a->row * line, a->v + b * a->kv_stride + g * K);
-    }
-    for (long r = 0; r < R; r++) {
-        float *q = query + r * K;
-        prepare(a, a->q + b * a->q_stride + (g * R + r) * K, a->q_norm, q);
-        for (long i = 0; i < K; i++) q[i] *= a->scale;
-    }
-    for (s = 0; s + ROWS <= a->held; s += ROWS) {
-        const float *key = wide_rows(a, a->keys, start, s, ROWS, wide, &stride);
-        for (long r = 0; r < R; r++) dots(query + r * K, key, stride, K, scratch + r * a->held + s);
-    }
-    for (; s < a->held; s++) {
-        const float *key = wide_rows(a, a->keys, start, s, 1, wide, &stride);
-        for (long r = 0; r < R; r++) scratch[r * a->held + s] = dot(query + r * K, key, K);
-    }
-    for (long r = 0; r < R; r++) {
-        float *p = scratch + r * a->held, *o = a->o + (b * a->heads + g * R + r) * K;
-        float sink = a->sink ? a->sink[g * R + r] : -INFINITY, most = most_of(p, a->held);
-        most = sink > most ? sink : most;
-        for (long s = 0; s < a->held; s++) p[s] = exp_fp32(p[s] - most);
-        float total = sum_of(p, a->held) + exp_fp32(sink - most);
-        for (long s = 0; s < a->held; s++) p[s] /= total;
-        memset(o, 0, (size_t)K * sizeof(float));
-    }
-    for (s = 0; s + ROWS <= a->held; s += ROWS) {
-        const float *value = wide_rows(a, a->values, start, s, ROWS, wide, &stride);
-        for (long r = 0; r < R; r++)
-            add_rows(scratch + r * a->held + s, value, stride, K, a->o + (b * a->heads + g * R + r) * K);
-    }
-    for (; s < a->held; s++) {
-        const float *value = wide_rows(a, a->values, start, s, 1, wide, &stride);
-        for (long r = 0; r < R; r++) {
-            float p = scratch[r * a->held + s], *restrict o = a->o + (b * a->heads + g * R + r) * K;
-            for (long i = 0; i < K; i++) o[i] += p * value[i];
-        }
-    }
-}
-
-long softmax_decode(const float *q, const float *k, const float *v, long q_stride, long kv_stride, void *keys,
-                    void *values, long cache_stride, long row, long held, int bf16, const float *q_norm,
-                    const float *k_norm, const float *cosine, const float *sine, const float *sink, float eps,
-                    float scale, long batch, long heads, long kv_heads, long width, long half, float *o, int threads) {
-    long R = heads / kv_heads;
-    float *scratch = malloc((size_t)(batch * kv_heads * R * (held + width)) * sizeof(float));
-    if (!scratch) return NO_MEMORY;
-    Attention job = {q,   k,     v,     q_stride, kv_stride, keys,   values, cache_stride,
-                     row, held,  bf16,  q_norm,   k_norm,    cosine, sine,   sink,
-                     eps, scale, heads, kv_heads, width,     half,   o,      scratch};
-    in_pieces(attention_piece, &job, batch * kv_heads, batch * kv_heads * held * width < 32768 ? 1 : threads);
-    free(scratch);
-    return 0;
 }
 
 /* ---- One token of a delta-rule layer (gated DeltaNet, KDA), as delta_decode describes it ---- */

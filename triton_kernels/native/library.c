@@ -1,8 +1,9 @@
 /* All of it as one unit: what the parts share is inlined, and the compiler is started once. */
 #include "few_tokens.c"
 #include "routing.c"
-#include "decode_step.c"
 #include "products.c"
+#include "softmax_decode.c"
+#include "decode_step.c"
 #include "bf16_products.c"
 #include "projection.c"
 #include "grouped_mlp.c"

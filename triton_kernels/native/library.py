@@ -22,8 +22,8 @@ from foundation.c_library import Compiled, c_library
 SOURCES = [
     Path(__file__).with_name(f"{name}.c")
     for name in (
-        *("library", "few_tokens", "packed", "routing", "decode_step", "products", "bf16_products", "projection"),
-        *("grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss", "chunked_rule"),
+        *("library", "few_tokens", "packed", "routing", "products", "softmax_decode", "decode_step", "bf16_products"),
+        *("projection", "grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss", "chunked_rule"),
         "linear_layer",
     )
 ]

@@ -66,11 +66,26 @@ static void hide(const Softmax *m, float *logits, long t, long first, long from,
         for (long c = from; c <= position - m->window && c < to; c++) logits[c] = -INFINITY;
 }
 
-/* row = exp(row - zero), as words where products are of bf16; the sum of both. */
-static float exp_weights(int bf16, float *row, long n, float zero, uint32_t *words) {
-    if (bf16) return exp_words(row, n, zero, words);
-    exp_all(row, n, zero);
-    return sum_of(row, n);
+/* Logits [rows, to - from] of the queries from t on become their exponentials, as `words` where products are of bf16.
+ * Brings up to date what was largest and the sum of each query, and says how much is left of what came before. */
+static void exponentials(const Softmax *m, float *p, long stride, long t, long rows, long first, long from, long to,
+                         float *most, float *sum, float *kept, uint32_t *words) {
+    float zero[QUERIES];
+    for (long r = 0; r < rows; r++) {
+        hide(m, p + r * stride, t + r, first, from, to);
+        float here = most_of(p + r * stride + from, to - from), before = most[t + r];
+        most[t + r] = here > before ? here : before;
+        /* Where nothing is to be seen yet, exponentials are 0 and a NaN stays one. */
+        zero[r] = most[t + r] == -INFINITY ? 0.0f : most[t + r];
+        kept[r] = before - zero[r];
+    }
+    exp_all(kept, rows, 0.0f);
+    for (long r = 0; r < rows; r++) {
+        float *row = p + r * stride + from, total;
+        if (m->bf16) total = exp_words(row, to - from, zero[r], words + r * ROW_WORDS);
+        else exp_all(row, to - from, zero[r]), total = sum_of(row, to - from);
+        sum[t + r] = sum[t + r] * kept[r] + total;
+    }
 }
 
 static void softmax_forward_piece(void *job, long index) {
@@ -78,14 +93,16 @@ static void softmax_forward_piece(void *job, long index) {
     long H = m->heads, K = m->width, V = m->value_width, T = m->queries, b = index / H, h = index % H,
          g = h / (H / m->kv_heads);
     long key_panels = K * rounded_up(KEYS, TILE_COLUMNS), value_panels = rounded_up(V, TILE_COLUMNS) * KEYS,
-         stride = apart(KEYS);
-    float *q = scratch_for(&m->no_memory, T * K + 2 * T + key_panels + value_panels + QUERIES * stride);
+         stride = apart(KEYS), query_words = m->bf16 ? rounded_up(K, 2 * LINE) / 2 : 0;
+    float *q = scratch_for(&m->no_memory,
+                           T * (K + query_words + 2) + key_panels + value_panels + QUERIES * (stride + ROW_WORDS));
     if (!q) return;
     float *most = q + T * K, *sum = most + T, *key = sum + T, *value = key + key_panels, *p = value + value_panels;
-    float *o = m->o + (b * T * H + h) * V;
-    uint32_t words[QUERIES * ROW_WORDS];
+    uint32_t *words = (uint32_t *)(p + QUERIES * stride), *rounded = words + QUERIES * ROW_WORDS;
+    float *o = m->o + (b * T * H + h) * V, kept[QUERIES];
     prepare_queries(m, b, h, q);
     for (long t = 0; t < T; t++) {
+        if (m->bf16) round_row(q + t * K, K, rounded + t * query_words);
         most[t] = -INFINITY, sum[t] = 0;
         memset(o + t * H * V, 0, (size_t)V * sizeof(float));
     }
@@ -99,21 +116,14 @@ static void softmax_forward_piece(void *job, long index) {
                 pack_as(m->bf16, head_of(m->v, b, g) + first * m->v.token, NULL, m->v.token, 0, V, n, value);
                 packed = 1;
             }
-            product_as(m->bf16, (Left){q + t * K, NULL, K, 1}, key + from * K, K, rows, to - from,
-                       (Result){p + from, NULL, stride, 0});
-            for (long r = 0; r < rows; r++) {
-                float *row = p + r * stride, *out = o + (t + r) * H * V;
-                hide(m, row, t + r, first, from, to);
-                float before = most[t + r], here = most_of(row + from, to - from), now = here > before ? here : before;
-                /* Where nothing is to be seen yet, exponentials are 0 and a NaN stays one. */
-                float zero = now == -INFINITY ? 0.0f : now, kept = exp_fp32(before - zero);
-                float here_sum = exp_weights(m->bf16, row + from, to - from, zero, words + r * ROW_WORDS);
-                most[t + r] = now, sum[t + r] = sum[t + r] * kept + here_sum;
-                if (kept != 1.0f)
-                    for (long i = 0; i < V; i++) out[i] *= kept;
-            }
-            Result sums = {o + t * H * V, NULL, H * V, 1};
-            if (m->bf16) words_times(words, 0, value + from / 2 * TILE_COLUMNS, n, to - from, 0, rows, V, sums);
+            Result logits = {p + from, NULL, stride, 0}, sums = {o + t * H * V, NULL, H * V, 1};
+            Words query = {rounded + t * query_words, NULL, query_words, 1}, weight = {words, NULL, ROW_WORDS, 1};
+            if (m->bf16) words_times(query, key + from * K, K, K, 0, rows, to - from, logits);
+            else product((Left){q + t * K, NULL, K, 1}, key + from * K, K, rows, to - from, logits);
+            exponentials(m, p, stride, t, rows, first, from, to, most, sum, kept, words);
+            for (long r = 0; r < rows; r++)
+                for (long i = 0; kept[r] != 1.0f && i < V; i++) o[(t + r) * H * V + i] *= kept[r];
+            if (m->bf16) words_times(weight, value + from / 2 * TILE_COLUMNS, n, to - from, 0, rows, V, sums);
             else product_of((Left){p + from, NULL, stride, 1}, value, n, from, to - from, rows, V, sums);
         }
     }
