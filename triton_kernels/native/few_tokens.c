@@ -196,7 +196,7 @@ static inline float sum_lanes(float *lane) {
 
 /* Vectors as gcc and clang have them on every processor; a wider sum than its registers becomes two. */
 typedef float Vector __attribute__((vector_size(32)));
-enum { WIDE = 8, ROWS = 8 };
+enum { WIDE = 8, ROWS = 8, SUMS = 4 };
 
 static inline Vector load(const float *x) {
     Vector v;
@@ -210,36 +210,23 @@ static inline float sum_wide(Vector v) {
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
+/* In several sums at a time: each waits for what was added to it before. */
 static inline float dot(const float *a, const float *b, long n) {
-    Vector sum = {0};
+    Vector sum[SUMS] = {0};
     long i = 0;
-    for (; i + WIDE <= n; i += WIDE) sum += load(a + i) * load(b + i);
+    for (; i + SUMS * WIDE <= n; i += SUMS * WIDE)
+#pragma GCC unroll 4
+        for (int j = 0; j < SUMS; j++) sum[j] += load(a + i + j * WIDE) * load(b + i + j * WIDE);
+    for (; i + WIDE <= n; i += WIDE) sum[0] += load(a + i) * load(b + i);
     float rest = 0;
     for (; i < n; i++) rest += a[i] * b[i];
-    return sum_wide(sum) + rest;
+    return sum_wide((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
 /* The rows that follow are on their way while these are computed: weights and caches are read once, from memory. */
 static inline void fetch(const float *rows, long stride, long i) {
     if (i % 16 == 0)
         for (int j = 0; j < ROWS; j++) __builtin_prefetch(rows + (ROWS + j) * stride + i);
-}
-
-/* y[j] = x . rows[j], by the sums of `dot`: a result does not depend on which of both computes it. */
-static void dots(const float *x, const float *rows, long stride, long n, float *y) {
-    Vector sum[ROWS] = {0};
-    long i = 0;
-    for (; i + WIDE <= n; i += WIDE) {
-        Vector here = load(x + i);
-        fetch(rows, stride, i);
-#pragma GCC unroll 8
-        for (int j = 0; j < ROWS; j++) sum[j] += here * load(rows + j * stride + i);
-    }
-    for (int j = 0; j < ROWS; j++) {
-        float rest = 0;
-        for (long k = i; k < n; k++) rest += x[k] * rows[j * stride + k];
-        y[j] = sum_wide(sum[j]) + rest;
-    }
 }
 
 /* y[i] += sum over j of x[j] rows[j][i], in the order of j. */
@@ -308,11 +295,7 @@ enum { OUTPUTS = 64 };
 static void linear_piece(void *job, long index) {
     Linear *l = job;
     long last = (index + 1) * OUTPUTS < l->out ? (index + 1) * OUTPUTS : l->out;
-    long o = index * OUTPUTS;
-    for (; o + ROWS <= last; o += ROWS)
-        for (long r = 0; r < l->rows; r++)
-            dots(l->x + r * l->x_stride, l->weight + o * l->in, l->in, l->in, l->y + r * l->out + o);
-    for (; o < last; o++)
+    for (long o = index * OUTPUTS; o < last; o++)
         for (long r = 0; r < l->rows; r++)
             l->y[r * l->out + o] = dot(l->x + r * l->x_stride, l->weight + o * l->in, l->in);
 }
