@@ -1,10 +1,10 @@
-"""A decode step in one call of C: a described model and its cache, and what a call leaves for its callers.
+"""A decode step, or a prompt, in one call of C: a described model and its cache, and what a call leaves for its callers.
 
     LanguageModel.forward -> DecodeStep.run -> decode_step.c
 
 Whatever the call does not know (`NotInOneCall`) takes the layers' own way, with the same results.
 
-Legend: B sequences, V vocabulary, D model width, E experts, K slots per token, N rows.
+Legend: B sequences, T tokens of each, V vocabulary, D model width, E experts, K slots per token, N rows.
 """
 
 import ctypes
@@ -17,14 +17,18 @@ from torch import Tensor
 
 from attention.cache import HybridCache
 from attention.layer_states import Alias, LayerState
+from attention.positions import rotary_of
 from routing.assignments import Assignments
 from routing.decode_step import OutsideDecisions, routing_of
 from routing.router import Router, Routing
-from triton_kernels.native.decode_step import DECIDE, NativeBlock, NativeModel, NotInOneCall, Watch
-from triton_kernels.native.library import MOST_TOKENS, call, is_native, threads
+from triton_kernels.native.decode_step import DECIDE, SOFTMAX, NativeBlock, NativeModel, NotInOneCall, Watch
+from triton_kernels.native.library import MOST_TOKENS, call, is_native, products_here, rounds_products, threads, wide
 
 # Of more sequences blocked products win, see `attention.projection`.
 MOST_SEQUENCES = MOST_TOKENS // 4
+# What the call writes down of every token takes memory.
+MOST_PROMPT_TOKENS = 2**14
+FP32_BITS = 32
 
 
 class DecodeStep:
@@ -51,16 +55,15 @@ class DecodeStep:
         self.native, self.watch, self.routers, self.dtype = native, watch, routers, dtype
         watch.begin()
         self.layers, self.states = cache.layers, list(cache.layers)
-        self.n_whole = self.n_real = 0
-        B, D = native.batch, native.width
-        for block in blocks:
-            block.whole_at, block.real_at = self.n_whole, self.n_real
-            self.n_whole += 3 * B * block.slots + block.experts + 1 + B + 1
-            self.n_real += B * (block.slots + D + block.experts + block.columns + block.returns)
         self.blocks = (NativeBlock * len(blocks))(*blocks)
         native.blocks, native.block = len(blocks), ctypes.cast(self.blocks, ctypes.POINTER(NativeBlock))
-        self.outside = OutsideDecisions(routers, list(self.blocks), B)
+        native.bf16 = rounds_products(dtype)
+        self.outside = OutsideDecisions(routers, list(self.blocks), native.batch)
         native.decide = DECIDE(self.outside.decide)
+        # Linear layers and packed experts are known for few tokens only.
+        self.takes_prompts = dtype in products_here() and all(
+            block.mixer == SOFTMAX and block.gate_up.bits == block.down.bits == FP32_BITS for block in blocks
+        )
 
     def holds(self, cache: HybridCache) -> bool:
         """Whether model and cache are still the ones described."""
@@ -68,52 +71,89 @@ class DecodeStep:
 
     def ready(self, tokens_BT: Tensor) -> bool:
         """Whether these tokens can be the next ones. Where they cannot, the layers say why not."""
-        length = self.states[0].length
+        length, T = self.states[0].length, tokens_BT.shape[1]
         return (
-            all(state.length == length < state.max_length for state in self.states)
+            all(state.length == length <= state.max_length - T for state in self.states)
             and len(tokens_BT) == self.native.batch
-            and all(0 <= token < self.native.vocabulary for (token,) in tokens_BT.tolist())
+            and 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < self.native.vocabulary
+            and (T == 1 or self._ready_for_prompt(length + T))
+        )
+
+    def _ready_for_prompt(self, length: int) -> bool:
+        """Whether tokens of a prompt can be the next ones, up to this length: those of all sequences at one place, and
+        none behind the window of a layer."""
+        return (
+            self.takes_prompts
+            and self.states[0].behind_B is None
+            and all(length <= block.capacity for block in self.blocks)
         )
 
     def run(self, tokens_BT: Tensor, cache: HybridCache) -> tuple[Tensor, Callable[[], tuple[Routing, ...]]]:
-        """Logits of the next token [B, 1, V], and what gives the routing of every layer. The cache has seen the tokens
-        then.
+        """Logits of the token after these [B, 1, V], and what gives the routing of every layer. The cache has seen the
+        tokens then.
 
         Raises:
             NonFiniteScoresError: as a router does, like whatever else one that decides outside of the call raises.
         """
-        position, behind_B = self.states[0].length, self.states[0].behind_B
-        logits_B1V = torch.empty(self.native.batch, 1, self.native.vocabulary)
-        whole, real = torch.empty(self.n_whole, dtype=torch.int64), torch.empty(self.n_real)
-        self.outside.begin(real, cache.sums)
+        position, behind_B, (B, T) = self.states[0].length, self.states[0].behind_B, tokens_BT.shape
+        logits_B1V = torch.empty(B, 1, self.native.vocabulary)
+        n_whole, n_real = self._lay_out(B * T)
+        whole, real = torch.empty(n_whole, dtype=torch.int64), torch.empty(n_real)
+        tables = self._turn(position, T) if T > 1 else None
+        self.outside.begin(real, cache.sums, T)
         failed = call(
             "decode_step",
-            *(ctypes.addressof(self.native), tokens_BT.contiguous(), position, behind_B),
+            *(ctypes.addressof(self.native), tokens_BT.contiguous(), T, position, behind_B),
             *(logits_B1V, whole, real, threads()),
         )
+        del tables
         # Layers count what they have seen also where a router above them stops.
         for state in self.states[: failed or None]:
             if not isinstance(state, Alias):
-                _count(state)
+                _count(state, T)
         if failed:
             self.outside.refuse()
             raise self.routers[failed - 1].non_finite()
-        return logits_B1V.to(self.dtype), partial(self._routings, whole, real, self.outside.routings)
+        return logits_B1V.to(self.dtype), partial(self._routings, B * T, whole, real, self.outside.routings)
 
-    def _routings(self, whole: Tensor, real: Tensor, outside: dict[int, Routing]) -> tuple[Routing, ...]:
-        B, D = self.native.batch, self.native.width
-        routings = []
+    def _lay_out(self, n_tokens: int) -> tuple[int, int]:
+        """Where the blocks write down how so many tokens are routed; the sizes of both pieces of memory."""
+        n_whole = n_real = 0
+        for block in self.blocks:
+            block.whole_at, block.real_at = n_whole, n_real
+            n_whole += 3 * n_tokens * block.slots + block.experts + 1 + n_tokens + 1
+            n_real += n_tokens * (block.slots + self.native.width + block.experts + block.columns + block.returns)
+        return n_whole, n_real
+
+    def _turn(self, position: int, n_tokens: int) -> dict[tuple[int, float], list[Tensor]]:
+        """Gives the blocks the angles of so many tokens; what must live as long as they are used."""
+        tables: dict[tuple[int, float], list[Tensor]] = {}
+        for block in self.blocks:
+            kind = 2 * block.half, block.rope_base
+            if kind not in tables:
+                rotary = rotary_of(
+                    position, n_tokens, rotary_dim=kind[0], base=kind[1], device=torch.device("cpu"), yarn=None
+                )
+                tables[kind] = [wide(table_TP) for table_TP in rotary]
+            block.cosine, block.sine = (table_TP.data_ptr() for table_TP in tables[kind])
+        return tables
+
+    def _routings(
+        self, n_tokens: int, whole: Tensor, real: Tensor, outside: dict[int, Routing]
+    ) -> tuple[Routing, ...]:
+        self._lay_out(n_tokens)
+        D, routings = self.native.width, []
         for layer, (block, router) in enumerate(zip(self.blocks, self.routers)):
             if layer in outside:
                 routings.append(outside[layer])
                 continue
-            E, Z, n = block.experts, block.columns, B * block.slots
+            E, Z, n = block.experts, block.columns, n_tokens * block.slots
             token_N, expert_N, row_of_slot_N, expert_offsets, token_offsets = whole[block.whole_at :][
-                : 3 * n + E + B + 2
-            ].split([n, n, n, E + 1, B + 1])
-            sizes = [n, B * D, B * E, B * Z, B * block.returns]
-            weight_N, x, logits, null_logits, returned_B = real[block.real_at :][: sum(sizes)].split(sizes)
-            logits = torch.cat([logits.view(B, E), null_logits.view(B, Z)], dim=1)
+                : 3 * n + E + n_tokens + 2
+            ].split([n, n, n, E + 1, n_tokens + 1])
+            sizes = [n, n_tokens * D, n_tokens * E, n_tokens * Z, n_tokens * block.returns]
+            weight_N, x, logits, null_logits, returned_T = real[block.real_at :][: sum(sizes)].split(sizes)
+            logits = torch.cat([logits.view(n_tokens, E), null_logits.view(n_tokens, Z)], dim=1)
             n = int(token_offsets[-1])
             assignments = Assignments(
                 token_N=token_N[:n],
@@ -123,8 +163,8 @@ class DecodeStep:
                 token_offsets=token_offsets,
                 row_of_slot_N=row_of_slot_N[:n],
             )
-            identity_B = returned_B if block.returns else None
-            routings.append(routing_of(router, assignments, x.view(B, D), logits, identity_B))
+            identity_T = returned_T if block.returns else None
+            routings.append(routing_of(router, assignments, x.view(n_tokens, D), logits, identity_T))
         return tuple(routings)
 
 
@@ -132,12 +172,12 @@ class DecodeStep:
 STEPS: WeakKeyDictionary[HybridCache, DecodeStep] = WeakKeyDictionary()
 
 
-def takes_one_call(tokens_BT: Tensor, weight: Tensor) -> bool:
+def takes_one_call(tokens_BT: Tensor, weight: Tensor, last_only: bool) -> bool:
     """Whether this moment is one for a step in one call: one token of each of few sequences on a CPU, without
-    gradients."""
+    gradients, or a prompt of which the last logits are asked for."""
     return (
         tokens_BT.dim() == 2
-        and tokens_BT.shape[1] == 1
+        and (tokens_BT.shape[1] == 1 or (last_only and 1 < tokens_BT.numel() <= MOST_PROMPT_TOKENS))
         and 1 <= len(tokens_BT) <= MOST_SEQUENCES
         and tokens_BT.dtype == torch.int64
         and tokens_BT.device.type == "cpu"
@@ -159,5 +199,5 @@ def step_of(cache: HybridCache, describe: Callable[[], DecodeStep]) -> DecodeSte
     return step
 
 
-def _count(state: LayerState) -> None:
-    state.length += 1  # pyright: ignore[reportAttributeAccessIssue]
+def _count(state: LayerState, n_tokens: int) -> None:
+    state.length += n_tokens  # pyright: ignore[reportAttributeAccessIssue]

@@ -132,7 +132,7 @@ class LanguageModel(ExactBuffers):
             ValueError: for tokens that are not [B, T], or a token id outside the vocabulary, on the CPU; a GPU stops
                 by an assertion of its own.
         """
-        if cache is not None and not self.training and takes_one_call(tokens_BT, self.embedding_VD):
+        if cache is not None and not self.training and takes_one_call(tokens_BT, self.embedding_VD, last_only):
             step = step_of(cache, lambda: self._described(cache, len(tokens_BT)))
             if step is not None and step.ready(tokens_BT):
                 return Output(*step.run(tokens_BT, cache))

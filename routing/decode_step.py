@@ -70,25 +70,27 @@ class OutsideDecisions:
 
     def __init__(self, routers: Sequence[Router], blocks: Sequence[NativeBlock], batch_size: int) -> None:
         self._routers, self._blocks, self._batch_size = routers, blocks, batch_size
+        self._length = 1
         self._inputs: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}
         self._error: BaseException | None = None
         self.routings: dict[int, Routing] = {}
 
-    def begin(self, real: Tensor, sums: dict[int, Tensor]) -> None:
-        """A step that writes what is routed to `real`; `sums` are those of its cache (`HybridCache.sums`)."""
-        self.routings, self._sums, self._error = {}, sums, None
+    def begin(self, real: Tensor, sums: dict[int, Tensor], length: int) -> None:
+        """A step of `length` tokens of each sequence that writes what is routed to `real`; `sums` are those of its
+        cache (`HybridCache.sums`)."""
+        self.routings, self._sums, self._error, self._length = {}, sums, None, length
         for layer, block in enumerate(self._blocks):
             if block.outside:
-                size = self._batch_size * self._routers[layer].d_model
-                self._inputs[layer] = real[block.real_at : block.real_at + size].view(self._batch_size, -1)
+                n_tokens = self._batch_size * length
+                size = n_tokens * self._routers[layer].d_model
+                self._inputs[layer] = real[block.real_at : block.real_at + size].view(n_tokens, -1)
 
     def decide(self, layer: int) -> int:
         """The router's own decision, left where the call reads it; 1 where it raised something, see `refuse`."""
         try:
-            x_BD = self._inputs[layer]
-            sequences = Sequences(n=len(x_BD), length=1, before_BX=self._sums.get(layer))
-            routing = self.routings[layer] = self._routers[layer](x_BD, sequences)
+            sequences = Sequences(n=self._batch_size, length=self._length, before_BX=self._sums.get(layer))
+            routing = self.routings[layer] = self._routers[layer](self._inputs[layer], sequences)
             if routing.sums_BX is not None:
                 self._sums[layer] = routing.sums_BX
             _hand_over(routing, self._blocks[layer])

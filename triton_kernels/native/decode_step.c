@@ -1,12 +1,13 @@
-/* One token of every sequence through a whole model in one call, by the parts of few_tokens.c: between two parts
- * nothing but a residual sum is left. `decode_step.py` holds the same structs and says whose fields they are.
+/* Tokens of every sequence through a whole model in one call: one of each, by the parts of few_tokens.c, or the many of
+ * a prompt, by those for many rows. Between two parts nothing but a residual sum is left. `decode_step.py` holds the
+ * same structs and says whose fields they are.
  *
- * Legend as in few_tokens.c, and: B sequences (its tokens T), I outputs of a layer's first projection, X inputs of its
- * last one.
+ * Legend as in few_tokens.c, and: B sequences, N tokens of all of them, I outputs of a layer's first projection, X
+ * inputs of its last one.
  */
 enum { SOFTMAX, DELTA, LIGHTNING };
 
-/* Rows that a router outside of the call has sorted, and the share of the token [B] and what else [B, D] is added to
+/* Rows that a router outside of the call has sorted, and the share of the token [N] and what else [N, D] is added to
  * what they give; these two may be NULL. */
 typedef struct {
     const int64_t *token, *expert_offsets, *token_offsets, *row_of_slot;
@@ -26,6 +27,7 @@ typedef struct {
     double rope_base;
     const float *q_norm, *k_norm, *sink;
     void *keys, *values;
+    const float *cosine, *sine; /* of the tokens of a prompt, [tokens, half] */
     /* Linear layers; `bf16` is the tail's. to_gate and to_decay: from their bottlenecks, as wide as one head. */
     const float *to_gate, *to_decay, *conv, *A_log, *dt_bias, *norm, *log_decay;
     float *state;
@@ -50,6 +52,7 @@ typedef struct {
     const Block *block;
     const float *embedding, *norm, *head;
     long blocks, vocabulary, width, batch;
+    long bf16; /* whether products of many rows round what they read to it */
     float eps;
     double *seconds;            /* by part, added to; NULL where nobody asks */
     long (*decide)(long block); /* fills in the block's decision; not 0 where it could not */
@@ -80,6 +83,7 @@ static double lap_from_here(const Model *m) {
 }
 
 typedef struct {
+    long tokens; /* N */
     float *x, *normed, *y, *inner, *mixed, *gate, *decay, *hidden, *weight, *level, *predicted, *scores;
     int64_t *expert;
     uint8_t *keep;
@@ -87,36 +91,62 @@ typedef struct {
 
 static long larger(long a, long b) { return a > b ? a : b; }
 
-/* What the largest block needs, in one piece that the caller frees; NULL where there is no memory. */
-static void *scratch_of(const Model *m, Scratch *s) {
-    long B = m->batch, D = m->width, inner = 0, mixed = 0, decay = 0, hidden = 0, slots = 0, experts = 0;
+/* What N tokens need in the largest block, in one piece that the caller frees; NULL where there is no memory. */
+static void *scratch_of(const Model *m, long N, Scratch *s) {
+    long D = m->width, inner = 0, mixed = 0, decay = 0, hidden = 0, slots = 0, columns = 0;
     for (const Block *l = m->block; l < m->block + m->blocks; l++) {
         inner = larger(inner, l->inner), mixed = larger(mixed, l->heads * l->value),
         decay = larger(decay, l->heads * l->key);
         hidden = larger(hidden, 2 * l->d_shared), slots = larger(slots, l->slots),
-        experts = larger(experts, l->experts + l->columns);
+        columns = larger(columns, l->experts + l->columns);
     }
-    long reals = B * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots + 1) + 5 * experts;
-    char *memory = malloc((size_t)(B * slots) * (sizeof(int64_t) + 1) + (size_t)reals * sizeof(float));
+    long reals = N * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots + 1) + routing_scratch(N, columns);
+    char *memory = malloc((size_t)(N * slots) * (sizeof(int64_t) + 1) + (size_t)reals * sizeof(float));
     if (!memory) return NULL;
+    s->tokens = N;
     s->expert = (int64_t *)memory;
-    s->x = (float *)(s->expert + B * slots), s->normed = s->x + B * D, s->y = s->normed + B * D,
-    s->inner = s->y + B * D;
-    s->mixed = s->inner + B * inner, s->gate = s->mixed + B * mixed, s->decay = s->gate + B * mixed,
-    s->hidden = s->decay + B * decay;
-    s->weight = s->hidden + B * hidden, s->level = s->weight + B * slots, s->predicted = s->level + B * slots,
-    s->scores = s->predicted + B;
-    s->keep = (uint8_t *)(s->scores + 5 * experts);
+    s->x = (float *)(s->expert + N * slots), s->normed = s->x + N * D, s->y = s->normed + N * D,
+    s->inner = s->y + N * D;
+    s->mixed = s->inner + N * inner, s->gate = s->mixed + N * mixed, s->decay = s->gate + N * mixed,
+    s->hidden = s->decay + N * decay;
+    s->weight = s->hidden + N * hidden, s->level = s->weight + N * slots, s->predicted = s->level + N * slots,
+    s->scores = s->predicted + N;
+    s->keep = (uint8_t *)(s->scores + routing_scratch(N, columns));
     return memory;
 }
 
-static void normed_or_copied(const float *x, const float *weight, float *y, const Model *m) {
-    if (weight) rms_norm(x, weight, y, m->batch, m->width, m->eps);
-    else memcpy(y, x, (size_t)(m->batch * m->width) * sizeof(float));
+/* ---- The same for few tokens and for many ---- */
+
+static long project(const Model *m, const float *x, const float *weight, float *y, long rows, long in, long out,
+                    int bf16, int threads) {
+    if (rows > MOST_ROWS) return project_rows(x, weight, y, rows, in, out, bf16 && m->bf16, threads);
+    linear(x, in, weight, y, rows, in, out, threads);
+    return 0;
 }
 
-static void add(float *restrict x, const float *restrict y, long n) {
+static void normed_or_copied(const float *x, const float *weight, float *y, const Model *m, long rows, int threads) {
+    if (weight) rms_norm_rows(x, weight, y, rows, m->width, m->eps, threads);
+    else memcpy(y, x, (size_t)(rows * m->width) * sizeof(float));
+}
+
+enum { ADDED = 32768 };
+typedef struct {
+    float *x;
+    const float *y;
+    long n;
+} Addition;
+
+static void add_piece(void *job, long index) {
+    const Addition *m = job;
+    long first = index * ADDED, n = m->n - first < ADDED ? m->n - first : ADDED;
+    float *restrict x = m->x + first;
+    const float *restrict y = m->y + first;
     for (long i = 0; i < n; i++) x[i] += y[i];
+}
+
+static void add(float *x, const float *y, long n, int threads) {
+    Addition job = {x, y, n};
+    in_pieces(add_piece, &job, (n + ADDED - 1) / ADDED, threads);
 }
 
 /* x * sigmoid(gate) of each sequence. */
@@ -142,7 +172,7 @@ static long softmax(const Block *l, Scratch *s, long position, long b, long batc
                           l->kv_heads, K, l->half, s->mixed + b * H * K, threads);
 }
 
-/* Attention between its projections: s->inner to s->mixed. Sequence b stands behind[b] tokens before `position`; all
+/* Attention of one token of each sequence between its projections: s->inner to s->mixed. Sequence b stands behind[b] tokens before `position`; all
  * stand there where that is NULL. */
 static long mix(const Block *l, const Model *m, Scratch *s, long position, const int64_t *behind, int threads) {
     long B = m->batch, H = l->heads, K = l->key, V = l->value, X = H * V;
@@ -178,107 +208,196 @@ static int is_nan(const float *x, long n) {
     return any;
 }
 
+/* ---- A prompt ---- */
+
+typedef struct {
+    const Block *l;
+    const Scratch *s;
+    long position, length; /* of each sequence: tokens before these, and these */
+} Prompt;
+
+enum { PROMPT_TOKENS = 64 };
+
+/* Norms queries where they lie, and brings keys and values into the cache. */
+static void prompt_piece(void *job, long index) {
+    const Prompt *m = job;
+    const Block *l = m->l;
+    long H = l->heads, G = l->kv_heads, K = l->key, last = larger(0, m->s->tokens - index * PROMPT_TOKENS);
+    last = index * PROMPT_TOKENS + (last < PROMPT_TOKENS ? last : PROMPT_TOKENS);
+    float x[K];
+    for (long i = index * PROMPT_TOKENS; i < last; i++) {
+        long b = i / m->length, t = i % m->length;
+        float *q = m->s->inner + i * l->inner, *k = q + H * K + (l->output_gate ? H * K : 0);
+        for (long h = 0; l->q_norm && h < H; h++) rms_norm(q + h * K, l->q_norm, q + h * K, 1, K, l->eps);
+        Heading heading = {NULL, l->k_norm, l->cosine + t * l->half, l->sine + t * l->half, l->eps, K, l->half};
+        for (long g = 0; l->writes && g < G; g++) {
+            long at = b * l->cache_stride + ((m->position + t) * G + g) * K;
+            prepare(&heading, k + g * K, l->k_norm, x);
+            write_row(l->keys, at, x, K, (int)l->bf16);
+            write_row(l->values, at, k + (G + g) * K, K, (int)l->bf16);
+        }
+    }
+}
+
+/* Attention of `length` tokens of each sequence, all of which see what is in the cache before `position`. */
+static long mix_prompt(const Block *l, const Model *m, Scratch *s, long position, long length, int threads) {
+    long B = m->batch, H = l->heads, K = l->key, S = position + length, line = l->kv_heads * K, I = l->inner;
+    Prompt job = {l, s, position, length};
+    in_pieces(prompt_piece, &job, (s->tokens + PROMPT_TOKENS - 1) / PROMPT_TOKENS, threads);
+    float *scratch = malloc((size_t)(s->tokens * H + (l->bf16 ? 2 * B * S * line : 0)) * sizeof(float));
+    if (!scratch) return NO_MEMORY;
+    const float *keys = l->keys, *values = l->values;
+    long stride = l->cache_stride;
+    if (l->bf16) {
+        float *wide = scratch + s->tokens * H;
+        keys = wide, values = wide + B * S * line;
+        for (long b = 0; b < B; b++) {
+            convert_bf16((uint16_t *)l->keys + b * stride, wide + b * S * line, S * line, 1, threads);
+            convert_bf16((uint16_t *)l->values + b * stride, wide + (B + b) * S * line, S * line, 1, threads);
+        }
+        stride = S * line;
+    }
+    long strides[] = {length * I, I, K, stride, line, K, stride, line, K};
+    long sizes[] = {B, length, S, H, l->kv_heads, K, K, l->half, 1, 0};
+    long error = softmax_forward(s->inner, keys, values, strides, sizes, l->cosine, l->sine, l->sink,
+                                 1.0f / sqrtf((float)K), s->mixed, scratch, (int)m->bf16, threads);
+    free(scratch);
+    if (l->output_gate) gated(s->mixed, s->inner + H * K, I, s->tokens, H * K);
+    return error;
+}
+
+/* ---- Experts ---- */
+
 /* Decides and sorts here. Writes down, for whoever asks later: in `whole` the token, the expert and the slot of each
- * row [B, slots] and both offsets [E + 1], [B + 1]; in `real` the rows' weights [B, slots], what was routed [B, D], its
- * logits [B, E] and those of null columns [B, Z], and what these return of the token [B]. Returns the number of the
- * block, from 1, where scores are not finite or compared with a NaN. */
+ * row [N, slots] and both offsets [E + 1], [N + 1]; in `real` the rows' weights [N, slots], what was routed [N, D], its
+ * logits [N, E] and those of null columns [N, Z], and what these return of the token [N]. Returns the number of the
+ * block, from 1, where scores are not finite or compared with a NaN, or an error below 0. */
 static long decide_here(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, Decision *decision,
                         int threads) {
-    long B = m->batch, D = m->width, E = l->experts, Z = l->columns, n = B * l->slots;
+    long N = s->tokens, D = m->width, E = l->experts, Z = l->columns, n = N * l->slots, error;
     int64_t *token = whole + l->whole_at, *row_expert = token + n, *row_of_slot = row_expert + n,
             *expert_offsets = row_of_slot + n, *token_offsets = expert_offsets + E + 1;
-    float *row_weight = real + l->real_at, *x = row_weight + n, *logits = x + B * D, *null_logits = logits + B * E;
-    float *returned = l->returns ? null_logits + B * Z : NULL, gain = l->gain ? *l->gain * *l->gain : 1.0f;
-    linear(x, D, l->router, logits, B, D, E, threads);
-    if (Z) linear(x, D, l->null_router, null_logits, B, D, Z, threads);
-    if (l->head) linear(x, D, l->head, s->predicted, B, D, 1, threads);
-    if (!isfinite(sum_of(logits, B * E) + sum_of(null_logits, B * Z)) || is_nan(l->bias, E) ||
+    float *row_weight = real + l->real_at, *x = row_weight + n, *logits = x + N * D, *null_logits = logits + N * E;
+    float *returned = l->returns ? null_logits + N * Z : NULL, gain = l->gain ? *l->gain * *l->gain : 1.0f;
+    error = project(m, x, l->router, logits, N, D, E, 0, threads);
+    if (Z && !error) error = project(m, x, l->null_router, null_logits, N, D, Z, 0, threads);
+    if (l->head && !error) error = project(m, x, l->head, s->predicted, N, D, 1, 0, threads);
+    if (error) return error;
+    if (!isfinite(sum_of(logits, N * E) + sum_of(null_logits, N * Z)) || is_nan(l->bias, E) ||
         is_nan(l->threshold, 1) || is_nan(l->drift, 1) || is_nan(l->aim, 1) || is_nan(l->gain, 1) ||
         is_nan(l->column_bias, Z) || is_nan(l->head, D))
         return l - m->block + 1;
     Beside beside = {null_logits,  l->column_bias, Z,    (int)l->apart, (int)l->null_weighs,
                      s->predicted, l->softness,    gain, returned};
     route_beside(logits, l->bias, l->threshold ? *l->threshold : 0.0f, s->weight, s->expert, s->keep, s->level,
-                 s->scores, B, E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise, &beside,
-                 1);
+                 s->scores, N, E, l->slots, l->floor, (int)l->rule, (int)l->use_sigmoid, (int)l->renormalise, &beside,
+                 threads);
     long rows = sort_slots(s->expert, s->weight, s->keep, row_weight, token, row_expert, expert_offsets, token_offsets,
-                           row_of_slot, B, l->slots, E);
+                           row_of_slot, N, l->slots, E);
     *decision = (Decision){token, expert_offsets, token_offsets, row_of_slot, row_weight, returned, NULL, rows};
     return rows < 0 ? rows : 0;
 }
 
 /* What rows give beside experts: the token itself, and what else a router adds. */
-static void add_beside(const Decision *decision, const float *x, float *y, long B, long D) {
-    for (long b = 0; decision->returned && b < B; b++)
-        for (long i = 0; i < D; i++) y[b * D + i] += decision->returned[b] * x[b * D + i];
-    if (decision->added) add(y, decision->added, B * D);
+static void add_beside(const Decision *decision, const float *x, float *y, long N, long D, int threads) {
+    for (long t = 0; decision->returned && t < N; t++)
+        for (long i = 0; i < D; i++) y[t * D + i] += decision->returned[t] * x[t * D + i];
+    if (decision->added) add(y, decision->added, N * D, threads);
+}
+
+/* What decided rows give of the tokens x: s->y. */
+static long experts_sum(const Block *l, const Model *m, const Decision *d, const float *x, Scratch *s, int threads) {
+    long N = s->tokens, D = m->width;
+    if (N <= MOST_ROWS)
+        return experts_of(x, l->gate_up, l->down, d->token, d->weight, d->expert_offsets, d->token_offsets,
+                          d->row_of_slot, s->y, N, d->rows, l->experts, D, l->d_expert, threads);
+    float *inner = malloc((size_t)(d->rows * l->d_expert + 1) * sizeof(float));
+    if (!inner) return NO_MEMORY;
+    long error = grouped_mlp_forward(x, l->gate_up.codes, l->down.codes, d->token, d->weight, d->expert_offsets, NULL,
+                                     inner, s->y, N, d->rows, l->experts, D, l->d_expert, (int)m->bf16, threads);
+    free(inner);
+    return error;
+}
+
+/* What the shared expert gives of the tokens x: s->normed. */
+static long shared_sum(const Block *l, const Model *m, const float *x, Scratch *s, int threads) {
+    long N = s->tokens, D = m->width, F = l->d_shared;
+    if (N > MOST_ROWS) {
+        /* One expert that every token goes to. */
+        int64_t *token = malloc((size_t)N * (sizeof(int64_t) + sizeof(float))), offsets[] = {0, N};
+        if (!token) return NO_MEMORY;
+        float *weight = (float *)(token + N);
+        for (long t = 0; t < N; t++) token[t] = t, weight[t] = 1.0f;
+        long error = grouped_mlp_forward(x, l->shared_gate_up, l->shared_down, token, weight, offsets, NULL, s->hidden,
+                                         s->normed, N, N, 1, D, F, (int)m->bf16, threads);
+        free(token);
+        return error;
+    }
+    const float *in[MOST_ROWS];
+    float *hidden[MOST_ROWS], *out[MOST_ROWS];
+    for (long r = 0; r < N; r++) in[r] = x + r * D, hidden[r] = s->hidden + r * 2 * F, out[r] = s->normed + r * D;
+    rows_times(N, in, hidden, l->shared_gate_up, D, 2 * F);
+    for (long r = 0; r < N; r++)
+        for (long f = 0; f < F; f++) hidden[r][f] = silu(hidden[r][f]) * hidden[r][F + f];
+    rows_times(N, (const float *const *)hidden, out, l->shared_down, F, D);
+    return 0;
 }
 
 /* Experts of the normed tokens: s->y. What was routed is written to `real`, see `decide_here`, whoever decides. */
 static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, double *since,
                          int threads) {
-    long B = m->batch, D = m->width, F = l->d_shared, error;
-    float *x = real + l->real_at + B * l->slots;
-    memcpy(x, s->normed, (size_t)(B * D) * sizeof(float));
+    long N = s->tokens, D = m->width, error;
+    float *x = real + l->real_at + N * l->slots;
+    memcpy(x, s->normed, (size_t)(N * D) * sizeof(float));
     Decision here;
     const Decision *d = l->outside ? &l->decision : &here;
     if (l->outside) error = m->decide(l - m->block) ? l - m->block + 1 : 0;
     else error = decide_here(l, m, s, whole, real, &here, threads);
     lap(m, ROUTER, since);
-    if (error) return error;
-    error = experts_of(x, l->gate_up, l->down, d->token, d->weight, d->expert_offsets, d->token_offsets, d->row_of_slot,
-                       s->y, B, d->rows, l->experts, D, l->d_expert, threads);
-    if (error) return error;
-    add_beside(d, x, s->y, B, D);
-    if (!F) return 0;
-    for (long first = 0; first < B; first += MOST_ROWS) {
-        long some = B - first < MOST_ROWS ? B - first : MOST_ROWS;
-        const float *in[MOST_ROWS];
-        float *hidden[MOST_ROWS], *out[MOST_ROWS];
-        for (long r = 0; r < some; r++)
-            in[r] = x + (first + r) * D, hidden[r] = s->hidden + (first + r) * 2 * F,
-            out[r] = s->normed + (first + r) * D;
-        rows_times(some, in, hidden, l->shared_gate_up, D, 2 * F);
-        for (long r = 0; r < some; r++)
-            for (long f = 0; f < F; f++) hidden[r][f] = silu(hidden[r][f]) * hidden[r][F + f];
-        rows_times(some, (const float *const *)hidden, out, l->shared_down, F, D);
-    }
-    add(s->y, s->normed, B * D);
+    if (error || (error = experts_sum(l, m, d, x, s, threads))) return error;
+    add_beside(d, x, s->y, N, D, threads);
+    if (!l->d_shared) return 0;
+    if ((error = shared_sum(l, m, x, s, threads))) return error;
+    add(s->y, s->normed, N * D, threads);
     return 0;
 }
 
-/* Logits [B, V] of the tokens after those at `position`, see `mix`. 0, an error below it, or what `route_tokens`
- * returns. */
-long decode_step(const Model *m, const int64_t *token, long position, const int64_t *behind, float *logits,
+/* Logits [B, V] of what follows `length` tokens of each sequence [B, length], the first of which stands at `position`;
+ * of one token see `mix` for `behind`. 0, an error below it, or what `route_tokens` returns. */
+long decode_step(const Model *m, const int64_t *token, long length, long position, const int64_t *behind, float *logits,
                  int64_t *whole, float *real, int threads) {
-    long B = m->batch, D = m->width, error = 0;
+    long B = m->batch, N = B * length, D = m->width, error = 0;
     Scratch s;
-    for (long b = 0; b < B; b++)
-        if (token[b] < 0 || token[b] >= m->vocabulary) return OUT_OF_RANGE;
-    void *memory = scratch_of(m, &s);
+    for (long i = 0; i < N; i++)
+        if (token[i] < 0 || token[i] >= m->vocabulary) return OUT_OF_RANGE;
+    void *memory = scratch_of(m, N, &s);
     if (!memory) return NO_MEMORY;
-    for (long b = 0; b < B; b++) memcpy(s.x + b * D, m->embedding + token[b] * D, (size_t)D * sizeof(float));
+    for (long i = 0; i < N; i++) memcpy(s.x + i * D, m->embedding + token[i] * D, (size_t)D * sizeof(float));
     double since = lap_from_here(m);
     for (const Block *l = m->block; l < m->block + m->blocks && !error; l++) {
-        normed_or_copied(s.x, l->attention_norm, s.normed, m);
+        long X = l->heads * l->value;
+        normed_or_copied(s.x, l->attention_norm, s.normed, m, N, threads);
         lap(m, NORMS, &since);
-        linear(s.normed, D, l->to_inner, s.inner, B, D, l->inner, threads);
+        if ((error = project(m, s.normed, l->to_inner, s.inner, N, D, l->inner, 1, threads))) break;
         lap(m, PROJECTIONS, &since);
-        if ((error = mix(l, m, &s, position, behind, threads))) break;
+        if (length > 1) error = mix_prompt(l, m, &s, position, length, threads);
+        else error = mix(l, m, &s, position, behind, threads);
+        if (error) break;
         lap(m, MIXING, &since);
-        linear(s.mixed, l->heads * l->value, l->to_out, s.y, B, l->heads * l->value, D, threads);
+        if ((error = project(m, s.mixed, l->to_out, s.y, N, X, D, 1, threads))) break;
         lap(m, PROJECTIONS, &since);
-        if (l->attention_out_norm) rms_norm(s.y, l->attention_out_norm, s.y, B, D, m->eps);
-        add(s.x, s.y, B * D);
-        normed_or_copied(s.x, l->moe_norm, s.normed, m);
+        if (l->attention_out_norm) rms_norm_rows(s.y, l->attention_out_norm, s.y, N, D, m->eps, threads);
+        add(s.x, s.y, N * D, threads);
+        normed_or_copied(s.x, l->moe_norm, s.normed, m, N, threads);
         lap(m, NORMS, &since);
         if ((error = route_tokens(l, m, &s, whole, real, &since, threads))) break;
         lap(m, EXPERTS, &since);
-        if (l->moe_out_norm) rms_norm(s.y, l->moe_out_norm, s.y, B, D, m->eps);
-        add(s.x, s.y, B * D);
+        if (l->moe_out_norm) rms_norm_rows(s.y, l->moe_out_norm, s.y, N, D, m->eps, threads);
+        add(s.x, s.y, N * D, threads);
     }
     if (!error) {
-        rms_norm(s.x, m->norm, s.normed, B, D, m->eps);
+        for (long b = 0; b < B; b++)
+            rms_norm(s.x + ((b + 1) * length - 1) * D, m->norm, s.normed + b * D, 1, D, m->eps);
         lap(m, NORMS, &since);
         linear(s.normed, D, m->head, logits, B, D, m->vocabulary, threads);
         lap(m, HEAD, &since);

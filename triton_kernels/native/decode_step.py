@@ -57,7 +57,7 @@ class NativeBlock(ctypes.Structure):
         ("eps", FLOAT),
         *((name, LONG) for name in ("kv_heads", "half", "output_gate", "writes", "capacity", "cache_stride", "bf16")),
         ("rope_base", ctypes.c_double),
-        *((name, P) for name in ("q_norm", "k_norm", "sink", "keys", "values")),
+        *((name, P) for name in ("q_norm", "k_norm", "sink", "keys", "values", "cosine", "sine")),
         *((name, P) for name in ("to_gate", "to_decay", "conv", "A_log", "dt_bias", "norm", "log_decay")),
         *((name, P) for name in ("state", "tail")),
         *((name, LONG) for name in ("taps", "per_channel", "use_silu")),
@@ -80,7 +80,7 @@ class NativeModel(ctypes.Structure):
     _fields_ = [
         ("block", ctypes.POINTER(NativeBlock)),
         *((name, P) for name in ("embedding", "norm", "head")),
-        *((name, LONG) for name in ("blocks", "vocabulary", "width", "batch")),
+        *((name, LONG) for name in ("blocks", "vocabulary", "width", "batch", "bf16")),
         ("eps", FLOAT),
         ("seconds", P),
         ("decide", DECIDE),

@@ -22,9 +22,9 @@ from foundation.c_library import Compiled, c_library
 SOURCES = [
     Path(__file__).with_name(f"{name}.c")
     for name in (
-        *("library", "few_tokens", "packed", "routing", "products", "softmax_decode", "decode_step", "bf16_products"),
-        *("projection", "grouped_mlp", "newton_schulz", "softmax_attention", "training_norm_and_loss", "chunked_rule"),
-        "linear_layer",
+        *("library", "few_tokens", "packed", "routing", "products", "bf16_products", "projection", "grouped_mlp"),
+        *("newton_schulz", "softmax_attention", "softmax_decode", "training_norm_and_loss", "chunked_rule"),
+        *("linear_layer", "decode_step"),
     )
 ]
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
@@ -53,7 +53,7 @@ SIGNATURES: dict[str, list[type]] = {
     "softmax_decode": [*[P] * 3, *[LONG] * 2, *[P] * 2, *[LONG] * 3, INT, *[P] * 5, *[FLOAT] * 2, *[LONG] * 5, P, INT],
     "delta_decode": [*[P] * 4, *[LONG] * 4, *[P] * 6, *[INT] * 3, FLOAT, *[LONG] * 5, P, INT],
     "lightning_decode": [P, LONG, P, P, P, *[LONG] * 4],
-    "decode_step": [P, P, LONG, P, P, P, P, INT],
+    "decode_step": [P, P, LONG, LONG, P, P, P, P, INT],
     "grouped_mlp_forward": [*[P] * 9, *[LONG] * 5, INT, INT],
     "grouped_mlp_backward": [*[P] * 13, *[LONG] * 4, INT, INT],
     "project_rows": [*[P] * 3, *[LONG] * 3, INT, INT],

@@ -133,6 +133,9 @@ static void route_token(const Routes *m, long t, float *scratch) {
     if (Z && beside->returned) beside->returned[t] = rest / by;
 }
 
+/* Floats of scratch, of so many columns of experts and null ones. */
+static long routing_scratch(long tokens, long columns) { return (tokens + ROUTED - 1) / ROUTED * 5 * columns; }
+
 static void route_piece(void *job, long index) {
     Routes *m = job;
     long columns = m->experts + (m->rule == RIVALS ? m->beside->columns : 0);

@@ -1,0 +1,130 @@
+"""A prompt in one call of C leaves what the layers leave: logits, keys and values, and how tokens were routed."""
+
+import pytest
+import torch
+
+from routing.policies.top_p import TopP
+from routing.router import NonFiniteScoresError, RouterConfig
+from tests.lm.test_fast_decode import POLICIES, build, layer_by_layer, steps  # noqa: F401  (a fixture)
+from triton_kernels.native import library
+
+pytestmark = pytest.mark.skipif(library.native().library is None, reason=library.native().reason)
+
+# Few tokens, and more than are computed by the forms for few.
+PIECES = (2, 21, 3)
+
+
+def prompted(model, batch_size, pieces=PIECES):
+    """What a prompt in pieces leaves: logits behind each, the cache's tensors, and the routings."""
+    cache, logits, routings = model.new_cache(batch_size, sum(pieces) + 1), [], []
+    tokens_BT = torch.randint(50, (batch_size, sum(pieces)), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for piece_BT in tokens_BT.split(pieces, dim=1):
+            output = model(piece_BT, cache, last_only=True)
+            logits.append(output.logits_BTV)
+            routings += output.routings
+        # What was written must also be found by the next token.
+        logits.append(model(tokens_BT[:, :1], cache).logits_BTV)
+    tensors = [tensor.float() for state in cache.layers for tensor in state.tensors.values()]
+    return torch.cat(logits, dim=1).float(), tensors, routings, [state.length for state in cache.layers]
+
+
+def compare(model, batch_size, monkeypatch, steps, n_calls=len(PIECES) + 1):
+    ours, our_tensors, our_routings, our_lengths = prompted(model, batch_size)
+    assert len(steps) == n_calls
+    layer_by_layer(monkeypatch)
+    theirs, tensors, routings, lengths = prompted(model, batch_size)
+    assert len(steps) == n_calls
+    assert our_lengths == lengths
+    same = torch.cat(
+        [
+            (our.assignments.experts_per_token_T() == their.assignments.experts_per_token_T())
+            for our, their in zip(our_routings, routings, strict=True)
+        ]
+    )
+    bf16 = model.config.dtype == "bfloat16"
+    # In bf16 a token may meet another expert where two scores are equal but for rounding: most must agree.
+    assert same.float().mean() >= (0.8 if bf16 else 1.0)
+    for our, their in zip([ours, *our_tensors], [theirs, *tensors], strict=True):
+        # Rows that nobody has written are whatever was there.
+        difference, size = (our - their).abs()[their.isfinite()], their[their.isfinite()].abs()
+        assert difference.median() <= (0.05 if bf16 else 1e-5) * size.mean()
+        assert difference.quantile(0.99) <= (1.0 if bf16 else 1e-4) * size.max()
+    if not bf16:
+        compare_routings(our_routings, routings)
+
+
+def compare_routings(ours, theirs):
+    for our, their in zip(ours, theirs, strict=True):
+        for name, rows in vars(their.assignments).items():
+            torch.testing.assert_close(getattr(our.assignments, name), rows, rtol=1e-4, atol=1e-5)
+        for name in ("probs_TE", "losses", "identity_T", "constant_TD"):
+            assert (getattr(our, name) is None) == (getattr(their, name) is None), name
+            if getattr(their, name) is not None:
+                torch.testing.assert_close(getattr(our, name), getattr(their, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("plan", ["F", "FR"])
+def test_plans(plan, dtype, batch_size, monkeypatch, steps):  # noqa: F811
+    compare(build(plan, dtype), batch_size, monkeypatch, steps)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "sandwich"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_options(norm, dtype, monkeypatch, steps):  # noqa: F811
+    model = build("FR", dtype, norm=norm, output_gate=True, sink_logits=True, rotary_fraction=0.5, qk_norm=False)
+    compare(model, 3, monkeypatch, steps)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy(policy, monkeypatch, steps):  # noqa: F811
+    compare(build("F", "float32", RouterConfig(policy=policy())), 2, monkeypatch, steps)
+
+
+def test_a_window_is_one_call_until_it_is_full(monkeypatch, steps):  # noqa: F811
+    compare(build("FS", "float32", window=23), 2, monkeypatch, steps, n_calls=3)
+
+
+def test_linear_layers_read_a_prompt_by_themselves(monkeypatch, steps):  # noqa: F811
+    compare(build("FG", "float32"), 2, monkeypatch, steps, n_calls=1)
+
+
+def test_all_logits_are_the_layers(steps):  # noqa: F811
+    model = build("F", "float32")
+    with torch.no_grad():
+        assert model(torch.ones(1, 5, dtype=torch.int64), model.new_cache(1, 5)).logits_BTV.shape == (1, 5, 50)
+    assert not steps
+
+
+def test_what_is_refused_is_refused_alike(monkeypatch, steps):  # noqa: F811
+    said = []
+    for one_call in (True, False):
+        if not one_call:
+            layer_by_layer(monkeypatch)
+        for tokens, nan in (([[1, 2, 50]], False), ([[1] * 9], False), ([[1, 2, 3]], True)):
+            model = build("FF", "float32", RouterConfig(policy=TopP()))
+            cache = model.new_cache(1, 8)
+            with torch.no_grad():
+                if nan:
+                    model.routers()[1].policy.budget.threshold.fill_(torch.nan)
+                with pytest.raises(ValueError) as error:
+                    model(torch.tensor(tokens), cache, last_only=True)
+            said.append((str(error.value), type(error.value), [state.length for state in cache.layers]))
+            assert nan == isinstance(error.value, NonFiniteScoresError)
+    assert said[:3] == said[3:]
+    # The first two are seen before the call.
+    assert len(steps) == 1
+
+
+def test_the_number_of_threads_changes_no_bit(steps):  # noqa: F811
+    model, before, results = build("FR", "bfloat16", head_dim=64), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(prompted(model, 2, (200, 300)))
+    finally:
+        torch.set_num_threads(before)
+    assert len(steps) == 6
+    assert torch.equal(results[0][0], results[1][0])
