@@ -343,12 +343,14 @@ static long shared_sum(const Block *l, const Model *m, const float *x, Scratch *
     return 0;
 }
 
-/* Experts of the normed tokens: s->y. What was routed is written to `real`, see `decide_here`, whoever decides. */
+/* Where a block's routed tokens are written down, see `decide_here`, whoever decides. */
+static float *routed_of(const Block *l, const Scratch *s, float *real) { return real + l->real_at + s->tokens * l->slots; }
+
+/* Experts of the routed tokens: s->y. */
 static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, double *since,
                          int threads) {
     long N = s->tokens, D = m->width, error;
-    float *x = real + l->real_at + N * l->slots;
-    memcpy(x, s->normed, (size_t)(N * D) * sizeof(float));
+    const float *x = routed_of(l, s, real);
     Decision here;
     const Decision *d = l->outside ? &l->decision : &here;
     if (l->outside) error = m->decide(l - m->block) ? l - m->block + 1 : 0;
@@ -388,7 +390,7 @@ long decode_step(const Model *m, const int64_t *token, long length, long positio
         lap(m, PROJECTIONS, &since);
         if (l->attention_out_norm) rms_norm_rows(s.y, l->attention_out_norm, s.y, N, D, m->eps, threads);
         add(s.x, s.y, N * D, threads);
-        normed_or_copied(s.x, l->moe_norm, s.normed, m, N, threads);
+        normed_or_copied(s.x, l->moe_norm, routed_of(l, &s, real), m, N, threads);
         lap(m, NORMS, &since);
         if ((error = route_tokens(l, m, &s, whole, real, &since, threads))) break;
         lap(m, EXPERTS, &since);

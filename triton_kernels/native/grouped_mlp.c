@@ -16,6 +16,9 @@ typedef struct {
     float *d_gate_up, *d_down, *d_weight; /* the first two NULL where nobody asks */
     long tokens, experts, d_model, d_expert, piece_columns;
     int bf16; /* whether products round what they read to it */
+    /* In the forward pass what several products read is rounded once: x, and `inner` where it holds such rows. */
+    uint32_t *x_words;
+    long x_row, inner_row; /* words between rows; 0 for fp32 */
     atomic_int no_memory;
 } ManyRows;
 
@@ -31,17 +34,20 @@ static void forward_piece(void *job, long e) {
     long D = m->d_model, F = m->d_expert, last = m->offsets[e + 1], M = block_rows(D + 2 * F),
          panels = rounded_up(2 * F, TILE_COLUMNS) * D;
     if (m->offsets[e] == last) return;
-    float *packed = scratch_for(&m->no_memory, panels + (m->hidden ? 0 : M * 2 * F));
+    float *packed = scratch_for(&m->no_memory, panels + F + (m->hidden ? 0 : M * 2 * F)), *activation = packed + panels;
     if (!packed) return;
     pack_as(m->bf16, m->gate_up + e * D * 2 * F, NULL, 2 * F, 0, 2 * F, D, packed);
     for (long row = m->offsets[e]; row < last; row += M) {
         long n = last - row < M ? last - row : M;
-        float *hidden = m->hidden ? m->hidden + row * 2 * F : packed + panels;
-        product_as(m->bf16, (Left){m->x, m->token + row, D, 1}, packed, D, n, 2 * F, (Result){hidden, NULL, 2 * F, 0});
+        float *hidden = m->hidden ? m->hidden + row * 2 * F : activation + F;
+        Result sums = {hidden, NULL, 2 * F, 0};
+        if (m->bf16) words_times((Words){m->x_words, m->token + row, m->x_row, 1}, packed, D, D, 0, n, 2 * F, sums);
+        else product((Left){m->x, m->token + row, D, 1}, packed, D, n, 2 * F, sums);
         for (long r = 0; r < n; r++) {
             const float *restrict gate = hidden + r * 2 * F, *restrict up = gate + F;
-            float *restrict inner = m->inner + (row + r) * F, weight = m->weight[row + r];
+            float *restrict inner = m->inner_row ? activation : m->inner + (row + r) * F, weight = m->weight[row + r];
             for (long f = 0; f < F; f++) inner[f] = silu(gate[f]) * up[f] * weight;
+            if (m->inner_row) round_row(inner, F, (uint32_t *)m->inner + (row + r) * m->inner_row);
         }
     }
     free(packed);
@@ -61,11 +67,21 @@ static void combine(ManyRows *m, long index, const float *weight, long K, int tr
         if (m->offsets[e] == last) continue;
         if (transposed) pack_transposed_as(m->bf16, weight + (e * D + first) * K, K, columns, K, packed);
         else pack_as(m->bf16, weight + e * K * D, NULL, D, first, columns, K, packed);
-        for (long row = m->offsets[e]; row < last; row += M)
-            product_as(m->bf16, (Left){m->inner + row * K, NULL, K, 1}, packed, K, last - row < M ? last - row : M,
-                       columns, (Result){m->y + first, m->token + row, D, 1});
+        for (long row = m->offsets[e]; row < last; row += M) {
+            long n = last - row < M ? last - row : M;
+            Words words = {(uint32_t *)m->inner + row * m->inner_row, NULL, m->inner_row, 1};
+            Result sums = {m->y + first, m->token + row, D, 1};
+            if (m->inner_row) words_times(words, packed, K, K, 0, n, columns, sums);
+            else product_as(m->bf16, (Left){m->inner + row * K, NULL, K, 1}, packed, K, n, columns, sums);
+        }
     }
     free(packed);
+}
+
+static void words_piece(void *job, long index) {
+    ManyRows *m = job;
+    for (long t = index * MOST_BLOCK; t < m->tokens && t < (index + 1) * MOST_BLOCK; t++)
+        round_row(m->x + t * m->d_model, m->d_model, m->x_words + t * m->x_row);
 }
 
 static void outputs_piece(void *job, long index) {
@@ -171,8 +187,17 @@ long grouped_mlp_forward(const float *x, const float *gate_up, const float *down
                     .d_model = d_model,
                     .d_expert = d_expert,
                     .bf16 = bf16};
+    if (bf16) {
+        /* Rows of words lie where those of fp32 would, unless they are narrower than what is written at a time. */
+        job.x_row = rounded_up(d_model, 2 * LINE) / 2, job.inner_row = rounded_up(d_expert, 2 * LINE) / 2;
+        if (job.inner_row > d_expert) job.inner_row = 0;
+        job.x_words = (uint32_t *)scratch_for(&job.no_memory, tokens * job.x_row + 1);
+        if (!job.x_words) return NO_MEMORY;
+        in_pieces(words_piece, &job, (tokens + MOST_BLOCK - 1) / MOST_BLOCK, threads);
+    }
     in_pieces(forward_piece, &job, experts, threads);
     in_column_pieces(outputs_piece, &job, threads);
+    free(job.x_words);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }
 

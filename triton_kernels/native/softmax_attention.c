@@ -6,7 +6,7 @@
  * the number of threads. Legend as in few_tokens.c, and: T queries, S keys, V width of a value.
  */
 
-enum { QUERIES = 60, KEYS = 256 };
+enum { QUERIES = 60, KEYS = 512 };
 
 /* Rows of a head: x + b * batch + t * token + h * head, in elements. */
 typedef struct {
