@@ -21,7 +21,7 @@ from attention.positions import rotary_of
 from routing.assignments import Assignments
 from routing.decode_step import OutsideDecisions, routing_of
 from routing.router import Router, Routing
-from triton_kernels.native.decode_step import DECIDE, SOFTMAX, NativeBlock, NativeModel, NotInOneCall, Watch
+from triton_kernels.native.decode_step import DECIDE, NativeBlock, NativeModel, NotInOneCall, Watch
 from triton_kernels.native.library import MOST_TOKENS, call, is_native, products_here, rounds_products, threads, wide
 
 # Of more sequences blocked products win, see `attention.projection`.
@@ -60,9 +60,9 @@ class DecodeStep:
         native.bf16 = rounds_products(dtype)
         self.outside = OutsideDecisions(routers, list(self.blocks), native.batch)
         native.decide = DECIDE(self.outside.decide)
-        # Linear layers and packed experts are known for few tokens only.
+        # Packed experts are known for few tokens only.
         self.takes_prompts = dtype in products_here() and all(
-            block.mixer == SOFTMAX and block.gate_up.bits == block.down.bits == FP32_BITS for block in blocks
+            block.gate_up.bits == block.down.bits == FP32_BITS for block in blocks
         )
 
     def holds(self, cache: HybridCache) -> bool:
@@ -76,16 +76,8 @@ class DecodeStep:
             all(state.length == length <= state.max_length - T for state in self.states)
             and len(tokens_BT) == self.native.batch
             and 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < self.native.vocabulary
-            and (T == 1 or self._ready_for_prompt(length + T))
-        )
-
-    def _ready_for_prompt(self, length: int) -> bool:
-        """Whether tokens of a prompt can be the next ones, up to this length: those of all sequences at one place, and
-        none behind the window of a layer."""
-        return (
-            self.takes_prompts
-            and self.states[0].behind_B is None
-            and all(length <= block.capacity for block in self.blocks)
+            # A prompt stands at one place in all sequences.
+            and (T == 1 or (self.takes_prompts and self.states[0].behind_B is None))
         )
 
     def run(self, tokens_BT: Tensor, cache: HybridCache) -> tuple[Tensor, Callable[[], tuple[Routing, ...]]]:

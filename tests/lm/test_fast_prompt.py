@@ -5,7 +5,7 @@ import torch
 
 from routing.policies.top_p import TopP
 from routing.router import NonFiniteScoresError, RouterConfig
-from tests.lm.test_fast_decode import POLICIES, build, layer_by_layer, steps  # noqa: F401  (a fixture)
+from tests.lm.test_fast_decode import ONE_CALL, POLICIES, build, layer_by_layer, steps  # noqa: F401  (a fixture)
 from triton_kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.native().library is None, reason=library.native().reason)
@@ -57,24 +57,23 @@ def compare(model, batch_size, monkeypatch, steps, n_calls=len(PIECES) + 1):
 def compare_routings(ours, theirs):
     for our, their in zip(ours, theirs, strict=True):
         for name, rows in vars(their.assignments).items():
-            torch.testing.assert_close(getattr(our.assignments, name), rows, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(getattr(our.assignments, name), rows, rtol=1e-3, atol=1e-4)
         for name in ("probs_TE", "losses", "identity_T", "constant_TD"):
             assert (getattr(our, name) is None) == (getattr(their, name) is None), name
             if getattr(their, name) is not None:
-                torch.testing.assert_close(getattr(our, name), getattr(their, name), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(getattr(our, name), getattr(their, name), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("plan", ["F", "FR"])
+@pytest.mark.parametrize("plan", ONE_CALL)
 def test_plans(plan, dtype, batch_size, monkeypatch, steps):  # noqa: F811
     compare(build(plan, dtype), batch_size, monkeypatch, steps)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post", "sandwich"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_options(norm, dtype, monkeypatch, steps):  # noqa: F811
-    model = build("FR", dtype, norm=norm, output_gate=True, sink_logits=True, rotary_fraction=0.5, qk_norm=False)
+def test_options(norm, monkeypatch, steps):  # noqa: F811
+    model = build("FRSrGKL", "float32", norm=norm, output_gate=True, sink_logits=True, rotary_fraction=0.5, qk_norm=False)
     compare(model, 3, monkeypatch, steps)
 
 
@@ -83,12 +82,14 @@ def test_every_policy(policy, monkeypatch, steps):  # noqa: F811
     compare(build("F", "float32", RouterConfig(policy=policy())), 2, monkeypatch, steps)
 
 
-def test_a_window_is_one_call_until_it_is_full(monkeypatch, steps):  # noqa: F811
-    compare(build("FS", "float32", window=23), 2, monkeypatch, steps, n_calls=3)
+@pytest.mark.parametrize("window", [1, 3, 20, 23, 26, 40])
+def test_a_window_that_goes_round(window, monkeypatch, steps):  # noqa: F811
+    """Within a piece, between two, just when the prompt ends, and never."""
+    compare(build("SrF", "float32", window=window), 2, monkeypatch, steps)
 
 
-def test_linear_layers_read_a_prompt_by_themselves(monkeypatch, steps):  # noqa: F811
-    compare(build("FG", "float32"), 2, monkeypatch, steps, n_calls=1)
+def test_what_the_call_does_not_know_reads_a_prompt_by_itself(monkeypatch, steps):  # noqa: F811
+    compare(build("FM", "float32"), 2, monkeypatch, steps, n_calls=0)
 
 
 def test_all_logits_are_the_layers(steps):  # noqa: F811
@@ -119,7 +120,7 @@ def test_what_is_refused_is_refused_alike(monkeypatch, steps):  # noqa: F811
 
 
 def test_the_number_of_threads_changes_no_bit(steps):  # noqa: F811
-    model, before, results = build("FR", "bfloat16", head_dim=64), torch.get_num_threads(), []
+    model, before, results = build("FRSGKL", "bfloat16", head_dim=64), torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)

@@ -13,14 +13,14 @@ enum { CHUNK = 32 };
 static const float STRONGEST = -100.0f;
 
 typedef struct {
-    Heads q, k, v, decay, beta;             /* decay [B, T, H or H K]; beta NULL: nothing is corrected */
-    const int64_t *sequence;                /* of each: batch row, first token, tokens, chunks before it */
+    Heads q, k, v, decay, beta; /* decay [B, T, H or H K]; beta NULL: nothing is corrected */
+    const int64_t *sequence;    /* of each: batch row, first token, tokens, chunks before it */
     long heads, key_heads, width, value_width, tokens;
     int per_channel, normalize;
     float scale;
-    const float *initial;                   /* [S, H, K, V], as all states */
-    float *final, *o;                       /* o [B, T, H, V], as all that follows is dense */
-    float *states, *errors;                 /* before every chunk [chunks, H, K, V], and [B, T, H, V]; or NULL */
+    const float *initial;   /* [S, H, K, V], as all states */
+    float *final, *o;       /* o [B, T, H, V], as all that follows is dense */
+    float *states, *errors; /* before every chunk [chunks, H, K, V], and [B, T, H, V]; or NULL */
     const float *d_o, *d_final;
     float *dq, *dk, *dv, *d_decay, *d_beta, *d_initial; /* d_decay NULL where nobody asks */
     atomic_int no_memory;
@@ -29,14 +29,14 @@ typedef struct {
 /* What is made of a chunk's inputs before any state is known. */
 typedef struct {
     long n;
-    float *rows, *read;                  /* [2 n, K]: q and k; scale e^c q and -e^c k */
-    float *weighted, *write;             /* [n, K]: b k; e^{c_n - c} b k */
-    float *from_start, *to_end, *whole;  /* [n, K]: e^c, e^{c_n - c}; [K]: e^{c_n} */
-    float *decay, *late, *early;         /* [n, K]: log-decays; decays from and to a pair's anchor, per channel */
-    float *pair;                         /* [2 n, K] */
-    float *panels;                       /* [2 CHUNK, K or V] or [K, V] */
-    float scores[2 * CHUNK * CHUNK];     /* F, and -(A^-1 - 1) */
-    float within[CHUNK * CHUNK];         /* e^{c_i - c_j} for j <= i */
+    float *rows, *read;                   /* [2 n, K]: q and k; scale e^c q and -e^c k */
+    float *weighted, *write;              /* [n, K]: b k; e^{c_n - c} b k */
+    float *from_start, *to_end, *whole;   /* [n, K]: e^c, e^{c_n - c}; [K]: e^{c_n} */
+    float *decay, *late, *early;          /* [n, K]: log-decays; decays from and to a pair's anchor, per channel */
+    float *pair;                          /* [2 n, K] */
+    float *panels;                        /* [2 CHUNK, K or V] or [K, V] */
+    float scores[2 * CHUNK * CHUNK];      /* F, and -(A^-1 - 1) */
+    float within[CHUNK * CHUNK];          /* e^{c_i - c_j} for j <= i */
     float length[2 * CHUNK], beta[CHUNK]; /* 1 / length of a row */
 } Chunk;
 
@@ -166,7 +166,8 @@ static void decay_per_channel(const Rule *m, Chunk *c) {
         for (long d = 0; d < K; d++) c->from_start[i * K + d] = c->from_start[(i - 1) * K + d] + c->decay[i * K + d];
     for (long i = n - 1; i > 0; i--)
         for (long d = 0; d < K; d++) c->to_end[(i - 1) * K + d] = c->to_end[i * K + d] + c->decay[i * K + d];
-    for (long i = 0; i < n * K; i++) c->from_start[i] = exp_fp32(c->from_start[i]), c->to_end[i] = exp_fp32(c->to_end[i]);
+    for (long i = 0; i < n * K; i++)
+        c->from_start[i] = exp_fp32(c->from_start[i]), c->to_end[i] = exp_fp32(c->to_end[i]);
     for (long i = 0; i < n; i++)
         for (long j = 0; j <= i; j++) c->within[i * CHUNK + j] = 1.0f;
 }
@@ -191,7 +192,8 @@ static void decay_of_pair(Chunk *c, long K, Pair pair) {
     const float *restrict decay = c->decay + pair.middle * K;
     for (long d = 0; d < K; d++) c->late[d] = 0, c->early[(earlier - 1) * K + d] = decay[d];
     for (long i = K; i < later * K; i++) c->late[i] = c->late[i - K] + decay[i];
-    for (long i = (earlier - 1) * K - 1; i >= 0; i--) c->early[i] = c->early[i + K] + c->decay[(pair.first + 1) * K + i];
+    for (long i = (earlier - 1) * K - 1; i >= 0; i--)
+        c->early[i] = c->early[i + K] + c->decay[(pair.first + 1) * K + i];
     for (long i = 0; i < later * K; i++) c->late[i] = exp_fp32(c->late[i]);
     for (long i = 0; i < earlier * K; i++) c->early[i] = exp_fp32(c->early[i]);
 }
@@ -230,7 +232,8 @@ static void channel_scores(Chunk *c, long K, int kinds) {
 /* Adds what the gradients of the scores, [2 CHUNK, CHUNK], give to those of rows and keys. */
 static void channel_scores_backward(Chunk *c, long K, int kinds, const float *d_scores, float *d_rows, float *d_keys) {
     long half = 1, n = c->n;
-    float *early = c->pair, *late = c->pair + CHUNK * K, *panels = c->panels, *d_pair = panels + CHUNK * wide_columns(K);
+    float *early = c->pair, *late = c->pair + CHUNK * K, *panels = c->panels,
+          *d_pair = panels + CHUNK * wide_columns(K);
     for (long i = 0; i < n; i++)
         for (long d = 0; d < K; d++) {
             float here = d_scores[i * CHUNK + i];
@@ -347,7 +350,8 @@ static void rule_forward_piece(void *job, long index) {
     Chunk c;
     place(m, &c, &from);
     float *held = from, *errors = held + K * columns;
-    float *state = start_state(m->initial ? m->initial + (s * H + h) * size : NULL, m->final + (s * H + h) * size, size);
+    float *state =
+        start_state(m->initial ? m->initial + (s * H + h) * size : NULL, m->final + (s * H + h) * size, size);
     for (long t = 0; t < sequence[2]; t += CHUNK) {
         long n = sequence[2] - t < CHUNK ? sequence[2] - t : CHUNK, token = first + t;
         Result o = {m->o + ((b * m->tokens + token) * H + h) * V, NULL, H * V, 0};

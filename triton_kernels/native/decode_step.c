@@ -87,9 +87,8 @@ typedef struct {
     float *x, *normed, *y, *inner, *mixed, *gate, *decay, *hidden, *weight, *level, *predicted, *scores;
     int64_t *expert;
     uint8_t *keep;
+    float *ring; /* of a prompt: see prompt.c */
 } Scratch;
-
-static long larger(long a, long b) { return a > b ? a : b; }
 
 /* What N tokens need in the largest block, in one piece that the caller frees; NULL where there is no memory. */
 static void *scratch_of(const Model *m, long N, Scratch *s) {
@@ -103,7 +102,7 @@ static void *scratch_of(const Model *m, long N, Scratch *s) {
     long reals = N * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots + 1) + routing_scratch(N, columns);
     char *memory = malloc((size_t)(N * slots) * (sizeof(int64_t) + 1) + (size_t)reals * sizeof(float));
     if (!memory) return NULL;
-    s->tokens = N;
+    s->tokens = N, s->ring = NULL;
     s->expert = (int64_t *)memory;
     s->x = (float *)(s->expert + N * slots), s->normed = s->x + N * D, s->y = s->normed + N * D,
     s->inner = s->y + N * D;
@@ -172,8 +171,8 @@ static long softmax(const Block *l, Scratch *s, long position, long b, long batc
                           l->kv_heads, K, l->half, s->mixed + b * H * K, threads);
 }
 
-/* Attention of one token of each sequence between its projections: s->inner to s->mixed. Sequence b stands behind[b] tokens before `position`; all
- * stand there where that is NULL. */
+/* Attention of one token of each sequence between its projections: s->inner to s->mixed. Sequence b stands behind[b]
+ * tokens before `position`; all stand there where that is NULL. */
 static long mix(const Block *l, const Model *m, Scratch *s, long position, const int64_t *behind, int threads) {
     long B = m->batch, H = l->heads, K = l->key, V = l->value, X = H * V;
     if (l->mixer == SOFTMAX) {
@@ -208,63 +207,7 @@ static int is_nan(const float *x, long n) {
     return any;
 }
 
-/* ---- A prompt ---- */
-
-typedef struct {
-    const Block *l;
-    const Scratch *s;
-    long position, length; /* of each sequence: tokens before these, and these */
-} Prompt;
-
-enum { PROMPT_TOKENS = 64 };
-
-/* Norms queries where they lie, and brings keys and values into the cache. */
-static void prompt_piece(void *job, long index) {
-    const Prompt *m = job;
-    const Block *l = m->l;
-    long H = l->heads, G = l->kv_heads, K = l->key, last = larger(0, m->s->tokens - index * PROMPT_TOKENS);
-    last = index * PROMPT_TOKENS + (last < PROMPT_TOKENS ? last : PROMPT_TOKENS);
-    float x[K];
-    for (long i = index * PROMPT_TOKENS; i < last; i++) {
-        long b = i / m->length, t = i % m->length;
-        float *q = m->s->inner + i * l->inner, *k = q + H * K + (l->output_gate ? H * K : 0);
-        for (long h = 0; l->q_norm && h < H; h++) rms_norm(q + h * K, l->q_norm, q + h * K, 1, K, l->eps);
-        Heading heading = {NULL, l->k_norm, l->cosine + t * l->half, l->sine + t * l->half, l->eps, K, l->half};
-        for (long g = 0; l->writes && g < G; g++) {
-            long at = b * l->cache_stride + ((m->position + t) * G + g) * K;
-            prepare(&heading, k + g * K, l->k_norm, x);
-            write_row(l->keys, at, x, K, (int)l->bf16);
-            write_row(l->values, at, k + (G + g) * K, K, (int)l->bf16);
-        }
-    }
-}
-
-/* Attention of `length` tokens of each sequence, all of which see what is in the cache before `position`. */
-static long mix_prompt(const Block *l, const Model *m, Scratch *s, long position, long length, int threads) {
-    long B = m->batch, H = l->heads, K = l->key, S = position + length, line = l->kv_heads * K, I = l->inner;
-    Prompt job = {l, s, position, length};
-    in_pieces(prompt_piece, &job, (s->tokens + PROMPT_TOKENS - 1) / PROMPT_TOKENS, threads);
-    float *scratch = malloc((size_t)(s->tokens * H + (l->bf16 ? 2 * B * S * line : 0)) * sizeof(float));
-    if (!scratch) return NO_MEMORY;
-    const float *keys = l->keys, *values = l->values;
-    long stride = l->cache_stride;
-    if (l->bf16) {
-        float *wide = scratch + s->tokens * H;
-        keys = wide, values = wide + B * S * line;
-        for (long b = 0; b < B; b++) {
-            convert_bf16((uint16_t *)l->keys + b * stride, wide + b * S * line, S * line, 1, threads);
-            convert_bf16((uint16_t *)l->values + b * stride, wide + (B + b) * S * line, S * line, 1, threads);
-        }
-        stride = S * line;
-    }
-    long strides[] = {length * I, I, K, stride, line, K, stride, line, K};
-    long sizes[] = {B, length, S, H, l->kv_heads, K, K, l->half, 1, 0};
-    long error = softmax_forward(s->inner, keys, values, strides, sizes, l->cosine, l->sine, l->sink,
-                                 1.0f / sqrtf((float)K), s->mixed, scratch, (int)m->bf16, threads);
-    free(scratch);
-    if (l->output_gate) gated(s->mixed, s->inner + H * K, I, s->tokens, H * K);
-    return error;
-}
+#include "prompt.c"
 
 /* ---- Experts ---- */
 
@@ -344,7 +287,9 @@ static long shared_sum(const Block *l, const Model *m, const float *x, Scratch *
 }
 
 /* Where a block's routed tokens are written down, see `decide_here`, whoever decides. */
-static float *routed_of(const Block *l, const Scratch *s, float *real) { return real + l->real_at + s->tokens * l->slots; }
+static float *routed_of(const Block *l, const Scratch *s, float *real) {
+    return real + l->real_at + s->tokens * l->slots;
+}
 
 /* Experts of the routed tokens: s->y. */
 static long route_tokens(const Block *l, const Model *m, Scratch *s, int64_t *whole, float *real, double *since,
@@ -404,6 +349,6 @@ long decode_step(const Model *m, const int64_t *token, long length, long positio
         linear(s.normed, D, m->head, logits, B, D, m->vocabulary, threads);
         lap(m, HEAD, &since);
     }
-    free(memory);
+    free(memory), free(s.ring);
     return error;
 }

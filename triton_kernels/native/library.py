@@ -24,7 +24,7 @@ SOURCES = [
     for name in (
         *("library", "few_tokens", "packed", "routing", "products", "bf16_products", "projection", "grouped_mlp"),
         *("newton_schulz", "softmax_attention", "softmax_decode", "training_norm_and_loss", "chunked_rule"),
-        *("linear_layer", "decode_step"),
+        *("linear_layer", "decode_step", "prompt"),
     )
 ]
 # No flag may reorder sums or drop NaN: the same source gives the same bits with one thread or more.
@@ -63,7 +63,7 @@ SIGNATURES: dict[str, list[type]] = {
     "head_loss": [*[P] * 6, *[LONG] * 4, INT, INT],
     "convert_bf16": [P, P, LONG, INT, INT],
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
-    "softmax_forward": [*[P] * 8, FLOAT, P, P, INT, INT],
+    "softmax_forward": [*[P] * 8, FLOAT, P, P, INT, INT, INT],
     "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT, INT],
     "rule_forward": [*[P] * 8, FLOAT, *[P] * 5, INT],
     "rule_backward": [*[P] * 8, FLOAT, *[P] * 10, INT],

@@ -121,7 +121,8 @@ static void conv_backward_piece(void *job, long index) {
     long X = m->channels, blocks = (m->tokens + CONV_ROWS - 1) / CONV_ROWS, start = index % blocks * CONV_ROWS;
     long end = start + CONV_ROWS < m->tokens ? start + CONV_ROWS : m->tokens;
     for (long first = 0; first < X; first += CONV_CHANNELS)
-        conv_backward_channels(m, index / blocks, start, end, first, X - first < CONV_CHANNELS ? X - first : CONV_CHANNELS,
+        conv_backward_channels(m, index / blocks, start, end, first,
+                               X - first < CONV_CHANNELS ? X - first : CONV_CHANNELS,
                                m->d_weight + index * (m->taps + 1) * X);
 }
 

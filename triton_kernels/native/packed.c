@@ -61,8 +61,7 @@ static inline float code_at(const int bits, const uint8_t *rows, long out, long 
 
 /* y[o] += sum over ROWS inputs j of x[j] code[j][o]; `rows` lies at an input that is even. */
 static inline __attribute__((always_inline)) void add_codes(const int bits, const float *restrict x,
-                                                            const uint8_t *restrict rows, long out,
-                                                            float *restrict y) {
+                                                            const uint8_t *restrict rows, long out, float *restrict y) {
     long line = out * bits / 8, ahead = ROWS * line, o = 0;
     for (; o + WIDE <= out; o += WIDE) {
         Vector sum = load(y + o);

@@ -15,6 +15,7 @@ enum { LINE = 4 };
 enum { TILE_ROWS = 6, TILE_COLUMNS = 2 * LINE };
 typedef float Line __attribute__((vector_size(4 * LINE), aligned(4), may_alias));
 
+static inline long larger(long a, long b) { return a > b ? a : b; }
 static inline long rounded_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 /* A stride of an odd number of cache lines, for rows that are read down their columns: by powers of two they would fall

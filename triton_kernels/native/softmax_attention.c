@@ -22,6 +22,7 @@ typedef struct {
     long half, heads, kv_heads, queries, keys, width, value_width, causal, window; /* window 0: all */
     float scale;
     int bf16;           /* whether products round what they read to it */
+    int held_bf16;      /* whether keys and values are bf16, as a cache may hold them; forward only */
     float *o, *log_sum; /* [B, T, H, V], [B, H, T] */
     const float *d_o;
     float *dq, *dk, *dv, *d_sink; /* dense as o; d_sink [B, H] or NULL */
@@ -88,17 +89,31 @@ static void exponentials(const Softmax *m, float *p, long stride, long t, long r
     }
 }
 
+/* n rows of a head of keys or values from row `first` on in fp32: where they lie, or in `wide`. */
+static const float *rows_from(const Softmax *m, Heads held, long b, long g, long first, long n, long width, float *wide,
+                              long *stride) {
+    long at = b * held.batch + g * held.head + first * held.token;
+    *stride = m->held_bf16 ? width : held.token;
+    if (!m->held_bf16) return held.x + at;
+    for (long j = 0; j < n; j++)
+        for (long i = 0; i < width; i++)
+            wide[j * width + i] = from_bf16(((const uint16_t *)held.x)[at + j * held.token + i]);
+    return wide;
+}
+
 static void softmax_forward_piece(void *job, long index) {
     Softmax *m = job;
     long H = m->heads, K = m->width, V = m->value_width, T = m->queries, b = index / H, h = index % H,
          g = h / (H / m->kv_heads);
     long key_panels = K * rounded_up(KEYS, TILE_COLUMNS), value_panels = rounded_up(V, TILE_COLUMNS) * KEYS,
-         stride = apart(KEYS), query_words = m->bf16 ? rounded_up(K, 2 * LINE) / 2 : 0;
-    float *q = scratch_for(&m->no_memory,
-                           T * (K + query_words + 2) + key_panels + value_panels + QUERIES * (stride + ROW_WORDS));
+         stride = apart(KEYS), query_words = m->bf16 ? rounded_up(K, 2 * LINE) / 2 : 0,
+         widened = m->held_bf16 ? KEYS * larger(K, V) : 0;
+    float *q = scratch_for(&m->no_memory, T * (K + query_words + 2) + key_panels + value_panels + widened +
+                                              QUERIES * (stride + ROW_WORDS));
     if (!q) return;
-    float *most = q + T * K, *sum = most + T, *key = sum + T, *value = key + key_panels, *p = value + value_panels;
-    uint32_t *words = (uint32_t *)(p + QUERIES * stride), *rounded = words + QUERIES * ROW_WORDS;
+    float *most = q + T * K, *sum = most + T, *key = sum + T, *value = key + key_panels, *p = value + value_panels,
+          *wide = p + QUERIES * stride;
+    uint32_t *words = (uint32_t *)(wide + widened), *rounded = words + QUERIES * ROW_WORDS;
     float *o = m->o + (b * T * H + h) * V, kept[QUERIES];
     prepare_queries(m, b, h, q);
     for (long t = 0; t < T; t++) {
@@ -112,8 +127,11 @@ static void softmax_forward_piece(void *job, long index) {
             long rows = T - t < QUERIES ? T - t : QUERIES;
             if (!visible(m, t, rows, first, n, &from, &to)) continue;
             if (!packed) {
-                pack_transposed_as(m->bf16, head_of(m->k, b, g) + first * m->k.token, m->k.token, n, K, key);
-                pack_as(m->bf16, head_of(m->v, b, g) + first * m->v.token, NULL, m->v.token, 0, V, n, value);
+                long token;
+                const float *rows = rows_from(m, m->k, b, g, first, n, K, wide, &token);
+                pack_transposed_as(m->bf16, rows, token, n, K, key);
+                rows = rows_from(m, m->v, b, g, first, n, V, wide, &token);
+                pack_as(m->bf16, rows, NULL, token, 0, V, n, value);
                 packed = 1;
             }
             Result logits = {p + from, NULL, stride, 0}, sums = {o + t * H * V, NULL, H * V, 1};
@@ -230,12 +248,13 @@ static Softmax softmax_job(const float *q, const float *k, const float *v, const
                      .bf16 = bf16};
 }
 
-/* strides: of q, k and v over sequences, tokens and heads. sizes: B, T, S, H, G, K, V, half, causal, window (0: all).
- * Returns 0 or an error. */
-long softmax_forward(const float *q, const float *k, const float *v, const long *strides, const long *sizes,
+/* Keys and values are fp32, or bf16 where `held_bf16`. strides: of q, k and v over sequences, tokens and heads. sizes:
+ * B, T, S, H, G, K, V, half, causal, window (0: all). Returns 0 or an error. */
+long softmax_forward(const float *q, const void *k, const void *v, const long *strides, const long *sizes,
                      const float *cosine, const float *sine, const float *sink, float scale, float *o, float *log_sum,
-                     int bf16, int threads) {
+                     int bf16, int held_bf16, int threads) {
     Softmax job = softmax_job(q, k, v, strides, sizes, cosine, sine, sink, scale, o, log_sum, bf16);
+    job.held_bf16 = held_bf16;
     in_pieces(softmax_forward_piece, &job, sizes[0] * job.heads, threads);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }

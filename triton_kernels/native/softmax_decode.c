@@ -194,8 +194,19 @@ long softmax_decode(const float *q, const float *k, const float *v, long q_strid
     Heading heading = {q_norm, k_norm, cosine, sine, eps, width, half};
     float *scratch = malloc((size_t)(batch * heads * (padded + blocks * (padded + 2))) * sizeof(float)), x[width];
     if (!scratch) return NO_MEMORY;
-    Decoded job = {keys,  values, cache_stride,    held,   blocks,  heads,
-                   kv_heads, width,  bf16, width % unit == 0, padded, scratch, scratch + batch * heads * padded};
+    Decoded job = {keys,
+                   values,
+                   cache_stride,
+                   held,
+                   blocks,
+                   heads,
+                   kv_heads,
+                   width,
+                   bf16,
+                   width % unit == 0,
+                   padded,
+                   scratch,
+                   scratch + batch * heads * padded};
     for (long b = 0; b < batch; b++) {
         for (long g = 0; k && g < kv_heads; g++) {
             long at = b * cache_stride + (row * kv_heads + g) * width;

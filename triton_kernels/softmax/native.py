@@ -117,7 +117,7 @@ class _ManyQueries(torch.autograd.Function):
         ctx.scale, ctx.bf16 = scale, rounds_products(given[0].dtype)
         o_BTHV, log_sum_BHT = torch.empty(B, T, H, V), torch.empty(B, H, T)
         vectors = cosine_TP, sine_TP, sinks_H
-        call("softmax_forward", *_described(ctx, heads, vectors), o_BTHV, log_sum_BHT, ctx.bf16, threads())
+        call("softmax_forward", *_described(ctx, heads, vectors), o_BTHV, log_sum_BHT, ctx.bf16, False, threads())
         ctx.save_for_backward(*given, *vectors, o_BTHV, log_sum_BHT)
         return rounded(o_BTHV, given[0].dtype)
 
