@@ -1,4 +1,4 @@
-"""A decode step, or a prompt, in one call of C: a described model and its cache, and what a call leaves for its callers.
+"""A decode step or a prompt in one call of C: a described model and its cache, and what a call leaves for its callers.
 
     LanguageModel.forward -> DecodeStep.run -> decode_step.c
 
@@ -72,10 +72,11 @@ class DecodeStep:
     def ready(self, tokens_BT: Tensor) -> bool:
         """Whether these tokens can be the next ones. Where they cannot, the layers say why not."""
         length, T = self.states[0].length, tokens_BT.shape[1]
+        lowest, highest = tokens_BT.aminmax()
         return (
             all(state.length == length <= state.max_length - T for state in self.states)
             and len(tokens_BT) == self.native.batch
-            and 0 <= int(tokens_BT.min()) <= int(tokens_BT.max()) < self.native.vocabulary
+            and 0 <= int(lowest) <= int(highest) < self.native.vocabulary
             # A prompt stands at one place in all sequences.
             and (T == 1 or (self.takes_prompts and self.states[0].behind_B is None))
         )
@@ -130,9 +131,7 @@ class DecodeStep:
             block.cosine, block.sine = (table_TP.data_ptr() for table_TP in tables[kind])
         return tables
 
-    def _routings(
-        self, n_tokens: int, whole: Tensor, real: Tensor, outside: dict[int, Routing]
-    ) -> tuple[Routing, ...]:
+    def _routings(self, n_tokens: int, whole: Tensor, real: Tensor, outside: dict[int, Routing]) -> tuple[Routing, ...]:
         self._lay_out(n_tokens)
         D, routings = self.native.width, []
         for layer, (block, router) in enumerate(zip(self.blocks, self.routers)):

@@ -43,14 +43,6 @@ def decoded(model, batch_size, n_tokens=6):
     return torch.cat(logits, dim=1), torch.cat(experts, dim=1)
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """Grows by one entry with every step that is one call."""
-    taken, call = [], lm.decode_step.call
-    monkeypatch.setattr(lm.decode_step, "call", lambda *args: taken.append(args[0]) or call(*args))
-    return taken
-
-
 def layer_by_layer(monkeypatch):
     monkeypatch.setattr(lm.model, "takes_one_call", lambda *_: False)
 

@@ -24,10 +24,9 @@ from tests.lm.test_fast_decode import (
     decoded,
     layer_by_layer,
     pytestmark,
-    steps,
 )
 
-__all__ = ["pytestmark", "steps"]
+__all__ = ["pytestmark"]
 
 IN_C = (DifficultyHead, NullExperts, ScoreThreshold, TopK, TopP, ZeroComputationExperts)
 # What `adapt` teaches, and every option that C knows.

@@ -5,7 +5,7 @@ import torch
 
 from routing.policies.top_p import TopP
 from routing.router import NonFiniteScoresError, RouterConfig
-from tests.lm.test_fast_decode import ONE_CALL, POLICIES, build, layer_by_layer, steps  # noqa: F401  (a fixture)
+from tests.lm.test_fast_decode import ONE_CALL, POLICIES, build, layer_by_layer
 from triton_kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.native().library is None, reason=library.native().reason)
@@ -29,7 +29,7 @@ def prompted(model, batch_size, pieces=PIECES):
     return torch.cat(logits, dim=1).float(), tensors, routings, [state.length for state in cache.layers]
 
 
-def compare(model, batch_size, monkeypatch, steps, n_calls=len(PIECES) + 1):
+def compare(model, batch_size, monkeypatch, steps, n_calls=4):
     ours, our_tensors, our_routings, our_lengths = prompted(model, batch_size)
     assert len(steps) == n_calls
     layer_by_layer(monkeypatch)
@@ -67,39 +67,41 @@ def compare_routings(ours, theirs):
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("plan", ONE_CALL)
-def test_plans(plan, dtype, batch_size, monkeypatch, steps):  # noqa: F811
+def test_plans(plan, dtype, batch_size, monkeypatch, steps):
     compare(build(plan, dtype), batch_size, monkeypatch, steps)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post", "sandwich"])
-def test_options(norm, monkeypatch, steps):  # noqa: F811
-    model = build("FRSrGKL", "float32", norm=norm, output_gate=True, sink_logits=True, rotary_fraction=0.5, qk_norm=False)
+def test_options(norm, monkeypatch, steps):
+    model = build(
+        "FRSrGKL", "float32", norm=norm, output_gate=True, sink_logits=True, rotary_fraction=0.5, qk_norm=False
+    )
     compare(model, 3, monkeypatch, steps)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy(policy, monkeypatch, steps):  # noqa: F811
+def test_every_policy(policy, monkeypatch, steps):
     compare(build("F", "float32", RouterConfig(policy=policy())), 2, monkeypatch, steps)
 
 
 @pytest.mark.parametrize("window", [1, 3, 20, 23, 26, 40])
-def test_a_window_that_goes_round(window, monkeypatch, steps):  # noqa: F811
+def test_a_window_that_goes_round(window, monkeypatch, steps):
     """Within a piece, between two, just when the prompt ends, and never."""
     compare(build("SrF", "float32", window=window), 2, monkeypatch, steps)
 
 
-def test_what_the_call_does_not_know_reads_a_prompt_by_itself(monkeypatch, steps):  # noqa: F811
+def test_what_the_call_does_not_know_reads_a_prompt_by_itself(monkeypatch, steps):
     compare(build("FM", "float32"), 2, monkeypatch, steps, n_calls=0)
 
 
-def test_all_logits_are_the_layers(steps):  # noqa: F811
+def test_all_logits_are_the_layers(steps):
     model = build("F", "float32")
     with torch.no_grad():
         assert model(torch.ones(1, 5, dtype=torch.int64), model.new_cache(1, 5)).logits_BTV.shape == (1, 5, 50)
     assert not steps
 
 
-def test_what_is_refused_is_refused_alike(monkeypatch, steps):  # noqa: F811
+def test_what_is_refused_is_refused_alike(monkeypatch, steps):
     said = []
     for one_call in (True, False):
         if not one_call:
@@ -119,7 +121,7 @@ def test_what_is_refused_is_refused_alike(monkeypatch, steps):  # noqa: F811
     assert len(steps) == 1
 
 
-def test_the_number_of_threads_changes_no_bit(steps):  # noqa: F811
+def test_the_number_of_threads_changes_no_bit(steps):
     model, before, results = build("FRSGKL", "bfloat16", head_dim=64), torch.get_num_threads(), []
     try:
         for threads in (1, 2):

@@ -81,15 +81,13 @@ def test_every_command_reads_it(folder, tmp_path, capsys, bits, smaller, near):
 
 @pytest.mark.skipif(native().library is None, reason=native().reason)
 @pytest.mark.parametrize("form", ["bf16", "int8", "int4-16", "int4-symmetric"])
-def test_a_step_in_one_call_is_that_of_the_layers(folder, monkeypatch, form):
-    taken, call = [], lm.decode_step.call
-    monkeypatch.setattr(lm.decode_step, "call", lambda *args: taken.append(args[0]) or call(*args))
+def test_a_step_in_one_call_is_that_of_the_layers(folder, monkeypatch, form, steps):
     model = packed_model(load_pretrained(folder), form_of(form))
     fast = decoded(model)
-    assert len(taken) == 5
+    assert len(steps) == 5
     monkeypatch.setattr(lm.model, "takes_one_call", lambda *_: False)
     torch.testing.assert_close(fast, decoded(model), rtol=1e-4, atol=1e-4)
-    assert len(taken) == 5
+    assert len(steps) == 5
 
 
 def test_fp32_again_is_what_the_packed_one_computes(folder, tmp_path, capsys):

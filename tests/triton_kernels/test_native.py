@@ -149,6 +149,50 @@ def test_rows_that_lead_elsewhere_are_refused():
             grouped_mlp(torch.ones(1, 4), torch.ones(2, 4, 6), torch.ones(2, 3, 4), **broken, backend="native")
 
 
+# Of one block of rows and more, up to its last row, and of widths that fill registers and that do not.
+@pytest.mark.parametrize("S", [1, 5, 256, 700])
+@pytest.mark.parametrize("K", [8, 16, 32, 80, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_decode(dtype, K, S):
+    B, H, G, row = 2, 6, 3, S // 2
+    q_BX, k_BX, v_BX, sinks_H = draw(B, H * K), draw(B, G * K), draw(B, G * K, seed=1), draw(H)
+    # Sequences lie apart from each other, as in a cache that has room for more.
+    k_BSGK, v_BSGK = (draw(B, S + 3, G, K, dtype=dtype, seed=seed)[:, :S] for seed in (2, 3))
+    gain_K, rotary = draw(K, seed=4), rotary_at(S, K - 4, 1e4)
+    expected_k, expected_v = k_BSGK.double(), v_BSGK.double()
+    q_BHK, new_BGK = (
+        torch.nn.functional.rms_norm(x_BX.view(B, -1, K).double(), (K,), gain_K.double(), 1e-5) for x_BX in (q_BX, k_BX)
+    )
+    q_BHK, new_BGK = (turned(x, rotary) for x in (q_BHK, new_BGK))
+    expected_k[:, row], expected_v[:, row] = new_BGK.to(dtype).double(), v_BX.view(B, G, K).to(dtype).double()
+    logits_BHS = torch.einsum("bhk,bshk->bhs", q_BHK, expected_k.repeat_interleave(H // G, 2)) * K**-0.5
+    sinks_BH1 = sinks_H.double()[None, :, None].expand(B, H, 1)
+    p_BHS = torch.cat([logits_BHS, sinks_BH1], dim=2).softmax(2)[..., :-1]
+    expected = torch.einsum("bhs,bshk->bhk", p_BHS, expected_v.repeat_interleave(H // G, 2)).flatten(1)
+    o_BX = by_threads(
+        lambda: softmax_decode_native(
+            *(q_BX, (k_BX, v_BX), (k_BSGK, v_BSGK)),
+            row=row,
+            q_norm_K=gain_K,
+            k_norm_K=gain_K,
+            eps=1e-5,
+            rotary=rotary,
+            sinks_H=sinks_H,
+        )
+    )
+    # A key that is rounded to bf16 from the other side of a tie is another key, by a 256th.
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(o_BX, expected.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(k_BSGK.double(), expected_k, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert torch.equal(v_BSGK.double(), expected_v)
+
+
+def turned(x_BHK, rotary):
+    cosine_P, sine_P = rotary
+    first, second, rest = x_BHK.split([len(cosine_P), len(cosine_P), x_BHK.shape[-1] - 2 * len(cosine_P)], dim=-1)
+    return torch.cat([first * cosine_P - second * sine_P, second * cosine_P + first * sine_P, rest], dim=-1)
+
+
 def test_shapes_that_would_lead_elsewhere_are_refused():
     rows = _by_name(sort_slots(torch.tensor([[0, 1]]), torch.ones(1, 2), None, n_experts=2, padded=False))
     for gate_up, down in (((2, 4, 5), (2, 3, 4)), ((1, 4, 6), (2, 3, 4)), ((2, 4, 6), (2, 3, 5))):

@@ -167,7 +167,7 @@ CALLED void product_of_bf16(Left left, const float *panels, long depth, long fir
     }
 }
 
-/* exp(x - zero), by `scaled_zero(zero)`, to 9e-5 of it: a twentieth of what rounding to bf16 may change. */
+/* `exp_lanes` to 9e-5: a twentieth of what rounding to bf16 may change. */
 static inline __m512 rough_exp_lanes(__m512 x, __m512 zero, __mmask16 there) {
     x = _mm512_fmsub_ps(x, _mm512_set1_ps(LOG2_E), zero);
     __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

@@ -154,21 +154,18 @@ static inline float exp_fp32(float x) {
 }
 
 #if defined(__AVX512DQ__)
-/* 2^x to 1.5e-7 of it, of the elements in `there`, 0 of the others: 2^floor(x) is an instruction, and a polynomial, of
- * the least relative error on [0, 1], does the rest. A NaN stays one. */
-static inline __m512 exp2_lanes(__m512 x, __mmask16 there) {
+static const float LOG2_E = 1.44269504089f;
+
+/* exp(x - zero) to 1.5e-7 of it, by `scaled_zero(zero)`, of the elements in `there`, 0 of the others: 2^floor is an
+ * instruction, and a polynomial of the least relative error on [0, 1] does the rest. A NaN stays one. */
+static inline __m512 exp_lanes(__m512 x, __m512 zero, __mmask16 there) {
+    x = _mm512_fmsub_ps(x, _mm512_set1_ps(LOG2_E), zero);
     __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     __m512 p = r * 1.867140294e-3f + 9.017007425e-3f;
     p = p * r + 5.579993129e-2f;
     p = p * r + 2.401644439e-1f;
     p = p * r + 6.931512952e-1f;
     return _mm512_maskz_scalef_ps(there, p * r + 1.0f, x);
-}
-
-/* exp(x - zero), by `scaled_zero(zero)`. */
-static const float LOG2_E = 1.44269504089f;
-static inline __m512 exp_lanes(__m512 x, __m512 zero, __mmask16 there) {
-    return exp2_lanes(_mm512_fmsub_ps(x, _mm512_set1_ps(LOG2_E), zero), there);
 }
 static inline __m512 scaled_zero(float zero) { return _mm512_set1_ps(zero * LOG2_E); }
 #endif

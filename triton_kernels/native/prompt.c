@@ -14,9 +14,8 @@ typedef struct {
 
 enum { PROMPT_TOKENS = 64 };
 
-static long in_prompt_pieces(Piece run, Prompt *m, int threads) {
+static void in_prompt_pieces(Piece run, Prompt *m, int threads) {
     in_pieces(run, m, (m->s->tokens + PROMPT_TOKENS - 1) / PROMPT_TOKENS, threads);
-    return 0;
 }
 
 static long end_of(const Prompt *m, long index) {
