@@ -7,7 +7,7 @@
  * Legend as in few_tokens.c, and: N rows sorted by expert, M rows of a block.
  */
 
-enum { SCRATCH_FLOATS = 80 * 1024, LEAST_BLOCK = 48, MOST_BLOCK = 240, PIECE_COLUMNS = 64 };
+enum { SCRATCH_FLOATS = 80 * 1024, LEAST_BLOCK = 144, MOST_BLOCK = 240, PIECE_COLUMNS = 64 };
 
 typedef struct {
     const float *x, *dy, *gate_up, *down, *weight;
