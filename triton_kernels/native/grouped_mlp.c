@@ -7,7 +7,7 @@
  * Legend as in few_tokens.c, and: N rows sorted by expert, M rows of a block.
  */
 
-enum { SCRATCH_FLOATS = 80 * 1024, LEAST_BLOCK = 144, MOST_BLOCK = 240, PIECE_COLUMNS = 64 };
+enum { SCRATCH_FLOATS = 80 * 1024, LEAST_BLOCK = 144, MOST_BLOCK = 240, LEAST_COLUMNS = 64, MOST_COLUMNS = 128 };
 
 typedef struct {
     const float *x, *dy, *gate_up, *down, *weight;
@@ -160,8 +160,10 @@ static void backward_piece(void *job, long e) {
 }
 
 static void in_column_pieces(Piece run, ManyRows *m, int threads) {
-    /* One thread reads the rows once; more of them read them once for each of their columns. */
-    m->piece_columns = threads < 2 ? m->d_model : PIECE_COLUMNS;
+    /* Rows are read once for each piece of their columns: once by one thread, and not often by more. */
+    long share = rounded_up((m->d_model + threads - 1) / threads, TILE_COLUMNS);
+    if (threads > 1) share = share < LEAST_COLUMNS ? LEAST_COLUMNS : share > MOST_COLUMNS ? MOST_COLUMNS : share;
+    m->piece_columns = share;
     in_pieces(run, m, (m->d_model + m->piece_columns - 1) / m->piece_columns, threads);
 }
 

@@ -2,11 +2,13 @@
  * 2307.08691) by blocks of keys, each of which meets all queries that see it. What is as large as queries times keys
  * exists for one block of both.
  *
- * Pieces of a job are heads, of the backward pass the query heads of one key head: every sum has one order, whatever
- * the number of threads. Legend as in few_tokens.c, and: T queries, S keys, V width of a value.
+ * Pieces of a job are some queries of the heads that share a key head, of the backward pass all of them: every sum has
+ * one order, whatever the number of threads. Legend as in few_tokens.c, and: T queries, S keys, V width of a value.
  */
 
 enum { QUERIES = 60, KEYS = 512 };
+/* Of a forward piece: what they have summed stays in the cache while the keys pass by. */
+enum { PIECE_QUERIES = 16 * QUERIES };
 
 /* Rows of a head: x + b * batch + t * token + h * head, in elements. */
 typedef struct {
@@ -22,6 +24,7 @@ typedef struct {
     long half, heads, kv_heads, queries, keys, width, value_width, causal, window; /* window 0: all */
     float scale;
     int bf16;           /* whether products round what they read to it */
+    long groups;        /* key heads of all sequences */
     int held_bf16;      /* whether keys and values are bf16, as a cache may hold them; forward only */
     float *o, *log_sum; /* [B, T, H, V], [B, H, T] */
     const float *d_o;
@@ -39,10 +42,10 @@ static void turn(const Softmax *m, float *x, long t, float direction) {
     }
 }
 
-/* Turned and scaled queries [T, K] of one head. */
-static void prepare_queries(const Softmax *m, long b, long h, float *q) {
+/* Turned and scaled queries [n, K] of one head, from the one at `first` on. */
+static void prepare_queries(const Softmax *m, long b, long h, long first, long n, float *q) {
     const float *source = head_of(m->q, b, h);
-    for (long t = 0; t < m->queries; t++, q += m->width) {
+    for (long t = first; t < first + n; t++, q += m->width) {
         for (long i = 0; i < m->width; i++) q[i] = source[t * m->q.token + i] * m->scale;
         if (m->half) turn(m, q, t, 1.0f);
     }
@@ -67,25 +70,77 @@ static void hide(const Softmax *m, float *logits, long t, long first, long from,
         for (long c = from; c <= position - m->window && c < to; c++) logits[c] = -INFINITY;
 }
 
-/* Logits [rows, to - from] of the queries from t on become their exponentials, as `words` where products are of bf16.
+/* Queries [first, first + n) of a head: prepared, as words where products are of bf16, and what they have seen so far.
+ */
+typedef struct {
+    long b, h, first, n;
+    float *q, *o, *most, *sum;
+    uint32_t *words;
+} Queries;
+
+/* Where a piece computes: panels of a block of keys and of their values, logits and what becomes of them. */
+typedef struct {
+    float *key, *value, *wide, *p, kept[QUERIES];
+    uint32_t *words;
+    long stride, query_words;
+} Room;
+
+static void begin_queries(const Softmax *m, const Room *room, Queries *x) {
+    prepare_queries(m, x->b, x->h, x->first, x->n, x->q);
+    for (long t = 0; t < x->n; t++) {
+        if (m->bf16) round_row(x->q + t * m->width, m->width, x->words + t * room->query_words);
+        x->most[t] = -INFINITY, x->sum[t] = 0;
+        memset(x->o + t * m->heads * m->value_width, 0, (size_t)m->value_width * sizeof(float));
+    }
+}
+
+/* Logits [rows, to - from] of the queries from t on become their exponentials, as words where products are of bf16.
  * Brings up to date what was largest and the sum of each query, and says how much is left of what came before. */
-static void exponentials(const Softmax *m, float *p, long stride, long t, long rows, long first, long from, long to,
-                         float *most, float *sum, float *kept, uint32_t *words) {
+static void exponentials(const Softmax *m, Room *room, Queries *x, long t, long rows, long first, long from, long to) {
     float zero[QUERIES];
     for (long r = 0; r < rows; r++) {
-        hide(m, p + r * stride, t + r, first, from, to);
-        float here = most_of(p + r * stride + from, to - from), before = most[t + r];
-        most[t + r] = here > before ? here : before;
+        float *row = room->p + r * room->stride, *most = x->most + t + r;
+        hide(m, row, x->first + t + r, first, from, to);
+        float here = most_of(row + from, to - from), before = *most;
+        *most = here > before ? here : before;
         /* Where nothing is to be seen yet, exponentials are 0 and a NaN stays one. */
-        zero[r] = most[t + r] == -INFINITY ? 0.0f : most[t + r];
-        kept[r] = before - zero[r];
+        zero[r] = *most == -INFINITY ? 0.0f : *most;
+        room->kept[r] = before - zero[r];
     }
-    exp_all(kept, rows, 0.0f);
+    exp_all(room->kept, rows, 0.0f);
     for (long r = 0; r < rows; r++) {
-        float *row = p + r * stride + from, total;
-        if (m->bf16) total = exp_words(row, to - from, zero[r], words + r * ROW_WORDS);
+        float *row = room->p + r * room->stride + from, total;
+        if (m->bf16) total = exp_words(row, to - from, zero[r], room->words + r * ROW_WORDS);
         else exp_all(row, to - from, zero[r]), total = sum_of(row, to - from);
-        sum[t + r] = sum[t + r] * kept[r] + total;
+        x->sum[t + r] = x->sum[t + r] * room->kept[r] + total;
+    }
+}
+
+/* Some rows of queries meet the columns [from, to) of a block of n keys that begins with key `first`. */
+static void attend(const Softmax *m, Room *room, Queries *x, long t, long rows, long first, long n, long from,
+                   long to) {
+    long K = m->width, V = m->value_width, next = m->heads * V;
+    float *p = room->p + from, *o = x->o + t * next;
+    Result logits = {p, NULL, room->stride, 0}, sums = {o, NULL, next, 1};
+    Words query = {x->words + t * room->query_words, NULL, room->query_words, 1},
+          weight = {room->words, NULL, ROW_WORDS, 1};
+    if (m->bf16) words_times(query, room->key + from * K, K, K, 0, rows, to - from, logits);
+    else product((Left){x->q + t * K, NULL, K, 1}, room->key + from * K, K, rows, to - from, logits);
+    exponentials(m, room, x, t, rows, first, from, to);
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; room->kept[r] != 1.0f && i < V; i++) o[r * next + i] *= room->kept[r];
+    if (m->bf16) words_times(weight, room->value + from / 2 * TILE_COLUMNS, n, to - from, 0, rows, V, sums);
+    else product_of((Left){p, NULL, room->stride, 1}, room->value, n, from, to - from, rows, V, sums);
+}
+
+static void end_queries(const Softmax *m, const Queries *x) {
+    float *log_sum = m->log_sum + (x->b * m->heads + x->h) * m->queries + x->first;
+    for (long t = 0; t < x->n; t++) {
+        float sink = m->sink ? m->sink[x->h] : -INFINITY, now = sink > x->most[t] ? sink : x->most[t],
+              zero = now == -INFINITY ? 0.0f : now;
+        float share = exp_fp32(x->most[t] - zero), total = x->sum[t] * share + exp_fp32(sink - zero);
+        log_sum[t] = zero + logf(total);
+        for (long i = 0; i < m->value_width; i++) x->o[t * m->heads * m->value_width + i] *= share / total;
     }
 }
 
@@ -101,58 +156,61 @@ static const float *rows_from(const Softmax *m, Heads held, long b, long g, long
     return wide;
 }
 
+static void pack_keys(const Softmax *m, const Room *room, long b, long g, long first, long n) {
+    long token;
+    const float *rows = rows_from(m, m->k, b, g, first, n, m->width, room->wide, &token);
+    pack_transposed_as(m->bf16, rows, token, n, m->width, room->key);
+    rows = rows_from(m, m->v, b, g, first, n, m->value_width, room->wide, &token);
+    pack_as(m->bf16, rows, NULL, token, 0, m->value_width, n, room->value);
+}
+
+/* Queries of a piece and of each of its heads. */
+static long queries_of_piece(const Softmax *m) {
+    long each = PIECE_QUERIES / (m->heads / m->kv_heads) / QUERIES * QUERIES;
+    return each < QUERIES ? QUERIES : each;
+}
+
 static void softmax_forward_piece(void *job, long index) {
     Softmax *m = job;
-    long H = m->heads, K = m->width, V = m->value_width, T = m->queries, b = index / H, h = index % H,
-         g = h / (H / m->kv_heads);
+    long H = m->heads, G = m->kv_heads, R = H / G, K = m->width, V = m->value_width, each = queries_of_piece(m);
+    /* The last queries see most: they come first, and nobody waits long for the last piece. */
+    long heads_of_keys = index % m->groups, b = heads_of_keys / G, g = heads_of_keys % G,
+         start = (m->queries - 1) / each * each - index / m->groups * each,
+         N = m->queries - start < each ? m->queries - start : each;
+    Room room = {.stride = apart(KEYS), .query_words = m->bf16 ? rounded_up(K, 2 * LINE) / 2 : 0};
     long key_panels = K * rounded_up(KEYS, TILE_COLUMNS), value_panels = rounded_up(V, TILE_COLUMNS) * KEYS,
-         stride = apart(KEYS), query_words = m->bf16 ? rounded_up(K, 2 * LINE) / 2 : 0,
-         widened = m->held_bf16 ? KEYS * larger(K, V) : 0;
-    float *q = scratch_for(&m->no_memory, T * (K + query_words + 2) + key_panels + value_panels + widened +
-                                              QUERIES * (stride + ROW_WORDS));
-    if (!q) return;
-    float *most = q + T * K, *sum = most + T, *key = sum + T, *value = key + key_panels, *p = value + value_panels,
-          *wide = p + QUERIES * stride;
-    uint32_t *words = (uint32_t *)(wide + widened), *rounded = words + QUERIES * ROW_WORDS;
-    float *o = m->o + (b * T * H + h) * V, kept[QUERIES];
-    prepare_queries(m, b, h, q);
-    for (long t = 0; t < T; t++) {
-        if (m->bf16) round_row(q + t * K, K, rounded + t * query_words);
-        most[t] = -INFINITY, sum[t] = 0;
-        memset(o + t * H * V, 0, (size_t)V * sizeof(float));
+         widened = m->held_bf16 ? KEYS * larger(K, V) : 0, per_head = N * (K + 2 + room.query_words);
+    room.key = scratch_for(&m->no_memory,
+                           key_panels + value_panels + widened + QUERIES * (room.stride + ROW_WORDS) + R * per_head);
+    if (!room.key) return;
+    room.value = room.key + key_panels, room.wide = room.value + value_panels, room.p = room.wide + widened;
+    room.words = (uint32_t *)(room.p + QUERIES * room.stride);
+    Queries heads[R];
+    for (long r = 0; r < R; r++) {
+        float *own = (float *)(room.words + QUERIES * ROW_WORDS) + r * per_head;
+        long h = g * R + r;
+        heads[r] = (Queries){b,
+                             h,
+                             start,
+                             N,
+                             own,
+                             m->o + ((b * m->queries + start) * H + h) * V,
+                             own + N * K,
+                             own + N * (K + 1),
+                             (uint32_t *)(own + N * (K + 2))};
+        begin_queries(m, &room, heads + r);
     }
     for (long first = 0; first < m->keys; first += KEYS) {
         long n = m->keys - first < KEYS ? m->keys - first : KEYS, from, to, packed = 0;
-        for (long t = 0; t < T; t += QUERIES) {
-            long rows = T - t < QUERIES ? T - t : QUERIES;
-            if (!visible(m, t, rows, first, n, &from, &to)) continue;
-            if (!packed) {
-                long token;
-                const float *rows = rows_from(m, m->k, b, g, first, n, K, wide, &token);
-                pack_transposed_as(m->bf16, rows, token, n, K, key);
-                rows = rows_from(m, m->v, b, g, first, n, V, wide, &token);
-                pack_as(m->bf16, rows, NULL, token, 0, V, n, value);
-                packed = 1;
-            }
-            Result logits = {p + from, NULL, stride, 0}, sums = {o + t * H * V, NULL, H * V, 1};
-            Words query = {rounded + t * query_words, NULL, query_words, 1}, weight = {words, NULL, ROW_WORDS, 1};
-            if (m->bf16) words_times(query, key + from * K, K, K, 0, rows, to - from, logits);
-            else product((Left){q + t * K, NULL, K, 1}, key + from * K, K, rows, to - from, logits);
-            exponentials(m, p, stride, t, rows, first, from, to, most, sum, kept, words);
-            for (long r = 0; r < rows; r++)
-                for (long i = 0; kept[r] != 1.0f && i < V; i++) o[(t + r) * H * V + i] *= kept[r];
-            if (m->bf16) words_times(weight, value + from / 2 * TILE_COLUMNS, n, to - from, 0, rows, V, sums);
-            else product_of((Left){p + from, NULL, stride, 1}, value, n, from, to - from, rows, V, sums);
+        for (long t = 0; t < N; t += QUERIES) {
+            long rows = N - t < QUERIES ? N - t : QUERIES;
+            if (!visible(m, start + t, rows, first, n, &from, &to)) continue;
+            if (!packed) pack_keys(m, &room, b, g, first, n), packed = 1;
+            for (long r = 0; r < R; r++) attend(m, &room, heads + r, t, rows, first, n, from, to);
         }
     }
-    for (long t = 0; t < T; t++) {
-        float sink = m->sink ? m->sink[h] : -INFINITY, now = sink > most[t] ? sink : most[t],
-              zero = now == -INFINITY ? 0.0f : now;
-        float share = exp_fp32(most[t] - zero), total = sum[t] * share + exp_fp32(sink - zero);
-        m->log_sum[(b * H + h) * T + t] = zero + logf(total);
-        for (long i = 0; i < V; i++) o[t * H * V + i] *= share / total;
-    }
-    free(q);
+    for (long r = 0; r < R; r++) end_queries(m, heads + r);
+    free(room.key);
 }
 
 static void softmax_backward_piece(void *job, long index) {
@@ -178,7 +236,7 @@ static void softmax_backward_piece(void *job, long index) {
         const float *o = m->o + (b * T * H + h) * V, *d_o = m->d_o + (b * T * H + h) * V,
                     *log_sum = m->log_sum + (b * H + h) * T;
         float d_sink = 0;
-        prepare_queries(m, b, h, q);
+        prepare_queries(m, b, h, 0, T, q);
         memset(dq, 0, (size_t)(T * K) * sizeof(float));
         for (long t = 0; t < T; t++) {
             delta[t] = dot(o + t * H * V, d_o + t * H * V, V);
@@ -255,7 +313,9 @@ long softmax_forward(const float *q, const void *k, const void *v, const long *s
                      int bf16, int held_bf16, int threads) {
     Softmax job = softmax_job(q, k, v, strides, sizes, cosine, sine, sink, scale, o, log_sum, bf16);
     job.held_bf16 = held_bf16;
-    in_pieces(softmax_forward_piece, &job, sizes[0] * job.heads, threads);
+    long each = queries_of_piece(&job), blocks = (job.queries + each - 1) / each;
+    job.groups = sizes[0] * job.kv_heads;
+    in_pieces(softmax_forward_piece, &job, job.groups * blocks, threads);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }
 
