@@ -109,6 +109,8 @@ def test_in_c_equals_the_recurrence(gate: str, lengths: list[int], floor: float)
         results.append((out, final, *torch.autograd.grad(loss, leaves, materialize_grads=True)))
     for have, want in zip(*results, strict=True):
         scale = max(1.0, *(float(x.detach().abs().max()) for x in (want, results[1][3])))
+        # A learnt decay's gradient is a sum of such differences over all tokens, and may cancel to nothing.
+        scale *= sum(lengths) ** 0.5 if want.dim() == 1 else 1.0
         assert (have.double() - want).abs().max() <= 40 * torch.finfo(torch.float32).eps * scale
 
 
