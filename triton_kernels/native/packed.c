@@ -15,6 +15,9 @@ typedef struct {
     long bits, group;
 } Matrices;
 
+/* Inputs whose codes are computed together: those of a byte of 4 bits, and no more, for memory comes in the order in
+ * which it lies. */
+enum { ROWS = 2 };
 /* What a code of 4 bits is stored above itself. */
 enum { NIBBLE_ZERO = 8 };
 
@@ -59,29 +62,19 @@ static inline float code_at(const int bits, const uint8_t *rows, long out, long 
     return (float)(rows[j / 2 * out + o] >> 4 * (j % 2) & 15);
 }
 
-/* y[o] += sum over ROWS inputs j of x[j] code[j][o]; `rows` lies at an input that is even. */
+/* y[o] += x[0] code[0][o] + x[1] code[1][o]; `rows` lies at an input that is even. */
 static inline __attribute__((always_inline)) void add_codes(const int bits, const float *restrict x,
                                                             const uint8_t *restrict rows, long out, float *restrict y) {
-    long line = out * bits / 8, ahead = ROWS * line, o = 0;
+    long o = 0;
     for (; o + WIDE <= out; o += WIDE) {
         Vector sum = load(y + o);
-        /* The ROWS that follow lie behind these without a gap, and are on their way while these are computed. */
-        if (o % (512 / bits) == 0)
-            for (int j = 0; j < ROWS; j++) __builtin_prefetch(rows + ahead + j * line + o * bits / 8);
-        if (bits == 4) {
-#pragma GCC unroll 4
-            for (int j = 0; j < ROWS; j += 2) {
-                Vector low, high;
-                of_nibbles(rows + j / 2 * out + o, &low, &high);
-                sum += x[j] * low;
-                sum += x[j + 1] * high;
-            }
-        } else {
-#pragma GCC unroll 8
-            for (int j = 0; j < ROWS; j++)
-                sum += x[j] * (bits == 8 ? of_bytes((const int8_t *)rows + j * out + o)
-                                         : of_halves((const uint16_t *)rows + j * out + o));
-        }
+        Vector first, second;
+        if (bits == 4) of_nibbles(rows + o, &first, &second);
+        else if (bits == 8)
+            first = of_bytes((const int8_t *)rows + o), second = of_bytes((const int8_t *)rows + out + o);
+        else first = of_halves((const uint16_t *)rows + o), second = of_halves((const uint16_t *)rows + out + o);
+        sum += x[0] * first;
+        sum += x[1] * second;
         memcpy(y + o, &sum, sizeof sum);
     }
     for (; o < out; o++)
