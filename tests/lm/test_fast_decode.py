@@ -258,7 +258,7 @@ def test_the_number_of_threads_changes_no_bit(plan, steps):
 
 
 def compare_routings(model, monkeypatch, steps):
-    """Asked for when later steps have run: rows, probabilities, losses, and what is added beside rows."""
+    """Asked for when later steps have run."""
     both = []
     for one_call in (True, False):
         if not one_call:
@@ -268,13 +268,18 @@ def compare_routings(model, monkeypatch, steps):
             outputs = [model(torch.tensor([[i], [2 * i], [3]]), cache) for i in range(5)]
             both.append([routing for output in outputs for routing in output.routings])
     assert len(steps) == 5
-    for ours, theirs in zip(*both, strict=True):
-        for name, rows in vars(theirs.assignments).items():
-            torch.testing.assert_close(getattr(ours.assignments, name), rows, rtol=1e-4, atol=1e-5)
+    assert_same_routings(*both, rtol=1e-4, atol=1e-5)
+
+
+def assert_same_routings(ours, theirs, **tolerance):
+    """Rows, probabilities, losses, and what is added beside rows."""
+    for our, their in zip(ours, theirs, strict=True):
+        for name, rows in vars(their.assignments).items():
+            torch.testing.assert_close(getattr(our.assignments, name), rows, **tolerance)
         for name in ("probs_TE", "losses", "identity_T", "constant_TD"):
-            assert (getattr(ours, name) is None) == (getattr(theirs, name) is None), name
-            if getattr(theirs, name) is not None:
-                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+            assert (getattr(our, name) is None) == (getattr(their, name) is None), name
+            if getattr(their, name) is not None:
+                torch.testing.assert_close(getattr(our, name), getattr(their, name), **tolerance)
 
 
 def test_routings_are_those_of_the_layers(monkeypatch, steps):

@@ -5,7 +5,7 @@ import torch
 
 from routing.policies.top_p import TopP
 from routing.router import NonFiniteScoresError, RouterConfig
-from tests.lm.test_fast_decode import ONE_CALL, POLICIES, build, layer_by_layer
+from tests.lm.test_fast_decode import ONE_CALL, POLICIES, assert_same_routings, build, layer_by_layer
 from triton_kernels.native import library
 
 pytestmark = pytest.mark.skipif(library.native().library is None, reason=library.native().reason)
@@ -51,17 +51,7 @@ def compare(model, batch_size, monkeypatch, steps, n_calls=4):
         assert difference.median() <= (0.05 if bf16 else 1e-5) * size.mean()
         assert difference.quantile(0.99) <= (1.0 if bf16 else 1e-4) * size.max()
     if not bf16:
-        compare_routings(our_routings, routings)
-
-
-def compare_routings(ours, theirs):
-    for our, their in zip(ours, theirs, strict=True):
-        for name, rows in vars(their.assignments).items():
-            torch.testing.assert_close(getattr(our.assignments, name), rows, rtol=1e-3, atol=1e-4)
-        for name in ("probs_TE", "losses", "identity_T", "constant_TD"):
-            assert (getattr(our, name) is None) == (getattr(their, name) is None), name
-            if getattr(their, name) is not None:
-                torch.testing.assert_close(getattr(our, name), getattr(their, name), rtol=1e-3, atol=1e-4)
+        assert_same_routings(our_routings, routings, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
