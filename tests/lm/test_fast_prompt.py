@@ -29,11 +29,11 @@ def prompted(model, batch_size, pieces=PIECES):
     return torch.cat(logits, dim=1).float(), tensors, routings, [state.length for state in cache.layers]
 
 
-def compare(model, batch_size, monkeypatch, steps, n_calls=4):
-    ours, our_tensors, our_routings, our_lengths = prompted(model, batch_size)
+def compare(model, batch_size, monkeypatch, steps, n_calls=4, pieces=PIECES):
+    ours, our_tensors, our_routings, our_lengths = prompted(model, batch_size, pieces)
     assert len(steps) == n_calls
     layer_by_layer(monkeypatch)
-    theirs, tensors, routings, lengths = prompted(model, batch_size)
+    theirs, tensors, routings, lengths = prompted(model, batch_size, pieces)
     assert len(steps) == n_calls
     assert our_lengths == lengths
     same = torch.cat(
@@ -78,6 +78,11 @@ def test_every_policy(policy, monkeypatch, steps):
 def test_a_window_that_goes_round(window, monkeypatch, steps):
     """Within a piece, between two, just when the prompt ends, and never."""
     compare(build("SrF", "float32", window=window), 2, monkeypatch, steps)
+
+
+def test_more_tokens_than_a_piece_of_any_part_takes(monkeypatch, steps):
+    """Of the shared expert 240, of attention 512 keys, and a rest of each."""
+    compare(build("FSG", "float32"), 2, monkeypatch, steps, n_calls=3, pieces=(520, 3))
 
 
 def test_what_the_call_does_not_know_reads_a_prompt_by_itself(monkeypatch, steps):

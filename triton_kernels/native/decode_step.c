@@ -262,19 +262,34 @@ static long experts_sum(const Block *l, const Model *m, const Decision *d, const
     return error;
 }
 
+typedef struct {
+    const Block *l;
+    const Model *m;
+    const Scratch *s;
+    const float *x;
+    atomic_int no_memory;
+} Shared;
+
+/* Some tokens through the shared expert, which is the one that all of them go to. */
+static void shared_piece(void *job, long index) {
+    Shared *m = job;
+    long D = m->m->width, F = m->l->d_shared, first = index * MOST_BLOCK,
+         n = m->s->tokens - first < MOST_BLOCK ? m->s->tokens - first : MOST_BLOCK;
+    int64_t token[MOST_BLOCK], offsets[] = {0, n};
+    float weight[MOST_BLOCK];
+    for (long t = 0; t < n; t++) token[t] = t, weight[t] = 1.0f;
+    if (grouped_mlp_forward(m->x + first * D, m->l->shared_gate_up, m->l->shared_down, token, weight, offsets, NULL,
+                            m->s->hidden + first * 2 * F, m->s->normed + first * D, n, n, 1, D, F, (int)m->m->bf16, 1))
+        atomic_store(&m->no_memory, 1);
+}
+
 /* What the shared expert gives of the tokens x: s->normed. */
 static long shared_sum(const Block *l, const Model *m, const float *x, Scratch *s, int threads) {
     long N = s->tokens, D = m->width, F = l->d_shared;
     if (N > MOST_ROWS) {
-        /* One expert that every token goes to. */
-        int64_t *token = malloc((size_t)N * (sizeof(int64_t) + sizeof(float))), offsets[] = {0, N};
-        if (!token) return NO_MEMORY;
-        float *weight = (float *)(token + N);
-        for (long t = 0; t < N; t++) token[t] = t, weight[t] = 1.0f;
-        long error = grouped_mlp_forward(x, l->shared_gate_up, l->shared_down, token, weight, offsets, NULL, s->hidden,
-                                         s->normed, N, N, 1, D, F, (int)m->bf16, threads);
-        free(token);
-        return error;
+        Shared job = {l, m, s, x, 0};
+        in_pieces(shared_piece, &job, (N + MOST_BLOCK - 1) / MOST_BLOCK, threads);
+        return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
     }
     const float *in[MOST_ROWS];
     float *hidden[MOST_ROWS], *out[MOST_ROWS];
