@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from triton_kernels.native.decode_step import NotInOneCall, Watch
+from triton_kernels.native.decode_step import NativeWeight, NotInOneCall, Watch
 from triton_kernels.native.projection import project
 
 
@@ -39,9 +39,9 @@ class Projection(nn.Linear):
         y = project(input, self.weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def describe(self, watch: Watch, d_in: int, d_out: int) -> int:
+    def describe(self, watch: Watch, d_in: int, d_out: int) -> NativeWeight:
         """Where the weight lies for a step in one call, which expects it to have these widths."""
         if type(self) is not Projection or self.bias is not None:
             raise NotInOneCall(f"a projection that is a {type(self).__name__}, or has a bias")
         watch.module(self)
-        return watch.parameter(self, "weight", d_out, d_in)
+        return watch.weight(self, "weight", d_out, d_in, transposed=True)

@@ -104,3 +104,13 @@ def peak_memory(device: "torch.device") -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # In KiB everywhere but on macOS.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> int:
+    """Of the machine, or what a container lets this process have of it."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdigit() else machine

@@ -27,6 +27,7 @@ from moe.backends import Choice
 from routing.policy import PolicyConfig
 from routing.router import Router, Routing
 from triton_kernels.native.decode_step import NativeBlock, NativeModel, NotInOneCall, Watch
+from triton_kernels.native.kept_weights import keeps_weights
 from triton_kernels.native.library import products_here, rounds_products, takes_many_rows, torch_by_one_thread
 from triton_kernels.native.loss import head_losses
 from triton_kernels.native.projection import project
@@ -156,7 +157,8 @@ class LanguageModel(ExactBuffers):
         V, D, eps = self.config.vocab_size, self.config.d_model, self.config.norm_eps
         if self.config.embedding_scale != 1.0 or self.config.logit_scale != 1.0:
             raise NotInOneCall("scaled embeddings or logits")
-        watch = Watch(batch_size, D)
+        n_bytes = sum(parameter.nbytes for parameter in self.parameters())
+        watch = Watch(batch_size, D, keeps=keeps_weights(self._dtype, n_bytes))
         watch.module(self)
         watch.module(self.blocks)
         watch.same(self, "config")
@@ -167,8 +169,8 @@ class LanguageModel(ExactBuffers):
             blocks.append(NativeBlock())
             block.describe(blocks[-1], watch, state, eps)
         native = NativeModel(vocabulary=V, width=D, batch=batch_size, eps=eps)
-        names = ("embedding_VD", "embedding_VD" if self.head_VD is None else "head_VD")
-        native.embedding, native.head = (watch.parameter(self, name, V, D) for name in names)
+        native.embedding = watch.parameter(self, "embedding_VD", V, D)
+        native.head = watch.weight(self, "embedding_VD" if self.head_VD is None else "head_VD", V, D, transposed=True)
         native.norm = describe_norm(self.norm, watch, width=D, eps=eps)
         return DecodeStep(native, blocks, watch, self.routers(), cache, self._dtype)
 

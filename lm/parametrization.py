@@ -32,6 +32,7 @@ import functools
 import re
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from lm.config import ModelConfig
@@ -162,7 +163,8 @@ def scale_initial(model: nn.Module, layers: Iterable[int] | None) -> None:
     parameters = dict(model.named_parameters())
     for name, rule in tensor_rules(model).items():
         if rule.init != 1.0 and (fresh is None or name[: name.find(".", 7) + 1] in fresh):
-            parameters[name].data.mul_(rule.init)
+            with torch.no_grad():
+                parameters[name].mul_(rule.init)
 
 
 def _kind(name: str) -> str | None:

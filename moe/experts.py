@@ -99,9 +99,11 @@ class Experts(nn.Module):
         watch.module(self)
         watch.same(self, "backend")
         E, D, block.d_expert = block.experts, watch.d_model, self.w_down_EFD.shape[1]
-        at = watch.parameter(self, "w_gate_up_EDF2", E, D, 2 * block.d_expert)
-        block.gate_up = NativeMatrices(codes=at, bits=32)
-        block.down = NativeMatrices(codes=watch.parameter(self, "w_down_EFD", E, block.d_expert, D), bits=32)
+        gate_up = watch.weight(self, "w_gate_up_EDF2", E, D, 2 * block.d_expert)
+        down = watch.weight(self, "w_down_EFD", E, block.d_expert, D)
+        block.gate_up, block.down = (
+            NativeMatrices(codes=weight.wide, bits=32, panels=weight.panels) for weight in (gate_up, down)
+        )
 
 
 class SharedExpert(nn.Module):
@@ -130,11 +132,12 @@ class SharedExpert(nn.Module):
             raise NotInOneCall(f"a shared expert that is a {type(self).__name__}, or has no gate")
         watch.module(self)
         D, block.d_shared = watch.d_model, self.w_down_FD.shape[0]
-        block.shared_gate_up = watch.parameter(self, "w_gate_up_DF2", D, 2 * block.d_shared)
-        block.shared_down = watch.parameter(self, "w_down_FD", block.d_shared, D)
+        block.shared_gate_up = watch.weight(self, "w_gate_up_DF2", D, 2 * block.d_shared)
+        block.shared_down = watch.weight(self, "w_down_FD", block.d_shared, D)
 
 
 def draw_matrix(weight: Tensor, generator: torch.Generator, scale: float = 1.0) -> None:
     """A matrix [in, out], normal with standard deviation scale in^-1/2, drawn on the generator's device."""
     draw = torch.randn(weight.shape, generator=generator, device=generator.device)
-    weight.data.copy_(draw * (scale * weight.shape[0] ** -0.5))
+    with torch.no_grad():
+        weight.copy_(draw * (scale * weight.shape[0] ** -0.5))

@@ -2,8 +2,8 @@
  * numbers (AVX512-BF16), twice as fast as in fp32; sums are fp32. What is given, and what comes out, is fp32.
  *
  * A word holds two numbers that follow each other along the sum, the first in its lower half. A panel is laid out as
- * one of fp32, with a row of words for two rows of numbers, and takes half of its place. Every sum has one order, and a
- * NaN stays one. What stands in the place of a missing second number is 0.
+ * one of fp32, with a row of words for two rows of numbers, and takes half of its place; the next one follows it. Every
+ * sum has one order, and a NaN stays one. What stands in the place of a missing second number is 0.
  */
 
 /* What a processor can do with bf16: nothing, products by these functions, or others that only a framework has. */
@@ -28,6 +28,7 @@ typedef struct {
 } Words;
 
 #if defined(__AVX512BF16__)
+_Static_assert((int)PANEL_COLUMNS == (int)TILE_COLUMNS, "kept panels are panels");
 /* Rows and terms of the left factor that are rounded at once, and words between its rows, or between its pairs. */
 enum { ROUNDED_ROWS = 60, ROUNDED_TERMS = 512, ROW_WORDS = ROUNDED_TERMS / 2 + 48, PAIR_WORDS = 64 };
 
@@ -50,37 +51,75 @@ static inline __m512i words_across(const float *first, const float *second, long
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-/* As `pack`. */
-CALLED void pack_bf16(const float *source, const int64_t *index, long stride, long first, long columns, long depth,
-                      float *panels) {
-    for (long j = 0; j < columns; j += TILE_COLUMNS, panels += depth * TILE_COLUMNS)
+/* The same of numbers that are bf16 already. */
+static inline __mmask32 first_halves(long n) { return n >= 32 ? 0xffffffff : n > 0 ? (1u << n) - 1 : 0; }
+static inline __m512i held_along(const uint16_t *x, long n) { return _mm512_maskz_loadu_epi16(first_halves(n), x); }
+static inline __m512i held_across(const uint16_t *first, const uint16_t *second, long n) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(n), first));
+    if (!second) return low;
+    return _mm512_or_si512(low,
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_of(n), second)), 16));
+}
+
+static inline __attribute__((always_inline)) __m512i along(const int held, const void *x, long at, long n) {
+    return held ? held_along((const uint16_t *)x + at, n) : words_along((const float *)x + at, n);
+}
+/* Rows begin at `at` and, unless it is below 0, `next`. */
+static inline __attribute__((always_inline)) __m512i across(const int held, const void *x, long at, long next, long n) {
+    const uint16_t *half = x;
+    const float *wide = x;
+    return held ? held_across(half + at, next < 0 ? NULL : half + next, n)
+                : words_across(wide + at, next < 0 ? NULL : wide + next, n);
+}
+
+/* As `pack`, of numbers in fp32, or `held` in bf16. */
+static inline __attribute__((always_inline)) void pack_words(const int held, const void *source, const int64_t *index,
+                                                             long stride, long first, long columns, long depth,
+                                                             uint32_t *panels) {
+    for (long j = 0; j < columns; j += TILE_COLUMNS, panels += panel_words(depth))
         for (long k = 0; k < depth; k += 2) {
-            const float *row = source + (index ? index[k] : k) * stride + first + j, *next = NULL;
-            if (k + 1 < depth) next = source + (index ? index[k + 1] : k + 1) * stride + first + j;
-            float *words = panels + k / 2 * TILE_COLUMNS;
-            _mm512_storeu_si512(words, words_across(row, next, columns - j));
-            _mm512_storeu_si512(words + LINE, words_across(row + LINE, next ? next + LINE : NULL, columns - j - LINE));
+            long row = (index ? index[k] : k) * stride + first + j, next = -1;
+            if (k + 1 < depth) next = (index ? index[k + 1] : k + 1) * stride + first + j;
+            uint32_t *words = panels + k / 2 * TILE_COLUMNS;
+            _mm512_storeu_si512(words, across(held, source, row, next, columns - j));
+            if (next >= 0) next += LINE;
+            _mm512_storeu_si512(words + LINE, across(held, source, row + LINE, next, columns - j - LINE));
         }
 }
 
-/* As `pack_transposed`. */
-CALLED void pack_transposed_bf16(const float *source, long stride, long columns, long depth, float *panels) {
+/* As `pack_transposed`, likewise. */
+static inline __attribute__((always_inline)) void pack_transposed_words(const int held, const void *source, long stride,
+                                                                        long columns, long depth, uint32_t *panels) {
     float words[WIDE * LINE];
-    for (long j = 0; j < columns; j += TILE_COLUMNS, panels += depth * TILE_COLUMNS)
+    for (long j = 0; j < columns; j += TILE_COLUMNS, panels += panel_words(depth))
         for (long c = 0; c < TILE_COLUMNS; c += WIDE)
             for (long k = 0; k < depth; k += 2 * LINE) {
                 long pairs = (depth - k + 1) / 2 < LINE ? (depth - k + 1) / 2 : LINE, p = 0;
                 for (long i = 0; i < WIDE; i++) {
                     int there = j + c + i < columns;
-                    const float *row = there ? source + (j + c + i) * stride + k : source;
-                    _mm512_storeu_si512(words + i * LINE, words_along(row, there ? depth - k : 0));
+                    long row = there ? (j + c + i) * stride + k : 0;
+                    _mm512_storeu_si512(words + i * LINE, along(held, source, row, there ? depth - k : 0));
                 }
-                float *panel = panels + k / 2 * TILE_COLUMNS + c;
+                float *panel = (float *)panels + k / 2 * TILE_COLUMNS + c;
                 for (; p + WIDE <= pairs; p += WIDE)
                     transpose_square(words + p, LINE, panel + p * TILE_COLUMNS, TILE_COLUMNS);
                 for (; p < pairs; p++)
                     for (long i = 0; i < WIDE; i++) memcpy(panel + p * TILE_COLUMNS + i, words + i * LINE + p, 4);
             }
+}
+
+CALLED void pack_bf16(const float *source, const int64_t *index, long stride, long first, long columns, long depth,
+                      float *panels) {
+    pack_words(0, source, index, stride, first, columns, depth, (uint32_t *)panels);
+}
+CALLED void pack_held(const uint16_t *source, long stride, long columns, long depth, float *panels) {
+    pack_words(1, source, NULL, stride, 0, columns, depth, (uint32_t *)panels);
+}
+CALLED void pack_transposed_bf16(const float *source, long stride, long columns, long depth, float *panels) {
+    pack_transposed_words(0, source, stride, columns, depth, (uint32_t *)panels);
+}
+CALLED void pack_transposed_held(const uint16_t *source, long stride, long columns, long depth, float *panels) {
+    pack_transposed_words(1, source, stride, columns, depth, (uint32_t *)panels);
 }
 
 /* The words of some rows of a left factor, in [ROUNDED_ROWS][ROW_WORDS] where its terms follow each other in memory.
@@ -144,7 +183,7 @@ static inline __attribute__((always_inline)) void tiles_bf16(Words left, const l
  * result's row i. */
 CALLED void words_times(Words left, const float *panel, long depth, long terms, long i, long rows, long columns,
                         Result result) {
-    for (long j = 0; j < columns; j += TILE_COLUMNS, panel += depth * TILE_COLUMNS, result.x += TILE_COLUMNS) {
+    for (long j = 0; j < columns; j += TILE_COLUMNS, panel += panel_words(depth), result.x += TILE_COLUMNS) {
         long width = columns - j < TILE_COLUMNS ? columns - j : TILE_COLUMNS;
         if (left.pair == 1) tiles_bf16(left, 1, panel, terms, result, i, rows, width);
         else tiles_bf16(left, PAIR_WORDS, panel, terms, result, i, rows, width);
@@ -193,6 +232,31 @@ static float exp_words(const float *x, long n, float zero, uint32_t *words) {
     return _mm512_reduce_add_ps(_mm512_add_ps(sum[0], sum[1]));
 }
 
+/* Weights [E, I, O], or their transposes' [E, O, I], for `Weight.panels`. */
+typedef struct {
+    const float *source;
+    uint32_t *panels;
+    long in, out;
+    int transposed;
+} Kept;
+
+enum { KEPT_COLUMNS = 8 * TILE_COLUMNS };
+
+static void keep_piece(void *job, long index) {
+    const Kept *m = job;
+    long strips = (m->out + KEPT_COLUMNS - 1) / KEPT_COLUMNS, e = index / strips, first = index % strips * KEPT_COLUMNS,
+         n = m->out - first < KEPT_COLUMNS ? m->out - first : KEPT_COLUMNS;
+    const float *source = m->source + e * m->in * m->out;
+    float *panels = (float *)(m->panels + e * words_of(m->in, m->out) + words_before(m->in, first));
+    if (m->transposed) pack_transposed_bf16(source + first * m->in, m->in, n, m->in, panels);
+    else pack_bf16(source, NULL, m->out, first, n, m->in, panels);
+}
+
+void keep_weights(const float *source, uint32_t *panels, long experts, long in, long out, int transposed, int threads) {
+    Kept job = {source, panels, in, out, transposed};
+    in_pieces(keep_piece, &job, experts * ((out + KEPT_COLUMNS - 1) / KEPT_COLUMNS), threads);
+}
+
 #define ROUNDED(call, rounded) (bf16 ? (rounded) : (call))
 #else
 /* Nobody calls these. */
@@ -205,11 +269,28 @@ static void words_times(Words left, const float *panel, long depth, long terms, 
 static float exp_words(const float *x, long n, float zero, uint32_t *words) {
     return (void)x, (void)n, (void)zero, (void)words, 0.0f;
 }
+static void pack_held(const uint16_t *source, long stride, long columns, long depth, float *panels) {
+    (void)source, (void)stride, (void)columns, (void)depth, (void)panels;
+}
+static void pack_transposed_held(const uint16_t *source, long stride, long columns, long depth, float *panels) {
+    (void)source, (void)stride, (void)columns, (void)depth, (void)panels;
+}
+void keep_weights(const float *source, uint32_t *panels, long experts, long in, long out, int transposed, int threads) {
+    (void)source, (void)panels, (void)experts, (void)in, (void)out, (void)transposed, (void)threads;
+}
 
 #define ROUNDED(call, rounded) ((void)bf16, (call))
 #endif
 
 /* ---- The same calls with or without rounding; where there is none, `bf16` is never asked for ---- */
+
+/* Floats that panels take, and those before their column `first`, which begins one. */
+static long floats_of_panels(int bf16, long depth, long columns) {
+    return bf16 ? words_of(depth, columns) : rounded_up(columns, TILE_COLUMNS) * depth;
+}
+static long floats_before(int bf16, long depth, long first) {
+    return bf16 ? words_before(depth, first) : first * depth;
+}
 
 static void pack_as(int bf16, const float *source, const int64_t *index, long stride, long first, long columns,
                     long depth, float *panels) {

@@ -20,7 +20,7 @@ typedef struct {
     const float *attention_norm, *attention_out_norm, *moe_norm, *moe_out_norm;
     /* Attention: heads, widths of keys and values, both projections. */
     long mixer, heads, key, value, inner;
-    const float *to_inner, *to_out;
+    Weight to_inner, to_out;
     float eps;
     /* Softmax: `half` pairs of channels are turned; rows of the cache are used in turn. */
     long kv_heads, half, output_gate, writes, capacity, cache_stride, bf16;
@@ -29,7 +29,8 @@ typedef struct {
     void *keys, *values;
     const float *cosine, *sine; /* of the tokens of a prompt, [tokens, half] */
     /* Linear layers; `bf16` is the tail's. to_gate and to_decay: from their bottlenecks, as wide as one head. */
-    const float *to_gate, *to_decay, *conv, *A_log, *dt_bias, *norm, *log_decay;
+    Weight to_gate, to_decay;
+    const float *conv, *A_log, *dt_bias, *norm, *log_decay;
     float *state;
     void *tail;
     long taps, per_channel, use_silu;
@@ -42,7 +43,7 @@ typedef struct {
     long outside;
     Decision decision;
     Matrices gate_up, down;
-    const float *shared_gate_up, *shared_down;
+    Weight shared_gate_up, shared_down;
     long d_expert, d_shared;
     /* Where in `whole` and `real` its routing is written, see `route_tokens`. */
     long whole_at, real_at;
@@ -50,7 +51,8 @@ typedef struct {
 
 typedef struct {
     const Block *block;
-    const float *embedding, *norm, *head;
+    const float *embedding, *norm;
+    Weight head;
     long blocks, vocabulary, width, batch;
     long bf16; /* whether products of many rows round what they read to it */
     float eps;
@@ -116,9 +118,16 @@ static void *scratch_of(const Model *m, long N, Scratch *s) {
 
 /* ---- The same for few tokens and for many ---- */
 
-static long project(const Model *m, const float *x, const float *weight, float *y, long rows, long in, long out,
-                    int bf16, int threads) {
-    if (rows > MOST_ROWS) return project_rows(x, weight, y, rows, in, out, bf16 && m->bf16, threads);
+static long project(const Model *m, const float *x, Weight weight, float *y, long rows, long in, long out,
+                    int threads) {
+    if (rows > MOST_ROWS) return project_rows_of(x, weight, y, rows, in, out, (int)m->bf16, threads);
+    linear_of(x, in, weight, y, rows, in, out, threads);
+    return 0;
+}
+
+/* By what a router decides: never rounded. */
+static long score(const float *x, const float *weight, float *y, long rows, long in, long out, int threads) {
+    if (rows > MOST_ROWS) return project_rows(x, weight, y, rows, in, out, 0, threads);
     linear(x, in, weight, y, rows, in, out, threads);
     return 0;
 }
@@ -188,11 +197,11 @@ static long mix(const Block *l, const Model *m, Scratch *s, long position, const
         gated(s->mixed, gate, l->inner, B, X);
         return 0;
     }
-    const float *a = gate + (l->to_gate ? V : X), *b = a + (l->to_decay ? K : H);
+    const float *a = gate + (l->to_gate.wide ? V : X), *b = a + (l->to_decay.wide ? K : H);
     long gate_stride = l->inner, a_stride = l->inner;
-    if (l->to_gate) {
-        linear(gate, l->inner, l->to_gate, s->gate, B, V, X, threads);
-        linear(a, l->inner, l->to_decay, s->decay, B, K, H * K, threads);
+    if (l->to_gate.wide) {
+        linear_of(gate, l->inner, l->to_gate, s->gate, B, V, X, threads);
+        linear_of(a, l->inner, l->to_decay, s->decay, B, K, H * K, threads);
         gate = s->gate, a = s->decay, gate_stride = X, a_stride = H * K;
     }
     delta_decode(s->inner, gate, a, b, l->inner, gate_stride, a_stride, l->inner, l->conv, l->A_log, l->dt_bias,
@@ -222,9 +231,9 @@ static long decide_here(const Block *l, const Model *m, Scratch *s, int64_t *who
             *expert_offsets = row_of_slot + n, *token_offsets = expert_offsets + E + 1;
     float *row_weight = real + l->real_at, *x = row_weight + n, *logits = x + N * D, *null_logits = logits + N * E;
     float *returned = l->returns ? null_logits + N * Z : NULL, gain = l->gain ? *l->gain * *l->gain : 1.0f;
-    error = project(m, x, l->router, logits, N, D, E, 0, threads);
-    if (Z && !error) error = project(m, x, l->null_router, null_logits, N, D, Z, 0, threads);
-    if (l->head && !error) error = project(m, x, l->head, s->predicted, N, D, 1, 0, threads);
+    error = score(x, l->router, logits, N, D, E, threads);
+    if (Z && !error) error = score(x, l->null_router, null_logits, N, D, Z, threads);
+    if (l->head && !error) error = score(x, l->head, s->predicted, N, D, 1, threads);
     if (error) return error;
     if (!isfinite(sum_of(logits, N * E) + sum_of(null_logits, N * Z)) || is_nan(l->bias, E) ||
         is_nan(l->threshold, 1) || is_nan(l->drift, 1) || is_nan(l->aim, 1) || is_nan(l->gain, 1) ||
@@ -256,8 +265,9 @@ static long experts_sum(const Block *l, const Model *m, const Decision *d, const
                           d->row_of_slot, s->y, N, d->rows, l->experts, D, l->d_expert, threads);
     float *inner = malloc((size_t)(d->rows * l->d_expert + 1) * sizeof(float));
     if (!inner) return NO_MEMORY;
-    long error = grouped_mlp_forward(x, l->gate_up.codes, l->down.codes, d->token, d->weight, d->expert_offsets, NULL,
-                                     inner, s->y, N, d->rows, l->experts, D, l->d_expert, (int)m->bf16, threads);
+    Weight gate_up = {l->gate_up.codes, l->gate_up.panels}, down = {l->down.codes, l->down.panels};
+    long error = grouped_mlp_of(x, gate_up, down, d->token, d->weight, d->expert_offsets, NULL, inner, s->y, N, d->rows,
+                                l->experts, D, l->d_expert, (int)m->bf16, threads);
     free(inner);
     return error;
 }
@@ -278,8 +288,8 @@ static void shared_piece(void *job, long index) {
     int64_t token[MOST_BLOCK], offsets[] = {0, n};
     float weight[MOST_BLOCK];
     for (long t = 0; t < n; t++) token[t] = t, weight[t] = 1.0f;
-    if (grouped_mlp_forward(m->x + first * D, m->l->shared_gate_up, m->l->shared_down, token, weight, offsets, NULL,
-                            m->s->hidden + first * 2 * F, m->s->normed + first * D, n, n, 1, D, F, (int)m->m->bf16, 1))
+    if (grouped_mlp_of(m->x + first * D, m->l->shared_gate_up, m->l->shared_down, token, weight, offsets, NULL,
+                       m->s->hidden + first * 2 * F, m->s->normed + first * D, n, n, 1, D, F, (int)m->m->bf16, 1))
         atomic_store(&m->no_memory, 1);
 }
 
@@ -294,10 +304,12 @@ static long shared_sum(const Block *l, const Model *m, const float *x, Scratch *
     const float *in[MOST_ROWS];
     float *hidden[MOST_ROWS], *out[MOST_ROWS];
     for (long r = 0; r < N; r++) in[r] = x + r * D, hidden[r] = s->hidden + r * 2 * F, out[r] = s->normed + r * D;
-    rows_times(N, in, hidden, l->shared_gate_up, D, 2 * F);
+    Matrices gate_up = {.codes = l->shared_gate_up.wide, .bits = 32, .panels = l->shared_gate_up.panels};
+    Matrices down = {.codes = l->shared_down.wide, .bits = 32, .panels = l->shared_down.panels};
+    matrix_times(N, in, hidden, &gate_up, 0, D, 2 * F);
     for (long r = 0; r < N; r++)
         for (long f = 0; f < F; f++) hidden[r][f] = silu(hidden[r][f]) * hidden[r][F + f];
-    rows_times(N, (const float *const *)hidden, out, l->shared_down, F, D);
+    matrix_times(N, (const float *const *)hidden, out, &down, 0, F, D);
     return 0;
 }
 
@@ -340,13 +352,13 @@ long decode_step(const Model *m, const int64_t *token, long length, long positio
         long X = l->heads * l->value;
         normed_or_copied(s.x, l->attention_norm, s.normed, m, N, threads);
         lap(m, NORMS, &since);
-        if ((error = project(m, s.normed, l->to_inner, s.inner, N, D, l->inner, 1, threads))) break;
+        if ((error = project(m, s.normed, l->to_inner, s.inner, N, D, l->inner, threads))) break;
         lap(m, PROJECTIONS, &since);
         if (length > 1) error = mix_prompt(l, m, &s, position, length, threads);
         else error = mix(l, m, &s, position, behind, threads);
         if (error) break;
         lap(m, MIXING, &since);
-        if ((error = project(m, s.mixed, l->to_out, s.y, N, X, D, 1, threads))) break;
+        if ((error = project(m, s.mixed, l->to_out, s.y, N, X, D, threads))) break;
         lap(m, PROJECTIONS, &since);
         if (l->attention_out_norm) rms_norm_rows(s.y, l->attention_out_norm, s.y, N, D, m->eps, threads);
         add(s.x, s.y, N * D, threads);
@@ -361,7 +373,7 @@ long decode_step(const Model *m, const int64_t *token, long length, long positio
         for (long b = 0; b < B; b++)
             rms_norm(s.x + ((b + 1) * length - 1) * D, m->norm, s.normed + b * D, 1, D, m->eps);
         lap(m, NORMS, &since);
-        linear(s.normed, D, m->head, logits, B, D, m->vocabulary, threads);
+        linear_of(s.normed, D, m->head, logits, B, D, m->vocabulary, threads);
         lap(m, HEAD, &since);
     }
     free(memory), free(s.ring);

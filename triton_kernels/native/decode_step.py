@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triton_kernels.native.kept_weights import kept_panels
 from triton_kernels.native.library import FLOAT, LONG, P
 
 SOFTMAX, DELTA, LIGHTNING = range(3)
@@ -22,6 +23,7 @@ RIVALS, PREDICTED = 3, 4
 # Asks a router outside of the call, by the number of its block; not 0 where it could not decide.
 DECIDE = ctypes.CFUNCTYPE(LONG, LONG)
 FACTS = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
+VERSION = attrgetter("_version")
 # What `NativeModel.seconds` counts, fp64, in this order; sums of the residual stream with what they stand beside.
 PARTS = ("projections", "mixing", "router", "experts", "norms", "head")
 WEIGHTS, ACTIVATIONS = (torch.float32,), (torch.float32, torch.bfloat16)
@@ -31,10 +33,16 @@ class NotInOneCall(Exception):
     """A model, a cache or a setting that the call for a whole step does not know."""
 
 
+class NativeWeight(ctypes.Structure):
+    """`Weight` of kept_weights.c, field by field."""
+
+    _fields_ = [(name, P) for name in ("wide", "panels")]
+
+
 class NativeMatrices(ctypes.Structure):
     """`Matrices` of packed.c, field by field."""
 
-    _fields_ = [*((name, P) for name in ("codes", "scale", "offset")), ("bits", LONG), ("group", LONG)]
+    _fields_ = [*((name, P) for name in ("codes", "scale", "offset")), ("bits", LONG), ("group", LONG), ("panels", P)]
 
 
 class NativeDecision(ctypes.Structure):
@@ -53,12 +61,13 @@ class NativeBlock(ctypes.Structure):
     _fields_ = [
         *((f"{place}_norm", P) for place in ("attention", "attention_out", "moe", "moe_out")),
         *((name, LONG) for name in ("mixer", "heads", "key", "value", "inner")),
-        *((name, P) for name in ("to_inner", "to_out")),
+        *((name, NativeWeight) for name in ("to_inner", "to_out")),
         ("eps", FLOAT),
         *((name, LONG) for name in ("kv_heads", "half", "output_gate", "writes", "capacity", "cache_stride", "bf16")),
         ("rope_base", ctypes.c_double),
         *((name, P) for name in ("q_norm", "k_norm", "sink", "keys", "values", "cosine", "sine")),
-        *((name, P) for name in ("to_gate", "to_decay", "conv", "A_log", "dt_bias", "norm", "log_decay")),
+        *((name, NativeWeight) for name in ("to_gate", "to_decay")),
+        *((name, P) for name in ("conv", "A_log", "dt_bias", "norm", "log_decay")),
         *((name, P) for name in ("state", "tail")),
         *((name, LONG) for name in ("taps", "per_channel", "use_silu")),
         *((name, P) for name in ("router", "bias", "threshold", "drift", "aim")),
@@ -69,7 +78,7 @@ class NativeBlock(ctypes.Structure):
         ("outside", LONG),
         ("decision", NativeDecision),
         *((name, NativeMatrices) for name in ("gate_up", "down")),
-        *((name, P) for name in ("shared_gate_up", "shared_down")),
+        *((name, NativeWeight) for name in ("shared_gate_up", "shared_down")),
         *((name, LONG) for name in ("d_expert", "d_shared", "whole_at", "real_at")),
     ]
 
@@ -79,7 +88,8 @@ class NativeModel(ctypes.Structure):
 
     _fields_ = [
         ("block", ctypes.POINTER(NativeBlock)),
-        *((name, P) for name in ("embedding", "norm", "head")),
+        *((name, P) for name in ("embedding", "norm")),
+        ("head", NativeWeight),
         *((name, LONG) for name in ("blocks", "vocabulary", "width", "batch", "bf16")),
         ("eps", FLOAT),
         ("seconds", P),
@@ -92,10 +102,11 @@ class Watch:
 
     Attributes:
         batch_size, d_model: the B and D above.
+        keeps: whether copies of the weights are kept, see `kept_weights`.
     """
 
-    def __init__(self, batch_size: int, d_model: int) -> None:
-        self.batch_size, self.d_model = batch_size, d_model
+    def __init__(self, batch_size: int, d_model: int, *, keeps: bool = False) -> None:
+        self.batch_size, self.d_model, self.keeps = batch_size, d_model, keeps
         # Owner by owner, what its name must still stand for.
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
@@ -103,6 +114,9 @@ class Watch:
         self._empty: list[dict[Any, Any]] = []
         self._asked: list[tuple[Callable[[], object], object]] = []
         self._tensors: list[Tensor] = []
+        # Weights and their copies, which would not see a weight change.
+        self._copied: list[Tensor] = []
+        self._copies: list[Tensor] = []
         self._lay: tuple[list[object], ...] = ()
 
     def module(self, module: nn.Module) -> None:
@@ -152,13 +166,25 @@ class Watch:
         """The address of a parameter in fp32."""
         return self.tensor(module._parameters, name, shape)
 
+    def weight(self, module: nn.Module, name: str, *shape: int, transposed: bool = False) -> NativeWeight:
+        """A parameter that products read: [I, O] or [E, I, O], or transposed [O, I]."""
+        weight = NativeWeight(wide=self.parameter(module, name, *shape))
+        parameter = module._parameters[name]
+        assert parameter is not None
+        panels = kept_panels(parameter, transposed=transposed) if self.keeps else None
+        if panels is not None:
+            self._copied.append(parameter)
+            self._copies.append(panels)
+            weight.panels = panels.data_ptr()
+        return weight
+
     def buffer(self, module: nn.Module, name: str, *shape: int) -> int:
         """The address of a buffer in fp32."""
         return self.tensor(module._buffers, name, shape)
 
     def begin(self) -> None:
         """All is described."""
-        self._lay = _facts(self._tensors)
+        self._lay = self._facts()
 
     def holds(self) -> bool:
         """Whether all of it still is and lies as it was described."""
@@ -167,10 +193,9 @@ class Watch:
             not any(self._empty)
             and all(map(is_, map(dict.get, self._owners, self._names), self._values))
             and all(ask() == answer for ask, answer in self._asked)
-            and _facts(self._tensors) == self._lay
+            and self._facts() == self._lay
         )
 
-
-def _facts(tensors: Sequence[Tensor]) -> tuple[list[object], ...]:
-    """What tells that the same tensors lie where they lay, as they lay."""
-    return tuple(list(map(fact, tensors)) for fact in FACTS)
+    def _facts(self) -> tuple[list[object], ...]:
+        """What tells that the same tensors lie where they lay, as they lay, and that no copied one was written to."""
+        return *(list(map(fact, self._tensors)) for fact in FACTS), list(map(VERSION, self._copied))

@@ -232,10 +232,14 @@ static float sum_of(const float *x, long n) {
 /* Of the numbers among them: a NaN shows in what is computed from it. */
 static float most_of(const float *x, long n) {
 #if defined(__AVX512F__)
-    __m512 so_far = _mm512_set1_ps(-INFINITY);
-    for (long i = 0; i < n; i += LANES)
-        so_far = _mm512_mask_max_ps(so_far, first_of(n - i), _mm512_maskz_loadu_ps(first_of(n - i), x + i), so_far);
-    return _mm512_reduce_max_ps(so_far);
+    __m512 so_far[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)};
+    long i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        for (int j = 0; j < 2; j++) so_far[j] = _mm512_max_ps(_mm512_loadu_ps(x + i + j * LANES), so_far[j]);
+    for (; i < n; i += LANES)
+        so_far[0] =
+            _mm512_mask_max_ps(so_far[0], first_of(n - i), _mm512_maskz_loadu_ps(first_of(n - i), x + i), so_far[0]);
+    return _mm512_reduce_max_ps(_mm512_max_ps(so_far[0], so_far[1]));
 #else
     float lane[LANES], most = -INFINITY;
     for (int j = 0; j < LANES; j++) lane[j] = -INFINITY;
@@ -261,8 +265,11 @@ void rms_norm(const float *x, const float *weight, float *y, long rows, long wid
 
 /* ---- y[T, O] = x[T, I] weight[O, I]^T, with a stride between rows of x ---- */
 
+#include "kept_weights.c"
+
 typedef struct {
-    const float *x, *weight;
+    const float *x;
+    Weight weight;
     float *y;
     long x_stride, rows, in, out;
 } Linear;
@@ -271,15 +278,27 @@ enum { OUTPUTS = 64 };
 
 static void linear_piece(void *job, long index) {
     Linear *l = job;
-    long last = (index + 1) * OUTPUTS < l->out ? (index + 1) * OUTPUTS : l->out;
-    for (long o = index * OUTPUTS; o < last; o++)
+    long first = index * OUTPUTS, last = first + OUTPUTS < l->out ? first + OUTPUTS : l->out;
+    if (l->weight.panels) {
+        const float *x[l->rows];
+        float *y[l->rows];
+        for (long r = 0; r < l->rows; r++) x[r] = l->x + r * l->x_stride, y[r] = l->y + r * l->out;
+        rows_times_panels(l->rows, x, y, l->weight.panels, l->in, first, last);
+        return;
+    }
+    for (long o = first; o < last; o++)
         for (long r = 0; r < l->rows; r++)
-            l->y[r * l->out + o] = dot(l->x + r * l->x_stride, l->weight + o * l->in, l->in);
+            l->y[r * l->out + o] = dot(l->x + r * l->x_stride, l->weight.wide + o * l->in, l->in);
+}
+
+static void linear_of(const float *x, long x_stride, Weight weight, float *y, long rows, long in, long out,
+                      int threads) {
+    Linear job = {x, weight, y, x_stride, rows, in, out};
+    in_pieces(linear_piece, &job, (out + OUTPUTS - 1) / OUTPUTS, out * in < 65536 ? 1 : threads);
 }
 
 void linear(const float *x, long x_stride, const float *weight, float *y, long rows, long in, long out, int threads) {
-    Linear job = {x, weight, y, x_stride, rows, in, out};
-    in_pieces(linear_piece, &job, (out + OUTPUTS - 1) / OUTPUTS, out * in < 65536 ? 1 : threads);
+    linear_of(x, x_stride, (Weight){weight, NULL}, y, rows, in, out, threads);
 }
 
 /* ---- Experts ---- */
@@ -385,8 +404,8 @@ long packed_experts(const float *x, const void *gate_up, const uint16_t *gate_up
                     const float *weight, const int64_t *expert_offsets, const int64_t *token_offsets,
                     const int64_t *row_of_slot, float *y, long tokens, long most_rows, long n_experts, long d_model,
                     long d_expert, long bits, long group, int threads) {
-    Matrices packed_gate_up = {gate_up, gate_up_scale, gate_up_offset, bits, group};
-    Matrices packed_down = {down, down_scale, down_offset, bits, group};
+    Matrices packed_gate_up = {gate_up, gate_up_scale, gate_up_offset, bits, group, NULL};
+    Matrices packed_down = {down, down_scale, down_offset, bits, group, NULL};
     return experts_of(x, packed_gate_up, packed_down, token, weight, expert_offsets, token_offsets, row_of_slot, y,
                       tokens, most_rows, n_experts, d_model, d_expert, threads);
 }

@@ -10,7 +10,8 @@
 enum { SCRATCH_FLOATS = 80 * 1024, LEAST_BLOCK = 144, MOST_BLOCK = 240, LEAST_COLUMNS = 64, MOST_COLUMNS = 128 };
 
 typedef struct {
-    const float *x, *dy, *gate_up, *down, *weight;
+    const float *x, *dy, *weight;
+    Weight gate_up, down;
     const int64_t *token, *offsets;
     float *hidden, *inner, *y; /* hidden [N, 2 F] or NULL; inner [N, width of the second product's left factor] */
     float *d_gate_up, *d_down, *d_weight; /* the first two NULL where nobody asks */
@@ -32,11 +33,13 @@ static long block_rows(long floats_per_row) {
 static void forward_piece(void *job, long e) {
     ManyRows *m = job;
     long D = m->d_model, F = m->d_expert, last = m->offsets[e + 1], M = block_rows(D + 2 * F),
-         panels = rounded_up(2 * F, TILE_COLUMNS) * D;
+         panels = m->gate_up.panels ? 0 : rounded_up(2 * F, TILE_COLUMNS) * D;
     if (m->offsets[e] == last) return;
-    float *packed = scratch_for(&m->no_memory, panels + F + (m->hidden ? 0 : M * 2 * F)), *activation = packed + panels;
-    if (!packed) return;
-    pack_as(m->bf16, m->gate_up + e * D * 2 * F, NULL, 2 * F, 0, 2 * F, D, packed);
+    float *own = scratch_for(&m->no_memory, panels + F + (m->hidden ? 0 : M * 2 * F)), *activation = own + panels;
+    if (!own) return;
+    const float *packed = own;
+    if (panels) pack_as(m->bf16, m->gate_up.wide + e * D * 2 * F, NULL, 2 * F, 0, 2 * F, D, own);
+    else packed = (const float *)(m->gate_up.panels + e * words_of(D, 2 * F));
     for (long row = m->offsets[e]; row < last; row += M) {
         long n = last - row < M ? last - row : M;
         float *hidden = m->hidden ? m->hidden + row * 2 * F : activation + F;
@@ -50,23 +53,25 @@ static void forward_piece(void *job, long e) {
             if (m->inner_row) round_row(inner, F, (uint32_t *)m->inner + (row + r) * m->inner_row);
         }
     }
-    free(packed);
+    free(own);
 }
 
 /* Columns of y: each row of `inner` [N, K] times its expert's weight [K, D] is added to the row's token. The weight is
  * W_down, or of the gradient of x the transpose of W_gate_up. */
-static void combine(ManyRows *m, long index, const float *weight, long K, int transposed) {
+static void combine(ManyRows *m, long index, Weight weight, long K, int transposed) {
     long D = m->d_model, first = index * m->piece_columns,
          columns = D - first < m->piece_columns ? D - first : m->piece_columns;
     long M = block_rows(K);
     for (long t = 0; t < m->tokens; t++) memset(m->y + t * D + first, 0, (size_t)columns * sizeof(float));
-    float *packed = scratch_for(&m->no_memory, rounded_up(columns, TILE_COLUMNS) * K);
-    if (!packed) return;
+    float *own = scratch_for(&m->no_memory, weight.panels ? 1 : rounded_up(columns, TILE_COLUMNS) * K);
+    if (!own) return;
     for (long e = 0; e < m->experts; e++) {
         long last = m->offsets[e + 1];
         if (m->offsets[e] == last) continue;
-        if (transposed) pack_transposed_as(m->bf16, weight + (e * D + first) * K, K, columns, K, packed);
-        else pack_as(m->bf16, weight + e * K * D, NULL, D, first, columns, K, packed);
+        const float *packed = own;
+        if (weight.panels) packed = (const float *)(weight.panels + e * words_of(K, D) + words_before(K, first));
+        else if (transposed) pack_transposed_as(m->bf16, weight.wide + (e * D + first) * K, K, columns, K, own);
+        else pack_as(m->bf16, weight.wide + e * K * D, NULL, D, first, columns, K, own);
         for (long row = m->offsets[e]; row < last; row += M) {
             long n = last - row < M ? last - row : M;
             Words words = {(uint32_t *)m->inner + row * m->inner_row, NULL, m->inner_row, 1};
@@ -75,7 +80,7 @@ static void combine(ManyRows *m, long index, const float *weight, long K, int tr
             else product_as(m->bf16, (Left){m->inner + row * K, NULL, K, 1}, packed, K, n, columns, sums);
         }
     }
-    free(packed);
+    free(own);
 }
 
 static void words_piece(void *job, long index) {
@@ -132,7 +137,7 @@ static void backward_piece(void *job, long e) {
     if (!down) return;
     float *panels = down + D * rounded_up(F, TILE_COLUMNS), *x = panels + M * panel_width, *inner = x + M * x_stride,
           *d_inner = inner + M * stride;
-    pack_transposed_as(m->bf16, m->down + e * F * D, D, F, D, down);
+    pack_transposed_as(m->bf16, m->down.wide + e * F * D, D, F, D, down);
     for (long row = start; row < last; row += M) {
         long n = last - row < M ? last - row : M;
         const int64_t *token = m->token + row;
@@ -168,10 +173,9 @@ static void in_column_pieces(Piece run, ManyRows *m, int threads) {
 }
 
 /* inner: scratch [N, F]. hidden: [N, 2 F] for `grouped_mlp_backward`, or NULL. Returns 0 or an error. */
-long grouped_mlp_forward(const float *x, const float *gate_up, const float *down, const int64_t *token,
-                         const float *weight, const int64_t *offsets, float *hidden, float *inner, float *y,
-                         long tokens, long most_rows, long experts, long d_model, long d_expert, int bf16,
-                         int threads) {
+static long grouped_mlp_of(const float *x, Weight gate_up, Weight down, const int64_t *token, const float *weight,
+                           const int64_t *offsets, float *hidden, float *inner, float *y, long tokens, long most_rows,
+                           long experts, long d_model, long d_expert, int bf16, int threads) {
     if (!rising(offsets, experts, most_rows)) return OUT_OF_RANGE;
     for (long i = 0; i < offsets[experts]; i++)
         if (token[i] < 0 || token[i] >= tokens) return OUT_OF_RANGE;
@@ -203,6 +207,14 @@ long grouped_mlp_forward(const float *x, const float *gate_up, const float *down
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }
 
+long grouped_mlp_forward(const float *x, const float *gate_up, const float *down, const int64_t *token,
+                         const float *weight, const int64_t *offsets, float *hidden, float *inner, float *y,
+                         long tokens, long most_rows, long experts, long d_model, long d_expert, int bf16,
+                         int threads) {
+    return grouped_mlp_of(x, (Weight){gate_up, NULL}, (Weight){down, NULL}, token, weight, offsets, hidden, inner, y,
+                          tokens, most_rows, experts, d_model, d_expert, bf16, threads);
+}
+
 /* With the `hidden` and the checked indices of the forward call. inner: scratch [N, 2 F]. */
 long grouped_mlp_backward(const float *dy, const float *x, const float *gate_up, const float *down,
                           const int64_t *token, const float *weight, const int64_t *offsets, float *hidden,
@@ -210,8 +222,8 @@ long grouped_mlp_backward(const float *dy, const float *x, const float *gate_up,
                           long experts, long d_model, long d_expert, int bf16, int threads) {
     ManyRows job = {.x = x,
                     .dy = dy,
-                    .gate_up = gate_up,
-                    .down = down,
+                    .gate_up = {gate_up, NULL},
+                    .down = {down, NULL},
                     .token = token,
                     .weight = weight,
                     .offsets = offsets,

@@ -22,7 +22,17 @@ from foundation.c_library import Compiled, c_library
 SOURCES = [
     Path(__file__).with_name(f"{name}.c")
     for name in (
-        *("library", "few_tokens", "packed", "routing", "products", "bf16_products", "projection", "grouped_mlp"),
+        *(
+            "library",
+            "few_tokens",
+            "kept_weights",
+            "packed",
+            "routing",
+            "products",
+            "bf16_products",
+            "projection",
+            "grouped_mlp",
+        ),
         *("newton_schulz", "softmax_attention", "softmax_decode", "training_norm_and_loss", "chunked_rule"),
         *("linear_layer", "decode_step", "prompt"),
     )
@@ -59,6 +69,7 @@ SIGNATURES: dict[str, list[type]] = {
     "project_rows": [*[P] * 3, *[LONG] * 3, INT, INT],
     "project_rows_backward": [*[P] * 5, *[LONG] * 3, INT, INT],
     "bf16_products": [],
+    "keep_weights": [P, P, *[LONG] * 3, INT, INT],
     "newton_schulz": [P, P, *[LONG] * 7, FLOAT, FLOAT, INT],
     "head_loss": [*[P] * 6, *[LONG] * 4, INT, INT],
     "convert_bf16": [P, P, LONG, INT, INT],

@@ -8,11 +8,12 @@
  * Included by few_tokens.c. Legend as there, and: I inputs, O outputs of a weight.
  */
 
-/* The same weight of all experts; of 32 bits `codes` are floats. */
+/* The same weight of all experts; of 32 bits `codes` are floats, and `panels` what is kept of them (`Weight`). */
 typedef struct {
     const void *codes;
     const uint16_t *scale, *offset;
     long bits, group;
+    const uint32_t *panels;
 } Matrices;
 
 /* Inputs whose codes are computed together: those of a byte of 4 bits, and no more, for memory comes in the order in
@@ -121,6 +122,10 @@ static void add_group(const Matrices *w, long e, long g, const float *x, long in
 
 /* y[r][O] = x[r][I] w_e[I][O], n rows. */
 static void matrix_times(long n, const float *const *x, float *const *y, const Matrices *w, long e, long in, long out) {
+    if (w->panels) {
+        rows_times_panels(n, x, y, w->panels + e * words_of(in, out), in, 0, out);
+        return;
+    }
     if (w->bits == 32) {
         rows_times(n, x, y, (const float *)w->codes + e * in * out, in, out);
         return;
@@ -139,7 +144,7 @@ static void matrix_times(long n, const float *const *x, float *const *y, const M
 /* One expert's weight in fp32, y [I, O]. */
 void unpack_weight(const void *codes, const uint16_t *scale, const uint16_t *offset, float *y, long e, long in,
                    long out, long bits, long group) {
-    Matrices w = {codes, scale, offset, bits, group};
+    Matrices w = {codes, scale, offset, bits, group, NULL};
     const uint8_t *rows = codes_of(&w, e, in, out);
     long groups = (in + group - 1) / group;
     for (long i = 0; i < in; i++, y += out) {

@@ -20,16 +20,25 @@ static void projected_piece(void *job, long index) {
                (Result){m->result + first * m->out, NULL, m->out, 0});
 }
 
-/* y [T, O]. Returns 0 or an error. */
-long project_rows(const float *x, const float *weight, float *y, long rows, long in, long out, int bf16, int threads) {
+/* y [T, O]; kept panels are read only where products round. Returns 0 or an error. */
+static long project_rows_of(const float *x, Weight weight, float *y, long rows, long in, long out, int bf16,
+                            int threads) {
     Projected job = {.left = x, .result = y, .rows = rows, .in = in, .out = out, .bf16 = bf16};
-    float *panels = scratch_for(&job.no_memory, rounded_up(out, TILE_COLUMNS) * in);
-    if (!panels) return NO_MEMORY;
-    pack_transposed_as(bf16, weight, in, out, in, panels);
-    job.panels = panels;
+    float *own = NULL;
+    if (weight.panels) job.panels = (const float *)weight.panels;
+    else {
+        own = scratch_for(&job.no_memory, rounded_up(out, TILE_COLUMNS) * in);
+        if (!own) return NO_MEMORY;
+        pack_transposed_as(bf16, weight.wide, in, out, in, own);
+        job.panels = own;
+    }
     in_pieces(projected_piece, &job, (rows + PROJECTED - 1) / PROJECTED, threads);
-    free(panels);
+    free(own);
     return 0;
+}
+
+long project_rows(const float *x, const float *weight, float *y, long rows, long in, long out, int bf16, int threads) {
+    return project_rows_of(x, (Weight){weight, NULL}, y, rows, in, out, bf16, threads);
 }
 
 static void weight_gradient_piece(void *job, long index) {

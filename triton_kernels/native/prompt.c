@@ -120,10 +120,10 @@ static void decay_piece(void *job, long index) {
     const Prompt *m = job;
     const Block *l = m->l;
     long H = l->heads, K = l->key, V = l->value, per_head = l->per_channel ? K : 1;
-    const float *a = m->s->inner + H * (2 * K + V) + (l->to_gate ? V : H * V), *b = a + (l->to_decay ? K : H);
+    const float *a = m->s->inner + H * (2 * K + V) + (l->to_gate.wide ? V : H * V), *b = a + (l->to_decay.wide ? K : H);
     for (long i = index * PROMPT_TOKENS; i < end_of(m, index); i++)
         for (long h = 0; h < H; h++) {
-            const float *from = (l->to_decay ? m->s->decay + i * H * K : a + i * l->inner) + h * per_head;
+            const float *from = (l->to_decay.wide ? m->s->decay + i * H * K : a + i * l->inner) + h * per_head;
             float *decay = m->decay + (i * H + h) * per_head, rate = -expf(l->A_log[h]);
             for (long c = 0; c < per_head; c++) decay[c] = rate * softplus(from[c] + l->dt_bias[h * per_head + c]);
             m->beta[i * H + h] = sigmoid(b[i * l->inner + h]);
@@ -131,12 +131,12 @@ static void decay_piece(void *job, long index) {
 }
 
 /* A narrow part of each token's projection times a weight [out, in]. */
-static long project_part(const Model *m, const Block *l, const float *part, long N, long in, const float *weight,
-                         float *y, long out, int threads) {
+static long project_part(const Model *m, const Block *l, const float *part, long N, long in, Weight weight, float *y,
+                         long out, int threads) {
     float *x = malloc((size_t)(N * in) * sizeof(float));
     if (!x) return NO_MEMORY;
     for (long i = 0; i < N; i++) memcpy(x + i * in, part + i * l->inner, (size_t)in * sizeof(float));
-    long error = project(m, x, weight, y, N, in, out, 1, threads);
+    long error = project(m, x, weight, y, N, in, out, threads);
     free(x);
     return error;
 }
@@ -158,8 +158,8 @@ static void keep_tail(const Block *l, const Scratch *s, const float *tail, long 
 static long delta_prompt(const Block *l, const Model *m, Scratch *s, long length, int threads) {
     long B = m->batch, N = s->tokens, H = l->heads, K = l->key, V = l->value, W = l->taps, R = W - 1, I = l->inner;
     long X = H * (2 * K + V), D = H * (l->per_channel ? K : 1), error = 0;
-    const float *gate = s->inner + X, *a = gate + (l->to_gate ? V : H * V);
-    if (l->to_gate) {
+    const float *gate = s->inner + X, *a = gate + (l->to_gate.wide ? V : H * V);
+    if (l->to_gate.wide) {
         error = project_part(m, l, gate, N, V, l->to_gate, s->gate, H * V, threads);
         if (!error) error = project_part(m, l, a, N, K, l->to_decay, s->decay, H * K, threads);
         if (error) return error;
@@ -187,8 +187,8 @@ static long delta_prompt(const Block *l, const Model *m, Scratch *s, long length
     long sizes[] = {B, length, H, H, K, V, l->per_channel, 1};
     error = rule_forward(qkv, qkv + H * K, qkv + 2 * H * K, decay, beta, strides, sequence, sizes,
                          1.0f / sqrtf((float)K), NULL, NULL, before, l->state, o, threads);
-    long norm_sizes[] = {N * H, H, V, l->to_gate ? H * V : I, V, l->use_silu};
-    gated_norm(o, l->to_gate ? s->gate : gate, l->norm, norm_sizes, l->eps, s->mixed, threads);
+    long norm_sizes[] = {N * H, H, V, l->to_gate.wide ? H * V : I, V, l->use_silu};
+    gated_norm(o, l->to_gate.wide ? s->gate : gate, l->norm, norm_sizes, l->eps, s->mixed, threads);
     free(qkv);
     return error;
 }

@@ -47,6 +47,24 @@ static inline Rank rank_of(float number, long expert) {
     return (Rank)((uint64_t)(uint32_t)bits << 32 | (uint32_t)(INT32_MAX - expert));
 }
 
+/* The largest rank below `last`; no two are alike. To strike out what was taken is slower: wide loads would wait for a
+ * narrow store. */
+static inline Rank next_rank(const Rank *rank, long n, Rank last) {
+#if defined(__AVX512F__)
+    __m512i bound = _mm512_set1_epi64(last), most = _mm512_set1_epi64(INT64_MIN);
+    for (long e = 0; e < n; e += 8) {
+        __mmask8 there = n - e >= 8 ? 0xff : (__mmask8)((1 << (n - e)) - 1);
+        __m512i here = _mm512_maskz_loadu_epi64(there, rank + e);
+        most = _mm512_mask_max_epi64(most, _mm512_mask_cmplt_epi64_mask(there, here, bound), here, most);
+    }
+    return _mm512_reduce_max_epi64(most);
+#else
+    Rank most = INT64_MIN;
+    for (long e = 0; e < n; e++) most = rank[e] < last && rank[e] > most ? rank[e] : most;
+    return most;
+#endif
+}
+
 static inline long expert_of(Rank rank) { return INT32_MAX - (int64_t)(uint32_t)rank; }
 
 static void softmax_of(const float *restrict logits, float *restrict mass, long n) {
@@ -92,7 +110,7 @@ static float edge_of(const Beside *beside, float margin) {
 static void route_token(const Routes *m, long t, float *scratch) {
     const Beside *beside = m->beside;
     long E = m->experts, k = m->k, Z = m->rule == RIVALS ? beside->columns : 0, rivals = k < Z ? k : Z, kept = 0;
-    Rank *rank = (Rank *)scratch, *null_rank = rank + E;
+    Rank *rank = (Rank *)scratch, *null_rank = rank + E, last = INT64_MAX;
     float *score = (float *)(null_rank + Z), *selection = score + E, *mass = selection + E;
     float *null = mass + E, *weighs = null + Z, *rival = weighs + Z;
     const float *logits = m->logits + t * E;
@@ -109,10 +127,8 @@ static void route_token(const Routes *m, long t, float *scratch) {
     for (long e = 0; e < E; e++) selection[e] = score[e] + m->bias[e];
     for (long e = 0; e < E; e++) rank[e] = rank_of(selection[e], e);
     for (long slot = 0; slot < k; slot++) {
-        Rank most = INT64_MIN;
-        for (long e = 0; e < E; e++) most = rank[e] > most ? rank[e] : most;
-        long best = expert[slot] = expert_of(most);
-        rank[best] = INT64_MIN;
+        last = next_rank(rank, E, last);
+        long best = expert[slot] = expert_of(last);
         float here = -selection[best], weighing = score[best];
         if (m->rule == TOP_P) here = ahead;
         else if (m->rule == RIVALS) here = k - slot > rivals ? -INFINITY : rival[k - slot - 1] - selection[best];
@@ -213,21 +229,24 @@ long sort_slots(const int64_t *expert, const float *weight, const uint8_t *keep,
                 long k, long n_experts) {
     long rows = 0;
     memset(expert_offsets, 0, (size_t)(n_experts + 1) * sizeof(int64_t));
-    for (long i = 0; i < tokens * k; i++) {
-        if (i % k == 0) token_offsets[i / k] = rows;
-        if (keep && !keep[i]) continue;
-        if (expert[i] < 0 || expert[i] >= n_experts) return OUT_OF_RANGE;
-        expert_offsets[expert[i] + 1]++;
-        rows++;
+    for (long t = 0; t < tokens; t++) {
+        token_offsets[t] = rows;
+        for (long i = t * k; i < (t + 1) * k; i++) {
+            if (keep && !keep[i]) continue;
+            if (expert[i] < 0 || expert[i] >= n_experts) return OUT_OF_RANGE;
+            expert_offsets[expert[i] + 1]++;
+            rows++;
+        }
     }
     token_offsets[tokens] = rows;
     for (long e = 0; e < n_experts; e++) expert_offsets[e + 1] += expert_offsets[e];
     /* Each offset moves on as its rows are filled, and comes to lie where the next one began. */
-    for (long i = 0, slot = 0; i < tokens * k; i++) {
-        if (keep && !keep[i]) continue;
-        long row = expert_offsets[expert[i]]++;
-        row_weight[row] = weight[i], token[row] = i / k, row_expert[row] = expert[i], row_of_slot[slot++] = row;
-    }
+    for (long t = 0, slot = 0; t < tokens; t++)
+        for (long i = t * k; i < (t + 1) * k; i++) {
+            if (keep && !keep[i]) continue;
+            long row = expert_offsets[expert[i]]++;
+            row_weight[row] = weight[i], token[row] = t, row_expert[row] = expert[i], row_of_slot[slot++] = row;
+        }
     memmove(expert_offsets + 1, expert_offsets, (size_t)n_experts * sizeof(int64_t));
     expert_offsets[0] = 0;
     return rows;

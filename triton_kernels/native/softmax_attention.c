@@ -9,6 +9,8 @@
 enum { QUERIES = 60, KEYS = 512 };
 /* Of a forward piece: what they have summed stays in the cache while the keys pass by. */
 enum { PIECE_QUERIES = 16 * QUERIES };
+/* Of the forward pass: what the panels of keys and values take, unless one key head takes more. */
+enum { MOST_PANEL_FLOATS = 1 << 24 };
 
 /* Rows of a head: x + b * batch + t * token + h * head, in elements. */
 typedef struct {
@@ -23,9 +25,12 @@ typedef struct {
     const float *cosine, *sine, *sink;                                             /* [T, half] and [H], or NULL */
     long half, heads, kv_heads, queries, keys, width, value_width, causal, window; /* window 0: all */
     float scale;
-    int bf16;           /* whether products round what they read to it */
-    long groups;        /* key heads of all sequences */
-    int held_bf16;      /* whether keys and values are bf16, as a cache may hold them; forward only */
+    int bf16; /* whether products round what they read to it */
+    /* Of the forward pass: key heads of all sequences whose panels there are, from `first_group` on, by blocks of KEYS
+     * keys; whether keys and values are bf16, as a cache may hold them. */
+    float *panels;
+    long first_group, groups, blocks, key_floats, value_floats;
+    int held_bf16;
     float *o, *log_sum; /* [B, T, H, V], [B, H, T] */
     const float *d_o;
     float *dq, *dk, *dv, *d_sink; /* dense as o; d_sink [B, H] or NULL */
@@ -80,7 +85,8 @@ typedef struct {
 
 /* Where a piece computes: panels of a block of keys and of their values, logits and what becomes of them. */
 typedef struct {
-    float *key, *value, *wide, *p, kept[QUERIES];
+    const float *key, *value;
+    float *p, kept[QUERIES];
     uint32_t *words;
     long stride, query_words;
 } Room;
@@ -124,11 +130,14 @@ static void attend(const Softmax *m, Room *room, Queries *x, long t, long rows, 
     Result logits = {p, NULL, room->stride, 0}, sums = {o, NULL, next, 1};
     Words query = {x->words + t * room->query_words, NULL, room->query_words, 1},
           weight = {room->words, NULL, ROW_WORDS, 1};
-    if (m->bf16) words_times(query, room->key + from * K, K, K, 0, rows, to - from, logits);
-    else product((Left){x->q + t * K, NULL, K, 1}, room->key + from * K, K, rows, to - from, logits);
+    const float *key = room->key + floats_before(m->bf16, K, from);
+    if (m->bf16) words_times(query, key, K, K, 0, rows, to - from, logits);
+    else product((Left){x->q + t * K, NULL, K, 1}, key, K, rows, to - from, logits);
     exponentials(m, room, x, t, rows, first, from, to);
-    for (long r = 0; r < rows; r++)
-        for (long i = 0; room->kept[r] != 1.0f && i < V; i++) o[r * next + i] *= room->kept[r];
+    for (long r = 0; r < rows; r++) {
+        float kept = room->kept[r];
+        for (long i = 0; kept != 1.0f && i < V; i++) o[r * next + i] *= kept;
+    }
     if (m->bf16) words_times(weight, room->value + from / 2 * TILE_COLUMNS, n, to - from, 0, rows, V, sums);
     else product_of((Left){p, NULL, room->stride, 1}, room->value, n, from, to - from, rows, V, sums);
 }
@@ -156,12 +165,26 @@ static const float *rows_from(const Softmax *m, Heads held, long b, long g, long
     return wide;
 }
 
-static void pack_keys(const Softmax *m, const Room *room, long b, long g, long first, long n) {
-    long token;
-    const float *rows = rows_from(m, m->k, b, g, first, n, m->width, room->wide, &token);
-    pack_transposed_as(m->bf16, rows, token, n, m->width, room->key);
-    rows = rows_from(m, m->v, b, g, first, n, m->value_width, room->wide, &token);
-    pack_as(m->bf16, rows, NULL, token, 0, m->value_width, n, room->value);
+/* Panels of a block of keys of one head, and of their values. */
+static void pack_keys_piece(void *job, long index) {
+    Softmax *m = job;
+    long group = m->first_group + index / m->blocks, b = group / m->kv_heads, g = group % m->kv_heads, token;
+    long first = index % m->blocks * KEYS, n = m->keys - first < KEYS ? m->keys - first : KEYS;
+    float *key = m->panels + index * (m->key_floats + m->value_floats), *value = key + m->key_floats;
+    if (m->held_bf16 && m->bf16) {
+        const uint16_t *k = (const uint16_t *)m->k.x + b * m->k.batch + g * m->k.head + first * m->k.token;
+        const uint16_t *v = (const uint16_t *)m->v.x + b * m->v.batch + g * m->v.head + first * m->v.token;
+        pack_transposed_held(k, m->k.token, n, m->width, key);
+        pack_held(v, m->v.token, m->value_width, n, value);
+        return;
+    }
+    float *wide = scratch_for(&m->no_memory, m->held_bf16 ? KEYS * larger(m->width, m->value_width) : 1);
+    if (!wide) return;
+    const float *rows = rows_from(m, m->k, b, g, first, n, m->width, wide, &token);
+    pack_transposed_as(m->bf16, rows, token, n, m->width, key);
+    rows = rows_from(m, m->v, b, g, first, n, m->value_width, wide, &token);
+    pack_as(m->bf16, rows, NULL, token, 0, m->value_width, n, value);
+    free(wide);
 }
 
 /* Queries of a piece and of each of its heads. */
@@ -174,16 +197,13 @@ static void softmax_forward_piece(void *job, long index) {
     Softmax *m = job;
     long H = m->heads, G = m->kv_heads, R = H / G, K = m->width, V = m->value_width, each = queries_of_piece(m);
     /* The last queries see most: they come first, and nobody waits long for the last piece. */
-    long heads_of_keys = index % m->groups, b = heads_of_keys / G, g = heads_of_keys % G,
+    long here = index % m->groups, b = (m->first_group + here) / G, g = (m->first_group + here) % G,
          start = (m->queries - 1) / each * each - index / m->groups * each,
          N = m->queries - start < each ? m->queries - start : each;
     Room room = {.stride = apart(KEYS), .query_words = m->bf16 ? rounded_up(K, 2 * LINE) / 2 : 0};
-    long key_panels = K * rounded_up(KEYS, TILE_COLUMNS), value_panels = rounded_up(V, TILE_COLUMNS) * KEYS,
-         widened = m->held_bf16 ? KEYS * larger(K, V) : 0, per_head = N * (K + 2 + room.query_words);
-    room.key = scratch_for(&m->no_memory,
-                           key_panels + value_panels + widened + QUERIES * (room.stride + ROW_WORDS) + R * per_head);
-    if (!room.key) return;
-    room.value = room.key + key_panels, room.wide = room.value + value_panels, room.p = room.wide + widened;
+    long per_head = N * (K + 2 + room.query_words);
+    room.p = scratch_for(&m->no_memory, QUERIES * (room.stride + ROW_WORDS) + R * per_head);
+    if (!room.p) return;
     room.words = (uint32_t *)(room.p + QUERIES * room.stride);
     Queries heads[R];
     for (long r = 0; r < R; r++) {
@@ -200,17 +220,18 @@ static void softmax_forward_piece(void *job, long index) {
                              (uint32_t *)(own + N * (K + 2))};
         begin_queries(m, &room, heads + r);
     }
-    for (long first = 0; first < m->keys; first += KEYS) {
-        long n = m->keys - first < KEYS ? m->keys - first : KEYS, from, to, packed = 0;
+    for (long block = 0; block < m->blocks; block++) {
+        long first = block * KEYS, n = m->keys - first < KEYS ? m->keys - first : KEYS, from, to;
+        room.key = m->panels + (here * m->blocks + block) * (m->key_floats + m->value_floats);
+        room.value = room.key + m->key_floats;
         for (long t = 0; t < N; t += QUERIES) {
             long rows = N - t < QUERIES ? N - t : QUERIES;
             if (!visible(m, start + t, rows, first, n, &from, &to)) continue;
-            if (!packed) pack_keys(m, &room, b, g, first, n), packed = 1;
             for (long r = 0; r < R; r++) attend(m, &room, heads + r, t, rows, first, n, from, to);
         }
     }
     for (long r = 0; r < R; r++) end_queries(m, heads + r);
-    free(room.key);
+    free(room.p);
 }
 
 static void softmax_backward_piece(void *job, long index) {
@@ -253,8 +274,9 @@ static void softmax_backward_piece(void *job, long index) {
                 long rows = T - t < QUERIES ? T - t : QUERIES;
                 if (!visible(m, t, rows, first, n, &from, &to)) continue;
                 Left left_q = {q + t * K, NULL, K, 1}, left_d_o = {d_o + t * H * V, NULL, H * V, 1};
-                product_as(m->bf16, left_q, key + from * K, K, rows, to - from, (Result){p + from, NULL, stride, 0});
-                product_as(m->bf16, left_d_o, value + from * V, V, rows, to - from,
+                product_as(m->bf16, left_q, key + floats_before(m->bf16, K, from), K, rows, to - from,
+                           (Result){p + from, NULL, stride, 0});
+                product_as(m->bf16, left_d_o, value + floats_before(m->bf16, V, from), V, rows, to - from,
                            (Result){ds + from, NULL, stride, 0});
                 for (long i = 0; i < rows; i++) {
                     float *restrict row = p + i * stride, *restrict d_row = ds + i * stride, total = log_sum[t + i],
@@ -313,9 +335,22 @@ long softmax_forward(const float *q, const void *k, const void *v, const long *s
                      int bf16, int held_bf16, int threads) {
     Softmax job = softmax_job(q, k, v, strides, sizes, cosine, sine, sink, scale, o, log_sum, bf16);
     job.held_bf16 = held_bf16;
-    long each = queries_of_piece(&job), blocks = (job.queries + each - 1) / each;
-    job.groups = sizes[0] * job.kv_heads;
-    in_pieces(softmax_forward_piece, &job, job.groups * blocks, threads);
+    long each = queries_of_piece(&job), pieces = (job.queries + each - 1) / each, groups = sizes[0] * job.kv_heads;
+    long block = job.keys < KEYS ? job.keys : KEYS;
+    job.blocks = (job.keys + KEYS - 1) / KEYS;
+    job.key_floats = floats_of_panels(bf16, job.width, block),
+    job.value_floats = floats_of_panels(bf16, block, job.value_width);
+    long group_floats = job.blocks * (job.key_floats + job.value_floats) + 1;
+    long at_once = larger(1, MOST_PANEL_FLOATS / group_floats);
+    at_once = at_once < groups ? at_once : groups;
+    job.panels = scratch_for(&job.no_memory, at_once * group_floats);
+    if (!job.panels) return NO_MEMORY;
+    for (; job.first_group < groups; job.first_group += at_once) {
+        job.groups = groups - job.first_group < at_once ? groups - job.first_group : at_once;
+        in_pieces(pack_keys_piece, &job, job.groups * job.blocks, threads);
+        in_pieces(softmax_forward_piece, &job, job.groups * pieces, threads);
+    }
+    free(job.panels);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }
 

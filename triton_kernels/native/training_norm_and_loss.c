@@ -108,7 +108,8 @@ typedef struct {
 static void pack_columns_piece(void *job, long index) {
     Loss *m = job;
     long first = index * LOSS_COLUMNS, n = m->words - first < LOSS_COLUMNS ? m->words - first : LOSS_COLUMNS;
-    pack_transposed_as(m->bf16, m->weight + first * m->width, m->width, n, m->width, m->columns + first * m->width);
+    pack_transposed_as(m->bf16, m->weight + first * m->width, m->width, n, m->width,
+                       m->columns + floats_before(m->bf16, m->width, first));
 }
 
 /* The losses of some tokens; of their logits remain the gradients. */
