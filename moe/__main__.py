@@ -15,8 +15,9 @@ from foundation.command import refuse_unwritable, run_command
 from foundation.numbers import argument
 from moe.backends import choose_backend
 from moe.bench import Shape
-from moe.bench_table import HEADER, environment, line, table, write_csv
+from moe.bench_table import HEADER, LIBRARIES, environment, line, table, write_csv
 from moe.freed_memory import keep_freed_memory
+from triton_kernels.native.library import native
 
 # What `--help` says of the sizes of `Shape`.
 SIZES = {
@@ -26,7 +27,7 @@ SIZES = {
     "d_expert": "hidden width of an expert",
     "k": "experts per token",
 }
-WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
+WAYS = ("native", "cpu", "reference", *LIBRARIES, "indexed loop")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +66,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--threads", type=argument(int, 1), default=None, help="CPU threads; torch's choice by default"
     )
     command.add_argument("--repeats", type=argument(int, 1), default=3, help="timed turns, whose median counts")
-    command.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="code to compute the experts by")
+    command.add_argument(
+        "--ways", nargs="+", default=None, choices=WAYS, help="code to compute the experts by; all that can run"
+    )
     command.add_argument(
         "--csv", type=Path, default=None, help="also write the table, with what it depends on, to this file"
     )
@@ -95,6 +98,7 @@ def bench(options: argparse.Namespace) -> None:
             *choose_backend(torch.empty(0), torch.empty(1, shape.d_expert, shape.d_model))
         )
     )
+    ways = options.ways or [way for way in WAYS if way != "native" or native().library is not None]
     columns = environment(kept, options.weight_dtype, options.repeats)
     print(
         f"{shape}, forward + backward, medians of {options.repeats}; "
@@ -107,7 +111,7 @@ def bench(options: argparse.Namespace) -> None:
         dtypes=options.dtype,
         weight_dtype=options.weight_dtype,
         loads=options.load,
-        ways=options.ways,
+        ways=ways,
         repeats=options.repeats,
     ):
         rows.append(row)

@@ -26,6 +26,8 @@ from routing.router import RouterConfig
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 FEWER = (1.0, 0.5, 0.25)
+# What other code computes the experts by.
+LIBRARIES = ("grouped_mm", "huggingface")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Row:
         ms: median; None where the result does not agree with the reference in `error`.
         of_dense: over the time of dense products of the same FLOPs (at the full k, for a layer with fewer experts too).
         of_full_k: over the time of the same way at the full k.
+        of_libraries: over the time of the faster of `LIBRARIES` in the same turn: median, lowest and highest.
         gflops_per_s: of the layer's own FLOPs.
         error: largest relative error over output and gradients.
     """
@@ -53,6 +56,7 @@ class Row:
     ms: float | None
     of_dense: float | None = None
     of_full_k: float | None = None
+    of_libraries: tuple[float, float, float] | None = None
     gflops_per_s: float | None = None
     error: float | None = None
 
@@ -93,10 +97,19 @@ def timed(
                 row,
                 of_dense=ms / times["dense"] if "dense" in times else None,
                 of_full_k=ms / times[full] if full in times else None,
+                of_libraries=_beside_libraries(seconds, way),
                 gflops_per_s=problem.shape.flops(means[way]) / ms / 1e6,
             )
         rows.append(row)
     return rows
+
+
+def _beside_libraries(seconds: dict[str, list[float]], way: str) -> tuple[float, float, float] | None:
+    fastest = [min(turn) for turn in zip(*(seconds[name] for name in LIBRARIES if name in seconds))]
+    if not fastest:
+        return None
+    ratios = [own / theirs for own, theirs in zip(seconds[way], fastest)]
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def ways_rows(
@@ -200,7 +213,7 @@ def table(
 
 HEADER = (
     f"{'part':15} {'dtype':9} {'load':>5}  {'way':14} {'experts':>7} {'ms':>9} {'of dense':>9} {'of full k':>9}"
-    f" {'GFLOP/s':>9} {'error':>9}"
+    f" {'GFLOP/s':>9} {'error':>9}  of the faster library, turn by turn"
 )
 
 
@@ -209,7 +222,9 @@ def line(row: Row) -> str:
     if row.ms is None:
         return f"{start} WRONG: no time for a result that does not agree with the reference {row.error:9.1e}"
     ratios = "".join(f"{'' if ratio is None else f'{ratio:.2f}x':>10}" for ratio in (row.of_dense, row.of_full_k))
-    return f"{start}{row.ms:9.1f}{ratios} {row.gflops_per_s:9.0f} {'' if row.error is None else f'{row.error:.1e}':>9}"
+    error = "" if row.error is None else f"{row.error:.1e}"
+    beside = "" if row.of_libraries is None else "  {:.2f}x ({:.2f} to {:.2f})".format(*row.of_libraries)
+    return f"{start}{row.ms:9.1f}{ratios} {row.gflops_per_s:9.0f} {error:>9}{beside}"
 
 
 def environment(kept_memory: bool, weight_dtype: str, repeats: int) -> dict[str, str | int | bool]:
@@ -227,5 +242,13 @@ def environment(kept_memory: bool, weight_dtype: str, repeats: int) -> dict[str,
 
 def write_csv(path: Path, rows: Sequence[Row], columns: dict[str, str | int | bool]) -> None:
     """The rows in full precision, each with what its times depend on."""
-    names = [field.name for field in dataclasses.fields(Row)]
-    write_table(path, [*names, *columns], ([*dataclasses.astuple(row), *columns.values()] for row in rows))
+    spread = ("of_libraries", "of_libraries_lowest", "of_libraries_highest")
+    names = [field.name for field in dataclasses.fields(Row) if field.name != "of_libraries"]
+    write_table(
+        path,
+        [*names, *spread, *columns],
+        (
+            [*(getattr(row, name) for name in names), *(row.of_libraries or (None,) * 3), *columns.values()]
+            for row in rows
+        ),
+    )

@@ -28,9 +28,10 @@ from triton_kernels.native.library import SOURCES
 Compute = Callable[[Tensor, Tensor, Tensor, Assignments], Tensor]
 # Fewer are computed as usual: what could be won is less than what asking takes.
 LEAST_FLOPS = 2e8
-# Of one timed call: a few milliseconds.
-TIMED_FLOPS = 1.5e8
-MOST_EXPERTS, ROUNDS = 8, 3
+# Of one timed call: a few milliseconds, ten for large experts, of which there must be several: a way that gives each of
+# them to one thread would be timed as if it had no other.
+TIMED_FLOPS = 1e9
+LEAST_EXPERTS, MOST_EXPERTS, ROUNDS = 4, 8, 3
 # Another way is taken where it is so much faster in every round.
 MARGIN = 1.15
 
@@ -65,7 +66,8 @@ def fastest(shape: ShapeClass, usual: str, ways: tuple[tuple[str, Compute], ...]
         usual: the one that is taken where none is clearly faster.
         ways: by name, all that can run, `usual` among them.
     """
-    machine = [cpu_name(), torch.__version__, *(source.read_text() for source in SOURCES)]
+    # And how it is measured.
+    machine = [cpu_name(), torch.__version__, *(source.read_text() for source in (*SOURCES, Path(__file__)))]
     file = user_cache() / f"experts-{fingerprint([machine, shape, usual, sorted(name for name, _ in ways)])[:16]}.json"
     found = _read(file)
     if found is None:
@@ -91,9 +93,10 @@ def _chosen(seconds: Mapping[str, float], usual: str) -> tuple[str, str]:
 def _timed(shape: ShapeClass, ways: Mapping[str, Compute]) -> dict[str, list[float]]:
     """Seconds of every round, of a smaller problem of the class: fewer experts, of as many rows."""
     D, F, passes = shape.d_model, shape.d_expert, 3 if shape.training else 1
-    most = max(1, int(TIMED_FLOPS / (6 * D * F * passes)))
-    rows = min(shape.rows_per_expert, most)
-    E = max(1, min(MOST_EXPERTS, shape.n_experts, most // rows))
+    most = int(TIMED_FLOPS / (6 * D * F * passes))
+    E = min(LEAST_EXPERTS, shape.n_experts)
+    rows = max(1, min(shape.rows_per_expert, most // E))
+    E = max(E, min(MOST_EXPERTS, shape.n_experts, most // rows))
     generator = torch.Generator().manual_seed(0)
     dtype, weight_dtype = getattr(torch, shape.dtype), getattr(torch, shape.weight_dtype)
 

@@ -43,6 +43,18 @@ def test_every_way_is_timed_in_every_round():
     assert all(taken > 0 for each in seconds.values() for taken in each)
 
 
+@pytest.mark.parametrize(("n_experts", "expected"), [(80, 4), (2, 2)])
+def test_of_large_experts_several_are_timed(n_experts, expected):
+    seen = set()
+
+    def way(x_TD, w_gate_up_EDF2, w_down_EFD, rows):
+        seen.add((len(w_down_EFD), len(x_TD) >= 64))
+        return experts_on_cpu(x_TD, w_gate_up_EDF2, w_down_EFD, rows)
+
+    measured._timed(ShapeClass("float32", "float32", n_experts, 512, 256, 512, True), {"way": way})
+    assert seen == {(expected, True)}
+
+
 def test_no_clear_winner_leaves_the_usual_way():
     assert measured._chosen({"usual": 1.0, "other": 0.9}, "usual")[0] == "usual"
     assert measured._chosen({"usual": 1.0, "other": 0.8, "another": 0.7}, "usual")[0] == "another"

@@ -13,7 +13,7 @@ from moe.bench_table import line, table
 from moe.freed_memory import keep_freed_memory
 
 SMALL = Shape(tokens=32, d_model=16, n_experts=4, d_expert=8, k=2)
-WAYS = ("cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
+WAYS = ("native", "cpu", "reference", "grouped_mm", "huggingface", "indexed loop")
 
 
 def test_the_command_prints_and_writes_the_whole_table(tmp_path, forked):
@@ -53,6 +53,10 @@ def test_the_command_prints_and_writes_the_whole_table(tmp_path, forked):
         for row in rows
     )
     assert all(bool(row["of_full_k"]) == ("fewer" in row["part"]) for row in rows)
+    of_libraries = {row["way"]: row for row in rows if row["part"] == "experts" and row["load"] == "1.0"}
+    # One turn: the faster of both is as fast as itself.
+    assert min(float(of_libraries[way]["of_libraries"]) for way in ("grouped_mm", "huggingface")) == 1.0
+    assert all(row["of_libraries"] == row["of_libraries_lowest"] for row in rows)
 
 
 def test_a_wrong_result_gets_no_time(monkeypatch):

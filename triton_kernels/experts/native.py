@@ -23,8 +23,8 @@ from triton_kernels.native.library import (
     wide,
 )
 
-# Tokens of a piece, as in routing.c.
-ROUTED = 64
+# Tokens of a piece, as in routing.c, and the least width of rows in grouped_mlp.c's scratch.
+ROUTED, LEAST_INNER = 64, 16
 
 
 def routes_natively(x: Tensor, n_tokens: int, *others: Tensor) -> bool:
@@ -217,7 +217,7 @@ class _ManyRows(torch.autograd.Function):
         y_TD = torch.empty(T, D)
         call(
             "grouped_mlp_forward",
-            *(wide(x_TD), *inputs, offsets, hidden_NF2, torch.empty(N, F), y_TD),
+            *(wide(x_TD), *inputs, offsets, hidden_NF2, torch.empty(N, max(F, LEAST_INNER)), y_TD),
             *(T, N, E, D, F, rounds_products(x_TD.dtype), threads()),
         )
         ctx.save_for_backward(x_TD, *inputs, offsets, hidden_NF2)
@@ -236,7 +236,7 @@ class _ManyRows(torch.autograd.Function):
         d_weight_N = torch.zeros(N)
         call(
             "grouped_mlp_backward",
-            *(wide(dy_TD), wide(x_TD), *inputs, offsets, hidden_NF2, torch.empty(N, 2 * F)),
+            *(wide(dy_TD), wide(x_TD), *inputs, offsets, hidden_NF2, torch.empty(N, max(2 * F, LEAST_INNER))),
             *(dx_TD, d_gate_up, d_down, d_weight_N),
             *(T, E, D, F, rounds_products(x_TD.dtype), threads()),
         )

@@ -112,8 +112,9 @@ CALLED void pack_bf16(const float *source, const int64_t *index, long stride, lo
                       float *panels) {
     pack_words(0, source, index, stride, first, columns, depth, (uint32_t *)panels);
 }
-CALLED void pack_held(const uint16_t *source, long stride, long columns, long depth, float *panels) {
-    pack_words(1, source, NULL, stride, 0, columns, depth, (uint32_t *)panels);
+CALLED void pack_held(const uint16_t *source, const int64_t *index, long stride, long columns, long depth,
+                      float *panels) {
+    pack_words(1, source, index, stride, 0, columns, depth, (uint32_t *)panels);
 }
 CALLED void pack_transposed_bf16(const float *source, long stride, long columns, long depth, float *panels) {
     pack_transposed_words(0, source, stride, columns, depth, (uint32_t *)panels);
@@ -206,6 +207,27 @@ CALLED void product_of_bf16(Left left, const float *panels, long depth, long fir
     }
 }
 
+/* The transpose of `depth` rows of bf16, each of them `rows` numbers, times panels. */
+CALLED void held_transposed_times(const uint16_t *x, const int64_t *index, long stride, const float *panels, long depth,
+                                  long rows, long columns, Result result) {
+    uint32_t words[ROUNDED_TERMS / 2 * PAIR_WORDS];
+    for (long k = 0; k == 0 || k < depth; k += ROUNDED_TERMS, result.add = 1) {
+        long n = depth - k < ROUNDED_TERMS ? depth - k : ROUNDED_TERMS;
+        for (long i = 0; i < rows; i += ROUNDED_ROWS) {
+            long m = rows - i < ROUNDED_ROWS ? rows - i : ROUNDED_ROWS;
+            for (long at = k; at < k + n; at += 2) {
+                const uint16_t *first = x + (index ? index[at] : at) * stride + i, *next = NULL;
+                if (at + 1 < k + n) next = x + (index ? index[at + 1] : at + 1) * stride + i;
+                for (long r = 0; r < m; r += LINE)
+                    _mm512_storeu_si512(words + (at - k) / 2 * PAIR_WORDS + r,
+                                        held_across(first + r, next ? next + r : NULL, m - r));
+            }
+            words_times((Words){words, NULL, 1, PAIR_WORDS}, panels + k / 2 * TILE_COLUMNS, depth, n, i, m, columns,
+                        result);
+        }
+    }
+}
+
 /* `exp_lanes` to 9e-5: a twentieth of what rounding to bf16 may change. */
 static inline __m512 rough_exp_lanes(__m512 x, __m512 zero, __mmask16 there) {
     x = _mm512_fmsub_ps(x, _mm512_set1_ps(LOG2_E), zero);
@@ -266,11 +288,16 @@ static void words_times(Words left, const float *panel, long depth, long terms, 
                         Result result) {
     (void)left, (void)panel, (void)depth, (void)terms, (void)i, (void)rows, (void)columns, (void)result;
 }
+static void held_transposed_times(const uint16_t *x, const int64_t *index, long stride, const float *panels, long depth,
+                                  long rows, long columns, Result result) {
+    (void)x, (void)index, (void)stride, (void)panels, (void)depth, (void)rows, (void)columns, (void)result;
+}
 static float exp_words(const float *x, long n, float zero, uint32_t *words) {
     return (void)x, (void)n, (void)zero, (void)words, 0.0f;
 }
-static void pack_held(const uint16_t *source, long stride, long columns, long depth, float *panels) {
-    (void)source, (void)stride, (void)columns, (void)depth, (void)panels;
+static void pack_held(const uint16_t *source, const int64_t *index, long stride, long columns, long depth,
+                      float *panels) {
+    (void)source, (void)index, (void)stride, (void)columns, (void)depth, (void)panels;
 }
 static void pack_transposed_held(const uint16_t *source, long stride, long columns, long depth, float *panels) {
     (void)source, (void)stride, (void)columns, (void)depth, (void)panels;

@@ -98,7 +98,7 @@ static void *scratch_of(const Model *m, long N, Scratch *s) {
     for (const Block *l = m->block; l < m->block + m->blocks; l++) {
         inner = larger(inner, l->inner), mixed = larger(mixed, l->heads * l->value),
         decay = larger(decay, l->heads * l->key);
-        hidden = larger(hidden, 2 * l->d_shared), slots = larger(slots, l->slots),
+        hidden = larger(hidden, inner_floats(2 * l->d_shared)), slots = larger(slots, l->slots),
         columns = larger(columns, l->experts + l->columns);
     }
     long reals = N * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots + 1) + routing_scratch(N, columns);
@@ -263,7 +263,7 @@ static long experts_sum(const Block *l, const Model *m, const Decision *d, const
     if (N <= MOST_ROWS)
         return experts_of(x, l->gate_up, l->down, d->token, d->weight, d->expert_offsets, d->token_offsets,
                           d->row_of_slot, s->y, N, d->rows, l->experts, D, l->d_expert, threads);
-    float *inner = malloc((size_t)(d->rows * l->d_expert + 1) * sizeof(float));
+    float *inner = malloc((size_t)(d->rows * inner_floats(l->d_expert) + 1) * sizeof(float));
     if (!inner) return NO_MEMORY;
     Weight gate_up = {l->gate_up.codes, l->gate_up.panels}, down = {l->down.codes, l->down.panels};
     long error = grouped_mlp_of(x, gate_up, down, d->token, d->weight, d->expert_offsets, NULL, inner, s->y, N, d->rows,
@@ -289,7 +289,8 @@ static void shared_piece(void *job, long index) {
     float weight[MOST_BLOCK];
     for (long t = 0; t < n; t++) token[t] = t, weight[t] = 1.0f;
     if (grouped_mlp_of(m->x + first * D, m->l->shared_gate_up, m->l->shared_down, token, weight, offsets, NULL,
-                       m->s->hidden + first * 2 * F, m->s->normed + first * D, n, n, 1, D, F, (int)m->m->bf16, 1))
+                       m->s->hidden + first * inner_floats(2 * F), m->s->normed + first * D, n, n, 1, D, F,
+                       (int)m->m->bf16, 1))
         atomic_store(&m->no_memory, 1);
 }
 

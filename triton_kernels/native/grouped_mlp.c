@@ -7,21 +7,32 @@
  * Legend as in few_tokens.c, and: N rows sorted by expert, M rows of a block.
  */
 
-enum { SCRATCH_FLOATS = 80 * 1024, LEAST_BLOCK = 144, MOST_BLOCK = 240, LEAST_COLUMNS = 64, MOST_COLUMNS = 128 };
+enum {
+    SCRATCH_FLOATS = 80 * 1024,
+    LEAST_BLOCK = 144,
+    MOST_BLOCK = 240,
+    LEAST_COLUMNS = 64,
+    MOST_COLUMNS = 128,
+    LEAST_INNER = 16
+};
 
 typedef struct {
     const float *x, *dy, *weight;
     Weight gate_up, down;
     const int64_t *token, *offsets;
-    float *hidden, *inner, *y; /* hidden [N, 2 F] or NULL; inner [N, width of the second product's left factor] */
+    float *hidden, *inner, *y;            /* hidden [N, 2 F] or NULL; inner: rows of the second product's left factor */
     float *d_gate_up, *d_down, *d_weight; /* the first two NULL where nobody asks */
     long tokens, experts, d_model, d_expert, piece_columns;
     int bf16; /* whether products round what they read to it */
-    /* In the forward pass what several products read is rounded once: x, and `inner` where it holds such rows. */
-    uint32_t *x_words;
-    long x_row, inner_row; /* words between rows; 0 for fp32 */
+    /* What several products read is rounded once then: x and dy, and `inner` holds such rows. */
+    uint32_t *x_words, *dy_words;
+    long x_row, inner_row; /* words between rows */
     atomic_int no_memory;
 } ManyRows;
+
+/* Words between rows of n numbers, which are written a register at a time; fp32 takes as much, or LEAST_INNER. */
+static long row_words(long n) { return rounded_up(n, 2 * LINE) / 2; }
+static long inner_floats(long n) { return larger(n, LEAST_INNER); }
 
 /* As many rows at a time as leave the block's scratch in the cache. */
 static long block_rows(long floats_per_row) {
@@ -48,9 +59,9 @@ static void forward_piece(void *job, long e) {
         else product((Left){m->x, m->token + row, D, 1}, packed, D, n, 2 * F, sums);
         for (long r = 0; r < n; r++) {
             const float *restrict gate = hidden + r * 2 * F, *restrict up = gate + F;
-            float *restrict inner = m->inner_row ? activation : m->inner + (row + r) * F, weight = m->weight[row + r];
+            float *restrict inner = m->bf16 ? activation : m->inner + (row + r) * F, weight = m->weight[row + r];
             for (long f = 0; f < F; f++) inner[f] = silu(gate[f]) * up[f] * weight;
-            if (m->inner_row) round_row(inner, F, (uint32_t *)m->inner + (row + r) * m->inner_row);
+            if (m->bf16) round_row(inner, F, (uint32_t *)m->inner + (row + r) * m->inner_row);
         }
     }
     free(own);
@@ -76,8 +87,8 @@ static void combine(ManyRows *m, long index, Weight weight, long K, int transpos
             long n = last - row < M ? last - row : M;
             Words words = {(uint32_t *)m->inner + row * m->inner_row, NULL, m->inner_row, 1};
             Result sums = {m->y + first, m->token + row, D, 1};
-            if (m->inner_row) words_times(words, packed, K, K, 0, n, columns, sums);
-            else product_as(m->bf16, (Left){m->inner + row * K, NULL, K, 1}, packed, K, n, columns, sums);
+            if (m->bf16) words_times(words, packed, K, K, 0, n, columns, sums);
+            else product((Left){m->inner + row * K, NULL, K, 1}, packed, K, n, columns, sums);
         }
     }
     free(own);
@@ -85,8 +96,20 @@ static void combine(ManyRows *m, long index, Weight weight, long K, int transpos
 
 static void words_piece(void *job, long index) {
     ManyRows *m = job;
-    for (long t = index * MOST_BLOCK; t < m->tokens && t < (index + 1) * MOST_BLOCK; t++)
+    for (long t = index * MOST_BLOCK; t < m->tokens && t < (index + 1) * MOST_BLOCK; t++) {
         round_row(m->x + t * m->d_model, m->d_model, m->x_words + t * m->x_row);
+        if (m->dy) round_row(m->dy + t * m->d_model, m->d_model, m->dy_words + t * m->x_row);
+    }
+}
+
+/* x, and dy where there is one, as words. `K`: width of the rows of `inner`. */
+static long begin_words(ManyRows *m, long K, int threads) {
+    m->x_row = row_words(m->d_model), m->inner_row = row_words(K);
+    m->x_words = (uint32_t *)scratch_for(&m->no_memory, (m->dy ? 2 : 1) * m->tokens * m->x_row + 1);
+    if (!m->x_words) return NO_MEMORY;
+    m->dy_words = m->x_words + m->tokens * m->x_row;
+    in_pieces(words_piece, m, (m->tokens + MOST_BLOCK - 1) / MOST_BLOCK, threads);
+    return 0;
 }
 
 static void outputs_piece(void *job, long index) {
@@ -119,6 +142,33 @@ static float activation_gradient(const float *restrict gate, const float *restri
     return d_weight;
 }
 
+/* Rows of fp32, or of bf16 where products round; `stride` in numbers. */
+typedef struct {
+    const void *x;
+    const int64_t *index;
+    long stride;
+} Factor;
+
+/* d_weight [L, R] = left^T right, of n rows, or that is added to it. Scratch: panels [n, R], and for fp32 `gathered`
+ * [n, apart(L)]. */
+static void weight_gradient(const ManyRows *m, Factor left, long L, Factor right, long R, long n, int add,
+                            float *d_weight, float *panels, float *gathered) {
+    Result sums = {d_weight, NULL, R, add};
+    if (m->bf16) {
+        pack_held(right.x, right.index, right.stride, R, n, panels);
+        held_transposed_times(left.x, left.index, left.stride, panels, n, L, R, sums);
+        return;
+    }
+    pack(right.x, right.index, right.stride, 0, R, n, panels);
+    if (left.index) {
+        for (long r = 0; r < n; r++)
+            memcpy(gathered + r * apart(L), (const float *)left.x + left.index[r] * left.stride,
+                   (size_t)L * sizeof(float));
+        left = (Factor){gathered, NULL, apart(L)};
+    }
+    product((Left){left.x, NULL, 1, left.stride}, panels, n, L, R, sums);
+}
+
 /* The gradients of one expert's weights and of its rows' weights, and into `inner` those of (gate | up). */
 static void backward_piece(void *job, long e) {
     ManyRows *m = job;
@@ -131,35 +181,36 @@ static void backward_piece(void *job, long e) {
         if (d_down) memset(d_down, 0, (size_t)(F * D) * sizeof(float));
         return;
     }
-    long panel_width = rounded_up(D > 2 * F ? D : 2 * F, TILE_COLUMNS), x_stride = apart(D), stride = apart(F);
+    long panel_width = rounded_up(D > 2 * F ? D : 2 * F, TILE_COLUMNS), stride = larger(apart(F), row_words(F));
     float *down =
-        scratch_for(&m->no_memory, D * rounded_up(F, TILE_COLUMNS) + M * (panel_width + x_stride + 2 * stride));
+        scratch_for(&m->no_memory, D * rounded_up(F, TILE_COLUMNS) + M * (panel_width + apart(D) + 2 * stride) + 3 * F);
     if (!down) return;
-    float *panels = down + D * rounded_up(F, TILE_COLUMNS), *x = panels + M * panel_width, *inner = x + M * x_stride,
-          *d_inner = inner + M * stride;
+    float *panels = down + D * rounded_up(F, TILE_COLUMNS), *gathered = panels + M * panel_width,
+          *inner = gathered + M * apart(D), *d_inner = inner + M * stride, *a_row = d_inner + M * stride;
     pack_transposed_as(m->bf16, m->down.wide + e * F * D, D, F, D, down);
     for (long row = start; row < last; row += M) {
         long n = last - row < M ? last - row : M;
         const int64_t *token = m->token + row;
-        float *d_hidden = m->inner + row * 2 * F;
-        product_as(m->bf16, (Left){m->dy, token, D, 1}, down, D, n, F, (Result){d_inner, NULL, stride, 0});
+        float *d_hidden = m->inner + row * (m->bf16 ? m->inner_row : 2 * F);
+        Result sums = {d_inner, NULL, stride, 0};
+        if (m->bf16) words_times((Words){m->dy_words, token, m->x_row, 1}, down, D, D, 0, n, F, sums);
+        else product((Left){m->dy, token, D, 1}, down, D, n, F, sums);
         for (long r = 0; r < n; r++) {
             const float *gate = m->hidden + (row + r) * 2 * F;
+            float *a = m->bf16 ? a_row : inner + r * stride, *d_row = m->bf16 ? a_row + F : d_hidden + r * 2 * F;
             m->d_weight[row + r] =
-                activation_gradient(gate, gate + F, m->weight[row + r], F, d_inner + r * stride, inner + r * stride,
-                                    d_hidden + r * 2 * F, d_hidden + r * 2 * F + F);
+                activation_gradient(gate, gate + F, m->weight[row + r], F, d_inner + r * stride, a, d_row, d_row + F);
+            if (!m->bf16) continue;
+            round_row(a, F, (uint32_t *)inner + r * stride);
+            round_row(d_row, 2 * F, (uint32_t *)d_hidden + r * m->inner_row);
         }
-        if (d_down) {
-            pack_as(m->bf16, m->dy, token, D, 0, D, n, panels);
-            product_as(m->bf16, (Left){inner, NULL, 1, stride}, panels, n, F, D,
-                       (Result){d_down, NULL, D, row > start});
+        Factor x = {m->x, token, D}, dy = {m->dy, token, D}, a = {inner, NULL, stride}, dh = {d_hidden, NULL, 2 * F};
+        if (m->bf16) {
+            x = (Factor){m->x_words, token, 2 * m->x_row}, dy = (Factor){m->dy_words, token, 2 * m->x_row};
+            a.stride = 2 * stride, dh.stride = 2 * m->inner_row;
         }
-        if (d_gate_up) {
-            for (long r = 0; r < n; r++) memcpy(x + r * x_stride, m->x + token[r] * D, (size_t)D * sizeof(float));
-            pack_as(m->bf16, d_hidden, NULL, 2 * F, 0, 2 * F, n, panels);
-            product_as(m->bf16, (Left){x, NULL, 1, x_stride}, panels, n, D, 2 * F,
-                       (Result){d_gate_up, NULL, 2 * F, row > start});
-        }
+        if (d_down) weight_gradient(m, a, F, dy, D, n, row > start, d_down, panels, gathered);
+        if (d_gate_up) weight_gradient(m, x, D, dh, 2 * F, n, row > start, d_gate_up, panels, gathered);
     }
     free(down);
 }
@@ -172,7 +223,7 @@ static void in_column_pieces(Piece run, ManyRows *m, int threads) {
     in_pieces(run, m, (m->d_model + m->piece_columns - 1) / m->piece_columns, threads);
 }
 
-/* inner: scratch [N, F]. hidden: [N, 2 F] for `grouped_mlp_backward`, or NULL. Returns 0 or an error. */
+/* inner: scratch [N, inner_floats(F)]. hidden: [N, 2 F] for `grouped_mlp_backward`, or NULL. Returns 0 or an error. */
 static long grouped_mlp_of(const float *x, Weight gate_up, Weight down, const int64_t *token, const float *weight,
                            const int64_t *offsets, float *hidden, float *inner, float *y, long tokens, long most_rows,
                            long experts, long d_model, long d_expert, int bf16, int threads) {
@@ -193,14 +244,7 @@ static long grouped_mlp_of(const float *x, Weight gate_up, Weight down, const in
                     .d_model = d_model,
                     .d_expert = d_expert,
                     .bf16 = bf16};
-    if (bf16) {
-        /* Rows of words lie where those of fp32 would, unless they are narrower than what is written at a time. */
-        job.x_row = rounded_up(d_model, 2 * LINE) / 2, job.inner_row = rounded_up(d_expert, 2 * LINE) / 2;
-        if (job.inner_row > d_expert) job.inner_row = 0;
-        job.x_words = (uint32_t *)scratch_for(&job.no_memory, tokens * job.x_row + 1);
-        if (!job.x_words) return NO_MEMORY;
-        in_pieces(words_piece, &job, (tokens + MOST_BLOCK - 1) / MOST_BLOCK, threads);
-    }
+    if (bf16 && begin_words(&job, d_expert, threads)) return NO_MEMORY;
     in_pieces(forward_piece, &job, experts, threads);
     in_column_pieces(outputs_piece, &job, threads);
     free(job.x_words);
@@ -215,7 +259,7 @@ long grouped_mlp_forward(const float *x, const float *gate_up, const float *down
                           tokens, most_rows, experts, d_model, d_expert, bf16, threads);
 }
 
-/* With the `hidden` and the checked indices of the forward call. inner: scratch [N, 2 F]. */
+/* With the `hidden` and the checked indices of the forward call. inner: scratch [N, inner_floats(2 F)]. */
 long grouped_mlp_backward(const float *dy, const float *x, const float *gate_up, const float *down,
                           const int64_t *token, const float *weight, const int64_t *offsets, float *hidden,
                           float *inner, float *dx, float *d_gate_up, float *d_down, float *d_weight, long tokens,
@@ -238,7 +282,9 @@ long grouped_mlp_backward(const float *dy, const float *x, const float *gate_up,
                     .d_model = d_model,
                     .d_expert = d_expert,
                     .bf16 = bf16};
+    if (bf16 && begin_words(&job, 2 * d_expert, threads)) return NO_MEMORY;
     in_pieces(backward_piece, &job, experts, threads);
     if (dx) in_column_pieces(inputs_gradient_piece, &job, threads);
+    free(job.x_words);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }

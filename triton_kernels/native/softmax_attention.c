@@ -175,7 +175,7 @@ static void pack_keys_piece(void *job, long index) {
         const uint16_t *k = (const uint16_t *)m->k.x + b * m->k.batch + g * m->k.head + first * m->k.token;
         const uint16_t *v = (const uint16_t *)m->v.x + b * m->v.batch + g * m->v.head + first * m->v.token;
         pack_transposed_held(k, m->k.token, n, m->width, key);
-        pack_held(v, m->v.token, m->value_width, n, value);
+        pack_held(v, NULL, m->v.token, m->value_width, n, value);
         return;
     }
     float *wide = scratch_for(&m->no_memory, m->held_bf16 ? KEYS * larger(m->width, m->value_width) : 1);
