@@ -145,9 +145,14 @@ def test_in_c_as_in_torch_whatever_the_strides(shape):
     x = torch.randn(N, C, R + 3, generator=torch.Generator().manual_seed(0))
     x[0, :, 1] = 0
     expected_NRC = muon.orthogonalised(x.mT[:, :R].double(), torch.float64)
-    for view in (x.clone().mT[:, :R], x.mT.contiguous()[:, :R], x.mT[:, :R].contiguous()):
-        muon.orthogonalise_native(view, 2.0)
+    views = (x.clone().mT[:, :R], x.mT.contiguous()[:, :R], x.mT[:, :R].contiguous())
+    # Of another shape, and larger.
+    other = torch.randn(2, R + 5, C + 7, generator=torch.Generator().manual_seed(1))
+    other_expected = muon.orthogonalised(other.double(), torch.float64)
+    muon.orthogonalise_native([*((view, 2.0) for view in views), (other, 3.0)])
+    for view in views:
         torch.testing.assert_close(view.double(), 2.0 * expected_NRC, atol=1e-4, rtol=0)
+    torch.testing.assert_close(other.double(), 3.0 * other_expected, atol=1e-4, rtol=0)
 
 
 def test_singular_values_come_out_near_one_and_nothing_stays_nothing():

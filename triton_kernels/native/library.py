@@ -70,7 +70,7 @@ SIGNATURES: dict[str, list[type]] = {
     "project_rows_backward": [*[P] * 5, *[LONG] * 3, INT, INT],
     "bf16_products": [],
     "keep_weights": [P, P, *[LONG] * 3, INT, INT],
-    "newton_schulz": [P, P, *[LONG] * 7, FLOAT, FLOAT, INT],
+    "newton_schulz": [P, LONG, P, LONG, FLOAT, INT],
     "head_loss": [*[P] * 6, *[LONG] * 4, INT, INT],
     "convert_bf16": [P, P, LONG, INT, INT],
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],

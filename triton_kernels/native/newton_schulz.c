@@ -2,28 +2,37 @@
  * polynomials multiplied up on the smaller side first. They commute, being polynomials of one Gram matrix, so each step
  * costs four products of that side, and the longer one enters twice in all.
  *
- * Legend: N matrices, R rows and C columns of each, R <= C.
+ * Legend: N matrices of one shape, R rows and C columns of each, R <= C.
  */
 
+/* Matrices of one shape, whose results are multiplied by `scale`. */
 typedef struct {
     float *x;
-    long next, row_stride, column_stride, rows, columns, steps;
+    long matrices, next, rows, row_stride, columns, column_stride;
+    double scale;
+} Stack;
+
+typedef struct {
+    const Stack *stack;
+    long steps;
     const float *coefficients;
-    float scale, eps;
+    float eps;
     atomic_int no_memory;
 } NewtonSchulz;
 
 static void newton_schulz_piece(void *job, long index) {
     NewtonSchulz *m = job;
-    long R = m->rows, C = m->columns, square = R * R;
-    float *matrix = m->x + index * m->next;
+    const Stack *of = m->stack;
+    for (; index >= of->matrices; of++) index -= of->matrices;
+    long R = of->rows, C = of->columns, square = R * R;
+    float *matrix = of->x + index * of->next, scale = (float)of->scale;
     float *x = scratch_for(&m->no_memory, R * C + 5 * square + R * rounded_up(C, TILE_COLUMNS) + C * TILE_COLUMNS);
     if (!x) return;
     float *gram = x + R * C, *squared = gram + square, *step = squared + square, *all = step + square,
           *other = all + square;
     float *panels = other + square;
     for (long r = 0; r < R; r++)
-        for (long c = 0; c < C; c++) x[r * C + c] = matrix[r * m->row_stride + c * m->column_stride];
+        for (long c = 0; c < C; c++) x[r * C + c] = matrix[r * of->row_stride + c * of->column_stride];
     float norm = sqrtf(dot(x, x, R * C));
     norm = 1.0f / (norm < m->eps ? m->eps : norm);
     for (long i = 0; i < R * C; i++) x[i] *= norm;
@@ -50,23 +59,16 @@ static void newton_schulz_piece(void *job, long index) {
     pack(x, NULL, C, 0, C, R, panels);
     product((Left){all, NULL, R, 1}, panels, R, R, C, (Result){x, NULL, C, 0});
     for (long r = 0; r < R; r++)
-        for (long c = 0; c < C; c++) matrix[r * m->row_stride + c * m->column_stride] = m->scale * x[r * C + c];
+        for (long c = 0; c < C; c++) matrix[r * of->row_stride + c * of->column_stride] = scale * x[r * C + c];
     free(x);
 }
 
-/* In place, times `scale`. coefficients: a, b, c. Returns 0 or an error, and then nothing in x can be used. */
-long newton_schulz(float *x, const float *coefficients, long matrices, long next, long rows, long row_stride,
-                   long columns, long column_stride, long steps, float eps, float scale, int threads) {
-    NewtonSchulz job = {.x = x,
-                        .next = next,
-                        .row_stride = row_stride,
-                        .column_stride = column_stride,
-                        .rows = rows,
-                        .columns = columns,
-                        .steps = steps,
-                        .coefficients = coefficients,
-                        .scale = scale,
-                        .eps = eps};
+/* In place; largest matrices first, so that nobody waits long for the last one. coefficients: a, b, c. Returns 0 or an
+ * error, and then nothing in the matrices can be used. */
+long newton_schulz(const Stack *stack, long stacks, const float *coefficients, long steps, float eps, int threads) {
+    NewtonSchulz job = {.stack = stack, .steps = steps, .coefficients = coefficients, .eps = eps};
+    long matrices = 0;
+    for (long i = 0; i < stacks; i++) matrices += stack[i].matrices;
     in_pieces(newton_schulz_piece, &job, matrices, threads);
     return atomic_load(&job.no_memory) ? NO_MEMORY : 0;
 }
