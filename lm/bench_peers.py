@@ -100,6 +100,7 @@ def bench_peers(config: PeersConfig) -> list[dict[str, str]]:
     for dtype in config.dtypes:
         for case in config.cases:
             workers = {side: Worker(side, case, dtype, config.threads) for side in SIDES}
+            print(f"{case}, {dtype}: " + "; ".join(f"{side} by {worker.kernels}" for side, worker in workers.items()))
             for part in _parts(config):
                 rows.append(_row(case, dtype, part, workers, config))
                 print(_line(rows[-1]), flush=True)
@@ -152,7 +153,11 @@ def _line(row: dict[str, str]) -> str:
 
 
 class Worker:
-    """A process that holds one side's model and times what it is asked for; between turns it waits without spinning."""
+    """A process that holds one side's model and times what it is asked for; between turns it waits without spinning.
+
+    Attributes:
+        kernels: what computes the model there.
+    """
 
     def __init__(self, side: str, case: str, dtype: str, threads: int) -> None:
         # Passive waiting: a side whose turn it is not must leave the cores alone.
@@ -166,17 +171,21 @@ class Worker:
             cwd=ROOT,
             env=environment,
         )
+        self.kernels = self._answer("starting")
 
     def seconds(self, part: Part) -> float:
         """Of one call."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(dataclasses.asdict(part)) + "\n")
         self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        return float(self._answer(f"timing {part}"))
+
+    def _answer(self, doing: str) -> str:
+        assert self.process.stdout is not None
+        answer = self.process.stdout.readline().strip()
         if not answer:
-            raise CannotGoOn(f"{self.name}: ended with exit code {self.process.wait()} while timing {part}")
-        return float(answer)
+            raise CannotGoOn(f"{self.name}: ended with exit code {self.process.wait()} while {doing}")
+        return answer
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -196,14 +205,14 @@ def time_part(side: Side, part: Part) -> float:
 
 
 def _serve(side: str, case: str, dtype: str) -> None:
-    """The worker's end: one part per line of input, its seconds per line of output."""
+    """The worker's end: what computes its model, then for every line of input, a part, its seconds."""
     answers = os.fdopen(os.dup(1), "w")
     # What libraries print must not be taken for an answer.
     os.dup2(2, 1)
     model = SIDES[side](CASES[case], dtype)
+    print(model.kernels(), file=answers, flush=True)
     for line in sys.stdin:
-        answers.write(f"{time_part(model, Part(**json.loads(line)))}\n")
-        answers.flush()
+        print(time_part(model, Part(**json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from moe.config import MoEConfig
 from moe.freed_memory import keep_freed_memory
 from routing.policies.top_k import TopK
 from routing.router import RouterConfig
+from triton_kernels.native.library import native, rounds_products
 
 VOCABULARY = 8192
 LONGEST = 2**17
@@ -87,6 +88,10 @@ CASES = {
 class Side(Protocol):
     """One of the two models."""
 
+    def kernels(self) -> str:
+        """What computes it, in words."""
+        ...
+
     def training(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
         """Forward and backward."""
         ...
@@ -106,6 +111,10 @@ class Ours:
         # As training and generation do.
         keep_freed_memory()
         self.model = LanguageModel(case.model_config(dtype)).init_weights(0)
+
+    def kernels(self) -> str:
+        products = "of bf16" if rounds_products(self.model._dtype) else "of fp32"
+        return f"C ({native().reason}), products {products}" if native().library else "torch's operators"
 
     def training(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
         self.model.train()
@@ -138,6 +147,10 @@ class Transformers:
     def __init__(self, case: Case, dtype: str) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         self.model = FAMILIES[case.family](case).to(getattr(torch, dtype))
+
+    def kernels(self) -> str:
+        config, torchs = self.model.config, torch.backends.cpu.get_cpu_capability()
+        return f"attention {config._attn_implementation}, experts {config._experts_implementation}, torch's {torchs}"
 
     def training(self, tokens_BT: Tensor, targets_BT: Tensor) -> None:
         self.model.train()
