@@ -83,15 +83,20 @@ class Block(nn.Module):
         documents: Documents | None = None,
         sums_BX: Tensor | None = None,
         later_BTD: Tensor | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, object, Routing, Tensor | None]:
         """Gives the residual stream, keys and values for other layers, how tokens were routed, and what the next block
-        is to add: its `later_BTD`."""
+        is to add: its `later_BTD`. With `last_only` behind attention of the last position alone, unless the router
+        goes by all of them, or somebody listens to it."""
         # The residual stream is fp32; what is added to it is computed in `dtype`.
         residual, inner_BTD = self.residual, self.attention_norm(x_BTD)
         if documents is None:
             attended_BTD, kv = self.attention(inner_BTD.to(self.dtype), start=start, state=state, shared=shared)
         else:
             attended_BTD, kv = attend_apart(self.attention, inner_BTD.to(self.dtype), documents, shared)
+        if last_only and self.moe.router.policy.decides_alone and not self.moe.router._forward_hooks:
+            x_BTD, inner_BTD, attended_BTD = (each_BTD[:, -1:] for each_BTD in (x_BTD, inner_BTD, attended_BTD))
+            later_BTD = None if later_BTD is None else later_BTD[:, -1:]
         x_BTD = _sum(
             inner_BTD if self.norms_stream else x_BTD,
             self.attention_out_norm(attended_BTD),

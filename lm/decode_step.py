@@ -90,7 +90,7 @@ class DecodeStep:
         """
         position, behind_B, (B, T) = self.states[0].length, self.states[0].behind_B, tokens_BT.shape
         logits_B1V = torch.empty(B, 1, self.native.vocabulary)
-        n_whole, n_real = self._lay_out(B * T)
+        n_whole, n_real = self._lay_out(B, T)
         whole, real = torch.empty(n_whole, dtype=torch.int64), torch.empty(n_real)
         tables = self._turn(position, T) if T > 1 else None
         self.outside.begin(real, cache.sums, T)
@@ -107,12 +107,16 @@ class DecodeStep:
         if failed:
             self.outside.refuse()
             raise self.routers[failed - 1].non_finite()
-        return logits_B1V.to(self.dtype), partial(self._routings, B * T, whole, real, self.outside.routings)
+        return logits_B1V.to(self.dtype), partial(self._routings, B, T, whole, real, self.outside.routings)
 
-    def _lay_out(self, n_tokens: int) -> tuple[int, int]:
-        """Where the blocks write down how so many tokens are routed; the sizes of both pieces of memory."""
+    def _routed(self, B: int, T: int) -> list[tuple[NativeBlock, int]]:
+        """The blocks, and how many tokens each of them routes: the last one, where it can, those that are asked for."""
+        return [(block, B if block.alone else B * T) for block in self.blocks]
+
+    def _lay_out(self, B: int, T: int) -> tuple[int, int]:
+        """Where the blocks write down how their tokens are routed; the sizes of both pieces of memory."""
         n_whole = n_real = 0
-        for block in self.blocks:
+        for block, n_tokens in self._routed(B, T):
             block.whole_at, block.real_at = n_whole, n_real
             n_whole += 3 * n_tokens * block.slots + block.experts + 1 + n_tokens + 1
             n_real += n_tokens * (block.slots + self.native.width + block.experts + block.columns + block.returns)
@@ -131,10 +135,12 @@ class DecodeStep:
             block.cosine, block.sine = (table_TP.data_ptr() for table_TP in tables[kind])
         return tables
 
-    def _routings(self, n_tokens: int, whole: Tensor, real: Tensor, outside: dict[int, Routing]) -> tuple[Routing, ...]:
-        self._lay_out(n_tokens)
+    def _routings(
+        self, B: int, T: int, whole: Tensor, real: Tensor, outside: dict[int, Routing]
+    ) -> tuple[Routing, ...]:
+        self._lay_out(B, T)
         D, routings = self.native.width, []
-        for layer, (block, router) in enumerate(zip(self.blocks, self.routers)):
+        for layer, ((block, n_tokens), router) in enumerate(zip(self._routed(B, T), self.routers)):
             if layer in outside:
                 routings.append(outside[layer])
                 continue

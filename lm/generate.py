@@ -33,8 +33,8 @@ class GeneratedToken:
         cache_bytes: of the cache, which is allocated once for the texts that go on.
         text: which of the prompts it follows, from 0.
         nats: minus the log of the model's own probability of the token, before anything that sampling does to it.
-        routings: of the forward pass behind it, per block, for all texts and positions that it read; in them `position`
-            is the one that predicted this token.
+        routings: of the forward pass behind it, per block, for all texts and positions that the block routed; the one
+            that predicted this token is the `from_end`th of them from the end.
     """
 
     token: int
@@ -44,7 +44,7 @@ class GeneratedToken:
     text: int = 0
     nats: float = 0.0
     routings: tuple[Routing, ...] = dataclasses.field(default=(), repr=False, compare=False)
-    position: int = 0
+    from_end: int = 1
 
 
 def generate(
@@ -120,7 +120,7 @@ def generate_batch(
             yield GeneratedToken(
                 *(token, experts_1L[0], seconds, cache.nbytes(), place, _nats(logits_1V[0], token)),
                 routings=output.routings,
-                position=output.routings[0].assignments.n_tokens - 1,
+                from_end=1,
             )
             if not ends(place, token):
                 going, last, caches = [*going, place], [*last, token], [*caches, cache]
@@ -143,7 +143,7 @@ def generate_batch(
                 yield GeneratedToken(
                     *(token, experts_BL[row], seconds, cache.nbytes(), place, _nats(logits_BV[row], token)),
                     routings=output.routings,
-                    position=row,
+                    from_end=len(going) - row,
                 )
                 if not ends(place, token):
                     kept, drawn = [*kept, row], [*drawn, token]

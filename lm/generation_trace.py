@@ -185,13 +185,14 @@ def token_scores(model: LanguageModel, step: GeneratedToken) -> dict[str, np.nda
     layers: dict[str, list[np.ndarray]] = {}
     for router, routing in zip(model.routers(), step.routings):
         assert routing.scores is not None
-        levels = levels_of(router, routing.scores.of_token(step.position))
+        position = len(routing.scores.logits_TE) - step.from_end
+        levels = levels_of(router, routing.scores.of_token(position))
         found = {
             "expert_NLK": levels.expert_TK[0].int(),
             "level_NLK": levels.level_TK[0].float(),
             "weight_NLK": levels.weight_TK[0].float(),
             "threshold_NL": torch.tensor(levels.threshold),
-            "logit_NLE": routing.scores.logits_TE[step.position].float(),
+            "logit_NLE": routing.scores.logits_TE[position].float(),
         }
         for name, value in found.items():
             layers.setdefault(name, []).append(value.cpu().numpy())

@@ -126,7 +126,8 @@ class LanguageModel(ExactBuffers):
             tokens_BT: int64 token ids. With a cache they follow the `cache.length` tokens it has seen.
             cache: updated in place.
             last_only: logits_BTV for the last position alone, [B, 1, V]: all that a prompt is read for, and the logits
-                of a long one take more memory than its model.
+                of a long one take more memory than its model. Behind its attention the last block computes no other
+                position either, and its routing is of that one, unless its router goes by all of them or is heard.
             targets_BT: the mean loss is asked for, and no logits: where the machine can, they never exist as a whole.
 
         Raises:
@@ -168,6 +169,8 @@ class LanguageModel(ExactBuffers):
                 raise NotInOneCall(f"a block that is a {type(block).__name__}")
             blocks.append(NativeBlock())
             block.describe(blocks[-1], watch, state, eps)
+        for block in blocks[:-1]:
+            block.alone = False
         native = NativeModel(vocabulary=V, width=D, batch=batch_size, eps=eps)
         native.embedding = watch.parameter(self, "embedding_VD", V, D)
         native.head = watch.weight(self, "embedding_VD" if self.head_VD is None else "head_VD", V, D, transposed=True)
@@ -291,7 +294,7 @@ class LanguageModel(ExactBuffers):
         targets_BT: Tensor | None = None,
         documents: Documents | None = None,
     ) -> Output:
-        x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache, documents)
+        x_BTD, _, routings = self._run_blocks(x_BTD, boundary, self.config.n_layers, cache, documents, last_only)
         x_BTD = self.norm(x_BTD[:, -1:] if last_only else x_BTD)
         if self.config.logit_scale != 1.0:
             x_BTD = x_BTD * self.config.logit_scale
@@ -302,7 +305,13 @@ class LanguageModel(ExactBuffers):
         return Output(no_logits_BTV, lambda: routings, *mean_and_token_losses(x_BTD, self.head, targets_BT))
 
     def _run_blocks(
-        self, x_BTD: Tensor, first: int, last: int, cache: HybridCache | None, documents: Documents | None = None
+        self,
+        x_BTD: Tensor,
+        first: int,
+        last: int,
+        cache: HybridCache | None,
+        documents: Documents | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, dict[int, object], tuple[Routing, ...]]:
         source = self.config.plan.source
         start = cache.position if cache is not None else 0
@@ -321,6 +330,7 @@ class LanguageModel(ExactBuffers):
                 documents=documents,
                 sums_BX=sums_BX,
                 later_BTD=later_BTD,
+                last_only=last_only and index == last - 1,
             )
             if cache is not None and routing.sums_BX is not None:
                 cache.sums[index] = routing.sums_BX

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from routing.assignments import Assignments
-from routing.policy import Policy
 from routing.router import Router, Routing
 from routing.sequences import Sequences
 from triton_kernels.native.decode_step import NativeBlock, NotInOneCall, Watch
@@ -32,7 +31,8 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
         watch.module(module)
     watch.same(router, "config")
     watch.same(policy, "config")
-    watch.answers(partial(_told, policy))
+    watch.answers(lambda: policy.is_told)
+    block.alone = policy.decides_alone
     block.experts = router.n_experts
     try:
         _describe_decision(router, block, watch)
@@ -40,15 +40,10 @@ def describe_router(router: Router, block: NativeBlock, watch: Watch) -> None:
         block.outside, block.slots, block.columns, block.returns = True, 0, 0, False
 
 
-def _told(policy: Policy) -> bool:
-    """Whether numbers of experts come from outside, or the threshold is none yet or not one for all."""
-    return policy.told_by_token or (policy.budget is not None and policy.budget.calibrates)
-
-
 def _describe_decision(router: Router, block: NativeBlock, watch: Watch) -> None:
     """How it decides; raises NotInOneCall where the call cannot."""
     policy, config, budget = router.policy, router.config, router.policy.budget
-    if _told(policy) or router.bias_E is not None or config.scaling != 1.0 or config.renormalise_eps:
+    if policy.is_told or router.bias_E is not None or config.scaling != 1.0 or config.renormalise_eps:
         raise NotInOneCall("numbers of experts from outside, a bias, or weights that are not plain")
     policy.describe(block, watch)
     block.use_sigmoid, block.renormalise = config.score == "sigmoid", config.renormalise
@@ -82,7 +77,7 @@ class OutsideDecisions:
         self.routings, self._sums, self._error, self._length = {}, sums, None, length
         for layer, block in enumerate(self._blocks):
             if block.outside:
-                n_tokens = self._batch_size * length
+                n_tokens = self._batch_size * (1 if block.alone else length)
                 size = n_tokens * self._routers[layer].d_model
                 self._inputs[layer] = real[block.real_at : block.real_at + size].view(n_tokens, -1)
 

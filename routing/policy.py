@@ -210,6 +210,17 @@ class Policy(nn.Module):
         """Whether numbers of experts, or thresholds, of single tokens come from outside."""
         return self.counts_T is not None or (self.budget is not None and self.budget.threshold_T1 is not None)
 
+    @property
+    def is_told(self) -> bool:
+        """Whether numbers of experts come from outside, or the threshold is none yet or not one for all."""
+        return self.told_by_token or (self.budget is not None and self.budget.calibrates)
+
+    @property
+    def decides_alone(self) -> bool:
+        """Whether a token's experts now depend on nothing but the token itself."""
+        config = self.config
+        return not (self.training or self.is_told or config.needs_whole_batch or config.follows_sequences)
+
     def choose(self, scores: Scores) -> Slots:
         """The experts of each token, as many as `counts_T` says where it is set: what the router calls.
 

@@ -126,3 +126,37 @@ def test_the_number_of_threads_changes_no_bit(steps):
         torch.set_num_threads(before)
     assert len(steps) == 6
     assert torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("one_call", [True, False])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
+def test_the_last_block_routes_the_last_position_alone_where_it_can(policy, one_call, monkeypatch):
+    if not one_call:
+        layer_by_layer(monkeypatch)
+    model = build("FS", "float32", RouterConfig(policy=policy()))
+    tokens_BT = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    last = model.blocks[-1].moe.router
+    n_last = 18 if policy.follows_sequences else 2
+    with torch.no_grad():
+        whole = model(tokens_BT)
+        output = model(tokens_BT, model.new_cache(2, 9), last_only=True)
+        # Who listens to a router hears of every token.
+        last.register_forward_hook(lambda *_: None)
+        heard = model(tokens_BT, model.new_cache(2, 9), last_only=True)
+    assert [routing.assignments.n_tokens for routing in output.routings] == [18, 18, 18, n_last]
+    assert [routing.assignments.n_tokens for routing in heard.routings] == [18] * 4
+    for each in (output, heard):
+        torch.testing.assert_close(each.logits_BTV, whole.logits_BTV[:, -1:], rtol=1e-4, atol=1e-4)
+        experts_BL = [routing.assignments.experts_per_token_T()[-1] for routing in each.routings]
+        assert experts_BL == [routing.assignments.experts_per_token_T()[-1] for routing in whole.routings]
+
+
+def test_numbers_of_experts_told_by_token_are_all_used():
+    model = build("FS", "float32", RouterConfig(policy=TopP()))
+    tokens_BT = torch.randint(50, (1, 9), generator=torch.Generator().manual_seed(0))
+    for router in model.routers():
+        router.policy.counts_T = torch.arange(1, 10)
+    with torch.no_grad():
+        output = model(tokens_BT, model.new_cache(1, 9), last_only=True)
+    for routing in output.routings:
+        assert routing.assignments.experts_per_token_T().tolist() == list(range(1, 10))

@@ -41,6 +41,7 @@ typedef struct {
     float softness;
     /* Where the router decides outside of the call it is asked, and leaves its `decision`. */
     long outside;
+    long alone; /* of the last block: whether it may route some tokens without the others */
     Decision decision;
     Matrices gate_up, down;
     Weight shared_gate_up, shared_down;
@@ -86,6 +87,7 @@ static double lap_from_here(const Model *m) {
 
 typedef struct {
     long tokens; /* N */
+    int last;    /* whether the last token of each sequence is all that is asked for behind attention */
     float *x, *normed, *y, *inner, *mixed, *gate, *decay, *hidden, *weight, *level, *predicted, *scores;
     int64_t *expert;
     uint8_t *keep;
@@ -104,7 +106,7 @@ static void *scratch_of(const Model *m, long N, Scratch *s) {
     long reals = N * (3 * D + inner + 2 * mixed + decay + hidden + 2 * slots + 1) + routing_scratch(N, columns);
     char *memory = malloc((size_t)(N * slots) * (sizeof(int64_t) + 1) + (size_t)reals * sizeof(float));
     if (!memory) return NULL;
-    s->tokens = N, s->ring = NULL;
+    s->tokens = N, s->last = 0, s->ring = NULL;
     s->expert = (int64_t *)memory;
     s->x = (float *)(s->expert + N * slots), s->normed = s->x + N * D, s->y = s->normed + N * D,
     s->inner = s->y + N * D;
@@ -155,6 +157,12 @@ static void add_piece(void *job, long index) {
 static void add(float *x, const float *y, long n, int threads) {
     Addition job = {x, y, n};
     in_pieces(add_piece, &job, (n + ADDED - 1) / ADDED, threads);
+}
+
+/* Of the rows of each sequence the last one. */
+static void keep_last(float *x, long batch, long length, long width) {
+    for (long b = 0; b < batch; b++)
+        memmove(x + b * width, x + ((b + 1) * length - 1) * width, (size_t)width * sizeof(float));
 }
 
 /* x * sigmoid(gate) of each sequence. */
@@ -355,9 +363,12 @@ long decode_step(const Model *m, const int64_t *token, long length, long positio
         lap(m, NORMS, &since);
         if ((error = project(m, s.normed, l->to_inner, s.inner, N, D, l->inner, threads))) break;
         lap(m, PROJECTIONS, &since);
+        /* Nobody reads what the last block makes of other tokens. */
+        s.last = length > 1 && l->alone;
         if (length > 1) error = mix_prompt(l, m, &s, position, length, threads);
         else error = mix(l, m, &s, position, behind, threads);
         if (error) break;
+        if (s.last) keep_last(s.x, B, length, D), s.tokens = N = B, length = 1;
         lap(m, MIXING, &since);
         if ((error = project(m, s.mixed, l->to_out, s.y, N, X, D, threads))) break;
         lap(m, PROJECTIONS, &since);

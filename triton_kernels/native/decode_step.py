@@ -75,7 +75,7 @@ class NativeBlock(ctypes.Structure):
         *((name, LONG) for name in ("experts", "slots", "floor", "rule", "use_sigmoid", "renormalise")),
         *((name, LONG) for name in ("columns", "apart", "null_weighs", "returns")),
         ("softness", FLOAT),
-        ("outside", LONG),
+        *((name, LONG) for name in ("outside", "alone")),
         ("decision", NativeDecision),
         *((name, NativeMatrices) for name in ("gate_up", "down")),
         *((name, NativeWeight) for name in ("shared_gate_up", "shared_down")),

@@ -17,9 +17,6 @@ from triton_kernels.native.library import call, rounds_products, threads
 PANEL_COLUMNS = 32
 # Weights of more than this share of the machine's memory are not copied.
 MOST_OF_MEMORY = 0.25
-# Of a weight every so manieth number is looked at, or more of them, where rows are shorter; odd, so that in time it is
-# the turn of every column.
-LOOKED_AT = 127
 
 
 class Kept(NamedTuple):
@@ -44,7 +41,8 @@ def kept_panels(weight: Tensor, *, transposed: bool) -> Tensor | None:
     whether they are still its own."""
     if weight.is_inference():
         return None
-    step = min(LOOKED_AT, (weight.shape[-1] - 1) | 1)
+    # One of each row, and in time of every column.
+    step = (weight.shape[-1] - 1) | 1
     looked_at = int(weight.detach().view(torch.int32).flatten()[::step].sum())
     stands = weight.data_ptr(), weight._version, looked_at
     kept = KEPT.get(weight)

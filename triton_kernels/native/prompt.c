@@ -92,17 +92,19 @@ static long softmax_prompt(const Block *l, const Model *m, Scratch *s, long posi
         if ((error = begin_ring(&job, s))) return error;
     }
     in_prompt_pieces(softmax_piece, &job, threads);
-    float *log_sum = malloc((size_t)(s->tokens * H) * sizeof(float));
+    long asked = s->last ? 1 : length, next = s->last ? length * I : I;
+    const float *q = s->inner + (length - asked) * I;
+    float *log_sum = malloc((size_t)(B * asked * H) * sizeof(float));
     if (!log_sum) return NO_MEMORY;
     const void *keys = l->keys, *values = l->values;
     long stride = l->cache_stride;
     if (window) keys = s->ring, values = s->ring + B * S * line, stride = S * line;
     long strides[] = {length * I, I, K, stride, line, K, stride, line, K};
-    long sizes[] = {B, length, S, H, l->kv_heads, K, K, l->half, 1, window};
-    error = softmax_forward(s->inner, keys, values, strides, sizes, l->cosine, l->sine, l->sink, 1.0f / sqrtf((float)K),
-                            s->mixed, log_sum, (int)m->bf16, l->bf16 && !window, threads);
+    long sizes[] = {B, asked, S, H, l->kv_heads, K, K, l->half, 1, window}, turned = (length - asked) * l->half;
+    error = softmax_forward(q, keys, values, strides, sizes, l->cosine + turned, l->sine + turned, l->sink,
+                            1.0f / sqrtf((float)K), s->mixed, log_sum, (int)m->bf16, l->bf16 && !window, threads);
     free(log_sum);
-    if (l->output_gate) gated(s->mixed, s->inner + H * K, I, s->tokens, H * K);
+    if (l->output_gate) gated(s->mixed, q + H * K, next, B * asked, H * K);
     return error;
 }
 
@@ -221,7 +223,8 @@ static long lightning_prompt(const Block *l, const Model *m, Scratch *s, long le
 }
 
 static long mix_prompt(const Block *l, const Model *m, Scratch *s, long position, long length, int threads) {
-    if (l->mixer == DELTA) return delta_prompt(l, m, s, length, threads);
-    if (l->mixer == LIGHTNING) return lightning_prompt(l, m, s, length, threads);
-    return softmax_prompt(l, m, s, position, length, threads);
+    if (l->mixer == SOFTMAX) return softmax_prompt(l, m, s, position, length, threads);
+    long error = (l->mixer == DELTA ? delta_prompt : lightning_prompt)(l, m, s, length, threads);
+    if (s->last) keep_last(s->mixed, m->batch, length, l->heads * l->value);
+    return error;
 }
