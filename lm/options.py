@@ -32,6 +32,7 @@ class ModelOptions:
         n_kv_heads: its key/value heads, a divisor of the query heads.
         head_dim: width of a head.
         window: tokens that a sliding-window layer sees.
+        latent_dim: width of what a latent-attention layer (A) caches per token; 4 head_dim by default.
         n_experts: experts per layer.
         d_expert: hidden width of an expert.
         d_shared: hidden width of the expert that every token passes; 0 for none.
@@ -57,6 +58,7 @@ class ModelOptions:
     n_kv_heads: int = 2
     head_dim: int = 32
     window: int = 64
+    latent_dim: int | None = None
     n_experts: int = 80
     d_expert: int = 16
     d_shared: int = 0
@@ -94,6 +96,7 @@ class ModelOptions:
                 n_kv_heads=self.n_kv_heads,
                 head_dim=self.head_dim,
                 window=self.window,
+                latent_dim=self.latent_dim,
                 rope_base=self.rope_base,
             ),
             moe=MoEConfig(
