@@ -75,6 +75,7 @@ SIGNATURES: dict[str, list[type]] = {
     "convert_bf16": [P, P, LONG, INT, INT],
     "rms_norm_backward": [*[P] * 5, *[LONG] * 2, FLOAT, INT],
     "softmax_forward": [*[P] * 8, FLOAT, P, P, INT, INT, INT],
+    "rotate_heads": [*[P] * 6, FLOAT, INT, INT],
     "softmax_backward": [*[P] * 8, FLOAT, *[P] * 7, INT, INT],
     "rule_forward": [*[P] * 8, FLOAT, *[P] * 5, INT],
     "rule_backward": [*[P] * 8, FLOAT, *[P] * 10, INT],

@@ -47,6 +47,46 @@ static void turn(const Softmax *m, float *x, long t, float direction) {
     }
 }
 
+/* Heads alone: x [B, T, H, K] with strides over the first three axes, in bf16 or fp32 as y is, which is dense. */
+typedef struct {
+    const void *x;
+    void *y;
+    const long *strides;
+    Softmax angles;
+    long tokens, length, heads, width;
+    int bf16;
+    float direction;
+} Rotation;
+
+enum { ROTATED = 64 };
+
+static void rotate_piece(void *job, long index) {
+    Rotation *m = job;
+    long K = m->width;
+    float x[K];
+    for (long i = index * ROTATED; i < m->tokens && i < (index + 1) * ROTATED; i++)
+        for (long h = 0; h < m->heads; h++) {
+            long b = i / m->length, t = i % m->length, to = (i * m->heads + h) * K,
+                 from = b * m->strides[0] + t * m->strides[1] + h * m->strides[2];
+            const uint16_t *half = (const uint16_t *)m->x + from;
+            if (!m->bf16) memcpy(x, (const float *)m->x + from, (size_t)K * sizeof(float));
+            else
+                for (long c = 0; c < K; c++) x[c] = from_bf16(half[c]);
+            turn(&m->angles, x, t, m->direction);
+            if (!m->bf16) memcpy((float *)m->y + to, x, (size_t)K * sizeof(float));
+            else
+                for (long c = 0; c < K; c++) ((uint16_t *)m->y)[to + c] = to_bf16(x[c]);
+        }
+}
+
+/* sizes: B, T, H, K, half. direction: 1, or -1 to turn back. */
+void rotate_heads(const void *x, void *y, const long *strides, const long *sizes, const float *cosine,
+                  const float *sine, float direction, int bf16, int threads) {
+    Softmax angles = {.cosine = cosine, .sine = sine, .half = sizes[4]};
+    Rotation job = {x, y, strides, angles, sizes[0] * sizes[1], sizes[1], sizes[2], sizes[3], bf16, direction};
+    in_pieces(rotate_piece, &job, (job.tokens + ROTATED - 1) / ROTATED, threads);
+}
+
 /* Turned and scaled queries [n, K] of one head, from the one at `first` on. */
 static void prepare_queries(const Softmax *m, long b, long h, long first, long n, float *q) {
     const float *source = head_of(m->q, b, h);

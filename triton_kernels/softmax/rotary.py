@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from triton_kernels.common.checks import check_backend, check_dtype, check_placed, check_tensors
+from triton_kernels.native.library import UP_TO_FP32, takes_many_rows
 
 OP = "rotate"
 Rotary = tuple[Tensor, Tensor]
@@ -34,7 +35,8 @@ def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
     Args:
         x_BTHK: queries or keys.
         rotary: cosine and sine [T, P] of each token's angles, 2 P <= K; without gradients.
-        backend: "torch", "triton", or "auto": Triton on CUDA tensors.
+        backend: "torch", "triton", "native" (C on a CPU, fp32 and bf16), or "auto": Triton on CUDA tensors, C where it
+            takes them.
 
     Returns:
         [B, T, H, K] in the dtype of x, differentiable in x.
@@ -48,8 +50,14 @@ def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
     check_placed(OP, x_BTHK=x_BTHK, rotary_cosines_TP=rotary[0], rotary_sines_TP=rotary[1])
     if rotary[0].shape[1] == 0:
         return x_BTHK
-    if check_backend(backend, x_BTHK) == "torch":
+    in_c = takes_many_rows(x_BTHK, dtypes=UP_TO_FP32[:2]) and x_BTHK.stride(-1) == 1
+    chosen = check_backend(backend, x_BTHK, native=in_c)
+    if chosen == "torch":
         return rotate_torch(x_BTHK, rotary)
+    if chosen == "native":
+        from triton_kernels.softmax.native import rotate_native
+
+        return rotate_native(x_BTHK, rotary)
     if x_BTHK.dtype == torch.float64:
         raise ValueError(f"{OP}: x_BTHK is float64; the Triton kernel takes float32, float16 and bfloat16")
     # Imported here because machines without Triton (macOS) still have the torch backend.

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_kernels.native.library import native
 from triton_kernels.softmax.flash_attention import flash_attention
 from triton_kernels.softmax.rotary import rotary_tables, rotate
 
@@ -31,17 +32,24 @@ def assert_close(name, ours, by_torch, exact):
     assert (ours.double() - exact).abs().max() <= budget, name
 
 
-@settings(max_examples=25, deadline=None)
+# The interpreter of the kernels computes bf16 wrongly.
+FORMS = [(torch.float32, "triton"), (torch.float16, "triton")]
+if native().library is not None:
+    FORMS += [(torch.float32, "native"), (torch.bfloat16, "native")]
+
+
+@settings(max_examples=40, deadline=None)
 @given(
     shape=st.sampled_from([(1, 1, 1, 32), (2, 7, 3, 48), (1, 150, 2, 64), (2, 3, 1, 256)]),
     share=st.sampled_from([0, 0.25, 0.5, 1]),
     first=st.sampled_from([0, 5, 100_000]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    form=st.sampled_from(FORMS),
     strided=st.booleans(),
 )
-def test_rotate_equals_complex_numbers(shape, share, first, dtype, strided):
+def test_rotate_equals_complex_numbers(shape, share, first, form, strided):
     """Any positions, any share of the channels, outputs and gradients; of a tensor whose heads are slices of a
     projection too."""
+    dtype, ours = form
     rotary_dim = int(share * shape[3])
     position_T = torch.randint(first, first + 1000, shape[1:2], generator=torch.Generator().manual_seed(1))
     rotary = rotary_tables(position_T, rotary_dim=rotary_dim, base=100.0)
@@ -52,7 +60,7 @@ def test_rotate_equals_complex_numbers(shape, share, first, dtype, strided):
     exact = turned(leaf, position_T, rotary_dim, 100.0)
     exact = (exact, *torch.autograd.grad(exact, leaf, dy.double()))
     results = []
-    for backend in ("torch", "triton"):
+    for backend in ("torch", ours):
         leaf = x.detach().requires_grad_()
         y = rotate(leaf, rotary, backend=backend)
         results.append((y, *torch.autograd.grad(y, leaf, dy)))
