@@ -73,35 +73,6 @@ def softmax_decode_native(
     return o_BX.to(dtype)
 
 
-def rotate_native(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-    """`rotate` of fp32 or bf16 whose channels lie side by side, computed in fp32."""
-    turned_BTHK = _Rotation.apply(x_BTHK, *(wide(table_TP) for table_TP in rotary))
-    assert isinstance(turned_BTHK, Tensor)
-    return turned_BTHK
-
-
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTHK: Tensor, cosine_TP: Tensor, sine_TP: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine_TP, sine_TP)
-        return _rotated(x_BTHK, cosine_TP, sine_TP, 1.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # What turned it turns its gradient back.
-        return _rotated(dy.contiguous(), *ctx.saved_tensors, -1.0), None, None
-
-
-def _rotated(x_BTHK: Tensor, cosine_TP: Tensor, sine_TP: Tensor, direction: float) -> Tensor:
-    y_BTHK = torch.empty(x_BTHK.shape, dtype=x_BTHK.dtype)
-    strides = (ctypes.c_long * 3)(*x_BTHK.stride()[:3])
-    sizes = (ctypes.c_long * 5)(*x_BTHK.shape, cosine_TP.shape[1])
-    bf16 = x_BTHK.dtype == torch.bfloat16
-    call("rotate_heads", x_BTHK, y_BTHK, strides, sizes, cosine_TP, sine_TP, direction, bf16, threads())
-    return y_BTHK
-
-
 def flash_attention_native(
     q_BTHK: Tensor,
     k_BSGK: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from triton_kernels.common.checks import check_backend, check_dtype, check_placed, check_tensors
 from triton_kernels.native.library import UP_TO_FP32, takes_many_rows
+from triton_kernels.softmax.rotary_native import rotate_native
 
 OP = "rotate"
 Rotary = tuple[Tensor, Tensor]
@@ -55,9 +56,7 @@ def rotate(x_BTHK: Tensor, rotary: Rotary, *, backend: str = "auto") -> Tensor:
     if chosen == "torch":
         return rotate_torch(x_BTHK, rotary)
     if chosen == "native":
-        from triton_kernels.softmax.native import rotate_native
-
-        return rotate_native(x_BTHK, rotary)
+        return rotate_native(x_BTHK, *rotary)
     if x_BTHK.dtype == torch.float64:
         raise ValueError(f"{OP}: x_BTHK is float64; the Triton kernel takes float32, float16 and bfloat16")
     # Imported here because machines without Triton (macOS) still have the torch backend.
