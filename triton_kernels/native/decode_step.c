@@ -120,17 +120,10 @@ static void *scratch_of(const Model *m, long N, Scratch *s) {
 
 /* ---- The same for few tokens and for many ---- */
 
-static long project(const Model *m, const float *x, Weight weight, float *y, long rows, long in, long out,
-                    int threads) {
-    if (rows > MOST_ROWS) return project_rows_of(x, weight, y, rows, in, out, (int)m->bf16, threads);
+/* What a router decides by is never rounded: `bf16` is the model's for all but that. */
+static long project(const float *x, Weight weight, float *y, long rows, long in, long out, int bf16, int threads) {
+    if (rows > MOST_ROWS) return project_rows_of(x, weight, y, rows, in, out, bf16, threads);
     linear_of(x, in, weight, y, rows, in, out, threads);
-    return 0;
-}
-
-/* By what a router decides: never rounded. */
-static long score(const float *x, const float *weight, float *y, long rows, long in, long out, int threads) {
-    if (rows > MOST_ROWS) return project_rows(x, weight, y, rows, in, out, 0, threads);
-    linear(x, in, weight, y, rows, in, out, threads);
     return 0;
 }
 
@@ -239,9 +232,9 @@ static long decide_here(const Block *l, const Model *m, Scratch *s, int64_t *who
             *expert_offsets = row_of_slot + n, *token_offsets = expert_offsets + E + 1;
     float *row_weight = real + l->real_at, *x = row_weight + n, *logits = x + N * D, *null_logits = logits + N * E;
     float *returned = l->returns ? null_logits + N * Z : NULL, gain = l->gain ? *l->gain * *l->gain : 1.0f;
-    error = score(x, l->router, logits, N, D, E, threads);
-    if (Z && !error) error = score(x, l->null_router, null_logits, N, D, Z, threads);
-    if (l->head && !error) error = score(x, l->head, s->predicted, N, D, 1, threads);
+    error = project(x, (Weight){l->router, NULL}, logits, N, D, E, 0, threads);
+    if (Z && !error) error = project(x, (Weight){l->null_router, NULL}, null_logits, N, D, Z, 0, threads);
+    if (l->head && !error) error = project(x, (Weight){l->head, NULL}, s->predicted, N, D, 1, 0, threads);
     if (error) return error;
     if (!isfinite(sum_of(logits, N * E) + sum_of(null_logits, N * Z)) || is_nan(l->bias, E) ||
         is_nan(l->threshold, 1) || is_nan(l->drift, 1) || is_nan(l->aim, 1) || is_nan(l->gain, 1) ||
@@ -361,7 +354,7 @@ long decode_step(const Model *m, const int64_t *token, long length, long positio
         long X = l->heads * l->value;
         normed_or_copied(s.x, l->attention_norm, s.normed, m, N, threads);
         lap(m, NORMS, &since);
-        if ((error = project(m, s.normed, l->to_inner, s.inner, N, D, l->inner, threads))) break;
+        if ((error = project(s.normed, l->to_inner, s.inner, N, D, l->inner, (int)m->bf16, threads))) break;
         lap(m, PROJECTIONS, &since);
         /* Nobody reads what the last block makes of other tokens. */
         s.last = length > 1 && l->alone;
@@ -370,7 +363,7 @@ long decode_step(const Model *m, const int64_t *token, long length, long positio
         if (error) break;
         if (s.last) keep_last(s.x, B, length, D), s.tokens = N = B, length = 1;
         lap(m, MIXING, &since);
-        if ((error = project(m, s.mixed, l->to_out, s.y, N, X, D, threads))) break;
+        if ((error = project(s.mixed, l->to_out, s.y, N, X, D, (int)m->bf16, threads))) break;
         lap(m, PROJECTIONS, &since);
         if (l->attention_out_norm) rms_norm_rows(s.y, l->attention_out_norm, s.y, N, D, m->eps, threads);
         add(s.x, s.y, N * D, threads);

@@ -1,8 +1,9 @@
 """Copies of weights as products in bf16 read them (`kept_weights.c`): made once, and used while a weight is unchanged.
 
-They take half of the weights' memory again, so models that would not leave enough of it keep none. What changes a
-weight in place is counted by torch, and the copy is made anew. What writes through `.data` is not counted, so whenever
-a cache is first used numbers of every row are looked at: a single number written so is the one thing that goes unseen.
+They take half of the weights' memory again, for as long as a weight lives, so models that would not leave enough of it
+keep none. What changes a weight in place is counted by torch, and the copy is made anew. What writes through `.data` is
+not counted, so whenever a cache is first used numbers of every row are looked at: a single number written so is the one
+thing that goes unseen.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from foundation.environment import memory_bytes
 from triton_kernels.native.library import call, rounds_products, threads
 
+# As in kept_weights.c.
 PANEL_COLUMNS = 32
 # Weights of more than this share of the machine's memory are not copied.
 MOST_OF_MEMORY = 0.25

@@ -138,7 +138,7 @@ static long project_part(const Model *m, const Block *l, const float *part, long
     float *x = malloc((size_t)(N * in) * sizeof(float));
     if (!x) return NO_MEMORY;
     for (long i = 0; i < N; i++) memcpy(x + i * in, part + i * l->inner, (size_t)in * sizeof(float));
-    long error = project(m, x, weight, y, N, in, out, threads);
+    long error = project(x, weight, y, N, in, out, (int)m->bf16, threads);
     free(x);
     return error;
 }
